@@ -1,0 +1,28 @@
+"""The Ray actor around a worker."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ray
+
+from cluster.messages import pack_result, unpack_candidate
+from evolver.records import Split
+from evolver.worker import Plan, Worker
+
+
+@ray.remote
+class PopulationWorker:
+    """One per accelerator, or share of one: holds a worker, and with it experts, population and live model."""
+
+    def __init__(self, plan: Plan, split: Split, name: str) -> None:
+        self.worker = Worker(plan, split, name)
+
+    def ready(self) -> dict[str, Any]:
+        """Answers once the worker is built: who and where it is."""
+        return {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
+
+    def evaluate(self, message: bytes) -> bytes:
+        """Score a packed candidate, return the packed result."""
+        return pack_result(self.worker.evaluate(unpack_candidate(message)))

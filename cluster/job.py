@@ -1,0 +1,79 @@
+"""The job: from the command line to a finished run, on a laptop or inside a Ray job.
+
+Exit status: 0 done, 2 bad input, 3 stopped with everything finished kept, 1 a fault of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from evolver.config import Pool as PoolSettings
+from evolver.errors import BadInput
+from evolver.evaluation.base import Tasks
+from evolver.loop import Pool
+from evolver.progress import display
+from evolver.records import Split
+from evolver.run import results_root, run
+from evolver.worker import LocalPool, Plan
+
+
+class Stopped(Exception):
+    """Somebody asked the run to stop."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the configuration that the command line names."""
+    parser = argparse.ArgumentParser(prog="evolve.py", description="Search for the best merge of fine-tuned models.")
+    parser.add_argument("config", help="YAML file of the run")
+    parser.add_argument("--results", help="folder of all runs (default: ./results, or ~/evolver-results in a Ray job)")
+    given = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, _stop)
+    shown = display()
+    try:
+        run(given.config, results_root(given.results, in_ray_job()), make_pool, shown)
+        return 0
+    except BadInput as error:
+        shown.close()
+        print(error, file=sys.stderr)
+        return 2
+    except (Stopped, KeyboardInterrupt):
+        shown.say("stopped; everything that finished is kept: the same command goes on from here")
+        return 3
+    finally:
+        shown.close()
+
+
+def make_pool(plan: Plan, split: Split, tasks: Tasks) -> Pool:
+    """The pool that the configuration asks for."""
+    settings: PoolSettings = plan.config.pool
+    if settings.kind == "local" or (settings.kind == "auto" and not in_ray_job()):
+        return LocalPool(plan, split, tasks)
+    from cluster.pool import RayPool  # Ray takes seconds to import: only runs that use it pay
+
+    connect()
+    return RayPool(plan, split)
+
+
+def connect() -> None:
+    """Join the cluster of this job or of RAY_ADDRESS, or start one of our own on the loopback, with a token."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+
+
+def in_ray_job() -> bool:
+    """Whether this process was started by ``ray job submit``."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped

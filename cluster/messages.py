@@ -1,0 +1,43 @@
+"""What travels between driver and actors: recipes and scores as compressed JSON, a few kilobytes whatever the model."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import asdict, replace
+from typing import Any
+
+from evolver.records import Candidate, Result, dump_recipe, load_recipe
+
+
+def pack_candidate(candidate: Candidate) -> bytes:
+    """A candidate as bytes."""
+    fields = {k: getattr(candidate, k) for k in ("number", "proposer", "parents", "bar", "stage", "label")}
+    return _pack({**fields, "recipe": dump_recipe(candidate.recipe)})
+
+
+def unpack_candidate(data: bytes) -> Candidate:
+    """The inverse of ``pack_candidate``."""
+    fields = _unpack(data)
+    recipe = load_recipe(fields.pop("recipe"))
+    return Candidate(recipe=recipe, **{**fields, "parents": tuple(fields["parents"])})
+
+
+def pack_result(result: Result) -> bytes:
+    """A result as bytes."""
+    return _pack(asdict(result))
+
+
+def unpack_result(data: bytes) -> Result:
+    """The inverse of ``pack_result``."""
+    result = Result(**_unpack(data))
+    return replace(result, items=tuple(result.items))
+
+
+def _pack(fields: dict[str, Any]) -> bytes:
+    return zlib.compress(json.dumps(fields, separators=(",", ":")).encode())
+
+
+def _unpack(data: bytes) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(zlib.decompress(data))
+    return fields

@@ -1,0 +1,246 @@
+"""The configuration: YAML in, strict typed settings out, every complaint one sentence with file, key and remedy.
+
+Ground floor: it knows the sections of a configuration, not the algorithms. The section ``search`` is handed on as it
+stands; the algorithm that it names checks it against its own settings with ``check_section``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from evolver.errors import BadInput, nearest
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, no unknown keys, no silent conversion of types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+SectionType = TypeVar("SectionType", bound=Section)
+
+
+class Model(Section):
+    """The common ancestor of the experts and the kind of model that it is."""
+
+    base: str = Field(description="Hugging Face folder of the base, or a hub id")
+    kind: Literal["causal-lm", "classifier"] = Field("causal-lm", description="what the model is evaluated as")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype of merged weights and of evaluation; auto: that of the base"
+    )
+
+
+class TaskEntry(Section):
+    """One task: which items the search may see (dev), and which are scored once, at the end (report)."""
+
+    task: str = Field(min_length=1, description="name of an lm-eval task, or of the data set for a classifier")
+    metric: str = Field("acc", description="metric of the task, in lm-eval's spelling, e.g. acc or acc_norm")
+    weight: float = Field(1.0, gt=0, description="weight of the task's mean in the score")
+    dev: int = Field(ge=1, description="number of dev items")
+    report: int = Field(ge=1, description="number of report items")
+    report_task: str | None = Field(None, description="take report items from this task instead of splitting one")
+    data: str | None = Field(None, description="classifier: JSONL file with one object a line")
+    report_data: str | None = Field(None, description="classifier: JSONL file of the report items")
+    text: str = Field("text", description="classifier: key of the text")
+    label: str = Field("label", description="classifier: key of the label, an integer or a label of the model")
+
+
+class Evaluation(Section):
+    """How candidates are scored. Everything here is part of the run's identity."""
+
+    tasks: list[TaskEntry] = Field(min_length=1)
+    include_path: str | None = Field(None, description="folder of further lm-eval task files")
+    num_fewshot: int | None = Field(None, ge=0, description="examples in the prompt; default: the task's own")
+    apply_chat_template: bool = Field(False, description="wrap prompts in the model's chat template")
+    system_instruction: str | None = Field(None, description="system prompt, for chat templates")
+    batch_tokens: int = Field(2048, ge=16, description="tokens, padding included, in one forward pass")
+    block_items: int = Field(64, ge=1, description="items between two looks at whether to stop early")
+    early_stopping: bool = Field(True, description="stop once the remaining items cannot change the decision")
+    threads: int = Field(1, ge=1, description="CPU threads of one worker; results in bfloat16 depend on it")
+
+    @model_validator(mode="after")
+    def _distinct_tasks(self) -> Evaluation:
+        names = [t.task for t in self.tasks]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"task {name!r} stands twice; give its items once, with one weight")
+        return self
+
+
+class Budget(Section):
+    """When the search ends: after so many candidates, or so many scored items. It may be raised later."""
+
+    candidates: int | None = Field(None, ge=1, description="candidates that the search may propose")
+    items: int | None = Field(None, ge=1, description="items that the search may score")
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Budget:
+        if self.candidates is None and self.items is None:
+            raise ValueError("give candidates or items")
+        return self
+
+
+class Baselines(Section):
+    """The plain merges that every winner is held against."""
+
+    masses: list[float] = Field(
+        [0.25, 0.5, 1.0, 1.5, 2.0],
+        description="total masses tried on the dev set for tuned task arithmetic with equal weights",
+    )
+
+    @field_validator("masses")
+    @classmethod
+    def _positive(cls, masses: list[float]) -> list[float]:
+        if not masses or min(masses) <= 0:
+            raise ValueError("give at least one mass, all above 0")
+        return masses
+
+
+class Pool(Section):
+    """Where candidates are evaluated. Nothing here changes a result, so it may differ from call to call."""
+
+    kind: Literal["auto", "local", "ray"] = Field("auto", description="auto: Ray inside a Ray job, else this process")
+    num_workers: int = Field(1, ge=1, description="Ray actors")
+    num_cpus: float | None = Field(None, gt=0, description="CPUs of one actor; default: evaluation.threads")
+    num_gpus: float = Field(0, ge=0, description="GPUs of one actor, or a share of one")
+    cache_gb: float = Field(2.0, ge=0, description="memory of one worker for already built models (GiB)")
+    timeout_s: float | None = Field(None, gt=0, description="seconds that one evaluation may take")
+    retries: int = Field(1, ge=0, description="further tries of a candidate whose worker died")
+
+
+class Config(Section):
+    """The whole configuration of one run."""
+
+    run: str = Field(pattern=NAME, description="name of the run and of its folder under results/")
+    seed: int = Field(0, ge=0, description="seed of everything that is drawn")
+    model: Model
+    experts: dict[str, str] = Field(description="name → folder of a fine-tune or of a LoRA adapter, or a hub id")
+    search: dict[str, Any] = Field(description="algorithm and its settings")
+    budget: Budget
+    evaluation: Evaluation
+    baselines: Baselines = Field(default_factory=Baselines)
+    pool: Pool = Field(default_factory=Pool)
+
+    @field_validator("experts")
+    @classmethod
+    def _some_experts(cls, experts: dict[str, str]) -> dict[str, str]:
+        if len(experts) < 2:
+            raise ValueError("give at least two experts")
+        for name in experts:
+            if not re.match(NAME, name) or name in {"base", "average", "task_arithmetic", "winner"}:
+                raise ValueError(f"{name!r} cannot be the name of an expert; use letters, digits, '.', '_' and '-'")
+        return experts
+
+    @field_validator("search")
+    @classmethod
+    def _names_algorithm(cls, search: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(search.get("algorithm"), str):
+            raise ValueError("name the search with the key 'algorithm'")
+        return search
+
+
+# What a run may change between two calls without becoming another run.
+FREE_KEYS = ("run", "pool", "budget")
+
+
+def load(path: str | Path) -> Config:
+    """Read a configuration.
+
+    Raises BadInput for an unreadable file, an unknown key (naming the nearest known one) or a wrong type.
+    """
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: the configuration cannot be read ({error}); give the path of a YAML file.") from error
+    try:
+        raw = yaml.load(text, Loader=_UniqueKeys)
+    except yaml.YAMLError as error:
+        raise BadInput(f"{path}: not valid YAML: {' '.join(str(error).split())}; mend the file.") from error
+    if not isinstance(raw, dict):
+        raise BadInput(f"{path}: the configuration must be a mapping with the keys {', '.join(Config.model_fields)}.")
+    return check_section(Config, raw, str(path))
+
+
+def check_section(kind: type[SectionType], raw: Mapping[str, Any], file: str, prefix: str = "") -> SectionType:
+    """``raw`` as a typed section; ``prefix`` is where it stands in the file, for the message.
+
+    Raises BadInput that names file, key and remedy of the first complaint.
+    """
+    try:
+        return kind.model_validate(dict(raw))
+    except ValidationError as error:
+        raise BadInput(f"{file}: {_sentence(kind, error.errors()[0], prefix)}") from None
+
+
+def expand(path: str) -> str:
+    """``path`` with ``~`` and environment variables filled in; unset variables of ours take their default."""
+    os.environ.setdefault("EVOLVER_CACHE", str(Path.home() / ".cache" / "evolver"))
+    return os.path.expandvars(os.path.expanduser(path))
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The keys, dotted, in which two nested mappings differ, with both values."""
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            yield from differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}", a, b
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error instead of a silent loss."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _sentence(kind: type[BaseModel], error: ErrorDetails, prefix: str) -> str:
+    place = prefix + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in error["loc"]).lstrip(".")
+    place = place.replace("..", ".") or "the configuration"
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(kind, error["loc"][:-1])
+        return f"{place}: unknown key; {nearest(str(error['loc'][-1]), known)}"
+    if error["type"] == "missing":
+        return f"{place}: missing; {_description(kind, error['loc']) or 'give a value'}."
+    said = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if error["type"] == "value_error":
+        return f"{place}: {said}."
+    wanted = said.replace("a valid ", "a ").replace("string should match pattern", "text matching")
+    return f"{place}: {error['input']!r} is not usable; write {wanted}."
+
+
+def _fields_at(kind: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        annotation = kind.model_fields[part].annotation
+        inner = getattr(annotation, "__args__", (annotation,))[0]
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        kind = inner
+    return list(kind.model_fields)
+
+
+def _description(kind: type[BaseModel], loc: tuple[int | str, ...]) -> str:
+    *path, last = loc
+    for part in path:
+        if not isinstance(part, int):
+            annotation = kind.model_fields[part].annotation
+            kind = getattr(annotation, "__args__", (annotation,))[0]
+    field = kind.model_fields.get(str(last))
+    return f"it is the {field.description}" if field and field.description else ""

@@ -1,0 +1,25 @@
+"""The one exception that a user is meant to read."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BadInput(Exception):
+    """Something that the user gave cannot be used.
+
+    The message is one sentence that names the file, the key and what to write instead. The entry point prints
+    it without a traceback and exits with status 2.
+    """
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt ``word``: the nearest known words, or the whole list where none is near."""
+    known = sorted(set(known))
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    if close:
+        return "did you mean " + " or ".join(repr(c) for c in close) + "?"
+    if not known:
+        return "none is known here"
+    return "known: " + ", ".join(known[:20]) + (", …" if len(known) > 20 else "")

@@ -1,0 +1,59 @@
+"""The live model: loaded once, its parameters overwritten in place for every candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evolver.config import Model
+from evolver.errors import BadInput
+
+
+class LiveModel:
+    """A Transformers model whose tensors are addressed by their names in the checkpoint.
+
+    Raises BadInput where a tensor of the checkpoint has no place in the model.
+    """
+
+    def __init__(self, settings: Model, folder: Path, names: Iterable[str], device: str) -> None:
+        import transformers
+
+        kinds: dict[str, Any] = {
+            "causal-lm": transformers.AutoModelForCausalLM,
+            "classifier": transformers.AutoModelForSequenceClassification,
+        }
+        transformers.utils.logging.disable_progress_bar()
+        self.device = torch.device(device)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.module = kinds[settings.kind].from_pretrained(folder, dtype=settings.dtype, use_safetensors=True)
+        self.module.to(self.device).eval()
+        self._places = self._find(names, folder)
+
+    def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Overwrite the parameters; nothing else of the model changes."""
+        with torch.no_grad():
+            for name, tensor in tensors:
+                self._places[name].copy_(tensor)
+
+    def _find(self, names: Iterable[str], folder: Path) -> dict[str, Tensor]:
+        state = self.module.state_dict(keep_vars=False)
+        prefix = self.module.base_model_prefix + "."
+        places = {}
+        for name in names:
+            found = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in state), None)
+            if found is None:
+                raise BadInput(
+                    f"model.base: {folder} holds {name}, which {type(self.module).__name__} has no place for; "
+                    "save the base with the class that model.kind stands for."
+                )
+            places[name] = state[found]
+        return places
+
+
+def default_device() -> str:
+    """The accelerator that this process was given, or the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

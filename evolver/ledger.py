@@ -1,0 +1,261 @@
+"""The ledger: the ordered, durable record of everything that was proposed and scored. It is a run's only state.
+
+A part is one Parquet file, written beside its place, synced, then renamed into it: it is there whole or not at all.
+Two kinds of rows stand in it, ``asked`` and ``finished``. Small parts are joined into larger ones now and then. A part
+that cannot be read is set aside under ``damaged/``, a file that belongs to another run is left alone; both are named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from evolver.errors import BadInput
+from evolver.records import Candidate, Result, Split, dump_recipe
+
+PART = re.compile(r"part-(\d{8})(?:-(\d{8}))?\.parquet")
+JOIN_FROM = 256
+OWNER = b"evolver.run"
+
+SCHEMA = pa.schema(
+    [
+        ("event", pa.string()),  # asked | finished
+        ("time", pa.timestamp("us", tz="UTC")),
+        ("stage", pa.string()),
+        ("number", pa.int64()),
+        ("recipe_id", pa.string()),
+        ("recipe", pa.string()),
+        ("label", pa.string()),
+        ("proposer", pa.string()),
+        ("parents", pa.list_(pa.string())),
+        ("bar", pa.float64()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("score", pa.float64()),
+        ("bound", pa.float64()),
+        ("complete", pa.bool_()),
+        ("reused", pa.bool_()),
+        ("items", pa.list_(pa.float64())),
+        ("tasks", pa.map_(pa.string(), pa.float64())),
+        ("seconds", pa.map_(pa.string(), pa.float64())),
+        ("worker", pa.string()),
+    ]
+)
+
+
+class Ledger:
+    """The ledger of one run, open for writing by one process.
+
+    Args:
+        folder: where the parts lie.
+        owner: the identity of the run's configuration; parts of another owner are not ours.
+
+    Raises BadInput where another process has it open, naming that process.
+    """
+
+    def __init__(self, folder: Path, owner: str) -> None:
+        self.folder, self.owner = folder, owner
+        self.warnings: list[str] = []
+        self._finished: dict[tuple[str, int], Result] = {}
+        self._by_recipe: dict[tuple[str, Split], list[Result]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(folder / "lock")
+        self._parts: list[tuple[int, int, Path]] = []
+        self._next = 0  # above every number in the folder, so that no file of anybody is ever overwritten
+        for row in self._read():
+            if row["event"] == "finished":
+                self._index(_result(row))
+
+    def close(self) -> None:
+        """Let another process in."""
+        self._lock.close()
+
+    def recorded(self, candidate: Candidate) -> Result | None:
+        """What this very candidate scored, if it has finished.
+
+        Raises BadInput where the ledger holds another recipe under its number: it was written by another search.
+        """
+        result = self._finished.get((candidate.stage, candidate.number))
+        if result is not None and result.recipe_id != candidate.recipe.id:
+            raise BadInput(
+                f"{self.folder}: candidate {candidate.number} of stage {candidate.stage} is {result.recipe_id} in the "
+                f"ledger and {candidate.recipe.id} now; the run was made by another version, start one of another name."
+            )
+        return result
+
+    def known(self, candidate: Candidate) -> Result | None:
+        """An earlier result of the same recipe on the same items that answers the candidate's question."""
+        for result in self._by_recipe.get((candidate.recipe.id, candidate.split), []):
+            if result.decides(candidate.bar):
+                return result
+        return None
+
+    def asked(self, candidate: Candidate) -> None:
+        """Record that a candidate was sent out."""
+        self._append([_row(candidate, None)])
+
+    def finished(self, candidate: Candidate, result: Result) -> None:
+        """Record a result; it is on disk when this returns."""
+        self._append([_row(candidate, result)])
+        self._index(result)
+
+    def results(self, stage: str) -> list[Result]:
+        """The results of a stage by number."""
+        return [r for (s, _), r in sorted(self._finished.items()) if s == stage]
+
+    def _index(self, result: Result) -> None:
+        self._finished[result.stage, result.number] = result
+        split: Split = "report" if result.stage == "report" else "dev"
+        self._by_recipe.setdefault((result.recipe_id, split), []).append(result)
+
+    def _append(self, rows: list[dict[str, Any]]) -> None:
+        number, self._next = self._next, self._next + 1
+        path = self.folder / f"part-{number:08d}.parquet"
+        self._write(path, pa.Table.from_pylist(rows, schema=self._schema()))
+        self._parts.append((number, number, path))
+        loose = [p for p in self._parts if p[0] == p[1]]
+        if len(loose) >= JOIN_FROM:
+            self._join(loose)
+
+    def _schema(self) -> pa.Schema:
+        return SCHEMA.with_metadata({OWNER: self.owner.encode()})
+
+    def _write(self, path: Path, table: pa.Table) -> None:
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(self.folder)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise BadInput(
+                f"{self.folder}: the ledger cannot be written ({error.strerror or error}); nothing finished so far is "
+                "lost: make room or mend the rights, and run the same command again."
+            ) from error
+
+    def _join(self, parts: list[tuple[int, int, Path]]) -> None:
+        """One file for many. Readers prefer the wide part, so a crash between the two steps does no harm."""
+        first, last = parts[0][0], parts[-1][1]
+        wide = self.folder / f"part-{first:08d}-{last:08d}.parquet"
+        self._write(wide, pa.concat_tables([_table(p) for _, _, p in parts]).replace_schema_metadata({OWNER: self.owner}))
+        for _, _, path in parts:
+            path.unlink()
+        self._parts = [*(p for p in self._parts if p not in parts), (first, last, wide)]
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        for start, end, path in sorted(self._find(), key=lambda p: (p[0], -p[1])):
+            self._next = max(self._next, end + 1)
+            if self._parts and end <= self._parts[-1][1]:
+                path.unlink()  # joined already; the crash came before it was removed
+                continue
+            try:
+                table = _table(path)
+            except (pa.ArrowException, OSError, ValueError) as error:
+                self._set_aside(path, error)
+                continue
+            if (table.schema.metadata or {}).get(OWNER) != self.owner.encode() or not SCHEMA.equals(table.schema):
+                self.warnings.append(f"{path} belongs to another run and was left alone")
+                continue
+            self._parts.append((start, end, path))
+            yield from table.to_pylist(maps_as_pydicts="strict")
+
+    def _find(self) -> Iterator[tuple[int, int, Path]]:
+        for path in self.folder.iterdir():
+            match = PART.fullmatch(path.name)
+            if match:
+                yield int(match[1]), int(match[2] or match[1]), path
+            elif path.name.startswith(".part-"):
+                path.unlink()  # a write that a crash cut short
+            elif path.name not in {"lock", "damaged"}:
+                self.warnings.append(f"{path} is no part of the ledger and was left alone")
+
+    def _set_aside(self, path: Path, error: Exception) -> None:
+        damaged = self.folder / "damaged"
+        damaged.mkdir(exist_ok=True)
+        os.replace(path, damaged / path.name)
+        reason = " ".join(str(error).split())[:200]
+        self.warnings.append(f"{path} is damaged ({reason}) and was set aside; what it held is scored again")
+
+
+def read(folder: Path) -> pa.Table:
+    """All rows of a ledger, for reports; a run may be writing meanwhile."""
+    parts = sorted((int(m[1]), -int(m[2] or m[1]), p) for p in folder.iterdir() if (m := PART.fullmatch(p.name)))
+    tables, end = [], -1
+    for _, negative_end, path in parts:
+        if -negative_end > end:
+            tables.append(_table(path))
+            end = -negative_end
+    return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+
+
+def _table(path: Path) -> pa.Table:
+    return pq.read_table(path, page_checksum_verification=True, partitioning=None)
+
+
+def _row(candidate: Candidate, result: Result | None) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "event": "finished" if result else "asked",
+        "time": _now(),
+        "stage": candidate.stage,
+        "number": candidate.number,
+        "recipe_id": candidate.recipe.id,
+        "recipe": dump_recipe(candidate.recipe),
+        "label": candidate.label,
+        "proposer": candidate.proposer,
+        "parents": list(candidate.parents),
+        "bar": candidate.bar,
+    }
+    if result:
+        row |= {name: getattr(result, name) for name in ("status", "reason", "score", "bound", "complete", "reused")}
+        row |= {"items": list(result.items), "worker": result.worker}
+        row |= {name: list(getattr(result, name).items()) for name in ("tasks", "seconds")}
+    return row
+
+
+def _result(row: Mapping[str, Any]) -> Result:
+    same = ("number", "recipe_id", "status", "score", "bound", "complete", "reason", "worker", "reused", "stage")
+    return Result(
+        **{name: row[name] for name in same}, items=tuple(row["items"]), tasks=row["tasks"], seconds=row["seconds"]
+    )
+
+
+def _now() -> int:
+    return time.time_ns() // 1000
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _locked(path: Path) -> Any:
+    """The lock file, held for as long as it is open: the system lets go of it when the process dies, however."""
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        raise BadInput(f"{path.parent}: the run is in use by {holder}; wait for it, or stop it first.") from error
+    file.truncate(0)
+    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+    file.flush()
+    return file

@@ -1,0 +1,113 @@
+"""What a person sees while a run goes: bars with the time left on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from evolver.records import Candidate, Result
+
+# Without a terminal, one line at most so often, so that a long run does not fill a log.
+QUIET_SECONDS = 5.0
+
+
+class Display(Protocol):
+    """Where a run tells how it goes."""
+
+    def say(self, line: str) -> None: ...
+    def stage(self, name: str, total: int | None) -> None: ...
+    def result(self, candidate: Candidate, result: Result) -> None: ...
+    def close(self) -> None: ...
+
+
+def display() -> Display:
+    """Bars on a terminal, lines elsewhere."""
+    return Bars() if sys.stdout.isatty() else Lines()
+
+
+def describe(candidate: Candidate, result: Result) -> str:
+    """One line about one result."""
+    what = candidate.label or f"{candidate.proposer} {candidate.number}"
+    if result.status == "failed":
+        return f"{what}: failed ({result.reason})"
+    took = "known" if result.reused else f"{result.seconds.get('total', 0.0):.1f} s"
+    if result.score is None:
+        return f"{what}: rejected after {len(result.items)} items ({took})"
+    return f"{what}: {result.score:.4f} ({took})"
+
+
+class Lines:
+    """Plain lines."""
+
+    def __init__(self) -> None:
+        self._done, self._total, self._best = 0, 0, float("-inf")
+        self._spoke = self._began = time.monotonic()
+        self._name = ""
+
+    def say(self, line: str) -> None:
+        print(line, flush=True)
+
+    def stage(self, name: str, total: int | None) -> None:
+        self._name, self._total, self._done, self._began = name, total or 0, 0, time.monotonic()
+        self._best, self._spoke = float("-inf"), 0.0
+
+    def result(self, candidate: Candidate, result: Result) -> None:
+        self._done += 1
+        improved = result.score is not None and result.score > self._best
+        if result.score is not None:
+            self._best = max(self._best, result.score)
+        now = time.monotonic()
+        last = self._done == self._total
+        if improved or last or result.status == "failed" or now - self._spoke >= QUIET_SECONDS:
+            self._spoke = now
+            of = f"/{self._total}" if self._total else ""
+            left = (now - self._began) / self._done * (self._total - self._done)
+            eta = f", about {left:.0f} s left" if self._total and not last else ""
+            print(f"{self._name} {self._done}{of}: {describe(candidate, result)}{eta}", flush=True)
+
+    def close(self) -> None: ...
+
+
+class Bars:
+    """A bar a stage, with the best score so far."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(),
+        )  # fmt: skip
+        self._progress.start()
+        self._task: TaskID | None = None
+        self._best = float("-inf")
+
+    def say(self, line: str) -> None:
+        self._progress.console.print(line, highlight=False, markup=False)
+
+    def stage(self, name: str, total: int | None) -> None:
+        self._best = float("-inf")
+        self._task = self._progress.add_task(name, total=total, note="")
+
+    def result(self, candidate: Candidate, result: Result) -> None:
+        if self._task is None:
+            return
+        if result.score is not None:
+            self._best = max(self._best, result.score)
+        note = f"best {self._best:.4f}" if self._best > float("-inf") else ""
+        self._progress.update(self._task, advance=1, note=note)
+        if result.status == "failed":
+            self.say(describe(candidate, result))
+
+    def close(self) -> None:
+        self._progress.stop()

@@ -1,0 +1,296 @@
+"""The records that travel: recipes, candidates and results, with their canonical forms.
+
+Ground floor: nothing here knows tensors, searches or files. A recipe is a small frozen graph that describes one model
+completely; its id is a Merkle hash, so that equal models have equal ids in every process, and a parent that is shared
+by many children is hashed and sent once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+Value = bool | int | float | str | tuple[float, ...]
+Stage = Literal["baseline", "search", "report"]
+Split = Literal["dev", "report"]
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with one spelling for each value: sorted keys, no spaces, shortest float form, no NaN or infinity."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+
+
+def content_hash(value: Any) -> str:
+    """The first 80 bits of the SHA-256 of the canonical form, as 20 hexadecimal digits."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:20]
+
+
+def _number(x: float) -> float:
+    """A finite float with one zero: -0.0 and 0.0 would otherwise make two ids of one model."""
+    x = float(x)
+    if not math.isfinite(x):
+        raise ValueError(f"a recipe cannot hold {x}")
+    return x + 0.0
+
+
+def _value(x: Any) -> Value:
+    if isinstance(x, bool | str | int):
+        return x
+    if isinstance(x, float):
+        return _number(x)
+    return tuple(_number(v) for v in x)
+
+
+class Node:
+    """What all recipes share: identity by content. Subclasses are frozen dataclasses with ``eq=False``."""
+
+    inputs: tuple[Recipe, ...]
+
+    def form(self) -> list[Any]:
+        """The canonical form, in which every input stands as its id."""
+        raise NotImplementedError  # every node below says its own
+
+    @cached_property
+    def id(self) -> str:
+        return content_hash(self.form())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Node) and self.id == other.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+
+@dataclass(frozen=True, eq=False)
+class Expert(Node):
+    """A source checkpoint (the base is one too), identified by the digest of its tensors; the name is for people."""
+
+    name: str
+    digest: str
+    inputs: tuple[Recipe, ...] = field(default=(), init=False)
+
+    def form(self) -> list[Any]:
+        return ["expert", self.digest]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which tensors a rule is for: those of the layers ``[first, last)``, those outside all layers, or all of them."""
+
+    layers: tuple[int, int] | None = None
+    outside: bool = False
+
+    def covers(self, layer: int | None) -> bool:
+        """Whether the tensor of ``layer`` (None: embeddings, final norm, head) falls under this rule."""
+        if self.outside:
+            return layer is None
+        return self.layers is None or (layer is not None and self.layers[0] <= layer < self.layers[1])
+
+    def form(self) -> list[Any]:
+        return [list(self.layers) if self.layers else None, self.outside]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Settings for one place. A recipe holds a list of rules; where two cover a tensor, the later one wins."""
+
+    place: Place
+    values: tuple[tuple[str, Value], ...]
+
+    @staticmethod
+    def of(values: Mapping[str, Any], place: Place | None = None) -> Rule:
+        return Rule(place or Place(), tuple(sorted((k, _value(v)) for k, v in values.items())))
+
+    def form(self) -> list[Any]:
+        return [self.place.form(), [[k, list(v) if isinstance(v, tuple) else v] for k, v in self.values]]
+
+    @staticmethod
+    def from_form(form: Sequence[Any]) -> Rule:
+        (layers, outside), values = form
+        return Rule.of(dict(values), Place(tuple(layers) if layers else None, outside))
+
+
+@dataclass(frozen=True, eq=False)
+class Merge(Node):
+    """A merge method of the library applied to inputs, with task vectors taken against ``base``."""
+
+    method: str
+    inputs: tuple[Recipe, ...]
+    base: Expert
+    rules: tuple[Rule, ...] = ()
+
+    def form(self) -> list[Any]:
+        return ["merge", self.method, [i.id for i in self.inputs], self.base.id, [r.form() for r in self.rules]]
+
+    def settings(self, layer: int | None) -> dict[str, Value]:
+        """The settings in force for a tensor of ``layer``."""
+        out: dict[str, Value] = {}
+        for rule in self.rules:
+            if rule.place.covers(layer):
+                out.update(rule.values)
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class Cross(Node):
+    """The Evolver operators on weights: mutate towards or along other members, then cross with the parent.
+
+    The mask of the crossover is Bernoulli(Cr) for every scalar, from the counter-based random function of ``seed``,
+    the tensor's name and the scalar's flat offset.
+    """
+
+    parent: Recipe
+    partners: tuple[Recipe, ...]
+    strategy: str
+    F: float
+    Cr: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "F", _number(self.F))
+        object.__setattr__(self, "Cr", _number(self.Cr))
+
+    @property
+    def inputs(self) -> tuple[Recipe, ...]:  # type: ignore[override]  # derived here, stored in the other nodes
+        return (self.parent, *self.partners)
+
+    def form(self) -> list[Any]:
+        return ["cross", [i.id for i in self.inputs], self.strategy, self.F, self.Cr, self.seed]
+
+
+Recipe = Expert | Merge | Cross
+
+
+def ancestors(recipe: Recipe) -> Iterator[Recipe]:
+    """Every node of the recipe once, inputs before the nodes that use them, the recipe itself last."""
+    seen: set[str] = set()
+    stack: list[tuple[Recipe, bool]] = [(recipe, False)]
+    while stack:  # no recursion: a lineage can be thousands of generations deep
+        node, expanded = stack.pop()
+        if expanded:
+            yield node
+        elif node.id not in seen:
+            seen.add(node.id)
+            stack.append((node, True))
+            below = (*node.inputs, node.base) if isinstance(node, Merge) else node.inputs
+            stack.extend((i, False) for i in reversed(below))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as JSON: its nodes in order, each input an index, so that the size grows with nodes, not paths."""
+    index: dict[str, int] = {}
+    program: list[list[Any]] = []
+    for node in ancestors(recipe):
+        refs = [index[i.id] for i in node.inputs]
+        if isinstance(node, Expert):
+            entry: list[Any] = ["expert", node.name, node.digest]
+        elif isinstance(node, Merge):
+            entry = ["merge", node.method, refs, index[node.base.id], [r.form() for r in node.rules]]
+        else:
+            entry = ["cross", refs, node.strategy, node.F, node.Cr, node.seed]
+        index[node.id] = len(program)
+        program.append(entry)
+    return canonical_json(program)
+
+
+def load_recipe(text: str) -> Recipe:
+    """The inverse of ``dump_recipe``.
+
+    Raises ValueError where the text is not a recipe.
+    """
+    nodes: list[Recipe] = []
+    try:
+        for kind, *rest in json.loads(text):
+            if kind == "expert":
+                nodes.append(Expert(*rest))
+            elif kind == "merge":
+                method, refs, base, rules = rest
+                anchor = nodes[base]
+                if not isinstance(anchor, Expert):
+                    raise ValueError("the base of a merge must be an expert")
+                nodes.append(
+                    Merge(method, tuple(nodes[i] for i in refs), anchor, tuple(Rule.from_form(r) for r in rules))
+                )
+            elif kind == "cross":
+                refs, strategy, f, cr, seed = rest
+                nodes.append(Cross(nodes[refs[0]], tuple(nodes[i] for i in refs[1:]), strategy, f, cr, seed))
+            else:
+                raise ValueError(f"unknown kind of node {kind!r}")
+        return nodes[-1]
+    except (TypeError, IndexError, KeyError) as error:
+        raise ValueError(f"not a recipe: {error}") from error
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One dimension of a search space: a number between ``low`` and ``high``, on a log scale where ``log`` is set."""
+
+    name: str
+    low: float
+    high: float
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe that somebody proposed.
+
+    ``number`` counts the proposals of a stage from 0. ``bar``, where given, is the score that the candidate has to
+    exceed: an evaluation may stop as soon as it no longer can.
+    """
+
+    number: int
+    recipe: Recipe
+    proposer: str
+    parents: tuple[str, ...] = ()
+    bar: float | None = None
+    stage: Stage = "search"
+    label: str = ""
+
+    @property
+    def split(self) -> Split:
+        """Which items it is scored on: only the last stage ever sees the report set."""
+        return "report" if self.stage == "report" else "dev"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a candidate scored, higher being better.
+
+    ``items`` are the scores of the split's items in the run's fixed order; fewer than all of them (``complete`` is
+    False) when the evaluation stopped early. ``score`` is then None, and ``bound`` is what the score could at most
+    have been. A failed evaluation has a ``reason`` and no score. ``reused`` names results that cost nothing, as the
+    same recipe had been scored before.
+    """
+
+    number: int
+    recipe_id: str
+    status: Literal["ok", "failed"]
+    score: float | None = None
+    bound: float | None = None
+    complete: bool = False
+    items: tuple[float, ...] = ()
+    tasks: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""
+    worker: str = ""
+    reused: bool = False
+    stage: Stage = "search"
+
+    @property
+    def cost(self) -> int:
+        """Items that were scored for this result."""
+        return 0 if self.reused else len(self.items)
+
+    def decides(self, bar: float | None) -> bool:
+        """Whether this result answers the question 'what is the score' or, given a bar, 'is it above the bar'."""
+        return self.status == "failed" or self.complete or (bar is not None and (self.bound or 0.0) <= bar)
+
+    def beats(self, bar: float) -> bool:
+        """Whether the score is known to be strictly above ``bar``."""
+        return self.score is not None and self.score > bar

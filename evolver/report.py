@@ -1,0 +1,295 @@
+"""The report of a run: a verdict in one sentence, and what it rests on. Reads results only."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from evolver.config import Config
+from evolver.evaluation.scoring import Scale
+from evolver.folder import write_text
+from evolver.records import Candidate, Recipe, Result, dump_recipe
+
+RESAMPLES = 9999
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A model that was scored on the report set: its dev result and its report result."""
+
+    label: str
+    recipe: Recipe
+    dev: Result
+    report: Result
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that a report says of a run. The winner is the last of the finalists."""
+
+    config: Config
+    finalists: tuple[Finalist, ...]
+    winning: Candidate
+    searched: tuple[tuple[Candidate, Result], ...]
+    baselines: tuple[tuple[str, Result], ...]
+    scales: Mapping[str, Scale]
+    versions: Mapping[str, str]
+
+    @property
+    def winner(self) -> Finalist:
+        return self.finalists[-1]
+
+    @property
+    def best_dev(self) -> Result:
+        return self.winner.dev
+
+    @property
+    def best_expert(self) -> Finalist:
+        """The expert with the highest report score: the hardest one to beat."""
+        experts = [f for f in self.finalists if f.label in self.config.experts]
+        return max(experts, key=lambda f: f.report.score if f.report.score is not None else -math.inf)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Winner minus another model on the same items: difference of scores, its interval, and how surprising it is."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def compare(ours: Result, theirs: Result, scale: Scale, seed: int) -> Comparison:
+    """A paired comparison of two results on the report set.
+
+    Each item adds weight / (items of its task) times the difference of the two scores, so the sum is the difference of
+    the scores. The interval is a 95 % percentile bootstrap over items within tasks; p is that of a two-sided
+    sign-flip permutation test (Fisher's randomisation test for paired data).
+    """
+    share = _shares(scale)
+    each = share * (np.asarray(ours.items) - np.asarray(theirs.items))  # (items,)
+    rng = np.random.default_rng(seed)
+    resampled = np.zeros(RESAMPLES)
+    for task in sorted(set(scale.tasks)):
+        of_task = each[np.asarray(scale.tasks) == task]
+        resampled += rng.choice(of_task, size=(RESAMPLES, len(of_task))).sum(1)
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    moved = each[each != 0]
+    if len(moved) == 0:
+        return Comparison(0.0, 0.0, 0.0, 1.0)
+    test = stats.permutation_test(
+        (moved,), np.sum, permutation_type="samples", n_resamples=RESAMPLES, rng=rng, vectorized=True
+    )
+    return Comparison(math.fsum(each), float(low), float(high), float(test.pvalue))
+
+
+def interval(result: Result, scale: Scale, seed: int) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of a score, over items within tasks."""
+    share, items = _shares(scale), np.asarray(result.items)
+    rng = np.random.default_rng(seed)
+    total = np.zeros(RESAMPLES)
+    for task in sorted(set(scale.tasks)):
+        of_task = (share * items)[np.asarray(scale.tasks) == task]
+        total += rng.choice(of_task, size=(RESAMPLES, len(of_task))).sum(1)
+    low, high = np.quantile(total, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def verdict(outcome: Outcome) -> str:
+    """One plain sentence: did the search make a better model than the best expert, and how sure can one be?"""
+    if outcome.winner.report.score is None or outcome.best_expert.report.score is None:
+        return "No verdict: the winner or an expert could not be scored on the report set."
+    against = compare(outcome.winner.report, outcome.best_expert.report, outcome.scales["report"], outcome.config.seed)
+    n = len(outcome.scales["report"].tasks)
+    points, low, high = (100 * v for v in (against.difference, against.low, against.high))
+    numbers = f"{points:+.1f} points on {n} report items, 95 % interval {low:+.1f} to {high:+.1f}, p = {against.p:.3g}"
+    name = outcome.best_expert.label
+    if against.difference <= 0:
+        return f"No improvement: the winner does not beat the best expert, {name} ({numbers})."
+    if against.p >= LEVEL:
+        return f"No clear improvement: the winner is ahead of the best expert, {name}, by less than noise ({numbers})."
+    return f"Improvement: the winner beats the best expert, {name} ({numbers})."
+
+
+def write_report(folder: Path, outcome: Outcome, agreement: Mapping[str, int]) -> None:
+    """Write ``report.md`` and ``curve.png``."""
+    picture = folder / "curve.png"
+    temporary = picture.with_name(".curve.tmp")
+    temporary.write_bytes(_curve(outcome))
+    temporary.replace(picture)
+    sections = [
+        f"# {outcome.config.run}",
+        f"**{verdict(outcome)}**",
+        _table(outcome),
+        _against_others(outcome),
+        "![best dev score against scored items](curve.png)",
+        _winner_section(outcome, agreement),
+        _cost(outcome),
+        _failures(outcome),
+        _provenance(outcome),
+    ]
+    write_text(folder / "report.md", "\n\n".join(s for s in sections if s) + "\n")
+
+
+def model_card(outcome: Outcome) -> str:
+    """The README of the exported model."""
+    config = outcome.config
+    parents = "\n".join(f"- {location}" for location in [config.model.base, *config.experts.values()])
+    lines = ["Merged models", "", f"- base: `{config.model.base}`"]
+    lines += [f"- {name}: `{location}`" for name, location in config.experts.items()]
+    return f"""---
+base_model:
+{parents}
+library_name: transformers
+tags:
+- merge
+- evolver
+---
+# {config.run}
+
+A merge of fine-tunes of one base, found by Evolver ({config.search["algorithm"]}) without training.
+
+{verdict(outcome)}
+
+{_table(outcome)}
+
+{chr(10).join(lines)}
+
+The licences of all parents apply. The exact recipe is in `recipe.json`; weights are rebuilt from it bit for bit.
+"""
+
+
+def _shares(scale: Scale) -> np.ndarray[Any, np.dtype[np.float64]]:
+    counts = {t: scale.tasks.count(t) for t in set(scale.tasks)}
+    total = math.fsum(scale.weights.values())
+    return np.asarray([scale.weights[t] / total / counts[t] for t in scale.tasks])
+
+
+def _table(outcome: Outcome) -> str:
+    tasks = list(outcome.scales["report"].weights)
+    head = ["model", "dev", "report", "95 % interval", *tasks]
+    rows = [_row(f, outcome, tasks) for f in outcome.finalists]
+    sizes = f"Dev: {len(outcome.scales['dev'].tasks)} items, the only ones that the search saw. "
+    sizes += f"Report: {len(outcome.scales['report'].tasks)} other items, scored once. Tasks: report means."
+    return markdown_table(head, rows) + "\n\n" + sizes
+
+
+def _row(finalist: Finalist, outcome: Outcome, tasks: Sequence[str]) -> list[str]:
+    name = f"**{finalist.label}**" if finalist.label == "winner" else finalist.label
+    if finalist.report.score is None:
+        return [name, _number(finalist.dev.score), f"failed: {finalist.report.reason}", "", *["" for _ in tasks]]
+    low, high = interval(finalist.report, outcome.scales["report"], outcome.config.seed)
+    means = [_number(finalist.report.tasks.get(t)) for t in tasks]
+    return [name, _number(finalist.dev.score), _number(finalist.report.score), f"{100 * low:.1f} – {100 * high:.1f}", *means]
+
+
+def _against_others(outcome: Outcome) -> str:
+    """Paired tests of the winner against everybody else."""
+    rows = []
+    for other in outcome.finalists[:-1]:
+        if other.report.score is None or outcome.winner.report.score is None:
+            continue
+        c = compare(outcome.winner.report, other.report, outcome.scales["report"], outcome.config.seed)
+        rows.append(
+            [other.label, f"{100 * c.difference:+.1f}", f"{100 * c.low:+.1f} – {100 * c.high:+.1f}", f"{c.p:.3g}"]
+        )
+    head = ["winner against", "points", "95 % interval", "p (paired permutation)"]
+    return "## Paired tests on the report set\n\n" + markdown_table(head, rows)
+
+
+def _winner_section(outcome: Outcome, agreement: Mapping[str, int]) -> str:
+    candidate = outcome.winning
+    same = f"{agreement['equal']} of {agreement['items']}"
+    return (
+        "## The winner\n\n"
+        f"Candidate {candidate.number} of {len(outcome.searched)}, proposed by `{candidate.proposer}`, recipe "
+        f"`{candidate.recipe.id}` ({len(dump_recipe(candidate.recipe))} bytes, in `recipe.json`). The folder `best/`, "
+        f"loaded anew and scored on the dev items, gives the ledger's score on {same} items."
+    )
+
+
+def _cost(outcome: Outcome) -> str:
+    results = [r for _, r in outcome.searched]
+    fresh = [r for r in results if not r.reused and r.status == "ok"]
+    full = len(outcome.scales["dev"].tasks)
+    rows = [
+        ["candidates", str(len(results))],
+        ["of these known already, at no cost", str(sum(r.reused for r in results))],
+        ["of these stopped early", str(sum(not r.complete for r in fresh))],
+        ["items scored", str(sum(r.cost for r in results))],
+        ["items saved by stopping early", str(sum(full - len(r.items) for r in fresh))],
+        ["seconds of evaluation", f"{math.fsum(r.seconds.get('total', 0.0) for r in fresh):.1f}"],
+        ["seconds a candidate, median", f"{_median(r.seconds.get('total', 0.0) for r in fresh):.2f}"],
+    ]
+    return "## What the search cost\n\n" + markdown_table(["", ""], rows)
+
+
+def _failures(outcome: Outcome) -> str:
+    failed = [(c, r) for c, r in outcome.searched if r.status == "failed"]
+    if not failed:
+        return ""
+    rows = [[str(c.number), r.reason] for c, r in failed]
+    return "## Failed candidates\n\n" + markdown_table(["candidate", "reason"], rows)
+
+
+def _provenance(outcome: Outcome) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in outcome.versions.items())
+    return (
+        "## How to reproduce\n\n"
+        f"`python evolve.py config.yaml` with the configuration beside this file, seed {outcome.config.seed}. "
+        f"Versions: {versions}. The same configuration gives the same candidates and the same winner, with one worker "
+        "or many, interrupted or not; in bfloat16 on a CPU this holds on processors that compute alike."
+    )
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _median(values: Iterable[float]) -> float:
+    found = list(values)
+    return float(np.median(found)) if found else 0.0
+
+
+def _curve(outcome: Outcome) -> bytes:
+    """Best dev score of the search against items scored, with the plain models as lines."""
+    from matplotlib.figure import Figure
+
+    spent, best, xs, ys = 0, -math.inf, [0], [math.nan]
+    points: list[tuple[int, float]] = []
+    for _, result in outcome.searched:
+        spent += result.cost
+        if result.score is not None:
+            points.append((spent, result.score))
+            best = max(best, result.score)
+        xs.append(spent)
+        ys.append(best if best > -math.inf else math.nan)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.step(xs, ys, where="post", linewidth=2, label="best so far")
+    axes.plot([x for x, _ in points], [y for _, y in points], ".", color="0.6", label="candidates scored in full")
+    for number, finalist in enumerate(outcome.finalists[:-1]):
+        if finalist.dev.score is not None:
+            axes.axhline(finalist.dev.score, linestyle="--", linewidth=1, color=f"C{number + 1}", label=finalist.label)
+    axes.set_xlabel("items scored by the search")
+    axes.set_ylabel("dev score")
+    axes.set_title(outcome.config.run)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    return picture.getvalue()

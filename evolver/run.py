@@ -1,0 +1,242 @@
+"""A run from end to end: puts the parts together, and goes on where an earlier call of it stopped."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evolver.config import FREE_KEYS, Config, Model, check_section, expand, load
+from evolver.errors import BadInput, nearest
+from evolver.evaluation.base import Tasks, load_tasks
+from evolver.evaluation.live import LiveModel, default_device
+from evolver.export import export
+from evolver.folder import RunFolder, write_text
+from evolver.ledger import Ledger
+from evolver.loop import Pool, evolve
+from evolver.merging import methods
+from evolver.merging.genome import Genome, genome
+from evolver.merging.materialise import Materialiser
+from evolver.progress import Display
+from evolver.records import Candidate, Expert, Merge, Recipe, Result, Rule, Split, dump_recipe
+from evolver.report import Finalist, Outcome, model_card, write_report
+from evolver.search import SEARCHES, Search
+from evolver.search.base import Setup
+from evolver.search.plain import Listed
+from evolver.worker import GIB, Opened, Plan, items_hash, open_models
+
+PoolMaker = Callable[[Plan, Split, Tasks], Pool]
+PACKAGES = ("torch", "transformers", "lm-eval", "optuna", "safetensors", "numpy", "ray")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked configuration with everything opened that a run stands on."""
+
+    config: Config
+    file: str
+    opened: Opened
+    tasks: Tasks
+    plan: Plan
+    base: Expert
+    experts: tuple[Expert, ...]
+    search: Search
+    identity: Mapping[str, Any]
+
+
+def prepare(file: str) -> Prepared:
+    """Check a configuration: all that can be known from headers and task files, before any candidate is built.
+
+    Raises BadInput, one sentence with file, key and remedy.
+    """
+    config = load(file)
+    algorithm, settings = _algorithm(config, file)
+    try:
+        opened = open_models(config)
+        workshop = _Workshop(config, opened)
+        setup = Setup(workshop.experts, workshop.base, config.seed, config.budget, workshop, config.evaluation.early_stopping)
+        search = SEARCHES[algorithm].build(setup, settings)
+        tasks = load_tasks(config)
+    except BadInput as error:
+        raise BadInput(f"{file}: {error}") from error
+    items: dict[Split, str] = {"dev": items_hash(tasks, "dev"), "report": items_hash(tasks, "report")}
+    plan = Plan(config, workshop.digests, items)
+    identity = _identity(config, settings.model_dump(), plan)
+    return Prepared(config, file, opened, tasks, plan, workshop.base, workshop.experts, search, identity)
+
+
+def run(file: str, results: Path, make_pool: PoolMaker, display: Display) -> Path:
+    """Run a configuration, or the rest of it, and return the run's folder.
+
+    Raises BadInput for anything that the user has to mend.
+    """
+    prepared = prepare(file)
+    folder = RunFolder(results / prepared.config.run, prepared.identity, Path(file).read_text())
+    ledger = Ledger(folder.path / "ledger", folder.owner)
+    try:
+        for warning in ledger.warnings:
+            display.say(f"warning: {warning}")
+        outcome = _stages(prepared, ledger, make_pool, display)
+        _finish(prepared, folder, outcome, display)
+    finally:
+        ledger.close()
+    return folder.path
+
+
+def _stages(prepared: Prepared, ledger: Ledger, make_pool: PoolMaker, display: Display) -> Outcome:
+    """Baselines, search, and the finalists on the report set."""
+    history: list[tuple[Candidate, Result]] = []
+
+    def watch(candidate: Candidate, result: Result) -> None:
+        history.append((candidate, result))
+        display.result(candidate, result)
+
+    plain = Listed(_baselines(prepared), "baseline")
+    pool = make_pool(prepared.plan, "dev", prepared.tasks)
+    try:
+        display.stage("baselines", plain.total)
+        evolve(plain, pool, ledger, watch)
+        display.stage("search", prepared.search.total)
+        evolve(prepared.search, pool, ledger, watch)
+    finally:
+        pool.close()
+    winner = _winner(history)
+    finalists = _finalists(prepared, plain, winner)
+    listed = Listed([(label, recipe) for label, recipe, _ in finalists], "report")
+    pool = make_pool(prepared.plan, "report", prepared.tasks)
+    try:
+        display.stage("report", listed.total)
+        evolve(listed, pool, ledger, watch)
+    finally:
+        pool.close()
+    rows = tuple(Finalist(label, recipe, dev, listed.results[label]) for label, recipe, dev in finalists)
+    searched = tuple(sorted(((c, r) for c, r in history if c.stage == "search"), key=lambda pair: pair[0].number))
+    scales = {s: prepared.tasks.scale(s) for s in ("dev", "report")}
+    return Outcome(prepared.config, rows, winner[0], searched, tuple(plain.results.items()), scales, _versions())
+
+
+def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Display) -> None:
+    """Write the best model, check it by loading and scoring it anew, and write the report."""
+    best, winner = folder.path / "best", outcome.winner
+    recipe_file = folder.path / "recipe.json"
+    text = dump_recipe(winner.recipe)
+    checked = folder.path / "best.json"
+    if not (checked.exists() and recipe_file.exists() and recipe_file.read_text() == text and best.exists()):
+        display.say(f"writing the best model to {best}")
+        export(winner.recipe, _materialiser(prepared), best, model_card(outcome))
+        agreement = _score_again(prepared, best, outcome)
+        write_text(recipe_file, text)
+        write_text(checked, json.dumps(agreement))
+    write_report(folder.path, outcome, json.loads(checked.read_text()))
+    display.say(f"report: {folder.path / 'report.md'}")
+
+
+def _score_again(prepared: Prepared, best: Path, outcome: Outcome) -> dict[str, int]:
+    """Load the exported folder as any user would and score it on the dev items: do they say what the ledger says?"""
+    config = prepared.config
+    torch.set_num_threads(config.evaluation.threads)
+    settings = Model(base=str(best), kind=config.model.kind, dtype=config.model.dtype)
+    live = LiveModel(settings, best, [], default_device())
+    recorded = outcome.best_dev.items
+    scorer = prepared.tasks.scorer(live, "dev")
+    block = config.evaluation.block_items
+    fresh = [v for s in range(0, len(recorded), block) for v in scorer.score(s, min(s + block, len(recorded)))]
+    return {"items": len(recorded), "equal": sum(a == b for a, b in zip(recorded, fresh, strict=True))}
+
+
+def _algorithm(config: Config, file: str) -> tuple[str, Any]:
+    name = config.search["algorithm"]
+    if name not in SEARCHES:
+        raise BadInput(f"{file}: search.algorithm: unknown search {name!r}; {nearest(name, SEARCHES)}")
+    return name, check_section(SEARCHES[name].settings, config.search, file, "search.")
+
+
+def _identity(config: Config, search: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """What makes two calls the same run: contents of models and items, not where they lie."""
+    identity: dict[str, Any] = config.model_dump(mode="json", exclude=set(FREE_KEYS))
+    identity["search"] = dict(search)
+    identity["model"]["base"] = plan.digests["base"]
+    identity["experts"] = {n: plan.digests[n] for n in config.experts}
+    identity["items"] = dict(plan.items)
+    identity["evaluation"].pop("include_path")
+    return identity
+
+
+def _baselines(prepared: Prepared) -> list[tuple[str, Recipe]]:
+    """Base, experts, simple average, and task arithmetic with equal weights at every mass of the configuration."""
+    experts, base = prepared.experts, prepared.base
+    out: list[tuple[str, Recipe]] = [("base", base), *((e.name, e) for e in experts)]
+    out.append(("average", Merge("simple", experts, base)))
+    for mass in prepared.config.baselines.masses:
+        values = {"weight": (1.0 / len(experts),) * len(experts), "lambda": mass, "normalize": False}
+        out.append((f"task_arithmetic@{mass:g}", Merge("task_arithmetic", experts, base, (Rule.of(values),))))
+    return out
+
+
+def _winner(history: Sequence[tuple[Candidate, Result]]) -> tuple[Candidate, Result]:
+    """The candidate of the search with the highest dev score, the earliest of equals."""
+    complete = [(c, r) for c, r in history if c.stage == "search" and r.score is not None]
+    if not complete:
+        reasons = sorted({r.reason for _, r in history if r.status == "failed"})
+        raise BadInput(f"search: no candidate could be scored ({reasons[0] if reasons else 'none was proposed'}).")
+    return max(complete, key=lambda pair: (pair[1].score or -math.inf, -pair[0].number))
+
+
+def _finalists(
+    prepared: Prepared, plain: Listed, winner: tuple[Candidate, Result]
+) -> list[tuple[str, Recipe, Result]]:
+    """What is scored on the report set: winner, base, every expert, average, and task arithmetic as tuned on dev."""
+    recipes = dict(_baselines(prepared))
+    tuned = [n for n in recipes if n.startswith("task_arithmetic@")]
+    best = max(tuned, key=lambda n: plain.results[n].score or -math.inf)
+    names = [n for n in recipes if n not in tuned or n == best]
+    rows = [(n, recipes[n], plain.results[n]) for n in names]
+    return [*rows, ("winner", winner[0].recipe, winner[1])]
+
+
+def _materialiser(prepared: Prepared) -> Materialiser:
+    config, opened = prepared.config, prepared.opened
+    dtype = None if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+    sources = {prepared.plan.digests[n]: s for n, s in {"base": opened.base, **opened.experts}.items()}
+    return Materialiser(opened.base, sources, dtype, int(config.pool.cache_gb * GIB))
+
+
+def _versions() -> dict[str, str]:
+    return {p: importlib.metadata.version(p) for p in PACKAGES}
+
+
+class _Workshop:
+    """The making half, as the algorithms see it."""
+
+    def __init__(self, config: Config, opened: Opened) -> None:
+        self.digests = opened.digests()
+        self.base = Expert("base", self.digests["base"])
+        self.experts = tuple(Expert(n, self.digests[n]) for n in config.experts)
+        self._layers = opened.base.layers()
+
+    def space(
+        self, method: str, groups: int, tune: Sequence[str] | None, settings: Mapping[str, Any]
+    ) -> Genome:
+        found = methods.get(method, "search.method")
+        return genome(found, self.experts, self.base, self._layers, groups, tune, settings, "search")
+
+    def merger(self, settings: Mapping[str, Any]) -> Callable[[Sequence[Recipe]], Recipe]:
+        given = dict(settings)
+        method = methods.get(str(given.pop("method", "simple")), "search.merger.method")
+        values = method.complete(given, len(self.experts), "search.merger")
+        rules = (Rule.of(values),) if values else ()
+        return lambda members: Merge(method.name, tuple(members), self.base, rules)
+
+
+def results_root(given: str | None, in_ray_job: bool) -> Path:
+    """Where runs are kept: what was given, else ./results, else (in a Ray job, whose folder is a copy that vanishes)
+    ``~/evolver-results``."""
+    if given:
+        return Path(expand(given)).absolute()
+    return Path.home() / "evolver-results" if in_ray_job else Path("results").absolute()

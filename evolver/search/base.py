@@ -1,0 +1,156 @@
+"""The protocol of a search, its laws, and the registry of algorithms.
+
+Laws, which the tests hold every search to:
+1. ``ask`` never blocks. It returns at most n candidates, and fewer (none, too) while it has to wait for results.
+2. ``tell`` takes results one by one, in any order, failures included, and never changes what it is given.
+3. The k-th candidate depends on the settings, the seed and the results of the candidates that it waits for, and on
+   nothing else: not on timing, not on the number of workers. Replaying the results replays the search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from evolver.config import Budget, Section
+from evolver.records import Candidate, Expert, Knob, Recipe, Result
+
+
+class Search(Protocol):
+    """Anything that proposes candidates."""
+
+    def ask(self, n: int) -> list[Candidate]: ...
+    def tell(self, result: Result) -> None: ...
+
+    @property
+    def done(self) -> bool:
+        """No further candidate will come, whatever is told."""
+        ...
+
+    @property
+    def total(self) -> int | None:
+        """The number of candidates to come in all, where it is known."""
+        ...
+
+
+class Space(Protocol):
+    """A search space of recipes, as the coefficient searches see it."""
+
+    @property
+    def knobs(self) -> tuple[Knob, ...]: ...
+    def decode(self, values: Mapping[str, float]) -> Recipe: ...
+    def encode_equal(self, mass: float) -> dict[str, float]: ...
+
+
+class Workshop(Protocol):
+    """What the making half offers to algorithms, with bad settings refused as BadInput."""
+
+    def space(
+        self, method: str, groups: int, tune: Sequence[str] | None, settings: Mapping[str, Any]
+    ) -> Space: ...
+
+    def merger(self, settings: Mapping[str, Any]) -> Callable[[Sequence[Recipe]], Recipe]: ...
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every algorithm is built from."""
+
+    experts: tuple[Expert, ...]
+    base: Expert
+    seed: int
+    budget: Budget
+    workshop: Workshop
+    early_stopping: bool = True
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A registered search: its settings, and how it is built from them."""
+
+    name: str
+    settings: type[Section]
+    build: Callable[[Setup, Any], Search]
+
+
+SEARCHES: dict[str, Algorithm] = {}
+SettingsType = TypeVar("SettingsType", bound=Section)
+
+
+def algorithm(name: str, settings: type[SettingsType]) -> Callable[[Any], Any]:
+    """Register a search under ``name``; it is built as ``search(setup, settings)``."""
+
+    def register(build: Any) -> Any:
+        SEARCHES[name] = Algorithm(name, settings, build)
+        return build
+
+    return register
+
+
+class Ordered:
+    """A search whose candidates are a sequence: each is proposed after a fixed number of results, told in order.
+
+    An algorithm writes three methods. ``waits_for(k)`` is how many results the k-th candidate is proposed on,
+    ``propose(k)`` the candidate itself, ``learn(candidate, result)`` what a result teaches; results arrive there in
+    the order of the candidates, whatever the order in which they were told. So law 3 holds by construction.
+    """
+
+    def __init__(self, setup: Setup, limit: int | None = None) -> None:
+        self.setup = setup
+        self.limit = limit
+        self._asked: list[Candidate] = []
+        self._told: dict[int, Result] = {}
+        self._learnt = 0
+        self._items = 0
+
+    def waits_for(self, k: int) -> int:
+        """How many results, of candidates 0 … n-1, candidate ``k`` is proposed on; never less than for k-1."""
+        raise NotImplementedError  # every algorithm says its own
+
+    def propose(self, k: int) -> Candidate:
+        """Candidate number ``k``."""
+        raise NotImplementedError  # every algorithm says its own
+
+    def learn(self, candidate: Candidate, result: Result) -> None:
+        """Take in the next result."""
+        raise NotImplementedError  # every algorithm says its own
+
+    @property
+    def total(self) -> int | None:
+        limits = [n for n in (self.limit, self.setup.budget.candidates) if n is not None]
+        return min(limits) if limits else None
+
+    @property
+    def done(self) -> bool:
+        return self._spent() and self._learnt == len(self._asked)
+
+    def ask(self, n: int) -> list[Candidate]:
+        out: list[Candidate] = []
+        while len(out) < n and not self._spent():
+            k = len(self._asked)
+            if not self._learn_up_to(self.waits_for(k)) or self._spent():
+                break
+            candidate = self.propose(k)
+            self._asked.append(candidate)
+            out.append(candidate)
+        return out
+
+    def tell(self, result: Result) -> None:
+        self._told[result.number] = result
+        if self._spent():
+            self._learn_up_to(len(self._asked))  # nothing more will be asked: whatever comes may be learnt
+
+    def _learn_up_to(self, count: int) -> bool:
+        while self._learnt < count and self._learnt in self._told:
+            result = self._told.pop(self._learnt)
+            self._items += result.cost
+            self.learn(self._asked[self._learnt], result)
+            self._learnt += 1
+        return self._learnt >= count
+
+    def _spent(self) -> bool:
+        budget = self.setup.budget
+        return (self.total is not None and len(self._asked) >= self.total) or (
+            budget.items is not None and self._items >= budget.items
+        )

@@ -1,0 +1,116 @@
+"""Optuna's samplers over merge coefficients: total mass and simplex weights, for the model or for layer groups.
+
+The study lives in memory and is rebuilt by replay; it is only ever told results in the order of the candidates. For
+TPE, candidate k knows all results but the last ``in_flight - 1``, so that as many workers can be busy; for CMA-ES, a
+generation of ``population`` candidates knows all generations before it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any, Literal
+
+import optuna
+from pydantic import Field
+
+from evolver.config import Section
+from evolver.records import Candidate, Knob, Result
+from evolver.search.base import Ordered, Setup, Space, algorithm
+
+
+class CoefficientSettings(Section):
+    """Which coefficients are searched; shared by all of Optuna's samplers."""
+
+    method: str = Field("task_arithmetic", description="merge method")
+    layer_groups: int = Field(1, ge=1, description="groups of layers with coefficients of their own; 1: whole model")
+    tune: list[str] | None = Field(None, description="settings to tune; default: total mass and simplex weights")
+    settings: dict[str, Any] = Field(default_factory=dict, description="settings of the method that stay fixed")
+
+
+class TPESettings(CoefficientSettings):
+    """Settings of the tree-structured Parzen estimator."""
+
+    algorithm: Literal["tpe"]
+    startup: int = Field(10, ge=1, description="candidates drawn at random before the model is used")
+    in_flight: int = Field(1, ge=1, description="candidates that may be evaluated at the same time")
+
+
+class CMAESSettings(CoefficientSettings):
+    """Settings of CMA-ES."""
+
+    algorithm: Literal["cmaes"]
+    population: int | None = Field(None, ge=2, description="candidates of a generation; default 4 + 3 ln(dimensions)")
+    sigma: float | None = Field(None, gt=0, description="first step size; default a sixth of the range")
+
+
+class Coefficients(Ordered):
+    """A search over named numbers by one of Optuna's samplers."""
+
+    def __init__(self, setup: Setup, space: Space, sampler: optuna.samplers.BaseSampler, name: str) -> None:
+        super().__init__(setup)
+        self.space, self.name = space, name
+        optuna.logging.set_verbosity(logging.WARNING)
+        self.study = optuna.create_study(direction="maximize", sampler=sampler)
+        # The equal-weights merge at the mass of an average is what every search can know without looking.
+        self.study.enqueue_trial(space.encode_equal(mass=1.0))
+        self._trials: dict[int, optuna.trial.Trial] = {}
+        self._distributions = {k.name: _distribution(k) for k in space.knobs}
+
+    def propose(self, k: int) -> Candidate:
+        trial = self.study.ask(self._distributions)
+        self._trials[k] = trial
+        return Candidate(k, self.space.decode(trial.params), self.name)
+
+    def learn(self, candidate: Candidate, result: Result) -> None:
+        trial = self._trials.pop(candidate.number)
+        if result.score is None:
+            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        else:
+            self.study.tell(trial, result.score)
+
+
+@algorithm("tpe", TPESettings)
+class TPE(Coefficients):
+    """Tree-structured Parzen estimator (Watanabe 2023, arXiv 2304.11127), multivariate, with constant liar."""
+
+    def __init__(self, setup: Setup, settings: TPESettings) -> None:
+        sampler = optuna.samplers.TPESampler(
+            seed=setup.seed, n_startup_trials=settings.startup, multivariate=True, constant_liar=settings.in_flight > 1
+        )
+        super().__init__(setup, _space(setup, settings), sampler, "tpe")
+        self.in_flight = settings.in_flight
+
+    def waits_for(self, k: int) -> int:
+        return max(0, k - self.in_flight + 1)
+
+
+@algorithm("cmaes", CMAESSettings)
+class CMAES(Coefficients):
+    """Covariance matrix adaptation (Hansen 2016, arXiv 1604.00772), a generation at a time."""
+
+    def __init__(self, setup: Setup, settings: CMAESSettings) -> None:
+        space = _space(setup, settings)
+        dimensions = len(space.knobs)
+        self.population = settings.population or default_population(dimensions)
+        sampler = optuna.samplers.CmaEsSampler(
+            seed=setup.seed, popsize=self.population, sigma0=settings.sigma, n_startup_trials=1
+        )
+        super().__init__(setup, space, sampler, "cmaes")
+
+    def waits_for(self, k: int) -> int:
+        # Candidate 0 is the enqueued start, which is outside the generations.
+        return 0 if k == 0 else 1 + (k - 1) // self.population * self.population
+
+
+def default_population(dimensions: int) -> int:
+    """4 + ⌊3 ln d⌋ (Hansen 2016, table 1)."""
+    return 4 + math.floor(3 * math.log(dimensions))
+
+
+def _space(setup: Setup, settings: CoefficientSettings) -> Space:
+    return setup.workshop.space(settings.method, settings.layer_groups, settings.tune, settings.settings)
+
+
+def _distribution(knob: Knob) -> optuna.distributions.FloatDistribution:
+    return optuna.distributions.FloatDistribution(knob.low, knob.high, log=knob.log)

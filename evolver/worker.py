@@ -1,0 +1,147 @@
+"""A worker: recipe → live model → scores. The only place where an exception becomes a result."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from evolver.config import Config
+from evolver.errors import BadInput
+from evolver.evaluation.base import Tasks, load_tasks
+from evolver.evaluation.live import LiveModel, default_device
+from evolver.merging.materialise import Materialiser
+from evolver.merging.weights import Checkpoint, Source, digests, open_base, open_expert
+from evolver.records import Candidate, Result, Split, content_hash
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a worker needs to know to be built anywhere: paths and numbers, no tensors.
+
+    ``digests`` are those of the base and of every expert, ``items`` the hash of the items of both splits; a worker
+    that finds other weights or other items where it runs refuses to work.
+    """
+
+    config: Config
+    digests: dict[str, str]
+    items: dict[Split, str]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Base and experts, opened, by name."""
+
+    base: Checkpoint
+    experts: dict[str, Source]
+
+    def digests(self) -> dict[str, str]:
+        return digests({"base": self.base, **self.experts})
+
+
+def open_models(config: Config) -> Opened:
+    """Open the base and every expert; only headers are read.
+
+    Raises BadInput for what is no usable checkpoint of the base's family.
+    """
+    base = open_base(config.model.base)
+    experts: dict[str, Source] = {n: open_expert(p, base, f"experts.{n}") for n, p in config.experts.items()}
+    return Opened(base, experts)
+
+
+def items_hash(tasks: Tasks, split: Split) -> str:
+    """One hash for the items of a split in their order."""
+    return content_hash([[i.task, i.hash] for i in tasks.items.of(split)])
+
+
+class Worker:
+    """Owns one device: the opened experts, the resident population and one live model.
+
+    Args:
+        plan: what to be.
+        split: which items this worker scores; those of the other split it never prepares.
+        name: who it is, for the ledger.
+        tasks: the tasks, where this process has loaded them already.
+    """
+
+    def __init__(self, plan: Plan, split: Split, name: str = "local", tasks: Tasks | None = None) -> None:
+        config = plan.config
+        self.name, self.block = name, config.evaluation.block_items
+        torch.set_num_threads(config.evaluation.threads)
+        device = default_device()
+        opened = open_models(config)
+        if opened.digests() != plan.digests:
+            raise BadInput(f"experts: worker {name} finds other weights than the driver under the same paths; share one folder.")
+        tasks = tasks or load_tasks(config)
+        if items_hash(tasks, split) != plan.items[split]:
+            raise BadInput(f"evaluation.tasks: worker {name} finds other items than the driver; share one data folder.")
+        dtype = None if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+        sources = {plan.digests[n]: s for n, s in {"base": opened.base, **opened.experts}.items()}
+        cache = int(config.pool.cache_gb * GIB)
+        self.materialiser = Materialiser(opened.base, sources, dtype, cache, device)
+        self.live = LiveModel(config.model, opened.base.path, opened.base.names(), device)
+        self.scale = tasks.scale(split)
+        self.scorer = tasks.scorer(self.live, split)
+
+    def evaluate(self, candidate: Candidate) -> Result:
+        """Score a candidate; whatever goes wrong becomes a result with its reason."""
+        seconds = {"materialise": 0.0, "forward": 0.0, "total": 0.0}
+        began = time.perf_counter()
+        try:
+            self.live.write(self.materialiser.stream(candidate.recipe))
+            seconds["materialise"] = time.perf_counter() - began
+            items = self._score(candidate.bar)
+            seconds["forward"] = time.perf_counter() - began - seconds["materialise"]
+            return self._result(candidate, items, seconds, began)
+        except Exception as error:
+            seconds["total"] = time.perf_counter() - began
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            return Result(
+                candidate.number, candidate.recipe.id, "failed", reason=reason, seconds=seconds,
+                worker=self.name, stage=candidate.stage,
+            )  # fmt: skip
+
+    def _score(self, bar: float | None) -> list[float]:
+        """Per-item scores, block by block, until the candidate can no longer get over the bar."""
+        items: list[float] = []
+        count = len(self.scale.tasks)
+        for start in range(0, count, self.block):
+            items += self.scorer.score(start, min(count, start + self.block))
+            if bar is not None and self.scale.bound(items) <= bar:
+                break
+        return items
+
+    def _result(self, candidate: Candidate, items: list[float], seconds: dict[str, float], began: float) -> Result:
+        complete = len(items) == len(self.scale.tasks)
+        score = self.scale.score(items) if complete else None
+        bound = score if complete else self.scale.bound(items)
+        seconds["total"] = time.perf_counter() - began
+        return Result(
+            candidate.number, candidate.recipe.id, "ok", score, bound, complete, tuple(items), self.scale.means(items),
+            seconds, worker=self.name, stage=candidate.stage,
+        )  # fmt: skip
+
+
+class LocalPool:
+    """Evaluates in this process, one candidate at a time; the worker is built when the first one comes."""
+
+    def __init__(self, plan: Plan, split: Split, tasks: Tasks | None = None) -> None:
+        self._make = lambda: Worker(plan, split, tasks=tasks)
+        self._worker: Worker | None = None
+        self._waiting: list[Candidate] = []
+
+    def free(self) -> int:
+        return 1 - len(self._waiting)
+
+    def submit(self, candidate: Candidate) -> None:
+        self._waiting.append(candidate)
+
+    def wait(self) -> list[Result]:
+        self._worker = self._worker or self._make()
+        return [self._worker.evaluate(self._waiting.pop(0))]
+
+    def close(self) -> None:
+        self._worker = None
