@@ -6,6 +6,7 @@ Exit status: 0 done, 2 bad input, 3 stopped with everything finished kept, 1 a f
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -60,14 +61,16 @@ def make_pool(plan: Plan, split: Split, tasks: Tasks) -> Pool:
 
 
 def connect() -> None:
-    """Join the cluster of this job or of RAY_ADDRESS, or start one of our own on the loopback, with a token."""
+    """Join the cluster of this job or of RAY_ADDRESS, or start one of our own.
+
+    One of our own has token authentication on: Ray, from 2.60 on, makes the token where there is none yet.
+    """
     import ray
 
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 
 
 def in_ray_job() -> bool:

@@ -70,7 +70,10 @@ class RayPool:
         self._actors.clear()
 
     def _send(self, candidate: Candidate, tries: int) -> None:
-        number = self._idle.pop() if self._idle else self._start()
+        if not self._idle:
+            # At the first candidate all of them, side by side; later the replacement of a dead one.
+            self._start(self.settings.num_workers - len(self._actors))
+        number = self._idle.pop()
         message = pack_candidate(candidate)
         self.bytes_sent += len(message)
         future = self._actors[number].evaluate.remote(message)
@@ -107,11 +110,13 @@ class RayPool:
     def _retire(self, number: int) -> None:
         ray.kill(self._actors.pop(number))
 
-    def _start(self) -> int:
-        number, self._started = self._started, self._started + 1
-        actor = PopulationWorker.options(**self.resources).remote(self.plan, self.split, f"ray-{number}")  # type: ignore[attr-defined]
+    def _start(self, count: int) -> None:
+        numbers = range(self._started, self._started + count)
+        self._started += count
+        options = PopulationWorker.options(**self.resources)  # type: ignore[attr-defined]
+        actors = {n: options.remote(self.plan, self.split, f"ray-{n}") for n in numbers}
         try:
-            ray.get(actor.ready.remote(), timeout=PATIENCE_SECONDS)
+            ray.get([a.ready.remote() for a in actors.values()], timeout=PATIENCE_SECONDS)
         except RayTaskError as error:
             raise _cause(error) from error
         except RayActorError as error:
@@ -120,8 +125,8 @@ class RayPool:
             raise BadInput(
                 f"pool: no worker was ready within {PATIENCE_SECONDS:.0f} s; is the cluster busy with other jobs?"
             ) from error
-        self._actors[number] = actor
-        return number
+        self._actors.update(actors)
+        self._idle.extend(reversed(numbers))
 
 
 def check_resources(wanted: dict[str, float], workers: int, offered: dict[str, float]) -> None:

@@ -94,7 +94,7 @@ class Baselines(Section):
     """The plain merges that every winner is held against."""
 
     masses: list[float] = Field(
-        [0.25, 0.5, 1.0, 1.5, 2.0],
+        default=[0.25, 0.5, 1.0, 1.5, 2.0],
         description="total masses tried on the dev set for tuned task arithmetic with equal weights",
     )
 
@@ -128,8 +128,8 @@ class Config(Section):
     search: dict[str, Any] = Field(description="algorithm and its settings")
     budget: Budget
     evaluation: Evaluation
-    baselines: Baselines = Field(default_factory=Baselines)
-    pool: Pool = Field(default_factory=Pool)
+    baselines: Baselines = Baselines()
+    pool: Pool = Pool()
 
     @field_validator("experts")
     @classmethod
@@ -228,19 +228,23 @@ def _fields_at(kind: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     for part in loc:
         if isinstance(part, int):
             continue
-        annotation = kind.model_fields[part].annotation
-        inner = getattr(annotation, "__args__", (annotation,))[0]
+        inner = _inner(kind, part)
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             return []
         kind = inner
     return list(kind.model_fields)
 
 
+def _inner(kind: type[BaseModel], field: str) -> Any:
+    """The type of a field, or of the members of a list."""
+    annotation = kind.model_fields[field].annotation
+    return getattr(annotation, "__args__", (annotation,))[0]
+
+
 def _description(kind: type[BaseModel], loc: tuple[int | str, ...]) -> str:
     *path, last = loc
     for part in path:
         if not isinstance(part, int):
-            annotation = kind.model_fields[part].annotation
-            kind = getattr(annotation, "__args__", (annotation,))[0]
+            kind = _inner(kind, part)
     field = kind.model_fields.get(str(last))
     return f"it is the {field.description}" if field and field.description else ""

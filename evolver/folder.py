@@ -38,7 +38,9 @@ class RunFolder:
             write_text(path / "config.yaml", configuration)
             write_text(frozen, json.dumps(identity, indent=1, sort_keys=True))
         except OSError as error:
-            raise BadInput(f"{path}: cannot be written ({error.strerror or error}); choose a folder that can.") from error
+            raise BadInput(
+                f"{path}: cannot be written ({error.strerror or error}); choose a folder that can."
+            ) from error
 
     def _compare(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         changed = next(differences(old, new), None)

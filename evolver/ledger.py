@@ -152,7 +152,9 @@ class Ledger:
         """One file for many. Readers prefer the wide part, so a crash between the two steps does no harm."""
         first, last = parts[0][0], parts[-1][1]
         wide = self.folder / f"part-{first:08d}-{last:08d}.parquet"
-        self._write(wide, pa.concat_tables([_table(p) for _, _, p in parts]).replace_schema_metadata({OWNER: self.owner}))
+        self._write(
+            wide, pa.concat_tables([_table(p) for _, _, p in parts]).replace_schema_metadata({OWNER: self.owner})
+        )
         for _, _, path in parts:
             path.unlink()
         self._parts = [*(p for p in self._parts if p not in parts), (first, last, wide)]

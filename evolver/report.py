@@ -189,7 +189,13 @@ def _row(finalist: Finalist, outcome: Outcome, tasks: Sequence[str]) -> list[str
         return [name, _number(finalist.dev.score), f"failed: {finalist.report.reason}", "", *["" for _ in tasks]]
     low, high = interval(finalist.report, outcome.scales["report"], outcome.config.seed)
     means = [_number(finalist.report.tasks.get(t)) for t in tasks]
-    return [name, _number(finalist.dev.score), _number(finalist.report.score), f"{100 * low:.1f} – {100 * high:.1f}", *means]
+    return [
+        name,
+        _number(finalist.dev.score),
+        _number(finalist.report.score),
+        f"{100 * low:.1f} – {100 * high:.1f}",
+        *means,
+    ]
 
 
 def _against_others(outcome: Outcome) -> str:

@@ -60,7 +60,9 @@ def prepare(file: str) -> Prepared:
     try:
         opened = open_models(config)
         workshop = _Workshop(config, opened)
-        setup = Setup(workshop.experts, workshop.base, config.seed, config.budget, workshop, config.evaluation.early_stopping)
+        setup = Setup(
+            workshop.experts, workshop.base, config.seed, config.budget, workshop, config.evaluation.early_stopping
+        )
         search = SEARCHES[algorithm].build(setup, settings)
         tasks = load_tasks(config)
     except BadInput as error:
@@ -188,9 +190,7 @@ def _winner(history: Sequence[tuple[Candidate, Result]]) -> tuple[Candidate, Res
     return max(complete, key=lambda pair: (pair[1].score or -math.inf, -pair[0].number))
 
 
-def _finalists(
-    prepared: Prepared, plain: Listed, winner: tuple[Candidate, Result]
-) -> list[tuple[str, Recipe, Result]]:
+def _finalists(prepared: Prepared, plain: Listed, winner: tuple[Candidate, Result]) -> list[tuple[str, Recipe, Result]]:
     """What is scored on the report set: winner, base, every expert, average, and task arithmetic as tuned on dev."""
     recipes = dict(_baselines(prepared))
     tuned = [n for n in recipes if n.startswith("task_arithmetic@")]
@@ -220,9 +220,7 @@ class _Workshop:
         self.experts = tuple(Expert(n, self.digests[n]) for n in config.experts)
         self._layers = opened.base.layers()
 
-    def space(
-        self, method: str, groups: int, tune: Sequence[str] | None, settings: Mapping[str, Any]
-    ) -> Genome:
+    def space(self, method: str, groups: int, tune: Sequence[str] | None, settings: Mapping[str, Any]) -> Genome:
         found = methods.get(method, "search.method")
         return genome(found, self.experts, self.base, self._layers, groups, tune, settings, "search")
 
@@ -236,7 +234,8 @@ class _Workshop:
 
 def results_root(given: str | None, in_ray_job: bool) -> Path:
     """Where runs are kept: what was given, else ./results, else (in a Ray job, whose folder is a copy that vanishes)
-    ``~/evolver-results``."""
+    ``~/evolver-results``.
+    """
     if given:
         return Path(expand(given)).absolute()
     return Path.home() / "evolver-results" if in_ray_job else Path("results").absolute()

@@ -74,7 +74,9 @@ class Worker:
         device = default_device()
         opened = open_models(config)
         if opened.digests() != plan.digests:
-            raise BadInput(f"experts: worker {name} finds other weights than the driver under the same paths; share one folder.")
+            raise BadInput(
+                f"experts: worker {name} finds other weights than the driver under the same paths; share one folder."
+            )
         tasks = tasks or load_tasks(config)
         if items_hash(tasks, split) != plan.items[split]:
             raise BadInput(f"evaluation.tasks: worker {name} finds other items than the driver; share one data folder.")

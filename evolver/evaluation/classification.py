@@ -101,5 +101,7 @@ def _label(value: Any, labels: dict[str, int], entry: TaskEntry) -> int:
     if isinstance(value, int):
         return value
     if value not in labels:
-        raise BadInput(f"evaluation: {entry.task} has the label {value!r}, which the model lacks; {nearest(value, labels)}")
+        raise BadInput(
+            f"evaluation: {entry.task} has the label {value!r}, which the model lacks; {nearest(value, labels)}"
+        )
     return labels[value]

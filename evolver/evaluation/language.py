@@ -52,7 +52,8 @@ class LanguageTasks:
     def scorer(self, model: LiveModel, split: Split) -> LanguageScorer:
         entries = {_task_of(e, split): e for e in self.settings.tasks}
         chosen = self.items.of(split)
-        lm = _Tokenising(pretrained=model.module, tokenizer=model.tokenizer, batch_size=1)
+        with _quiet():
+            lm = _Tokenising(pretrained=model.module, tokenizer=model.tokenizer, batch_size=1)
         requests: dict[Item, list[Instance]] = {}
         for name in entries:
             requests |= self._requests(name, [i for i in chosen if i.task == name], lm)

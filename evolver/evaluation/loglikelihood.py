@@ -148,13 +148,9 @@ def _batch(rows: Sequence[_Row], packed: bool, device: torch.device) -> _Batch:
             at = stop
     numbers = torch.tensor(predicted).T
     mask = visible[:, None] if packed else _not_padding(rows, width).long()
-    return _Batch(
-        *(t.to(device) for t in (ids, positions, mask)),
-        keep,
-        *(t.to(device) for t in numbers[:3]),
-        numbers[3],
-        tuple(places),
-    )
+    row, column, target = (t.to(device) for t in numbers[:3])
+    ids, positions, mask = (t.to(device) for t in (ids, positions, mask))
+    return _Batch(ids, positions, mask, keep, row, column, target, numbers[3], tuple(places))
 
 
 def _triangle(size: int) -> Tensor:

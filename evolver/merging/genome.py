@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class Genome:
         if self.groups == 1:
             return [("", Place())]
         bounds = [round(g * self.layers / self.groups) for g in range(self.groups + 1)]
-        ranges = list(zip(bounds, bounds[1:], strict=False))
+        ranges = list(itertools.pairwise(bounds))
         return [("@outside", Place(outside=True))] + [(f"@{a}-{b - 1}", Place((a, b))) for a, b in ranges]
 
 
@@ -91,7 +92,9 @@ def genome(
         tune = [n for n in ("lambda", "weight") if n in searchable]
     for name in tune:
         if name not in searchable:
-            raise BadInput(f"{place}.tune: {method.name} has nothing to tune called {name!r}; {nearest(name, searchable)}")
+            raise BadInput(
+                f"{place}.tune: {method.name} has nothing to tune called {name!r}; {nearest(name, searchable)}"
+            )
     if not tune:
         raise BadInput(f"{place}.method: {method.name} has nothing to tune; choose task_arithmetic, ties or another.")
     if not 1 <= groups <= layers:

@@ -182,7 +182,7 @@ def _cross_blocks(
 def can_compile(device: torch.device) -> bool:
     """Whether this machine can build fused kernels: a GPU with Triton, or a C++ compiler."""
     if device.type != "cpu":
-        return torch.utils._triton.has_triton()  # type: ignore[no-any-return, attr-defined]
+        return torch.utils._triton.has_triton()
     return any(shutil.which(c) for c in ("g++", "clang++", "c++"))
 
 

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -124,7 +124,7 @@ class Checkpoint:
         sha = hashlib.sha256()
         for name, info in self.headers.items():
             sha.update(f"{name} {info.dtype} {info.shape}\n".encode())
-            sha.update(self.tensor(name).contiguous().reshape(-1).view(torch.uint8).numpy())
+            sha.update(_raw(self.tensor(name)))
         return sha.hexdigest()[:20]
 
 
@@ -154,7 +154,9 @@ class LoraAdapter:
         return (origin.float() + delta).to(origin.dtype)
 
     def digest(self) -> str:
-        return _cached_digest([self.path / ADAPTER, self.path / "adapter_config.json"], self._digest, self.base.digest())
+        return _cached_digest(
+            [self.path / ADAPTER, self.path / "adapter_config.json"], self._digest, self.base.digest()
+        )
 
     def _digest(self) -> str:
         sha = hashlib.sha256(self.base.digest().encode())
@@ -163,7 +165,7 @@ class LoraAdapter:
             sha.update(f"{name} {self._scale(name, a.shape[0])!r} {self.config.get('fan_in_fan_out')}\n".encode())
             for t in (a, b):
                 sha.update(f"{t.dtype} {tuple(t.shape)}\n".encode())
-                sha.update(t.contiguous().reshape(-1).view(torch.uint8).numpy())
+                sha.update(_raw(t))
         return sha.hexdigest()[:20]
 
     def _find_pairs(self) -> dict[str, tuple[str, str]]:
@@ -174,7 +176,9 @@ class LoraAdapter:
                     "merge it into its base with PEFT (merge_and_unload) and give that folder."
                 )
         if self.config.get("bias", "none") != "none":
-            raise BadInput(f"{self.key}: the adapter {self.path} trains biases; merge it into its base with PEFT first.")
+            raise BadInput(
+                f"{self.key}: the adapter {self.path} trains biases; merge it into its base with PEFT first."
+            )
         pairs, headers = {}, self.base.headers
         for key in self._handle.keys():  # noqa: SIM118  # a safetensors handle, not a dict
             module, found, _ = key.partition(".lora_A.")
@@ -261,6 +265,11 @@ def _check_same_tensors(expert: Checkpoint, base: Checkpoint, key: str) -> None:
             )
 
 
+def _raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, not copied."""
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
 def _locate(location: str, key: str) -> Path:
     path = Path(expand(location))
     if path.is_dir():
@@ -337,9 +346,3 @@ def _cached_digest(files: list[Path], compute: Any, salt: str = "") -> str:
     except OSError:
         pass  # a read-only home costs time, not correctness
     return digest
-
-
-def iterate(source: Source) -> Iterator[tuple[str, Tensor]]:
-    """Every (name, tensor) of a source, one at a time."""
-    for name in source.names():
-        yield name, source.tensor(name)

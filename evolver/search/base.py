@@ -46,9 +46,7 @@ class Space(Protocol):
 class Workshop(Protocol):
     """What the making half offers to algorithms, with bad settings refused as BadInput."""
 
-    def space(
-        self, method: str, groups: int, tune: Sequence[str] | None, settings: Mapping[str, Any]
-    ) -> Space: ...
+    def space(self, method: str, groups: int, tune: Sequence[str] | None, settings: Mapping[str, Any]) -> Space: ...
 
     def merger(self, settings: Mapping[str, Any]) -> Callable[[Sequence[Recipe]], Recipe]: ...
 

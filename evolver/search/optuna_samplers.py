@@ -55,7 +55,9 @@ class Coefficients(Ordered):
         # The equal-weights merge at the mass of an average is what every search can know without looking.
         self.study.enqueue_trial(space.encode_equal(mass=1.0))
         self._trials: dict[int, optuna.trial.Trial] = {}
-        self._distributions = {k.name: _distribution(k) for k in space.knobs}
+        self._distributions: dict[str, optuna.distributions.BaseDistribution] = {
+            k.name: _distribution(k) for k in space.knobs
+        }
 
     def propose(self, k: int) -> Candidate:
         trial = self.study.ask(self._distributions)

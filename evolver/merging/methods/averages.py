@@ -26,8 +26,6 @@ def linear(models: Tensor, *, weight: Weight = (1.0,), normalize: bool = True) -
 
 
 @method("Ilharco et al. 2023, Editing models with task arithmetic", elementwise=True)
-def task_arithmetic(
-    deltas: Tensor, *, weight: Weight = (1.0,), lambda_: Mass = 1.0, normalize: bool = False
-) -> Tensor:
+def task_arithmetic(deltas: Tensor, *, weight: Weight = (1.0,), lambda_: Mass = 1.0, normalize: bool = False) -> Tensor:
     """λ Σ w·τ. With weights that sum to 1, λ is the total mass of the task vectors."""
     return lambda_ * weighted_sum(deltas, weight, normalize)
