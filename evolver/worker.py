@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -131,7 +132,7 @@ class LocalPool:
     """Evaluates in this process, one candidate at a time; the worker is built when the first one comes."""
 
     def __init__(self, plan: Plan, split: Split, tasks: Tasks | None = None) -> None:
-        self._make = lambda: Worker(plan, split, tasks=tasks)
+        self._make: Callable[[], Worker] = lambda: Worker(plan, split, tasks=tasks)
         self._worker: Worker | None = None
         self._waiting: list[Candidate] = []
 

@@ -151,7 +151,8 @@ class LoraAdapter:
         a, b = (self._handle.get_tensor(k).float() for k in self._pairs[name])
         delta = self._scale(name, a.shape[0]) * (b @ a)
         delta = delta.T if self.config.get("fan_in_fan_out") else delta
-        return (origin.float() + delta).to(origin.dtype)
+        merged: Tensor = (origin.float() + delta).to(origin.dtype)
+        return merged
 
     def digest(self) -> str:
         return _cached_digest(
@@ -267,7 +268,7 @@ def _check_same_tensors(expert: Checkpoint, base: Checkpoint, key: str) -> None:
 
 def _raw(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, not copied."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _locate(location: str, key: str) -> Path:
