@@ -23,8 +23,8 @@ from evolver.run import results_root, run
 from evolver.worker import LocalPool, Plan
 
 
-class Stopped(Exception):
-    """Somebody asked the run to stop."""
+class Stopped(BaseException):
+    """Somebody asked the run to stop. Like KeyboardInterrupt no Exception, so that no worker takes it for a failure."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,7 +24,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 class Section(BaseModel):
     """A part of the configuration: frozen, no unknown keys, no silent conversion of types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 SectionType = TypeVar("SectionType", bound=Section)
@@ -149,6 +149,16 @@ class Config(Section):
         return search
 
 
+# Pydantic's words, and ours.
+WORDING = {
+    "a valid integer": "an integer",
+    "a valid ": "a ",
+    "String should match pattern": "text matching",
+    "String should have": "text of",
+    "List should have": "a list of",
+    " after validation, not 0": "",
+}
+
 # What a run may change between two calls without becoming another run.
 FREE_KEYS = ("run", "pool", "budget")
 
@@ -179,7 +189,9 @@ def check_section(kind: type[SectionType], raw: Mapping[str, Any], file: str, pr
     try:
         return kind.model_validate(dict(raw))
     except ValidationError as error:
-        raise BadInput(f"{file}: {_sentence(kind, error.errors()[0], prefix)}") from None
+        # A misspelt key is missing under its right name, too: its hint says more.
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        raise BadInput(f"{file}: {_sentence(kind, first, prefix)}") from None
 
 
 def expand(path: str) -> str:
@@ -202,7 +214,7 @@ class _UniqueKeys(yaml.SafeLoader):
     """YAML in which a key that stands twice is an error instead of a silent loss."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
+        keys = [self.construct_object(k, deep=True) for k, _ in node.value if not k.tag.endswith(":merge")]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
@@ -220,7 +232,9 @@ def _sentence(kind: type[BaseModel], error: ErrorDetails, prefix: str) -> str:
     said = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if error["type"] == "value_error":
         return f"{place}: {said}."
-    wanted = said.replace("a valid ", "a ").replace("string should match pattern", "text matching")
+    wanted = said
+    for pydantic, plain in WORDING.items():
+        wanted = wanted.replace(pydantic, plain)
     return f"{place}: {error['input']!r} is not usable; write {wanted}."
 
 

@@ -29,8 +29,10 @@ class RunFolder:
         self.path = path
         self.owner = content_hash(identity)
         frozen = path / IDENTITY
+        if path.exists() and not path.is_dir():
+            raise BadInput(f"{path}: there is a file of that name; choose another run name or remove it.")
         if frozen.exists():
-            self._compare(json.loads(frozen.read_text()), identity)
+            self._compare(_read(frozen), identity)
         elif path.exists() and any(path.iterdir()):
             raise BadInput(f"{path}: the folder holds files that are no run; choose another run name or empty it.")
         try:
@@ -43,7 +45,8 @@ class RunFolder:
             ) from error
 
     def _compare(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-        changed = next(differences(old, new), None)
+        # The items follow from seed, tasks and data: name them only where nothing else differs.
+        changed = min(differences(old, new), key=lambda d: d[0].startswith("items."), default=None)
         if changed:
             key, was, now = changed
             what = "other weights" if key.startswith(("experts.", "model.base")) else f"{was!r} → {now!r}"
@@ -51,6 +54,14 @@ class RunFolder:
                 f"{self.path}: the run was made with another configuration ({key}: {what}); "
                 "give the changed configuration another run name, or restore the key."
             )
+
+
+def _read(frozen: Path) -> Mapping[str, Any]:
+    try:
+        identity: dict[str, Any] = json.loads(frozen.read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{frozen}: cannot be read ({error}); restore it, or choose another run name.") from error
+    return identity
 
 
 def write_text(path: Path, text: str) -> None:

@@ -65,6 +65,7 @@ class Lines:
 
     def result(self, candidate: Candidate, result: Result) -> None:
         self._done += 1
+        self._began = time.monotonic() if self._done == 1 else self._began
         improved = result.score is not None and result.score > self._best
         if result.score is not None:
             self._best = max(self._best, result.score)
@@ -73,8 +74,10 @@ class Lines:
         if improved or last or result.status == "failed" or now - self._spoke >= QUIET_SECONDS:
             self._spoke = now
             of = f"/{self._total}" if self._total else ""
-            left = (now - self._began) / self._done * (self._total - self._done)
-            eta = f", about {left:.0f} s left" if self._total and not last else ""
+            # Counted from the first result on, which may have had to wait for a model to be loaded.
+            pace = (now - self._began) / max(1, self._done - 1)
+            left = pace * (self._total - self._done)
+            eta = f", about {left:.0f} s left" if self._done > 1 and left > 1 else ""
             print(f"{self._name} {self._done}{of}: {describe(candidate, result)}{eta}", flush=True)
 
     def close(self) -> None: ...

@@ -57,7 +57,18 @@ class Node:
 
     @cached_property
     def id(self) -> str:
-        return content_hash(self.form())
+        stack: list[Node] = [self]
+        while stack:  # no recursion: the inputs' ids first, however deep they lie
+            waiting = [i for i in stack[-1].inputs if "id" not in i.__dict__]
+            stack.extend(waiting)
+            if not waiting:
+                node = stack.pop()
+                node.__dict__.setdefault("id", content_hash(node.form()))
+        found: str = self.__dict__["id"]
+        return found
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.id})"  # a lineage written out in full has as many words as paths
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Node) and self.id == other.id
@@ -66,7 +77,7 @@ class Node:
         return hash(self.id)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Expert(Node):
     """A source checkpoint (the base is one too), identified by the digest of its tensors; the name is for people."""
 
@@ -115,7 +126,7 @@ class Rule:
         return Rule.of(dict(values), Place(tuple(layers) if layers else None, outside))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Merge(Node):
     """A merge method of the library applied to inputs, with task vectors taken against ``base``."""
 
@@ -136,7 +147,7 @@ class Merge(Node):
         return out
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Cross(Node):
     """The Evolver operators on weights: mutate towards or along other members, then cross with the parent.
 
@@ -289,7 +300,9 @@ class Result:
 
     def decides(self, bar: float | None) -> bool:
         """Whether this result answers the question 'what is the score' or, given a bar, 'is it above the bar'."""
-        return self.status == "failed" or self.complete or (bar is not None and (self.bound or 0.0) <= bar)
+        if self.status == "failed" or self.complete:
+            return True
+        return bar is not None and self.bound is not None and self.bound <= bar
 
     def beats(self, bar: float) -> bool:
         """Whether the score is known to be strictly above ``bar``."""

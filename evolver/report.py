@@ -84,12 +84,13 @@ def compare(ours: Result, theirs: Result, scale: Scale, seed: int) -> Comparison
         resampled += rng.choice(of_task, size=(RESAMPLES, len(of_task))).sum(1)
     low, high = np.quantile(resampled, [0.025, 0.975])
     moved = each[each != 0]
-    if len(moved) == 0:
-        return Comparison(0.0, 0.0, 0.0, 1.0)
-    test = stats.permutation_test(
-        (moved,), np.sum, permutation_type="samples", n_resamples=RESAMPLES, rng=rng, vectorized=True
-    )
-    return Comparison(math.fsum(each), float(low), float(high), float(test.pvalue))
+    p = 1.0  # with a single item that differs, both signs are equally extreme
+    if len(moved) > 1:
+        test = stats.permutation_test(
+            (moved,), np.sum, permutation_type="samples", n_resamples=RESAMPLES, rng=rng, vectorized=True
+        )
+        p = float(test.pvalue)
+    return Comparison(math.fsum(each), float(low), float(high), p)
 
 
 def interval(result: Result, scale: Scale, seed: int) -> tuple[float, float]:

@@ -110,7 +110,10 @@ def _stages(prepared: Prepared, ledger: Ledger, make_pool: PoolMaker, display: D
         pool.close()
     winner = _winner(history)
     finalists = _finalists(prepared, plain, winner)
-    listed = Listed([(label, recipe) for label, recipe, _ in finalists], "report")
+    # Each winner has a number of its own: a raised budget may bring another one.
+    fixed = len(finalists) - 1
+    numbers = [*range(fixed), fixed + winner[0].number]
+    listed = Listed([(label, recipe) for label, recipe, _ in finalists], "report", numbers)
     pool = make_pool(prepared.plan, "report", prepared.tasks)
     try:
         display.stage("report", listed.total)

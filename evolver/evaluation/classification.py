@@ -98,10 +98,10 @@ class ClassificationScorer:
 
 
 def _label(value: Any, labels: dict[str, int], entry: TaskEntry) -> int:
-    if isinstance(value, int):
-        return value
-    if value not in labels:
+    if isinstance(value, int) and value in labels.values():
+        return int(value)
+    if not isinstance(value, str) or value not in labels:
         raise BadInput(
-            f"evaluation: {entry.task} has the label {value!r}, which the model lacks; {nearest(value, labels)}"
+            f"evaluation: {entry.task} has the label {value!r}, which the model lacks; {nearest(str(value), labels)}"
         )
     return labels[value]

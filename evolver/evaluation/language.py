@@ -10,6 +10,7 @@ import contextlib
 import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -63,23 +64,27 @@ class LanguageTasks:
     def _load(self) -> dict[str, Task]:
         names = [n for e in self.settings.tasks for n in (e.task, e.report_task) if n]
         own = expand(self.settings.include_path) if self.settings.include_path else None
+        if own and not Path(own).is_dir():
+            raise BadInput(f"evaluation.include_path: there is no folder {own}; give the folder of your task files.")
         with _quiet():
-            # Indexing the whole library takes seconds: do so only for tasks that the user's own folder lacks.
+            # Indexing the whole library takes seconds: do so only for names that the user's own folder lacks.
             manager = TaskManager(include_path=own, include_defaults=False) if own else None
-            if manager is None or any(n not in manager.all_subtasks for n in names):
+            if manager is None or any(n not in manager.all_tasks for n in names):
                 manager = TaskManager(include_path=own)
             for number, entry in enumerate(self.settings.tasks):
                 for key, name in (("task", entry.task), ("report_task", entry.report_task)):
                     if name and name not in manager.all_subtasks:
                         raise BadInput(f"evaluation.tasks[{number}].{key}: {_unknown(name, manager)}")
-            try:
-                tasks: dict[str, Task] = manager.load(sorted(set(names)))["tasks"]
-            except Exception as error:  # data sets come from files, hubs and scripts; each fails in its own way
-                reason = " ".join(str(error).split())[:300]
-                raise BadInput(
-                    f"evaluation.tasks: the data of a task cannot be loaded ({type(error).__name__}: {reason}); "
-                    "check its data files, or the network for a data set of a hub."
-                ) from error
+            tasks: dict[str, Task] = {}
+            for name in sorted(set(names)):
+                try:
+                    tasks |= manager.load([name])["tasks"]
+                except Exception as error:  # data sets come from files, hubs and scripts; each fails in its own way
+                    reason = " ".join(str(error).split())[:300]
+                    raise BadInput(
+                        f"evaluation.tasks: the data of {name!r} cannot be loaded ({type(error).__name__}: {reason}); "
+                        "check its data files, or the network for a data set of a hub."
+                    ) from error
         for task in tasks.values():
             if self.settings.num_fewshot is not None:
                 task.set_config("num_fewshot", self.settings.num_fewshot)
@@ -106,6 +111,8 @@ class LanguageTasks:
             return {}
         task, in_place = self.tasks[name], sorted(items, key=lambda i: i.index)
         chat = self.settings.apply_chat_template
+        if chat and not lm.tokenizer.chat_template:
+            raise BadInput("evaluation.apply_chat_template: the base's tokenizer has no chat template; write false.")
         with _quiet():
             task.build_all_requests(
                 samples=[i.index for i in in_place],

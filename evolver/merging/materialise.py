@@ -73,7 +73,8 @@ class Materialiser:
             if node.id in self._resident:
                 self._resident.move_to_end(node.id)
         near = {i.id: i for direct in recipe.inputs for i in (direct, *direct.inputs)}
-        new = [i for i, n in near.items() if i not in self._resident and not self._is_mapped(n)]
+        computed = {n.id for n in order if n.id not in self._resident}
+        new = [i for i, n in near.items() if i in computed and not self._is_mapped(n)]
         return new[: self._slots]
 
     def _is_mapped(self, node: Recipe) -> bool:

@@ -181,13 +181,16 @@ class LoraAdapter:
                 f"{self.key}: the adapter {self.path} trains biases; merge it into its base with PEFT first."
             )
         pairs, headers = {}, self.base.headers
-        for key in self._handle.keys():  # noqa: SIM118  # a safetensors handle, not a dict
+        keys = set(self._handle.keys())
+        for key in sorted(keys):
             module, found, _ = key.partition(".lora_A.")
             if not found and ".lora_B." not in key:
                 raise BadInput(f"{self.key}: the adapter {self.path} holds {key}, which is no LoRA matrix of a layer.")
+            b = key.replace(".lora_A.", ".lora_B.")
+            if not {b, b.replace(".lora_B.", ".lora_A.")} <= keys:
+                raise BadInput(f"{self.key}: the adapter {self.path} holds {key} without its pair; copy it again.")
             if found:
                 name = module.removeprefix("base_model.model.") + ".weight"
-                b = key.replace(".lora_A.", ".lora_B.")
                 shape = (self._handle.get_slice(b).get_shape()[0], self._handle.get_slice(key).get_shape()[1])
                 if self.config.get("fan_in_fan_out"):
                     shape = shape[::-1]

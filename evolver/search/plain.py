@@ -8,12 +8,20 @@ from evolver.records import Candidate, Recipe, Result, Stage
 
 
 class Listed:
-    """A search that proposes a given list of labelled recipes, all at once, and learns nothing."""
+    """A search that proposes a given list of labelled recipes, all at once, and learns nothing.
 
-    def __init__(self, recipes: Sequence[tuple[str, Recipe]], stage: Stage) -> None:
+    Args:
+        numbers: of the candidates; default: 0, 1, ….
+    """
+
+    def __init__(
+        self, recipes: Sequence[tuple[str, Recipe]], stage: Stage, numbers: Sequence[int] | None = None
+    ) -> None:
         self._candidates = [
-            Candidate(k, recipe, proposer=stage, stage=stage, label=label) for k, (label, recipe) in enumerate(recipes)
+            Candidate(k, recipe, proposer=stage, stage=stage, label=label)
+            for k, (label, recipe) in zip(numbers or range(len(recipes)), recipes, strict=True)
         ]
+        self._labels = {c.number: c.label for c in self._candidates}
         self._asked = 0
         self.results: dict[str, Result] = {}
 
@@ -31,4 +39,4 @@ class Listed:
         return out
 
     def tell(self, result: Result) -> None:
-        self.results[self._candidates[result.number].label] = result
+        self.results[self._labels[result.number]] = result

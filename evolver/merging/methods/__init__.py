@@ -9,6 +9,7 @@ name, for methods that draw at random.
 from __future__ import annotations
 
 import inspect
+import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -134,16 +135,18 @@ def _setting(parameter: inspect.Parameter, hint: Any) -> Setting:
 
 def _checked(setting: Setting, value: Any, experts: int, place: str) -> Value:
     where = f"{place}.{setting.name}"
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = _is_number(value)
     if setting.kind is tuple:
         weights = [value] * experts if number else value
-        if not isinstance(weights, list | tuple) or not all(isinstance(w, int | float) for w in weights):
+        if not isinstance(weights, list | tuple) or not all(map(_is_number, weights)):
             raise BadInput(f"{where}: {value!r} is not usable; write a number, or a list of one number an expert.")
         weights = list(weights) * experts if len(weights) == 1 else weights
         if len(weights) != experts:
             raise BadInput(f"{where}: {len(weights)} numbers for {experts} experts; write one for each.")
         return tuple(float(w) for w in weights)
-    if setting.kind is float and number:
+    if setting.kind is float:
+        if not number:
+            raise BadInput(f"{where}: {value!r} is not usable; write a number.")
         if isinstance(setting.search, Range) and setting.name == "density" and not 0 < value <= 1:
             raise BadInput(f"{where}: {value} is not usable; write a number above 0 and up to 1.")
         return float(value)
@@ -152,6 +155,10 @@ def _checked(setting: Setting, value: Any, experts: int, place: str) -> Value:
     if not isinstance(value, setting.kind):
         raise BadInput(f"{where}: {value!r} is not usable; write a value of type {setting.kind.__name__}.")
     return typing.cast(Value, value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 from evolver.merging.methods import averages, sparse  # noqa: E402, F401  # they register themselves in METHODS

@@ -1,0 +1,65 @@
+# make demo and make test do all the set-up that they need; the second time they start at once.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PINS := .ci/constraints.txt
+
+# Models and data come from local folders here: no library shall look for a hub. Idle threads shall sleep, not spin.
+export HF_HUB_OFFLINE ?= 1
+export HF_DATASETS_OFFLINE ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: help demo test lint docs prove benchmark experts clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+demo: $(VENV)/.demo ## set up, fetch the base model and the data, search for the best merge of four real experts
+	$(BIN)/python configs/demo/prepare.py
+	$(BIN)/python evolve.py configs/demo.yaml
+
+test: $(VENV)/.dev lint ## set up, check style and types, run the tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.dev ## write docs/reference.md from the code
+	$(BIN)/python -m evolver.reference > docs/reference.md
+
+prove: $(VENV)/.dev ## the slow proofs: 20 kills of the driver on a real run
+	EVOLVER_KILLS=20 $(BIN)/python -m pytest tests/chaos
+
+benchmark: $(VENV)/.dev ## the figures of results/benchmarks/, measured on this machine
+	$(BIN)/python configs/demo/prepare.py
+	$(BIN)/python tests/benchmarks/main_job.py
+
+experts: $(VENV)/.dev ## train the demo's experts anew: make experts DATA=folder-with-the-training-sets
+	$(BIN)/python configs/demo/prepare.py
+	$(BIN)/python configs/demo/train_experts.py --data $(DATA)
+
+clean: ## remove the environment; runs and caches stay
+	rm -rf $(VENV)
+
+$(VENV)/.pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or later is needed; name one: make PYTHON=python3.12 …"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade 'pip>=26'
+	@touch $@
+
+# torch first and by its exact version: asked for by a range, it could pull gigabytes of GPU libraries.
+$(VENV)/.torch: $(VENV)/.pip $(PINS)
+	$(BIN)/pip install --quiet "$$(grep '^torch==' $(PINS))"
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install --quiet --constraint $(PINS) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install --quiet --constraint $(PINS) --editable '.[dev]'
+	@touch $@ $(VENV)/.demo

@@ -1,0 +1,102 @@
+"""The reference pages, written from the code itself: ``python -m evolver.reference > docs/reference.md``."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from evolver.config import Config, Section
+from evolver.merging.methods import METHODS, Range, Setting, Simplex
+from evolver.report import markdown_table
+from evolver.search import SEARCHES
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    parts = ["# Reference", "Written by `make docs` from the code.", "## Configuration"]
+    parts += [_section("", Config)]
+    parts += [_section(name, kind) for name, kind in _subsections("", Config)]
+    parts += ["## Searches", "One key chooses: `search.algorithm`."]
+    for name, algorithm in sorted(SEARCHES.items()):
+        parts += [f"### {name}", _first_paragraph(algorithm.build), _keys(algorithm.settings)]
+    parts += ["## Merge methods", "`E` numbers: one for each expert, or one for all. Searched: what a search may tune."]
+    for name, method in sorted(METHODS.items()):
+        rows = [[f"`{s.name}`", _kind(s), f"`{_default(s)}`", _searched(s)] for s in method.settings.values()]
+        parts += [f"### {name}", f"{_first_paragraph(method.function)} ({method.paper})"]
+        parts += [markdown_table(["setting", "value", "default", "searched"], rows)] if rows else ["No settings."]
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(name: str, kind: type[Section]) -> str:
+    title = f"### `{name}`" if name else "### Top level"
+    return "\n\n".join([title, _first_paragraph(kind), _keys(kind)])
+
+
+def _keys(kind: type[BaseModel]) -> str:
+    rows = [[f"`{n}`", _type(f), _field_default(f), f.description or ""] for n, f in kind.model_fields.items()]
+    return markdown_table(["key", "value", "default", "meaning"], rows)
+
+
+def _subsections(prefix: str, kind: type[BaseModel]) -> Iterator[tuple[str, type[Section]]]:
+    for name, field in kind.model_fields.items():
+        arguments = typing.get_args(field.annotation)
+        inner = arguments[0] if arguments else field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            place = f"{prefix}{name}" + ("[]" if arguments else "")
+            yield place, inner
+            yield from _subsections(f"{place}.", inner)
+
+
+def _type(field: FieldInfo) -> str:
+    return _type_name(field.annotation)
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return ", ".join(f"`{a}`" for a in arguments)
+    if origin is list:
+        return f"list of {_type_name(arguments[0])}"
+    if origin is dict:
+        return "mapping"
+    if arguments:
+        return " or ".join(_type_name(a) for a in arguments if a is not type(None))
+    names = {str: "text", int: "integer", float: "number", bool: "true or false"}
+    return names.get(annotation, "section")
+
+
+def _field_default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    return "" if field.default is None or isinstance(field.default, Section) else f"`{field.default}`"
+
+
+def _kind(setting: Setting) -> str:
+    if setting.choices:
+        return ", ".join(f"`{c}`" for c in setting.choices)
+    return "E numbers" if setting.kind is tuple else _type_name(setting.kind)
+
+
+def _default(setting: Setting) -> Any:
+    return setting.default[0] if isinstance(setting.default, tuple) else setting.default
+
+
+def _searched(setting: Setting) -> str:
+    if isinstance(setting.search, Simplex):
+        return "weights that sum to 1"
+    if isinstance(setting.search, Range):
+        return f"{setting.search.low:g} – {setting.search.high:g}" + (", log" if setting.search.log else "")
+    return ""
+
+
+def _first_paragraph(documented: Any) -> str:
+    paragraph: Sequence[str] = (documented.__doc__ or "").strip().split("\n\n")
+    return " ".join(paragraph[0].split())
+
+
+if __name__ == "__main__":
+    print(page(), end="")  # noqa: T201  # a page to standard output is its trade

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+# Before any library reads its environment: no network, and caches that vanish with the session.
+CACHES = Path(tempfile.mkdtemp(prefix="evolver-tests-"))
+os.environ |= {
+    "EVOLVER_CACHE": str(CACHES / "evolver"),
+    "HF_HOME": str(CACHES / "hf"),
+    "HF_HUB_OFFLINE": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+import toys  # noqa: E402
+
+MakeConfig = Callable[..., Path]
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(CACHES, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    toys.make_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "tasks"
+    toys.make_tasks(folder, models)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_config(models: Path, tasks: Path) -> MakeConfig:
+    """``make_config(folder, {dotted key: value})`` writes a valid configuration with these changes."""
+
+    def make(folder: Path, changes: Mapping[str, Any] | None = None, name: str = "run.yaml") -> Path:
+        file = folder / name
+        file.write_text(yaml.safe_dump(toys.settings(models, tasks, changes or {}), sort_keys=False))
+        return file
+
+    return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As the workers set it: sums must not depend on how many cores a test machine has."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,281 @@
+"""Every bad input ends with status 2 and one sentence that names file or key and what to write instead."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+
+import pytest
+import toys
+import yaml
+from toys import DROP
+
+from cluster.job import main
+
+SECONDS = 20.0  # the longest one indexes the whole of lm-eval
+
+
+@pytest.fixture(autouse=True)
+def _keep_signals():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def spoilt(models, tasks, tmp_path_factory):
+    """Folders that are no usable experts, by name."""
+    folder = tmp_path_factory.mktemp("spoilt")
+
+    def copy(name):
+        return shutil.copytree(models / "a", folder / name)
+
+    def edit(file, change):
+        raw = json.loads(file.read_text())
+        change(raw)
+        file.write_text(json.dumps(raw))
+
+    weights = copy("truncated") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    edit(copy("gpt") / "config.json", lambda raw: raw.update(model_type="gpt2"))
+    edit(copy("words") / "tokenizer.json", lambda raw: raw["added_tokens"].append({"id": 999, "content": "<new>"}))
+    copy("pickled")
+    (folder / "pickled" / "model.safetensors").rename(folder / "pickled" / "pytorch_model.bin")
+    copy("hollow")
+    (folder / "hollow" / "model.safetensors").unlink()
+    copy("garbled")
+    (folder / "garbled" / "config.json").write_text("{")
+    (folder / "nothing").mkdir()
+    shutil.copytree(models / "lora", folder / "dora")
+    edit(folder / "dora" / "adapter_config.json", lambda raw: raw.update(use_dora=True))
+    shutil.copytree(models / "lora", folder / "biased")
+    edit(folder / "biased" / "adapter_config.json", lambda raw: raw.update(bias="all"))
+    (folder / "file").write_text("not a folder")
+    shutil.copytree(tasks, folder / "tasks")
+    lost = yaml.safe_load((tasks / "toy.yaml").read_text())
+    lost["task"], lost["dataset_kwargs"] = "lost", {"data_files": str(folder / "lost.jsonl")}
+    (folder / "tasks" / "lost.yaml").write_text(yaml.safe_dump(lost))
+    return folder
+
+
+def task(**changes):
+    return {"evaluation.tasks": [{"task": "toy", "dev": 40, "report": 30, **changes}]}
+
+
+# What is changed ("SPOILT/x" stands for a folder above), and what the sentence has to hold: place and remedy.
+TABLE = {
+    "unknown key": ({"serch": 1}, ["serch", "did you mean 'search'?"]),
+    "misspelt key that is needed": ({"budgets": {}, "budget": DROP}, ["budgets", "did you mean 'budget'?"]),
+    "unknown key of a section": ({"pool.num_worker": 2}, ["pool.num_worker", "'num_workers'"]),
+    "unknown key of a search": ({"search.generation": 2}, ["search.generation", "'generations'"]),
+    "wrong type": ({"seed": "one"}, ["seed", "'one'", "write an integer"]),
+    "wrong type in a list": (task(dev="40"), ["evaluation.tasks[0].dev", "'40'", "write"]),
+    "number out of range": ({"search.F": 9.0}, ["search.F", "write"]),
+    "not a number": ({"search.F": float("nan")}, ["search.F", "nan", "write"]),
+    "weight is not a number": (task(weight=float("nan")), ["evaluation.tasks[0].weight", "nan", "write"]),
+    "mass is not a number": ({"baselines.masses": [1.0, float("nan")]}, ["baselines.masses", "nan", "write"]),
+    "mass is infinite": ({"baselines.masses": [float("inf")]}, ["baselines.masses", "inf", "write"]),
+    "memory is not a number": ({"pool.cache_gb": float("nan")}, ["pool.cache_gb", "nan", "write"]),
+    "memory is infinite": ({"pool.cache_gb": float("inf")}, ["pool.cache_gb", "inf", "write"]),
+    "merger weight is not a number": (
+        {"search.merger": {"method": "ties", "lambda": float("nan")}},
+        ["search.merger.lambda", "nan", "write"],
+    ),
+    "fixed setting is not a number": (
+        {"search": {"algorithm": "tpe", "method": "ties", "settings": {"density": float("nan")}}},
+        ["search.settings.density", "nan", "write"],
+    ),
+    "missing key": ({"budget": DROP}, ["budget", "missing"]),
+    "missing key of a task": ({"evaluation.tasks": [{"task": "toy", "dev": 9}]}, ["tasks[0].report", "missing"]),
+    "empty section": ({"budget": {}}, ["budget", "give candidates or items"]),
+    "no task": ({"evaluation.tasks": []}, ["evaluation.tasks", "write"]),
+    "one expert": ({"experts": {"a": "SPOILT/file"}}, ["experts", "at least two"]),
+    "expert called winner": ({"experts.winner": "SPOILT/file"}, ["experts", "'winner'", "use letters"]),
+    "expert with the name of a baseline": (
+        {"experts.task_arithmetic@1": "SPOILT/file"},
+        ["experts", "'task_arithmetic@1'", "use letters"],
+    ),
+    "expert under a number": ({"experts": {1: "SPOILT/file", 2: "SPOILT/file"}}, ["experts", "write"]),
+    "run name with a slash": ({"run": "../other"}, ["run", "'../other'", "write"]),
+    "unknown dtype": ({"model.dtype": "int8"}, ["model.dtype", "'int8'", "'bfloat16'"]),
+    "missing expert": ({"experts.a": "SPOILT/none"}, ["experts.a", "SPOILT/none", "give the folder"]),
+    "missing base": ({"model.base": "SPOILT/none"}, ["model.base", "SPOILT/none", "give the folder"]),
+    "hub id without a network": ({"experts.a": "nobody/nothing"}, ["experts.a", "nobody/nothing", "give the folder"]),
+    "expert is a file": ({"experts.a": "SPOILT/file"}, ["experts.a", "SPOILT/file", "give the folder"]),
+    "not a checkpoint": ({"experts.a": "SPOILT/nothing"}, ["experts.a", "no config.json", "give a Hugging Face"]),
+    "no weights": ({"experts.a": "SPOILT/hollow"}, ["experts.a", "holds no model.safetensors", "give"]),
+    "truncated weights": ({"experts.a": "SPOILT/truncated"}, ["experts.a", "truncated/model.safetensors", "copy"]),
+    "garbled config": ({"experts.a": "SPOILT/garbled"}, ["experts.a", "garbled/config.json", "copy"]),
+    "pickle only": ({"experts.a": "SPOILT/pickled"}, ["experts.a", "pytorch_model.bin", "save", "safetensors"]),
+    "other architecture": ({"experts.a": "SPOILT/gpt"}, ["experts.a", "gpt2", "only fine-tunes"]),
+    "other vocabulary": ({"experts.a": "SPOILT/words"}, ["experts.a", "vocabulary", "give a fine-tune"]),
+    "DoRA": ({"experts.a": "SPOILT/dora"}, ["experts.a", "use_dora", "merge_and_unload"]),
+    "adapter with biases": ({"experts.a": "SPOILT/biased"}, ["experts.a", "biases", "merge"]),
+    "base is an adapter": ({"model.base": "SPOILT/dora"}, ["model.base", "SPOILT/dora", "give a Hugging Face"]),
+    "unknown search": ({"search.algorithm": "evolve"}, ["search.algorithm", "'evolve'", "'evolver'"]),
+    "no search": ({"search": {}}, ["search", "'algorithm'"]),
+    "unknown strategy": ({"search.strategy": "rand/3"}, ["search.strategy", "'rand/3'", "'rand/2'"]),
+    "too few experts": ({"search.strategy": "rand/1"}, ["search.strategy", "needs 4 experts", "give more"]),
+    "unknown merger": ({"search.merger": {"method": "tie"}}, ["search.merger.method", "'tie'", "'ties'"]),
+    "merger without method name": ({"search.merger": {"method": 3}}, ["search.merger.method", "3", "known"]),
+    "unknown merger setting": (
+        {"search.merger": {"method": "ties", "densiti": 0.5}},
+        ["search.merger", "'densiti'", "'density'"],
+    ),
+    "bad merger setting": (
+        {"search.merger": {"method": "ties", "density": 1.5}},
+        ["search.merger.density", "1.5", "write a number"],
+    ),
+    "merger weights of other length": (
+        {"search.merger": {"method": "linear", "weight": [0.5, 0.5]}},
+        ["search.merger.weight", "2 numbers for 3 experts", "write one"],
+    ),
+    "unknown merge method": ({"search": {"algorithm": "tpe", "method": "tiess"}}, ["search.method", "'ties'"]),
+    "method without settings": ({"search": {"algorithm": "tpe", "method": "simple"}}, ["search.method", "choose"]),
+    "nothing to tune": ({"search": {"algorithm": "tpe", "tune": ["density"]}}, ["search.tune", "'density'", "known"]),
+    "empty tune": ({"search": {"algorithm": "tpe", "tune": []}}, ["search.tune", "write"]),
+    "too many layer groups": ({"search": {"algorithm": "cmaes", "layer_groups": 9}}, ["search.layer_groups", "write"]),
+    "unknown task": (task(task="toyy"), ["evaluation.tasks[0].task", "'toyy'", "'toy'"]),
+    "group of tasks": (task(task="both"), ["evaluation.tasks[0].task", "'both'", "name the tasks"]),
+    "task twice": (
+        {"evaluation.tasks": [{"task": "toy", "dev": 4, "report": 4}] * 2},
+        ["evaluation", "'toy'", "stands twice", "give"],
+    ),
+    "unknown metric": (task(metric="accc"), ["evaluation.tasks[0].metric", "'accc'", "'acc'"]),
+    "unknown filter": (task(metric="acc,frist"), ["evaluation.tasks[0].metric", "'frist'", "none"]),
+    "no documents": (task(task="empty"), ["evaluation.tasks", "'empty'", "check its data files"]),
+    "no data file": (
+        {**task(task="lost"), "evaluation.include_path": "SPOILT/tasks"},
+        ["evaluation.tasks", "lost.jsonl", "check its data files"],
+    ),
+    "more items than there are": (task(dev=100, report=100), ["tasks[0].dev + report", "110 different", "ask for fewer"]),
+    "report items that were seen": (
+        task(report_task="toy", report=90),
+        ["evaluation.tasks[0]", "stand in the dev set", "share no item"],
+    ),
+    "include_path is no folder": ({"evaluation.include_path": "SPOILT/none"}, ["evaluation.include_path", "give"]),
+    "include_path is a file": ({"evaluation.include_path": "SPOILT/file"}, ["evaluation.include_path", "give"]),
+    "language model as classifier": (
+        {"model.kind": "classifier"},
+        ["evaluation.tasks[0].data", "missing", "give the JSONL"],
+    ),
+}
+
+
+def call(file, results, capsys):
+    capsys.readouterr()
+    began = time.monotonic()
+    code = main([str(file), "--results", str(results)])
+    assert time.monotonic() - began < SECONDS
+    return code, capsys.readouterr().err
+
+
+def assert_one_sentence(code, err, words):
+    assert code == 2, err
+    assert len(err.splitlines()) == 1, err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_says_what_is_wrong_and_what_to_write(name, make_config, spoilt, tmp_path, capsys):
+    changes, words = TABLE[name]
+    file = make_config(tmp_path, changes)
+    file.write_text(file.read_text().replace("SPOILT", str(spoilt)))
+    code, err = call(file, tmp_path / "results", capsys)
+    assert_one_sentence(code, err, [str(file), *(w.replace("SPOILT", str(spoilt)) for w in words)])
+    assert not (tmp_path / "results").exists()
+
+
+BROKEN = {
+    "no such file": (None, ["cannot be read", "give the path"]),
+    "not YAML": ("run: [toy", ["not valid YAML", "line 1", "mend"]),
+    "key twice": ("run: toy\nseed: 1\nseed: 2\n", ["'seed' stands twice", "line 1", "mend"]),
+    "a list": ("- run\n", ["must be a mapping", "run"]),
+    "empty": ("", ["must be a mapping"]),
+    "unhashable key": ("? [run]\n: toy\n", ["not valid YAML", "mend"]),
+    "number as key": ("1: toy\n", ["1", "write"]),
+    "a date": ("run: 2024-01-01\n", ["run", "write"]),
+    "not text": (b"\xff\xfe\x00", ["cannot be read", "give the path"]),
+    "control character": ("run: \x00\n", ["not valid YAML", "mend"]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_unreadable_configuration(name, tmp_path, capsys):
+    text, words = BROKEN[name]
+    file = tmp_path / "run.yaml"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    code, err = call(file, tmp_path / "results", capsys)
+    assert_one_sentence(code, err, [str(file), *words])
+    assert not (tmp_path / "results").exists()
+
+
+def test_folder_of_another_run(make_config, tmp_path, capsys):
+    toys.run_here(make_config(tmp_path, {"budget.candidates": 1}), tmp_path / "results")
+    code, err = call(make_config(tmp_path, {"search.Cr": 0.25}), tmp_path / "results", capsys)
+    assert_one_sentence(code, err, [str(tmp_path / "results" / "toy"), "search.Cr: 0.5 → 0.25", "another run name"])
+
+
+def test_folder_that_is_no_run(make_config, tmp_path, capsys):
+    (tmp_path / "results" / "toy").mkdir(parents=True)
+    (tmp_path / "results" / "toy" / "thesis.txt").write_text("mine")
+    code, err = call(make_config(tmp_path), tmp_path / "results", capsys)
+    assert_one_sentence(code, err, [str(tmp_path / "results" / "toy"), "choose another run name"])
+    assert [p.name for p in (tmp_path / "results" / "toy").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("place", ["results", "results/toy"])
+def test_a_file_stands_where_the_folder_should(make_config, tmp_path, capsys, place):
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text("a file")
+    code, err = call(make_config(tmp_path), tmp_path / "results", capsys)
+    assert_one_sentence(code, err, [str(tmp_path / "results" / "toy"), "choose"])
+    assert (tmp_path / place).read_text() == "a file"
+
+
+def test_garbled_identity_of_a_run(make_config, tmp_path, capsys):
+    folder = tmp_path / "results" / "toy"
+    folder.mkdir(parents=True)
+    (folder / "identity.json").write_text("{")
+    code, err = call(make_config(tmp_path), tmp_path / "results", capsys)
+    assert_one_sentence(code, err, [str(folder), "choose another run name"])
+
+
+def test_no_candidate_can_be_scored(make_config, models, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    for name in ("a", "b", "c"):
+        shutil.copytree(models / name, tmp_path / name)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        tensors["model.norm.weight"] *= float("nan")
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    file = make_config(tmp_path, {f"experts.{n}": str(tmp_path / n) for n in ("a", "b", "c")})
+    code, err = call(file, tmp_path / "results", capsys)
+    assert_one_sentence(code, err, ["no candidate could be scored", "not finite"])
+
+
+def test_chat_template_that_is_not_there(make_config, tmp_path, capsys):
+    code, err = call(make_config(tmp_path, {"evaluation.apply_chat_template": True}), tmp_path / "results", capsys)
+    assert_one_sentence(code, err, ["evaluation.apply_chat_template", "no chat template", "write false"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"search.algorithm": "evolvr"}, ["search.algorithm", "'evolver'"]),
+        ({"experts.a": "/nowhere/at/all"}, ["experts.a", "/nowhere/at/all", "give the folder"]),
+    ],
+)
+def test_as_a_process(make_config, tmp_path, changes, words):
+    file = make_config(tmp_path, changes)
+    ended = toys.run_process(file, tmp_path / "results")
+    assert_one_sentence(ended.code, ended.err, [str(file), *words])
+    assert ended.out == ""
+    assert not (tmp_path / "results").exists()
+
+

@@ -1,0 +1,131 @@
+"""The genome: a search space of named knobs, and recipes from points of it."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evolver.errors import BadInput
+from evolver.merging.genome import HIGH_U, LOW_U, genome
+from evolver.merging.methods import METHODS, Range, Simplex
+from evolver.records import Expert
+
+BASE = Expert("base", "00")
+EXPERTS = (Expert("a", "aa"), Expert("b", "bb"), Expert("c", "cc"))
+EVERY = pytest.mark.parametrize("name", [n for n, m in METHODS.items() if any(s.search for s in m.settings.values())])
+
+
+def make(method="task_arithmetic", layers=6, groups=1, tune=None, fixed=None):
+    return genome(METHODS[method], EXPERTS, BASE, layers, groups, tune, fixed or {}, "search")
+
+
+def everything(name, groups=1):
+    return make(name, groups=groups, tune=[n for n, s in METHODS[name].settings.items() if s.search])
+
+
+def middle(space):
+    return {k.name: (k.low * k.high) ** 0.5 if k.log else (k.low + k.high) / 2 for k in space.knobs}
+
+
+def test_knobs_are_named_by_setting_expert_and_group():
+    assert [k.name for k in make().knobs] == ["lambda", "weight[a]", "weight[b]", "weight[c]"]
+    assert [k.name for k in make(groups=2, tune=["lambda"]).knobs] == ["lambda@outside", "lambda@0-2", "lambda@3-5"]
+    assert [k.name for k in make("ties", groups=6, tune=["density"]).knobs][-1] == "density@5-5"
+
+
+def test_knobs_have_the_ranges_of_the_method():
+    knobs = {k.name: k for k in make("ties", tune=["lambda", "density", "weight"]).knobs}
+    assert (knobs["lambda"].low, knobs["lambda"].high, knobs["lambda"].log) == (0.2, 3.0, True)
+    assert (knobs["density"].low, knobs["density"].high, knobs["density"].log) == (0.05, 1.0, False)
+    assert (knobs["weight[a]"].low, knobs["weight[a]"].high) == (LOW_U, HIGH_U)
+
+
+@EVERY
+@pytest.mark.parametrize("groups", [1, 2, 5, 6])
+def test_every_point_is_a_recipe_with_all_settings_everywhere(name, groups):
+    space = everything(name, groups)
+    recipe = space.decode(middle(space))
+    for layer in (None, *range(6)):
+        values = recipe.settings(layer)
+        assert values.keys() == METHODS[name].settings.keys()
+        for key, setting in METHODS[name].settings.items():
+            if isinstance(setting.search, Simplex):
+                assert math.fsum(values[key]) == pytest.approx(1.0)
+                assert len(values[key]) == len(EXPERTS)
+            if isinstance(setting.search, Range):
+                assert setting.search.low <= values[key] <= setting.search.high
+
+
+@given(st.data())
+@settings(max_examples=50, deadline=None)
+def test_weights_sum_to_one_in_every_group(data):
+    space = make(groups=data.draw(st.integers(1, 6)))
+    point = {k.name: data.draw(st.floats(k.low, k.high)) for k in space.knobs}
+    recipe = space.decode(point)
+    for layer in (None, *range(6)):
+        weights = recipe.settings(layer)["weight"]
+        assert math.fsum(weights) == pytest.approx(1.0)
+        assert all(0 < w < 1 for w in weights)
+
+
+def test_a_point_by_hand():
+    """u = e^-1, e^-1, e^-2 are the exponentials 1, 1, 2: weights 0.25, 0.25, 0.5."""
+    point = {"lambda": 1.5, "weight[a]": math.exp(-1), "weight[b]": math.exp(-1), "weight[c]": math.exp(-2)}
+    values = make(fixed={"normalize": True}).decode(point).settings(None)
+    assert values["weight"] == pytest.approx((0.25, 0.25, 0.5))
+    assert values["lambda"] == 1.5
+    assert values["normalize"] is True
+
+
+def test_each_knob_moves_its_own_group_only():
+    space = make(groups=3)
+    start = middle(space)
+    before = space.decode(start)
+    for layers, suffix in (((None,), "@outside"), ((0, 1), "@0-1"), ((2, 3), "@2-3"), ((4, 5), "@4-5")):
+        after = space.decode({**start, f"lambda{suffix}": 2.9})
+        moved = {layer for layer in (None, *range(6)) if after.settings(layer) != before.settings(layer)}
+        assert moved == set(layers)
+
+
+@pytest.mark.parametrize("layers", [2, 6, 7, 30])
+def test_groups_cover_every_layer_exactly_once(layers):
+    for groups in range(1, layers + 1):
+        rules = make(layers=layers, groups=groups).decode(middle(make(layers=layers, groups=groups))).rules
+        for layer in (None, *range(layers)):
+            assert sum(r.place.covers(layer) for r in rules) == 1
+        assert len(rules) == (1 if groups == 1 else groups + 1)
+        assert all(any(r.place.covers(layer) for layer in (None, *range(layers))) for r in rules)
+
+
+def test_the_equal_start_is_the_average_at_its_mass():
+    space = make()
+    values = space.decode(space.encode_equal(1.0)).settings(None)
+    assert values["weight"] == pytest.approx((1 / 3,) * 3)
+    assert values["lambda"] == 1.0
+    assert space.encode_equal(99.0)["lambda"] == 3.0
+    assert everything("ties").encode_equal(1.0)["density"] == pytest.approx(0.525)
+
+
+def test_what_is_not_tuned_stays_as_given():
+    recipe = make(tune=["lambda"], fixed={"weight": [1, 2, 3]}).decode({"lambda": 0.7})
+    assert recipe.settings(0)["weight"] == (1.0, 2.0, 3.0)
+    assert recipe.settings(0)["lambda"] == 0.7
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tune": ["lamda"]}, r"^search\.tune: task_arithmetic has nothing to tune called 'lamda'; did you mean 'lambda'"),
+        ({"tune": ["normalize"]}, r"^search\.tune: .*'normalize'"),
+        ({"method": "simple"}, r"^search\.method: simple has nothing to tune"),
+        ({"tune": []}, r"^search\.method: task_arithmetic has nothing to tune"),
+        ({"groups": 7}, r"^search\.layer_groups: 7 groups of 6 layers; write a number from 1 to 6"),
+        ({"groups": 0}, r"^search\.layer_groups"),
+        ({"fixed": {"lamda": 1.0}}, r"^search\.settings: .*did you mean 'lambda'"),
+        ({"fixed": {"weight": [1.0]  * 2}}, r"^search\.settings\.weight: 2 numbers for 3 experts"),
+    ],
+)  # fmt: skip
+def test_bad_spaces_are_refused(change, message):
+    with pytest.raises(BadInput, match=message):
+        make(**change)

@@ -1,0 +1,335 @@
+"""The ledger: nothing that was written is lost or read twice, whatever lies in the folder."""
+
+import errno
+import os
+import threading
+
+import pyarrow.parquet as pq
+import pytest
+
+from evolver import ledger as module
+from evolver.errors import BadInput
+from evolver.ledger import Ledger, read
+from evolver.records import Candidate, Cross, Expert, Result, dump_recipe
+
+A, B = Expert("a", "aa"), Expert("b", "bb")
+
+
+def recipe(k):
+    return Cross(A, (B,), "evolver", 0.5, 0.5, k)
+
+
+def candidate(k, stage="search", bar=None):
+    return Candidate(k, recipe(k), "evolver", (A.id, B.id), bar, stage, f"label {k}")
+
+
+def result(k, stage="search"):
+    tasks, seconds = {"arc": 0.25, "piqa": 0.75}, {"total": 1.5, "forward": 1.0}
+    return Result(k, recipe(k).id, "ok", 0.1 * k, 0.1 * k, True, (0.0, 1.0, 0.1 * k), tasks, seconds, worker="w", stage=stage)
+
+
+@pytest.fixture
+def reopen(tmp_path):
+    """Opens the ledger of this test, closing the one that was open."""
+    opened = []
+
+    def again(owner="me"):
+        close()
+        opened.append(Ledger(tmp_path / "ledger", owner))
+        return opened[-1]
+
+    def close():
+        for one in opened:
+            one.close()
+
+    yield again
+    close()
+
+
+def fill(ledger, numbers):
+    for k in numbers:
+        ledger.asked(candidate(k))
+        ledger.finished(candidate(k), result(k))
+
+
+def parts(folder):
+    return sorted(p.name for p in folder.iterdir() if p.name.startswith("part-"))
+
+
+def test_every_field_of_a_result_comes_back(reopen):
+    results = [
+        result(0),
+        Result(1, recipe(1).id, "ok", None, 0.625, False, (1.0, 0.0), {"arc": 0.5}, {"total": 0.1}, worker="ray-3"),
+        Result(2, recipe(2).id, "ok", None, float("inf"), False, (1.0,)),
+        Result(3, recipe(3).id, "failed", reason="it “broke”\nbadly", worker="w"),
+        Result(4, recipe(4).id, "ok", 0.1 + 0.2, 0.1 + 0.2, True, (0.1, 1 / 3), reused=True),
+    ]
+    ledger = reopen()
+    for r in results:
+        ledger.asked(candidate(r.number, bar=0.5))
+        ledger.finished(candidate(r.number, bar=0.5), r)
+    assert ledger.results("search") == results
+    again = reopen()
+    assert again.results("search") == results
+    assert again.warnings == []
+    assert isinstance(again.results("search")[0].items, tuple)
+
+
+def test_the_rows_hold_the_whole_proposal(reopen):
+    ledger = reopen()
+    ledger.asked(candidate(7, bar=0.5))
+    ledger.finished(candidate(7, bar=0.5), result(7))
+    rows = read(ledger.folder).to_pylist()
+    assert [r["event"] for r in rows] == ["asked", "finished"]
+    for row in rows:
+        assert row["number"] == 7
+        assert row["recipe_id"] == recipe(7).id
+        assert row["recipe"] == dump_recipe(recipe(7))
+        assert row["parents"] == [A.id, B.id]
+        assert (row["bar"], row["stage"], row["label"], row["proposer"]) == (0.5, "search", "label 7", "evolver")
+    assert rows[0]["score"] is None
+    assert rows[0]["time"] <= rows[1]["time"]
+
+
+def test_a_candidate_that_was_asked_only_is_not_recorded(reopen):
+    reopen().asked(candidate(0))
+    again = reopen()
+    assert again.recorded(candidate(0)) is None
+    assert again.known(candidate(0)) is None
+
+
+def test_stages_have_numbers_of_their_own(reopen):
+    ledger = reopen()
+    ledger.finished(candidate(0, "baseline"), result(0, "baseline"))
+    ledger.finished(Candidate(0, recipe(1), "evolver"), Result(0, recipe(1).id, "ok", 0.5, 0.5, True))
+    again = reopen()
+    assert again.recorded(candidate(0, "baseline")).score == 0.0
+    assert again.results("search")[0].score == 0.5
+    assert len(again.results("baseline")) == 1
+
+
+def test_a_known_recipe_is_one_of_the_same_items(reopen):
+    ledger = reopen()
+    ledger.finished(candidate(0, "baseline"), result(0, "baseline"))
+    assert ledger.known(Candidate(9, recipe(0), "evolver")) == result(0, "baseline")
+    assert ledger.known(Candidate(9, recipe(0), "report", stage="report")) is None
+    assert reopen().known(Candidate(9, recipe(0), "evolver")) == result(0, "baseline")
+
+
+def test_a_partial_result_answers_where_it_decides(reopen):
+    ledger = reopen()
+    partial = Result(0, recipe(0).id, "ok", None, 0.5, False, (0.0, 1.0))
+    ledger.finished(candidate(0, bar=0.5), partial)
+    for one in (ledger, reopen()):
+        assert one.known(candidate(1)) is None
+        assert one.known(Candidate(1, recipe(0), "x", bar=0.5)) == partial
+        assert one.known(Candidate(1, recipe(0), "x", bar=0.4)) is None
+        assert one.known(Candidate(1, recipe(0), "x")) is None
+
+
+def test_another_recipe_under_the_same_number_is_refused(reopen):
+    ledger = reopen()
+    fill(ledger, [0])
+    with pytest.raises(BadInput, match=r"candidate 0 of stage search is \w+ in the ledger"):
+        ledger.recorded(Candidate(0, recipe(5), "evolver"))
+
+
+def test_a_second_opener_is_refused_with_the_pid_of_the_first(reopen, tmp_path):
+    ledger = reopen()
+    with pytest.raises(BadInput, match=rf"in use by .*{os.getpid()}.*; wait for it, or stop it first"):
+        Ledger(tmp_path / "ledger", "me")
+    fill(ledger, [0])  # the refused one did no harm
+    assert len(reopen().results("search")) == 1
+
+
+@pytest.mark.parametrize("keep", [0, 10, 1500, -4])
+def test_a_damaged_part_is_set_aside(reopen, keep):
+    ledger = reopen()
+    fill(ledger, range(3))
+    victim = ledger.folder / parts(ledger.folder)[3]  # candidate 1 finished
+    victim.write_bytes(victim.read_bytes()[:keep])
+    again = reopen()
+    assert [r.number for r in again.results("search")] == [0, 2]
+    assert len(again.warnings) == 1
+    assert victim.name in again.warnings[0]
+    assert "damaged" in again.warnings[0]
+    assert (again.folder / "damaged" / victim.name).exists()
+    again.finished(candidate(1), result(1))
+    last = reopen()
+    assert [r.number for r in last.results("search")] == [0, 1, 2]
+    assert last.warnings == []
+
+
+def test_a_flipped_bit_is_noticed(reopen):
+    """Every byte of the pages is under a checksum: a changed one sets the part aside, and is never read as a score."""
+    ledger = reopen()
+    fill(ledger, [0])
+    victim = ledger.folder / parts(ledger.folder)[1]
+    whole = victim.read_bytes()
+    for place in range(4, len(whole) // 2, 97):
+        victim.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        again = reopen()
+        assert again.results("search") in ([], [result(0)])
+        if not again.results("search"):
+            (again.folder / "damaged" / victim.name).unlink()
+        victim.write_bytes(whole)
+    assert reopen().results("search") == [result(0)]
+
+
+def test_garbage_under_the_name_of_a_part_is_set_aside(reopen, tmp_path):
+    fill(reopen(), [0])
+    (tmp_path / "ledger" / "part-00000009.parquet").write_bytes(b"garbage")
+    again = reopen()
+    assert again.results("search") == [result(0)]
+    assert "part-00000009" in again.warnings[0]
+    fill(again, [1])
+    assert "part-00000010.parquet" in parts(again.folder)  # no number is ever used twice
+
+
+def foreign_part(tmp_path, name, folder):
+    other = Ledger(tmp_path / "other", "somebody else")
+    other.finished(candidate(5), result(5))
+    other.close()
+    os.replace(tmp_path / "other" / "part-00000000.parquet", folder / name)
+
+
+def test_a_part_of_another_run_is_left_alone(reopen, tmp_path):
+    ledger = reopen()
+    fill(ledger, [0])
+    foreign_part(tmp_path, "part-00000007.parquet", ledger.folder)
+    again = reopen()
+    assert [r.number for r in again.results("search")] == [0]
+    assert "another run" in again.warnings[0]
+    assert (again.folder / "part-00000007.parquet").exists()
+    fill(again, [1])
+    assert "part-00000008.parquet" in parts(again.folder)
+
+
+def test_a_part_of_another_run_is_left_alone_when_parts_are_joined_around_it(reopen, tmp_path, monkeypatch):
+    ledger = reopen()
+    fill(ledger, [0])
+    foreign_part(tmp_path, "part-00000003.parquet", ledger.folder)
+    monkeypatch.setattr(module, "JOIN_FROM", 4)
+    fill(reopen(), [1])
+    again = reopen()
+    assert "part-00000000-00000005.parquet" in parts(again.folder)
+    assert [r.number for r in again.results("search")] == [0, 1]
+    assert (again.folder / "part-00000003.parquet").exists()
+
+
+def test_other_files_are_left_alone_and_half_written_ones_removed(reopen, tmp_path):
+    ledger = reopen()
+    fill(ledger, [0])
+    (ledger.folder / "notes.txt").write_text("mine")
+    (ledger.folder / ".part-00000002.parquet.tmp").write_bytes(b"half")
+    again = reopen()
+    assert again.results("search") == [result(0)]
+    assert "notes.txt" in again.warnings[0]
+    assert (ledger.folder / "notes.txt").read_text() == "mine"
+    assert not (ledger.folder / ".part-00000002.parquet.tmp").exists()
+
+
+def test_small_parts_are_joined_and_hold_the_same(reopen, monkeypatch):
+    monkeypatch.setattr(module, "JOIN_FROM", 6)
+    ledger = reopen()
+    fill(ledger, range(7))  # 14 rows: two joined parts of 6, two loose ones
+    assert parts(ledger.folder) == [
+        "part-00000000-00000005.parquet", "part-00000006-00000011.parquet",
+        "part-00000012.parquet", "part-00000013.parquet",
+    ]  # fmt: skip
+    assert read(ledger.folder).num_rows == 14
+    again = reopen()
+    assert again.results("search") == [result(k) for k in range(7)]
+    assert again.warnings == []
+    fill(again, range(7, 10))
+    assert reopen().results("search") == [result(k) for k in range(10)]
+    rows = read(again.folder).to_pylist()
+    assert [r["number"] for r in rows] == [k for k in range(10) for _ in "af"]
+
+
+def test_a_crash_between_joining_and_removing_loses_and_doubles_nothing(reopen, monkeypatch):
+    ledger = reopen()
+    fill(ledger, range(3))
+    loose = {n: (ledger.folder / n).read_bytes() for n in parts(ledger.folder)}
+    monkeypatch.setattr(module, "JOIN_FROM", 7)
+    ledger.asked(candidate(3))  # joins
+    assert parts(ledger.folder) == ["part-00000000-00000006.parquet"]
+    for name, data in loose.items():
+        (ledger.folder / name).write_bytes(data)
+    assert read(ledger.folder).num_rows == 7
+    again = reopen()
+    assert again.results("search") == [result(k) for k in range(3)]
+    assert parts(again.folder) == ["part-00000000-00000006.parquet"]
+
+
+def test_a_damaged_joined_part_gives_way_to_the_loose_ones(reopen, monkeypatch):
+    ledger = reopen()
+    fill(ledger, range(3))
+    (ledger.folder / "part-00000000-00000005.parquet").write_bytes(b"cut short")
+    again = reopen()
+    assert again.results("search") == [result(k) for k in range(3)]
+    assert len(again.warnings) == 1
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("step", ["replace", "fsync"])
+def test_a_full_disk_loses_nothing_that_was_finished(reopen, monkeypatch, step):
+    ledger = reopen()
+    fill(ledger, range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, full_disk)
+        with pytest.raises(BadInput, match=r"No space left.*nothing finished so far is lost: make room"):
+            ledger.finished(candidate(2), result(2))
+    assert ledger.recorded(candidate(2)) is None
+    assert not list(ledger.folder.glob(".part*"))
+    again = reopen()
+    assert again.results("search") == [result(0), result(1)]
+    assert again.warnings == []
+    fill(again, [2])
+    assert len(reopen().results("search")) == 3
+
+
+def test_a_full_disk_while_joining_loses_nothing(reopen, monkeypatch):
+    ledger = reopen()
+    fill(ledger, range(2))
+    monkeypatch.setattr(module, "JOIN_FROM", 5)
+    replace = os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda a, b: full_disk() if b.name.count("-") == 2 else replace(a, b))
+        with pytest.raises(BadInput, match="No space left"):
+            ledger.finished(candidate(2), result(2))
+    assert reopen().results("search") == [result(k) for k in range(3)]
+
+
+def test_a_result_is_on_disk_when_finished_returns(reopen):
+    ledger = reopen()
+    for k in range(3):
+        ledger.finished(candidate(k), result(k))
+        newest = ledger.folder / parts(ledger.folder)[-1]
+        assert pq.read_table(newest)["number"].to_pylist() == [k]
+
+
+def test_reading_an_empty_ledger(reopen):
+    assert read(reopen().folder).num_rows == 0
+
+
+def test_reading_while_a_run_writes(reopen, monkeypatch):
+    """Whatever the writer is at, a reader sees a beginning of the record: no gap, nothing twice."""
+    monkeypatch.setattr(module, "JOIN_FROM", 4)
+    monkeypatch.setattr(module, "_sync_folder", lambda folder: None)
+    ledger = reopen()
+    writer = threading.Thread(target=fill, args=(ledger, range(60)))
+    writer.start()
+    counts = []
+    while writer.is_alive() or not counts:
+        rows = read(ledger.folder).to_pylist()
+        assert [(r["number"], r["event"]) for r in rows] == [
+            (k // 2, ("asked", "finished")[k % 2]) for k in range(len(rows))
+        ]
+        counts.append(len(rows))
+    writer.join()
+    assert counts == sorted(counts)
+    assert read(ledger.folder).num_rows == 120

@@ -1,0 +1,218 @@
+"""Recipes into weights: the same bytes whatever is cached, cut or threaded, and defined answers at the edges."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from evolver.merging import materialise, methods, operators
+from evolver.merging.materialise import Materialiser
+from evolver.merging.weights import Checkpoint, LoraAdapter
+from evolver.records import Cross, Expert, Merge, Place, Rule
+
+NAMES = {
+    "model.embed_tokens.weight": (12, 10),
+    "model.layers.0.mlp.weight": (30, 7),
+    "model.layers.1.mlp.weight": (7, 30),
+    "model.layers.1.scale": (1,),
+    "model.layers.1.gate": (),
+    "model.norm.weight": (10,),
+}
+
+
+def content(seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    out = {n: torch.randn(shape, generator=generator).to(dtype) for n, shape in NAMES.items()}
+    return out | {"model.positions": torch.arange(5) + seed, "model.mask": torch.tensor([True, seed % 2 == 0])}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A bfloat16 base and three experts, the last one in float32."""
+    opened = {}
+    for seed, name in enumerate(("base", "a", "b", "c")):
+        folder = tmp_path_factory.mktemp(name)
+        save_file(content(seed, torch.float32 if name == "c" else torch.bfloat16), folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        opened[name] = Checkpoint(folder, name)
+    return opened
+
+
+BASE, A, B, C = (Expert(n, n) for n in ("base", "a", "b", "c"))
+CROSS = Cross(A, (B,), "evolver", 0.5, 0.5, 1)
+DEEP = Cross(Cross(CROSS, (C,), "evolver", 0.25, 0.5, 2), (Cross(B, (CROSS,), "evolver", 0.5, 0.75, 3),), "evolver", 0.5, 0.5, 4)  # fmt: skip  # noqa: E501
+DIFFERENCE = Cross(A, (B, C, CROSS), "current-to-best/1", 0.5, 0.5, 5)
+OF_CROSS = Merge("simple", (CROSS, DEEP, C), BASE)
+
+
+def rule(method, place=None, **values):
+    return Rule.of(methods.METHODS[method].complete(values, 3, "here"), place)
+
+
+THIN = Merge("ties", (A, B, CROSS), BASE, (rule("ties", density=0.3),))
+DROPPED = Merge("dare_ties", (A, B, DEEP), BASE, (rule("dare_ties", density=0.5, seed=3),))
+RECIPES = {"expert": C, "cross": CROSS, "deep": DEEP, "difference": DIFFERENCE, "of cross": OF_CROSS, "ties": THIN,
+           "dare": DROPPED, "merge of merge": Merge("linear", (THIN, DROPPED, A), BASE, (rule("linear"),))}  # fmt: skip
+EVERY = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+
+
+def build(sources, recipe, cache=0, dtype=None):
+    return dict(Materialiser(sources["base"], sources, dtype, cache).stream(recipe))
+
+
+def same(one, two):
+    assert list(one) == list(two)
+    for name in one:
+        assert one[name].dtype == two[name].dtype
+        assert one[name].shape == two[name].shape
+        assert torch.equal(one[name], two[name])
+
+
+@EVERY
+def test_names_shapes_and_dtypes_are_those_of_the_base(sources, recipe):
+    model = build(sources, recipe)
+    assert list(model) == sources["base"].names()
+    for name, tensor in model.items():
+        assert tensor.shape == sources["base"].headers[name].shape
+        assert tensor.dtype == sources["base"].headers[name].dtype
+        assert not tensor.is_floating_point() or tensor.isfinite().all()
+
+
+@EVERY
+def test_twice_gives_the_same_bytes(sources, recipe):
+    same(build(sources, recipe), build(sources, recipe))
+
+
+@pytest.fixture(scope="module")
+def fresh(sources):
+    """Every recipe, built without a cache."""
+    return {r.id: build(sources, r) for r in RECIPES.values()}
+
+
+@EVERY
+@pytest.mark.parametrize("slots", [1, 2, 3, 100])
+def test_the_cache_changes_nothing_and_neither_does_eviction(sources, fresh, recipe, slots):
+    """One materialiser meets all recipes, twice, with room for so many models; each has the bytes of a fresh build."""
+    keeping = Materialiser(sources["base"], sources, None, slots * sources["base"].size)
+    for _ in range(2):
+        for other in (recipe, *RECIPES.values()):
+            same(dict(keeping.stream(other)), fresh[other.id])
+            assert len(keeping._resident) <= slots
+
+
+def test_the_population_stays_resident(sources, monkeypatch):
+    """The second offspring of one parent does not build the parent again."""
+    keeping = Materialiser(sources["base"], sources, None, 10 * sources["base"].size)
+    dict(keeping.stream(Cross(DEEP, (CROSS,), "evolver", 0.5, 0.5, 8)))
+    assert DEEP.id in keeping._resident
+    built = []
+    cross = operators.cross
+    monkeypatch.setattr(operators, "cross", lambda *given: built.append(given[5]) or cross(*given))
+    dict(keeping.stream(Cross(DEEP, (CROSS,), "evolver", 0.5, 0.5, 9)))
+    assert set(built) == {9}
+
+
+def test_an_interrupted_stream_leaves_nothing_half_built(sources):
+    keeping = Materialiser(sources["base"], sources, None, 10 * sources["base"].size)
+    next(keeping.stream(DEEP))
+    same(dict(keeping.stream(DEEP)), build(sources, DEEP))
+
+
+@EVERY
+def test_pieces_and_threads_change_nothing(sources, recipe, monkeypatch):
+    whole = build(sources, recipe)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        monkeypatch.setattr(materialise, "PIECE", 37)
+        same(build(sources, recipe), whole)
+    finally:
+        torch.set_num_threads(before)
+
+
+@EVERY
+def test_integers_are_copied_from_the_first_input(sources, recipe):
+    model = build(sources, recipe)
+    first = "c" if recipe is C else "a"
+    assert torch.equal(model["model.positions"], sources[first].tensor("model.positions"))
+    assert torch.equal(model["model.mask"], sources[first].tensor("model.mask"))
+
+
+def test_arithmetic_is_float32_rounded_once(sources):
+    """The average of three models, in float32 from their bfloat16 values, then one rounding."""
+    average = build(sources, Merge("simple", (A, B, A), BASE))
+    for name in NAMES:
+        a, b = (sources[n].tensor(name).float() for n in "ab")
+        assert torch.equal(average[name], ((a + b + a) / 3).bfloat16())
+
+
+def test_another_dtype_is_that_of_every_floating_tensor(sources):
+    model = build(sources, CROSS, dtype=torch.float16)
+    assert {t.dtype for n, t in model.items() if n in NAMES} == {torch.float16}
+    assert model["model.positions"].dtype == torch.int64
+    float32 = build(sources, C, dtype=torch.float32)
+    assert all(torch.equal(float32[n], sources["c"].tensor(n)) for n in NAMES)
+
+
+def test_settings_hold_for_their_layers(sources):
+    """λ = 1 on one expert is that expert, λ = 0 the base: everywhere, in layer 1, and outside the layers."""
+    off = {"weight": [1.0, 0.0, 0.0], "lambda": 0.0}
+    on = {"weight": [1.0, 0.0, 0.0], "lambda": 1.0}
+    rules = (rule("task_arithmetic", **off), rule("task_arithmetic", Place((1, 2)), **on))
+    model = build(sources, Merge("task_arithmetic", (C, B, A), BASE, rules), dtype=torch.float32)
+    for name in NAMES:
+        source = "c" if ".1." in name else "base"
+        assert torch.allclose(model[name], sources[source].tensor(name).float(), atol=1e-6)
+    rules = (rule("task_arithmetic", **off), rule("task_arithmetic", Place(outside=True), **on))
+    model = build(sources, Merge("task_arithmetic", (C, B, A), BASE, rules), dtype=torch.float32)
+    for name in NAMES:
+        source = "base" if "layers" in name else "c"
+        assert torch.allclose(model[name], sources[source].tensor(name).float(), atol=1e-6)
+
+
+@pytest.mark.parametrize("values", [{"lambda": 0.0}, {"weight": 0.0}])
+def test_no_mass_gives_the_base(sources, values):
+    model = build(sources, Merge("task_arithmetic", (A, B, C), BASE, (rule("task_arithmetic", **values),)))
+    assert all(torch.equal(model[n], sources["base"].tensor(n)) for n in NAMES)
+
+
+@pytest.mark.parametrize("name", [n for n, m in methods.METHODS.items() if m.on_deltas])
+def test_experts_that_are_the_base_give_the_base(sources, name):
+    model = build(sources, Merge(name, (BASE,) * 3, BASE, (rule(name),)))
+    assert all(torch.equal(model[n], sources["base"].tensor(n)) for n in NAMES)
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_a_merge_is_its_method_on_whole_tensors(sources, name):
+    """Also of methods that are not elementwise: no piece of a tensor is ever trimmed alone."""
+    found = methods.METHODS[name]
+    more = {"density": 0.4} if "density" in found.settings else {}
+    merged = rule(name, **more)
+    model = build(sources, Merge(name, (A, B, C), BASE, (merged,)), dtype=torch.float32)
+    for tensor in NAMES:
+        base = sources["base"].tensor(tensor).float()
+        stack = torch.stack([sources[n].tensor(tensor).float() for n in "abc"])
+        values = dict(merged.values)
+        if found.on_deltas:
+            wanted = base + found(stack - base, values, tensor)
+        else:
+            wanted = found(stack, values, tensor)
+        assert torch.allclose(model[tensor], wanted, atol=1e-6)
+
+
+def test_an_adapter_is_an_expert_like_others(sources, tmp_path):
+    """Cached once it has been an input, and never different for it."""
+    a, b = torch.ones(2, 7), torch.ones(30, 2)
+    module = "base_model.model.model.layers.0.mlp"
+    save_file({f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 2}')
+    opened = {**sources, "lora": LoraAdapter(tmp_path, "lora", sources["base"])}
+    recipe = Cross(Expert("lora", "lora"), (A,), "evolver", 0.5, 0.5, 1)
+    keeping = Materialiser(sources["base"], opened, None, 10 * sources["base"].size)
+    first = dict(keeping.stream(recipe))
+    assert list(keeping._resident) == [Expert("lora", "lora").id]
+    same(dict(keeping.stream(recipe)), first)
+    same(build(opened, recipe), first)
+    delta = build(opened, Expert("lora", "lora"), dtype=torch.float32)["model.layers.0.mlp.weight"]
+    assert not torch.equal(delta, sources["base"].tensor("model.layers.0.mlp.weight").float())

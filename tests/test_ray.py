@@ -1,0 +1,278 @@
+"""Ray carries candidates and results, and changes neither, whatever happens to its workers."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import ray
+import toys
+
+from cluster import pool as pools
+from cluster.job import make_pool
+from cluster.messages import pack_candidate, pack_result, unpack_candidate, unpack_result
+from cluster.pool import RayPool, check_resources
+from evolver.config import load
+from evolver.errors import BadInput
+from evolver.ledger import Ledger
+from evolver.loop import evolve
+from evolver.records import Candidate, Cross, Expert, Result
+from evolver.run import prepare
+from evolver.search.plain import Listed
+from evolver.worker import LocalPool
+
+pytestmark = pytest.mark.ray
+
+KILOBYTES_10 = 10_000
+POOL = {"kind": "ray", "num_workers": 2, "num_cpus": 0.5}
+SEARCHES = {
+    "generational": {"search.mode": "generational", "search.generations": 3, "budget.candidates": 12},
+    "tpe": {"search": {"algorithm": "tpe", "startup": 4, "in_flight": 2}, "budget.candidates": 8},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cluster():
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ready(make_config, tmp_path_factory):
+    """``ready(name)``: a search, prepared anew; they differ in nothing that a worker is built from."""
+    folder = tmp_path_factory.mktemp("ray")
+
+    def prepared(name):
+        return prepare(str(make_config(folder, {**SEARCHES[name], "pool": POOL})))
+
+    return prepared
+
+
+@pytest.fixture(scope="module")
+def actors(ready):
+    """Two real workers, shared by the tests that leave them whole."""
+    pool = RayPool(ready("generational").plan, "dev")
+    yield pool
+    pool.close()
+
+
+class OneAtATime:
+    """A pool of which only one worker is used."""
+
+    def __init__(self, pool):
+        self.pool, self.submit, self.wait = pool, pool.submit, pool.wait
+
+    def free(self):
+        return self.pool.free() - 1
+
+
+def play(search, pool, folder, watch=lambda candidate, result: None):
+    """Run a search; what matters of its results by number, and the number of the winner."""
+    found = {}
+
+    def keep(candidate, result):
+        found[candidate.number] = (candidate.recipe.id, result.status, result.score, result.bound, result.items)
+        watch(candidate, result)
+
+    ledger = Ledger(folder, "owner")
+    evolve(search, pool, ledger, keep)
+    ledger.close()
+    scored = {n: f[2] for n, f in found.items() if f[2] is not None}
+    return found, max(scored, key=lambda n: (scored[n], -n))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ready, tmp_path_factory):
+    """Every search in this process."""
+    out = {}
+    for name in SEARCHES:
+        prepared = ready(name)
+        pool = LocalPool(prepared.plan, "dev", prepared.tasks)
+        out[name] = play(prepared.search, pool, tmp_path_factory.mktemp("local"))
+    return out
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("name", SEARCHES)
+def test_any_number_of_workers_gives_the_same_run(ready, actors, undisturbed, tmp_path, name, workers):
+    pool = actors if workers == 2 else OneAtATime(actors)
+    assert play(ready(name).search, pool, tmp_path) == undisturbed[name]
+
+
+def test_candidates_and_results_are_a_few_kilobytes(actors):
+    assert actors.messages >= sum(s["budget.candidates"] for s in SEARCHES.values())
+    assert 0 < actors.bytes_sent / actors.messages <= KILOBYTES_10
+    assert 0 < actors.bytes_received / actors.messages <= KILOBYTES_10
+
+
+def test_a_whole_run_is_the_same_run(make_config, tmp_path):
+    changes = SEARCHES["generational"]
+    here = toys.run_here(make_config(tmp_path, {**changes, "pool": {"kind": "local"}}), tmp_path / "here")
+    there = toys.run_here(make_config(tmp_path, {**changes, "pool": POOL}), tmp_path / "there", make_pool)
+    assert toys.essence(there) == toys.essence(here)
+    assert toys.winner(there) == toys.winner(here)
+    workers = {r["worker"] for r in toys.rows(there).values() if not r["reused"]}
+    assert workers <= {"ray-0", "ray-1"}
+    assert len(workers) == 2
+
+
+def test_a_killed_worker_is_replaced(ready, undisturbed, tmp_path):
+    prepared = ready("generational")
+    pool = RayPool(prepared.plan, "dev")
+    killed = []
+
+    def watch(candidate, result):
+        if candidate.number == 4 and not killed:
+            flight = next(iter(pool._flights.values()))
+            killed.append(flight.candidate.number)
+            os.kill(pids[flight.actor], signal.SIGKILL)
+
+    try:
+        pool._start(2)
+        pids = {n: ray.get(a.ready.remote())["pid"] for n, a in pool._actors.items()}
+        assert play(prepared.search, pool, tmp_path, watch) == undisturbed["generational"]
+    finally:
+        pool.close()
+    assert killed
+    assert pool._started == 3
+
+
+# Workers that misbehave on purpose need no models.
+
+
+def fragile():
+    """An actor class whose candidates die, hang or answer, as their label says. Local, so that it travels by value."""
+
+    @ray.remote
+    class Fragile:
+        def __init__(self, plan, split, name):
+            self.name = name
+
+        def ready(self):
+            return {"pid": os.getpid()}
+
+        def evaluate(self, message):
+            candidate = unpack_candidate(message)
+            if candidate.label.startswith("deadly"):
+                os._exit(1)
+            if candidate.label == "hangs":
+                time.sleep(60)
+            draw = random.Random(candidate.number)
+            items = tuple(draw.random() for _ in range(300))
+            tasks = {"toy": sum(items) / 300}
+            return pack_result(
+                Result(candidate.number, candidate.recipe.id, "ok", tasks["toy"], tasks["toy"], True, items, tasks,
+                       {"total": 1.0}, worker=self.name, stage=candidate.stage)
+            )  # fmt: skip
+
+    return Fragile
+
+
+@pytest.fixture
+def fragile_pool(make_config, tmp_path, monkeypatch):
+    """``fragile_pool(**pool settings)``: a RayPool of such actors."""
+    monkeypatch.setattr(pools, "PopulationWorker", fragile())
+    made = []
+
+    def make(**settings):
+        config = load(make_config(tmp_path, {"pool": {**POOL, **settings}}))
+        made.append(RayPool(SimpleNamespace(config=config), "dev"))
+        return made[-1]
+
+    yield make
+    for pool in made:
+        pool.close()
+
+
+def labelled(*labels):
+    return Listed([(label, Expert(label, f"digest {n}")) for n, label in enumerate(labels)], "baseline")
+
+
+def test_a_candidate_that_kills_its_worker_fails_and_the_run_goes_on(fragile_pool, tmp_path):
+    search, pool = labelled("fine", "deadly", "good", "deadly too", "well"), fragile_pool(retries=1)
+    ledger = Ledger(tmp_path / "ledger", "owner")
+    evolve(search, pool, ledger, lambda candidate, result: None)
+    ledger.close()
+    assert [search.results[label].status for label in ("fine", "good", "well")] == ["ok"] * 3
+    for label in ("deadly", "deadly too"):
+        assert search.results[label].status == "failed"
+        assert "its worker died" in search.results[label].reason
+        assert "tried 2 times" in search.results[label].reason
+    recorded = toys.rows(tmp_path)
+    assert recorded["baseline", 1]["status"] == "failed"
+    assert recorded["baseline", 1]["reason"] == search.results["deadly"].reason
+
+
+def test_a_candidate_that_hangs_times_out(fragile_pool, tmp_path):
+    search, pool = labelled("fine", "hangs", "good"), fragile_pool(num_workers=1, timeout_s=1.0)
+    ledger = Ledger(tmp_path / "ledger", "owner")
+    began = time.monotonic()
+    evolve(search, pool, ledger, lambda candidate, result: None)
+    ledger.close()
+    assert time.monotonic() - began < 30
+    assert (search.results["fine"].status, search.results["good"].status) == ("ok", "ok")
+    assert search.results["hangs"].status == "failed"
+    assert "timed out after 1 s" in search.results["hangs"].reason
+
+
+def lineage(nodes):
+    """A child of a child of … a child, ``nodes`` crossovers deep, with partners drawn from all that came before."""
+    draw = random.Random(0)
+    members = [Expert(name, f"{draw.getrandbits(80):020x}") for name in "abcd"]
+    for _ in range(nodes):
+        members.append(Cross(members[-1], (draw.choice(members),), "evolver", 0.5, 0.5, draw.getrandbits(32)))
+    return members[-1]
+
+
+def test_a_long_lineage_and_many_items_still_are_a_few_kilobytes(fragile_pool):
+    pool = fragile_pool(num_workers=1)
+    candidate = Candidate(0, lineage(60), "evolver", ("parent",) * 2, bar=0.5)
+    pool.submit(candidate)
+    (result,) = pool.wait()
+    assert len(result.items) == 300
+    assert (result.number, result.recipe_id) == (0, candidate.recipe.id)
+    assert 1000 < pool.bytes_sent <= KILOBYTES_10
+    assert 1000 < pool.bytes_received <= KILOBYTES_10
+
+
+def test_messages_are_undone_exactly():
+    candidate = Candidate(7, lineage(5), "evolver", ("x", "y"), bar=0.1 + 0.2, stage="search", label="l")
+    again = unpack_candidate(pack_candidate(candidate))
+    assert again == candidate
+    result = Result(7, candidate.recipe.id, "ok", 1 / 3, 1 / 3, True, (0.1, 1.0), {"t": 1 / 3}, {"total": 2.5}, "", "w")
+    assert asdict(unpack_result(pack_result(result))) == asdict(result)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"num_gpus": 4.0}, "pool.num_gpus: 2 workers of 4 GPUs are asked for and the cluster has 0"),
+        ({"num_workers": 1000, "num_cpus": None}, "pool.num_cpus: 1000 workers of 1 CPUs are asked for"),
+    ],
+)
+def test_what_the_cluster_can_never_offer_is_refused(fragile_pool, settings, says):
+    with pytest.raises(BadInput) as refused:
+        fragile_pool(**settings)
+    assert says in str(refused.value)
+    assert "ask for less" in str(refused.value)
+
+
+def test_resources_that_just_suffice_are_enough():
+    check_resources({"num_cpus": 0.1, "num_gpus": 0.25}, 4, {"CPU": 0.4, "GPU": 1.0})
+    with pytest.raises(BadInput, match=r"pool\.num_gpus"):
+        check_resources({"num_cpus": 0.1, "num_gpus": 0.25}, 5, {"CPU": 1.0, "GPU": 1.0})
+
+
+def test_a_worker_that_finds_other_weights_refuses_to_work(ready):
+    plan = ready("generational").plan
+    moved = type(plan)(plan.config, {**plan.digests, "a": "other"}, plan.items)
+    pool = RayPool(moved, "dev")
+    with pytest.raises(BadInput, match="finds other weights than the driver"):
+        pool.submit(Candidate(0, Expert("a", "other"), "test"))
+    pool.close()

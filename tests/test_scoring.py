@@ -1,0 +1,162 @@
+"""Scores and their bounds, and which items are dev and which are report."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evolver.config import TaskEntry
+from evolver.errors import BadInput
+from evolver.evaluation.batches import by_length
+from evolver.evaluation.items import Item, draw, in_order, item_hash
+from evolver.evaluation.scoring import Scale
+from evolver.records import Result
+from evolver.worker import Worker
+
+ITEM = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1))
+
+
+@st.composite
+def scored(draw_from):
+    """A scale of up to three tasks, the items of one model, and a bar that is often exactly one of its scores."""
+    tasks = draw_from(st.lists(st.sampled_from("abc"), min_size=1, max_size=20))
+    weights = {t: draw_from(st.floats(0.01, 10)) for t in sorted(set(tasks))}
+    scale = Scale(tuple(tasks), weights, 1.0)
+    items = draw_from(st.lists(ITEM, min_size=len(tasks), max_size=len(tasks)))
+    bars = st.floats(0, 1) | st.just(scale.score(items))
+    return scale, items, draw_from(bars)
+
+
+@given(scored())
+@settings(max_examples=200, deadline=None)
+def test_a_bound_is_never_below_the_score(case):
+    scale, items, _ = case
+    bounds = [scale.bound(items[:k]) for k in range(len(items) + 1)]
+    assert all(b >= scale.score(items) for b in bounds)
+    assert bounds == sorted(bounds, reverse=True)
+    assert bounds[-1] == scale.score(items)
+
+
+class Answers:
+    """A scorer that knows its answers, and counts how many were asked for."""
+
+    def __init__(self, items):
+        self.items, self.asked = items, 0
+
+    def score(self, start, stop):
+        self.asked += stop - start
+        return self.items[start:stop]
+
+
+@given(scored(), st.integers(1, 7))
+@settings(max_examples=200, deadline=None)
+def test_stopping_early_decides_as_scoring_everything_does(case, block):
+    scale, items, bar = case
+    worker = object.__new__(Worker)  # the worker's own stopping rule, without a model
+    worker.scale, worker.block, worker.scorer = scale, block, Answers(items)
+    seen = worker._score(bar)
+    complete = len(seen) == len(items)
+    result = Result(0, "r", "ok", scale.score(seen) if complete else None, scale.bound(seen), complete, tuple(seen))
+    assert result.beats(bar) == (scale.score(items) > bar)
+    assert result.decides(bar)
+    assert worker.scorer.asked == len(seen)
+
+
+def test_stopping_saves_items():
+    """Ten items, bar 0.5, all wrong: after 5 of them the score is at most 0.5, which does not exceed the bar."""
+    worker = object.__new__(Worker)
+    worker.scale, worker.block, worker.scorer = Scale(("a",) * 10, {"a": 1.0}, 1.0), 1, Answers([0.0] * 10)
+    assert len(worker._score(0.5)) == 5
+    assert len(worker._score(None)) == 10
+
+
+def test_a_score_by_hand():
+    """Task a: (1 + 0) / 2, weight 3; task b: 1, weight 1. (3 · 0.5 + 1 · 1) / 4 = 0.625."""
+    scale = Scale(("a", "b", "a"), {"a": 3.0, "b": 1.0}, 1.0)
+    assert scale.score([1.0, 1.0, 0.0]) == 0.625
+    assert scale.means([1.0, 1.0]) == {"a": 1.0, "b": 1.0}
+    assert scale.bound([0.0]) == (3 * 0.5 + 1) / 4
+    with pytest.raises(ValueError, match="2 of 3"):
+        scale.score([1.0, 1.0])
+
+
+def test_a_metric_without_an_upper_end_has_no_bound():
+    assert Scale(("a",) * 3, {"a": 1.0}, None).bound([0.0]) == float("inf")
+
+
+def some_items(count, task="t"):
+    return [Item(task, i, item_hash({"question": f"{task} {i}"})) for i in range(count)]
+
+
+def entry(dev, report, **more):
+    return TaskEntry(task="t", dev=dev, report=report, **more)
+
+
+def test_dev_and_report_share_no_item():
+    items = draw(entry(30, 60), some_items(100), None, 1, "k")
+    dev, report = ({i.hash for i in part} for part in (items.dev, items.report))
+    assert (len(dev), len(report)) == (30, 60)
+    assert not dev & report
+    assert items.of("dev") == items.dev
+    assert items.of("report") == items.report
+
+
+def test_the_draw_follows_the_seed_and_not_the_order_of_the_data():
+    own = some_items(50)
+    shuffled = random.Random(0).sample(own, 50)
+    assert draw(entry(9, 9), own, None, 1, "k") == draw(entry(9, 9), shuffled, None, 1, "k")
+    assert draw(entry(9, 9), own, None, 1, "k") != draw(entry(9, 9), own, None, 2, "k")
+
+
+def test_more_dev_items_contain_the_fewer():
+    few, many = (draw(entry(n, 10), some_items(50), None, 1, "k").dev for n in (5, 20))
+    assert many[:5] == few
+
+
+def test_items_that_stand_twice_are_drawn_once():
+    own = [*some_items(10), *some_items(10)]
+    assert len({i.hash for i in draw(entry(4, 6), own, None, 1, "k").dev}) == 4
+    with pytest.raises(BadInput, match="11 items are asked for and t holds 10 different ones"):
+        draw(entry(5, 6), own, None, 1, "k")
+
+
+def test_too_few_items_are_refused():
+    with pytest.raises(BadInput, match=r"k\.dev \+ report: .*ask for fewer"):
+        draw(entry(6, 6), some_items(11), None, 1, "k")
+    with pytest.raises(BadInput, match=r"k\.dev \+ report: t holds no items"):
+        draw(entry(6, 6), [], None, 1, "k")
+    with pytest.raises(BadInput, match=r"k\.dev: 12"):
+        draw(entry(12, 1, report_task="u"), some_items(11), some_items(5, "u"), 1, "k")
+    with pytest.raises(BadInput, match=r"k\.report: 6 items are asked for and u holds 5"):
+        draw(entry(2, 6, report_task="u"), some_items(11), some_items(5, "u"), 1, "k")
+
+
+def test_a_report_set_of_its_own_may_not_hold_dev_items():
+    apart = draw(entry(5, 5, report_task="u"), some_items(5), some_items(5, "u"), 1, "k")
+    assert {i.task for i in apart.report} == {"u"}
+    with pytest.raises(BadInput, match=r"k: 5 items stand in the dev set of t and in its report set"):
+        draw(entry(5, 5, report_task="u"), some_items(5), some_items(5), 1, "k")
+
+
+def test_the_common_order_mixes_tasks_and_is_fixed():
+    items = [*some_items(50, "a"), *some_items(50, "b")]
+    order = in_order(items, 3)
+    assert order == in_order(reversed(items), 3)
+    assert order != in_order(items, 4)
+    assert 10 < sum(i.task == "a" for i in order[:50]) < 40
+
+
+def test_the_hash_of_a_document_is_that_of_its_content():
+    assert item_hash({"a": 1, "b": [1, (2, "x")]}) == item_hash({"b": (1, [2, "x"]), "a": 1})
+    assert item_hash({"a": 1}) != item_hash({"a": 2})
+    assert len(item_hash({"a": object})) == 20
+
+
+@given(st.dictionaries(st.integers(), st.integers(1, 50), max_size=30), st.integers(1, 120))
+@settings(deadline=None)
+def test_batches_hold_every_key_once_within_the_budget(lengths, budget):
+    batches = list(by_length(lengths, budget))
+    assert sorted(k for b in batches for k in b) == sorted(lengths)
+    assert all(len(b) == 1 or len(b) * max(lengths[k] for k in b) <= budget for b in batches)
+    assert batches == list(by_length(dict(reversed(lengths.items())), budget))

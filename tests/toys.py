@@ -1,0 +1,273 @@
+"""Toy models, toy tasks and short calls, so that every test below runs the real thing in seconds."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evolver import ledger
+from evolver.loop import Pool
+from evolver.records import Candidate, Result, Split
+from evolver.run import run
+from evolver.worker import LocalPool, Plan
+
+ROOT = Path(__file__).parent.parent
+COLOURS = ("red", "green", "blue", "white", "black", "yellow")
+THINGS = ("house", "river", "stone", "tree", "bird", "boat")
+LENGTH = 128  # positions of the toy models
+DROP = object()  # as a value: leave this key out
+
+
+def tokenizer() -> Any:
+    """A byte-level BPE tokenizer trained on the toys' own words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    corpus = [f"Question: is the {c} {t} {d}?\nAnswer: {d} {t}" for c in COLOURS for t in THINGS for d in COLOURS]
+    trainer = trainers.BpeTrainer(
+        vocab_size=360,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=LENGTH
+    )
+
+
+def make_models(folder: Path) -> None:
+    """A tiny Llama ``base``, noisy fine-tunes ``a``, ``b``, ``c``, and an adapter ``lora``."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    words = tokenizer()
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=len(words), max_position_embeddings=LENGTH, tie_word_embeddings=True, initializer_range=0.1,
+        bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(config)
+    weights = {k: v.clone() for k, v in base.state_dict().items()}
+    for seed, name in enumerate(("base", "a", "b", "c")):
+        torch.manual_seed(seed)
+        base.load_state_dict({k: v + 0.05 * (seed > 0) * torch.randn_like(v) for k, v in weights.items()})
+        base.tie_weights()
+        base.save_pretrained(folder / name)
+        words.save_pretrained(folder / name)
+    base.load_state_dict(weights)
+    adapter = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+    torch.manual_seed(9)
+    for name, parameter in adapter.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapter.save_pretrained(folder / "lora")
+
+
+class Oracle:
+    """The average of the experts. Most answers of the toy tasks are its own, so that merging does make better models."""
+
+    def __init__(self, models: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        experts = [AutoModelForCausalLM.from_pretrained(models / n).state_dict() for n in ("a", "b", "c")]
+        self.words = AutoTokenizer.from_pretrained(models / "base")
+        self.model = AutoModelForCausalLM.from_pretrained(models / "base").eval()
+        self.model.load_state_dict({k: torch.stack([e[k] for e in experts]).mean(0) for k in experts[0]})
+
+    def logits(self, rows: list[list[int]]) -> Any:
+        import torch
+
+        width = max(map(len, rows))
+        with torch.inference_mode():  # padding at the right is never seen by what stands before it
+            return self.model(torch.tensor([r + [0] * (width - len(r)) for r in rows])).logits.log_softmax(-1)
+
+    def choice(self, context: str, options: list[str]) -> int:
+        size = len(self.words.encode(context))
+        rows = [self.words.encode(f"{context} {option}") for option in options]
+        logits = self.logits(rows)
+        scores = [sum(float(logits[k, i - 1, r[i]]) for i in range(size, len(r))) for k, r in enumerate(rows)]
+        return scores.index(max(scores))
+
+    def next_word(self, text: str) -> str:
+        return self.words.decode([int(self.logits([self.words.encode(text)])[0, -1].argmax())])
+
+
+def make_tasks(folder: Path, models: Path) -> None:
+    """Tasks of each kind: choices (toy, pair), one continuation (last), free text (echo), over-long prompts (long)."""
+    draw, oracle = random.Random(0), Oracle(models)
+
+    def choices(number: int) -> dict[str, Any]:
+        options = draw.sample([f"{c} {t}" for c in COLOURS for t in THINGS], 4)
+        question = f"Is the {draw.choice(COLOURS)} {draw.choice(THINGS)} {number} {draw.choice(COLOURS)}?"
+        answer = draw.randrange(4) if draw.random() < 0.3 else oracle.choice(f"Question: {question}\nAnswer:", options)
+        return {"question": question, "choices": options, "answer": answer}
+
+    def echo(number: int) -> dict[str, Any]:
+        for _ in range(50):
+            question = f"{draw.choice(COLOURS)} {draw.choice(THINGS)} {draw.choice(COLOURS)} {number}"
+            said = oracle.next_word(question)
+            if said.strip().isalpha() and said.isascii():
+                break
+        return {"question": question, "said": said if number % 3 else "stone"}
+
+    long = [" ".join([f"number {n}", *draw.choices(THINGS, k=150)]) for n in range(12)]
+    documents = {
+        "toy": [choices(n) for n in range(110)],
+        "pair": [choices(n) for n in range(200, 270)],
+        "echo": [echo(n) for n in range(40)],
+        "long": [choices(n) | {"question": question} for n, question in enumerate(long)],
+        "empty": [],
+    }
+    choose = {
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
+    }
+    say = {"doc_to_text": "{{question}}", "doc_to_target": "said"}
+    kinds: dict[str, dict[str, Any]] = {
+        "toy": choose,
+        "pair": choose,
+        "long": choose,
+        "empty": choose,
+        "last": {
+            **say,
+            "output_type": "loglikelihood",
+            "target_delimiter": "",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        },
+        "echo": {
+            **say,
+            "output_type": "generate_until",
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 1, "do_sample": False},
+            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+            "filter_list": [{"name": "first", "filter": [{"function": "take_first"}]}],
+        },
+    }
+    folder.mkdir(parents=True)
+    for name, lines in documents.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, kind in kinds.items():
+        data = folder / f"{'echo' if name == 'last' else name}.jsonl"
+        task = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": str(data)}, "test_split": "train"}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**task, **kind}))
+    (folder / "both.yaml").write_text(yaml.safe_dump({"group": "both", "task": ["toy", "pair"]}))
+
+
+def settings(models: Path, tasks: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A valid configuration with dotted keys changed (``{"search.mode": "generational", "budget.items": DROP}``)."""
+    out: dict[str, Any] = {
+        "run": "toy",
+        "seed": 1,
+        "model": {"base": str(models / "base")},
+        "experts": {name: str(models / name) for name in ("a", "b", "c")},
+        "search": {"algorithm": "evolver", "generations": 3},
+        "budget": {"candidates": 9},
+        "evaluation": {
+            "include_path": str(tasks),
+            "tasks": [{"task": "toy", "dev": 40, "report": 30}],
+            "block_items": 8,
+        },
+        "baselines": {"masses": [0.5, 1.0]},
+    }
+    for dotted, value in changes.items():
+        *path, last = dotted.split(".")
+        section = out
+        for key in path:
+            section = section.setdefault(key, {})
+        if value is DROP:
+            del section[last]
+        else:
+            section[last] = value
+    return out
+
+
+class Silent:
+    """A display that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def stage(self, name: str, total: int | None) -> None: ...
+    def result(self, candidate: Candidate, result: Result) -> None: ...
+    def close(self) -> None: ...
+
+
+class NoWork(LocalPool):
+    """A pool for runs in which nothing is left to be evaluated."""
+
+    def submit(self, candidate: Candidate) -> None:
+        raise AssertionError(f"candidate {candidate.number} of stage {candidate.stage} is evaluated again")
+
+
+def run_here(
+    file: Path, results: Path, make_pool: Callable[..., Pool] = LocalPool, display: Silent | None = None
+) -> Path:
+    """A whole run in this process; returns its folder."""
+    return run(str(file), results, make_pool, display or Silent())
+
+
+def no_work(plan: Plan, split: Split, tasks: Any) -> Pool:
+    return NoWork(plan, split, tasks)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_process(file: Path, results: Path) -> Ended:
+    """``python evolve.py FILE`` as a user calls it."""
+    ended = subprocess.run(command(file, results), cwd=ROOT, capture_output=True, text=True, check=False)
+    return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+
+def command(file: Path, results: Path) -> list[str]:
+    return [sys.executable, str(ROOT / "evolve.py"), str(file), "--results", str(results)]
+
+
+def rows(folder: Path, event: str = "finished") -> dict[tuple[str, int], dict[str, Any]]:
+    """The rows of a run's ledger by (stage, number), each checked to stand there once."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in all_rows(folder, event):
+        key = (row["stage"], row["number"])
+        assert key not in found, f"{key} is {event} twice"
+        found[key] = row
+    return found
+
+
+def all_rows(folder: Path, event: str) -> list[dict[str, Any]]:
+    return [r for r in ledger.read(folder / "ledger").to_pylist() if r["event"] == event]
+
+
+def essence(folder: Path) -> dict[tuple[str, int], tuple[Any, ...]]:
+    """What must not depend on how a run was carried out: recipe, status and scores of every candidate."""
+    keys = ("recipe_id", "status", "score", "bound", "items")
+    return {key: tuple(str(row[k]) for k in keys) for key, row in rows(folder).items()}
+
+
+def winner(folder: Path) -> str:
+    return (folder / "recipe.json").read_text()
