@@ -64,7 +64,7 @@ class Evaluation(Section):
     apply_chat_template: bool = Field(False, description="wrap prompts in the model's chat template")
     system_instruction: str | None = Field(None, description="system prompt, for chat templates")
     batch_tokens: int = Field(2048, ge=16, description="tokens, padding included, in one forward pass")
-    block_items: int = Field(64, ge=1, description="items between two looks at whether to stop early")
+    block_items: int = Field(128, ge=1, description="items between two looks at whether to stop early")
     early_stopping: bool = Field(True, description="stop once the remaining items cannot change the decision")
     threads: int = Field(1, ge=1, description="CPU threads of one worker; results in bfloat16 depend on it")
 

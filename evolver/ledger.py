@@ -162,9 +162,6 @@ class Ledger:
     def _read(self) -> Iterator[dict[str, Any]]:
         for start, end, path in sorted(self._find(), key=lambda p: (p[0], -p[1])):
             self._next = max(self._next, end + 1)
-            if self._parts and end <= self._parts[-1][1]:
-                path.unlink()  # joined already; the crash came before it was removed
-                continue
             try:
                 table = _table(path)
             except (pa.ArrowException, OSError, ValueError) as error:
@@ -172,6 +169,9 @@ class Ledger:
                 continue
             if (table.schema.metadata or {}).get(OWNER) != self.owner.encode() or not SCHEMA.equals(table.schema):
                 self.warnings.append(f"{path} belongs to another run and was left alone")
+                continue
+            if self._parts and end <= self._parts[-1][1]:
+                path.unlink()  # joined already; the crash came before it was removed
                 continue
             self._parts.append((start, end, path))
             yield from table.to_pylist(maps_as_pydicts="strict")
@@ -196,13 +196,16 @@ class Ledger:
 
 def read(folder: Path) -> pa.Table:
     """All rows of a ledger, for reports; a run may be writing meanwhile."""
-    parts = sorted((int(m[1]), -int(m[2] or m[1]), p) for p in folder.iterdir() if (m := PART.fullmatch(p.name)))
-    tables, end = [], -1
-    for _, negative_end, path in parts:
-        if -negative_end > end:
-            tables.append(_table(path))
-            end = -negative_end
-    return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+    while True:
+        parts = sorted((int(m[1]), -int(m[2] or m[1]), p) for p in folder.iterdir() if (m := PART.fullmatch(p.name)))
+        tables, end = [], -1
+        with contextlib.suppress(FileNotFoundError):  # parts were joined meanwhile: look again
+            for _, negative_end, path in parts:
+                if -negative_end > end:
+                    tables.append(_table(path))
+                    end = -negative_end
+            if all(path.exists() for _, _, path in parts):
+                return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
 
 
 def _table(path: Path) -> pa.Table:

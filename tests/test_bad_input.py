@@ -197,7 +197,7 @@ BROKEN = {
     "a list": ("- run\n", ["must be a mapping", "run"]),
     "empty": ("", ["must be a mapping"]),
     "unhashable key": ("? [run]\n: toy\n", ["not valid YAML", "mend"]),
-    "number as key": ("1: toy\n", ["1", "write"]),
+    "number as key": ("1: toy\n", ["run", "missing"]),
     "a date": ("run: 2024-01-01\n", ["run", "write"]),
     "not text": (b"\xff\xfe\x00", ["cannot be read", "give the path"]),
     "control character": ("run: \x00\n", ["not valid YAML", "mend"]),

@@ -108,6 +108,17 @@ def test_unknown_label_is_refused(classify, tmp_path, label, hint):
     assert hint in str(refused.value)
 
 
+def test_base_without_a_head_is_refused(classify, models, tmp_path):
+    """Transformers would give it a head of random numbers, and the run would be about nothing."""
+    file = classify([{"text": t, "label": 0} for t in texts()])
+    raw = yaml.safe_load(file.read_text())
+    raw |= {"model": {"base": str(models / "base"), "kind": "classifier"}}
+    raw |= {"experts": {n: str(models / n) for n in ("a", "b")}}
+    file.write_text(yaml.safe_dump(raw))
+    with pytest.raises(BadInput, match=r"model\.base: .* lacks score\.weight, which LlamaForSequenceClassification"):
+        run_here(file, tmp_path / "results")
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -163,6 +163,29 @@ def test_a_broken_model_fails_and_the_next_one_is_scored(make_config, models, tm
     assert (again.status, again.items) == ("ok", first.items)
 
 
+def test_examples_in_the_prompt_are_drawn_as_lm_eval_draws_them(make_config, tmp_path, tasks, models):
+    ready = prepare(str(make_config(tmp_path, {"evaluation.num_fewshot": 2})))
+    items = ready.tasks.items.dev
+    worker = Worker(ready.plan, "dev", tasks=ready.tasks)
+    again = ready.tasks.scorer(worker.live, "dev")  # the second time in a process as the first time
+    base = AutoModelForCausalLM.from_pretrained(models / "base", dtype=torch.float32)
+    lm = HFLM(pretrained=base, tokenizer=AutoTokenizer.from_pretrained(models / "base"), batch_size=1)
+    out = simple_evaluate(
+        lm,
+        tasks=["toy"],
+        num_fewshot=2,
+        fewshot_random_seed=1,
+        samples={"toy": sorted(i.index for i in items)},
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    theirs = {item_hash(s["doc"]): s["arguments"][0][0] for s in out["samples"]["toy"]}
+    expected = [theirs[i.hash] for i in items]
+    assert expected[0].count("Question:") == 3
+    assert [p.requests[0].args[0] for p in worker.scorer.items] == expected
+    assert [p.requests[0].args[0] for p in again.items] == expected
+
+
 def test_own_tasks_do_not_wait_for_the_index_of_lm_eval(make_config, tmp_path, monkeypatch):
     def only_own(include_path=None, include_defaults=True):
         assert not include_defaults

@@ -25,7 +25,9 @@ def candidate(k, stage="search", bar=None):
 
 def result(k, stage="search"):
     tasks, seconds = {"arc": 0.25, "piqa": 0.75}, {"total": 1.5, "forward": 1.0}
-    return Result(k, recipe(k).id, "ok", 0.1 * k, 0.1 * k, True, (0.0, 1.0, 0.1 * k), tasks, seconds, worker="w", stage=stage)
+    return Result(
+        k, recipe(k).id, "ok", 0.1 * k, 0.1 * k, True, (0.0, 1.0, 0.1 * k), tasks, seconds, worker="w", stage=stage
+    )
 
 
 @pytest.fixture
@@ -160,19 +162,20 @@ def test_a_damaged_part_is_set_aside(reopen, keep):
     assert last.warnings == []
 
 
-def test_a_flipped_bit_is_noticed(reopen):
-    """Every byte of the pages is under a checksum: a changed one sets the part aside, and is never read as a score."""
+def test_a_flipped_bit_is_never_read_as_a_score(reopen):
+    """Wherever it is: the part comes back as it was, or not at all and with a warning."""
     ledger = reopen()
     fill(ledger, [0])
     victim = ledger.folder / parts(ledger.folder)[1]
     whole = victim.read_bytes()
-    for place in range(4, len(whole) // 2, 97):
+    for place in range(4, len(whole), 197):
         victim.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         again = reopen()
-        assert again.results("search") in ([], [result(0)])
-        if not again.results("search"):
-            (again.folder / "damaged" / victim.name).unlink()
-        victim.write_bytes(whole)
+        if again.warnings:
+            assert again.results("search") == []
+        else:
+            assert again.results("search") == [result(0)]
+    victim.write_bytes(whole)
     assert reopen().results("search") == [result(0)]
 
 

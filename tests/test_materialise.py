@@ -194,10 +194,7 @@ def test_a_merge_is_its_method_on_whole_tensors(sources, name):
         base = sources["base"].tensor(tensor).float()
         stack = torch.stack([sources[n].tensor(tensor).float() for n in "abc"])
         values = dict(merged.values)
-        if found.on_deltas:
-            wanted = base + found(stack - base, values, tensor)
-        else:
-            wanted = found(stack, values, tensor)
+        wanted = base + found(stack - base, values, tensor) if found.on_deltas else found(stack, values, tensor)
         assert torch.allclose(model[tensor], wanted, atol=1e-6)
 
 

@@ -53,7 +53,7 @@ def partners(strategy):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_cross_is_its_definition(strategy, dtype, eager):
-    """float32 rounds each of at most 7 steps on numbers below 50 by 2^-24 of them: 2e-5 in all, then the dtype's own."""
+    """float32 rounds each of at most 7 steps on numbers below 50 by 2^-24 of them: 2e-5 in all; then the dtype does."""
     x, *p = members(1 + partners(strategy), (70, 131), dtype)
     child = cross(strategy, x, p, 0.3, 0.5, 11, "w")
     wanted, mask = reference(strategy, x, p, 0.3, 0.5, 11, "w")

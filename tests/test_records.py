@@ -53,7 +53,9 @@ def test_a_recipe_survives_its_text_with_the_same_id(recipe):
 def test_ids_depend_on_content_not_on_the_sharing_of_objects():
     shared = Cross(A, (B,), "evolver", 0.5, 0.5, 1)
     one = Merge("simple", (shared, shared), A)
-    two = Merge("simple", tuple(Cross(Expert("a", "aa"), (Expert("b", "bb"),), "evolver", 0.5, 0.5, 1) for _ in "xy"), A)
+    two = Merge(
+        "simple", tuple(Cross(Expert("a", "aa"), (Expert("b", "bb"),), "evolver", 0.5, 0.5, 1) for _ in "xy"), A
+    )
     assert one.id == two.id
     assert len(list(ancestors(two))) == 4  # a, b, their child, the merge
     assert dump_recipe(one) == dump_recipe(two)

@@ -175,10 +175,11 @@ def test_the_digest_of_a_lora_is_that_of_what_it_adds(tmp_path, base):
     a, b = low_rank(6, 6)
     one = LoraAdapter(write_adapter(tmp_path / "one", {Q: (a, b)}), "k", base)
     assert LoraAdapter(write_adapter(tmp_path / "same", {Q: (a, b)}, note=1), "k", base).digest() == one.digest()
+    another = Checkpoint(write(tmp_path / "base2", tensors(1)), "k")
     others = [
         LoraAdapter(write_adapter(tmp_path / "alpha", {Q: (a, b)}, lora_alpha=7), "k", base),
         LoraAdapter(write_adapter(tmp_path / "b", {Q: (a, b + 1)}), "k", base),
-        LoraAdapter(write_adapter(tmp_path / "base2", {Q: (a, b)}), "k", Checkpoint(write(tmp_path / "2", tensors(1)), "k")),
+        LoraAdapter(write_adapter(tmp_path / "on base2", {Q: (a, b)}), "k", another),
         base,
     ]  # fmt: skip
     assert len({one.digest(), *(o.digest() for o in others)}) == 5
@@ -272,14 +273,18 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     (folder / "config.json").write_text("{}")
     refused(lambda: open_base(str(folder)), "model.base: ", folder, "holds no model.safetensors")
     (folder / "pytorch_model.bin").touch()
-    refused(lambda: open_base(str(folder)), folder / "pytorch_model.bin", "is a pickle", "save the model as safetensors")
+    refused(
+        lambda: open_base(str(folder)), folder / "pytorch_model.bin", "is a pickle", "save the model as safetensors"
+    )
 
 
 @pytest.mark.parametrize("keep", [0, 4, 200, -1])
 def test_a_truncated_file_is_refused(tmp_path, keep):
     file = write(tmp_path / "m", tensors()) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    refused(lambda: open_base(str(tmp_path / "m")), "model.base: ", file, "truncated or not safetensors", "copy it again")
+    refused(
+        lambda: open_base(str(tmp_path / "m")), "model.base: ", file, "truncated or not safetensors", "copy it again"
+    )
 
 
 def test_a_missing_shard_is_refused(tmp_path):
@@ -292,7 +297,9 @@ def test_a_missing_shard_is_refused(tmp_path):
 def test_a_broken_config_is_refused(tmp_path, base, text):
     folder = write(tmp_path / "m", tensors())
     (folder / "config.json").write_text(text)
-    refused(lambda: open_expert(str(folder), base, "experts.x"), "experts.x: ", folder / "config.json", "copy the model")
+    refused(
+        lambda: open_expert(str(folder), base, "experts.x"), "experts.x: ", folder / "config.json", "copy the model"
+    )
 
 
 def test_a_quantised_dtype_is_refused(tmp_path):

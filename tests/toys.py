@@ -78,7 +78,7 @@ def make_models(folder: Path) -> None:
 
 
 class Oracle:
-    """The average of the experts. Most answers of the toy tasks are its own, so that merging does make better models."""
+    """The average of the experts. Most answers of the toy tasks are its own, so that merging makes better models."""
 
     def __init__(self, models: Path) -> None:
         import torch
@@ -165,8 +165,8 @@ def make_tasks(folder: Path, models: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name, kind in kinds.items():
         data = folder / f"{'echo' if name == 'last' else name}.jsonl"
-        task = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": str(data)}, "test_split": "train"}
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**task, **kind}))
+        source = {"dataset_path": "json", "dataset_kwargs": {"data_files": str(data)}, "test_split": "train"}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **source, **kind}))
     (folder / "both.yaml").write_text(yaml.safe_dump({"group": "both", "task": ["toy", "pair"]}))
 
 

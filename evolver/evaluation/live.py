@@ -16,7 +16,7 @@ from evolver.errors import BadInput
 class LiveModel:
     """A Transformers model whose tensors are addressed by their names in the checkpoint.
 
-    Raises BadInput where a tensor of the checkpoint has no place in the model.
+    Raises BadInput where a tensor of the checkpoint has no place in the model, or the model needs one more.
     """
 
     def __init__(self, settings: Model, folder: Path, names: Iterable[str], device: str) -> None:
@@ -29,7 +29,14 @@ class LiveModel:
         transformers.utils.logging.disable_progress_bar()
         self.device = torch.device(device)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        self.module = kinds[settings.kind].from_pretrained(folder, dtype=settings.dtype, use_safetensors=True)
+        self.module, loaded = kinds[settings.kind].from_pretrained(
+            folder, dtype=settings.dtype, use_safetensors=True, output_loading_info=True
+        )
+        if loaded["missing_keys"]:  # they would be filled with random numbers
+            raise BadInput(
+                f"model.base: {folder} lacks {min(loaded['missing_keys'])}, which {type(self.module).__name__} needs; "
+                "give a base of the kind that model.kind says."
+            )
         self.module.to(self.device).eval()
         self._places = self._find(names, folder)
 

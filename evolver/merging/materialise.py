@@ -17,7 +17,7 @@ from evolver.merging.weights import Checkpoint, Source, layer_of
 from evolver.records import Cross, Expert, Merge, Recipe, ancestors
 
 # Elementwise methods go through a tensor in pieces that stay in a core's cache.
-PIECE = 1 << 18
+PIECE = 1 << 16
 
 
 class Materialiser:

@@ -132,6 +132,8 @@ class Ordered:
             candidate = self.propose(k)
             self._asked.append(candidate)
             out.append(candidate)
+        if self._spent():
+            self._learn_up_to(len(self._asked))  # the budget may have ended on results that were told before
         return out
 
     def tell(self, result: Result) -> None:

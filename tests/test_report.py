@@ -1,0 +1,183 @@
+"""The report: comparisons that were worked out by hand, and a verdict that says no when there is nothing to say."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from evolver.config import Config
+from evolver.evaluation.scoring import Scale
+from evolver.records import Candidate, Cross, Expert, Result
+from evolver.report import Finalist, Outcome, compare, interval, markdown_table, model_card, verdict, write_report
+
+A, B = Expert("a", "aa"), Expert("b", "bb")
+CHILD = Cross(A, (B,), "evolver", 0.5, 0.5, 1)
+ONE = {"t": 1.0}
+
+
+def scale(count):
+    return Scale(("t",) * count, ONE, 1.0)
+
+
+def result(items, of=None, recipe=A):
+    of = of or scale(len(items))
+    return Result(
+        0, recipe.id, "ok", of.score(items), of.score(items), True, tuple(items), of.means(items), {"total": 1.0}
+    )
+
+
+def against(ours, theirs, of=None):
+    of = of or scale(len(ours))
+    return compare(result(ours, of), result(theirs, of), of, 0)
+
+
+def test_ten_pairs_all_one_way():
+    """Of 2^10 ways to flip ten signs two are as far out: all plus and all minus. p = 2 / 1024. Ties add nothing."""
+    for ties in (0, 30):
+        c = against([1.0] * 10 + [0.0] * ties, [0.0] * 10 + [0.0] * ties)
+        assert c.p == pytest.approx(2 / 1024)
+        assert c.difference == pytest.approx(10 / (10 + ties))
+    assert against([0.0] * 10, [1.0] * 10).p == pytest.approx(2 / 1024)
+
+
+def test_five_against_one():
+    """Six discordant pairs, five for us: (C(6,5) + C(6,6)) · 2 / 2^6 = 14 / 64. Difference (5 - 1) / 8 = 0.5."""
+    c = against([1, 1, 1, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 1, 1, 0])
+    assert c.p == pytest.approx(14 / 64)
+    assert c.difference == pytest.approx(0.5)
+
+
+def test_one_each_is_no_evidence():
+    c = against([1, 0, 1, 1], [0, 1, 1, 1])
+    assert c.p == 1.0
+    assert c.difference == 0.0
+    assert c.low < 0 < c.high
+
+
+def test_equal_answers():
+    c = against([1.0, 0.0, 1.0], [1.0, 0.0, 1.0])
+    assert (c.difference, c.low, c.high, c.p) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_tasks_weigh_as_in_the_score():
+    """Task a: weight 3, two items, of which we win one: 3/4 · 1/2 = 0.375. Task b: weight 1, one item lost: -0.25."""
+    of = Scale(("a", "b", "a"), {"a": 3.0, "b": 1.0}, 1.0)
+    c = against([1.0, 0.0, 1.0], [0.0, 1.0, 1.0], of)
+    assert c.difference == pytest.approx(0.125)
+    assert c.difference == pytest.approx(of.score([1.0, 0.0, 1.0]) - of.score([0.0, 1.0, 1.0]))
+
+
+def test_the_test_is_the_exact_one_for_values_of_any_kind():
+    """Five differences, 32 sign patterns, counted one by one."""
+    ours, theirs = [0.9, 0.4, 0.8, 0.3, 0.7], [0.1, 0.5, 0.2, 0.1, 0.6]
+    each = np.subtract(ours, theirs)
+    sums = [abs(np.dot(signs, each)) for signs in itertools.product((1, -1), repeat=5)]
+    assert against(ours, theirs).p == pytest.approx(np.mean([s >= abs(each.sum()) - 1e-12 for s in sums]))
+
+
+def test_a_large_comparison_is_near_the_exact_answer():
+    """40 discordant pairs, 28 for us: the exact two-sided p of a fair coin is 0.0166; 9,999 flips come near."""
+    c = against([1] * 28 + [0] * 12, [0] * 28 + [1] * 12)
+    assert 0.010 < c.p < 0.025
+
+
+def test_intervals_contain_what_they_are_of():
+    rng = np.random.default_rng(0)
+    ours, theirs = (rng.integers(0, 2, 60).astype(float).tolist() for _ in "ab")
+    c = against(ours, theirs)
+    assert c.low <= c.difference <= c.high
+    low, high = interval(result(ours), scale(60), 0)
+    assert low < result(ours).score < high
+
+
+def test_the_interval_of_a_share_is_that_of_the_textbook():
+    """Share 0.5 of 100: standard error 0.05, so about 0.40 to 0.60."""
+    low, high = interval(result([0.0, 1.0] * 50), scale(100), 0)
+    assert low == pytest.approx(0.402, abs=0.02)
+    assert high == pytest.approx(0.598, abs=0.02)
+    assert interval(result([1.0] * 9), scale(9), 0) == (pytest.approx(1.0), pytest.approx(1.0))
+
+
+def test_the_same_seed_gives_the_same_numbers():
+    ours, theirs = [1.0, 0.0, 1.0, 1.0] * 9, [0.0, 0.0, 1.0, 0.0] * 9
+    assert against(ours, theirs) == against(ours, theirs)
+
+
+def outcome(winner, expert, weak=None):
+    """A finished run with these answers on the report set."""
+    config = Config.model_validate(
+        {
+            "run": "try", "model": {"base": "base"}, "experts": {"a": "folder/a", "b": "folder/b"},
+            "search": {"algorithm": "evolver"}, "budget": {"candidates": 3},
+            "evaluation": {"tasks": [{"task": "t", "dev": 4, "report": len(winner)}]},
+        }
+    )  # fmt: skip
+    weak = weak or [0.0] * len(expert)
+    dev = result([1.0, 0.0, 1.0, 0.0])
+    finalists = (
+        Finalist("base", Expert("base", "00"), dev, result(weak)),
+        Finalist("a", A, dev, result(expert)),
+        Finalist("b", B, dev, result(weak)),
+        Finalist("average", CHILD, dev, result(weak)),
+        Finalist("winner", CHILD, dev, result(winner, recipe=CHILD)),
+    )
+    failed = (Candidate(1, B, "evolver"), Result(1, B.id, "failed", reason="it broke"))
+    searched = ((Candidate(0, CHILD, "evolver"), dev), failed)
+    scales = {"dev": scale(4), "report": scale(len(winner))}
+    return Outcome(config, finalists, searched[0][0], searched, (("a", dev),), scales, {"torch": "2"})
+
+
+def test_a_clear_improvement():
+    said = verdict(outcome([1.0] * 30, [1.0] * 20 + [0.0] * 10))
+    assert said.startswith("Improvement: the winner beats the best expert, a (+33.3 points on 30 report items")
+    assert "p = 0.00195" in said
+
+
+def test_an_improvement_that_may_be_noise():
+    said = verdict(outcome([1.0] * 30, [1.0] * 28 + [0.0] * 2))
+    assert said.startswith("No clear improvement: the winner is ahead of the best expert, a, by less than noise")
+    assert "p = 0.5)" in said
+
+
+@pytest.mark.parametrize("winner", [[1.0, 0.0] * 10, [0.0] * 20])
+def test_no_improvement(winner):
+    said = verdict(outcome(winner, [1.0, 0.0] * 10))
+    assert said.startswith("No improvement: the winner does not beat the best expert, a (")
+
+
+def test_the_best_expert_is_the_one_to_beat():
+    assert outcome([1.0] * 4, [0.0] * 4, weak=[1.0, 0.0, 0.0, 0.0]).best_expert.label == "b"
+
+
+def test_no_verdict_without_scores():
+    done = outcome([1.0] * 4, [0.0] * 4)
+    failed = Result(0, CHILD.id, "failed", reason="boom", stage="report")
+    last = Finalist("winner", CHILD, done.best_dev, failed)
+    lost = Outcome(**{**vars(done), "finalists": (*done.finalists[:-1], last)})
+    assert verdict(lost).startswith("No verdict")
+
+
+def test_a_markdown_table():
+    assert markdown_table(["a", "b"], [["1", "2"], ["3", "4"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n| 3 | 4 |"
+
+
+def test_a_report_says_it_all(tmp_path):
+    done = outcome([1.0] * 30, [1.0] * 20 + [0.0] * 10)
+    write_report(tmp_path, done, {"items": 4, "equal": 4})
+    text = (tmp_path / "report.md").read_text()
+    assert text.startswith("# try\n\n**Improvement:")
+    assert "| **winner** | 50.0 | 100.0 |" in text
+    assert "| a | 50.0 | 66.7 |" in text
+    assert "| a | +33.3 |" in text
+    assert "| 1 | it broke |" in text
+    assert CHILD.id in text
+    assert "4 of 4 items" in text
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["curve.png", "report.md"]
+
+
+def test_the_card_names_the_parents_and_the_verdict():
+    done = outcome([1.0] * 30, [1.0] * 20 + [0.0] * 10)
+    card = model_card(done)
+    assert card.startswith("---\nbase_model:\n- base\n- folder/a\n- folder/b\n")
+    assert verdict(done) in card

@@ -1,0 +1,382 @@
+"""Searches: the laws of all of them, the released Evolver simulated a second time, and samplers that do improve."""
+
+import random
+from dataclasses import dataclass
+
+import pytest
+
+from evolver.config import Budget, check_section
+from evolver.errors import BadInput
+from evolver.merging.genome import genome
+from evolver.merging.methods import METHODS
+from evolver.records import Cross, Expert, Merge, Result
+from evolver.search import SEARCHES
+from evolver.search.base import Setup
+from evolver.search.evolver import offspring
+from evolver.search.optuna_samplers import default_population
+from evolver.search.plain import Listed
+
+BASE = Expert("base", "00")
+EXPERTS = tuple(Expert(n, 2 * n) for n in "abcdef")
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """The making half, without models."""
+
+    count: int
+
+    def space(self, method, groups, tune, settings):
+        return genome(METHODS[method], EXPERTS[: self.count], BASE, 4, groups, tune, settings, "search")
+
+    def merger(self, settings):
+        return lambda members: Merge(settings.get("method", "simple"), tuple(members), BASE)
+
+
+def build(settings, seed=0, experts=4, early_stopping=True, **budget):
+    found = SEARCHES[settings["algorithm"]]
+    typed = check_section(found.settings, settings, "f", "search.")
+    budget = Budget(**(budget or {"candidates": 30}))
+    return found.build(Setup(EXPERTS[:experts], BASE, seed, budget, Workshop(experts), early_stopping), typed)
+
+
+EVOLVER = {"algorithm": "evolver", "generations": 3}
+MODES = [{"mode": m} | more for m in ("sequential", "generational") for more in ({}, {"merger": {"method": "simple"}})]
+CONFIGURATIONS = {
+    **{
+        f"evolver {c['mode']}{' merger' if 'merger' in c else ''} {s}": EVOLVER | c | {"strategy": s}
+        for c in MODES
+        for s in ("evolver", "rand/1", "best/1", "current-to-best/1", "rand/2")
+    },
+    "tpe": {"algorithm": "tpe", "startup": 5},
+    "tpe 4": {"algorithm": "tpe", "startup": 5, "in_flight": 4, "layer_groups": 2},
+    "cmaes": {"algorithm": "cmaes"},
+    "cmaes 5": {"algorithm": "cmaes", "population": 5, "sigma": 0.2, "method": "ties", "tune": ["density", "lambda"]},
+}
+EVERY = pytest.mark.parametrize("settings", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
+
+
+def experts_for(settings):
+    return 6 if settings.get("strategy") == "rand/2" else 4
+
+
+def score(candidate):
+    """A score that only the recipe decides."""
+    return int(candidate.recipe.id[:8], 16) / 16**8
+
+
+def answer(candidate, failing=False):
+    """What a worker would say: it stops early where the score is not above the bar, and some candidates fail."""
+    value = score(candidate)
+    if failing and value < 0.3:
+        return Result(candidate.number, candidate.recipe.id, "failed", reason="boom")
+    if candidate.bar is not None and value <= candidate.bar:
+        return Result(candidate.number, candidate.recipe.id, "ok", None, candidate.bar, False, (value,) * 3)
+    return Result(candidate.number, candidate.recipe.id, "ok", value, value, True, (value,) * 10)
+
+
+def simulate(search, workers=1, order=None, failing=False, reply=answer):
+    """Run a search on simulated workers that finish in random order; all candidates by number."""
+    draw = random.Random(order)
+    flying, asked = [], []
+    while not search.done:
+        new = search.ask(workers - len(flying))
+        assert len(new) <= workers - len(flying)
+        asked += new
+        flying += new
+        if not flying:
+            assert search.done, "the search waits for nothing and is not done"
+            break
+        for _ in range(draw.randint(1, len(flying)) if order is not None else 1):
+            candidate = flying.pop(draw.randrange(len(flying)) if order is not None else 0)
+            search.tell(reply(candidate, failing))
+    assert not flying
+    assert search.ask(5) == []
+    return asked
+
+
+def ids(candidates):
+    return [(c.number, c.recipe.id, c.bar, c.parents, c.proposer) for c in candidates]
+
+
+def every_search(settings, **more):
+    return build(settings, experts=experts_for(settings), **more)
+
+
+@EVERY
+@pytest.mark.parametrize("failing", [False, True], ids=["", "failing"])
+def test_workers_timing_and_failures_change_nothing(settings, failing):
+    alone = ids(simulate(every_search(settings), failing=failing))
+    assert [c[0] for c in alone] == list(range(len(alone)))
+    assert len(alone) > 10
+    for workers, order in ((1, 1), (8, 2), (8, 3), (3, 4)):
+        assert ids(simulate(every_search(settings), workers, order, failing)) == alone
+
+
+@EVERY
+def test_a_replay_of_a_recorded_run_gives_its_candidates(settings):
+    """As resume does: every result is told as soon as its candidate was asked."""
+    recorded = {c.number: answer(c) for c in simulate(every_search(settings), 4, 1)}
+    search = every_search(settings)
+    replayed = []
+    while not search.done:
+        for candidate in search.ask(1):
+            replayed.append(candidate)
+            assert recorded[candidate.number].recipe_id == candidate.recipe.id
+            search.tell(recorded[candidate.number])
+    assert len(replayed) == len(recorded)
+
+
+@EVERY
+def test_another_seed_gives_other_candidates(settings):
+    one, two = (ids(simulate(every_search(settings, seed=s))) for s in (0, 1))
+    assert one != two
+
+
+@EVERY
+def test_all_candidates_may_fail(settings):
+    def failed(candidate, _):
+        return Result(candidate.number, candidate.recipe.id, "failed", reason="boom")
+
+    asked = simulate(every_search(settings), 3, 5, reply=failed)
+    assert len(asked) > 10
+    assert all(c.bar is None for c in asked)
+
+
+@EVERY
+def test_the_budget_of_candidates_is_kept(settings):
+    for count in (1, 7, 12):
+        search = every_search(settings, candidates=count)
+        assert search.total == count
+        assert len(simulate(search, 4, 1)) == count
+
+
+@EVERY
+@pytest.mark.parametrize("order", [None, 1])
+def test_the_budget_of_items_is_kept(settings, order):
+    """Nothing is proposed once the results that a candidate waits for have cost the budget; workers change nothing."""
+    asked = simulate(every_search(settings, items=60), 4, order)
+    assert ids(asked) == ids(simulate(every_search(settings, items=60)))
+    assert len(asked) > 1
+    costs = [answer(c).cost for c in asked]
+    search = every_search(settings, items=60)
+    assert sum(costs[: search.waits_for(asked[-1].number)]) < 60
+    assert sum(costs) >= 60 or len(asked) == search.total
+
+
+@EVERY
+def test_the_budget_of_items_ends_a_replay_too(settings):
+    """Results that are told at once, as on resume, leave no candidate over that nobody will ever hear of again."""
+    for items in (1, 10, 35):
+        search, count = every_search(settings, items=items), 0
+        for _ in range(99):
+            for candidate in search.ask(1):
+                search.tell(answer(candidate))
+                count += 1
+        assert search.done
+        assert count == len(simulate(every_search(settings, items=items), 4, 1))
+
+
+@EVERY
+def test_reused_results_cost_nothing(settings):
+    def reused(candidate, _):
+        return Result(candidate.number, candidate.recipe.id, "ok", 0.5, 0.5, True, (0.5,) * 10, reused=True)
+
+    assert len(simulate(every_search(settings, items=10, candidates=9), reply=reused)) == 9
+
+
+@EVERY
+def test_what_is_told_is_not_changed(settings):
+    search = every_search(settings)
+    told = []
+
+    def remember(candidate, _):
+        told.append((answer(candidate), answer(candidate)))
+        return told[-1][0]
+
+    simulate(search, reply=remember)
+    assert all(given == copy for given, copy in told)
+
+
+def test_asking_for_none_gives_none():
+    search = build(EVOLVER)
+    assert search.ask(0) == []
+    assert len(search.ask(99)) == 4  # the experts; what comes after has to wait
+    assert search.ask(99) == []
+
+
+# --- The released algorithm, written down a second time (reference/evolver.md, section 1.1). The searches' own draws
+# stand in for the released generator; everything else is independent of evolver/search.
+
+
+def child(population, i, r, draw):
+    return Cross(population[i], (population[r],), "evolver", 0.5, 0.5, draw.getrandbits(32))
+
+
+def released_alone(experts, generations, seed, dev):
+    x, out = list(experts), list(experts)
+    s = [dev(m) for m in x]
+    n = len(x)
+    for t in range(generations):
+        for i in range(n):
+            draw = random.Random(f"{seed}:evolver:{len(out)}")
+            p = 0.5 + 0.5 / (generations - t)
+            uniform = draw.random() < p
+            r = draw.sample([j for j in range(n) if j != i], 1)[0]
+            if not uniform:
+                r = max((j for j in range(n) if j != i), key=lambda j: s[j])
+            u = child(x, i, r, draw)
+            out.append(u)
+            if dev(u) > s[i]:
+                x[i], s[i] = u, dev(u)
+    return out
+
+
+def released_merged(experts, generations, seed, dev):
+    x = list(experts)
+    out = [Merge("simple", tuple(x), BASE)]
+    s = dev(out[0])
+    n = len(x)
+    for t in range(generations):
+        order = list(range(n))
+        random.Random(f"{seed}:order:{t}").shuffle(order)
+        for i in order:
+            draw = random.Random(f"{seed}:merged:{len(out)}")
+            r = draw.sample([j for j in range(n) if j != i], 1)[0]
+            u = child(x, i, r, draw)
+            out.append(Merge("simple", (*x[:i], u, *x[i + 1 :]), BASE))
+            if dev(out[-1]) > s:
+                x[i], s = u, dev(out[-1])
+    return out
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("merger", [None, {"method": "simple"}])
+@pytest.mark.parametrize("early_stopping", [True, False])
+def test_evolver_is_the_released_algorithm(seed, merger, early_stopping):
+    settings = {"algorithm": "evolver", "generations": 5} | ({"merger": merger} if merger else {})
+    search = build(settings, seed, early_stopping=early_stopping, candidates=99)
+    asked = simulate(search)
+    reference = released_merged if merger else released_alone
+    wanted = reference(EXPERTS[:4], 5, seed, lambda recipe: int(recipe.id[:8], 16) / 16**8)
+    assert [c.recipe.id for c in asked] == [r.id for r in wanted]
+    assert any(c.bar is not None for c in asked) == early_stopping
+
+
+def test_the_best_leads_early_and_never_at_the_end():
+    """Of 4 members, a random partner is the best other one in 1 of 3 cases. T = 15: p = 0.53 at first, 1 at last.
+
+    So the best leads 0.47 + 0.53 / 3 = 64 % of the first generation and 33 % of the last; of 4 · 150 candidates each,
+    5 standard deviations are 10 points.
+    """
+    best = EXPERTS[3]
+    led = {0: 0, 14: 0}
+    for seed in range(150):
+        search = build({"algorithm": "evolver", "generations": 15}, seed, candidates=999)
+
+        def reply(candidate, _):
+            value = 0.9 if candidate.recipe == best else 0.5 if candidate.number < 4 else 0.1
+            return Result(candidate.number, candidate.recipe.id, "ok", value, value, True)
+
+        for c in simulate(search, reply=reply):
+            generation = (c.number - 4) // 4
+            if c.number >= 4 and generation in led and c.recipe.parent != best:
+                led[generation] += c.recipe.partners == (best,)
+    assert abs(led[0] / 450 - 0.644) < 0.115
+    assert abs(led[14] / 450 - 0.333) < 0.115
+
+
+def test_a_generation_challenges_a_frozen_population():
+    """Every child wins: in generational mode the parents are still the members of the generation before."""
+
+    def reply(candidate, _):
+        return Result(candidate.number, candidate.recipe.id, "ok", float(candidate.number), None, True)
+
+    asked = simulate(build(EVOLVER | {"mode": "generational"}), 4, 1, reply=reply)
+    for k in range(4, len(asked)):
+        generation = {c.recipe for c in asked[k - k % 4 - 4 : k - k % 4]}
+        assert asked[k].recipe.parent == asked[k - 4].recipe
+        assert set(asked[k].recipe.inputs) <= generation
+    asked = simulate(build(EVOLVER), reply=reply)
+    assert asked[5].recipe.parent == EXPERTS[1]
+    assert asked[4].recipe in [p for c in asked[5:8] for p in c.recipe.partners] + [asked[8].recipe.parent]
+
+
+def test_a_child_replaces_its_parent_only_when_it_is_better():
+    def equal(candidate, _):
+        return Result(candidate.number, candidate.recipe.id, "ok", 0.5, 0.5, True)
+
+    asked = simulate(build(EVOLVER), reply=equal)
+    assert {c.recipe.parent for c in asked[4:]} == set(EXPERTS[:4])
+    assert all(c.bar == 0.5 for c in asked[4:])
+
+
+@pytest.mark.parametrize(("strategy", "partners"), [("evolver", 1), ("rand/1", 3), ("best/1", 3), ("rand/2", 5)])
+def test_partners_are_different_members_and_never_the_parent(strategy, partners):
+    settings = check_section(SEARCHES["evolver"].settings, {"algorithm": "evolver", "strategy": strategy}, "f")
+    for seed in range(50):
+        for leader in (None, 2):
+            found = offspring(list(EXPERTS), 1, leader, settings, random.Random(seed))
+            assert len({*found.partners, found.parent}) == partners + 1
+            assert found.parent == EXPERTS[1]
+            assert leader is None or found.partners[0] == EXPERTS[2]
+
+
+def test_strategies_that_need_more_experts_are_refused():
+    with pytest.raises(BadInput, match=r"search\.strategy: rand/2 needs 6 experts and there are 4; write evolver"):
+        build(EVOLVER | {"strategy": "rand/2"})
+    with pytest.raises(BadInput, match=r"search\.startegy: unknown key; did you mean 'strategy'"):
+        build(EVOLVER | {"startegy": "rand/2"})
+
+
+def quadratic(candidate, _=False):
+    """Best at mass 1.5 and weights 0.6, 0.2, 0.1, 0.1."""
+    values = candidate.recipe.settings(None)
+    far = (values["lambda"] - 1.5) ** 2
+    far += sum((w - t) ** 2 for w, t in zip(values["weight"], (0.6, 0.2, 0.1, 0.1), strict=True))
+    return Result(candidate.number, candidate.recipe.id, "ok", -far, -far, True)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"algorithm": "tpe"}, {"algorithm": "tpe", "in_flight": 4}, {"algorithm": "cmaes"}]
+)
+def test_coefficient_searches_improve(settings):
+    """The best of 60 is nearer to the optimum than the best of the first 10, and the last 20 are on average, too."""
+    for seed in (0, 1):
+        scores = [quadratic(c).score for c in simulate(build(settings, seed, candidates=60), reply=quadratic)]
+        assert max(scores[10:]) > max(scores[:10])
+        assert sum(scores[40:]) / 20 > sum(scores[:10]) / 10
+
+
+@pytest.mark.parametrize("settings", [{"algorithm": "tpe"}, {"algorithm": "cmaes"}])
+def test_coefficient_searches_start_at_the_average(settings):
+    first = build(settings).ask(1)[0].recipe.settings(0)
+    assert first["weight"] == pytest.approx((0.25,) * 4)
+    assert first["lambda"] == pytest.approx(1.0)
+
+
+def test_as_many_in_flight_as_promised():
+    assert len(build({"algorithm": "tpe", "in_flight": 4}).ask(99)) == 4
+    cmaes = build({"algorithm": "cmaes", "population": 5})
+    first = cmaes.ask(99)
+    assert len(first) == 1
+    cmaes.tell(quadratic(first[0]))
+    assert len(cmaes.ask(99)) == 5
+
+
+def test_the_population_of_cmaes():
+    """4 + ⌊3 ln 5⌋ = 4 + ⌊4.83⌋ = 8; 4 + ⌊3 ln 1⌋ = 4."""
+    assert default_population(5) == 8
+    assert default_population(1) == 4
+
+
+def test_a_list_proposes_what_it_holds():
+    listed = Listed([(n, e) for n, e in zip("xyz", EXPERTS, strict=False)], "report")
+    assert [c.label for c in listed.ask(2)] == ["x", "y"]
+    rest = listed.ask(9)
+    assert [(c.number, c.label, c.stage, c.split) for c in rest] == [(2, "z", "report", "report")]
+    for k in (2, 0, 1):
+        assert not listed.done
+        listed.tell(Result(k, EXPERTS[k].id, "ok", float(k), None, True))
+    assert listed.done
+    assert listed.results["z"].score == 2.0
