@@ -8,6 +8,7 @@ from typing import Any
 import ray
 
 from cluster.messages import pack_result, unpack_candidate
+from evolver.evaluation.live import default_device
 from evolver.records import Split
 from evolver.worker import Plan, Worker
 
@@ -17,7 +18,9 @@ class PopulationWorker:
     """One per accelerator, or share of one: holds a worker, and with it experts, population and live model."""
 
     def __init__(self, plan: Plan, split: Split, name: str) -> None:
-        self.worker = Worker(plan, split, name)
+        # An actor that asked for no GPU must not take one that it happens to see.
+        device = default_device() if plan.config.pool.num_gpus > 0 else "cpu"
+        self.worker = Worker(plan, split, name, device=device)
 
     def ready(self) -> dict[str, Any]:
         """Answers once the worker is built: who and where it is."""

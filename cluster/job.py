@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from types import FrameType
 
 from evolver.config import Pool as PoolSettings
+from evolver.config import load
 from evolver.errors import BadInput
 from evolver.evaluation.base import Tasks
+from evolver.evaluation.live import default_device
 from evolver.loop import Pool
 from evolver.progress import display
 from evolver.records import Split
@@ -36,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _stop)
     shown = display()
     try:
-        run(given.config, results_root(given.results, in_ray_job()), make_pool, shown)
+        # The driver of a Ray job has no GPU to itself: what it computes, it computes on the CPU.
+        device = "cpu" if uses_ray(load(given.config).pool) else default_device()
+        run(given.config, results_root(given.results, in_ray_job()), make_pool, shown, device)
         return 0
     except BadInput as error:
         shown.close()
@@ -51,13 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def make_pool(plan: Plan, split: Split, tasks: Tasks) -> Pool:
     """The pool that the configuration asks for."""
-    settings: PoolSettings = plan.config.pool
-    if settings.kind == "local" or (settings.kind == "auto" and not in_ray_job()):
+    if not uses_ray(plan.config.pool):
         return LocalPool(plan, split, tasks)
     from cluster.pool import RayPool  # Ray takes seconds to import: only runs that use it pay
 
     connect()
     return RayPool(plan, split)
+
+
+def uses_ray(settings: PoolSettings) -> bool:
+    """Whether candidates are evaluated by Ray actors."""
+    return settings.kind == "ray" or (settings.kind == "auto" and in_ray_job())
 
 
 def connect() -> None:
@@ -69,7 +77,6 @@ def connect() -> None:
 
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 
 

@@ -15,7 +15,7 @@ import torch
 from evolver.config import FREE_KEYS, Config, Model, check_section, expand, load
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.base import Tasks, load_tasks
-from evolver.evaluation.live import LiveModel, default_device
+from evolver.evaluation.live import LiveModel
 from evolver.export import export
 from evolver.folder import RunFolder, write_text
 from evolver.ledger import Ledger
@@ -73,8 +73,15 @@ def prepare(file: str) -> Prepared:
     return Prepared(config, file, opened, tasks, plan, workshop.base, workshop.experts, search, identity)
 
 
-def run(file: str, results: Path, make_pool: PoolMaker, display: Display) -> Path:
+def run(file: str, results: Path, make_pool: PoolMaker, display: Display, device: str) -> Path:
     """Run a configuration, or the rest of it, and return the run's folder.
+
+    Args:
+        file: the configuration.
+        results: folder of all runs.
+        make_pool: makes the pool of a split.
+        display: where to tell how it goes.
+        device: on which the exported winner is checked.
 
     Raises BadInput for anything that the user has to mend.
     """
@@ -85,7 +92,7 @@ def run(file: str, results: Path, make_pool: PoolMaker, display: Display) -> Pat
         for warning in ledger.warnings:
             display.say(f"warning: {warning}")
         outcome = _stages(prepared, ledger, make_pool, display)
-        _finish(prepared, folder, outcome, display)
+        _finish(prepared, folder, outcome, display, device)
     finally:
         ledger.close()
     return folder.path
@@ -126,7 +133,7 @@ def _stages(prepared: Prepared, ledger: Ledger, make_pool: PoolMaker, display: D
     return Outcome(prepared.config, rows, winner[0], searched, tuple(plain.results.items()), scales, _versions())
 
 
-def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Display) -> None:
+def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Display, device: str) -> None:
     """Write the best model, check it by loading and scoring it anew, and write the report."""
     best, winner = folder.path / "best", outcome.winner
     recipe_file = folder.path / "recipe.json"
@@ -135,19 +142,19 @@ def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Di
     if not (checked.exists() and recipe_file.exists() and recipe_file.read_text() == text and best.exists()):
         display.say(f"writing the best model to {best}")
         export(winner.recipe, _materialiser(prepared), best, model_card(outcome))
-        agreement = _score_again(prepared, best, outcome)
+        agreement = _score_again(prepared, best, outcome, device)
         write_text(recipe_file, text)
         write_text(checked, json.dumps(agreement))
     write_report(folder.path, outcome, json.loads(checked.read_text()))
     display.say(f"report: {folder.path / 'report.md'}")
 
 
-def _score_again(prepared: Prepared, best: Path, outcome: Outcome) -> dict[str, int]:
+def _score_again(prepared: Prepared, best: Path, outcome: Outcome, device: str) -> dict[str, int]:
     """Load the exported folder as any user would and score it on the dev items: do they say what the ledger says?"""
     config = prepared.config
     torch.set_num_threads(config.evaluation.threads)
     settings = Model(base=str(best), kind=config.model.kind, dtype=config.model.dtype)
-    live = LiveModel(settings, best, [], default_device())
+    live = LiveModel(settings, best, [], device)
     recorded = outcome.best_dev.items
     scorer = prepared.tasks.scorer(live, "dev")
     block = config.evaluation.block_items

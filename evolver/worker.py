@@ -66,13 +66,21 @@ class Worker:
         split: which items this worker scores; those of the other split it never prepares.
         name: who it is, for the ledger.
         tasks: the tasks, where this process has loaded them already.
+        device: of the live model; default: the accelerator, if there is one.
     """
 
-    def __init__(self, plan: Plan, split: Split, name: str = "local", tasks: Tasks | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        split: Split,
+        name: str = "local",
+        tasks: Tasks | None = None,
+        device: str | None = None,
+    ) -> None:
         config = plan.config
         self.name, self.block = name, config.evaluation.block_items
         torch.set_num_threads(config.evaluation.threads)
-        device = default_device()
+        device = device or default_device()
         opened = open_models(config)
         if opened.digests() != plan.digests:
             raise BadInput(

@@ -150,7 +150,10 @@ TABLE = {
         {**task(task="lost"), "evaluation.include_path": "SPOILT/tasks"},
         ["evaluation.tasks", "lost.jsonl", "check its data files"],
     ),
-    "more items than there are": (task(dev=100, report=100), ["tasks[0].dev + report", "110 different", "ask for fewer"]),
+    "more items than there are": (
+        task(dev=100, report=100),
+        ["tasks[0].dev + report", "110 different", "ask for fewer"],
+    ),
     "report items that were seen": (
         task(report_task="toy", report=90),
         ["evaluation.tasks[0]", "stand in the dev set", "share no item"],
@@ -277,5 +280,3 @@ def test_as_a_process(make_config, tmp_path, changes, words):
     assert_one_sentence(ended.code, ended.err, [str(file), *words])
     assert ended.out == ""
     assert not (tmp_path / "results").exists()
-
-

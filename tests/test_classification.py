@@ -6,8 +6,8 @@ import json
 import random
 
 import pytest
-import toys
 import torch
+import toys
 import yaml
 from toys import rows, run_here
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification

@@ -223,7 +223,7 @@ def run_here(
     file: Path, results: Path, make_pool: Callable[..., Pool] = LocalPool, display: Silent | None = None
 ) -> Path:
     """A whole run in this process; returns its folder."""
-    return run(str(file), results, make_pool, display or Silent())
+    return run(str(file), results, make_pool, display or Silent(), "cpu")
 
 
 def no_work(plan: Plan, split: Split, tasks: Any) -> Pool:

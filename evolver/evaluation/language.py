@@ -88,7 +88,6 @@ class LanguageTasks:
         for task in tasks.values():
             if self.settings.num_fewshot is not None:
                 task.set_config("num_fewshot", self.settings.num_fewshot)
-            task.set_fewshot_seed(self.seed)
         return tasks
 
     def _draw(self, number: int, entry: TaskEntry) -> Items:
@@ -113,6 +112,7 @@ class LanguageTasks:
         chat = self.settings.apply_chat_template
         if chat and not lm.tokenizer.chat_template:
             raise BadInput("evaluation.apply_chat_template: the base's tokenizer has no chat template; write false.")
+        task.set_fewshot_seed(self.seed)  # at every build: each draws on, and must not depend on the builds before it
         with _quiet():
             task.build_all_requests(
                 samples=[i.index for i in in_place],

@@ -24,7 +24,9 @@ class CoefficientSettings(Section):
 
     method: str = Field("task_arithmetic", description="merge method")
     layer_groups: int = Field(1, ge=1, description="groups of layers with coefficients of their own; 1: whole model")
-    tune: list[str] | None = Field(None, min_length=1, description="settings to tune; default: total mass and simplex weights")
+    tune: list[str] | None = Field(
+        None, min_length=1, description="settings to tune; default: total mass and simplex weights"
+    )
     settings: dict[str, Any] = Field(default_factory=dict, description="settings of the method that stay fixed")
 
 

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -22,6 +23,7 @@ import yaml
 
 from evolver.evaluation.language import LanguageScorer
 from evolver.evaluation.loglikelihood import LogLikelihoods
+from evolver.merging.weights import Checkpoint
 from evolver.records import Candidate, Cross, Merge, Recipe, Rule
 from evolver.report import markdown_table
 from evolver.run import Prepared, prepare
@@ -47,7 +49,11 @@ def main() -> None:
         print(name, median, "ratio", ratio, flush=True)
     sent, received = ray_bytes()
     rows += [
-        ["bytes of a candidate's message, with the longest lineage of a released run (75 acceptances)", f"{sent:.0f}", "≤ 10,240"],
+        [
+            "bytes of a candidate's message, with the longest lineage of a released run (75 acceptances)",
+            f"{sent:.0f}",
+            "≤ 10,240",
+        ],
         ["bytes of a result's message, with 1,000 items", f"{received:.0f}", "≤ 10,240"],
         ["seconds from the command to the first candidate's score", f"{first:.1f}", "–"],
         ["peak memory of the command (MiB)", f"{peak / 2**20:.0f}", "–"],
@@ -61,9 +67,7 @@ def kinds(prepared: Prepared) -> dict[str, list[Recipe]]:
     evolved = Cross(experts[0], (experts[1],), "evolver", 0.5, 0.5, 1)
     values = {"weight": (1 / len(experts),) * len(experts), "lambda": 1.5, "normalize": False}
     children = [Cross(evolved, (experts[2],), "evolver", 0.5, 0.5, 100 + n) for n in range(ROUNDS + 2)]
-    merged: list[Recipe] = [
-        Merge("task_arithmetic", (c, *experts[1:]), base, (Rule.of(values),)) for c in children
-    ]
+    merged: list[Recipe] = [Merge("task_arithmetic", (c, *experts[1:]), base, (Rule.of(values),)) for c in children]
     return {"Evolver offspring": list(children), "Evolver offspring, merged with its population": merged}
 
 
@@ -84,22 +88,17 @@ def candidate_seconds(worker: Worker, recipes: list[Recipe]) -> dict[str, float]
     return {k: statistics.median(v) for k, v in found.items()}
 
 
+@cache
+def copies(base: Checkpoint) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Pairs of tensors of the model's size, made once."""
+    sources = [base.tensor(name).clone() for name in base.names()]
+    return [(torch.empty_like(s), s) for s in sources]
+
+
 def copy_model(worker: Worker) -> None:
     """One copy of all weights, memory to memory."""
-    for target, source in COPIES(worker):
+    for target, source in copies(worker.materialiser.base):
         target.copy_(source)
-
-
-def COPIES(worker: Worker) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Pairs of tensors of the model's size, made once."""
-    if not _COPIES:
-        for name, _ in worker.materialiser.base.headers.items():
-            source = worker.materialiser.base.tensor(name).clone()
-            _COPIES.append((torch.empty_like(source), source))
-    return _COPIES
-
-
-_COPIES: list[tuple[torch.Tensor, torch.Tensor]] = []
 
 
 @torch.inference_mode()
@@ -165,17 +164,24 @@ def ray_bytes() -> tuple[float, float]:
 
 def write_page(rows: list[list[str]], splits: list[list[str]], median: dict[str, float], items: int) -> None:
     """The Markdown page."""
-    cores = f"{psutil.cpu_count()} cores, {platform.machine()}, {platform.processor() or 'CPU'}"
+    cores = f"{psutil.cpu_count()} cores, {platform.machine()}"
+    setting = (
+        f"SmolLM2-135M-Instruct in bfloat16, {items} dev items of the demo, {cores}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads; medians of {ROUNDS} fresh candidates. Made by `make benchmark`."
+    )
+    limits = (
+        f"One copy of the model takes {median['copy']:.3f} s, the bare forward passes {median['bare forward']:.3f} s "
+        "(the same batches, outputs thrown away). Forward contains the metrics; overhead is the rest."
+    )
+    head = ["candidate", "materialise", "forward", "overhead", "total"]
     text = "\n\n".join(
         [
             "# The main job: what a candidate costs",
-            f"SmolLM2-135M-Instruct in bfloat16, {items} dev items of the demo, {cores}, torch {torch.__version__}, "
-            f"{torch.get_num_threads()} threads; medians of {ROUNDS} fresh candidates. Made by `make benchmark`.",
+            setting,
             markdown_table(["figure", "measured", "must reach"], rows),
             "Seconds of a warm candidate:",
-            markdown_table(["candidate", "materialise", "forward", "overhead", "total"], splits),
-            f"One copy of the model takes {median['copy']:.3f} s, the bare forward passes {median['bare forward']:.3f} s "
-            "(the same batches, outputs thrown away). Forward contains the metrics; overhead is the rest.",
+            markdown_table(head, splits),
+            limits,
         ]
     )
     PAGE.parent.mkdir(parents=True, exist_ok=True)
