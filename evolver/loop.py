@@ -57,9 +57,12 @@ def evolve(search: Search, pool: Pool, ledger: Ledger, watch: Watch) -> None:
             pool.submit(candidate)
 
     while not search.done:
-        for candidate in search.ask(max(0, pool.free())):
+        asked = search.ask(max(0, pool.free()))
+        for candidate in asked:
             dispatch(candidate)
         if not flying:
+            if not asked and not search.done:
+                raise RuntimeError("the search waits for results although none is outstanding")
             continue
         for result in pool.wait():
             candidate = flying.pop(result.number)

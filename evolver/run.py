@@ -32,6 +32,7 @@ from evolver.search.plain import Listed
 from evolver.worker import GIB, Opened, Plan, items_hash, open_models
 
 PoolMaker = Callable[[Plan, Split, Tasks], Pool]
+JUDGES = ("torch", "transformers", "lm-eval")
 PACKAGES = ("torch", "transformers", "lm-eval", "optuna", "safetensors", "numpy", "ray")
 
 
@@ -93,6 +94,11 @@ def run(file: str, results: Path, make_pool: PoolMaker, display: Display, device
             display.say(f"warning: {warning}")
         outcome = _stages(prepared, ledger, make_pool, display)
         _finish(prepared, folder, outcome, display, device)
+    except OSError as error:
+        raise BadInput(
+            f"{folder.path}: cannot be written ({error.strerror or error}); everything scored is kept: make room or "
+            "mend the rights, and run the same command again."
+        ) from error
     finally:
         ledger.close()
     return folder.path
@@ -177,6 +183,8 @@ def _identity(config: Config, search: Mapping[str, Any], plan: Plan) -> dict[str
     identity["experts"] = {n: plan.digests[n] for n in config.experts}
     identity["items"] = dict(plan.items)
     identity["evaluation"].pop("include_path")
+    # Scores of different releases must not be mixed: a forward pass or a prompt may have changed between them.
+    identity["versions"] = {p: _versions()[p] for p in JUDGES}
     return identity
 
 

@@ -147,6 +147,17 @@ def test_arithmetic_is_float32_rounded_once(sources):
         assert torch.equal(average[name], ((a + b + a) / 3).bfloat16())
 
 
+def test_task_vectors_are_float32_too(sources):
+    """base + λ Σ w (expert - base), from bfloat16 values in float32, then one rounding."""
+    merged = rule("task_arithmetic", weight=[0.3, 0.3, 0.4], **{"lambda": 0.7})
+    model = build(sources, Merge("task_arithmetic", (A, B, A), BASE, (merged,)))
+    for name in NAMES:
+        base, a, b = (sources[n].tensor(name).double() for n in ("base", "a", "b"))
+        exact = base + 0.7 * (0.3 * (a - base) + 0.3 * (b - base) + 0.4 * (a - base))
+        step = torch.finfo(torch.bfloat16).eps * exact.abs().clamp(min=1e-3)
+        assert ((model[name].double() - exact).abs() <= 0.5 * step + 1e-6).all()
+
+
 def test_another_dtype_is_that_of_every_floating_tensor(sources):
     model = build(sources, CROSS, dtype=torch.float16)
     assert {t.dtype for n, t in model.items() if n in NAMES} == {torch.float16}

@@ -315,11 +315,11 @@ def test_a_child_replaces_its_parent_only_when_it_is_better():
 def test_partners_are_different_members_and_never_the_parent(strategy, partners):
     settings = check_section(SEARCHES["evolver"].settings, {"algorithm": "evolver", "strategy": strategy}, "f")
     for seed in range(50):
-        for leader in (None, 2):
+        for leader in (None, 1, 2):
             found = offspring(list(EXPERTS), 1, leader, settings, random.Random(seed))
             assert len({*found.partners, found.parent}) == partners + 1
             assert found.parent == EXPERTS[1]
-            assert leader is None or found.partners[0] == EXPERTS[2]
+            assert leader != 2 or found.partners[0] == EXPERTS[2]
 
 
 def test_strategies_that_need_more_experts_are_refused():
