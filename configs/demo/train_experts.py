@@ -428,7 +428,8 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = [task for task in TASKS if arguments.only in (None, task.skill)]
     if arguments.measure:
-        return measure(arguments.base, chosen, arguments.limit)
+        measure(arguments.base, chosen, arguments.limit)
+        return
     if arguments.data is None:
         parser.error("--data DIR is needed for training")
     for task in chosen:
