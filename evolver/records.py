@@ -55,6 +55,11 @@ class Node:
         """The canonical form, in which every input stands as its id."""
         raise NotImplementedError  # every node below says its own
 
+    @property
+    def below(self) -> tuple[Recipe, ...]:
+        """The nodes whose tensors this one is computed from."""
+        return self.inputs
+
     @cached_property
     def id(self) -> str:
         stack: list[Node] = [self]
@@ -135,6 +140,10 @@ class Merge(Node):
     base: Expert
     rules: tuple[Rule, ...] = ()
 
+    @property
+    def below(self) -> tuple[Recipe, ...]:
+        return (*self.inputs, self.base)
+
     def form(self) -> list[Any]:
         return ["merge", self.method, [i.id for i in self.inputs], self.base.id, [r.form() for r in self.rules]]
 
@@ -188,8 +197,7 @@ def ancestors(recipe: Recipe) -> Iterator[Recipe]:
         elif node.id not in seen:
             seen.add(node.id)
             stack.append((node, True))
-            below = (*node.inputs, node.base) if isinstance(node, Merge) else node.inputs
-            stack.extend((i, False) for i in reversed(below))
+            stack.extend((i, False) for i in reversed(node.below))
 
 
 def dump_recipe(recipe: Recipe) -> str:

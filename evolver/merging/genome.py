@@ -95,6 +95,10 @@ def genome(
             raise BadInput(
                 f"{place}.tune: {method.name} has nothing to tune called {name!r}; {nearest(name, searchable)}"
             )
+        if name in fixed:
+            raise BadInput(f"{place}.settings.{name}: {name} is tuned; remove it here or in {place}.tune.")
+    if len(set(tune)) < len(tune):
+        raise BadInput(f"{place}.tune: a setting stands twice; name each once.")
     if not tune:
         raise BadInput(f"{place}.method: {method.name} has nothing to tune; choose task_arithmetic, ties or another.")
     if not 1 <= groups <= layers:

@@ -6,6 +6,7 @@ why a parent may be kept (the resident population) or rebuilt from its own recip
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 
@@ -40,19 +41,23 @@ class Materialiser:
     ) -> None:
         self.base, self.sources, self.dtype = base, sources, dtype
         self.device = torch.device(device)
-        self._slots = cache_bytes // max(1, base.size)
+        self._slots = cache_bytes // max(1, sum(self._bytes(n) for n in base.names()))
         self._resident: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
     def stream(self, recipe: Recipe) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the model, in the base's order of names."""
         order = self._order(recipe)
+        last = {i.id: step for step, node in enumerate(order) for i in node.below}
         keep: dict[str, dict[str, Tensor]] = {i: {} for i in self._worth_keeping(recipe, order)}
         for name in self.base.names():
             values: dict[str, Tensor] = {}
-            for node in order:
+            for step, node in enumerate(order):
                 values[node.id] = self._tensor(node, name, values)
                 if node.id in keep:
                     keep[node.id][name] = values[node.id]
+                for used in node.below:  # what no later node needs is let go, however long the lineage
+                    if last[used.id] == step:
+                        values.pop(used.id, None)
             yield name, values[recipe.id]
         self._admit(keep)
 
@@ -64,7 +69,7 @@ class Materialiser:
             if node.id not in needed:
                 needed.add(node.id)
                 if node.id not in self._resident:
-                    stack.extend((*node.inputs, node.base) if isinstance(node, Merge) else node.inputs)
+                    stack.extend(node.below)
         return [n for n in ancestors(recipe) if n.id in needed]
 
     def _worth_keeping(self, recipe: Recipe, order: list[Recipe]) -> list[str]:
@@ -116,6 +121,9 @@ class Materialiser:
                 merged = method(stack.view(len(flats), *shape), settings, name).view(-1)
             out[place] = merged
         return out.view(base.shape)
+
+    def _bytes(self, name: str) -> int:
+        return self._dtype_of(name).itemsize * math.prod(self.base.headers[name].shape)
 
     def _dtype_of(self, name: str) -> torch.dtype:
         own = self.base.headers[name].dtype

@@ -47,7 +47,7 @@ def build(setup: Setup, settings: EvolverSettings) -> Ordered:
             f"search.strategy: {settings.strategy} needs {needed} experts and there are {len(setup.experts)}; "
             "write evolver, or give more experts."
         )
-    return Merged(setup, settings) if settings.merger else Alone(setup, settings)
+    return Alone(setup, settings) if settings.merger is None else Merged(setup, settings)
 
 
 def offspring(
@@ -118,7 +118,7 @@ class Merged(Ordered):
         self.size = len(setup.experts)
         super().__init__(setup, limit=1 + self.size * settings.generations)
         self.settings = settings
-        self.merge = setup.workshop.merger(settings.merger or {})
+        self.merge = setup.workshop.merger(settings.merger or {"method": "simple"})
         self.population: list[Recipe] = list(setup.experts)
         self.score = float("-inf")
         self._children: dict[int, tuple[int, Cross]] = {}
