@@ -25,7 +25,7 @@ from evolver.merging.genome import Genome, genome
 from evolver.merging.materialise import Materialiser
 from evolver.progress import Display
 from evolver.records import Candidate, Expert, Merge, Recipe, Result, Rule, Split, dump_recipe
-from evolver.report import Finalist, Outcome, model_card, write_report
+from evolver.report import Finalist, Outcome, model_card, verdict, write_report
 from evolver.search import SEARCHES, Search
 from evolver.search.base import Setup
 from evolver.search.plain import Listed
@@ -96,8 +96,8 @@ def run(file: str, results: Path, make_pool: PoolMaker, display: Display, device
         _finish(prepared, folder, outcome, display, device)
     except OSError as error:
         raise BadInput(
-            f"{folder.path}: cannot be written ({error.strerror or error}); everything scored is kept: make room or "
-            "mend the rights, and run the same command again."
+            f"{error.filename or folder.path}: cannot be read or written ({error.strerror or error}); everything scored "
+            "is kept: make room or mend the rights, and run the same command again."
         ) from error
     finally:
         ledger.close()
@@ -152,6 +152,7 @@ def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Di
         write_text(recipe_file, text)
         write_text(checked, json.dumps(agreement))
     write_report(folder.path, outcome, json.loads(checked.read_text()))
+    display.say(verdict(outcome))
     display.say(f"report: {folder.path / 'report.md'}")
 
 
