@@ -5,10 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PINS := .ci/constraints.txt
 
-# Models and data come from local folders here: no library shall look for a hub. Idle threads shall sleep, not spin.
+# Models and data come from local folders here: no library shall look for a hub.
 export HF_HUB_OFFLINE ?= 1
 export HF_DATASETS_OFFLINE ?= 1
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help demo test lint docs prove benchmark experts clean
 

@@ -54,8 +54,12 @@ class Outcome:
     @property
     def best_expert(self) -> Finalist:
         """The expert with the highest report score: the hardest one to beat."""
-        experts = [f for f in self.finalists if f.label in self.config.experts]
-        return max(experts, key=lambda f: f.report.score if f.report.score is not None else -math.inf)
+        return _highest(f for f in self.finalists if f.label in self.config.experts)
+
+    @property
+    def best_plain(self) -> Finalist:
+        """The merge without a search (simple average, tuned task arithmetic) with the highest report score."""
+        return _highest(f for f in self.finalists[:-1] if f.label != "base" and f.label not in self.config.experts)
 
 
 @dataclass(frozen=True)
@@ -106,19 +110,35 @@ def interval(result: Result, scale: Scale, seed: int) -> tuple[float, float]:
 
 
 def verdict(outcome: Outcome) -> str:
-    """One plain sentence: did the search make a better model than the best expert, and how sure can one be?"""
-    if outcome.winner.report.score is None or outcome.best_expert.report.score is None:
-        return "No verdict: the winner or an expert could not be scored on the report set."
-    against = compare(outcome.winner.report, outcome.best_expert.report, outcome.scales["report"], outcome.config.seed)
-    n = len(outcome.scales["report"].tasks)
-    points, low, high = (100 * v for v in (against.difference, against.low, against.high))
-    numbers = f"{points:+.1f} points on {n} report items, 95 % interval {low:+.1f} to {high:+.1f}, p = {against.p:.3g}"
-    name = outcome.best_expert.label
+    """Two plain sentences: is the winner better than the best expert, and than the best plain merge, and how surely?"""
+    expert, plain = outcome.best_expert, outcome.best_plain
+    if None in (outcome.winner.report.score, expert.report.score, plain.report.score):
+        return "No verdict: the winner, an expert or a plain merge could not be scored on the report set."
+    against = compare(outcome.winner.report, expert.report, outcome.scales["report"], outcome.config.seed)
+    numbers = _in_words(against, len(outcome.scales["report"].tasks))
     if against.difference <= 0:
-        return f"No improvement: the winner does not beat the best expert, {name} ({numbers})."
-    if against.p >= LEVEL:
-        return f"No clear improvement: the winner is ahead of the best expert, {name}, by less than noise ({numbers})."
-    return f"Improvement: the winner beats the best expert, {name} ({numbers})."
+        first = f"No improvement: the winner does not beat the best expert, {expert.label} ({numbers})."
+    elif against.p >= LEVEL:
+        first = f"No clear improvement: the winner leads the best expert, {expert.label}, by less than noise ({numbers})."
+    else:
+        first = f"Improvement: the winner beats the best expert, {expert.label} ({numbers})."
+    return f"{first} {_against_plain(outcome)}"
+
+
+def _against_plain(outcome: Outcome) -> str:
+    """Whether the search was worth it: the winner against the best merge that needs no search."""
+    plain = outcome.best_plain
+    against = compare(outcome.winner.report, plain.report, outcome.scales["report"], outcome.config.seed)
+    says = "beats" if against.difference > 0 and against.p < LEVEL else "is not clearly better than"
+    if against.difference < 0 and against.p < LEVEL:
+        says = "is worse than"
+    numbers = f"{100 * against.difference:+.1f} points, p = {against.p:.3g}"
+    return f"It {says} the best merge without a search, {plain.label} ({numbers})."
+
+
+def _in_words(c: Comparison, items: int) -> str:
+    interval = f"95 % interval {100 * c.low:+.1f} to {100 * c.high:+.1f}"
+    return f"{100 * c.difference:+.1f} points on {items} report items, {interval}, p = {c.p:.3g}"
 
 
 def write_report(folder: Path, outcome: Outcome, agreement: Mapping[str, int]) -> None:
@@ -167,6 +187,10 @@ A merge of fine-tunes of one base, found by Evolver ({config.search["algorithm"]
 
 The licences of all parents apply. The exact recipe is in `recipe.json`; weights are rebuilt from it bit for bit.
 """
+
+
+def _highest(finalists: Iterable[Finalist]) -> Finalist:
+    return max(finalists, key=lambda f: f.report.score if f.report.score is not None else -math.inf)
 
 
 def _shares(scale: Scale) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -96,8 +96,8 @@ def run(file: str, results: Path, make_pool: PoolMaker, display: Display, device
         _finish(prepared, folder, outcome, display, device)
     except OSError as error:
         raise BadInput(
-            f"{error.filename or folder.path}: cannot be read or written ({error.strerror or error}); everything scored "
-            "is kept: make room or mend the rights, and run the same command again."
+            f"{error.filename or folder.path}: cannot be read or written ({error.strerror or error}); all "
+            "scores are kept: make room or mend the rights, and run the same command again."
         ) from error
     finally:
         ledger.close()
