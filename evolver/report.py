@@ -119,7 +119,7 @@ def verdict(outcome: Outcome) -> str:
     if against.difference <= 0:
         first = f"No improvement: the winner does not beat the best expert, {expert.label} ({numbers})."
     elif against.p >= LEVEL:
-        first = f"No clear improvement: the winner leads the best expert, {expert.label}, by less than noise ({numbers})."
+        first = f"No clear improvement: the winner leads the best expert, {expert.label}, within noise ({numbers})."
     else:
         first = f"Improvement: the winner beats the best expert, {expert.label} ({numbers})."
     return f"{first} {_against_plain(outcome)}"

@@ -135,7 +135,7 @@ def test_a_clear_improvement():
 
 def test_an_improvement_that_may_be_noise():
     said = verdict(outcome([1.0] * 30, [1.0] * 28 + [0.0] * 2))
-    assert said.startswith("No clear improvement: the winner is ahead of the best expert, a, by less than noise")
+    assert said.startswith("No clear improvement: the winner leads the best expert, a, within noise")
     assert "p = 0.5)" in said
 
 
@@ -143,6 +143,18 @@ def test_an_improvement_that_may_be_noise():
 def test_no_improvement(winner):
     said = verdict(outcome(winner, [1.0, 0.0] * 10))
     assert said.startswith("No improvement: the winner does not beat the best expert, a (")
+
+
+@pytest.mark.parametrize(
+    ("winner", "plain", "says"),
+    [
+        ([1.0] * 20, [0.0] * 20, "It beats the best merge without a search, average (+100.0 points"),
+        ([1.0] * 20, [1.0] * 19 + [0.0], "It is not clearly better than the best merge without a search, average (+5.0"),
+        ([0.0] * 20, [1.0] * 20, "It is worse than the best merge without a search, average (-100.0 points"),
+    ],
+)
+def test_the_search_is_held_against_the_merges_that_need_none(winner, plain, says):
+    assert says in verdict(outcome(winner, [0.0] * 20, weak=plain))
 
 
 def test_the_best_expert_is_the_one_to_beat():
