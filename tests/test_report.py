@@ -149,7 +149,7 @@ def test_no_improvement(winner):
     ("winner", "plain", "says"),
     [
         ([1.0] * 20, [0.0] * 20, "It beats the best merge without a search, average (+100.0 points"),
-        ([1.0] * 20, [1.0] * 19 + [0.0], "It is not clearly better than the best merge without a search, average (+5.0"),
+        ([1.0] * 20, [1.0] * 19 + [0.0], "It is not clearly better than the best merge without a search, average"),
         ([0.0] * 20, [1.0] * 20, "It is worse than the best merge without a search, average (-100.0 points"),
     ],
 )
