@@ -53,6 +53,12 @@ CONFIGURATIONS = {
     "cmaes": {"algorithm": "cmaes"},
     "cmaes 5": {"algorithm": "cmaes", "population": 5, "sigma": 0.2, "method": "ties", "tune": ["density", "lambda"]},
 }
+
+
+def test_every_search_is_held_to_the_laws():
+    assert {c["algorithm"] for c in CONFIGURATIONS.values()} == set(SEARCHES)
+
+
 EVERY = pytest.mark.parametrize("settings", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
 
 
