@@ -175,7 +175,8 @@ def write_page(rows: list[list[str]], splits: list[list[str]], median: dict[str,
     )
     limits = (
         f"One copy of the model takes {median['copy']:.3f} s, the bare forward passes {median['bare forward']:.3f} s "
-        "(the same batches, outputs thrown away). Forward contains the metrics; overhead is the rest, both synced writes of the ledger included."
+        "(the same batches, outputs thrown away). Forward contains the metrics; overhead is the rest, with both synced "
+        "writes of the ledger."
     )
     head = ["candidate", "materialise", "forward", "overhead", "total"]
     text = "\n\n".join(
