@@ -19,14 +19,13 @@ IDENTITY = "identity.json"
 
 
 class RunFolder:
-    """``results/<run>/``.
+    """``results/<run>/``. Nothing is written before ``create``.
 
-    Raises BadInput where the folder holds a run of another configuration, naming the key that differs, or cannot be
-    written to.
+    Raises BadInput where the folder holds a run of another configuration, naming the key that differs.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], configuration: str) -> None:
-        self.path = path
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        self.path, self.identity = path, identity
         self.owner = content_hash(identity)
         frozen = path / IDENTITY
         if path.exists() and not path.is_dir():
@@ -35,13 +34,19 @@ class RunFolder:
             self._compare(_read(frozen), identity)
         elif path.exists() and any(path.iterdir()):
             raise BadInput(f"{path}: the folder holds files that are no run; choose another run name or empty it.")
+
+    def create(self, configuration: str) -> None:
+        """Make the folder, with the frozen configuration in it.
+
+        Raises BadInput where it cannot be written to.
+        """
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            write_text(path / "config.yaml", configuration)
-            write_text(frozen, json.dumps(identity, indent=1, sort_keys=True))
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.path / "config.yaml", configuration)
+            write_text(self.path / IDENTITY, json.dumps(self.identity, indent=1, sort_keys=True))
         except OSError as error:
             raise BadInput(
-                f"{path}: cannot be written ({error.strerror or error}); choose a folder that can."
+                f"{self.path}: cannot be written ({error.strerror or error}); choose a folder that can."
             ) from error
 
     def _compare(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

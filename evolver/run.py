@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -87,24 +88,30 @@ def run(file: str, results: Path, make_pool: PoolMaker, display: Display, device
     Raises BadInput for anything that the user has to mend.
     """
     prepared = prepare(file)
-    folder = RunFolder(results / prepared.config.run, prepared.identity, Path(file).read_text())
-    ledger = Ledger(folder.path / "ledger", folder.owner)
+    folder = RunFolder(results / prepared.config.run, prepared.identity)
+    # A pool that the cluster can never offer is refused here, before anything is written.
     try:
-        for warning in ledger.warnings:
-            display.say(f"warning: {warning}")
-        outcome = _stages(prepared, ledger, make_pool, display)
-        _finish(prepared, folder, outcome, display, device)
+        pool = make_pool(prepared.plan, "dev", prepared.tasks)
+    except BadInput as error:
+        raise BadInput(f"{file}: {error}") from error
+    try:
+        folder.create(Path(file).read_text())
+        with contextlib.closing(Ledger(folder.path / "ledger", folder.owner)) as ledger:
+            for warning in ledger.warnings:
+                display.say(f"warning: {warning}")
+            outcome = _stages(prepared, ledger, pool, make_pool, display)
+            _finish(prepared, folder, outcome, display, device)
     except OSError as error:
         raise BadInput(
             f"{error.filename or folder.path}: cannot be read or written ({error.strerror or error}); all "
             "scores are kept: make room or mend the rights, and run the same command again."
         ) from error
     finally:
-        ledger.close()
+        pool.close()
     return folder.path
 
 
-def _stages(prepared: Prepared, ledger: Ledger, make_pool: PoolMaker, display: Display) -> Outcome:
+def _stages(prepared: Prepared, ledger: Ledger, pool: Pool, make_pool: PoolMaker, display: Display) -> Outcome:
     """Baselines, search, and the finalists on the report set."""
     history: list[tuple[Candidate, Result]] = []
 
@@ -113,14 +120,11 @@ def _stages(prepared: Prepared, ledger: Ledger, make_pool: PoolMaker, display: D
         display.result(candidate, result)
 
     plain = Listed(_baselines(prepared), "baseline")
-    pool = make_pool(prepared.plan, "dev", prepared.tasks)
-    try:
-        display.stage("baselines", plain.total)
-        evolve(plain, pool, ledger, watch)
-        display.stage("search", prepared.search.total)
-        evolve(prepared.search, pool, ledger, watch)
-    finally:
-        pool.close()
+    display.stage("baselines", plain.total)
+    evolve(plain, pool, ledger, watch)
+    display.stage("search", prepared.search.total)
+    evolve(prepared.search, pool, ledger, watch)
+    pool.close()  # its resources are the next one's
     winner = _winner(history)
     finalists = _finalists(prepared, plain, winner)
     # Each winner has a number of its own: a raised budget may bring another one.
@@ -149,8 +153,8 @@ def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Di
         display.say(f"writing the best model to {best}")
         export(winner.recipe, _materialiser(prepared), best, model_card(outcome))
         agreement = _score_again(prepared, best, outcome, device)
-        write_text(recipe_file, text)
         write_text(checked, json.dumps(agreement))
+        write_text(recipe_file, text)  # last: only a folder that was checked counts as written
     write_report(folder.path, outcome, json.loads(checked.read_text()))
     display.say(verdict(outcome))
     display.say(f"report: {folder.path / 'report.md'}")

@@ -271,7 +271,8 @@ def test_the_refusal_is_one_sentence(make_config, tmp_path, capsys):
     err = capsys.readouterr().err
     assert code == 2
     assert len(err.splitlines()) == 1
-    assert err.startswith("pool.num_gpus: 2 workers of 4 GPUs")
+    assert err.startswith(f"{file}: pool.num_gpus: 2 workers of 4 GPUs")
+    assert not (tmp_path / "results").exists()
 
 
 def test_resources_that_just_suffice_are_enough():
