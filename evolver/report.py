@@ -39,7 +39,6 @@ class Outcome:
     finalists: tuple[Finalist, ...]
     winning: Candidate
     searched: tuple[tuple[Candidate, Result], ...]
-    baselines: tuple[tuple[str, Result], ...]
     scales: Mapping[str, Scale]
     versions: Mapping[str, str]
 

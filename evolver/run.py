@@ -23,14 +23,13 @@ from evolver.ledger import Ledger
 from evolver.loop import Pool, evolve
 from evolver.merging import methods
 from evolver.merging.genome import Genome, genome
-from evolver.merging.materialise import Materialiser
 from evolver.progress import Display
 from evolver.records import Candidate, Expert, Merge, Recipe, Result, Rule, Split, dump_recipe
 from evolver.report import Finalist, Outcome, model_card, verdict, write_report
 from evolver.search import SEARCHES, Search
 from evolver.search.base import Setup
 from evolver.search.plain import Listed
-from evolver.worker import GIB, Opened, Plan, items_hash, open_models
+from evolver.worker import Opened, Plan, build_materialiser, items_hash, open_models
 
 PoolMaker = Callable[[Plan, Split, Tasks], Pool]
 JUDGES = ("torch", "transformers", "lm-eval")
@@ -140,7 +139,7 @@ def _stages(prepared: Prepared, ledger: Ledger, pool: Pool, make_pool: PoolMaker
     rows = tuple(Finalist(label, recipe, dev, listed.results[label]) for label, recipe, dev in finalists)
     searched = tuple(sorted(((c, r) for c, r in history if c.stage == "search"), key=lambda pair: pair[0].number))
     scales = {s: prepared.tasks.scale(s) for s in ("dev", "report")}
-    return Outcome(prepared.config, rows, winner[0], searched, tuple(plain.results.items()), scales, _versions())
+    return Outcome(prepared.config, rows, winner[0], searched, scales, _versions())
 
 
 def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Display, device: str) -> None:
@@ -151,7 +150,7 @@ def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Di
     checked = folder.path / "best.json"
     if not (checked.exists() and recipe_file.exists() and recipe_file.read_text() == text and best.exists()):
         display.say(f"writing the best model to {best}")
-        export(winner.recipe, _materialiser(prepared), best, model_card(outcome))
+        export(winner.recipe, build_materialiser(prepared.plan, prepared.opened), best, model_card(outcome))
         agreement = _score_again(prepared, best, outcome, device)
         write_text(checked, json.dumps(agreement))
         write_text(recipe_file, text)  # last: only a folder that was checked counts as written
@@ -221,13 +220,6 @@ def _finalists(prepared: Prepared, plain: Listed, winner: tuple[Candidate, Resul
     names = [n for n in recipes if n not in tuned or n == best]
     rows = [(n, recipes[n], plain.results[n]) for n in names]
     return [*rows, ("winner", winner[0].recipe, winner[1])]
-
-
-def _materialiser(prepared: Prepared) -> Materialiser:
-    config, opened = prepared.config, prepared.opened
-    dtype = None if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
-    sources = {prepared.plan.digests[n]: s for n, s in {"base": opened.base, **opened.experts}.items()}
-    return Materialiser(opened.base, sources, dtype, int(config.pool.cache_gb * GIB))
 
 
 def _versions() -> dict[str, str]:

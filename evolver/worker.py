@@ -53,6 +53,14 @@ def open_models(config: Config) -> Opened:
     return Opened(base, experts)
 
 
+def build_materialiser(plan: Plan, opened: Opened, device: str = "cpu") -> Materialiser:
+    """What builds the models of a plan, with the resident population that its pool allows."""
+    config = plan.config
+    dtype = None if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+    sources = {plan.digests[n]: s for n, s in {"base": opened.base, **opened.experts}.items()}
+    return Materialiser(opened.base, sources, dtype, int(config.pool.cache_gb * GIB), device)
+
+
 def items_hash(tasks: Tasks, split: Split) -> str:
     """One hash for the items of a split in their order."""
     return content_hash([[i.task, i.hash] for i in tasks.items.of(split)])
@@ -89,10 +97,7 @@ class Worker:
         tasks = tasks or load_tasks(config)
         if items_hash(tasks, split) != plan.items[split]:
             raise BadInput(f"evaluation.tasks: worker {name} finds other items than the driver; share one data folder.")
-        dtype = None if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
-        sources = {plan.digests[n]: s for n, s in {"base": opened.base, **opened.experts}.items()}
-        cache = int(config.pool.cache_gb * GIB)
-        self.materialiser = Materialiser(opened.base, sources, dtype, cache, device)
+        self.materialiser = build_materialiser(plan, opened, device)
         self.live = LiveModel(config.model, opened.base.path, opened.base.names(), device)
         self.scale = tasks.scale(split)
         self.scorer = tasks.scorer(self.live, split)

@@ -124,7 +124,7 @@ def outcome(winner, expert, weak=None):
     failed = (Candidate(1, B, "evolver"), Result(1, B.id, "failed", reason="it broke"))
     searched = ((Candidate(0, CHILD, "evolver"), dev), failed)
     scales = {"dev": scale(4), "report": scale(len(winner))}
-    return Outcome(config, finalists, searched[0][0], searched, (("a", dev),), scales, {"torch": "2"})
+    return Outcome(config, finalists, searched[0][0], searched, scales, {"torch": "2"})
 
 
 def test_a_clear_improvement():
