@@ -18,6 +18,8 @@ from typing import Any, Literal
 Value = bool | int | float | str | tuple[float, ...]
 Stage = Literal["baseline", "search", "report"]
 Split = Literal["dev", "report"]
+# Tensors outside the layers that come before them.
+EMBEDDINGS = ("embed", "wte", "wpe")
 
 
 def canonical_json(value: Any) -> str:
@@ -64,7 +66,7 @@ class Node:
     def id(self) -> str:
         stack: list[Node] = [self]
         while stack:  # no recursion: the inputs' ids first, however deep they lie
-            waiting = [i for i in stack[-1].inputs if "id" not in i.__dict__]
+            waiting = [i for i in stack[-1].below if "id" not in i.__dict__]
             stack.extend(waiting)
             if not waiting:
                 node = stack.pop()
@@ -96,19 +98,24 @@ class Expert(Node):
 
 @dataclass(frozen=True)
 class Place:
-    """Which tensors a rule is for: those of the layers ``[first, last)``, those outside all layers, or all of them."""
+    """Which tensors a rule is for: those of the layers ``[first, last)``, those outside all layers, or all of them;
+    of these, the ones with ``contains`` in their name.
+    """
 
     layers: tuple[int, int] | None = None
     outside: bool = False
+    contains: str = ""
 
-    def covers(self, layer: int | None) -> bool:
-        """Whether the tensor of ``layer`` (None: embeddings, final norm, head) falls under this rule."""
+    def covers(self, name: str, layer: int | None) -> bool:
+        """Whether the tensor ``name`` of ``layer`` (None: embeddings, final norm, head) falls under this rule."""
+        if self.contains not in name:
+            return False
         if self.outside:
             return layer is None
         return self.layers is None or (layer is not None and self.layers[0] <= layer < self.layers[1])
 
     def form(self) -> list[Any]:
-        return [list(self.layers) if self.layers else None, self.outside]
+        return [list(self.layers) if self.layers else None, self.outside, self.contains]
 
 
 @dataclass(frozen=True)
@@ -127,8 +134,8 @@ class Rule:
 
     @staticmethod
     def from_form(form: Sequence[Any]) -> Rule:
-        (layers, outside), values = form
-        return Rule.of(dict(values), Place(tuple(layers) if layers else None, outside))
+        (layers, outside, contains), values = form
+        return Rule.of(dict(values), Place(tuple(layers) if layers else None, outside, contains))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -137,7 +144,7 @@ class Merge(Node):
 
     method: str
     inputs: tuple[Recipe, ...]
-    base: Expert
+    base: Recipe
     rules: tuple[Rule, ...] = ()
 
     @property
@@ -147,11 +154,11 @@ class Merge(Node):
     def form(self) -> list[Any]:
         return ["merge", self.method, [i.id for i in self.inputs], self.base.id, [r.form() for r in self.rules]]
 
-    def settings(self, layer: int | None) -> dict[str, Value]:
-        """The settings in force for a tensor of ``layer``."""
+    def settings(self, name: str, layer: int | None) -> dict[str, Value]:
+        """The settings in force for the tensor ``name`` of ``layer``."""
         out: dict[str, Value] = {}
         for rule in self.rules:
-            if rule.place.covers(layer):
+            if rule.place.covers(name, layer):
                 out.update(rule.values)
         return out
 
@@ -183,7 +190,29 @@ class Cross(Node):
         return ["cross", [i.id for i in self.inputs], self.strategy, self.F, self.Cr, self.seed]
 
 
-Recipe = Expert | Merge | Cross
+@dataclass(frozen=True, eq=False, repr=False)
+class Layers(Node):
+    """Another depth: layer k of the model is layer ``program[k][1]`` of the input number ``program[k][0]``.
+
+    Embeddings come from the input number ``ends[0]``, every other tensor outside the layers from ``ends[1]``.
+    """
+
+    inputs: tuple[Recipe, ...]
+    program: tuple[tuple[int, int], ...]
+    ends: tuple[int, int]
+
+    def source(self, name: str, layer: int | None) -> tuple[Recipe, str]:
+        """Where the tensor ``name`` of ``layer`` comes from: the input, and the tensor's name there."""
+        if layer is None:
+            return self.inputs[self.ends[0 if any(e in name for e in EMBEDDINGS) else 1]], name
+        number, of = self.program[layer]
+        return self.inputs[number], name.replace(f".{layer}.", f".{of}.", 1)
+
+    def form(self) -> list[Any]:
+        return ["layers", [i.id for i in self.inputs], [list(p) for p in self.program], list(self.ends)]
+
+
+Recipe = Expert | Merge | Cross | Layers
 
 
 def ancestors(recipe: Recipe) -> Iterator[Recipe]:
@@ -210,6 +239,8 @@ def dump_recipe(recipe: Recipe) -> str:
             entry: list[Any] = ["expert", node.name, node.digest]
         elif isinstance(node, Merge):
             entry = ["merge", node.method, refs, index[node.base.id], [r.form() for r in node.rules]]
+        elif isinstance(node, Layers):
+            entry = ["layers", refs, [list(p) for p in node.program], list(node.ends)]
         else:
             entry = ["cross", refs, node.strategy, node.F, node.Cr, node.seed]
         index[node.id] = len(program)
@@ -229,12 +260,12 @@ def load_recipe(text: str) -> Recipe:
                 nodes.append(Expert(*rest))
             elif kind == "merge":
                 method, refs, base, rules = rest
-                anchor = nodes[base]
-                if not isinstance(anchor, Expert):
-                    raise ValueError("the base of a merge must be an expert")
-                nodes.append(
-                    Merge(method, tuple(nodes[i] for i in refs), anchor, tuple(Rule.from_form(r) for r in rules))
-                )
+                inputs, places = tuple(nodes[i] for i in refs), tuple(Rule.from_form(r) for r in rules)
+                nodes.append(Merge(method, inputs, nodes[base], places))
+            elif kind == "layers":
+                refs, program, (first, last) = rest
+                copies = tuple((int(i), int(layer)) for i, layer in program)
+                nodes.append(Layers(tuple(nodes[i] for i in refs), copies, (int(first), int(last))))
             elif kind == "cross":
                 refs, strategy, f, cr, seed = rest
                 nodes.append(Cross(nodes[refs[0]], tuple(nodes[i] for i in refs[1:]), strategy, f, cr, seed))

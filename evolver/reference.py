@@ -22,22 +22,22 @@ def page() -> str:
     parts += [_section(name, kind) for name, kind in _subsections("", Config)]
     parts += ["## Searches", "One key chooses: `search.algorithm`."]
     for name, algorithm in sorted(SEARCHES.items()):
-        parts += [f"### {name}", _first_paragraph(algorithm.build), _keys(algorithm.settings)]
+        parts += [f"### {name}", first_paragraph(algorithm.build), _keys(algorithm.settings)]
     parts += ["## Merge methods", "`E` numbers: one for each expert, or one for all. Searched: what a search may tune."]
     for name, method in sorted(METHODS.items()):
-        rows = [[f"`{s.name}`", _kind(s), f"`{_default(s)}`", _searched(s)] for s in method.settings.values()]
-        parts += [f"### {name}", f"{_first_paragraph(method.function)} ({method.paper})"]
+        rows = [[f"`{s.name}`", kind_of(s), f"`{default_of(s)}`", searched_of(s)] for s in method.settings.values()]
+        parts += [f"### {name}", f"{first_paragraph(method.function)} ({method.paper})"]
         parts += [markdown_table(["setting", "value", "default", "searched"], rows)] if rows else ["No settings."]
     return "\n\n".join(parts) + "\n"
 
 
 def _section(name: str, kind: type[Section]) -> str:
     title = f"### `{name}`" if name else "### Top level"
-    return "\n\n".join([title, _first_paragraph(kind), _keys(kind)])
+    return "\n\n".join([title, first_paragraph(kind), _keys(kind)])
 
 
 def _keys(kind: type[BaseModel]) -> str:
-    rows = [[f"`{n}`", _type(f), _field_default(f), f.description or ""] for n, f in kind.model_fields.items()]
+    rows = [[f"`{n}`", _type(f), _fielddefault_of(f), f.description or ""] for n, f in kind.model_fields.items()]
     return markdown_table(["key", "value", "default", "meaning"], rows)
 
 
@@ -69,23 +69,28 @@ def _type_name(annotation: Any) -> str:
     return names.get(annotation, "section")
 
 
-def _field_default(field: FieldInfo) -> str:
+def _fielddefault_of(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     return "" if field.default is None or isinstance(field.default, Section) else f"`{field.default}`"
 
 
-def _kind(setting: Setting) -> str:
+def kind_of(setting: Setting) -> str:
+    """What a setting takes, in words."""
     if setting.choices:
         return ", ".join(f"`{c}`" for c in setting.choices)
     return "E numbers" if setting.kind is tuple else _type_name(setting.kind)
 
 
-def _default(setting: Setting) -> Any:
+def default_of(setting: Setting) -> Any:
+    """What holds where nothing is set."""
+    if setting.required:
+        return "required"
     return setting.default[0] if isinstance(setting.default, tuple) else setting.default
 
 
-def _searched(setting: Setting) -> str:
+def searched_of(setting: Setting) -> str:
+    """What a search may choose, in words; empty if it may not."""
     if isinstance(setting.search, Simplex):
         return "weights that sum to 1"
     if isinstance(setting.search, Range):
@@ -93,7 +98,8 @@ def _searched(setting: Setting) -> str:
     return ""
 
 
-def _first_paragraph(documented: Any) -> str:
+def first_paragraph(documented: Any) -> str:
+    """The first paragraph of a docstring, on one line."""
     paragraph: Sequence[str] = (documented.__doc__ or "").strip().split("\n\n")
     return " ".join(paragraph[0].split())
 

@@ -17,7 +17,7 @@ EVERY = pytest.mark.parametrize("name", [n for n, m in METHODS.items() if any(s.
 
 
 def make(method="task_arithmetic", layers=6, groups=1, tune=None, fixed=None):
-    return genome(METHODS[method], EXPERTS, BASE, layers, groups, tune, fixed or {}, "search")
+    return genome(METHODS[method], EXPERTS[: METHODS[method].takes], BASE, layers, groups, tune, fixed or {}, "search")
 
 
 def everything(name, groups=1):
@@ -47,12 +47,12 @@ def test_every_point_is_a_recipe_with_all_settings_everywhere(name, groups):
     space = everything(name, groups)
     recipe = space.decode(middle(space))
     for layer in (None, *range(6)):
-        values = recipe.settings(layer)
+        values = recipe.settings("w", layer)
         assert values.keys() == METHODS[name].settings.keys()
         for key, setting in METHODS[name].settings.items():
             if isinstance(setting.search, Simplex):
                 assert math.fsum(values[key]) == pytest.approx(1.0)
-                assert len(values[key]) == len(EXPERTS)
+                assert len(values[key]) == (METHODS[name].takes or len(EXPERTS))
             if isinstance(setting.search, Range):
                 assert setting.search.low <= values[key] <= setting.search.high
 
@@ -64,7 +64,7 @@ def test_weights_sum_to_one_in_every_group(data):
     point = {k.name: data.draw(st.floats(k.low, k.high)) for k in space.knobs}
     recipe = space.decode(point)
     for layer in (None, *range(6)):
-        weights = recipe.settings(layer)["weight"]
+        weights = recipe.settings("w", layer)["weight"]
         assert math.fsum(weights) == pytest.approx(1.0)
         assert all(0 < w < 1 for w in weights)
 
@@ -72,7 +72,7 @@ def test_weights_sum_to_one_in_every_group(data):
 def test_a_point_by_hand():
     """u = e^-1, e^-1, e^-2 are the exponentials 1, 1, 2: weights 0.25, 0.25, 0.5."""
     point = {"lambda": 1.5, "weight[a]": math.exp(-1), "weight[b]": math.exp(-1), "weight[c]": math.exp(-2)}
-    values = make(fixed={"normalize": True}).decode(point).settings(None)
+    values = make(fixed={"normalize": True}).decode(point).settings("w", None)
     assert values["weight"] == pytest.approx((0.25, 0.25, 0.5))
     assert values["lambda"] == 1.5
     assert values["normalize"] is True
@@ -84,7 +84,7 @@ def test_each_knob_moves_its_own_group_only():
     before = space.decode(start)
     for layers, suffix in (((None,), "@outside"), ((0, 1), "@0-1"), ((2, 3), "@2-3"), ((4, 5), "@4-5")):
         after = space.decode({**start, f"lambda{suffix}": 2.9})
-        moved = {layer for layer in (None, *range(6)) if after.settings(layer) != before.settings(layer)}
+        moved = {layer for layer in (None, *range(6)) if after.settings("w", layer) != before.settings("w", layer)}
         assert moved == set(layers)
 
 
@@ -93,14 +93,14 @@ def test_groups_cover_every_layer_exactly_once(layers):
     for groups in range(1, layers + 1):
         rules = make(layers=layers, groups=groups).decode(middle(make(layers=layers, groups=groups))).rules
         for layer in (None, *range(layers)):
-            assert sum(r.place.covers(layer) for r in rules) == 1
+            assert sum(r.place.covers("w", layer) for r in rules) == 1
         assert len(rules) == (1 if groups == 1 else groups + 1)
-        assert all(any(r.place.covers(layer) for layer in (None, *range(layers))) for r in rules)
+        assert all(any(r.place.covers("w", layer) for layer in (None, *range(layers))) for r in rules)
 
 
 def test_the_equal_start_is_the_average_at_its_mass():
     space = make()
-    values = space.decode(space.encode_equal(1.0)).settings(None)
+    values = space.decode(space.encode_equal(1.0)).settings("w", None)
     assert values["weight"] == pytest.approx((1 / 3,) * 3)
     assert values["lambda"] == 1.0
     assert space.encode_equal(99.0)["lambda"] == 3.0
@@ -109,8 +109,8 @@ def test_the_equal_start_is_the_average_at_its_mass():
 
 def test_what_is_not_tuned_stays_as_given():
     recipe = make(tune=["lambda"], fixed={"weight": [1, 2, 3]}).decode({"lambda": 0.7})
-    assert recipe.settings(0)["weight"] == (1.0, 2.0, 3.0)
-    assert recipe.settings(0)["lambda"] == 0.7
+    assert recipe.settings("w", 0)["weight"] == (1.0, 2.0, 3.0)
+    assert recipe.settings("w", 0)["lambda"] == 0.7
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from evolver.merging import materialise, methods, operators
+from evolver.merging import apply, crossing, methods
 from evolver.merging.materialise import Materialiser
 from evolver.merging.weights import Checkpoint, LoraAdapter
-from evolver.records import Cross, Expert, Merge, Place, Rule
+from evolver.records import Cross, Expert, Layers, Merge, Place, Rule
 
 NAMES = {
     "model.embed_tokens.weight": (12, 10),
@@ -47,7 +47,9 @@ OF_CROSS = Merge("simple", (CROSS, DEEP, C), BASE)
 
 
 def rule(method, place=None, **values):
-    return Rule.of(methods.METHODS[method].complete(values, 3, "here"), place)
+    found = methods.METHODS[method]
+    needed = {s.name: 0.01 for s in found.settings.values() if s.required}
+    return Rule.of(found.complete({**needed, **values}, found.takes or 3, "here"), place)
 
 
 THIN = Merge("ties", (A, B, CROSS), BASE, (rule("ties", density=0.3),))
@@ -107,8 +109,8 @@ def test_the_population_stays_resident(sources, monkeypatch):
     dict(keeping.stream(Cross(DEEP, (CROSS,), "evolver", 0.5, 0.5, 8)))
     assert DEEP.id in keeping._resident
     built = []
-    cross = operators.cross
-    monkeypatch.setattr(operators, "cross", lambda *given: built.append(given[5]) or cross(*given))
+    cross = crossing.cross
+    monkeypatch.setattr(crossing, "cross", lambda *given: built.append(given[5]) or cross(*given))
     dict(keeping.stream(Cross(DEEP, (CROSS,), "evolver", 0.5, 0.5, 9)))
     assert set(built) == {9}
 
@@ -125,7 +127,7 @@ def test_pieces_and_threads_change_nothing(sources, recipe, monkeypatch):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        monkeypatch.setattr(materialise, "PIECE", 37)
+        monkeypatch.setattr(apply, "PIECE", 37)
         same(build(sources, recipe), whole)
     finally:
         torch.set_num_threads(before)
@@ -190,23 +192,59 @@ def test_no_mass_gives_the_base(sources, values):
 
 @pytest.mark.parametrize("name", [n for n, m in methods.METHODS.items() if m.on_deltas])
 def test_experts_that_are_the_base_give_the_base(sources, name):
-    model = build(sources, Merge(name, (BASE,) * 3, BASE, (rule(name),)))
+    count = methods.METHODS[name].takes or 3
+    model = build(sources, Merge(name, (BASE,) * count, BASE, (rule(name),)))
     assert all(torch.equal(model[n], sources["base"].tensor(n)) for n in NAMES)
 
 
-@pytest.mark.parametrize("name", methods.METHODS)
-def test_a_merge_is_its_method_on_whole_tensors(sources, name):
-    """Also of methods that are not elementwise: no piece of a tensor is ever trimmed alone."""
-    found = methods.METHODS[name]
-    more = {"density": 0.4} if "density" in found.settings else {}
-    merged = rule(name, **more)
-    model = build(sources, Merge(name, (A, B, C), BASE, (merged,)), dtype=torch.float32)
-    for tensor in NAMES:
-        base = sources["base"].tensor(tensor).float()
-        stack = torch.stack([sources[n].tensor(tensor).float() for n in "abc"])
-        values = dict(merged.values)
-        wanted = base + found(stack - base, values, tensor) if found.on_deltas else found(stack, values, tensor)
-        assert torch.allclose(model[tensor], wanted, atol=1e-6)
+def test_settings_go_by_place(sources):
+    """The later rule wins; a name is matched by a part of it."""
+    rules = (Rule.of({"weight": 0.0}), Rule.of({"weight": 1.0}, Place((1, 2), contains="mlp")))
+    model = build(sources, Merge("task_arithmetic", (A,), BASE, rules))
+    changed = {n for n in NAMES if not torch.equal(model[n], sources["base"].tensor(n))}
+    assert changed == {"model.layers.1.mlp.weight"}
+
+
+def test_trimming_over_the_model_as_a_whole(sources):
+    """``trim_scope: global``: the largest third of all deltas of the model, wherever they lie."""
+    recipe = Merge("ties", (A,), BASE, (Rule.of({"density": (1 / 3,), "trim_scope": "global"}),))
+    model = build(sources, recipe, dtype=torch.float32)
+    base = {n: sources["base"].tensor(n).float() for n in NAMES}
+    deltas = {n: sources["a"].tensor(n).float() - base[n] for n in NAMES}
+    flat = torch.cat([d.reshape(-1).abs() for d in deltas.values()])
+    cut = flat.sort(descending=True).values[int(len(flat) / 3) - 1]
+    for name in NAMES:
+        wanted = base[name] + torch.where(deltas[name].abs() >= cut, deltas[name], 0.0)
+        assert torch.allclose(model[name], wanted, atol=1e-6)
+
+
+def test_layers_are_copied_in_any_order(sources):
+    """Three layers from two models; what lies outside comes from the ends."""
+    recipe = Layers((A, B), ((1, 1), (0, 0), (1, 0)), (0, 1))
+    model = build(sources, recipe)
+    a, b = sources["a"], sources["b"]
+    assert torch.equal(model["model.layers.0.mlp.weight"], b.tensor("model.layers.1.mlp.weight"))
+    assert torch.equal(model["model.layers.1.mlp.weight"], a.tensor("model.layers.0.mlp.weight"))
+    assert torch.equal(model["model.layers.2.mlp.weight"], b.tensor("model.layers.0.mlp.weight"))
+    assert torch.equal(model["model.embed_tokens.weight"], a.tensor("model.embed_tokens.weight"))
+    assert torch.equal(model["model.norm.weight"], b.tensor("model.norm.weight"))
+    assert "model.layers.0.scale" in model
+    assert "model.layers.1.scale" not in model
+
+
+@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "della", "sce", "model_stock"])
+def test_lines_wraps_any_method(sources, name):
+    """At α = 1, β = 0 it changes nothing; at β = -1 the last layer is the base's and the first one stays."""
+    inner = Merge(name, (A, B), BASE)
+    plain = build(sources, inner, dtype=torch.float32)
+    same_again = Merge("lines", (inner,), BASE, (Rule.of({"alpha": 1.0, "beta": 0.0}),))
+    faded = Merge("lines", (inner,), BASE, (Rule.of({"alpha": 1.0, "beta": -1.0}),))
+    for n in NAMES:
+        assert torch.allclose(build(sources, same_again, dtype=torch.float32)[n], plain[n], atol=1e-6)
+    model = build(sources, faded, dtype=torch.float32)
+    last = "model.layers.1.mlp.weight"
+    assert torch.equal(model[last], sources["base"].tensor(last).float())
+    assert torch.allclose(model["model.layers.0.mlp.weight"], plain["model.layers.0.mlp.weight"], atol=1e-6)
 
 
 def test_an_adapter_is_an_expert_like_others(sources, tmp_path):

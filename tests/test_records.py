@@ -100,10 +100,10 @@ def test_the_canonical_form_is_pinned():
     """Ids stand in ledgers and cards: a change of the form breaks every recorded run, so it has to be noticed here."""
     child = Cross(A, (B,), "evolver", 0.5, 0.25, 7)
     merged = Merge("ties", (child, B), A, (Rule.of({"weight": (0.25, 0.75), "lambda": 1.5}, Place((0, 2))),))
-    assert merged.id == "0c63cabaad72a99e33d1"
+    assert merged.id == "1634b34e7e16b06544aa"
     assert dump_recipe(merged) == (
         '[["expert","a","aa"],["expert","b","bb"],["cross",[0,1],"evolver",0.5,0.25,7],'
-        '["merge","ties",[2,1],0,[[[[0,2],false],[["lambda",1.5],["weight",[0.25,0.75]]]]]]]'
+        '["merge","ties",[2,1],0,[[[[0,2],false,""],[["lambda",1.5],["weight",[0.25,0.75]]]]]]]'
     )
 
 
@@ -142,7 +142,7 @@ def test_a_deep_merge_has_an_id_too():
 @pytest.mark.parametrize(
     "text",
     ["", "{}", "[]", "[1]", '[["expert"]]', '[["soup","a","aa"]]', '[["cross",[3],"evolver",0.5,0.5,1]]',
-     '[["expert","a","aa"],["cross",[0,0],"evolver",0.5,0.5,1],["merge","simple",[0],1,[]]]'],
+     '[["expert","a","aa"],["cross",[0,0],"evolver",0.5,0.5,1],["layers",[0],[[0]],[0,0]]]'],
 )  # fmt: skip
 def test_other_text_is_no_recipe(text):
     with pytest.raises(ValueError):  # noqa: PT011  # the text of the message is json's own in some cases
@@ -156,8 +156,11 @@ def test_the_later_rule_wins_and_places_are_told_apart():
         Rule.of({"lambda": 3.0}, Place(outside=True)),
     )
     merged = Merge("ties", (A, B), A, rules)
-    assert [merged.settings(layer)["lambda"] for layer in (0, 1, 2, 3, None)] == [1.0, 2.0, 2.0, 1.0, 3.0]
-    assert merged.settings(2)["density"] == 0.5
+    assert [merged.settings("w", layer)["lambda"] for layer in (0, 1, 2, 3, None)] == [1.0, 2.0, 2.0, 1.0, 3.0]
+    assert merged.settings("w", 2)["density"] == 0.5
+    named = Merge("ties", (A, B), A, (*rules, Rule.of({"lambda": 4.0}, Place((1, 3), contains="mlp"))))
+    assert [named.settings("mlp.up", layer)["lambda"] for layer in (0, 1, None)] == [1.0, 4.0, 3.0]
+    assert named.settings("attn", 1)["lambda"] == 2.0
 
 
 def test_what_a_result_decides():

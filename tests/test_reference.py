@@ -17,7 +17,7 @@ def test_the_reference_names_every_method_and_search_with_its_settings():
     text = page()
     for name in (*METHODS, *SEARCHES):
         assert f"### {name}\n" in text
-    assert "| `density` | number | `1.0` | 0.05 – 1 |" in text
+    assert "| `density` | E numbers | `1.0` | 0.05 – 1 |" in text
 
 
 def test_the_readme_names_every_method_and_search():

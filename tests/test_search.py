@@ -337,7 +337,7 @@ def test_strategies_that_need_more_experts_are_refused():
 
 def quadratic(candidate, _=False):
     """Best at mass 1.5 and weights 0.6, 0.2, 0.1, 0.1."""
-    values = candidate.recipe.settings(None)
+    values = candidate.recipe.settings("norm.weight", None)
     far = (values["lambda"] - 1.5) ** 2
     far += sum((w - t) ** 2 for w, t in zip(values["weight"], (0.6, 0.2, 0.1, 0.1), strict=True))
     return Result(candidate.number, candidate.recipe.id, "ok", -far, -far, True)
@@ -356,7 +356,7 @@ def test_coefficient_searches_improve(settings):
 
 @pytest.mark.parametrize("settings", [{"algorithm": "tpe"}, {"algorithm": "cmaes"}])
 def test_coefficient_searches_start_at_the_average(settings):
-    first = build(settings).ask(1)[0].recipe.settings(0)
+    first = build(settings).ask(1)[0].recipe.settings("w", 0)
     assert first["weight"] == pytest.approx((0.25,) * 4)
     assert first["lambda"] == pytest.approx(1.0)
 

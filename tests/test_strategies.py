@@ -2,11 +2,11 @@
 
 from typing import get_args
 
-from evolver.merging.operators import STRATEGIES
+from evolver.merging.crossing import STRATEGIES
 from evolver.search.evolver import LED_BY_BEST, PARTNERS, Strategy
 
 
-def test_operators_and_search_agree_on_the_strategies():
+def test_crossing_and_search_agree_on_the_strategies():
     assert {name: partners for name, (_, partners) in STRATEGIES.items()} == PARTNERS
     assert set(get_args(Strategy)) == set(PARTNERS)
     assert set(LED_BY_BEST) < set(PARTNERS)

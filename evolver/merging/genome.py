@@ -83,13 +83,14 @@ def genome(
     fixed: Mapping[str, Any],
     place: str,
 ) -> Genome:
-    """A genome, checked. Without ``tune``, total mass and simplex weights are tuned, as far as the method has them.
+    """A genome, checked. Without ``tune``, total mass, simplex weights and what has no default are tuned.
 
     Raises BadInput that names ``place``.
     """
     searchable = {n for n, s in method.settings.items() if s.search is not None}
     if tune is None:
-        tune = [n for n in ("lambda", "weight") if n in searchable]
+        needed = [n for n, s in method.settings.items() if s.required and n not in fixed]
+        tune = [n for n in ("lambda", "weight", *needed) if n in searchable]
     for name in tune:
         if name not in searchable:
             raise BadInput(
@@ -103,6 +104,13 @@ def genome(
         raise BadInput(f"{place}.method: {method.name} has nothing to tune; choose task_arithmetic, ties or another.")
     if not 1 <= groups <= layers:
         raise BadInput(f"{place}.layer_groups: {groups} groups of {layers} layers; write a number from 1 to {layers}.")
-    complete = method.complete(fixed, len(experts), f"{place}.settings")
+    tuned = {n: _example(method, n) for n in tune if method.settings[n].required}
+    complete = method.complete({**fixed, **tuned}, len(experts), f"{place}.settings")
     kept = {k: v for k, v in complete.items() if k not in tune}
     return Genome(method, tuple(experts), base, layers, groups, tuple(tune), kept)
+
+
+def _example(method: Method, name: str) -> float:
+    """A valid value of a setting that a search will choose."""
+    search = method.settings[name].search
+    return search.low if isinstance(search, Range) else 1.0

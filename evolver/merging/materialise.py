@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from evolver.merging import methods, operators
-from evolver.merging.weights import Checkpoint, Source, layer_of
-from evolver.records import Cross, Expert, Merge, Recipe, ancestors
+from evolver.merging import crossing, methods
+from evolver.merging.apply import Model, Whole, apply
+from evolver.merging.weights import LAYER, Checkpoint, Source, TensorInfo, layer_of
+from evolver.records import Cross, Expert, Layers, Merge, Recipe, ancestors
 
-# Elementwise methods go through a tensor in pieces that stay in a core's cache.
-PIECE = 1 << 16
+Task = tuple[Recipe, str]
 
 
 class Materialiser:
@@ -29,6 +29,7 @@ class Materialiser:
         sources: base and experts by digest.
         dtype: of floating tensors; None keeps each tensor's dtype in the base.
         cache_bytes: budget of the resident population.
+        compiled: fuse the kernels of merges; worth its seconds where many models are built.
     """
 
     def __init__(
@@ -38,28 +39,74 @@ class Materialiser:
         dtype: torch.dtype | None = None,
         cache_bytes: int = 0,
         device: torch.device | str = "cpu",
+        compiled: bool = False,
     ) -> None:
-        self.base, self.sources, self.dtype = base, sources, dtype
+        self.base, self.sources, self.dtype, self.compiled = base, sources, dtype, compiled
         self.device = torch.device(device)
         self._slots = cache_bytes // max(1, sum(self._bytes(n) for n in base.names()))
         self._resident: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._models: dict[str, Model] = {}
+
+    def names(self, recipe: Recipe) -> list[str]:
+        """The names of the model's tensors, in the base's order."""
+        if isinstance(recipe, Expert):
+            return self.base.names()
+        if not isinstance(recipe, Layers):
+            return self.names(recipe.inputs[0])
+        outside = [n for n in self.names(recipe.inputs[0]) if layer_of(n) is None]
+        inside = [self.names(recipe.inputs[i]) for i, _ in recipe.program]
+        copies = enumerate(zip(inside, recipe.program, strict=True))
+        return outside + [_at_layer(n, to) for to, (names, (_, of)) in copies for n in names if layer_of(n) == of]
+
+    def depth(self, recipe: Recipe) -> int:
+        """The number of layers."""
+        return 1 + max((layer_of(n) or 0 for n in self.names(recipe)), default=0)
+
+    def info(self, recipe: Recipe, name: str) -> TensorInfo:
+        """Shape and dtype of one tensor of the model."""
+        while not isinstance(recipe, Expert):
+            recipe, name = _below((recipe, name))[0]
+        return TensorInfo(self.base.headers[name].shape, self._dtype_of(name))
 
     def stream(self, recipe: Recipe) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the model, in the base's order of names."""
+        """Every tensor of the model, one at a time."""
         order = self._order(recipe)
-        last = {i.id: step for step, node in enumerate(order) for i in node.below}
         keep: dict[str, dict[str, Tensor]] = {i: {} for i in self._worth_keeping(recipe, order)}
-        for name in self.base.names():
-            values: dict[str, Tensor] = {}
-            for step, node in enumerate(order):
-                values[node.id] = self._tensor(node, name, values)
-                if node.id in keep:
-                    keep[node.id][name] = values[node.id]
-                for used in node.below:  # what no later node needs is let go, however long the lineage
-                    if last[used.id] == step:
-                        values.pop(used.id, None)
-            yield name, values[recipe.id]
+        self._models.clear()
+        straight = not any(isinstance(n, Layers) for n in order)
+        for name in self.names(recipe):
+            tasks = [(n, name) for n in order] if straight else self._tasks(recipe, name)
+            yield name, self._run(tasks, keep)
+        self._models.clear()
         self._admit(keep)
+
+    def _run(self, tasks: list[Task], keep: Mapping[str, dict[str, Tensor]]) -> Tensor:
+        """The tensor of the last task, after those that it needs."""
+        last = {below: step for step, task in enumerate(tasks) for below in _below(task)}
+        values: dict[tuple[str, str], Tensor] = {}
+        for step, (node, name) in enumerate(tasks):
+            values[node.id, name] = self._tensor(node, name, values)
+            if node.id in keep:
+                keep[node.id][name] = values[node.id, name]
+            for used in _below((node, name)):  # what no later node needs is let go, however long the lineage
+                if last[used] == step:
+                    values.pop((used[0].id, used[1]), None)
+        return values[tasks[-1][0].id, tasks[-1][1]]
+
+    def _tasks(self, recipe: Recipe, name: str) -> list[Task]:
+        """Which tensors of which nodes one tensor of the recipe needs, inputs first."""
+        out: dict[tuple[str, str], Task] = {}
+        stack: list[tuple[Task, bool]] = [((recipe, name), False)]
+        while stack:
+            task, expanded = stack.pop()
+            key = (task[0].id, task[1])
+            if expanded:
+                out.setdefault(key, task)
+            elif key not in out:
+                stack.append((task, True))
+                if task[0].id not in self._resident:
+                    stack.extend((below, False) for below in reversed(_below(task)))
+        return list(out.values())
 
     def _order(self, recipe: Recipe) -> list[Recipe]:
         """The nodes to be computed, inputs first; nothing below a resident node, which is there already."""
@@ -90,37 +137,44 @@ class Materialiser:
         while len(self._resident) > self._slots:
             self._resident.popitem(last=False)
 
-    def _tensor(self, node: Recipe, name: str, values: Mapping[str, Tensor]) -> Tensor:
+    def _tensor(self, node: Recipe, name: str, values: Mapping[tuple[str, str], Tensor]) -> Tensor:
         if node.id in self._resident:
             return self._resident[node.id][name]
         if isinstance(node, Expert):
             tensor = self.sources[node.digest].tensor(name)
             return tensor.to(self.device, self._dtype_of(name))
-        inputs = [values[i.id] for i in node.inputs]
-        if not inputs[0].is_floating_point():
-            return inputs[0]  # counters and masks are copied from the first input, never averaged
+        below = [values[n.id, source] for n, source in _below((node, name))]
+        if isinstance(node, Layers) or not below[0].is_floating_point():
+            return below[0]  # counters and masks are copied from the first input, never averaged
         if isinstance(node, Cross):
-            return operators.cross(node.strategy, inputs[0], inputs[1:], node.F, node.Cr, node.seed, name)
-        return self._merge(node, name, inputs, values[node.base.id])
+            return crossing.cross(node.strategy, below[0], below[1:], node.F, node.Cr, node.seed, name)
+        return self._merge(node, name, below)
 
-    def _merge(self, node: Merge, name: str, inputs: list[Tensor], base: Tensor) -> Tensor:
+    def _merge(self, node: Merge, name: str, below: list[Tensor]) -> Tensor:
         method = methods.METHODS[node.method]
-        settings = node.settings(layer_of(name))
-        flats, anchor = [t.reshape(-1) for t in inputs], base.reshape(-1)
-        size = anchor.numel()
-        step = PIECE if method.elementwise else max(1, size)
-        out = torch.empty_like(anchor)
-        for start in range(0, size, step):
-            place = slice(start, start + step)
-            origin = anchor[place].float()
-            stack = torch.stack([f[place].float() for f in flats])
-            shape = (-1,) if method.elementwise else base.shape
-            if method.on_deltas:
-                merged = origin + method((stack - origin).view(len(flats), *shape), settings, name).view(-1)
-            else:
-                merged = method(stack.view(len(flats), *shape), settings, name).view(-1)
-            out[place] = merged
-        return out.view(base.shape)
+        values = method.complete(node.settings(name, layer_of(name)), len(node.inputs), node.method)
+        if node.id not in self._models:
+            self._models[node.id] = self._model(node)
+        return apply(method, values, self._whole(node, name, below), self._models[node.id], self.compiled)
+
+    def _whole(self, node: Merge, name: str, below: list[Tensor]) -> Whole:
+        *inputs, base = below
+        layer = layer_of(name)
+        depth = None if layer is None else layer / max(1, self.base.layers() - 1)
+        return Whole(name, inputs, base, [i.id for i in node.inputs], depth)
+
+    def _model(self, node: Merge) -> Model:
+        """All tensors that a merge goes over, read afresh for statistics of the model as a whole."""
+
+        def tensors() -> Iterator[Whole]:
+            for name in self.names(node):
+                below = [self._run(self._tasks(n, name), {}) for n in node.below]
+                if below[-1].is_floating_point():
+                    yield self._whole(node, name, below)
+
+        headers = self.base.headers
+        sizes = (math.prod(headers[n].shape) for n in self.base.names() if headers[n].dtype.is_floating_point)
+        return Model(sum(sizes), tensors)
 
     def _bytes(self, name: str) -> int:
         return self._dtype_of(name).itemsize * math.prod(self.base.headers[name].shape)
@@ -128,3 +182,17 @@ class Materialiser:
     def _dtype_of(self, name: str) -> torch.dtype:
         own = self.base.headers[name].dtype
         return self.dtype if self.dtype is not None and own.is_floating_point else own
+
+
+def _below(task: Task) -> list[Task]:
+    """The tensors that one tensor of a node is computed from."""
+    node, name = task
+    if not isinstance(node, Layers):
+        return [(n, name) for n in node.below]
+    return [node.source(name, layer_of(name))]
+
+
+def _at_layer(name: str, layer: int) -> str:
+    """The name of the same tensor in another layer."""
+    match = LAYER.search(name)
+    return name if match is None else f"{name[: match.start(1)]}{layer}{name[match.end(1) :]}"

@@ -1,192 +1,156 @@
-"""Tensor primitives, of which the merge methods and the Evolver operators are made. Pure, float32 in and out."""
+"""Tensor primitives, of which the merge methods are made. Pure, float32 in and out.
+
+E is the number of experts, ``...`` the shape of the piece of a tensor that is being merged. Numbers that belong to
+experts arrive as tensors (E,).
+"""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from evolver.merging import random
+from evolver.merging.random import LEVELS
+
+TINY = 1e-8
 
 
-def per_expert(weights: Sequence[float], like: Tensor) -> Tensor:
-    """Weights (E,) shaped to broadcast over ``like`` (E, *shape)."""
-    return torch.tensor(weights, dtype=like.dtype, device=like.device).view(-1, *[1] * (like.dim() - 1))
+def per_expert(numbers: Tensor, like: Tensor) -> Tensor:
+    """Numbers (E,) shaped to broadcast over ``like`` (E, ...)."""
+    return numbers.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
-def weighted_sum(stack: Tensor, weights: Sequence[float], normalize: bool) -> Tensor:
-    """Sum over experts of weight times tensor; divided by the sum of the weights where ``normalize`` is set.
-
-    A sum of weights below 1e-8 in size counts as 1.
+def weighted_sum(stack: Tensor, weight: Tensor, normalize: bool) -> Tensor:
+    """Σ w·x over the experts; divided by Σ w where ``normalize`` is set (by 1 where |Σ w| < 1e-8).
 
     Args:
-        stack: (E, *shape).
+        stack: (E, ...).
 
     Returns:
-        (*shape).
+        (...).
     """
-    total = sum(weights)
-    scale = total if normalize and abs(total) >= 1e-8 else 1.0
-    return (stack * per_expert(weights, stack)).sum(0) / scale
+    out = stack[0] * weight[0].to(stack.dtype)
+    for e in range(1, stack.shape[0]):
+        out = out + stack[e] * weight[e].to(stack.dtype)
+    return out / divisor_of(weight, stack.dtype) if normalize else out
 
 
-def trim(deltas: Tensor, density: float) -> Tensor:
-    """Keep the largest ``density`` of every expert's scalars by magnitude, zero the rest (TIES, Yadav et al. 2023).
+def divisor_of(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ w as a number to divide by: 1 where it is smaller than 1e-8 in size. Shape ()."""
+    total = weight.to(dtype).sum(0)
+    return torch.where(total.abs() < TINY, torch.ones_like(total), total)
 
-    At least one scalar stays; scalars as large as the smallest kept one stay too, so that no order is invented.
+
+def trim(deltas: Tensor, smallest: Tensor) -> Tensor:
+    """Zero what is smaller in magnitude than ``smallest`` (E,) (TIES, Yadav et al. 2023, section 3).
+
+    Scalars as large as the smallest kept one stay, so that no order among equals is invented.
+    """
+    return torch.where(deltas.abs() >= per_expert(smallest, deltas), deltas, 0.0)
+
+
+def clip_outliers(deltas: Tensor, largest: Tensor) -> Tensor:
+    """Zero what is as large in magnitude as ``largest`` (E,), or larger (Breadcrumbs, Davari and Belilovsky 2024)."""
+    return torch.where(deltas.abs() < per_expert(largest, deltas), deltas, 0.0)
+
+
+def drop(deltas: Tensor, draws: Tensor, keep: Tensor) -> Tensor:
+    """Keep every scalar with its probability ``keep``, independently (DARE, Yu et al. 2024, equation 2, unscaled).
 
     Args:
-        deltas: (E, *shape).
+        deltas: (E, ...).
+        draws: of the counter-based random function, in [0, 65536), (E, ...).
+        keep: probabilities, in steps of 1/65536; broadcasts to (E, ...).
     """
-    if density >= 1.0:
-        return deltas
-    size = deltas[0].numel()
-    keep = max(1, int(density * size))
-    magnitude = deltas.abs().view(deltas.shape[0], -1)
-    smallest = magnitude.kthvalue(size - keep + 1, dim=1).values  # (E,)
-    return torch.where(magnitude >= smallest[:, None], deltas.view_as(magnitude), 0.0).view_as(deltas)
+    return torch.where(draws < (keep * LEVELS).round(), deltas, 0.0)
 
 
-def drop(deltas: Tensor, density: float, seed: int, name: str) -> Tensor:
-    """Keep every scalar with probability ``density``, independently (DARE, Yu et al. 2024, equation 2, unscaled).
+def rank_probability(rank: Tensor, width: int, density: Tensor, epsilon: Tensor) -> Tensor:
+    """DELLA's probability to be kept (Deep et al. 2024, section 3.1): linear in the rank by magnitude.
 
     Args:
-        deltas: (E, *shape).
-        seed, name: of the draws; every expert has its own stream.
+        rank: within its row, 0 for the smallest of ``width``.
+        density, epsilon: from density - epsilon for the smallest to density + epsilon for the largest.
     """
-    if density >= 1.0:
-        return deltas
-    level = random.threshold(density)
-    size = deltas[0].numel()
-    masks = [random.draws(seed, f"{name}#{e}", 0, size, deltas.device) < level for e in range(deltas.shape[0])]
-    return deltas * torch.stack(masks).view_as(deltas)
+    share = rank.float() / max(1, width - 1)
+    return density - epsilon + share * (2 * epsilon)
 
 
-def rescale(kept: Tensor, full: Tensor, how: str, density: float) -> Tensor:
-    """Make up for dropped scalars: ``inv_p`` divides by the density, ``l1`` restores each expert's L1 norm.
-
-    Args:
-        kept, full: deltas after and before dropping, (E, *shape).
-    """
-    if how == "none" or density >= 1.0:
-        return kept
-    if how == "inv_p":
-        return kept / density
-    norms = [d.view(d.shape[0], -1).abs().sum(1) for d in (full, kept)]
-    factor = torch.where(norms[1] > 0, norms[0] / norms[1], torch.ones_like(norms[0]))
-    return kept * factor.view(-1, *[1] * (kept.dim() - 1))
+def norm_match(kept: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """Scale every expert's ``kept`` (E, ...) by before ÷ after, norms (E,); by 1 where one of them vanishes."""
+    usable = (before > 0) & (after > 0)
+    factor = torch.where(usable, before / torch.where(usable, after, 1.0), 1.0)
+    return kept * per_expert(factor, kept)
 
 
-def disjoint_merge(deltas: Tensor, weights: Sequence[float], normalize: bool) -> Tensor:
-    """Sign election by mass, then the weighted sum of the deltas that agree with the elected sign (TIES, section 4).
-
-    The election is on weighted deltas and zero counts as positive. With ``normalize`` the sum is divided, scalar by
-    scalar, by the sum of the weights that agree (1 where that is 0).
-
-    Args:
-        deltas: (E, *shape).
+def elected_sign(deltas: Tensor, by: str) -> Tensor:
+    """The sign that the experts elect, scalar by scalar (TIES, section 3): by mass (``sum``) or by heads (``count``).
 
     Returns:
-        (*shape).
+        -1 or 1, (...); a tie is positive.
     """
-    weight = per_expert(weights, deltas)
-    weighted = deltas * weight
-    elected = torch.where(weighted.sum(0) >= 0, 1.0, -1.0)
-    agree = torch.sign(weighted) == elected
-    merged = torch.where(agree, weighted, 0.0).sum(0)
-    if not normalize:
-        return merged
-    divisor = torch.where(agree, weight, 0.0).sum(0)
-    return merged / torch.where(divisor == 0, 1.0, divisor)
+    votes = torch.sign(deltas) if by == "count" else deltas
+    total = votes[0]
+    for e in range(1, votes.shape[0]):
+        total = total + votes[e]
+    return torch.where(total >= 0, 1.0, -1.0)
 
 
-def _evolver(x: Tensor, p: Sequence[Tensor], f: Tensor) -> Tensor:
-    return x + f * (p[0] - x)
-
-
-def _rand1(x: Tensor, p: Sequence[Tensor], f: Tensor) -> Tensor:
-    return p[0] + f * (p[1] - p[2])
-
-
-def _current_to_best1(x: Tensor, p: Sequence[Tensor], f: Tensor) -> Tensor:
-    return x + f * (p[0] - x) + f * (p[1] - p[2])
-
-
-def _rand2(x: Tensor, p: Sequence[Tensor], f: Tensor) -> Tensor:
-    return p[0] + f * (p[1] - p[2]) + f * (p[3] - p[4])
-
-
-Mutation = Callable[[Tensor, Sequence[Tensor], Tensor], Tensor]
-
-# Mutation of x with partners p, and how many partners it takes. ``evolver`` is the operator as the paper's authors
-# released it; the others are the forms of differential evolution (Storn and Price 1997), in which p[0] is a random
-# member, or the best one for best/1 and current-to-best/1.
-STRATEGIES: dict[str, tuple[Mutation, int]] = {
-    "evolver": (_evolver, 1),
-    "rand/1": (_rand1, 3),
-    "best/1": (_rand1, 3),
-    "current-to-best/1": (_current_to_best1, 3),
-    "rand/2": (_rand2, 5),
-}
-
-# Below this size the compiled kernel would cost more to load than it saves.
-COMPILE_FROM = 1 << 16
-# Eager work goes in pieces that stay in a core's cache.
-EAGER_SCALARS = 32 * random.BLOCK
-
-
-def cross(
-    strategy: str, parent: Tensor, partners: Sequence[Tensor], F: float, Cr: float, seed: int, name: str
-) -> Tensor:
-    """One tensor of an Evolver offspring: the mutant where the mask is set, the parent elsewhere.
-
-    Mask: Bernoulli(Cr) for every scalar, Cr in steps of 1/65536 (Du et al. 2024, equations of mutation and
-    crossover; no forced coordinate). Arithmetic in float32, rounded once to the parent's dtype.
+def disjoint_sum(deltas: Tensor, weight: Tensor, votes: Tensor, sign: Tensor, normalize: bool) -> Tensor:
+    """Σ w·τ over the experts that vote for ``sign``; divided, scalar by scalar, by their weights (TIES, section 3).
 
     Args:
-        parent, partners: tensors of one shape, of any floating dtype.
-        seed, name: of the mask's draws.
+        deltas, votes: (E, ...).
+        sign: -1 or 1, (...).
+        normalize: divide (by 1 where nothing agrees).
 
     Returns:
-        Tensor of the parent's shape and dtype; the same bits for every device, chunk size and thread count.
+        (...).
     """
-    flats = [t.reshape(-1) for t in (parent, *partners)]
-    size = flats[0].numel()
-    device = flats[0].device
-    words = random.key_words(seed, name, device)
-    scalars = (torch.tensor(random.threshold(Cr), device=device), torch.tensor(F, device=device))
-    step = size if (compiled := size >= COMPILE_FROM and can_compile(device)) else EAGER_SCALARS
-    kernel = _compiled(strategy, len(partners)) if compiled else _cross_blocks
-    child = torch.empty_like(flats[0])
-    for start in range(0, size, step):
-        piece = [f[start : start + step] for f in flats]
-        first = torch.tensor(start // random.BLOCK, device=device)
-        child[start : start + step] = kernel(strategy, piece, words, first, *scalars)
-    return child.view(parent.shape)
+    merged, divisor = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
+    for e in range(deltas.shape[0]):
+        w = weight[e].to(deltas.dtype)
+        agrees = torch.sign(votes[e]) == sign
+        merged = merged + torch.where(agrees, deltas[e] * w, 0.0)
+        divisor = divisor + torch.where(agrees, w, 0.0)
+    return merged / torch.where(divisor == 0, 1.0, divisor) if normalize else merged
 
 
-def _cross_blocks(
-    strategy: str, flats: Sequence[Tensor], words: Tensor, first: Tensor, level: Tensor, f: Tensor
-) -> Tensor:
-    size = flats[0].shape[0]
-    draw = random.block_draws(words, first, -(-size // random.BLOCK))[:size]
-    x, *p = (t.float() for t in flats)
-    return torch.where(draw < level, STRATEGIES[strategy][0](x, p, f), x).to(flats[0].dtype)
+def gram(stack: Tensor) -> Tensor:
+    """Inner products of the experts, (E, E) in float64; stack: (E, n)."""
+    wide = stack.reshape(stack.shape[0], -1).double()
+    return wide @ wide.T
 
 
-@cache
-def can_compile(device: torch.device) -> bool:
-    """Whether this machine can build fused kernels: a GPU with Triton, or a C++ compiler."""
-    if device.type != "cpu":
-        return torch.utils._triton.has_triton()
-    return any(shutil.which(c) for c in ("g++", "clang++", "c++"))
+def unit(products: Tensor) -> tuple[Tensor, Tensor]:
+    """Norms (E,) and cosines (E, E) from a Gram matrix; a vector of norm 0 has cosine 0 with all."""
+    norms = products.diagonal().clamp(min=0).sqrt()
+    safe = torch.where(norms > 0, norms, 1.0)
+    return norms, products / (safe[:, None] * safe[None, :])
 
 
-@cache
-def _compiled(strategy: str, partners: int) -> Callable[..., Any]:
-    # One kernel for all tensor sizes, so that a model with many shapes is compiled for once.
-    return torch.compile(_cross_blocks, dynamic=True)
+def slerp_factors(cosine: Tensor, t: Tensor, straight: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The two factors of a spherical interpolation (Shoemake 1985): sin((1-t)φ)/sin φ and sin(tφ)/sin φ.
+
+    Args:
+        cosine: of the angle φ, any shape, float64.
+        straight: says from the cosine where to interpolate linearly instead.
+    """
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    line = straight(cosine)
+    sine = torch.where(line, 1.0, torch.sin(angle))
+    return (
+        torch.where(line, 1 - t, torch.sin((1 - t) * angle) / sine),
+        torch.where(line, t.expand_as(angle), torch.sin(t * angle) / sine),
+    )
+
+
+def nearly_parallel(cosine: Tensor) -> Tensor:
+    """Where a spherical interpolation is a straight line for all that float32 can say: |cos φ| > 0.9995."""
+    return cosine.abs() > 0.9995
+
+
+def no_sine(cosine: Tensor) -> Tensor:
+    """Where the sine of the angle is below 1e-8, so that nothing can be divided by it."""
+    return torch.sin(torch.arccos(cosine.clamp(-1, 1))).abs() < TINY

@@ -59,6 +59,12 @@ def key_words(seed: int, name: str, device: torch.device) -> Tensor:
     return torch.tensor([seed & LOW32, (seed >> 32) & LOW32, *stream_of(name)], dtype=torch.int64, device=device)
 
 
+def words(seed: int, stream: Tensor) -> Tensor:
+    """As ``key_words``, for a stream (2,) that is on its device already."""
+    key = torch.tensor([seed & LOW32, (seed >> 32) & LOW32], dtype=torch.int64, device=stream.device)
+    return torch.cat([key, stream])
+
+
 def block_draws(words: Tensor, first: Tensor, blocks: int) -> Tensor:
     """Draws in [0, 65536) for ``blocks`` whole blocks of 8,192 scalars, from block ``first`` (int64, ()) on.
 

@@ -1,9 +1,11 @@
 """The registry of merge methods: one function each, whose signature is its settings and its search space.
 
-The first parameter says what a method works on: ``deltas`` are task vectors (E, *shape) against the base, and the
-merged delta is returned; ``models`` are the weights themselves. Keyword-only parameters are settings. Annotate one
-with ``Range`` or ``Simplex`` and a search can tune it. A parameter ``tensor`` is handed in, not set: the tensor's
-name, for methods that draw at random.
+The first parameter says what a method works on: ``deltas`` are task vectors against the base, and the merged delta is
+returned; ``models`` are the weights themselves. It gets a piece of one tensor, (E, n) scalars or, where it declares
+``rows``, (E, rows, columns), always float32. Keyword-only parameters are settings. Annotate one with ``Range`` or
+``Simplex`` and a search can tune it; a setting that is a tuple has one number an expert. Numbers arrive as float64
+tensors, () or (E,), so that a change of a number never compiles a kernel anew: do not branch on them. A parameter
+``here`` is handed in, not set: what a method may ask about the tensor beyond its piece.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from evolver.errors import BadInput, nearest
@@ -23,11 +26,26 @@ from evolver.records import Value
 
 @dataclass(frozen=True)
 class Range:
-    """A number for all experts alike, searched between ``low`` and ``high``."""
+    """A number, searched between ``low`` and ``high``; valid above ``above``, from ``least`` and up to ``most``."""
 
     low: float
     high: float
     log: bool = False
+    above: float = -math.inf
+    least: float = -math.inf
+    most: float = math.inf
+
+    def refuses(self, value: float) -> bool:
+        """Whether the number is outside what the method is defined for."""
+        return not (value > self.above and self.least <= value <= self.most)
+
+    @property
+    def valid(self) -> str:
+        """What the method is defined for, in words."""
+        words = [f"above {self.above:g}"] * math.isfinite(self.above) + [f"from {self.least:g}"] * math.isfinite(
+            self.least
+        )
+        return " and ".join([*words, *[f"up to {self.most:g}"] * math.isfinite(self.most)])
 
 
 @dataclass(frozen=True)
@@ -45,6 +63,7 @@ class Setting:
     default: Any
     search: Range | Simplex | None
     choices: tuple[str, ...] = ()
+    required: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,8 +74,9 @@ class Method:
     function: Callable[..., Tensor]
     paper: str
     on_deltas: bool
-    elementwise: bool
-    draws: bool
+    rows: bool
+    takes: int | None
+    asks: bool
     settings: Mapping[str, Setting]
 
     def complete(self, given: Mapping[str, Any], experts: int, place: str) -> dict[str, Value]:
@@ -67,26 +87,42 @@ class Method:
         for key in given:
             if key not in self.settings:
                 raise BadInput(f"{place}: {self.name} has no setting {key!r}; {nearest(key, self.settings)}")
+        if self.takes not in (None, experts):
+            raise BadInput(f"{place}: {self.name} takes {self.takes} models, not {experts}.")
+        for setting in self.settings.values():
+            if setting.required and setting.name not in given:
+                raise BadInput(f"{place}.{setting.name}: missing; {self.name} has no default for it.")
         return {s.name: _checked(s, given.get(s.name, s.default), experts, place) for s in self.settings.values()}
 
-    def __call__(self, stack: Tensor, values: Mapping[str, Value], tensor: str) -> Tensor:
-        """Apply to a float32 ``stack`` (E, *shape) of the tensor named ``tensor``: (*shape)."""
-        arguments: dict[str, Any] = {s.parameter: values[s.name] for s in self.settings.values()}
-        if self.draws:
-            arguments["tensor"] = tensor
-        return self.function(stack, **arguments)
+    def handed(self, values: Mapping[str, Value], device: torch.device) -> tuple[dict[str, Tensor], dict[str, Value]]:
+        """Complete ``values`` as the function takes them: numbers as tensors; flags, counts and choices as they are."""
+        given = {s.parameter: values[s.name] for s in self.settings.values()}
+        numbers = {k: _tensor(v, device) for k, v in given.items() if isinstance(v, float | tuple)}
+        return numbers, {k: v for k, v in given.items() if k not in numbers}
 
 
 METHODS: dict[str, Method] = {}
 
 
-def method(paper: str, elementwise: bool = False) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+def number(value: float) -> Tensor:
+    """The default of a setting that is one number: float64, ()."""
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def each(value: float) -> Tensor:
+    """The default of a setting with one number an expert: float64, (1,)."""
+    return torch.tensor([value], dtype=torch.float64)
+
+
+def method(
+    paper: str, rows: bool = False, takes: int | None = None
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a merge method under its function's name.
 
     Args:
         paper: where it was published.
-        elementwise: every output scalar depends on the input scalars at its own place only, so that tensors may be
-            cut in pieces.
+        rows: the method looks at whole rows; its pieces are (E, rows, columns), a vector being one row.
+        takes: how many models it merges; None: any number.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -94,7 +130,7 @@ def method(paper: str, elementwise: bool = False) -> Callable[[Callable[..., Ten
         hints = typing.get_type_hints(function, include_extras=True)
         settings = {}
         for parameter in list(parameters.values())[1:]:
-            if parameter.name != "tensor":
+            if parameter.name != "here":
                 setting = _setting(parameter, hints[parameter.name])
                 settings[setting.name] = setting
         METHODS[function.__name__] = Method(
@@ -102,8 +138,9 @@ def method(paper: str, elementwise: bool = False) -> Callable[[Callable[..., Ten
             function,
             paper,
             on_deltas=next(iter(parameters)) == "deltas",
-            elementwise=elementwise,
-            draws="tensor" in parameters,
+            rows=rows,
+            takes=takes,
+            asks="here" in parameters,
             settings=settings,
         )
         return function
@@ -127,10 +164,25 @@ def _setting(parameter: inspect.Parameter, hint: Any) -> Setting:
         kind, search = typing.get_args(hint)[:2]
     if typing.get_origin(kind) is Literal:
         kind, choices = str, typing.get_args(kind)
-    if typing.get_origin(kind) is tuple:
-        kind = tuple
+    default = parameter.default
+    if kind is Tensor:
+        kind = tuple if isinstance(default, Tensor) and default.dim() else float
+        default = _plain(default)
     # ``lambda`` is a word of the language, so its parameter is called lambda_.
-    return Setting(parameter.name.rstrip("_"), parameter.name, kind, parameter.default, search, choices)
+    required = parameter.default is inspect.Parameter.empty
+    return Setting(parameter.name.rstrip("_"), parameter.name, kind, default, search, choices, required)
+
+
+def _plain(default: Any) -> Any:
+    """A tensor's numbers as Python's: a float, or a tuple of one."""
+    if not isinstance(default, Tensor):
+        return default
+    return tuple(default.tolist()) if default.dim() else default.item()
+
+
+def _tensor(value: float | tuple[float, ...], device: torch.device) -> Tensor:
+    # A number of no dimension stays where arithmetic with it costs no transfer.
+    return torch.tensor(value, dtype=torch.float64, device=device if isinstance(value, tuple) else None)
 
 
 def _checked(setting: Setting, value: Any, experts: int, place: str) -> Value:
@@ -143,12 +195,13 @@ def _checked(setting: Setting, value: Any, experts: int, place: str) -> Value:
         weights = list(weights) * experts if len(weights) == 1 else weights
         if len(weights) != experts:
             raise BadInput(f"{where}: {len(weights)} numbers for {experts} experts; write one for each.")
+        for weight in weights:
+            _check_range(setting, weight, where)
         return tuple(float(w) for w in weights)
     if setting.kind is float:
         if not number:
             raise BadInput(f"{where}: {value!r} is not usable; write a number.")
-        if isinstance(setting.search, Range) and setting.name == "density" and not 0 < value <= 1:
-            raise BadInput(f"{where}: {value} is not usable; write a number above 0 and up to 1.")
+        _check_range(setting, value, where)
         return float(value)
     if setting.choices and value not in setting.choices:
         raise BadInput(f"{where}: unknown choice {value!r}; {nearest(str(value), setting.choices)}")
@@ -157,8 +210,13 @@ def _checked(setting: Setting, value: Any, experts: int, place: str) -> Value:
     return typing.cast(Value, value)
 
 
+def _check_range(setting: Setting, value: float, where: str) -> None:
+    if isinstance(setting.search, Range) and setting.search.refuses(value):
+        raise BadInput(f"{where}: {value} is not usable; write a number {setting.search.valid}.")
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-from evolver.merging.methods import averages, sparse  # noqa: E402, F401  # they register themselves in METHODS
+from evolver.merging.methods import averages, consensus, depth, pairs, sparse, spherical  # noqa: E402, F401  # they register themselves in METHODS

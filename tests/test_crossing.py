@@ -1,21 +1,14 @@
-"""Tensor primitives and the Evolver operators, against references of a few lines and against hand-made numbers."""
+"""The Evolver operators on weights, against references of a few lines and against hand-made numbers."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from evolver.merging import operators
-from evolver.merging.operators import (
+from evolver.merging import crossing
+from evolver.merging.crossing import (
     COMPILE_FROM,
     EAGER_SCALARS,
     STRATEGIES,
     cross,
-    disjoint_merge,
-    drop,
-    rescale,
-    trim,
-    weighted_sum,
 )
 from evolver.merging.random import draws, threshold
 
@@ -24,7 +17,7 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture
 def eager(monkeypatch):
-    monkeypatch.setattr(operators, "can_compile", lambda device: False)
+    monkeypatch.setattr(crossing, "can_compile", lambda device: False)
 
 
 def members(count, shape, dtype=torch.float32, seed=0):
@@ -80,7 +73,7 @@ def test_cross_of_an_empty_tensor_is_empty(eager):
 def test_the_size_of_the_eager_pieces_changes_nothing(eager, monkeypatch):
     x, p = members(2, (5 * 8192 + 17,))
     whole = cross("evolver", x, [p], 0.5, 0.5, 1, "w")
-    monkeypatch.setattr(operators, "EAGER_SCALARS", 8192)
+    monkeypatch.setattr(crossing, "EAGER_SCALARS", 8192)
     assert torch.equal(cross("evolver", x, [p], 0.5, 0.5, 1, "w"), whole)
     assert EAGER_SCALARS > 5 * 8192 + 17
 
@@ -118,89 +111,9 @@ def test_cross_leaves_its_inputs_alone(eager):
 # The strategies that differ in kind: the released one, and the longest one.
 @pytest.mark.parametrize(("strategy", "dtype"), [("evolver", torch.bfloat16), ("rand/2", torch.float32)])
 def test_the_compiled_kernel_gives_the_bits_of_the_plain_one(strategy, dtype, monkeypatch):
-    if not operators.can_compile(torch.device("cpu")):
+    if not crossing.can_compile(torch.device("cpu")):
         pytest.fail("no C++ compiler: the fused kernel cannot be built here, so nothing would be tested")
-    torch.compiler.reset()  # a process compiles a function eight times at most; what went before shall not count
     x, *p = members(1 + partners(strategy), (COMPILE_FROM + 8191,), dtype)
     compiled = cross(strategy, x, p, 0.3, 0.5, 5, "w")
-    monkeypatch.setattr(operators, "can_compile", lambda device: False)
+    monkeypatch.setattr(crossing, "can_compile", lambda device: False)
     assert torch.equal(cross(strategy, x, p, 0.3, 0.5, 5, "w"), compiled)
-
-
-def test_trim_keeps_the_largest():
-    """int(0.5 · 4) = 2 of [1, -3, 2, 0.5]: -3 and 2; of [4, 4, 4, 1] three, since the second largest has equals."""
-    deltas = torch.tensor([[1.0, -3.0, 2.0, 0.5], [4.0, 4.0, -4.0, 1.0]])
-    assert trim(deltas, 0.5).tolist() == [[0.0, -3.0, 2.0, 0.0], [4.0, 4.0, -4.0, 0.0]]
-    assert torch.equal(trim(deltas, 1.0), deltas)
-    assert trim(deltas, 0.01).tolist() == [[0.0, -3.0, 0.0, 0.0], [4.0, 4.0, -4.0, 0.0]]  # one stays
-
-
-@given(st.lists(st.integers(-50, 50), min_size=1, max_size=30), st.floats(0.01, 1.0))
-@settings(deadline=None)
-def test_trim_properties(row, density):
-    deltas = torch.tensor([row], dtype=torch.float32)
-    kept = trim(deltas, density)
-    stays = kept != 0
-    assert torch.equal(kept[stays], deltas[stays])
-    dropped = deltas[~stays].abs()
-    if stays.any() and len(dropped):
-        assert dropped.max() < deltas[stays].abs().min()
-    nonzero = int((deltas != 0).sum())
-    assert stays.sum() >= min(nonzero, max(1, int(density * len(row))))
-
-
-def test_drop_keeps_by_its_draws():
-    deltas = torch.ones(2, 5000)
-    kept = drop(deltas, 0.25, 9, "w")
-    for e in range(2):
-        assert torch.equal(kept[e].bool(), draws(9, f"w#{e}", 0, 5000) < 16384)
-    assert not torch.equal(kept[0], kept[1])
-    assert drop(deltas, 1.0, 9, "w") is deltas
-
-
-def test_rescale_by_hand():
-    """Full [2, -2, 4, 0] has L1 norm 8, kept [2, 0, 0, 0] has 2: factor 4; at density 0.25 the paper's is 4 as well."""
-    full = torch.tensor([[2.0, -2.0, 4.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
-    kept = torch.tensor([[2.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    assert rescale(kept, full, "l1", 0.5).tolist() == [[8.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
-    assert rescale(kept, full, "inv_p", 0.5).tolist() == [[4.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
-    assert torch.equal(rescale(kept, full, "none", 0.5), kept)
-    assert torch.equal(rescale(kept, full, "l1", 1.0), kept)
-
-
-def test_disjoint_merge_by_hand():
-    """Weights 1 and 3 on deltas [1, -1, 2, 0] and [1, 1, -1, 0].
-
-    Weighted: [1, -1, 2, 0] and [3, 3, -3, 0]; sums 4, 2, -1, 0, so the signs elected are +, +, -, + (zero is positive).
-    Agreeing: 1 + 3 = 4; 3; -3; none. Divided by the weights that agree, 4, 3, 3, (1): 1, 1, -1, 0.
-    """
-    deltas = torch.tensor([[1.0, -1.0, 2.0, 0.0], [1.0, 1.0, -1.0, 0.0]])
-    assert disjoint_merge(deltas, [1.0, 3.0], False).tolist() == [4.0, 3.0, -3.0, 0.0]
-    assert disjoint_merge(deltas, [1.0, 3.0], True).tolist() == [1.0, 1.0, -1.0, 0.0]
-
-
-@given(st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9), st.integers(-9, 9)), min_size=1, max_size=9))
-@settings(deadline=None)
-def test_disjoint_merge_stays_among_the_deltas_that_agree(columns):
-    deltas = torch.tensor(columns, dtype=torch.float32).T
-    merged = disjoint_merge(deltas, [1.0, 1.0, 1.0], True)
-    for got, column in zip(merged.tolist(), columns, strict=True):
-        same = [c for c in column if (c > 0 if sum(column) >= 0 else c < 0)]
-        assert got == pytest.approx(sum(same) / len(same) if same else 0.0, abs=1e-5)
-
-
-def test_weighted_sum_by_hand():
-    """1·[1, 2] + 3·[3, 4] = [10, 14], over 4: [2.5, 3.5]. Weights that cancel count as a sum of 1."""
-    stack = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    assert weighted_sum(stack, [1.0, 3.0], False).tolist() == [10.0, 14.0]
-    assert weighted_sum(stack, [1.0, 3.0], True).tolist() == [2.5, 3.5]
-    assert weighted_sum(stack, [1.0, -1.0], True).tolist() == [-2.0, -2.0]
-
-
-@given(
-    st.lists(st.integers(1, 9), min_size=2, max_size=4), st.lists(st.integers(-9, 9), min_size=1, max_size=5)
-)  # fmt: skip
-@settings(deadline=None)
-def test_a_normalised_sum_of_equals_is_the_equal(weights, row):
-    stack = torch.tensor([row] * len(weights), dtype=torch.float32)
-    assert torch.allclose(weighted_sum(stack, [float(w) for w in weights], True), stack[0], atol=1e-5)

@@ -1,0 +1,98 @@
+"""The command line beside the main job: merge from a mergekit file, explain one, list the methods.
+
+Exit status: 0 done, 2 bad input, 1 a fault of ours.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from evolver import merge as merging
+from evolver.errors import BadInput
+from evolver.merging.methods import METHODS, get
+from evolver.reference import default_of, first_paragraph, kind_of, searched_of
+
+app = typer.Typer(add_completion=True, no_args_is_help=True, help="Merge fine-tuned models.")
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
+
+
+@app.command()
+def merge(
+    config: Annotated[Path, typer.Argument(help="a mergekit YAML file")],
+    out: Annotated[Path, typer.Argument(help="folder to write, new or empty")],
+    cuda: Annotated[bool, typer.Option(help="compute on the GPU")] = False,
+    copy_tokenizer: Annotated[bool, typer.Option(help="copy the base's tokenizer")] = True,
+    out_shard_size: Annotated[str, typer.Option(help="largest file of weights, such as 5B or 500M")] = "5B",
+    random_seed: Annotated[int, typer.Option(help="seed of methods that draw at random")] = 0,
+    num_threads: Annotated[int, typer.Option("--num-threads", "-j", help="threads; 0: all cores")] = 0,
+    lazy_unpickle: Annotated[bool, typer.Option(help="mergekit's; weights are always read lazily")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="mergekit's; refused")] = False,
+    allow_crimes: Annotated[bool, typer.Option(help="mergekit's; refused")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print nothing")] = False,
+) -> None:
+    """Merge models as a mergekit file says."""
+    del lazy_unpickle
+    if trust_remote_code or allow_crimes:
+        raise BadInput(
+            "--trust-remote-code, --allow-crimes: refused; models bring no code, and only fine-tunes of one base merge."
+        )
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    if cuda and not torch.cuda.is_available():
+        raise BadInput("--cuda: torch sees no GPU here; leave it out.")
+    merging.merge(
+        config, out, device="cuda" if cuda else "cpu", seed=random_seed, shard_bytes=_bytes(out_shard_size),
+        tokenizer=copy_tokenizer,
+    )  # fmt: skip
+    if not quiet:
+        typer.echo(f"wrote {out}")
+
+
+@app.command()
+def explain(config: Annotated[Path, typer.Argument(help="a mergekit YAML file")]) -> None:
+    """Print, for every tensor, the method and the settings in force."""
+    typer.echo(merging.table(merging.effective(config)))
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="one method, in full")] = None) -> None:
+    """List the merge methods: settings, defaults, what a search may tune, paper."""
+    console = Console()
+    if name is None:
+        shown = Table("method", "settings (default)", "searched", "paper")
+        for method in sorted(METHODS.values(), key=lambda m: m.name):
+            settings = method.settings.values()
+            searched = [f"{s.name} {searched_of(s)}" for s in settings if searched_of(s)]
+            defaults = [f"{s.name}={default_of(s)}" for s in settings]
+            shown.add_row(method.name, "\n".join(defaults), "\n".join(searched), method.paper)
+        console.print(shown)
+        return
+    method = get(name, "evolver methods")
+    console.print(f"[bold]{method.name}[/bold] ({method.paper})\n{first_paragraph(method.function)}", highlight=False)
+    shown = Table("setting", "value", "default", "searched")
+    for s in method.settings.values():
+        shown.add_row(s.name, kind_of(s).replace("`", ""), str(default_of(s)), searched_of(s))
+    console.print(shown)
+
+
+def main() -> None:
+    """Run the command line; bad input is one sentence and exit status 2."""
+    try:
+        app()
+    except BadInput as error:
+        typer.echo(str(error), err=True)
+        raise SystemExit(2) from None
+
+
+def _bytes(size: str) -> int:
+    match = re.fullmatch(r"(\d+)([KMGB]?)", size.upper())
+    if match is None or int(match.group(1)) == 0:
+        raise BadInput(f"--out-shard-size: {size!r} is not usable; write a number with K, M or B, such as 5B.")
+    return int(match.group(1)) * UNITS[match.group(2)]

@@ -1,0 +1,132 @@
+"""One merge from a mergekit file: what ``mergekit-yaml`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from evolver.errors import BadInput
+from evolver.export import export
+from evolver.merging import mergekit, methods
+from evolver.merging.materialise import Materialiser
+from evolver.merging.weights import Checkpoint, Source, digests, layer_of, open_base, open_expert
+from evolver.records import Expert, Layers, Merge, Recipe
+from evolver.shards import SHARD_BYTES
+
+CARD = """---
+tags: [merge, evolver]
+---
+
+# {name}
+
+A merge made by Evolver from this configuration:
+
+```yaml
+{text}```
+"""
+# Fused kernels cost seconds to build: below so many scalars, plain ones are sooner done.
+COMPILE_FROM = 2 * 10**9
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A configuration with its models, opened."""
+
+    configuration: mergekit.Configuration
+    base: Checkpoint
+    sources: dict[str, Source]
+
+
+def open_file(path: str | Path) -> Opened:
+    """Read a mergekit file and open its models; of their weights only headers are read.
+
+    Raises BadInput that names file and key.
+    """
+    configuration = mergekit.read(path)
+    if configuration.tokenizer_source not in (None, "base"):
+        raise BadInput(
+            f"{path}: tokenizer_source: {configuration.tokenizer_source!r} is not supported yet; "
+            "leave it out, or write base, with models that have the same tokens."
+        )
+    if configuration.raw.chat_template not in (None, "auto"):
+        raise BadInput(f"{path}: chat_template: a template of its own is not supported yet; write auto.")
+    location, _, adapter = configuration.base.partition("+")
+    if adapter:
+        raise BadInput(f"{path}: base_model: {configuration.base} has an adapter; give a model without one.")
+    base = open_base(location, f"{path}: base_model")
+    return Opened(configuration, base, {r: _open(r, base, location, path) for r in configuration.references})
+
+
+def merge(
+    path: str | Path, target: Path, *, device: str = "cpu", seed: int = 0, shard_bytes: int = SHARD_BYTES,
+    tokenizer: bool = True,
+) -> None:  # fmt: skip
+    """Merge as the file says and write a Hugging Face folder; an interrupted merge leaves nothing under its name.
+
+    Args:
+        device: where to compute.
+        seed: of methods that draw at random.
+        shard_bytes: how large a file of weights may become.
+        tokenizer: copy the base's tokenizer.
+
+    Raises BadInput for what cannot be merged, before anything is written.
+    """
+    if target.exists() and any(target.iterdir()):
+        raise BadInput(f"{target}: is there already and not empty; name another folder.")
+    opened = open_file(path)
+    known = digests(opened.sources)
+    nodes = {r: Expert(r, d) for r, d in known.items()}
+    recipe = opened.configuration.recipe(nodes, opened.base.names(), seed)
+    scalars = sum(torch.Size(i.shape).numel() for i in opened.base.headers.values())
+    dtype = opened.configuration.dtype
+    materialiser = Materialiser(
+        opened.base, {known[r]: s for r, s in opened.sources.items()}, getattr(torch, dtype) if dtype else None,
+        device=device, compiled=scalars >= COMPILE_FROM,
+    )  # fmt: skip
+    text = yaml.safe_dump(opened.configuration.raw.model_dump(exclude_unset=True), sort_keys=False)
+    export(recipe, materialiser, target, CARD.format(name=target.name, text=text), shard_bytes, tokenizer)
+    (target / "mergekit_config.yml").write_text(text)
+
+
+def effective(path: str | Path) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """For every tensor of a mergekit file's model: its name, the method, and the settings in force."""
+    opened = open_file(path)
+    nodes = {r: Expert(r, r) for r in opened.sources}
+    names = opened.base.names()
+    recipe = opened.configuration.recipe(nodes, names)
+    materialiser = Materialiser(opened.base, {})
+    return [(n, *_settings(recipe, n)) for n in materialiser.names(recipe)]
+
+
+def _settings(recipe: Recipe, name: str) -> tuple[str, Mapping[str, Any]]:
+    while isinstance(recipe, Layers):
+        recipe, name = recipe.source(name, layer_of(name))
+    assert isinstance(recipe, Merge)  # a file is a merge, or layers of merges
+    method = methods.METHODS[recipe.method]
+    return recipe.method, method.complete(recipe.settings(name, layer_of(name)), len(recipe.inputs), recipe.method)
+
+
+def _open(reference: str, base: Checkpoint, base_location: str, path: str | Path) -> Source:
+    location, _, adapter = reference.partition("+")
+    key = f"{path}: {reference}"
+    if not adapter:
+        return base if location == base_location else open_expert(location, base, key)
+    own = base if location == base_location else open_base(location, key)
+    return open_expert(adapter, own, key)
+
+
+def table(rows: Sequence[tuple[str, str, Mapping[str, Any]]]) -> str:
+    """The rows of ``effective`` as text, one tensor a line."""
+    width = max(len(name) for name, _, _ in rows)
+    return "\n".join(f"{n:{width}}  {m}  {'  '.join(f'{k}={_short(v)}' for k, v in s.items())}" for n, m, s in rows)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(f"{v:g}" for v in value) + "]"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,35 @@
+"""Methods about layers: copy them, or scale a merge by how deep they lie."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from torch import Tensor
+
+from evolver.merging.here import Here
+from evolver.merging.methods import Range, each, method, number
+from evolver.merging.methods.averages import Weight
+from evolver.merging.operators import weighted_sum
+
+
+@method("mergekit 2023, passthrough", takes=1)
+def passthrough(models: Tensor, *, scale: Annotated[Tensor, Range(0.5, 1.5)] = number(1.0)) -> Tensor:
+    """One model as it is, times ``scale``."""
+    return models[0] * scale
+
+
+@method("Wang et al. 2024, LiNeS: Layer scaling prevents forgetting")
+def lines(
+    deltas: Tensor,
+    *,
+    here: Here,
+    weight: Weight = each(1.0),
+    alpha: Annotated[Tensor, Range(0.0, 1.5)] = number(1.0),
+    beta: Annotated[Tensor, Range(-0.5, 2.0)] = number(0.0),
+) -> Tensor:
+    """Σ w·τ, scaled by α + β·l/(L - 1) in layer l of L and by α outside the layers (equation 3).
+
+    Over a single input, which may be a merge by any method, it is that method with LiNeS: at α = 1, β = 0 the same.
+    """
+    scale = alpha if here.depth is None else alpha + beta * here.depth
+    return scale * weighted_sum(deltas, weight, False)

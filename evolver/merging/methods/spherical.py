@@ -1,0 +1,151 @@
+"""Methods on spheres. All but the row-wise ones need nothing of a tensor but the experts' inner products."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from evolver.merging import operators
+from evolver.merging.here import Here
+from evolver.merging.methods import Range, each, method, number
+from evolver.merging.methods.averages import Weight
+
+Share = Annotated[Tensor, Range(0.0, 1.0)]
+
+
+@method("Shoemake 1985, Animating rotation with quaternion curves", takes=2)
+def slerp(models: Tensor, *, here: Here, t: Share) -> Tensor:
+    """From the first of two models (t = 0) to the second (t = 1) along the arc between them.
+
+    Of (1, 0) and (0, 1) at t = 0.5 it is (0.7071, 0.7071). Where |cos| > 0.9995 the way is straight.
+    """
+    _, cosine = operators.unit(here.sum(lambda m, _: operators.gram(m)))
+    first, second = operators.slerp_factors(cosine[0, 1], t, operators.nearly_parallel)
+    return models[0] * first.float() + models[1] * second.float()
+
+
+@method("Shoemake 1985, as mergekit's NuSLERP", rows=True, takes=2)
+def nuslerp(
+    models: Tensor,
+    *,
+    here: Here,
+    weight: Weight = each(1.0),
+    nuslerp_flatten: bool = True,
+    nuslerp_row_wise: bool = False,
+    task_vectors: bool = False,
+) -> Tensor:
+    """Spherical interpolation of two models at t = w2 / (w1 + w2): of whole tensors, or of vectors.
+
+    Without ``nuslerp_flatten`` the vectors are those that mergekit means: along the first dimension where
+    ``nuslerp_row_wise`` is set, else along the last.
+
+    ``task_vectors``: of the differences to the base instead of the weights.
+    """
+    t = weight[1] / operators.divisor_of(weight, torch.float64)
+    origin = here.base if task_vectors else torch.zeros_like(here.base)
+    dims = (1, 2) if nuslerp_flatten or here.vector else (1,) if nuslerp_row_wise else (2,)
+
+    def products(m: Tensor, h: Here) -> Tensor:
+        x = (m - h.base if task_vectors else m).double()
+        pairs = torch.stack([x[0] * x[0], x[0] * x[1], x[1] * x[1]])
+        return pairs.sum(dims, keepdim=True)
+
+    # Rows are whole within a piece; the other two kinds need a pass.
+    aa, ab, bb = products(models, here) if dims == each(2) else here.sum(products)
+    norms = (aa * bb).sqrt()
+    cosine = torch.where(norms > 0, ab / torch.where(norms > 0, norms, 1.0), 1.0)
+    first, second = operators.slerp_factors(cosine, t, operators.no_sine)
+    return origin + (models[0] - origin) * first.float() + (models[1] - origin) * second.float()
+
+
+@method("Buss and Fillmore 2001, Spherical averages, as mergekit's Multi-SLERP")
+def multislerp(
+    models: Tensor,
+    *,
+    here: Here,
+    weight: Weight = each(1.0),
+    normalize_weights: bool = True,
+    task_vectors: bool = False,
+) -> Tensor:
+    """One step towards the weighted mean on the sphere, from the mean direction, times the mean norm.
+
+    ``task_vectors``: of the differences to the base instead of the weights.
+    """
+    norms, cosine = operators.unit(here.sum(lambda m, h: operators.gram(m - h.base if task_vectors else m)))
+    w = weight / operators.divisor_of(weight, torch.float64) if normalize_weights else weight
+    mean = _normalised(w, cosine)
+    tangent = w - (w @ (cosine @ mean)) * mean  # Σ w (u - (u·m) m), in coordinates of the units u
+    return _on_sphere(models, here, task_vectors, _step(mean, tangent, cosine), norms, (w * norms).sum())
+
+
+@method("Karcher 1977, Riemannian center of mass and mollifier smoothing")
+def karcher(
+    models: Tensor, *, here: Here, weight: Weight = each(1.0), max_iter: int = 10, tol: Tensor = number(1e-5)
+) -> Tensor:
+    """The weighted mean on the sphere, iterated until a step is shorter than ``tol``, times the mean norm.
+
+    Of (1, 0) and (0, 1) it is (0.7071, 0.7071). mergekit has it for equal weights only.
+    """
+    norms, cosine = operators.unit(here.sum(lambda m, _: operators.gram(m)))
+    w = weight / operators.divisor_of(weight, torch.float64)
+    mean = _normalised(w, cosine)
+    for _ in range(max_iter):
+        towards = (cosine @ mean).clamp(-1, 1)
+        angle = torch.arccos(towards)
+        sine = torch.sin(angle)
+        pull = torch.where(sine > operators.TINY, w * angle / torch.where(sine > operators.TINY, sine, 1.0), 0.0)
+        tangent = pull - (pull @ towards) * mean
+        done = _length(tangent, cosine) < tol
+        mean = torch.where(done, mean, _normalised(_step(mean, tangent, cosine), cosine))
+    return _on_sphere(models, here, False, mean, norms, (w * norms).sum())
+
+
+@method("Jang et al. 2024, Model Stock", rows=True)
+def model_stock(models: Tensor, *, here: Here, filter_wise: bool = False) -> Tensor:
+    """Between the base and the average of the models, the nearer to the average the more their deltas agree.
+
+    t = N c / (1 + (N - 1) c) with c the mean cosine of two deltas (equation 5): orthogonal deltas give the base,
+    equal ones that model. ``filter_wise``: one t for every row. Needs two models.
+    """
+    count = models.shape[0]
+
+    def products(m: Tensor, h: Here) -> Tensor:
+        x = (m - h.base).double()
+        return torch.einsum("arc,brc->rab", x, x) if filter_wise else torch.einsum("arc,brc->ab", x, x)[None]
+
+    by_row = products(models, here) if filter_wise else here.sum(products)
+    norms = by_row.diagonal(dim1=1, dim2=2).sqrt()
+    scale = norms[:, :, None] * norms[:, None, :]
+    cosine = torch.where(scale > 0, by_row / torch.where(scale > 0, scale, 1.0), 1.0).clamp(-1, 1)
+    upper = torch.triu_indices(count, count, 1)
+    c = cosine[:, upper[0], upper[1]].mean(1)
+    t = (count * c / (1 + (count - 1) * c)).float()[:, None]
+    average = operators.weighted_sum(models, torch.ones(count, device=models.device), True)
+    return t * average + (1 - t) * here.base
+
+
+def _length(coordinates: Tensor, cosine: Tensor) -> Tensor:
+    return (coordinates @ cosine @ coordinates).clamp(min=0).sqrt()
+
+
+def _normalised(coordinates: Tensor, cosine: Tensor) -> Tensor:
+    length = _length(coordinates, cosine)
+    return coordinates / torch.where(length > 0, length, 1.0)
+
+
+def _step(mean: Tensor, tangent: Tensor, cosine: Tensor) -> Tensor:
+    """The exponential map on the unit sphere, in coordinates."""
+    length = _length(tangent, cosine)
+    still = length < operators.TINY
+    return torch.where(
+        still, mean, torch.cos(length) * mean + torch.sin(length) / torch.where(still, 1.0, length) * tangent
+    )
+
+
+def _on_sphere(models: Tensor, here: Here, task_vectors: bool, mean: Tensor, norms: Tensor, radius: Tensor) -> Tensor:
+    factors = radius * mean / torch.where(norms > 0, norms, 1.0)
+    if not task_vectors:
+        return operators.weighted_sum(models, factors, False)
+    return here.base + operators.weighted_sum(models - here.base, factors, False)

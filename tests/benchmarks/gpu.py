@@ -1,0 +1,88 @@
+"""What merging costs on a GPU, and whether its bits are the CPU's: ``make gpu`` writes results/benchmarks/gpu.md.
+
+Needs torch and an accelerator, nothing else: no model, no data.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from evolver.merging import crossing  # noqa: E402
+
+PAGE = ROOT / "results" / "benchmarks" / "gpu.md"
+ROUNDS = 5
+# Llama 2 7B (Touvron et al. 2023): 32 layers of width 4,096 with 11,008 inner units, and a vocabulary of 32,000.
+WIDTH, INNER, VOCABULARY, LAYERS = 4096, 11008, 32000, 32
+LAYER = [(WIDTH, WIDTH)] * 4 + [(INNER, WIDTH)] * 2 + [(WIDTH, INNER)] + [(WIDTH,)] * 2
+SHAPES = [(VOCABULARY, WIDTH)] * 2 + LAYER * LAYERS + [(WIDTH,)]
+
+
+def model(seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return [torch.randn(s, generator=generator, device="cuda", dtype=torch.bfloat16) * 0.02 for s in SHAPES]
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Median of ROUNDS, after one round that compiles and warms up."""
+    work()
+    times = []
+    for _ in range(ROUNDS):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def offspring(strategy: str, models: Sequence[Sequence[torch.Tensor]]) -> None:
+    parent, *partners = models
+    for i, tensor in enumerate(parent):
+        crossing.cross(strategy, tensor, [p[i] for p in partners], 0.5, 0.5, 7, f"tensor.{i}")
+
+
+def offspring_ratio() -> float:
+    """An offspring of two parents ÷ a device-to-device copy that moves the same bytes (two reads, one write)."""
+    models = [model(seed) for seed in range(2)]
+    size = sum(t.numel() for t in models[0])
+    source = torch.empty(size * 3 // 2, dtype=torch.bfloat16, device="cuda")
+    target = torch.empty_like(source)
+    copy = seconds(lambda: target.copy_(source))
+    ours = seconds(lambda: offspring("evolver", models))
+    print(f"offspring {ours:.4f} s, copy {copy:.4f} s, ratio {ours / copy:.2f}")
+    return ours / copy
+
+
+def differing_scalars() -> dict[str, int]:
+    """Scalars of an offspring whose bits differ between GPU and CPU, for every strategy and dtype."""
+    generator = torch.Generator().manual_seed(0)
+    out = {}
+    for strategy, (_, partners) in crossing.STRATEGIES.items():
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            tensors = [torch.randn(1537, 1024, generator=generator).to(dtype) for _ in range(partners + 1)]
+            here = crossing.cross(strategy, tensors[0], tensors[1:], 0.37, 0.6, 11, "w")
+            there = crossing.cross(strategy, tensors[0].cuda(), [t.cuda() for t in tensors[1:]], 0.37, 0.6, 11, "w")
+            out[f"{strategy} {str(dtype).removeprefix('torch.')}"] = int((here != there.cpu()).sum())
+    return out
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        sys.exit("make gpu: torch sees no GPU here; run it on a machine that has one.")
+    bits = differing_scalars()
+    print(bits, flush=True)
+    ratio = offspring_ratio()
+    print(ratio, bits)
+
+
+if __name__ == "__main__":
+    main()
