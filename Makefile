@@ -9,10 +9,10 @@ PINS := .ci/constraints.txt
 export HF_HUB_OFFLINE ?= 1
 export HF_DATASETS_OFFLINE ?= 1
 
-.PHONY: help demo test lint docs prove benchmark experts clean
+.PHONY: help demo test lint docs prove benchmark benchmark-merging gpu experts clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 demo: $(VENV)/.demo ## set up, fetch the base model and the data, search for the best merge of four real experts
 	$(BIN)/python configs/demo/prepare.py
@@ -35,6 +35,12 @@ prove: $(VENV)/.dev ## the slow proofs: 20 kills of the driver on a real run
 benchmark: $(VENV)/.dev ## the figures of results/benchmarks/, measured on this machine
 	$(BIN)/python configs/demo/prepare.py
 	$(BIN)/python tests/benchmarks/main_job.py
+
+benchmark-merging: $(VENV)/.dev ## merging against the copy; MERGEKIT=path-of-mergekit-yaml compares with mergekit, too
+	$(BIN)/python tests/benchmarks/merging.py $(if $(MERGEKIT),--mergekit $(MERGEKIT))
+
+gpu: $(VENV)/.dev ## what an offspring costs on a GPU, and whether its bits are the CPU's; PYTHON_GPU=python-with-CUDA-torch
+	$(or $(PYTHON_GPU),$(BIN)/python) tests/benchmarks/gpu.py
 
 experts: $(VENV)/.dev ## train the demo's experts anew: make experts DATA=folder-with-the-training-sets
 	$(BIN)/python configs/demo/prepare.py

@@ -29,8 +29,9 @@ A merge made by Evolver from this configuration:
 ```yaml
 {text}```
 """
-# Fused kernels cost seconds to build: below so many scalars, plain ones are sooner done.
-COMPILE_FROM = 2 * 10**9
+# Fused kernels cost seconds to build: below so many scalars, plain ones are sooner done. Random draws are slow in
+# plain code, so methods that draw are fused earlier.
+COMPILE_FROM, COMPILE_DRAWS_FROM = 2 * 10**9, 3 * 10**7
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,10 @@ def merge(
     recipe = opened.configuration.recipe(nodes, opened.base.names(), seed)
     scalars = sum(torch.Size(i.shape).numel() for i in opened.base.headers.values())
     dtype = opened.configuration.dtype
+    draws = "seed" in opened.configuration.method.settings
     materialiser = Materialiser(
         opened.base, {known[r]: s for r, s in opened.sources.items()}, getattr(torch, dtype) if dtype else None,
-        device=device, compiled=scalars >= COMPILE_FROM,
+        device=device, compiled=scalars >= (COMPILE_DRAWS_FROM if draws else COMPILE_FROM),
     )  # fmt: skip
     text = yaml.safe_dump(opened.configuration.raw.model_dump(exclude_unset=True), sort_keys=False)
     export(recipe, materialiser, target, CARD.format(name=target.name, text=text), shard_bytes, tokenizer)

@@ -19,6 +19,8 @@ from evolver.records import Value
 
 # Scalars of a piece for each thread: a few experts' pieces stay in a core's cache.
 PIECE = 1 << 16
+# Fused kernels write nothing in between; their pieces only bound what a question makes of a tensor.
+FUSED_PIECE = 1 << 21
 # Stacks of tensors up to this size are kept between the passes of an eager merge (bytes).
 HOLD = 1 << 26
 
@@ -126,10 +128,12 @@ class _Pieces:
         self.flats = [t.reshape(shape if method.rows else -1) for t in whole.inputs]
         self.origin = base.reshape(shape if method.rows else -1)
         self.columns = self.origin.shape[-1] if method.rows else 1
-        self.step = self._rows_of(piece or PIECE * (torch.get_num_threads() if device.type == "cpu" else 1 << 10))
-        self.aligned = self.step * self.columns % random.BLOCK == 0
         # Methods on rows sort, which no fused kernel does.
-        self.compiled = compiled and self.aligned and not method.rows and can_compile(device)
+        self.compiled = compiled and not method.rows and can_compile(device)
+        usual = FUSED_PIECE if self.compiled else PIECE * torch.get_num_threads()
+        self.step = self._rows_of(piece or (usual if device.type == "cpu" else 1 << 26))
+        self.aligned = self.step * self.columns % random.BLOCK == 0
+        self.compiled = self.compiled and self.aligned
         self.numbers, self.flags = method.handed(values, device)
         streams = [random.stream_of(f"{whole.name}#{i}") for i in whole.ids]
         self.streams = torch.tensor(streams, dtype=torch.int64, device=device)
@@ -142,6 +146,8 @@ class _Pieces:
 
     def question(self, known: Sequence[Tensor]) -> Asked | None:
         """What the method has to know next, found by a call on a few scalars; None if it knows enough."""
+        if not self.method.asks:
+            return None
         few = slice(0, 1 if self.method.rows else 8)
         try:
             self._call(_stack(self.method.on_deltas, [f[few] for f in self.flats], self.origin[few]), 0, known)

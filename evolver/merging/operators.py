@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,6 +76,13 @@ def rank_probability(rank: Tensor, width: int, density: Tensor, epsilon: Tensor)
     """
     share = rank.float() / max(1, width - 1)
     return density - epsilon + share * (2 * epsilon)
+
+
+def rank_in_row(sizes: Tensor) -> Tensor:
+    """How many scalars of its row (the last dimension) each one exceeds; equal ones share a rank."""
+    # numpy's sort is vectorised; torch's orders places along with values.
+    ordered = sizes.sort(dim=-1).values if sizes.is_cuda else torch.from_numpy(np.sort(sizes.numpy(), axis=-1))
+    return torch.searchsorted(ordered, sizes.contiguous())
 
 
 def norm_match(kept: Tensor, before: Tensor, after: Tensor) -> Tensor:

@@ -237,11 +237,13 @@ def _della(deltas: Tensor, here: Here, density: Tensor, epsilon: Tensor, rescale
     room = torch.minimum(epsilon, torch.minimum(density, 1 - density))
 
     def probability(d: Tensor) -> Tensor:
-        rank = d.abs().argsort(dim=-1).argsort(dim=-1)
-        p = operators.rank_probability(rank, d.shape[-1], _wide(density, d), _wide(room, d))
+        p = operators.rank_probability(operators.rank_in_row(d.abs()), d.shape[-1], _wide(density, d), _wide(room, d))
         return torch.where(_wide(density, d) >= 1, 1.0, p)
 
-    return _thin(here, lambda d, h: operators.drop(d, h.draws(seed), probability(d)), rescale, probability(deltas))
+    def thin(d: Tensor, h: Here) -> Tensor:
+        return operators.drop(d, h.draws(seed), probability(d))
+
+    return _thin(here, thin, rescale, probability(deltas) if rescale == "inv_p" else density)
 
 
 def _breadcrumbs(here: Here, density: Tensor, gamma: Tensor, rescale: str) -> Tensor:

@@ -1,0 +1,243 @@
+"""What merging costs against the copy of the same bytes, and against mergekit: ``make benchmark-merging``.
+
+Writes results/benchmarks/merging.md. Models are random, of the size and shapes of SmolLM2-135M; five experts, bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from evolver.merging import crossing  # noqa: E402
+from evolver.merging.apply import Whole, apply  # noqa: E402
+from evolver.merging.methods import METHODS  # noqa: E402
+
+PAGE = ROOT / "results" / "benchmarks" / "merging.md"
+ROUNDS = 5
+EXPERTS = 5
+WIDTH, INNER, LAYERS, VOCABULARY, KEYS = 576, 1536, 30, 49152, 192
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH, "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": VOCABULARY,
+    "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "dtype": "bfloat16",
+}  # fmt: skip
+# Method, settings, how many models it takes, and the limit of its time over the copy's.
+CASES = [
+    ("linear", {}, EXPERTS, 2.0),
+    ("task_arithmetic", {}, EXPERTS, 2.0),
+    ("dare_linear", {"density": 0.5}, EXPERTS, 2.0),
+    ("ties", {"density": 0.2}, EXPERTS, 12.0),
+    ("della", {"density": 0.5}, EXPERTS, 12.0),
+    ("breadcrumbs", {"density": 0.8, "gamma": 0.01}, EXPERTS, 12.0),
+    ("sce", {"select_topk": 0.3}, EXPERTS, 12.0),
+    ("dare_ties", {"density": 0.5}, EXPERTS, None),
+    ("slerp", {"t": 0.3}, 2, None),
+    ("model_stock", {}, EXPERTS, None),
+    ("karcher", {}, EXPERTS, None),
+]
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)}
+    for layer in range(LAYERS):
+        at = f"model.layers.{layer}."
+        out |= {f"{at}self_attn.{p}_proj.weight": (WIDTH, WIDTH) for p in "qo"}
+        out |= {f"{at}self_attn.{p}_proj.weight": (KEYS, WIDTH) for p in "kv"}
+        out |= {f"{at}mlp.{p}_proj.weight": (INNER, WIDTH) for p in ("gate", "up")}
+        out |= {f"{at}mlp.down_proj.weight": (WIDTH, INNER)}
+        out |= {f"{at}{p}_layernorm.weight": (WIDTH,) for p in ("input", "post_attention")}
+    return out
+
+
+Model = dict[str, torch.Tensor]
+
+
+def models() -> list[Model]:
+    """The base and five experts."""
+    generator = torch.Generator().manual_seed(0)
+    base = {n: torch.randn(s, generator=generator) * 0.05 for n, s in shapes().items()}
+    moved = [
+        {n: t + torch.randn(t.shape, generator=generator) * 0.003 for n, t in base.items()} for _ in range(EXPERTS)
+    ]
+    return [{n: t.bfloat16() for n, t in m.items()} for m in (base, *moved)]
+
+
+def median(work: Callable[[], object], rounds: int = ROUNDS) -> float:
+    """Seconds, after one round that warms up."""
+    began = time.perf_counter()
+    work()
+    if time.perf_counter() - began > 60:
+        rounds = 1
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def copy_seconds(all_models: Sequence[Model], count: int) -> float:
+    """A copy that moves the bytes of a merge: ``count`` models and the base read, one written."""
+    targets = [{n: torch.empty_like(t) for n, t in m.items()} for m in all_models[:1]]
+    sources = all_models[: count + 1]
+
+    def copy(sources: Sequence[Model]) -> None:
+        for model in sources:
+            for name, tensor in model.items():
+                targets[0][name].copy_(tensor)
+
+    # A copy of one model reads and writes it: (count + 2) models' bytes are moved by (count + 2) / 2 such copies.
+    return median(lambda: copy(sources)) / len(sources) * (count + 2) / 2
+
+
+def merge(name: str, given: dict[str, object], count: int, all_models: Sequence[Model], compiled: bool) -> None:
+    base, experts = all_models[0], all_models[1 : count + 1]
+    weight = {"weight": 1 / count} if "weight" in METHODS[name].settings else {}
+    values = METHODS[name].complete({**weight, **given}, count, name)
+    for tensor, origin in base.items():
+        apply(METHODS[name], values, Whole(tensor, [e[tensor] for e in experts], origin, list("abcde"[:count]), 0.5), None, compiled)  # fmt: skip  # noqa: E501
+
+
+def offspring(all_models: Sequence[Model]) -> None:
+    for name, tensor in all_models[1].items():
+        crossing.cross("evolver", tensor, [all_models[2][name]], 0.5, 0.5, 7, name)
+
+
+def in_memory(all_models: Sequence[Model]) -> list[list[str]]:
+    rows = []
+    for name, given, count, limit in CASES:
+        copied = copy_seconds(all_models, count)
+        plain = median(lambda: merge(name, given, count, all_models, False), 3)  # noqa: B023
+        fused = median(lambda: merge(name, given, count, all_models, True)) if not METHODS[name].rows else plain  # noqa: B023
+        best = min(plain, fused)
+        row = [
+            name,
+            f"{copied:.3f}",
+            f"{plain:.2f}",
+            f"{fused:.2f}",
+            f"{best / copied:.1f}",
+            f"{limit:g}" if limit else "",
+        ]
+        print(row, flush=True)
+        rows.append(row)
+    copied = copy_seconds(all_models, 1)
+    child = median(lambda: offspring(all_models))
+    rows.append(["Evolver offspring", f"{copied:.3f}", "", f"{child:.2f}", f"{child / copied:.1f}", "5"])
+    print(rows[-1], flush=True)
+    return rows
+
+
+def write(all_models: Sequence[Model], folder: Path) -> list[str]:
+    paths = []
+    for name, model in zip(("base", *(f"e{i}" for i in range(EXPERTS))), all_models, strict=True):
+        (folder / name).mkdir()
+        save_file(model, folder / name / "model.safetensors", metadata={"format": "pt"})
+        (folder / name / "config.json").write_text(json.dumps(CONFIG))
+        paths.append(str(folder / name))
+    return paths
+
+
+def configuration(name: str, given: dict[str, object], count: int, paths: Sequence[str]) -> dict[str, object]:
+    base, experts = paths[0], paths[1 : count + 1]
+    listed = [base, experts[0]] if name == "slerp" else experts
+    weight = {"parameters": {"weight": 1 / count}} if "weight" in METHODS[name].settings and name != "karcher" else {}
+    out: dict[str, object] = {
+        "merge_method": name,
+        "models": [{"model": m, **weight} for m in listed],
+        "dtype": "bfloat16",
+    }
+    if name not in ("linear", "karcher"):
+        out["base_model"] = base
+    return out | ({"parameters": given} if given else {})
+
+
+def command_seconds(command: list[str], out: Path, rounds: int) -> float:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    times = []
+    for _ in range(rounds):
+        subprocess.run(["rm", "-rf", str(out)], check=True)
+        began = time.perf_counter()
+        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def file_to_file(all_models: Sequence[Model], mergekit: str) -> list[list[str]]:
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        paths = write(all_models, folder)
+        for name, given, count, _ in CASES:
+            file = folder / f"{name}.yml"
+            file.write_text(yaml.safe_dump(configuration(name, given, count, paths)))
+            ours = command_seconds([str(Path(sys.executable).parent / "evolver"), "merge", str(file), str(folder / "ours")], folder / "ours", 3)  # fmt: skip  # noqa: E501
+            theirs = command_seconds([mergekit, str(file), str(folder / "theirs"), "--no-write-model-card", "--no-copy-tokenizer"], folder / "theirs", 1)  # fmt: skip  # noqa: E501
+            rows.append(
+                [
+                    name,
+                    f"{ours:.1f}",
+                    f"{theirs:.1f}",
+                    f"{theirs / ours:.1f}",
+                    "20" if name in ("ties", "della") else "5",
+                ]
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(r) + " |" for r in [head, ["---"] * len(head), *rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--mergekit", help="the command mergekit-yaml of another environment")
+    parser.add_argument("--methods", nargs="*", help="these only; default: all")
+    given = parser.parse_args()
+    CASES[:] = [c for c in CASES if given.methods is None or c[0] in given.methods]
+    all_models = models()
+    scalars = sum(t.numel() for t in all_models[0].values())
+    parts = [
+        "# Merging against the copy and against mergekit",
+        (
+            f"Five experts and a base of {scalars / 1e6:.0f} M scalars (the shapes of SmolLM2-135M), bfloat16; "
+            f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}. "
+            "Made by `make benchmark-merging`."
+        ),
+        "## In memory",
+        (
+            "Copy: the time in which a plain copy moves the bytes that the merge reads and writes. Plain and fused: "
+            "without and with kernels fused by the compiler (methods on rows have none). Medians, in seconds; the ratio "  # noqa: E501
+            "is of the better one."
+        ),
+        table(["method", "copy", "plain", "fused", "ratio", "must reach"], in_memory(all_models)),
+    ]  # fmt: skip
+    if given.mergekit:
+        parts += [
+            "## Whole command, file to file",
+            "Wall seconds of `evolver merge` (median of 3, digests cached) and of `mergekit-yaml` 0.1.5 (one run).",
+            table(
+                ["method", "ours", "mergekit", "mergekit ÷ ours", "must reach"],
+                file_to_file(all_models, given.mergekit),
+            ),
+        ]
+    PAGE.write_text("\n\n".join(parts) + "\n")
+
+
+if __name__ == "__main__":
+    main()
