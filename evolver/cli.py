@@ -17,7 +17,6 @@ from rich.table import Table
 from evolver import merge as merging
 from evolver.errors import BadInput
 from evolver.merging.methods import METHODS, get
-from evolver.reference import default_of, first_paragraph, kind_of, searched_of
 
 app = typer.Typer(add_completion=True, no_args_is_help=True, help="Merge fine-tuned models.")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
@@ -64,6 +63,8 @@ def explain(config: Annotated[Path, typer.Argument(help="a mergekit YAML file")]
 @app.command()
 def methods(name: Annotated[str | None, typer.Argument(help="one method, in full")] = None) -> None:
     """List the merge methods: settings, defaults, what a search may tune, paper."""
+    from evolver.reference import default_of, first_paragraph, kind_of, searched_of  # it knows the searches, too: slow
+
     console = Console()
     if name is None:
         shown = Table("method", "settings (default)", "searched", "paper")

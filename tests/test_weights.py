@@ -354,3 +354,14 @@ def test_every_refusal_here_is_one_line(tmp_path):
     said = refused(lambda: open_base(str(tmp_path / "none")))
     assert re.fullmatch(r"[^\n]+\.", said)
     assert Path(said.split("no folder ")[1].split(";")[0]) == tmp_path / "none"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_no_numbers_are_named(tmp_path, value):
+    """Found in the pass that computes the digest, and never remembered as fine."""
+    tensors = {"model.norm.weight": torch.ones(8), "model.layers.0.mlp.weight": torch.tensor([[1.0, value]])}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for _ in range(2):
+        with pytest.raises(BadInput, match=r"^experts\.a: tensor model\.layers\.0\.mlp\.weight of .* NaN or infinite"):
+            Checkpoint(tmp_path, "experts.a").digest()

@@ -123,8 +123,13 @@ class Checkpoint:
     def _digest(self) -> str:
         sha = hashlib.sha256()
         for name, info in self.headers.items():
+            tensor = self.tensor(name)
+            if info.dtype.is_floating_point and not _is_finite(tensor):
+                raise BadInput(
+                    f"{self.key}: tensor {name} of {self.path} holds NaN or infinite values; it cannot be merged."
+                )
             sha.update(f"{name} {info.dtype} {info.shape}\n".encode())
-            sha.update(_raw(self.tensor(name)))
+            sha.update(_raw(tensor))
         return sha.hexdigest()[:20]
 
 
@@ -267,6 +272,11 @@ def _check_same_tensors(expert: Checkpoint, base: Checkpoint, key: str) -> None:
                 f"{key}: {name} has shape {expert.headers[name].shape} in {expert.path} and {info.shape} in the base; "
                 "only fine-tunes of the base merge."
             )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite: looked at in pieces, so that memory stays small."""
+    return all(bool(piece.isfinite().all()) for piece in tensor.reshape(-1).split(1 << 20))
 
 
 def _raw(tensor: Tensor) -> memoryview:
