@@ -255,11 +255,22 @@ def test_no_candidate_can_be_scored(make_config, models, tmp_path, capsys):
     for name in ("a", "b", "c"):
         shutil.copytree(models / name, tmp_path / name)
         tensors = load_file(tmp_path / name / "model.safetensors")
-        tensors["model.norm.weight"] *= float("nan")
+        tensors["model.norm.weight"].fill_(3e38)  # finite, so that it is opened; what it computes is not
         save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
     file = make_config(tmp_path, {f"experts.{n}": str(tmp_path / n) for n in ("a", "b", "c")})
     code, err = call(file, tmp_path / "results", capsys)
     assert_one_sentence(code, err, ["no candidate could be scored", "not finite"])
+
+
+def test_an_expert_with_values_that_are_no_numbers(make_config, models, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(models / "a", tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
+    code, err = call(make_config(tmp_path, {"experts.a": str(tmp_path / "a")}), tmp_path / "results", capsys)
+    assert_one_sentence(code, err, ["experts.a", "model.norm.weight", "NaN or infinite"])
 
 
 def test_chat_template_that_is_not_there(make_config, tmp_path, capsys):
