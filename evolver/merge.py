@@ -13,6 +13,7 @@ import yaml
 from evolver.errors import BadInput
 from evolver.export import export
 from evolver.merging import mergekit, methods
+from evolver.merging.kernels import Kernels
 from evolver.merging.materialise import Materialiser
 from evolver.merging.weights import Checkpoint, Source, digests, layer_of, open_base, open_expert
 from evolver.records import Expert, Layers, Merge, Recipe
@@ -29,9 +30,9 @@ A merge made by Evolver from this configuration:
 ```yaml
 {text}```
 """
-# Fused kernels cost seconds to build: below so many scalars, plain ones are sooner done. Random draws are slow in
-# plain code, so methods that draw are fused earlier.
-COMPILE_FROM, COMPILE_DRAWS_FROM = 2 * 10**9, 3 * 10**7
+# Kernels cost some ten seconds each to compile, once on a machine; below so many scalars of all models, plain code is
+# sooner done. Random draws are slow in plain code.
+COMPILE_FROM, COMPILE_DRAWS_FROM = 10**10, 3 * 10**8
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,12 @@ def merge(
     known = digests(opened.sources)
     nodes = {r: Expert(r, d) for r, d in known.items()}
     recipe = opened.configuration.recipe(nodes, opened.base.names(), seed)
-    scalars = sum(torch.Size(i.shape).numel() for i in opened.base.headers.values())
+    scalars = len(known) * sum(torch.Size(i.shape).numel() for i in opened.base.headers.values())
     dtype = opened.configuration.dtype
     draws = "seed" in opened.configuration.method.settings
     materialiser = Materialiser(
         opened.base, {known[r]: s for r, s in opened.sources.items()}, getattr(torch, dtype) if dtype else None,
-        device=device, compiled=scalars >= (COMPILE_DRAWS_FROM if draws else COMPILE_FROM),
+        device=device, kernels=Kernels(build=scalars >= (COMPILE_DRAWS_FROM if draws else COMPILE_FROM)),
     )  # fmt: skip
     text = yaml.safe_dump(opened.configuration.raw.model_dump(exclude_unset=True), sort_keys=False)
     export(recipe, materialiser, target, CARD.format(name=target.name, text=text), shard_bytes, tokenizer)

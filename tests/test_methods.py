@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from evolver.errors import BadInput
-from evolver.merging import apply as applied
-from evolver.merging import methods
+from evolver.merging import methods, order
 from evolver.merging.apply import Whole, apply
-from evolver.merging.compiled import can_compile
+from evolver.merging.kernels import Kernels, can_compile
 from evolver.merging.genome import genome
 from evolver.merging.methods import METHODS, Range, method, number
 from evolver.records import Expert
@@ -33,13 +32,13 @@ def experts_of(name, shape=(70, 50), count=3, dtype=torch.float32):
     return base.to(dtype), [(base + torch.randn(shape, generator=generator) * 0.01).to(dtype) for _ in range(count)]
 
 
-def merge(name, inputs, base, ids=None, piece=None, compiled=False, **given):
+def merge(name, inputs, base, ids=None, piece=None, kernels=None, **given):
     """A method on one tensor, weights that sum to 1 unless others are given."""
     known = METHODS[name].settings
     weight = {"weight": 1 / len(inputs)} if "weight" in known and "weight" not in given else {}
     values = METHODS[name].complete({**REQUIRED.get(name, {}), **weight, **given}, len(inputs), "here")
     whole = Whole("model.layers.1.w", inputs, base, ids or [str(i) for i in range(len(inputs))], 1 / 3)
-    return apply(METHODS[name], values, whole, piece=piece, compiled=compiled)
+    return apply(METHODS[name], values, whole, piece=piece, kernels=kernels)
 
 
 def variants(name):
@@ -146,9 +145,11 @@ def test_repeats_pieces_and_threads_change_no_bit(name, monkeypatch):
         assert torch.equal(merge(name, experts, base, **more), merged)
         assert torch.equal(merge(name, experts, base, piece=777, **more), merged), more
         assert torch.equal(merge(name, experts, base, piece=8192, **more), merged), more
-        with monkeypatch.context() as patch:
-            patch.setattr(applied, "HOLD", 0)
-            assert torch.equal(merge(name, experts, base, piece=4096, **more), merged), more
+        for few in (order.FEW, 0):  # order statistics from a sample's brackets, or by counting
+            with monkeypatch.context() as patch:
+                patch.setattr(order, "DIRECT", 0)
+                patch.setattr(order, "FEW", few)
+                assert torch.equal(merge(name, experts, base, piece=4096, **more), merged), more
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -164,7 +165,7 @@ def test_the_fused_kernels_give_the_bits_of_the_plain_code(name):
         pytest.fail("no C++ compiler: the fused kernels cannot be built here, so nothing would be tested")
     base, experts = experts_of(name, (300, 70))
     more = list(variants(name))[min(1, len(list(variants(name))) - 1)]
-    fused = merge(name, experts, base, piece=8192, compiled=True, **more)
+    fused = merge(name, experts, base, piece=8192, kernels=Kernels(), **more)
     assert torch.equal(fused, merge(name, experts, base, **more))
 
 

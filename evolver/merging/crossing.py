@@ -1,16 +1,15 @@
-"""The Evolver operators on weights: mutation and crossover in one kernel, compiled where that pays."""
+"""The Evolver operators on weights: mutation and crossover in one pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from evolver.merging import random
-from evolver.merging.compiled import can_compile, fresh
+from evolver.merging.kernels import Kernels
 
 
 def _evolver(x: Tensor, p: Sequence[Tensor], f: Tensor) -> Tensor:
@@ -42,14 +41,21 @@ STRATEGIES: dict[str, tuple[Mutation, int]] = {
     "rand/2": (_rand2, 5),
 }
 
-# Below this size the compiled kernel would cost more to load than it saves.
-COMPILE_FROM = 1 << 16
-# Eager work goes in pieces that stay in a core's cache.
-EAGER_SCALARS = 32 * random.BLOCK
+# Scalars of a piece: a few tensors' pieces stay in a core's cache.
+PIECE, GPU_PIECE = 16 * random.BLOCK, 1 << 26
+# Below this size a tensor is done before a kernel is called.
+FUSE_FROM = random.BLOCK
 
 
 def cross(
-    strategy: str, parent: Tensor, partners: Sequence[Tensor], F: float, Cr: float, seed: int, name: str
+    strategy: str,
+    parent: Tensor,
+    partners: Sequence[Tensor],
+    F: float,
+    Cr: float,
+    seed: int,
+    name: str,
+    kernels: Kernels | None = None,
 ) -> Tensor:
     """One tensor of an Evolver offspring: the mutant where the mask is set, the parent elsewhere.
 
@@ -59,35 +65,40 @@ def cross(
     Args:
         parent, partners: tensors of one shape, of any floating dtype.
         seed, name: of the mask's draws.
+        kernels: fused kernels, where there are some; the bits are the same.
 
     Returns:
-        Tensor of the parent's shape and dtype; the same bits for every device, chunk size and thread count.
+        Tensor of the parent's shape and dtype; the same bits for every device, piece and thread count.
     """
     flats = [t.reshape(-1) for t in (parent, *partners)]
-    size = flats[0].numel()
-    device = flats[0].device
-    words = random.key_words(seed, name, device)
-    scalars = (torch.tensor(random.threshold(Cr), device=device), torch.tensor(F, device=device))
-    step = size if (compiled := size >= COMPILE_FROM and can_compile(device)) else EAGER_SCALARS
-    kernel = _compiled(strategy, len(partners), parent.dtype) if compiled else _cross_blocks
+    size, device = flats[0].numel(), flats[0].device
+    kernels = kernels if size >= FUSE_FROM else None
+    drawn = random.Drawn(seed, [name], device, kernels)
+    level, f = torch.tensor(random.threshold(Cr), device=device), torch.tensor(F, device=device)
+    step = _Step(STRATEGIES[strategy][0])
     child = torch.empty_like(flats[0])
-    for start in range(0, size, step):
-        piece = [f[start : start + step] for f in flats]
-        first = torch.tensor(start // random.BLOCK, device=device)
-        child[start : start + step] = kernel(strategy, piece, words, first, *scalars)
+    length, kernel = PIECE if device.type == "cpu" else GPU_PIECE, None
+    for start in range(0, size, length):
+        pieces = [t[start : start + length] for t in (child, *flats)]
+        tensors = [level, f, *drawn.piece(start, pieces[0].shape), *pieces]
+        if kernels and start == 0:
+            kernel = kernels.get(step, tensors, [n >= 2 for n in range(len(tensors))], f"cross {strategy}")
+        if kernel and pieces[0].shape[0] > 1:
+            kernel(tensors)
+        else:
+            step(*tensors)
     return child.view(parent.shape)
 
 
-def _cross_blocks(
-    strategy: str, flats: Sequence[Tensor], words: Tensor, first: Tensor, level: Tensor, f: Tensor
-) -> Tensor:
-    size = flats[0].shape[0]
-    draw = random.block_draws(words, first, -(-size // random.BLOCK))[:size]
-    x, *p = (t.float() for t in flats)
-    return torch.where(draw < level, STRATEGIES[strategy][0](x, p, f), x).to(flats[0].dtype)
+@dataclass(frozen=True)
+class _Step:
+    """Mutation and crossover of a piece, from the mask's level, F, draws, the parent and its partners into ``child``."""
 
+    mutation: Mutation
 
-@cache
-def _compiled(strategy: str, partners: int, dtype: torch.dtype) -> Callable[..., Any]:
-    del strategy, partners, dtype  # one kernel each, for all tensor sizes
-    return fresh(_cross_blocks)
+    def __call__(
+        self, level: Tensor, f: Tensor, draws: Tensor, child: Tensor, parent: Tensor, *partners: Tensor
+    ) -> tuple[()]:
+        x, *p = (t.float() for t in (parent, *partners))
+        child.copy_(torch.where(draws < level, self.mutation(x, p, f), x))
+        return ()

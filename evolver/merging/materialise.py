@@ -15,6 +15,7 @@ from torch import Tensor
 
 from evolver.merging import crossing, methods
 from evolver.merging.apply import Model, Whole, apply
+from evolver.merging.kernels import Kernels
 from evolver.merging.weights import LAYER, Checkpoint, Source, TensorInfo, layer_of
 from evolver.records import Cross, Expert, Layers, Merge, Recipe, ancestors
 
@@ -29,7 +30,7 @@ class Materialiser:
         sources: base and experts by digest.
         dtype: of floating tensors; None keeps each tensor's dtype in the base.
         cache_bytes: budget of the resident population.
-        compiled: fuse the kernels of merges; worth its seconds where many models are built.
+        kernels: fused kernels, where there are some; the bits are the same.
     """
 
     def __init__(
@@ -39,9 +40,9 @@ class Materialiser:
         dtype: torch.dtype | None = None,
         cache_bytes: int = 0,
         device: torch.device | str = "cpu",
-        compiled: bool = False,
+        kernels: Kernels | None = None,
     ) -> None:
-        self.base, self.sources, self.dtype, self.compiled = base, sources, dtype, compiled
+        self.base, self.sources, self.dtype, self.kernels = base, sources, dtype, kernels
         self.device = torch.device(device)
         self._slots = cache_bytes // max(1, sum(self._bytes(n) for n in base.names()))
         self._resident: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
@@ -147,7 +148,9 @@ class Materialiser:
         if isinstance(node, Layers) or not below[0].is_floating_point():
             return below[0]  # counters and masks are copied from the first input, never averaged
         if isinstance(node, Cross):
-            return crossing.cross(node.strategy, below[0], below[1:], node.F, node.Cr, node.seed, name)
+            return crossing.cross(
+                node.strategy, below[0], below[1:], node.F, node.Cr, node.seed, name, self.kernels
+            )
         return self._merge(node, name, below)
 
     def _merge(self, node: Merge, name: str, below: list[Tensor]) -> Tensor:
@@ -155,7 +158,7 @@ class Materialiser:
         values = method.complete(node.settings(name, layer_of(name)), len(node.inputs), node.method)
         if node.id not in self._models:
             self._models[node.id] = self._model(node)
-        return apply(method, values, self._whole(node, name, below), self._models[node.id], self.compiled)
+        return apply(method, values, self._whole(node, name, below), self._models[node.id], self.kernels)
 
     def _whole(self, node: Merge, name: str, below: list[Tensor]) -> Whole:
         *inputs, base = below

@@ -1,12 +1,12 @@
 """Tensor primitives, of which the merge methods are made. Pure, float32 in and out.
 
-E is the number of experts, ``...`` the shape of the piece of a tensor that is being merged. Numbers that belong to
-experts arrive as tensors (E,).
+A piece of a tensor has any shape, (...) below; those of E experts come as a sequence of E tensors (never as one
+stacked tensor, which a fused kernel would have to write out first). Numbers that belong to experts are tensors (E,).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,24 +17,18 @@ from evolver.merging.random import LEVELS
 TINY = 1e-8
 
 
-def per_expert(numbers: Tensor, like: Tensor) -> Tensor:
-    """Numbers (E,) shaped to broadcast over ``like`` (E, ...)."""
-    return numbers.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+def total_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Σ x, (...), added in the order of the experts."""
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total
 
 
-def weighted_sum(stack: Tensor, weight: Tensor, normalize: bool) -> Tensor:
-    """Σ w·x over the experts; divided by Σ w where ``normalize`` is set (by 1 where |Σ w| < 1e-8).
-
-    Args:
-        stack: (E, ...).
-
-    Returns:
-        (...).
-    """
-    out = stack[0] * weight[0].to(stack.dtype)
-    for e in range(1, stack.shape[0]):
-        out = out + stack[e] * weight[e].to(stack.dtype)
-    return out / divisor_of(weight, stack.dtype) if normalize else out
+def weighted_sum(tensors: Sequence[Tensor], weight: Tensor, normalize: bool) -> Tensor:
+    """Σ w·x over the experts, (...); divided by Σ w where ``normalize`` is set (by 1 where |Σ w| < 1e-8)."""
+    total = total_of([x * w.to(x.dtype) for x, w in zip(tensors, weight.unbind(0), strict=True)])
+    return total / divisor_of(weight, total.dtype) if normalize else total
 
 
 def divisor_of(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -43,73 +37,95 @@ def divisor_of(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(total.abs() < TINY, torch.ones_like(total), total)
 
 
-def trim(deltas: Tensor, smallest: Tensor) -> Tensor:
-    """Zero what is smaller in magnitude than ``smallest`` (E,) (TIES, Yadav et al. 2023, section 3).
+def trim(delta: Tensor, smallest: Tensor) -> Tensor:
+    """Zero what is smaller in magnitude than ``smallest``, () (TIES, Yadav et al. 2023, section 3).
 
     Scalars as large as the smallest kept one stay, so that no order among equals is invented.
     """
-    return torch.where(deltas.abs() >= per_expert(smallest, deltas), deltas, 0.0)
+    return torch.where(delta.abs() >= smallest, delta, 0.0)
 
 
-def clip_outliers(deltas: Tensor, largest: Tensor) -> Tensor:
-    """Zero what is as large in magnitude as ``largest`` (E,), or larger (Breadcrumbs, Davari and Belilovsky 2024)."""
-    return torch.where(deltas.abs() < per_expert(largest, deltas), deltas, 0.0)
+def clip_outliers(delta: Tensor, largest: Tensor) -> Tensor:
+    """Zero what is as large in magnitude as ``largest``, (), or larger (Breadcrumbs, Davari and Belilovsky 2024)."""
+    return torch.where(delta.abs() < largest, delta, 0.0)
 
 
-def drop(deltas: Tensor, draws: Tensor, keep: Tensor) -> Tensor:
+def drop(delta: Tensor, draws: Tensor, keep: Tensor) -> Tensor:
     """Keep every scalar with its probability ``keep``, independently (DARE, Yu et al. 2024, equation 2, unscaled).
 
     Args:
-        deltas: (E, ...).
-        draws: of the counter-based random function, in [0, 65536), (E, ...).
-        keep: probabilities, in steps of 1/65536; broadcasts to (E, ...).
+        draws: of the counter-based random function, in [0, 65536), (...).
+        keep: probability in steps of 1/65536, () or (...).
     """
-    return torch.where(draws < (keep * LEVELS).round(), deltas, 0.0)
+    return torch.where(draws < (keep * LEVELS).round(), delta, 0.0)
 
 
 def rank_probability(rank: Tensor, width: int, density: Tensor, epsilon: Tensor) -> Tensor:
     """DELLA's probability to be kept (Deep et al. 2024, section 3.1): linear in the rank by magnitude.
 
     Args:
-        rank: within its row, 0 for the smallest of ``width``.
-        density, epsilon: from density - epsilon for the smallest to density + epsilon for the largest.
+        rank: within its row, 0 for the smallest of ``width``; any shape.
+        density, epsilon: from density - epsilon for the smallest to density + epsilon for the largest; at density 1
+            everything is kept. Shape ().
+
+    Returns:
+        float64, shaped like ``rank``.
     """
-    share = rank.float() / max(1, width - 1)
-    return density - epsilon + share * (2 * epsilon)
+    share = (rank.float() / max(1, width - 1)).double()
+    return torch.where(density >= 1, 1.0, density - epsilon + share * (2 * epsilon))
 
 
 def rank_in_row(sizes: Tensor) -> Tensor:
-    """How many scalars of its row (the last dimension) each one exceeds; equal ones share a rank."""
-    # numpy's sort is vectorised; torch's orders places along with values.
-    ordered = sizes.sort(dim=-1).values if sizes.is_cuda else torch.from_numpy(np.sort(sizes.numpy(), axis=-1))
-    return torch.searchsorted(ordered, sizes.contiguous())
+    """How many scalars of its row (the last dimension) each one exceeds; equal ones share a rank. (rows, columns)"""
+    return torch.searchsorted(_sorted_rows(sizes), sizes.contiguous())
 
 
-def norm_match(kept: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """Scale every expert's ``kept`` (E, ...) by before ÷ after, norms (E,); by 1 where one of them vanishes."""
+def drop_by_rank(delta: Tensor, draws: Tensor, density: Tensor, epsilon: Tensor) -> Tensor:
+    """Keep every scalar with the probability of its rank in its row (DELLA), (rows, columns).
+
+    No rank is computed. A draw says from which rank on a scalar is kept, as the probability grows with the rank; and a
+    scalar has that rank if it exceeds the scalar of the row that comes just before it.
+    """
+    rows, width = delta.shape
+    ranks = torch.arange(width, device=delta.device)
+    levels = (rank_probability(ranks, width, density, epsilon) * LEVELS).round()
+    first_kept = torch.searchsorted(levels, torch.arange(LEVELS, dtype=levels.dtype, device=delta.device), right=True)
+    sizes = delta.abs()
+    before = torch.empty(rows, width + 1, device=delta.device)
+    before[:, 0], before[:, -1] = -1.0, torch.inf  # rank 0 is everyone's, rank ``width`` no one's
+    before[:, 1:width] = _sorted_rows(sizes)[:, :-1]
+    return torch.where(sizes > before.gather(1, first_kept[draws]), delta, 0.0)
+
+
+def _sorted_rows(sizes: Tensor) -> Tensor:
+    # numpy sorts with vector instructions; torch orders places along with values.
+    return sizes.sort(dim=-1).values if sizes.is_cuda else torch.from_numpy(np.sort(sizes.numpy(), axis=-1))
+
+
+def norm_match(kept: Sequence[Tensor], before: Tensor, after: Tensor) -> list[Tensor]:
+    """Scale every expert's ``kept`` by before ÷ after, norms (E,); by 1 where one of them vanishes."""
     usable = (before > 0) & (after > 0)
     factor = torch.where(usable, before / torch.where(usable, after, 1.0), 1.0)
-    return kept * per_expert(factor, kept)
+    return [k * f.to(k.dtype) for k, f in zip(kept, factor.unbind(0), strict=True)]
 
 
-def elected_sign(deltas: Tensor, by: str) -> Tensor:
-    """The sign that the experts elect, scalar by scalar (TIES, section 3): by mass (``sum``) or by heads (``count``).
+def elected_sign(deltas: Sequence[Tensor], by: str) -> Tensor:
+    """The sign that the experts elect, scalar by scalar (TIES, section 3): by mass (``mass``) or by heads (``count``).
 
     Returns:
         -1 or 1, (...); a tie is positive.
     """
-    votes = torch.sign(deltas) if by == "count" else deltas
-    total = votes[0]
-    for e in range(1, votes.shape[0]):
-        total = total + votes[e]
-    return torch.where(total >= 0, 1.0, -1.0)
+    votes = [torch.sign(d) for d in deltas] if by == "count" else deltas
+    return torch.where(total_of(votes) >= 0, 1.0, -1.0)
 
 
-def disjoint_sum(deltas: Tensor, weight: Tensor, votes: Tensor, sign: Tensor, normalize: bool) -> Tensor:
+def disjoint_sum(
+    deltas: Sequence[Tensor], weight: Tensor, votes: Sequence[Tensor], sign: Tensor, normalize: bool
+) -> Tensor:
     """Σ w·τ over the experts that vote for ``sign``; divided, scalar by scalar, by their weights (TIES, section 3).
 
     Args:
-        deltas, votes: (E, ...).
+        deltas, votes: of E experts.
         sign: -1 or 1, (...).
         normalize: divide (by 1 where nothing agrees).
 
@@ -117,18 +133,20 @@ def disjoint_sum(deltas: Tensor, weight: Tensor, votes: Tensor, sign: Tensor, no
         (...).
     """
     merged, divisor = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
-    for e in range(deltas.shape[0]):
-        w = weight[e].to(deltas.dtype)
-        agrees = torch.sign(votes[e]) == sign
-        merged = merged + torch.where(agrees, deltas[e] * w, 0.0)
+    for delta, vote, number in zip(deltas, votes, weight.unbind(0), strict=True):
+        w = number.to(delta.dtype)
+        agrees = vote * sign > 0
+        merged = merged + torch.where(agrees, delta * w, 0.0)
         divisor = divisor + torch.where(agrees, w, 0.0)
     return merged / torch.where(divisor == 0, 1.0, divisor) if normalize else merged
 
 
-def gram(stack: Tensor) -> Tensor:
-    """Inner products of the experts, (E, E) in float64; stack: (E, n)."""
-    wide = stack.reshape(stack.shape[0], -1).double()
-    return wide @ wide.T
+def gram(tensors: Sequence[Tensor]) -> Tensor:
+    """Inner products of the experts, (E, E) in float64."""
+    wide = [t.double() for t in tensors]
+    count = len(wide)
+    products = {(a, b): (wide[a] * wide[b]).sum() for a in range(count) for b in range(a, count)}
+    return torch.stack([products[min(a, b), max(a, b)] for a in range(count) for b in range(count)]).view(count, count)
 
 
 def unit(products: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,104 +1,201 @@
-"""Exact order statistics of a stream of scores, by counting instead of sorting.
+"""Exact order statistics of a stream of scores, without sorting it.
 
-The bits of a non-negative float32 order as the number does. A first pass counts the scores by their upper bits; the
-wanted ones then lie in one bin, whose few scores the next pass takes out, or counts again by lower bits.
+A sample says between which two scores the wanted one lies; one pass counts what is above and takes out what is
+between. Where the sample misled (scores may be arranged in any way), passes that count by bits find it all the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-# A bin of so many scores (or fewer) is taken out and ordered at once.
-FEW = 1 << 22
-# Bits below each round of counting.
+# So many scores (or fewer) are ordered at once.
+DIRECT = 1 << 17
+# A sample has at least so many scores, or one in so many; and how many standard deviations it may be off. More would
+# widen the edges of every search to spare one in some hundreds a second way.
+SAMPLE, ONE_IN, SIGMAS = 1 << 14, 1 << 7, 3.0
+# More scores than these are never held: they are counted instead.
+FEW = 1 << 24
+# Bits below each round of counting; those of a non-negative float32 order as the number does.
 SHIFTS = (19, 9, 0)
 
-Pass = Callable[[], Iterable[Tensor]]
+
+Place = tuple[int, int]
+Floats = npt.NDArray[np.float32]
+Found = dict[Place, float]
+
+
+class Marked(NamedTuple):
+    """What a piece says to a question of order: for C rows of n scores and K pairs of edges."""
+
+    scores: Sequence[Tensor]  # C of (n)
+    between: Sequence[Tensor]  # C of (n), int8: 1 where a score is above a lower and not above its upper edge
+    above: Tensor  # (C, K) float32: how many are above the upper edge
+
+
+class Scores(Protocol):
+    """A stream of scores, C rows of ``size`` each, none negative."""
+
+    size: int
+
+    def sample(self, count: int) -> Tensor: ...  # (C, about count), from all over the rows
+    def marked(self, edges: Tensor) -> Iterable[Marked]: ...  # edges: (C, K, 2), lower and upper
+    def pieces(self) -> Iterable[Sequence[Tensor]]: ...
+
+
+def mark(scores: Sequence[Tensor], edges: Tensor) -> Marked:
+    """Count and mark a piece's scores against ``edges`` (C, K, 2), lower and upper."""
+    # Sums and bytes of where(…, 1, 0): kernels of comparisons that are stored as they are would not be vectorised.
+    # Floats count exactly to 2^24, and no piece is longer.
+    between, counts = [], []
+    for row, pairs in zip(scores, edges.unbind(0), strict=True):
+        lows, highs = pairs.unbind(1)
+        inside = [torch.where(row > a, torch.where(row <= b, 1.0, 0.0), 0.0) for a, b in zip(lows, highs, strict=True)]
+        between.append(reduce(torch.maximum, inside).to(torch.int8))
+        counts += [torch.where(row > high, 1.0, 0.0).sum() for high in highs]
+    return Marked(scores, between, torch.stack(counts).view(edges.shape[:2]))
+
+
+def kth_largest(scores: Scores, ranks: Sequence[Sequence[int]]) -> Tensor:
+    """The k-th largest scores, exactly.
+
+    Args:
+        ranks: C lists of K ranks from 1; rank 0 gives infinity, a rank of ``scores.size`` or more 0.
+
+    Returns:
+        (C, K) float32, on the CPU.
+    """
+    out = torch.tensor([[math.inf if r <= 0 else 0.0 for r in row] for row in ranks])
+    wanted = [(c, k) for c, row in enumerate(ranks) for k, r in enumerate(row) if 0 < r < scores.size]
+    if not wanted:
+        return out
+    if scores.size <= DIRECT:
+        rows = [torch.cat(parts).cpu().numpy() for parts in zip(*scores.pieces(), strict=True)]
+        found = _direct(rows, ranks, wanted)
+    else:
+        found = _between(scores, ranks, wanted)
+        missing = [place for place in wanted if place not in found]
+        found |= _counted(scores, ranks, missing)
+    for place in wanted:
+        out[place] = found[place]
+    return out
+
+
+def _direct(rows: Sequence[Floats], ranks: Sequence[Sequence[int]], wanted: Sequence[Place]) -> Found:
+    found = {}
+    for c, row in enumerate(rows):
+        mine = [k for of, k in wanted if of == c]
+        found |= {(c, k): v for k, v in zip(mine, _largest(row, [ranks[c][k] for k in mine]), strict=True)}
+    return found
+
+
+def _between(
+    scores: Scores, ranks: Sequence[Sequence[int]], wanted: Sequence[Place]
+) -> Found:
+    """What one pass finds between edges that a sample suggests."""
+    edges = _edges(scores.sample(max(SAMPLE, scores.size // ONE_IN)), ranks, scores.size)
+    above = torch.zeros(edges.shape[:2], dtype=torch.int64)
+    taken: list[list[Floats]] = [[] for _ in ranks]
+    held = 0
+    for piece in scores.marked(edges):
+        above += piece.above.cpu().long()
+        if held <= FEW * len(ranks):
+            for c, (row, inside) in enumerate(zip(piece.scores, piece.between, strict=True)):
+                taken[c].append(row.cpu().numpy()[inside.view(torch.bool).cpu().numpy()])
+                held += taken[c][-1].size
+    if held > FEW * len(ranks):
+        return {}
+    rows = [np.concatenate(parts) for parts in taken]
+    found = {}
+    for c, k in wanted:
+        low, high = edges[c, k].tolist()
+        inner = rows[c][(rows[c] > low) & (rows[c] <= high)]
+        rank = ranks[c][k] - int(above[c, k])
+        if 0 < rank <= inner.size:
+            found[c, k] = _largest(inner, [rank])[0]
+        elif rank > 0 and low == 0:  # nothing but zeros is left
+            found[c, k] = 0.0
+    return found
+
+
+def _edges(sample: Tensor, ranks: Sequence[Sequence[int]], size: int) -> Tensor:
+    """Two sampled scores around every wanted one, (C, K, 2); -1 and infinity where the sample has none.
+
+    The lower one is meant to be inside, so the number just below it is the edge; but 0 itself is outside, as there may
+    be no end of zeros.
+    """
+    count = sample.shape[1]
+    ordered = np.sort(sample.cpu().numpy(), axis=1)[:, ::-1]  # with vector instructions, as torch's is not
+    out = np.empty((len(ranks), len(ranks[0]), 2), dtype=np.float32)
+    for c, row in enumerate(ranks):
+        for k, rank in enumerate(row):
+            share = min(1.0, max(0.0, rank / size))
+            slack = SIGMAS * math.sqrt(count * share * (1 - share)) + SIGMAS
+            first, last = math.floor(share * count - slack), math.ceil(share * count + slack)
+            low = np.nextafter(ordered[c, last], np.float32(0)) if last < count else -1.0
+            out[c, k] = low, ordered[c, first] if first >= 0 else np.inf
+    return torch.from_numpy(out)
+
+
+def _largest(row: Floats, ranks: Sequence[int]) -> list[float]:
+    places = [row.size - r for r in ranks]
+    return [float(v) for v in np.partition(row, places)[places]] if places else []
 
 
 @dataclass
-class Search:
+class _Search:
     """Where the score of one rank lies: in row ``row``, with ``prefix`` as its bits above ``shift``.
 
-    ``rank`` counts from the largest score with that prefix; ``count`` is the number of those scores.
+    ``rank`` counts from the largest score with that prefix.
     """
 
     row: int
     rank: int
     prefix: int = 0
     shift: int = 31
-    count: int = 0
 
 
-def kth_largest(scores: Pass, ranks: Sequence[Sequence[int]], size: int) -> Tensor:
-    """The k-th largest scores.
-
-    Args:
-        scores: sends one pass over the scores, pieces of (C, ...) float32, none negative.
-        ranks: C lists of K ranks from 1; rank 0 gives infinity, a rank of ``size`` or more 0.
-        size: number of scores in each row.
-
-    Returns:
-        (C, K) float32, on the CPU.
-    """
-    out = torch.zeros(len(ranks), len(ranks[0]))
-    searches: dict[tuple[int, int], Search] = {}
-    for c, row in enumerate(ranks):
-        for k, rank in enumerate(row):
-            if 0 < rank < size:
-                searches[c, k] = Search(c, rank, count=size)
-            else:
-                out[c, k] = torch.inf if rank <= 0 else 0.0
-    for shift in SHIFTS:
-        wide = [s for s in searches.values() if s.count > FEW or s.shift == 31]
-        if wide:
-            _narrow(scores, wide, shift)
-    for place, bits in zip(searches, _values(scores, list(searches.values())), strict=True):
-        out[place] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
-    return out
+def _counted(
+    scores: Scores, ranks: Sequence[Sequence[int]], wanted: Sequence[Place]
+) -> Found:
+    """By counting scores by their bits, from the upper ones down: three passes, whatever the scores."""
+    searches = {(c, k): _Search(c, ranks[c][k]) for c, k in wanted}
+    if searches:
+        for shift in SHIFTS:
+            _narrow(scores.pieces(), list(searches.values()), shift)
+    prefixes = torch.tensor([s.prefix for s in searches.values()], dtype=torch.int32)
+    return dict(zip(searches, prefixes.view(torch.float32).tolist(), strict=True))
 
 
-def _narrow(scores: Pass, searches: Sequence[Search], shift: int) -> None:
+def _narrow(pieces: Iterable[Sequence[Tensor]], searches: Sequence[_Search], shift: int) -> None:
     """One pass: from the bits above each search's shift to those above ``shift``."""
-    counts: list[Tensor | None] = [None] * len(searches)
-    for piece in scores():
-        bits = _bits(piece)
-        for i, s in enumerate(searches):
-            row = bits[s.row]
+    bins = [1 << (s.shift - shift) for s in searches]
+    counts = [torch.zeros(b, dtype=torch.int64) for b in bins]
+    for piece in pieces:
+        for s, count, width in zip(searches, counts, bins, strict=True):
+            row = piece[s.row].contiguous().view(torch.int32)
             inside = row if s.shift == 31 else row[(row >> s.shift) == s.prefix]
-            bins = 1 << (s.shift - shift)
-            found = torch.bincount((inside >> shift) & (bins - 1), minlength=bins)
-            held = counts[i]
-            counts[i] = found if held is None else held.add_(found)
-    for s, total in zip(searches, counts, strict=True):
-        assert total is not None  # a tensor has at least one piece
-        above = total.cpu().flip(0).cumsum(0)  # above[j]: scores in the j + 1 highest bins
+            count += torch.bincount((inside >> shift) & (width - 1), minlength=width).cpu()
+    for s, count in zip(searches, counts, strict=True):
+        above = count.flip(0).cumsum(0)  # above[j]: scores in the j + 1 highest bins
         top = int(torch.searchsorted(above, s.rank))
         s.rank -= int(above[top - 1]) if top else 0
-        s.count = int(total[len(above) - 1 - top])
         s.prefix = (s.prefix << (s.shift - shift)) + len(above) - 1 - top
         s.shift = shift
 
 
-def _values(scores: Pass, searches: Sequence[Search]) -> list[int]:
-    """The bits of the wanted scores."""
-    taken: list[list[Tensor]] = [[] for _ in searches]
-    if any(s.shift for s in searches):
-        for piece in scores():
-            bits = _bits(piece)
-            for s, inside in zip(searches, taken, strict=True):
-                if s.shift:
-                    row = bits[s.row]
-                    inside.append(row[(row >> s.shift) == s.prefix])
-    return [
-        int(torch.cat(inside).sort(descending=True).values[s.rank - 1]) if s.shift else s.prefix
-        for s, inside in zip(searches, taken, strict=True)
-    ]
-
-
-def _bits(piece: Tensor) -> Tensor:
-    return piece.reshape(piece.shape[0], -1).contiguous().view(torch.int32)
+def spread(count: int, size: int) -> Tensor:
+    """``count`` places in [0, size), one in each of as many equal stretches, not at equal distances, (count) int64."""
+    if count >= size:
+        return torch.arange(size)
+    stretch = torch.arange(count, dtype=torch.float64)
+    inside = (stretch * ((math.sqrt(5) - 1) / 2)) % 1.0  # equal distances would meet the same columns again and again
+    return ((stretch + inside) * (size / count)).long().clamp(max=size - 1)

@@ -8,9 +8,13 @@ scalar in a model (tensor, flat offset), so a scalar's draw can be computed alon
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from evolver.merging.kernels import Kernel, Kernels
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -59,37 +63,64 @@ def key_words(seed: int, name: str, device: torch.device) -> Tensor:
     return torch.tensor([seed & LOW32, (seed >> 32) & LOW32, *stream_of(name)], dtype=torch.int64, device=device)
 
 
-def words(seed: int, stream: Tensor) -> Tensor:
-    """As ``key_words``, for a stream (2,) that is on its device already."""
-    key = torch.tensor([seed & LOW32, (seed >> 32) & LOW32], dtype=torch.int64, device=stream.device)
-    return torch.cat([key, stream])
+def fill(words: Tensor, first: Tensor, out: Tensor) -> tuple[()]:
+    """Write draws in [0, 65536) for whole blocks of 8,192 scalars, from block ``first`` (int64, ()) on.
 
-
-def block_draws(words: Tensor, first: Tensor, blocks: int) -> Tensor:
-    """Draws in [0, 65536) for ``blocks`` whole blocks of 8,192 scalars, from block ``first`` (int64, ()) on.
-
-    Returns:
-        int64 tensor (blocks * 8192,), in the order of the flat offsets.
+    Args:
+        out: int32 (blocks, HALVES, LANES); flat, it is in the order of the scalars' offsets.
     """
-    row = torch.arange(blocks, dtype=torch.int64, device=words.device)[:, None]
+    row = torch.arange(out.shape[0], dtype=torch.int64, device=words.device)[:, None]
     lane = torch.arange(LANES, dtype=torch.int64, device=words.device)[None, :]
     place = (first + row) * LANES + lane  # (blocks, LANES)
     low, high = place & LOW32, (place >> 32) & LOW32
-    out = philox4x32((low, high, words[2].expand_as(low), words[3].expand_as(low)), (words[0], words[1]))
-    halves = [half for word in out for half in (word & 0xFFFF, word >> 16)]
-    return torch.stack(halves, dim=1).reshape(-1)  # (blocks, HALVES, LANES) → flat
+    found = philox4x32((low, high, words[2].expand_as(low), words[3].expand_as(low)), (words[0], words[1]))
+    for half in range(HALVES):
+        word = found[half // 2]
+        out[:, half].copy_(word & 0xFFFF if half % 2 == 0 else word >> 16)
+    return ()
+
+
+class Drawn:
+    """The draws of some tensors, piece by piece.
+
+    Args:
+        seed: of all.
+        names: of the tensors, or whatever else tells streams of draws apart.
+        kernels: fused kernels, where there are some; the bits are the same.
+    """
+
+    def __init__(self, seed: int, names: Sequence[str], device: torch.device, kernels: Kernels | None = None) -> None:
+        self.device, self.kernels = device, kernels
+        self.words = [key_words(seed, name, device) for name in names]
+        self._held: list[Tensor] = []
+        self._kernel: Kernel | None = None
+
+    def piece(self, start: int, shape: Sequence[int]) -> list[Tensor]:
+        """For every tensor the draws of its scalars from ``start`` on, int32, of that shape; valid until the next call."""
+        first, skip = divmod(start, BLOCK)
+        count = math.prod(shape)
+        blocks = max(2, -(-(skip + count) // BLOCK))  # kernels take no fewer
+        if not self._held or self._held[0].shape[0] < blocks:
+            size = (blocks, HALVES, LANES)
+            self._held = [torch.empty(size, dtype=torch.int32, device=self.device) for _ in self.words]
+        place = torch.tensor(first, device=self.device)
+        for words, held in zip(self.words, self._held, strict=True):
+            self._fill(words, place, held[:blocks])
+        return [held.view(-1)[skip : skip + count].view(*shape) for held in self._held]
+
+    def _fill(self, *tensors: Tensor) -> None:
+        if self.kernels is not None and self._kernel is None:
+            self._kernel = self.kernels.get(fill, tensors, [False, False, True], "draws")
+            self.kernels = None  # looked for once
+        if self._kernel:
+            self._kernel(list(tensors))
+        else:
+            fill(*tensors)
 
 
 def draws(seed: int, name: str, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Draws in [0, 65536) for the scalars ``start`` … ``start + count - 1`` of the tensor ``name``.
-
-    Returns:
-        int64 tensor (count,).
-    """
-    device = torch.device(device)
-    first, last = start // BLOCK, -(-(start + count) // BLOCK)
-    flat = block_draws(key_words(seed, name, device), torch.tensor(first, device=device), last - first)
-    return flat[start - first * BLOCK : start - first * BLOCK + count]
+    """Draws in [0, 65536) for the scalars ``start`` … ``start + count - 1`` of the tensor ``name``, int32 (count,)."""
+    return Drawn(seed, [name], torch.device(device)).piece(start, [count])[0]
 
 
 def threshold(probability: float) -> int:

@@ -25,7 +25,10 @@ sys.path.insert(0, str(ROOT))
 
 from evolver.merging import crossing  # noqa: E402
 from evolver.merging.apply import Whole, apply  # noqa: E402
+from evolver.merging.kernels import Kernels  # noqa: E402
 from evolver.merging.methods import METHODS  # noqa: E402
+
+KERNELS = Kernels()
 
 PAGE = ROOT / "results" / "benchmarks" / "merging.md"
 ROUNDS = 5
@@ -105,25 +108,25 @@ def copy_seconds(all_models: Sequence[Model], count: int) -> float:
     return median(lambda: copy(sources)) / len(sources) * (count + 2) / 2
 
 
-def merge(name: str, given: dict[str, object], count: int, all_models: Sequence[Model], compiled: bool) -> None:
+def merge(name: str, given: dict[str, object], count: int, all_models: Sequence[Model], kernels: Kernels | None) -> None:
     base, experts = all_models[0], all_models[1 : count + 1]
     weight = {"weight": 1 / count} if "weight" in METHODS[name].settings else {}
     values = METHODS[name].complete({**weight, **given}, count, name)
     for tensor, origin in base.items():
-        apply(METHODS[name], values, Whole(tensor, [e[tensor] for e in experts], origin, list("abcde"[:count]), 0.5), None, compiled)  # fmt: skip  # noqa: E501
+        apply(METHODS[name], values, Whole(tensor, [e[tensor] for e in experts], origin, list("abcde"[:count]), 0.5), None, kernels)  # fmt: skip  # noqa: E501
 
 
 def offspring(all_models: Sequence[Model]) -> None:
     for name, tensor in all_models[1].items():
-        crossing.cross("evolver", tensor, [all_models[2][name]], 0.5, 0.5, 7, name)
+        crossing.cross("evolver", tensor, [all_models[2][name]], 0.5, 0.5, 7, name, KERNELS)
 
 
 def in_memory(all_models: Sequence[Model]) -> list[list[str]]:
     rows = []
     for name, given, count, limit in CASES:
         copied = copy_seconds(all_models, count)
-        plain = median(lambda: merge(name, given, count, all_models, False), 3)  # noqa: B023
-        fused = median(lambda: merge(name, given, count, all_models, True)) if not METHODS[name].rows else plain  # noqa: B023
+        plain = median(lambda: merge(name, given, count, all_models, None), 3)  # noqa: B023
+        fused = median(lambda: merge(name, given, count, all_models, KERNELS)) if not METHODS[name].rows else plain  # noqa: B023
         best = min(plain, fused)
         row = [
             name,

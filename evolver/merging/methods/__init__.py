@@ -1,8 +1,8 @@
 """The registry of merge methods: one function each, whose signature is its settings and its search space.
 
 The first parameter says what a method works on: ``deltas`` are task vectors against the base, and the merged delta is
-returned; ``models`` are the weights themselves. It gets a piece of one tensor, (E, n) scalars or, where it declares
-``rows``, (E, rows, columns), always float32. Keyword-only parameters are settings. Annotate one with ``Range`` or
+returned; ``models`` are the weights themselves. It gets a piece of one tensor of E experts: E tensors (n) or, where it
+declares ``rows``, (rows, columns), always float32. Keyword-only parameters are settings. Annotate one with ``Range`` or
 ``Simplex`` and a search can tune it; a setting that is a tuple has one number an expert. Numbers arrive as float64
 tensors, () or (E,), so that a change of a number never compiles a kernel anew: do not branch on them. A parameter
 ``here`` is handed in, not set: what a method may ask about the tensor beyond its piece.
@@ -121,7 +121,7 @@ def method(
 
     Args:
         paper: where it was published.
-        rows: the method looks at whole rows; its pieces are (E, rows, columns), a vector being one row.
+        rows: the method looks at whole rows; its pieces are (rows, columns), a vector being one row.
         takes: how many models it merges; None: any number.
     """
 

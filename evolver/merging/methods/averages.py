@@ -6,31 +6,29 @@ from typing import Annotated
 
 from torch import Tensor
 
+from evolver.merging.here import Stack
 from evolver.merging.methods import Range, Simplex, each, method, number
-from evolver.merging.operators import weighted_sum
+from evolver.merging.operators import total_of, weighted_sum
 
 Weight = Annotated[Tensor, Simplex()]
 Mass = Annotated[Tensor, Range(0.2, 3.0, log=True)]
 
 
 @method("Wortsman et al. 2022, Model soups")
-def simple(models: Tensor) -> Tensor:
+def simple(models: Stack) -> Tensor:
     """The plain average of the models: of 1 and 3 it is 2."""
-    total = models[0]
-    for e in range(1, models.shape[0]):
-        total = total + models[e]
-    return total / models.shape[0]
+    return total_of(models) / len(models)
 
 
 @method("Wortsman et al. 2022, Model soups")
-def linear(models: Tensor, *, weight: Weight = each(1.0), normalize: bool = True) -> Tensor:
+def linear(models: Stack, *, weight: Weight = each(1.0), normalize: bool = True) -> Tensor:
     """Σ w·θ, divided by Σ w where ``normalize`` is set: of 1 and 3 with weights 3 and 1 it is 6/4 = 1.5."""
     return weighted_sum(models, weight, normalize)
 
 
 @method("Ilharco et al. 2023, Editing models with task arithmetic")
 def task_arithmetic(
-    deltas: Tensor, *, weight: Weight = each(1.0), lambda_: Mass = number(1.0), normalize: bool = False
+    deltas: Stack, *, weight: Weight = each(1.0), lambda_: Mass = number(1.0), normalize: bool = False
 ) -> Tensor:
     """λ Σ w·τ: of deltas 1 and 3 with weights 0.5 and λ = 0.5 it is 1.
 

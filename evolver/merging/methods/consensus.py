@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evolver.merging import operators
-from evolver.merging.here import Here
+from evolver.merging.here import Here, Stack
 from evolver.merging.methods import Range, each, method, number
 from evolver.merging.methods.averages import Mass, Weight
 
@@ -17,40 +17,41 @@ Top = Annotated[Tensor, Range(0.05, 1.0, above=0.0, most=1.0)]
 
 
 @method("Wan et al. 2024, FuseChat (SCE)")
-def sce(deltas: Tensor, *, here: Here, select_topk: Top = number(1.0)) -> Tensor:
+def sce(deltas: Stack, *, here: Here, select_topk: Top = number(1.0)) -> Tensor:
     """Select the scalars on which the experts differ most, weigh experts by their energy there, erase minority signs.
 
     Of the scalars with any variance the ``select_topk`` with the most stay; where nothing has variance, all do.
     """
-    if deltas.shape[0] == 1:
+    if len(deltas) == 1:
         return deltas[0]
-    varied = here.sum(lambda d, _: (_variance(d) > 0).sum())
+    varied = here.sum(lambda d, _: (_variance(d) > 0).sum(dtype=torch.float64))
 
     def rank(size: int) -> list[list[int]]:
         everything = float(select_topk) >= 1 or not varied
         return [[size if everything else max(1, int(int(varied) * float(select_topk)))]]
 
-    cut = here.kth_largest(lambda d, _: _variance(d)[None], rank)[0, 0]
+    cut = here.kth_largest(lambda d, _: [_variance(d)], rank)[0, 0]
 
-    def selected(d: Tensor) -> Tensor:
-        return torch.where(_variance(d) >= cut, d, 0.0)
+    def selected(d: Stack) -> list[Tensor]:
+        chosen = _variance(d) >= cut
+        return [torch.where(chosen, x, 0.0) for x in d]
 
-    energy = here.sum(lambda d, _: selected(d).square().sum(1, dtype=torch.float64))
+    energy = here.sum(lambda d, _: torch.stack([x.square().sum(dtype=torch.float64) for x in selected(d)]))
     total = energy.sum()
-    weight = torch.where(total > 0, energy / torch.where(total > 0, total, 1.0), 1 / deltas.shape[0])
+    weight = torch.where(total > 0, energy / torch.where(total > 0, total, 1.0), 1 / len(deltas))
     kept = selected(deltas)
     return operators.disjoint_sum(kept, weight, kept, operators.elected_sign(kept, "mass"), True)
 
 
 @method("Yuan et al. 2025, Reinforced agent merging (RAM)")
-def ram(deltas: Tensor, *, epsilon: Small = number(1e-5)) -> Tensor:
+def ram(deltas: Stack, *, epsilon: Small = number(1e-5)) -> Tensor:
     """Scalars that one expert moved by more than ε keep its full delta; where several moved, the average of theirs."""
-    return _ram(deltas, epsilon, torch.ones(deltas.shape[0], device=deltas.device))
+    return _ram(deltas, epsilon, torch.ones(len(deltas), device=deltas[0].device))
 
 
 @method("Yuan et al. 2025, Reinforced agent merging (RAM+)")
 def ramplus_tl(
-    deltas: Tensor,
+    deltas: Stack,
     *,
     here: Here,
     epsilon: Small = number(1e-5),
@@ -59,10 +60,11 @@ def ramplus_tl(
 ) -> Tensor:
     """As ``ram``; what one expert alone moved is enlarged by 1 + r·clip(shared ÷ unique, 0, α), counted per tensor."""
 
-    def counts(d: Tensor, _: Here) -> Tensor:
-        active = d.abs() > epsilon
-        alone = active.sum(0) == 1
-        return torch.stack([(active & ~alone).sum(1), (active & alone).sum(1)])
+    def counts(d: Stack, _: Here) -> Tensor:
+        active = [x.abs() > epsilon for x in d]
+        alone = operators.total_of([a.int() for a in active]) == 1
+        shared = torch.stack([(a & ~alone).sum(dtype=torch.float64) for a in active])
+        return torch.stack([shared, torch.stack([(a & alone).sum(dtype=torch.float64) for a in active])])
 
     shared, unique = here.sum(counts)
     ratio = torch.where(unique > 0, shared / torch.where(unique > 0, unique, 1.0), 0.0)
@@ -71,7 +73,7 @@ def ramplus_tl(
 
 @method("Wang et al. 2024, Localizing task information (TALL masks, Consensus)")
 def consensus(
-    deltas: Tensor,
+    deltas: Stack,
     *,
     weight: Weight = each(1.0),
     lambda_: Mass = number(1.0),
@@ -83,33 +85,28 @@ def consensus(
     A scalar matters to an expert where |τ| > tall · |Σ w·τ - τ| (equations 4 and 6). ``agree: 0`` is task arithmetic.
     """
     merged = operators.weighted_sum(deltas, weight, False)
-    votes = torch.zeros_like(merged)
-    for e in range(deltas.shape[0]):
-        votes = votes + (deltas[e].abs() > tall * (merged - deltas[e]).abs()).float()
+    votes = operators.total_of([(d.abs() > tall * (merged - d).abs()).float() for d in deltas])
     return lambda_ * torch.where(votes >= agree, merged, 0.0)
 
 
 @method("He et al. 2024, Localize-and-Stitch (dataless form)")
 def localize_and_stitch(
-    deltas: Tensor, *, here: Here, density: Top = number(0.1), scope: Literal["global", "tensor"] = "global"
+    deltas: Stack, *, here: Here, density: Top = number(0.1), scope: Literal["global", "tensor"] = "global"
 ) -> Tensor:
     """Keep the largest ``density`` of each task vector, over the whole model; average where several keep a scalar."""
 
     def ranks(size: int) -> list[list[int]]:
-        return [[max(1, int(float(density) * size))]] * deltas.shape[0]
+        return [[max(1, int(float(density) * size))]] * len(deltas)
 
-    cut = here.kth_largest(lambda d, _: d.abs(), ranks, scope)[:, 0]
-    kept, count = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
-    for e in range(deltas.shape[0]):
-        mask = deltas[e].abs() >= cut[e]
-        kept = kept + torch.where(mask, deltas[e], 0.0)
-        count = count + mask.float()
+    cut = here.kth_largest(lambda d, _: [x.abs() for x in d], ranks, scope)[:, 0].unbind(0)
+    kept = operators.total_of([operators.trim(d, c) for d, c in zip(deltas, cut, strict=True)])
+    count = operators.total_of([(d.abs() >= c).float() for d, c in zip(deltas, cut, strict=True)])
     return kept / count.clamp(min=1)
 
 
 @method("Du et al. 2024, Parameter competition balancing (PCB-Merging)")
 def pcb(
-    deltas: Tensor,
+    deltas: Stack,
     *,
     here: Here,
     weight: Weight = each(1.0),
@@ -122,42 +119,45 @@ def pcb(
     β = exp(E·τ²/max τ²) · Σ_j tanh(n_i n_j) with n = τ/max|τ| (``inter: sum``: tanh(τ_i Σ τ)); the largest ``density``
     of β stay, scaled to [0, 1]; then λ Σ β̂·w·τ / Σ β̂. Maxima and shares are those of each tensor.
     """
-    largest = here.maximum(lambda d, _: d.reshape(d.shape[0], -1).abs().amax(1)).float()
+    largest = here.maximum(lambda d, _: torch.stack([x.abs().amax() for x in d])).float()
+    safe = torch.where(largest > 0, largest, 1.0).unbind(0)
 
-    def balance(d: Tensor) -> Tensor:
-        unit = d.double() / torch.where(largest > 0, largest, 1.0)[:, None]
-        sums = torch.tanh(d.double() * d.double().sum(0)) if inter == "sum" else torch.zeros_like(unit)
-        if inter == "pairs":
-            for e in range(d.shape[0]):
-                sums = sums + torch.tanh(unit * unit[e])
-        return (torch.exp(d.shape[0] * unit.square()) * sums).clamp(min=0).float()  # exp differs in float32's last bit
+    def balance(d: Stack) -> list[Tensor]:
+        wide = [x.double() for x in d]
+        unit = [x / m for x, m in zip(wide, safe, strict=True)]
+        if inter == "sum":
+            total = operators.total_of(wide)
+            agreement = [torch.tanh(x * total) for x in wide]
+        else:
+            agreement = [operators.total_of([torch.tanh(u * other) for other in unit]) for u in unit]
+        # In float64, as exp differs in float32's last bit from one kernel to another.
+        return [
+            (torch.exp(len(d) * u.square()) * a).clamp(min=0).float() for u, a in zip(unit, agreement, strict=True)
+        ]
 
     def ranks(size: int) -> list[list[int]]:
-        return [[1, max(1, int(float(density) * size))]] * deltas.shape[0]
+        return [[1, max(1, int(float(density) * size))]] * len(deltas)
 
-    top, cut = here.kth_largest(lambda d, _: balance(d), ranks).T
-    beta = balance(deltas)
-    span = torch.where(top > cut, top - cut, 1.0)[:, None]
-    scaled = torch.where(top[:, None] > cut[:, None], (beta - cut[:, None]) / span, 1.0)
-    score = torch.where((beta >= cut[:, None]) & (beta > 0), scaled, 0.0)
-    total = score.sum(0)
-    merged = (score * deltas * operators.per_expert(weight, deltas)).sum(0)
+    edges = here.kth_largest(lambda d, _: balance(d), ranks).unbind(0)
+    score = [_scaled(b, top, cut) for b, (top, cut) in zip(balance(deltas), edges, strict=True)]
+    total = operators.total_of(score)
+    merged = operators.weighted_sum([s * d for s, d in zip(score, deltas, strict=True)], weight, False)
     return lambda_ * merged / torch.where(total > 0, total, 1.0)
 
 
 @method("Huang et al. 2024, EMR-Merging (its elected vector)")
-def emr_max(deltas: Tensor, *, lambda_: Annotated[Tensor, Range(0.1, 1.0)] = number(1.0)) -> Tensor:
+def emr_max(deltas: Stack, *, lambda_: Annotated[Tensor, Range(0.1, 1.0)] = number(1.0)) -> Tensor:
     """λ times, scalar by scalar, the largest delta of those with the sign of the sum: of 3, 1 and -2 it is 3."""
     sign = operators.elected_sign(deltas, "mass")
     best = torch.zeros_like(sign)
-    for e in range(deltas.shape[0]):
-        best = torch.maximum(best, deltas[e] * sign)
+    for delta in deltas:
+        best = torch.maximum(best, delta * sign)
     return lambda_ * sign * best
 
 
 @method("Yu et al. 2024, Extend model merging to pre-trained models (WIDEN)", rows=True)
 def widen(
-    models: Tensor,
+    models: Stack,
     *,
     here: Here,
     ratio: Annotated[Tensor, Range(0.5, 1.5, least=0.0)] = number(1.0),
@@ -171,21 +171,22 @@ def widen(
     """
     magnitude, direction = _moved(here)
     score = (_importance(magnitude, ratio, calibration) + _importance(direction, ratio, calibration)) / 2
-    deltas = models - here.base
-    return here.base + lambda_ * (score.float()[:, None, :] * deltas).sum(0)
+    moves = [s * (m - here.base) for s, m in zip(score.float().unbind(0), models, strict=True)]
+    return here.base + lambda_ * operators.total_of(moves)
 
 
-def _columns(models: Tensor, here: Here) -> Tensor:
+def _columns(models: Stack, here: Here) -> Tensor:
     """Squares of every expert's columns, their products with the base's, and the base's squares: (2E + 1, columns)."""
-    wide, base = models.double(), here.base.double()
-    return torch.cat([wide.square().sum(1), (wide * base).sum(1), base.square().sum(0)[None]])
+    wide, base = [m.double() for m in models], here.base.double()
+    squares, products = [w.square().sum(0) for w in wide], [(w * base).sum(0) for w in wide]
+    return torch.stack([*squares, *products, base.square().sum(0)])
 
 
 def _moved(here: Here) -> tuple[Tensor, Tensor]:
     """How far the columns moved in magnitude and in direction, (E, columns) each."""
-    count = here.stack.shape[0]
+    count = len(here.inputs)
     if here.vector:
-        moved = (here.stack - here.base).abs()[:, 0].double()
+        moved = torch.stack([(m - here.base).abs()[0].double() for m in here.inputs])
         return moved, moved
     sums = here.sum(_columns)
     norms, base = sums[:count].sqrt(), sums[-1].sqrt()
@@ -200,21 +201,21 @@ def _importance(moved: Tensor, ratio: Tensor, calibration: Tensor) -> Tensor:
     return torch.where(rank > ratio * rank.mean(1, keepdim=True), calibration, score)
 
 
-def _ram(deltas: Tensor, epsilon: Tensor, enlarged: Tensor) -> Tensor:
+def _scaled(beta: Tensor, top: Tensor, cut: Tensor) -> Tensor:
+    """Scores from ``cut`` to ``top`` scaled to [0, 1], smaller ones 0; all that stay are 1 where the two are equal."""
+    scaled = torch.where(top > cut, (beta - cut) / torch.where(top > cut, top - cut, 1.0), 1.0)
+    return torch.where((beta >= cut) & (beta > 0), scaled, 0.0)
+
+
+def _ram(deltas: Stack, epsilon: Tensor, enlarged: Tensor) -> Tensor:
     total, alone, count = (torch.zeros_like(deltas[0]) for _ in range(3))
-    for e in range(deltas.shape[0]):
-        active = deltas[e].abs() > epsilon
-        moved = torch.where(active, deltas[e], 0.0)
-        total, alone, count = total + moved, alone + moved * enlarged[e].to(deltas.dtype), count + active.float()
+    for delta, factor in zip(deltas, enlarged.unbind(0), strict=True):
+        active = delta.abs() > epsilon
+        moved = torch.where(active, delta, 0.0)
+        total, alone, count = total + moved, alone + moved * factor.to(delta.dtype), count + active.float()
     return torch.where(count > 1, total / count.clamp(min=1), alone)
 
 
-def _variance(deltas: Tensor) -> Tensor:
-    mean = deltas[0]
-    for e in range(1, deltas.shape[0]):
-        mean = mean + deltas[e]
-    mean = mean / deltas.shape[0]
-    squares = torch.zeros_like(mean)
-    for e in range(deltas.shape[0]):
-        squares = squares + (deltas[e] - mean).square()
-    return squares / (deltas.shape[0] - 1)
+def _variance(deltas: Stack) -> Tensor:
+    mean = operators.total_of(deltas) / len(deltas)
+    return operators.total_of([(d - mean).square() for d in deltas]) / (len(deltas) - 1)

@@ -6,21 +6,21 @@ from typing import Annotated
 
 from torch import Tensor
 
-from evolver.merging.here import Here
+from evolver.merging.here import Here, Stack
 from evolver.merging.methods import Range, each, method, number
 from evolver.merging.methods.averages import Weight
 from evolver.merging.operators import weighted_sum
 
 
 @method("mergekit 2023, passthrough", takes=1)
-def passthrough(models: Tensor, *, scale: Annotated[Tensor, Range(0.5, 1.5)] = number(1.0)) -> Tensor:
+def passthrough(models: Stack, *, scale: Annotated[Tensor, Range(0.5, 1.5)] = number(1.0)) -> Tensor:
     """One model as it is, times ``scale``."""
     return models[0] * scale
 
 
 @method("Wang et al. 2024, LiNeS: Layer scaling prevents forgetting")
 def lines(
-    deltas: Tensor,
+    deltas: Stack,
     *,
     here: Here,
     weight: Weight = each(1.0),

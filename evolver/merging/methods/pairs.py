@@ -7,19 +7,19 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from evolver.merging.here import Here
+from evolver.merging.here import Here, Stack
 from evolver.merging.methods import Range, method
 from evolver.merging.operators import TINY
 
 
 @method("Alchemist 2024, NearSwap, as in mergekit", takes=1)
-def nearswap(deltas: Tensor, *, t: Annotated[Tensor, Range(1e-5, 1e-2, log=True, least=0.0)]) -> Tensor:
+def nearswap(deltas: Stack, *, t: Annotated[Tensor, Range(1e-5, 1e-2, log=True, least=0.0)]) -> Tensor:
     """The base, moved towards one model by at most t in every scalar: a delta of 3 with t = 2 becomes 2."""
     return torch.minimum(torch.maximum(deltas[0], -t.float()), t.float())
 
 
 @method("Arcee 2024, Arcee Fusion, as in mergekit", rows=True, takes=1)
-def arcee_fusion(models: Tensor, *, here: Here) -> Tensor:
+def arcee_fusion(models: Stack, *, here: Here) -> Tensor:
     """The base, with the scalars of one model whose change is an outlier of importance.
 
     Importance is |τ| times the divergence KL(softmax of the model's row ‖ softmax of the base's); outliers lie at or
@@ -34,8 +34,8 @@ def arcee_fusion(models: Tensor, *, here: Here) -> Tensor:
     return here.base + torch.where(important, models[0] - here.base, 0.0)
 
 
-def _importance(models: Tensor, here: Here) -> Tensor:
+def _importance(models: Stack, here: Here) -> Stack:
     ours, theirs = torch.softmax(models[0], -1) + TINY, torch.softmax(here.base, -1) + TINY
     divergence = (ours * torch.log(ours / theirs)).sum(-1, keepdim=True)
     # The divergence of equal rows is 0 up to rounding, and scores have no sign.
-    return ((models[0] - here.base).abs() * divergence)[None].clamp(min=0)
+    return [((models[0] - here.base).abs() * divergence).clamp(min=0)]

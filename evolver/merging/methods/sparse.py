@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from evolver.merging import operators
-from evolver.merging.here import Here
+from evolver.merging.here import Here, Stack
 from evolver.merging.methods import Range, each, method, number
 from evolver.merging.methods.averages import Mass, Weight
 
@@ -25,12 +25,12 @@ Rescale = Literal["none", "l1", "l2", "linf", "inv_p"]
 Scope = Literal["tensor", "global"]
 Elect = Literal["weighted", "raw"]
 Sign = Literal["mass", "count"]
-Thin = Callable[[Tensor, Here], Tensor]
+Thin = Callable[[Stack, Here], list[Tensor]]
 
 
 @method("Yadav et al. 2023, TIES-Merging")
 def ties(
-    deltas: Tensor,
+    deltas: Stack,
     *,
     here: Here,
     weight: Weight = each(1.0),
@@ -48,14 +48,14 @@ def ties(
     (``trim_scope: global``) and elects on the deltas as they are (``elect: raw``). Of deltas 3 and -1 the sign is
     positive and the merge 3; of 3 and 1 it is 2.
     """
-    cut = here.kth_largest(_magnitudes, lambda n: [[_kept(d, n)] for d in density.tolist()], trim_scope)[:, 0]
-    kept = _match_norm(here, lambda d, _: operators.trim(d, cut), rescale)
+    cuts = here.kth_largest(_magnitudes, lambda n: [[_kept(d, n)] for d in density.tolist()], trim_scope)[:, 0]
+    kept = _match_norm(deltas, here, lambda d, _: list(map(operators.trim, d, cuts.unbind(0))), rescale)
     return _disjoint(kept, weight, lambda_, normalize, elect, sign)
 
 
 @method("Yu et al. 2024, Language models are super Mario (DARE)")
 def dare_linear(
-    deltas: Tensor,
+    deltas: Stack,
     *,
     here: Here,
     weight: Weight = each(1.0),
@@ -70,15 +70,13 @@ def dare_linear(
     ``rescale: l1`` restores each task vector's L1 norm per tensor, as mergekit does; ``inv_p`` divides by the density,
     as the paper does: a delta of 2 at density 0.5 becomes 4 or 0.
     """
-    kept = _thin(
-        here, lambda d, h: operators.drop(d, h.draws(seed), _wide(density, d)), rescale, _wide(density, deltas)
-    )
+    kept = _dare(deltas, here, density, rescale, seed)
     return lambda_ * operators.weighted_sum(kept, weight, normalize)
 
 
 @method("Yu et al. 2024, Language models are super Mario (DARE)")
 def dare_ties(
-    deltas: Tensor,
+    deltas: Stack,
     *,
     here: Here,
     weight: Weight = each(1.0),
@@ -91,15 +89,13 @@ def dare_ties(
     seed: int = 0,
 ) -> Tensor:
     """Drop at random and rescale as ``dare_linear``, then elect and merge as ``ties``."""
-    kept = _thin(
-        here, lambda d, h: operators.drop(d, h.draws(seed), _wide(density, d)), rescale, _wide(density, deltas)
-    )
+    kept = _dare(deltas, here, density, rescale, seed)
     return _disjoint(kept, weight, lambda_, normalize, elect, sign)
 
 
 @method("Deep et al. 2024, DELLA-Merging", rows=True)
 def della_linear(
-    deltas: Tensor,
+    deltas: Stack,
     *,
     here: Here,
     weight: Weight = each(1.0),
@@ -121,7 +117,7 @@ def della_linear(
 
 @method("Deep et al. 2024, DELLA-Merging", rows=True)
 def della(
-    deltas: Tensor,
+    deltas: Stack,
     *,
     here: Here,
     weight: Weight = each(1.0),
@@ -141,7 +137,7 @@ def della(
 
 @method("Davari and Belilovsky 2024, Model Breadcrumbs")
 def breadcrumbs(
-    deltas: Tensor,
+    deltas: Stack,
     *,
     here: Here,
     weight: Weight = each(1.0),
@@ -155,13 +151,13 @@ def breadcrumbs(
 
     At density 1 everything stays, as in mergekit. Of 4, 3, 2, 1 with gamma 0.25 and density 0.5, 3 and 2 stay.
     """
-    kept = _breadcrumbs(here, density, gamma, rescale)
+    kept = _breadcrumbs(deltas, here, density, gamma, rescale)
     return lambda_ * operators.weighted_sum(kept, weight, normalize)
 
 
 @method("Davari and Belilovsky 2024, Model Breadcrumbs")
 def breadcrumbs_ties(
-    deltas: Tensor,
+    deltas: Stack,
     *,
     here: Here,
     weight: Weight = each(1.0),
@@ -174,12 +170,12 @@ def breadcrumbs_ties(
     sign: Sign = "mass",
 ) -> Tensor:
     """Thin out as ``breadcrumbs``, then elect and merge as ``ties``."""
-    kept = _breadcrumbs(here, density, gamma, rescale)
+    kept = _breadcrumbs(deltas, here, density, gamma, rescale)
     return _disjoint(kept, weight, lambda_, normalize, elect, sign)
 
 
-def _magnitudes(deltas: Tensor, _: Here) -> Tensor:
-    return deltas.abs()
+def _magnitudes(deltas: Stack, _: Here) -> Stack:
+    return [d.abs() for d in deltas]
 
 
 def _kept(density: float, size: int) -> int:
@@ -187,72 +183,72 @@ def _kept(density: float, size: int) -> int:
     return max(1, int(density * size))
 
 
-def _wide(numbers: Tensor, like: Tensor) -> Tensor:
-    return numbers.view(-1, *[1] * (like.dim() - 1))
-
-
-def _disjoint(kept: Tensor, weight: Tensor, lambda_: Tensor, normalize: bool, elect: str, sign: str) -> Tensor:
-    votes = kept * operators.per_expert(weight, kept) if elect == "weighted" else kept
+def _disjoint(kept: Stack, weight: Tensor, lambda_: Tensor, normalize: bool, elect: str, sign: str) -> Tensor:
+    weighted = [k * w.to(k.dtype) for k, w in zip(kept, weight.unbind(0), strict=True)]
+    votes = weighted if elect == "weighted" else kept
     elected = operators.elected_sign(votes, sign)
     return lambda_ * operators.disjoint_sum(kept, weight, votes, elected, normalize)
 
 
-def _thin(here: Here, thin: Thin, rescale: str, probability: Tensor) -> Tensor:
-    """Random thinning, made up for by probability or by norm."""
-    if rescale == "inv_p":
-        return (thin(here.stack, here) / probability).to(here.stack.dtype)
-    return _match_norm(here, thin, rescale)
-
-
-def _match_norm(here: Here, thin: Thin, norm: str) -> Tensor:
-    """The thinned stack; each expert's norm over the whole tensor restored, where one is named."""
-    kept = thin(here.stack, here)
+def _match_norm(deltas: Stack, here: Here, thin: Thin, norm: str) -> Stack:
+    """The thinned deltas; each expert's norm over the whole tensor restored, where one is named."""
     if norm == "none":
-        return kept
+        return thin(deltas, here)
     measure = {"l1": _sum_of_sizes, "l2": _sum_of_squares, "linf": _largest_size}[norm]
     ask = here.maximum if norm == "linf" else here.sum
-    before, after = ask(lambda d, h: torch.stack([measure(d), measure(thin(d, h))]))
-    return operators.norm_match(
-        kept, before.sqrt() if norm == "l2" else before, after.sqrt() if norm == "l2" else after
-    )
+    norms = ask(lambda d, h: torch.stack([torch.stack([measure(x) for x in s]) for s in (d, thin(d, h))]))
+    before, after = norms.sqrt() if norm == "l2" else norms
+    return operators.norm_match(thin(deltas, here), before, after)
 
 
-def _sum_of_sizes(stack: Tensor) -> Tensor:
-    return _flat(stack).abs().sum(1, dtype=torch.float64)
+def _sum_of_sizes(delta: Tensor) -> Tensor:
+    return delta.abs().sum(dtype=torch.float64)
 
 
-def _sum_of_squares(stack: Tensor) -> Tensor:
-    return _flat(stack).double().square().sum(1)
+def _sum_of_squares(delta: Tensor) -> Tensor:
+    return delta.double().square().sum()
 
 
-def _largest_size(stack: Tensor) -> Tensor:
-    return _flat(stack).abs().amax(1)
+def _largest_size(delta: Tensor) -> Tensor:
+    return delta.abs().amax()
 
 
-def _flat(stack: Tensor) -> Tensor:
-    return stack.reshape(stack.shape[0], -1)
+def _dare(deltas: Stack, here: Here, density: Tensor, rescale: str, seed: int) -> Stack:
+    def thin(d: Stack, h: Here) -> list[Tensor]:
+        return list(map(operators.drop, d, h.draws(seed), density.unbind(0)))
+
+    if rescale == "inv_p":
+        return [k / p.to(k.dtype) for k, p in zip(thin(deltas, here), density.unbind(0), strict=True)]
+    return _match_norm(deltas, here, thin, rescale)
 
 
-def _della(deltas: Tensor, here: Here, density: Tensor, epsilon: Tensor, rescale: str, seed: int) -> Tensor:
-    room = torch.minimum(epsilon, torch.minimum(density, 1 - density))
+def _della(deltas: Stack, here: Here, density: Tensor, epsilon: Tensor, rescale: str, seed: int) -> Stack:
+    room = torch.minimum(epsilon, torch.minimum(density, 1 - density)).unbind(0)
 
-    def probability(d: Tensor) -> Tensor:
-        p = operators.rank_probability(operators.rank_in_row(d.abs()), d.shape[-1], _wide(density, d), _wide(room, d))
-        return torch.where(_wide(density, d) >= 1, 1.0, p)
+    def thin(d: Stack, h: Here) -> list[Tensor]:
+        return list(map(operators.drop_by_rank, d, h.draws(seed), density.unbind(0), room))
 
-    def thin(d: Tensor, h: Here) -> Tensor:
-        return operators.drop(d, h.draws(seed), probability(d))
+    if rescale != "inv_p":
+        return _match_norm(deltas, here, thin, rescale)
+    kept = []
+    for delta, thinned, p, epsilon_ in zip(deltas, thin(deltas, here), density.unbind(0), room, strict=True):
+        ranks = operators.rank_in_row(delta.abs())
+        chance = operators.rank_probability(ranks, delta.shape[-1], p, epsilon_)
+        kept.append((thinned / chance).to(delta.dtype))
+    return kept
 
-    return _thin(here, thin, rescale, probability(deltas) if rescale == "inv_p" else density)
 
-
-def _breadcrumbs(here: Here, density: Tensor, gamma: Tensor, rescale: str) -> Tensor:
+def _breadcrumbs(deltas: Stack, here: Here, density: Tensor, gamma: Tensor, rescale: str) -> Stack:
     def ranks(size: int) -> Sequence[Sequence[int]]:
         pairs = zip(density.tolist(), gamma.tolist(), strict=True)
         return [_between(d, g, size) for d, g in pairs]
 
-    cuts = here.kth_largest(_magnitudes, ranks)  # (E, 2)
-    return _match_norm(here, lambda d, _: operators.clip_outliers(operators.trim(d, cuts[:, 1]), cuts[:, 0]), rescale)
+    cuts = here.kth_largest(_magnitudes, ranks).unbind(0)  # E of (2)
+
+    def thin(d: Stack, _: Here) -> list[Tensor]:
+        return [operators.clip_outliers(operators.trim(x, c[1]), c[0]) for x, c in zip(d, cuts, strict=True)]
+
+    return _match_norm(deltas, here, thin, rescale)
 
 
 def _between(density: float, gamma: float, size: int) -> list[int]:

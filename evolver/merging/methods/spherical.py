@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evolver.merging import operators
-from evolver.merging.here import Here
+from evolver.merging.here import Here, Stack
 from evolver.merging.methods import Range, each, method, number
 from evolver.merging.methods.averages import Weight
 
@@ -16,7 +16,7 @@ Share = Annotated[Tensor, Range(0.0, 1.0)]
 
 
 @method("Shoemake 1985, Animating rotation with quaternion curves", takes=2)
-def slerp(models: Tensor, *, here: Here, t: Share) -> Tensor:
+def slerp(models: Stack, *, here: Here, t: Share) -> Tensor:
     """From the first of two models (t = 0) to the second (t = 1) along the arc between them.
 
     Of (1, 0) and (0, 1) at t = 0.5 it is (0.7071, 0.7071). Where |cos| > 0.9995 the way is straight.
@@ -28,7 +28,7 @@ def slerp(models: Tensor, *, here: Here, t: Share) -> Tensor:
 
 @method("Shoemake 1985, as mergekit's NuSLERP", rows=True, takes=2)
 def nuslerp(
-    models: Tensor,
+    models: Stack,
     *,
     here: Here,
     weight: Weight = each(1.0),
@@ -45,15 +45,14 @@ def nuslerp(
     """
     t = weight[1] / operators.divisor_of(weight, torch.float64)
     origin = here.base if task_vectors else torch.zeros_like(here.base)
-    dims = (1, 2) if nuslerp_flatten or here.vector else (1,) if nuslerp_row_wise else (2,)
+    dims = (0, 1) if nuslerp_flatten or here.vector else (0,) if nuslerp_row_wise else (1,)
 
-    def products(m: Tensor, h: Here) -> Tensor:
-        x = (m - h.base if task_vectors else m).double()
-        pairs = torch.stack([x[0] * x[0], x[0] * x[1], x[1] * x[1]])
-        return pairs.sum(dims, keepdim=True)
+    def products(m: Stack, h: Here) -> Tensor:
+        a, b = ((x - h.base if task_vectors else x).double() for x in m)
+        return torch.stack([x.sum(dims, keepdim=True) for x in (a * a, a * b, b * b)])
 
     # Rows are whole within a piece; the other two kinds need a pass.
-    aa, ab, bb = products(models, here) if dims == each(2) else here.sum(products)
+    aa, ab, bb = products(models, here) if dims == (1,) else here.sum(products)
     norms = (aa * bb).sqrt()
     cosine = torch.where(norms > 0, ab / torch.where(norms > 0, norms, 1.0), 1.0)
     first, second = operators.slerp_factors(cosine, t, operators.no_sine)
@@ -62,7 +61,7 @@ def nuslerp(
 
 @method("Buss and Fillmore 2001, Spherical averages, as mergekit's Multi-SLERP")
 def multislerp(
-    models: Tensor,
+    models: Stack,
     *,
     here: Here,
     weight: Weight = each(1.0),
@@ -73,7 +72,7 @@ def multislerp(
 
     ``task_vectors``: of the differences to the base instead of the weights.
     """
-    norms, cosine = operators.unit(here.sum(lambda m, h: operators.gram(m - h.base if task_vectors else m)))
+    norms, cosine = operators.unit(here.sum(lambda m, h: operators.gram([x - h.base for x in m] if task_vectors else m)))
     w = weight / operators.divisor_of(weight, torch.float64) if normalize_weights else weight
     mean = _normalised(w, cosine)
     tangent = w - (w @ (cosine @ mean)) * mean  # Σ w (u - (u·m) m), in coordinates of the units u
@@ -82,7 +81,7 @@ def multislerp(
 
 @method("Karcher 1977, Riemannian center of mass and mollifier smoothing")
 def karcher(
-    models: Tensor, *, here: Here, weight: Weight = each(1.0), max_iter: int = 10, tol: Tensor = number(1e-5)
+    models: Stack, *, here: Here, weight: Weight = each(1.0), max_iter: int = 10, tol: Tensor = number(1e-5)
 ) -> Tensor:
     """The weighted mean on the sphere, iterated until a step is shorter than ``tol``, times the mean norm.
 
@@ -103,16 +102,16 @@ def karcher(
 
 
 @method("Jang et al. 2024, Model Stock", rows=True)
-def model_stock(models: Tensor, *, here: Here, filter_wise: bool = False) -> Tensor:
+def model_stock(models: Stack, *, here: Here, filter_wise: bool = False) -> Tensor:
     """Between the base and the average of the models, the nearer to the average the more their deltas agree.
 
     t = N c / (1 + (N - 1) c) with c the mean cosine of two deltas (equation 5): orthogonal deltas give the base,
     equal ones that model. ``filter_wise``: one t for every row. Needs two models.
     """
-    count = models.shape[0]
+    count = len(models)
 
-    def products(m: Tensor, h: Here) -> Tensor:
-        x = (m - h.base).double()
+    def products(m: Stack, h: Here) -> Tensor:
+        x = torch.stack([d - h.base for d in m]).double()
         return torch.einsum("arc,brc->rab", x, x) if filter_wise else torch.einsum("arc,brc->ab", x, x)[None]
 
     by_row = products(models, here) if filter_wise else here.sum(products)
@@ -122,7 +121,7 @@ def model_stock(models: Tensor, *, here: Here, filter_wise: bool = False) -> Ten
     upper = torch.triu_indices(count, count, 1)
     c = cosine[:, upper[0], upper[1]].mean(1)
     t = (count * c / (1 + (count - 1) * c)).float()[:, None]
-    average = operators.weighted_sum(models, torch.ones(count, device=models.device), True)
+    average = operators.weighted_sum(models, torch.ones(count, device=here.base.device), True)
     return t * average + (1 - t) * here.base
 
 
@@ -144,8 +143,8 @@ def _step(mean: Tensor, tangent: Tensor, cosine: Tensor) -> Tensor:
     )
 
 
-def _on_sphere(models: Tensor, here: Here, task_vectors: bool, mean: Tensor, norms: Tensor, radius: Tensor) -> Tensor:
+def _on_sphere(models: Stack, here: Here, task_vectors: bool, mean: Tensor, norms: Tensor, radius: Tensor) -> Tensor:
     factors = radius * mean / torch.where(norms > 0, norms, 1.0)
     if not task_vectors:
         return operators.weighted_sum(models, factors, False)
-    return here.base + operators.weighted_sum(models - here.base, factors, False)
+    return here.base + operators.weighted_sum([m - here.base for m in models], factors, False)
