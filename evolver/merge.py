@@ -84,7 +84,7 @@ def merge(
     known = digests(opened.sources)
     nodes = {r: Expert(r, d) for r, d in known.items()}
     recipe = opened.configuration.recipe(nodes, opened.base.names(), seed)
-    scalars = len(known) * sum(torch.Size(i.shape).numel() for i in opened.base.headers.values())
+    scalars = len(known) * opened.base.scalars
     dtype = opened.configuration.dtype
     draws = "seed" in opened.configuration.method.settings
     materialiser = Materialiser(

@@ -12,11 +12,14 @@ from evolver.config import Config
 from evolver.errors import BadInput
 from evolver.evaluation.base import Tasks, load_tasks
 from evolver.evaluation.live import LiveModel, default_device
+from evolver.merging.kernels import Kernels
 from evolver.merging.materialise import Materialiser
 from evolver.merging.weights import Checkpoint, Source, digests, open_base, open_expert
 from evolver.records import Candidate, Result, Split, content_hash
 
 GIB = 1 << 30
+# Models below so many scalars are merged without compiling kernels first, which takes some ten seconds each.
+COMPILE_FROM = 3 * 10**7
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ def build_materialiser(plan: Plan, opened: Opened, device: str = "cpu") -> Mater
     config = plan.config
     dtype = None if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     sources = {plan.digests[n]: s for n, s in {"base": opened.base, **opened.experts}.items()}
-    return Materialiser(opened.base, sources, dtype, int(config.pool.cache_gb * GIB), device)
+    kernels = Kernels(build=opened.base.scalars >= COMPILE_FROM)
+    return Materialiser(opened.base, sources, dtype, int(config.pool.cache_gb * GIB), device, kernels)
 
 
 def items_hash(tasks: Tasks, split: Split) -> str:

@@ -3,21 +3,12 @@
 import pytest
 import torch
 
-from evolver.merging import crossing
-from evolver.merging.crossing import (
-    COMPILE_FROM,
-    EAGER_SCALARS,
-    STRATEGIES,
-    cross,
-)
+from evolver.merging import crossing, random
+from evolver.merging.crossing import STRATEGIES, cross
+from evolver.merging.kernels import Kernels, can_compile
 from evolver.merging.random import draws, threshold
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture
-def eager(monkeypatch):
-    monkeypatch.setattr(crossing, "can_compile", lambda device: False)
 
 
 def members(count, shape, dtype=torch.float32, seed=0):
@@ -45,7 +36,7 @@ def partners(strategy):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_cross_is_its_definition(strategy, dtype, eager):
+def test_cross_is_its_definition(strategy, dtype):
     """float32 rounds each of at most 7 steps on numbers below 50 by 2^-24 of them: 2e-5 in all; then the dtype does."""
     x, *p = members(1 + partners(strategy), (70, 131), dtype)
     child = cross(strategy, x, p, 0.3, 0.5, 11, "w")
@@ -57,7 +48,7 @@ def test_cross_is_its_definition(strategy, dtype, eager):
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1), (3, 5), (8191,), (8193,), (2, 3, 4)])
-def test_cross_keeps_shapes(shape, eager):
+def test_cross_keeps_shapes(shape):
     x, p = members(2, shape)
     child = cross("evolver", x, [p], 0.5, 0.5, 1, "w")
     wanted, mask = reference("evolver", x, [p], 0.5, 0.5, 1, "w")
@@ -66,24 +57,23 @@ def test_cross_keeps_shapes(shape, eager):
     assert torch.allclose(child.double(), wanted, atol=1e-6)
 
 
-def test_cross_of_an_empty_tensor_is_empty(eager):
+def test_cross_of_an_empty_tensor_is_empty():
     assert cross("evolver", torch.zeros(0, 4), [torch.zeros(0, 4)], 0.5, 0.5, 1, "w").shape == (0, 4)
 
 
-def test_the_size_of_the_eager_pieces_changes_nothing(eager, monkeypatch):
+def test_the_size_of_the_pieces_changes_nothing(monkeypatch):
     x, p = members(2, (5 * 8192 + 17,))
     whole = cross("evolver", x, [p], 0.5, 0.5, 1, "w")
-    monkeypatch.setattr(crossing, "EAGER_SCALARS", 8192)
+    monkeypatch.setattr(crossing, "PIECE", 2)
     assert torch.equal(cross("evolver", x, [p], 0.5, 0.5, 1, "w"), whole)
-    assert EAGER_SCALARS > 5 * 8192 + 17
 
 
-def test_cross_over_with_certainty_gives_the_mutant(eager):
+def test_cross_over_with_certainty_gives_the_mutant():
     x, p = members(2, (9000,))
     assert torch.equal(cross("evolver", x, [p], 0.25, 1.0, 1, "w"), x + 0.25 * (p - x))
 
 
-def test_a_tiny_crossover_changes_few_scalars(eager):
+def test_a_tiny_crossover_changes_few_scalars():
     """Cr = 1/65536 on 200,000 scalars: 3 changes expected, 20 are far out of reach; below half a step none at all."""
     x, p = members(2, (200_000,))
     changed = (cross("evolver", x, [p], 0.5, 1 / 65536, 1, "w") != x).sum().item()
@@ -92,7 +82,7 @@ def test_a_tiny_crossover_changes_few_scalars(eager):
     assert torch.equal(cross("evolver", x, [p], 0.5, 1e-6, 1, "w"), x)
 
 
-def test_every_tensor_and_seed_has_its_own_mask(eager):
+def test_every_tensor_and_seed_has_its_own_mask():
     x, p = torch.zeros(1000), torch.ones(1000)
     children = [cross("evolver", x, [p], 1.0, 0.5, s, n) for s, n in ((1, "w"), (1, "v"), (2, "w"))]
     assert not torch.equal(children[0], children[1])
@@ -100,7 +90,7 @@ def test_every_tensor_and_seed_has_its_own_mask(eager):
     assert torch.equal(children[0], cross("evolver", x, [p], 1.0, 0.5, 1, "w"))
 
 
-def test_cross_leaves_its_inputs_alone(eager):
+def test_cross_leaves_its_inputs_alone():
     x, p = members(2, (100,))
     before = [x.clone(), p.clone()]
     cross("evolver", x, [p], 0.5, 0.5, 1, "w")
@@ -110,10 +100,9 @@ def test_cross_leaves_its_inputs_alone(eager):
 
 # The strategies that differ in kind: the released one, and the longest one.
 @pytest.mark.parametrize(("strategy", "dtype"), [("evolver", torch.bfloat16), ("rand/2", torch.float32)])
-def test_the_compiled_kernel_gives_the_bits_of_the_plain_one(strategy, dtype, monkeypatch):
-    if not crossing.can_compile(torch.device("cpu")):
+def test_the_fused_kernel_gives_the_bits_of_the_plain_code(strategy, dtype):
+    if not can_compile(torch.device("cpu")):
         pytest.fail("no C++ compiler: the fused kernel cannot be built here, so nothing would be tested")
-    x, *p = members(1 + partners(strategy), (COMPILE_FROM + 8191,), dtype)
-    compiled = cross(strategy, x, p, 0.3, 0.5, 5, "w")
-    monkeypatch.setattr(crossing, "can_compile", lambda device: False)
-    assert torch.equal(cross(strategy, x, p, 0.3, 0.5, 5, "w"), compiled)
+    x, *p = members(1 + partners(strategy), (70 * random.BLOCK + 191,), dtype)
+    fused = cross(strategy, x, p, 0.3, 0.5, 5, "w", Kernels())
+    assert torch.equal(cross(strategy, x, p, 0.3, 0.5, 5, "w"), fused)

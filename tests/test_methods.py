@@ -10,8 +10,8 @@ import torch
 from evolver.errors import BadInput
 from evolver.merging import methods, order
 from evolver.merging.apply import Whole, apply
-from evolver.merging.kernels import Kernels, can_compile
 from evolver.merging.genome import genome
+from evolver.merging.kernels import Kernels, can_compile
 from evolver.merging.methods import METHODS, Range, method, number
 from evolver.records import Expert
 
@@ -114,10 +114,10 @@ def test_the_order_of_the_experts_does_not_matter(name):
     weights, names = [0.2, 0.3, 0.5], ["a", "b", "c"]
     for more in variants(name):
         results = []
-        for order in itertools.permutations(range(3)):
-            given = {"weight": [weights[i] for i in order]} if "weight" in METHODS[name].settings else {}
-            ids = [names[i] for i in order]
-            results.append(merge(name, [experts[i] for i in order], base, ids, **given, **more))
+        for places in itertools.permutations(range(3)):
+            given = {"weight": [weights[i] for i in places]} if "weight" in METHODS[name].settings else {}
+            ids = [names[i] for i in places]
+            results.append(merge(name, [experts[i] for i in places], base, ids, **given, **more))
         for other in results[1:]:
             assert torch.allclose(results[0], other, atol=1e-6), more
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,8 +21,8 @@ from evolver.records import Value
 # Scalars of a piece for each thread: a few experts' pieces stay in a core's cache. A kernel keeps nothing in between,
 # so it takes longer ones, unless it is handed draws.
 PIECE, FUSED_PIECE, GPU_PIECE = 1 << 16, 1 << 19, 1 << 26
-# Tensors below this size are done before a kernel is called.
-FUSE_FROM = 1 << 10
+# Smaller tensors are done before a kernel is found.
+FUSE_FROM = 1 << 13
 
 Last = Literal["out", "edges", "none"]
 
@@ -230,7 +231,9 @@ class _Pieces:
         if not self.draws:
             return None
         names = [f"{self.whole.name}#{i}" for i in self.whole.ids]
-        return random.Drawn(int(self.flags["seed"]), names, self.device, self.kernels if self.fused else None)
+        return random.Drawn(
+            typing.cast(int, self.flags["seed"]), names, self.device, self.kernels if self.fused else None
+        )
 
     def _step(self, known: Sequence[Tensor], last: Last) -> Step:
         return Step(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evolver.merging import random
-from evolver.merging.kernels import Kernels
+from evolver.merging.kernels import Function, Kernels
 
 
 def _evolver(x: Tensor, p: Sequence[Tensor], f: Tensor) -> Tensor:
@@ -41,10 +41,8 @@ STRATEGIES: dict[str, tuple[Mutation, int]] = {
     "rand/2": (_rand2, 5),
 }
 
-# Scalars of a piece: a few tensors' pieces stay in a core's cache.
-PIECE, GPU_PIECE = 16 * random.BLOCK, 1 << 26
-# Below this size a tensor is done before a kernel is called.
-FUSE_FROM = random.BLOCK
+# Blocks of a piece: a few tensors' pieces stay in a core's cache.
+PIECE, GPU_PIECE = 32, 1 << 13
 
 
 def cross(
@@ -70,35 +68,58 @@ def cross(
     Returns:
         Tensor of the parent's shape and dtype; the same bits for every device, piece and thread count.
     """
-    flats = [t.reshape(-1) for t in (parent, *partners)]
-    size, device = flats[0].numel(), flats[0].device
-    kernels = kernels if size >= FUSE_FROM else None
-    drawn = random.Drawn(seed, [name], device, kernels)
-    level, f = torch.tensor(random.threshold(Cr), device=device), torch.tensor(F, device=device)
-    step = _Step(STRATEGIES[strategy][0])
-    child = torch.empty_like(flats[0])
-    length, kernel = PIECE if device.type == "cpu" else GPU_PIECE, None
-    for start in range(0, size, length):
-        pieces = [t[start : start + length] for t in (child, *flats)]
-        tensors = [level, f, *drawn.piece(start, pieces[0].shape), *pieces]
+    child = torch.empty(parent.shape, dtype=parent.dtype, device=parent.device)
+    flats = [t.reshape(-1) for t in (child, parent, *partners)]
+    device, whole = parent.device, parent.numel() // random.BLOCK
+    numbers = [torch.tensor(float(random.threshold(Cr)), device=device), torch.tensor(F, device=device)]
+    if whole > 1:  # kernels take no fewer blocks
+        step, words = _Blocks(STRATEGIES[strategy][0]), random.key_words(seed, name, device)
+        length = PIECE if device.type == "cpu" else GPU_PIECE
+        blocks = [t[: whole * random.BLOCK].view(whole, random.HALVES, random.LANES) for t in flats]
+        _in_pieces(step, [words, *numbers], blocks, length, kernels, f"cross {strategy}")
+    rest = (whole if whole > 1 else 0) * random.BLOCK
+    if rest < parent.numel():
+        ends = [t[rest:] for t in flats]
+        (draws,) = random.Drawn(seed, [name], device, kernels).piece(rest, ends[0].shape)
+        _write(STRATEGIES[strategy][0], draws, numbers, ends)
+    return child
+
+
+def _in_pieces(
+    step: Function, fixed: list[Tensor], blocks: list[Tensor], length: int, kernels: Kernels | None, identity: str
+) -> None:
+    kernel = None
+    for start in range(0, blocks[0].shape[0], length):
+        pieces = [b[start : start + length] for b in blocks]
+        tensors = [*fixed, torch.tensor(start, device=blocks[0].device), *pieces]
         if kernels and start == 0:
-            kernel = kernels.get(step, tensors, [n >= 2 for n in range(len(tensors))], f"cross {strategy}")
+            kernel = kernels.get(step, tensors, [n > len(fixed) for n in range(len(tensors))], identity)
         if kernel and pieces[0].shape[0] > 1:
             kernel(tensors)
         else:
             step(*tensors)
-    return child.view(parent.shape)
 
 
 @dataclass(frozen=True)
-class _Step:
-    """Mutation and crossover of a piece, from the mask's level, F, draws, the parent and its partners into ``child``."""
+class _Blocks:
+    """Mutation and crossover of whole blocks of scalars; draws are made where they are used, never written out.
+
+    Takes the words of the draws, the mask's level, F, the number of the first block, and (blocks, HALVES, LANES) of
+    the child, its parent and the partners.
+    """
 
     mutation: Mutation
 
-    def __call__(
-        self, level: Tensor, f: Tensor, draws: Tensor, child: Tensor, parent: Tensor, *partners: Tensor
-    ) -> tuple[()]:
-        x, *p = (t.float() for t in (parent, *partners))
-        child.copy_(torch.where(draws < level, self.mutation(x, p, f), x))
+    def __call__(self, *tensors: Tensor) -> tuple[()]:
+        words, level, f, first, *blocks = tensors
+        for place, draws in enumerate(random.halves(words, first, blocks[0].shape[0])):
+            _write(self.mutation, draws, [level, f], [b[:, place] for b in blocks])
         return ()
+
+
+def _write(mutation: Mutation, draws: Tensor, numbers: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Mutation and crossover into the first of ``tensors``, from the parent and its partners."""
+    (level, f), (child, *parents) = numbers, tensors
+    x, *p = (t.float() for t in parents)
+    # As floats, which hold both exactly: kernels that compare whole numbers beside bfloat16 are not vectorised.
+    child.copy_(torch.where(draws.float() < level, mutation(x, p, f), x))

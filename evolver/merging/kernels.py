@@ -108,7 +108,9 @@ def _compile(function: Function, like: Sequence[Tensor], long: Sequence[bool], f
 
 
 def _sized(tensor: Tensor) -> Tensor:
-    return torch.zeros(LENGTH // max(1, tensor[:1].numel()), *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
+    return torch.zeros(
+        LENGTH // max(1, tensor[:1].numel()), *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device
+    )
 
 
 def _load(file: Path, device: torch.device) -> Kernel:

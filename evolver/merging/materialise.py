@@ -148,9 +148,7 @@ class Materialiser:
         if isinstance(node, Layers) or not below[0].is_floating_point():
             return below[0]  # counters and masks are copied from the first input, never averaged
         if isinstance(node, Cross):
-            return crossing.cross(
-                node.strategy, below[0], below[1:], node.F, node.Cr, node.seed, name, self.kernels
-            )
+            return crossing.cross(node.strategy, below[0], below[1:], node.F, node.Cr, node.seed, name, self.kernels)
         return self._merge(node, name, below)
 
     def _merge(self, node: Merge, name: str, below: list[Tensor]) -> Tensor:

@@ -57,7 +57,8 @@ def drop(delta: Tensor, draws: Tensor, keep: Tensor) -> Tensor:
         draws: of the counter-based random function, in [0, 65536), (...).
         keep: probability in steps of 1/65536, () or (...).
     """
-    return torch.where(draws < (keep * LEVELS).round(), delta, 0.0)
+    # As floats, which hold both exactly: kernels that compare whole numbers beside bfloat16 are not vectorised.
+    return torch.where(draws.float() < (keep * LEVELS).round().float(), delta, 0.0)
 
 
 def rank_probability(rank: Tensor, width: int, density: Tensor, epsilon: Tensor) -> Tensor:

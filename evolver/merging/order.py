@@ -90,16 +90,14 @@ def kth_largest(scores: Scores, ranks: Sequence[Sequence[int]]) -> Tensor:
 
 
 def _direct(rows: Sequence[Floats], ranks: Sequence[Sequence[int]], wanted: Sequence[Place]) -> Found:
-    found = {}
+    found: Found = {}
     for c, row in enumerate(rows):
         mine = [k for of, k in wanted if of == c]
         found |= {(c, k): v for k, v in zip(mine, _largest(row, [ranks[c][k] for k in mine]), strict=True)}
     return found
 
 
-def _between(
-    scores: Scores, ranks: Sequence[Sequence[int]], wanted: Sequence[Place]
-) -> Found:
+def _between(scores: Scores, ranks: Sequence[Sequence[int]], wanted: Sequence[Place]) -> Found:
     """What one pass finds between edges that a sample suggests."""
     edges = _edges(scores.sample(max(SAMPLE, scores.size // ONE_IN)), ranks, scores.size)
     above = torch.zeros(edges.shape[:2], dtype=torch.int64)
@@ -109,7 +107,7 @@ def _between(
         above += piece.above.cpu().long()
         if held <= FEW * len(ranks):
             for c, (row, inside) in enumerate(zip(piece.scores, piece.between, strict=True)):
-                taken[c].append(row.cpu().numpy()[inside.view(torch.bool).cpu().numpy()])
+                taken[c].append(row.cpu().numpy().compress(inside.view(torch.bool).cpu().numpy()))
                 held += taken[c][-1].size
     if held > FEW * len(ranks):
         return {}
@@ -163,9 +161,7 @@ class _Search:
     shift: int = 31
 
 
-def _counted(
-    scores: Scores, ranks: Sequence[Sequence[int]], wanted: Sequence[Place]
-) -> Found:
+def _counted(scores: Scores, ranks: Sequence[Sequence[int]], wanted: Sequence[Place]) -> Found:
     """By counting scores by their bits, from the upper ones down: three passes, whatever the scores."""
     searches = {(c, k): _Search(c, ranks[c][k]) for c, k in wanted}
     if searches:

@@ -63,20 +63,24 @@ def key_words(seed: int, name: str, device: torch.device) -> Tensor:
     return torch.tensor([seed & LOW32, (seed >> 32) & LOW32, *stream_of(name)], dtype=torch.int64, device=device)
 
 
-def fill(words: Tensor, first: Tensor, out: Tensor) -> tuple[()]:
-    """Write draws in [0, 65536) for whole blocks of 8,192 scalars, from block ``first`` (int64, ()) on.
+def halves(words: Tensor, first: Tensor, blocks: int) -> list[Tensor]:
+    """Draws in [0, 65536) for ``blocks`` whole blocks of 8,192 scalars, from block ``first`` (int64, ()) on.
 
-    Args:
-        out: int32 (blocks, HALVES, LANES); flat, it is in the order of the scalars' offsets.
+    Returns:
+        HALVES int64 tensors (blocks, LANES); side by side, (blocks, HALVES, LANES), they are in the scalars' order.
     """
-    row = torch.arange(out.shape[0], dtype=torch.int64, device=words.device)[:, None]
+    row = torch.arange(blocks, dtype=torch.int64, device=words.device)[:, None]
     lane = torch.arange(LANES, dtype=torch.int64, device=words.device)[None, :]
-    place = (first + row) * LANES + lane  # (blocks, LANES)
+    place = (first + row) * LANES + lane
     low, high = place & LOW32, (place >> 32) & LOW32
     found = philox4x32((low, high, words[2].expand_as(low), words[3].expand_as(low)), (words[0], words[1]))
-    for half in range(HALVES):
-        word = found[half // 2]
-        out[:, half].copy_(word & 0xFFFF if half % 2 == 0 else word >> 16)
+    return [half for word in found for half in (word & 0xFFFF, word >> 16)]
+
+
+def fill(words: Tensor, first: Tensor, out: Tensor) -> tuple[()]:
+    """Write draws to ``out``, int32 (blocks, HALVES, LANES), whose scalars lie in the order of their offsets."""
+    for place, half in enumerate(halves(words, first, out.shape[0])):
+        out[:, place].copy_(half)
     return ()
 
 
@@ -96,7 +100,7 @@ class Drawn:
         self._kernel: Kernel | None = None
 
     def piece(self, start: int, shape: Sequence[int]) -> list[Tensor]:
-        """For every tensor the draws of its scalars from ``start`` on, int32, of that shape; valid until the next call."""
+        """For every tensor the draws of its scalars from ``start`` on, int32, in that shape; until the next call."""
         first, skip = divmod(start, BLOCK)
         count = math.prod(shape)
         blocks = max(2, -(-(skip + count) // BLOCK))  # kernels take no fewer

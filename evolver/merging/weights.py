@@ -88,6 +88,11 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(i.dtype.itemsize * math.prod(i.shape) for i in self.headers.values())
 
+    @cached_property
+    def scalars(self) -> int:
+        """The number of scalars of all tensors."""
+        return sum(math.prod(i.shape) for i in self.headers.values())
+
     def names(self) -> list[str]:
         return list(self.headers)
 

@@ -17,6 +17,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from evolver.merging import crossing  # noqa: E402
+from evolver.merging.kernels import Kernels  # noqa: E402
+
+KERNELS = Kernels()
 
 PAGE = ROOT / "results" / "benchmarks" / "gpu.md"
 ROUNDS = 5
@@ -47,7 +50,7 @@ def seconds(work: Callable[[], object]) -> float:
 def offspring(strategy: str, models: Sequence[Sequence[torch.Tensor]]) -> None:
     parent, *partners = models
     for i, tensor in enumerate(parent):
-        crossing.cross(strategy, tensor, [p[i] for p in partners], 0.5, 0.5, 7, f"tensor.{i}")
+        crossing.cross(strategy, tensor, [p[i] for p in partners], 0.5, 0.5, 7, f"tensor.{i}", KERNELS)
 
 
 def offspring_ratio() -> float:
@@ -70,7 +73,9 @@ def differing_scalars() -> dict[str, int]:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             tensors = [torch.randn(1537, 1024, generator=generator).to(dtype) for _ in range(partners + 1)]
             here = crossing.cross(strategy, tensors[0], tensors[1:], 0.37, 0.6, 11, "w")
-            there = crossing.cross(strategy, tensors[0].cuda(), [t.cuda() for t in tensors[1:]], 0.37, 0.6, 11, "w")
+            there = crossing.cross(
+                strategy, tensors[0].cuda(), [t.cuda() for t in tensors[1:]], 0.37, 0.6, 11, "w", KERNELS
+            )
             out[f"{strategy} {str(dtype).removeprefix('torch.')}"] = int((here != there.cpu()).sum())
     return out
 

@@ -108,7 +108,9 @@ def copy_seconds(all_models: Sequence[Model], count: int) -> float:
     return median(lambda: copy(sources)) / len(sources) * (count + 2) / 2
 
 
-def merge(name: str, given: dict[str, object], count: int, all_models: Sequence[Model], kernels: Kernels | None) -> None:
+def merge(
+    name: str, given: dict[str, object], count: int, all_models: Sequence[Model], kernels: Kernels | None
+) -> None:
     base, experts = all_models[0], all_models[1 : count + 1]
     weight = {"weight": 1 / count} if "weight" in METHODS[name].settings else {}
     values = METHODS[name].complete({**weight, **given}, count, name)

@@ -131,9 +131,7 @@ def pcb(
         else:
             agreement = [operators.total_of([torch.tanh(u * other) for other in unit]) for u in unit]
         # In float64, as exp differs in float32's last bit from one kernel to another.
-        return [
-            (torch.exp(len(d) * u.square()) * a).clamp(min=0).float() for u, a in zip(unit, agreement, strict=True)
-        ]
+        return [(torch.exp(len(d) * u.square()) * a).clamp(min=0).float() for u, a in zip(unit, agreement, strict=True)]
 
     def ranks(size: int) -> list[list[int]]:
         return [[1, max(1, int(float(density) * size))]] * len(deltas)

@@ -72,7 +72,9 @@ def multislerp(
 
     ``task_vectors``: of the differences to the base instead of the weights.
     """
-    norms, cosine = operators.unit(here.sum(lambda m, h: operators.gram([x - h.base for x in m] if task_vectors else m)))
+    norms, cosine = operators.unit(
+        here.sum(lambda m, h: operators.gram([x - h.base for x in m] if task_vectors else m))
+    )
     w = weight / operators.divisor_of(weight, torch.float64) if normalize_weights else weight
     mean = _normalised(w, cosine)
     tangent = w - (w @ (cosine @ mean)) * mean  # Σ w (u - (u·m) m), in coordinates of the units u
