@@ -26,6 +26,7 @@ from torch import Tensor
 
 from evolver.config import expand
 from evolver.errors import BadInput
+from evolver.merging import gguf
 
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 DTYPES = {
@@ -216,7 +217,7 @@ class LoraAdapter:
 
 
 def open_base(location: str, key: str = "model.base") -> Checkpoint:
-    """The base at ``location``: a folder, or a hub id.
+    """The base at ``location``: a folder, a GGUF file, or a hub id.
 
     Raises BadInput that names ``key``.
     """
@@ -224,7 +225,8 @@ def open_base(location: str, key: str = "model.base") -> Checkpoint:
 
 
 def open_expert(location: str, base: Checkpoint, key: str) -> Checkpoint | LoraAdapter:
-    """The expert at ``location`` (a folder of weights or of a LoRA adapter, or a hub id), checked against the base.
+    """The expert at ``location``, checked against the base: a folder of weights or of a LoRA adapter, a GGUF file, or
+    a hub id.
 
     Raises BadInput for another architecture, another vocabulary, or tensors that do not match.
     """
@@ -287,9 +289,11 @@ def _raw(tensor: Tensor) -> memoryview:
 def _locate(location: str, key: str) -> Path:
     path = Path(expand(location))
     if path.is_dir():
-        return path
+        return _plain_folder(path, key)
+    if path.suffix == ".gguf" and path.exists():
+        return gguf.folder_of(path, key)
     if path.exists():
-        raise BadInput(f"{key}: {location} is a file; give the folder that holds the model.")
+        raise BadInput(f"{key}: {location} is a file; give the folder that holds the model, or a GGUF file.")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", location):
         raise BadInput(f"{key}: there is no folder {path}; give the folder of a model, or a hub id such as org/name.")
     name, _, revision = location.partition("@")
@@ -300,6 +304,16 @@ def _locate(location: str, key: str) -> Path:
             f"{key}: there is no folder {location}, and the hub did not give it "
             f"({type(error).__name__}); give the folder of a model, or check the name and the network."
         ) from error
+
+
+def _plain_folder(path: Path, key: str) -> Path:
+    """The folder itself, or what its only GGUF file was converted to where it holds no safetensors."""
+    files = sorted(path.glob("*.gguf"))
+    if not files or any(path.glob("*.safetensors")):
+        return path
+    if len(files) > 1:
+        raise BadInput(f"{key}: {path} holds several GGUF files; name one, such as {files[0]}.")
+    return gguf.folder_of(files[0], key)
 
 
 def _weight_files(path: Path, key: str) -> list[str]:
