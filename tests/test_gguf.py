@@ -20,6 +20,7 @@ from evolver.merging.weights import Checkpoint, open_base, open_expert
 
 WIDTH, INNER, LAYERS, HEADS, KV_HEADS = 16, 24, 2, 4, 2
 WORDS = ["<s>", "</s>", *"abcdefgh", "ab", "cd"]
+ROWS = len(WORDS)
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -28,7 +29,7 @@ NAMES = {
 }  # fmt: skip
 
 
-def weights(words=len(WORDS), tied=True, seed=0, width=WIDTH):
+def weights(words=ROWS, tied=True, seed=0, width=WIDTH):
     """A llama of a few thousand weights under its Hugging Face names; every value is one of float16's."""
     shapes = {"model.embed_tokens": (words, width), "model.norm": (width,)}
     shapes |= {} if tied else {"lm_head": (words, width)}

@@ -23,6 +23,7 @@ NEEDS = ("gguf", "protobuf", "sentencepiece")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Tables computed from the configuration: a file may hold them, a model does not.
 COMPUTED = "rope_"
+TOKENS = "tokenizer.ggml.tokens"
 FILLER = re.compile(r"\[PAD(\d+)\]")
 
 
@@ -62,8 +63,8 @@ def convert(file: Path, target: Path, key: str) -> None:
     reader = _read(file, key)
     try:
         model, missing = _load(file, reader)
-        if "tokenizer.ggml.tokens" in reader.fields:
-            _write_tokenizer(file, target)
+        if TOKENS in reader.fields:
+            _write_tokenizer(file, target, len(reader.fields[TOKENS].data))
     except Exception as error:  # Transformers and its readers raise half a dozen kinds
         raise BadInput(
             f"{key}: Transformers cannot convert {file} ({' '.join(str(error).split())[:200]}); "
@@ -137,16 +138,21 @@ def _check_complete(model: Any, missing: set[str], reader: Any, file: Path, key:
         )
 
 
-def _write_tokenizer(file: Path, target: Path) -> None:
+def _write_tokenizer(file: Path, target: Path, tokens: int) -> None:
+    """Write the tokenizer with the file's ``tokens`` and no others, as fine-tunes in other formats have it.
+
+    Converters name rows of the embedding that have no token, and Transformers adds a default that has no row.
+    """
     from transformers import AutoTokenizer
 
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(target)
     path = target / "tokenizer.json"
     raw = json.loads(path.read_text())
+    raw["added_tokens"] = [t for t in raw["added_tokens"] if t["id"] < tokens]
     vocabulary = raw["model"]["vocab"]
-    if isinstance(vocabulary, dict):  # rows of the embedding without a token, which fine-tunes in other formats lack
+    if isinstance(vocabulary, dict):
         raw["model"]["vocab"] = {t: i for t, i in vocabulary.items() if not _is_filler(t, i)}
-        path.write_text(json.dumps(raw, ensure_ascii=False))
+    path.write_text(json.dumps(raw, ensure_ascii=False))
 
 
 def _is_filler(token: str, index: int) -> bool:
