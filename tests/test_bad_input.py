@@ -51,7 +51,7 @@ def spoilt(models, tasks, tmp_path_factory):
     shutil.copytree(models / "lora", folder / "dora")
     edit(folder / "dora" / "adapter_config.json", lambda raw: raw.update(use_dora=True))
     shutil.copytree(models / "lora", folder / "biased")
-    edit(folder / "biased" / "adapter_config.json", lambda raw: raw.update(bias="all"))
+    edit(folder / "biased" / "adapter_config.json", lambda raw: raw.update(lora_bias=True))
     (folder / "file").write_text("not a folder")
     shutil.copytree(tasks, folder / "tasks")
     lost = yaml.safe_load((tasks / "toy.yaml").read_text())
