@@ -112,7 +112,7 @@ TABLE = {
     "other architecture": ({"experts.a": "SPOILT/gpt"}, ["experts.a", "gpt2", "only fine-tunes"]),
     "other vocabulary": ({"experts.a": "SPOILT/words"}, ["experts.a", "vocabulary", "give a fine-tune"]),
     "DoRA": ({"experts.a": "SPOILT/dora"}, ["experts.a", "use_dora", "merge_and_unload"]),
-    "adapter with biases": ({"experts.a": "SPOILT/biased"}, ["experts.a", "biases", "merge"]),
+    "adapter with LoRA biases": ({"experts.a": "SPOILT/biased"}, ["experts.a", "lora_bias", "merge_and_unload"]),
     "base is an adapter": ({"model.base": "SPOILT/dora"}, ["model.base", "SPOILT/dora", "give a Hugging Face"]),
     "unknown search": ({"search.algorithm": "evolve"}, ["search.algorithm", "'evolve'", "'evolver'"]),
     "no search": ({"search": {}}, ["search", "'algorithm'"]),
