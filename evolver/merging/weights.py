@@ -35,7 +35,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }  # fmt: skip
 HEAD = "lm_head.weight"
-# Scalars that are looked at together: their float64 copies stay in a core's cache, and torch starts no threads for them.
+# Scalars looked at together: their float64 copies stay in a core's cache, and torch starts no threads for them.
 PIECE = 1 << 15
 # A distance to the base, in norms of the base, that no fine-tune has: at equal norms an angle of 41°. Fine-tunes are
 # at 0.0001 to 0.1, training on with much new data may reach a few tenths, an unrelated model has a right angle: 1.4.
