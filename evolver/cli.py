@@ -48,7 +48,7 @@ def merge(
         raise BadInput("--cuda: torch sees no GPU here; leave it out.")
     merging.merge(
         config, out, device="cuda" if cuda else "cpu", seed=random_seed, shard_bytes=_bytes(out_shard_size),
-        tokenizer=copy_tokenizer,
+        tokenizer=copy_tokenizer, warn=lambda line: None if quiet else typer.echo(f"warning: {line}", err=True),
     )  # fmt: skip
     if not quiet:
         typer.echo(f"wrote {out}")

@@ -33,7 +33,7 @@ SectionType = TypeVar("SectionType", bound=Section)
 class Model(Section):
     """The common ancestor of the experts and the kind of model that it is."""
 
-    base: str = Field(description="Hugging Face folder of the base, or a hub id")
+    base: str = Field(description="Hugging Face folder of the base, a GGUF file, or a hub id")
     kind: Literal["causal-lm", "classifier"] = Field("causal-lm", description="what the model is evaluated as")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of merged weights and of evaluation; auto: that of the base"
@@ -124,7 +124,9 @@ class Config(Section):
     run: str = Field(pattern=NAME, description="name of the run and of its folder under results/")
     seed: int = Field(0, ge=0, description="seed of everything that is drawn")
     model: Model
-    experts: dict[str, str] = Field(description="name → folder of a fine-tune or of a LoRA adapter, or a hub id")
+    experts: dict[str, str] = Field(
+        description="name → folder of a fine-tune or of a LoRA adapter, a GGUF file, or a hub id"
+    )
     search: dict[str, Any] = Field(description="algorithm and its settings")
     budget: Budget
     evaluation: Evaluation

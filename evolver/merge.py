@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from evolver.export import export
 from evolver.merging import mergekit, methods
 from evolver.merging.kernels import Kernels
 from evolver.merging.materialise import Materialiser
-from evolver.merging.weights import Checkpoint, Source, digests, layer_of, open_base, open_expert
+from evolver.merging.weights import Checkpoint, Source, digests, doubts, layer_of, open_base, open_expert
 from evolver.records import Expert, Layers, Merge, Recipe
 from evolver.shards import SHARD_BYTES
 
@@ -66,7 +66,7 @@ def open_file(path: str | Path) -> Opened:
 
 def merge(
     path: str | Path, target: Path, *, device: str = "cpu", seed: int = 0, shard_bytes: int = SHARD_BYTES,
-    tokenizer: bool = True,
+    tokenizer: bool = True, warn: Callable[[str], None] = lambda _: None,
 ) -> None:  # fmt: skip
     """Merge as the file says and write a Hugging Face folder; an interrupted merge leaves nothing under its name.
 
@@ -75,6 +75,7 @@ def merge(
         seed: of methods that draw at random.
         shard_bytes: how large a file of weights may become.
         tokenizer: copy the base's tokenizer.
+        warn: told, a line each, what is odd about the models.
 
     Raises BadInput for what cannot be merged, before anything is written.
     """
@@ -82,6 +83,8 @@ def merge(
         raise BadInput(f"{target}: is there already and not empty; name another folder.")
     opened = open_file(path)
     known = digests(opened.sources)
+    for doubt in doubts(opened.base, [s for s in opened.sources.values() if s is not opened.base]):
+        warn(doubt)
     nodes = {r: Expert(r, d) for r, d in known.items()}
     recipe = opened.configuration.recipe(nodes, opened.base.names(), seed)
     scalars = len(known) * opened.base.scalars
@@ -119,7 +122,9 @@ def _open(reference: str, base: Checkpoint, base_location: str, path: str | Path
     key = f"{path}: {reference}"
     if not adapter:
         return base if location == base_location else open_expert(location, base, key)
-    own = base if location == base_location else open_base(location, key)
+    own = base if location == base_location else open_expert(location, base, key)
+    if not isinstance(own, Checkpoint):
+        raise BadInput(f"{key}: {location} is an adapter itself; give the model that {adapter} was trained on.")
     return open_expert(adapter, own, key)
 
 

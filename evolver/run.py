@@ -23,6 +23,7 @@ from evolver.ledger import Ledger
 from evolver.loop import Pool, evolve
 from evolver.merging import methods
 from evolver.merging.genome import Genome, genome
+from evolver.merging.weights import doubts
 from evolver.progress import Display
 from evolver.records import Candidate, Expert, Merge, Recipe, Result, Rule, Split, dump_recipe
 from evolver.report import Finalist, Outcome, model_card, verdict, write_report
@@ -49,6 +50,7 @@ class Prepared:
     experts: tuple[Expert, ...]
     search: Search
     identity: Mapping[str, Any]
+    warnings: tuple[str, ...]
 
 
 def prepare(file: str) -> Prepared:
@@ -61,6 +63,7 @@ def prepare(file: str) -> Prepared:
     try:
         opened = open_models(config)
         workshop = _Workshop(config, opened)
+        warnings = tuple(doubts(opened.base, opened.experts.values()))
         setup = Setup(
             workshop.experts, workshop.base, config.seed, config.budget, workshop, config.evaluation.early_stopping
         )
@@ -71,7 +74,7 @@ def prepare(file: str) -> Prepared:
     items: dict[Split, str] = {"dev": items_hash(tasks, "dev"), "report": items_hash(tasks, "report")}
     plan = Plan(config, workshop.digests, items)
     identity = _identity(config, settings.model_dump(), plan)
-    return Prepared(config, file, opened, tasks, plan, workshop.base, workshop.experts, search, identity)
+    return Prepared(config, file, opened, tasks, plan, workshop.base, workshop.experts, search, identity, warnings)
 
 
 def run(file: str, results: Path, make_pool: PoolMaker, display: Display, device: str) -> Path:
@@ -96,7 +99,7 @@ def run(file: str, results: Path, make_pool: PoolMaker, display: Display, device
     try:
         folder.create(Path(file).read_text())
         with contextlib.closing(Ledger(folder.path / "ledger", folder.owner)) as ledger:
-            for warning in ledger.warnings:
+            for warning in (*prepared.warnings, *ledger.warnings):
                 display.say(f"warning: {warning}")
             outcome = _stages(prepared, ledger, pool, make_pool, display)
             _finish(prepared, folder, outcome, display, device)

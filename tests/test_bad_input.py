@@ -51,7 +51,7 @@ def spoilt(models, tasks, tmp_path_factory):
     shutil.copytree(models / "lora", folder / "dora")
     edit(folder / "dora" / "adapter_config.json", lambda raw: raw.update(use_dora=True))
     shutil.copytree(models / "lora", folder / "biased")
-    edit(folder / "biased" / "adapter_config.json", lambda raw: raw.update(bias="all"))
+    edit(folder / "biased" / "adapter_config.json", lambda raw: raw.update(lora_bias=True))
     (folder / "file").write_text("not a folder")
     shutil.copytree(tasks, folder / "tasks")
     lost = yaml.safe_load((tasks / "toy.yaml").read_text())
@@ -112,7 +112,7 @@ TABLE = {
     "other architecture": ({"experts.a": "SPOILT/gpt"}, ["experts.a", "gpt2", "only fine-tunes"]),
     "other vocabulary": ({"experts.a": "SPOILT/words"}, ["experts.a", "vocabulary", "give a fine-tune"]),
     "DoRA": ({"experts.a": "SPOILT/dora"}, ["experts.a", "use_dora", "merge_and_unload"]),
-    "adapter with biases": ({"experts.a": "SPOILT/biased"}, ["experts.a", "biases", "merge"]),
+    "adapter with LoRA biases": ({"experts.a": "SPOILT/biased"}, ["experts.a", "lora_bias", "merge_and_unload"]),
     "base is an adapter": ({"model.base": "SPOILT/dora"}, ["model.base", "SPOILT/dora", "give a Hugging Face"]),
     "unknown search": ({"search.algorithm": "evolve"}, ["search.algorithm", "'evolve'", "'evolver'"]),
     "no search": ({"search": {}}, ["search", "'algorithm'"]),

@@ -25,7 +25,8 @@ FENCES = {
     "safetensors": ("evolver.merging",),
     "optuna": ("evolver.search",),
     "lm_eval": ("evolver.evaluation",),
-    "transformers": ("evolver.evaluation",),
+    "transformers": ("evolver.evaluation", "evolver.merging.gguf"),
+    "gguf": ("evolver.merging.gguf",),
     "peft": (),
 }
 

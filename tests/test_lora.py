@@ -1,0 +1,172 @@
+"""LoRA adapters against what PEFT itself makes of them (merge_and_unload)."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from evolver.errors import BadInput
+from evolver.merging.weights import open_base, open_expert
+
+CLOSE = 1e-6
+
+
+def llama(tied=True, biases=False, **more):
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+            vocab_size=40, tie_word_embeddings=tied, attention_bias=biases, **more,
+        )
+    )  # fmt: skip
+
+
+def gpt2():
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 40, "n_positions": 16}
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+
+
+def train(folder, model, seed=3, **settings):
+    """Save the model as base and a random adapter of it; every trained parameter is moved. The tuned model."""
+    model.save_pretrained(folder / "base")
+    tuned = get_peft_model(model, LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": ["q_proj"]} | settings))
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=draw)
+    tuned.save_pretrained(folder / "lora")
+    return tuned
+
+
+def opened(folder):
+    base = open_base(str(folder / "base"))
+    return base, open_expert(str(folder / "lora"), base, "experts.x")
+
+
+LINEAR = ["q_proj", "v_proj", "down_proj"]
+# A model, the adapter's settings, and how many tensors of the base it changes.
+CASES = {
+    "plain": (llama, {"target_modules": LINEAR}, 6),
+    "rslora": (llama, {"target_modules": LINEAR, "use_rslora": True}, 6),
+    "patterns": (llama, {"target_modules": LINEAR, "rank_pattern": {"v_proj": 2},
+                         "alpha_pattern": {"down_proj": 9}}, 6),
+    "anchored patterns": (llama, {"target_modules": LINEAR, "rank_pattern": {"^model.layers.0.self_attn.q_proj": 1},
+                                  "alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 2, "q_proj": 7}}, 6),
+    "rslora with patterns": (llama, {"target_modules": LINEAR, "rank_pattern": {"q_proj": 5}, "use_rslora": True}, 6),
+    "transposed layers": (gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}, 8),
+    "square transposed layers": (gpt2, {"target_modules": r".*attn\.c_proj", "fan_in_fan_out": True}, 2),
+    "biases of transposed layers": (gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"}, 15),
+    "embedding": (llama, {"target_modules": ["q_proj", "embed_tokens"]}, 3),
+    "embedding and head": (lambda: llama(tied=False), {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, 4),
+    "embedding of transposed layers": (gpt2, {"target_modules": ["c_attn", "wte"], "fan_in_fan_out": True}, 3),
+    "modules to save": (lambda: llama(tied=False), {"modules_to_save": ["lm_head", "norm", "embed_tokens"]}, 9),
+    "modules to save, tied": (llama, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, 3),
+    "all biases": (lambda: llama(biases=True), {"bias": "all"}, 10),
+    "biases of LoRA layers": (lambda: llama(biases=True), {"bias": "lora_only",
+                                                            "target_modules": ["q_proj", "o_proj"]}, 8),
+    "an innocent beginning": (llama, {"init_lora_weights": "gaussian"}, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_adapter_is_what_peft_makes_of_it(tmp_path, name):
+    make, settings, changes = CASES[name]
+    torch.manual_seed(0)
+    merged = train(tmp_path, make(), **settings).merge_and_unload().state_dict()
+    base, ours = opened(tmp_path)
+    assert ours.names() == base.names()
+    changed = 0
+    for name in base.names():
+        assert ours.tensor(name).shape == merged[name].shape
+        assert (ours.tensor(name) - merged[name]).abs().max() <= CLOSE, name
+        changed += not torch.equal(ours.tensor(name), base.tensor(name))
+    assert changed == changes
+
+
+def test_a_square_layer_follows_the_others_where_the_flag_is_that_of_the_head(tmp_path):
+    """PEFT writes down the orientation of the layer that it met last: here the head, the one plain layer of GPT-2."""
+    torch.manual_seed(0)
+    model = gpt2()
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    tuned = train(tmp_path, model, target_modules=["c_attn", "c_proj", "lm_head"], fan_in_fan_out=True)
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["fan_in_fan_out"] is False
+    merged = tuned.merge_and_unload().state_dict()
+    base, ours = opened(tmp_path)
+    assert "lm_head.weight" in base.names()
+    for name in base.names():
+        assert (ours.tensor(name) - merged[name]).abs().max() <= CLOSE, name
+
+
+def test_bfloat16_is_rounded_once(tmp_path):
+    """As PEFT does with a float32 adapter: within half a unit in the last place of the float32 result."""
+    torch.manual_seed(0)
+    model = llama().bfloat16()
+    tuned = train(tmp_path, model, target_modules=LINEAR)
+    exact = train(tmp_path / "wide", model_in_float32(tmp_path / "base"), target_modules=LINEAR)
+    copy_adapter(tuned, exact)
+    wanted, theirs = exact.merge_and_unload().state_dict(), tuned.merge_and_unload().state_dict()
+    base, ours = opened(tmp_path)
+    worst = 0.0
+    for name in base.names():
+        assert ours.tensor(name).dtype == torch.bfloat16
+        _, exponent = torch.frexp(wanted[name])
+        half_unit = 2.0 ** (exponent - 9)  # of 8 significant bits
+        worst = max(worst, float(((ours.tensor(name).float() - wanted[name]).abs() / half_unit).max()))
+        assert torch.equal(ours.tensor(name), theirs[name]), name
+    assert 0.9 < worst <= 1.001
+
+
+def model_in_float32(folder):
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def copy_adapter(source, target):
+    own = target.state_dict()
+    with torch.no_grad():
+        for name, tensor in source.state_dict().items():
+            if "lora_" in name:
+                own[name].copy_(tensor)
+
+
+def test_dora_is_refused_with_the_reason(tmp_path):
+    train(tmp_path, llama(), use_dora=True)
+    with pytest.raises(BadInput, match=r"^experts\.x: .*lora uses use_dora, .* no low-rank delta .*merge_and_unload"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_that_moved_its_base_is_refused(tmp_path, start):
+    """Their beginning takes the largest components out of the base: what was saved does not belong to the base."""
+    train(tmp_path, llama(), init_lora_weights=start)
+    with pytest.raises(BadInput, match=f"uses {start}, .*merge_and_unload"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("module", "says"), [("embed_tokens", "without the head"), ("lm_head", "no tensor of the base")]
+)
+def test_half_of_a_tied_pair_cannot_be_trained_apart(tmp_path, module, says):
+    train(tmp_path, llama(), modules_to_save=[module])
+    with pytest.raises(BadInput, match=says):
+        opened(tmp_path)
+
+
+def test_whole_tensors_count_in_the_digest(tmp_path):
+    for seed, folder in enumerate((tmp_path / "one", tmp_path / "two")):
+        torch.manual_seed(0)
+        train(folder, llama(tied=False), modules_to_save=["norm"])
+        if seed:
+            change_norm(folder / "lora" / "adapter_model.safetensors")
+    (base, one), (_, two) = opened(tmp_path / "one"), opened(tmp_path / "two")
+    assert len({base.digest(), one.digest(), two.digest()}) == 3
+
+
+def change_norm(file):
+    from safetensors.torch import load_file, save_file
+
+    content = load_file(file)
+    content["base_model.model.model.norm.weight"][0] += 1
+    save_file(content, file)
