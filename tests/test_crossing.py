@@ -64,7 +64,7 @@ def test_cross_of_an_empty_tensor_is_empty():
 def test_the_size_of_the_pieces_changes_nothing(monkeypatch):
     x, p = members(2, (5 * 8192 + 17,))
     whole = cross("evolver", x, [p], 0.5, 0.5, 1, "w")
-    monkeypatch.setattr(crossing, "PIECE", 2)
+    monkeypatch.setattr(crossing, "PIECE", 8192)
     assert torch.equal(cross("evolver", x, [p], 0.5, 0.5, 1, "w"), whole)
 
 
@@ -106,3 +106,14 @@ def test_the_fused_kernel_gives_the_bits_of_the_plain_code(strategy, dtype):
     x, *p = members(1 + partners(strategy), (70 * random.BLOCK + 191,), dtype)
     fused = cross(strategy, x, p, 0.3, 0.5, 5, "w", Kernels())
     assert torch.equal(cross(strategy, x, p, 0.3, 0.5, 5, "w"), fused)
+
+
+def test_blocks_made_in_one_go_are_the_pieces():
+    """What a GPU does, on the CPU."""
+    x, p = (t.flatten() for t in members(2, (3 * random.BLOCK + 5,)))
+    child, words = torch.full_like(x, 9.0), random.key_words(5, "w", x.device)
+    numbers = [torch.tensor(float(threshold(0.3))), torch.tensor(0.5)]
+    mutation = STRATEGIES["evolver"][0]
+    assert crossing._blockwise(mutation, words, numbers, [child, x, p], None, "") == 3 * random.BLOCK
+    assert torch.equal(child[:-5], cross("evolver", x, [p], 0.5, 0.3, 5, "w")[:-5])
+    assert crossing._blockwise(mutation, words, numbers, [child[:100], x[:100], p[:100]], None, "") == 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evolver.merging import random
-from evolver.merging.kernels import Function, Kernels
+from evolver.merging.kernels import Kernels
 
 
 def _evolver(x: Tensor, p: Sequence[Tensor], f: Tensor) -> Tensor:
@@ -41,8 +41,8 @@ STRATEGIES: dict[str, tuple[Mutation, int]] = {
     "rand/2": (_rand2, 5),
 }
 
-# Blocks of a piece: a few tensors' pieces stay in a core's cache.
-PIECE, GPU_PIECE = 32, 1 << 13
+# Scalars of a piece: a few tensors' pieces stay in a core's cache.
+PIECE = 16 * random.BLOCK
 
 
 def cross(
@@ -69,57 +69,80 @@ def cross(
         Tensor of the parent's shape and dtype; the same bits for every device, piece and thread count.
     """
     child = torch.empty(parent.shape, dtype=parent.dtype, device=parent.device)
-    flats = [t.reshape(-1) for t in (child, parent, *partners)]
-    device, whole = parent.device, parent.numel() // random.BLOCK
-    numbers = [torch.tensor(float(random.threshold(Cr)), device=device), torch.tensor(F, device=device)]
-    if whole > 1:  # kernels take no fewer blocks
-        step, words = _Blocks(STRATEGIES[strategy][0]), random.key_words(seed, name, device)
-        length = PIECE if device.type == "cpu" else GPU_PIECE
-        blocks = [t[: whole * random.BLOCK].view(whole, random.HALVES, random.LANES) for t in flats]
-        _in_pieces(step, [words, *numbers], blocks, length, kernels, f"cross {strategy}")
-    rest = (whole if whole > 1 else 0) * random.BLOCK
-    if rest < parent.numel():
-        ends = [t[rest:] for t in flats]
-        (draws,) = random.Drawn(seed, [name], device, kernels).piece(rest, ends[0].shape)
-        _write(STRATEGIES[strategy][0], draws, numbers, ends)
+    tensors = [t.reshape(-1) for t in (child, parent, *partners)]
+    numbers = [torch.tensor(float(random.threshold(Cr)), device=child.device), torch.tensor(F, device=child.device)]
+    mutation = STRATEGIES[strategy][0]
+    if child.is_cuda:
+        words = random.key_words(seed, name, child.device)
+        done = _blockwise(mutation, words, numbers, tensors, kernels, f"blocks {strategy}")
+    else:
+        done = 0
+    ends = [t[done:] for t in tensors]
+    _piecewise(
+        mutation, random.Drawn(seed, [name], child.device, kernels), done, numbers, ends, kernels, f"cross {strategy}"
+    )
     return child
 
 
-def _in_pieces(
-    step: Function, fixed: list[Tensor], blocks: list[Tensor], length: int, kernels: Kernels | None, identity: str
-) -> None:
-    kernel = None
-    for start in range(0, blocks[0].shape[0], length):
-        pieces = [b[start : start + length] for b in blocks]
-        tensors = [*fixed, torch.tensor(start, device=blocks[0].device), *pieces]
+def _piecewise(
+    mutation: Mutation, drawn: random.Drawn, done: int, numbers: list[Tensor], tensors: list[Tensor],
+    kernels: Kernels | None, identity: str,
+) -> None:  # fmt: skip
+    """In pieces, each after its draws: on a CPU, kernels that make draws and use them are not vectorised."""
+    step, kernel = _Piece(mutation), None
+    for start in range(0, tensors[0].numel(), PIECE):
+        pieces = [t[start : start + PIECE] for t in tensors]
+        given = [*numbers, *drawn.piece(done + start, pieces[0].shape), *pieces]
         if kernels and start == 0:
-            kernel = kernels.get(step, tensors, [n > len(fixed) for n in range(len(tensors))], identity)
-        if kernel and pieces[0].shape[0] > 1:
-            kernel(tensors)
+            kernel = kernels.get(step, given, [n >= len(numbers) for n in range(len(given))], identity)
+        if kernel and pieces[0].numel() > 1:
+            kernel(given)
         else:
-            step(*tensors)
+            step(*given)
+
+
+def _blockwise(
+    mutation: Mutation, words: Tensor, numbers: list[Tensor], tensors: list[Tensor], kernels: Kernels | None,
+    identity: str,
+) -> int:  # fmt: skip
+    """Whole blocks of draws, made where they are used and never written out; how many scalars that were."""
+    whole = tensors[0].numel() // random.BLOCK
+    if whole < 2:  # kernels take no fewer
+        return 0
+    done = whole * random.BLOCK
+    blocks = [t[:done].view(whole, random.HALVES, random.LANES) for t in tensors]
+    given = [words, *numbers, *blocks]
+    step = _Blocks(mutation)
+    kernel = kernels and kernels.get(step, given, [n > len(numbers) for n in range(len(given))], identity)
+    if kernel:
+        kernel(given)
+    else:
+        step(*given)
+    return done
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Mutation and crossover of a piece, from the mask's level, F and draws; child, parent and partners, (n) each."""
+
+    mutation: Mutation
+
+    def __call__(self, level: Tensor, f: Tensor, draws: Tensor, child: Tensor, *parents: Tensor) -> tuple[()]:
+        x, *p = (t.float() for t in parents)
+        # As floats, which hold both exactly: kernels that compare whole numbers beside bfloat16 are not vectorised.
+        child.copy_(torch.where(draws.float() < level, self.mutation(x, p, f), x))
+        return ()
 
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Mutation and crossover of whole blocks of scalars; draws are made where they are used, never written out.
-
-    Takes the words of the draws, the mask's level, F, the number of the first block, and (blocks, HALVES, LANES) of
-    the child, its parent and the partners.
-    """
+    """As ``_Piece``, from the draws' words; child, parent and partners are whole blocks, (n, HALVES, LANES) each."""
 
     mutation: Mutation
 
-    def __call__(self, *tensors: Tensor) -> tuple[()]:
-        words, level, f, first, *blocks = tensors
-        for place, draws in enumerate(random.halves(words, first, blocks[0].shape[0])):
-            _write(self.mutation, draws, [level, f], [b[:, place] for b in blocks])
+    def __call__(self, words: Tensor, level: Tensor, f: Tensor, *tensors: Tensor) -> tuple[()]:
+        first = torch.zeros((), dtype=torch.int64, device=words.device)
+        for place, draws in enumerate(random.halves(words, first, tensors[0].shape[0])):
+            child, *parents = (t[:, place] for t in tensors)
+            _Piece(self.mutation)(level, f, draws, child, *parents)
         return ()
-
-
-def _write(mutation: Mutation, draws: Tensor, numbers: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-    """Mutation and crossover into the first of ``tensors``, from the parent and its partners."""
-    (level, f), (child, *parents) = numbers, tensors
-    x, *p = (t.float() for t in parents)
-    # As floats, which hold both exactly: kernels that compare whole numbers beside bfloat16 are not vectorised.
-    child.copy_(torch.where(draws.float() < level, mutation(x, p, f), x))
