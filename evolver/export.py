@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ COMPANIONS = (
 
 
 def export(
-    recipe: Recipe, materialiser: Materialiser, target: Path, card: str, shard_bytes: int = shards.SHARD_BYTES,
-    tokenizer: bool = True,
+    recipe: Recipe, materialiser: Materialiser, target: Path, texts: Mapping[str, str],
+    shard_bytes: int = shards.SHARD_BYTES, tokenizer: bool = True,
 ) -> None:  # fmt: skip
     """Write the model of ``recipe`` to ``target``; an interrupted export leaves nothing under that name.
 
     Args:
-        card: the text of its README.
+        texts: further files by name: its README, its configuration for other tools.
         shard_bytes: how large a file of weights may become.
         tokenizer: copy the base's tokenizer.
     """
@@ -41,7 +42,8 @@ def export(
                 shutil.copyfile(base.path / name, folder / name)
         (folder / "config.json").write_text(json.dumps(_configuration(recipe, materialiser), indent=2))
         (folder / "recipe.json").write_text(dump_recipe(recipe))
-        (folder / "README.md").write_text(card)
+        for name, text in texts.items():
+            (folder / name).write_text(text)
 
 
 def _configuration(recipe: Recipe, materialiser: Materialiser) -> dict[str, Any]:

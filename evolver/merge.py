@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from evolver.errors import BadInput
 from evolver.export import export
-from evolver.merging import mergekit, methods
+from evolver.merging import mergekit, mergekit_out, methods
 from evolver.merging.kernels import Kernels
 from evolver.merging.materialise import Materialiser
 from evolver.merging.weights import Checkpoint, Source, digests, doubts, layer_of, open_base, open_expert
@@ -57,9 +56,9 @@ def open_file(path: str | Path) -> Opened:
         )
     if configuration.raw.chat_template not in (None, "auto"):
         raise BadInput(f"{path}: chat_template: a template of its own is not supported yet; write auto.")
-    location, _, adapter = configuration.base.partition("+")
+    location, _, adapter = configuration.origin.partition("+")
     if adapter:
-        raise BadInput(f"{path}: base_model: {configuration.base} has an adapter; give a model without one.")
+        raise BadInput(f"{path}: base_model: {configuration.origin} has an adapter; give a model without one.")
     base = open_base(location, f"{path}: base_model")
     return Opened(configuration, base, {r: _open(r, base, location, path) for r in configuration.references})
 
@@ -94,9 +93,9 @@ def merge(
         opened.base, {known[r]: s for r, s in opened.sources.items()}, getattr(torch, dtype) if dtype else None,
         device=device, kernels=Kernels(build=scalars >= (COMPILE_DRAWS_FROM if draws else COMPILE_FROM)),
     )  # fmt: skip
-    text = yaml.safe_dump(opened.configuration.raw.model_dump(exclude_unset=True), sort_keys=False)
-    export(recipe, materialiser, target, CARD.format(name=target.name, text=text), shard_bytes, tokenizer)
-    (target / "mergekit_config.yml").write_text(text)
+    text = Path(path).read_text()
+    texts = {"README.md": CARD.format(name=target.name, text=text), mergekit_out.FILE: text}
+    export(recipe, materialiser, target, texts, shard_bytes, tokenizer)
 
 
 def effective(path: str | Path) -> list[tuple[str, str, Mapping[str, Any]]]:

@@ -160,8 +160,8 @@ def write_report(folder: Path, outcome: Outcome, agreement: Mapping[str, int]) -
     write_text(folder / "report.md", "\n\n".join(s for s in sections if s) + "\n")
 
 
-def model_card(outcome: Outcome) -> str:
-    """The README of the exported model."""
+def model_card(outcome: Outcome, rebuild: str) -> str:
+    """The README of the exported model; ``rebuild`` says how mergekit makes it, or why it does not."""
     config = outcome.config
     parents = "\n".join(f"- {location}" for location in [config.model.base, *config.experts.values()])
     lines = ["Merged models", "", f"- base: `{config.model.base}`"]
@@ -185,6 +185,7 @@ A merge of fine-tunes of one base, found by Evolver ({config.search["algorithm"]
 {chr(10).join(lines)}
 
 The licences of all parents apply. The exact recipe is in `recipe.json`; weights are rebuilt from it bit for bit.
+{rebuild}
 """
 
 

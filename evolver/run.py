@@ -21,7 +21,7 @@ from evolver.export import export
 from evolver.folder import RunFolder, write_text
 from evolver.ledger import Ledger
 from evolver.loop import Pool, evolve
-from evolver.merging import methods
+from evolver.merging import mergekit_out, methods
 from evolver.merging.genome import Genome, genome
 from evolver.merging.weights import doubts
 from evolver.progress import Display
@@ -153,13 +153,27 @@ def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Di
     checked = folder.path / "best.json"
     if not (checked.exists() and recipe_file.exists() and recipe_file.read_text() == text and best.exists()):
         display.say(f"writing the best model to {best}")
-        export(winner.recipe, build_materialiser(prepared.plan, prepared.opened), best, model_card(outcome))
+        materialiser = build_materialiser(prepared.plan, prepared.opened)
+        export(winner.recipe, materialiser, best, _texts(prepared, outcome))
         agreement = _score_again(prepared, best, outcome, device)
         write_text(checked, json.dumps(agreement))
         write_text(recipe_file, text)  # last: only a folder that was checked counts as written
     write_report(folder.path, outcome, json.loads(checked.read_text()))
     display.say(verdict(outcome))
     display.say(f"report: {folder.path / 'report.md'}")
+
+
+def _texts(prepared: Prepared, outcome: Outcome) -> dict[str, str]:
+    """The card of the best model and, where mergekit can make it, mergekit's configuration."""
+    config, digests = prepared.config, prepared.plan.digests
+    locations = {digests[n]: str(expand(p)) for n, p in {"base": config.model.base, **config.experts}.items()}
+    dtype = None if config.model.dtype == "auto" else config.model.dtype
+    try:
+        text = mergekit_out.dump(outcome.winner.recipe, locations, prepared.opened.base.names(), dtype)
+    except mergekit_out.Inexpressible as why:
+        return {"README.md": model_card(outcome, f"mergekit cannot make this model: {why}.")}
+    rebuild = f"mergekit makes it, too: `mergekit-yaml {mergekit_out.FILE} OUT`."
+    return {"README.md": model_card(outcome, rebuild), mergekit_out.FILE: text}
 
 
 def _score_again(prepared: Prepared, best: Path, outcome: Outcome, device: str) -> dict[str, int]:

@@ -50,7 +50,7 @@ def recipe(prepared):
 @pytest.fixture(scope="module")
 def exported(worker, recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported") / "model"
-    export(recipe, worker.materialiser, folder, "card")
+    export(recipe, worker.materialiser, folder, {})
     return folder
 
 

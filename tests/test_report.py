@@ -190,6 +190,6 @@ def test_a_report_says_it_all(tmp_path):
 
 def test_the_card_names_the_parents_and_the_verdict():
     done = outcome([1.0] * 30, [1.0] * 20 + [0.0] * 10)
-    card = model_card(done)
+    card = model_card(done, "mergekit cannot: why.")
     assert card.startswith("---\nbase_model:\n- base\n- folder/a\n- folder/b\n")
     assert verdict(done) in card

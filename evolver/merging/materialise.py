@@ -16,7 +16,8 @@ from torch import Tensor
 from evolver.merging import crossing, methods
 from evolver.merging.apply import Model, Whole, apply
 from evolver.merging.kernels import Kernels
-from evolver.merging.weights import LAYER, Checkpoint, Source, TensorInfo, layer_of
+from evolver.merging.names import names_of
+from evolver.merging.weights import Checkpoint, Source, TensorInfo, layer_of
 from evolver.records import Cross, Expert, Layers, Merge, Recipe, ancestors
 
 Task = tuple[Recipe, str]
@@ -50,14 +51,7 @@ class Materialiser:
 
     def names(self, recipe: Recipe) -> list[str]:
         """The names of the model's tensors, in the base's order."""
-        if isinstance(recipe, Expert):
-            return self.base.names()
-        if not isinstance(recipe, Layers):
-            return self.names(recipe.inputs[0])
-        outside = [n for n in self.names(recipe.inputs[0]) if layer_of(n) is None]
-        inside = [self.names(recipe.inputs[i]) for i, _ in recipe.program]
-        copies = enumerate(zip(inside, recipe.program, strict=True))
-        return outside + [_at_layer(n, to) for to, (names, (_, of)) in copies for n in names if layer_of(n) == of]
+        return names_of(recipe, self.base.names())
 
     def depth(self, recipe: Recipe) -> int:
         """The number of layers."""
@@ -191,9 +185,3 @@ def _below(task: Task) -> list[Task]:
     if not isinstance(node, Layers):
         return [(n, name) for n in node.below]
     return [node.source(name, layer_of(name))]
-
-
-def _at_layer(name: str, layer: int) -> str:
-    """The name of the same tensor in another layer."""
-    match = LAYER.search(name)
-    return name if match is None else f"{name[: match.start(1)]}{layer}{name[match.end(1) :]}"

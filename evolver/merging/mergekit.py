@@ -1,10 +1,10 @@
-"""mergekit's configuration files, read into recipes and written from them."""
+"""mergekit's configuration files, read into recipes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from pydantic import Field
 from evolver.config import Section, check_section
 from evolver.errors import BadInput, nearest
 from evolver.merging.methods import Method, get
+from evolver.merging.names import names_of
 from evolver.merging.weights import layer_of
 from evolver.records import Expert, Layers, Merge, Place, Recipe, Rule
 
@@ -79,16 +80,24 @@ class Configuration:
     file: str
     raw: File
     method: Method
+    earlier: Mapping[str, Configuration] = field(default_factory=dict)
 
     @property
     def base(self) -> str:
-        """The model that gives names, configuration and tokenizer, and that task vectors are taken against."""
+        """The model that task vectors are taken against."""
         return reference(self.raw.base_model) if self.raw.base_model else reference(self._sources()[0].model)
 
     @property
+    def origin(self) -> str:
+        """The model that gives names, configuration and tokenizer."""
+        return self.earlier[self.base].origin if self.base in self.earlier else self.base
+
+    @property
     def references(self) -> list[str]:
-        """All models, the base first, each once."""
-        return list(dict.fromkeys([self.base, *(reference(s.model) for s in self._sources())]))
+        """All models, the one of ``origin`` first, each once; of a merge by its name, the models that it is of."""
+        own = [self.base, *(reference(s.model) for s in self._sources())]
+        found = [r for o in own for r in (self.earlier[o].references if o in self.earlier else [o])]
+        return list(dict.fromkeys([self.origin, *found]))
 
     @property
     def dtype(self) -> str | None:
@@ -110,6 +119,14 @@ class Configuration:
 
         Raises BadInput that names file and key.
         """
+        recipes = {n: c.recipe(nodes, names, seed) for n, c in self.earlier.items()}
+        if any(names_of(r, names) != list(names) for r in recipes.values()):
+            raise BadInput(
+                f"{self.file}: a merge that another one uses has other layers than the models; merge it first."
+            )
+        return self._recipe({**nodes, **recipes}, names, seed)
+
+    def _recipe(self, nodes: Mapping[str, Recipe], names: Sequence[str], seed: int) -> Recipe:
         if self.raw.models is not None:
             return self._merge(self.raw.models, self.raw.parameters, "models", nodes, names, seed)
         parts, program = [], []
@@ -125,7 +142,7 @@ class Configuration:
         return Layers(tuple(parts), tuple(program), (0, len(parts) - 1))
 
     def _merge(
-        self, sources: Sequence[Source], shared: Parameters, place: str, nodes: Mapping[str, Expert],
+        self, sources: Sequence[Source], shared: Parameters, place: str, nodes: Mapping[str, Recipe],
         names: Sequence[str], seed: int,
     ) -> Recipe:  # fmt: skip
         found = {reference(s.model): s for s in sources}
@@ -181,7 +198,7 @@ class Configuration:
 
 
 def read(path: str | Path) -> Configuration:
-    """Read a mergekit file.
+    """Read a mergekit file; of several documents, the one without a name, else the last one, is the model.
 
     Raises BadInput for an unreadable file, an unknown key, method or parameter, with the nearest known one.
     """
@@ -190,16 +207,16 @@ def read(path: str | Path) -> Configuration:
         documents = list(yaml.safe_load_all(Path(path).read_text()))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise BadInput(f"{file}: cannot be read ({' '.join(str(error).split())}); give a YAML file.") from error
-    if len(documents) != 1 or not isinstance(documents[0], dict):
-        raise BadInput(f"{file}: holds {len(documents)} documents; give one mapping with merge_method and models.")
-    return parse(documents[0], file)
+    if not documents or not all(isinstance(d, dict) for d in documents):
+        raise BadInput(f"{file}: is no mapping; give one with merge_method and models.")
+    if len(documents) == 1:
+        return parse(documents[0], file)
+    return _linked([parse(d, f"{file}: document {i}") for i, d in enumerate(documents, 1)], file)
 
 
 def parse(raw: Mapping[str, Any], file: str) -> Configuration:
     """A mergekit configuration that was read already; raises BadInput that names ``file``."""
-    if "modules" in raw:
-        raise BadInput(f"{file}: modules: parts of a model under their own names are not supported; write models.")
-    checked = check_section(File, raw, file)
+    checked = check_section(File, _without_modules(raw, file), file)
     if (checked.models is None) == (checked.slices is None):
         raise BadInput(f"{file}: models: write either models or slices.")
     if not (checked.models or checked.slices):
@@ -207,6 +224,39 @@ def parse(raw: Mapping[str, Any], file: str) -> Configuration:
     if checked.tokenizer and checked.tokenizer_source:
         raise BadInput(f"{file}: tokenizer_source: stands beside tokenizer; write one of them.")
     return Configuration(file, checked, get(checked.merge_method, f"{file}: merge_method"))
+
+
+def _without_modules(raw: Mapping[str, Any], file: str) -> Mapping[str, Any]:
+    """A model of one module is that module, whatever its name."""
+    modules = raw.get("modules")
+    if "modules" not in raw:
+        return raw
+    if not isinstance(modules, dict) or len(modules) != 1 or not isinstance(only := next(iter(modules.values())), dict):
+        raise BadInput(f"{file}: modules: models of several modules are not supported; write models, or one module.")
+    rest = {k: v for k, v in raw.items() if k != "modules"}
+    return {**rest, **only, "parameters": {**(raw.get("parameters") or {}), **(only.get("parameters") or {})}}
+
+
+def _linked(documents: Sequence[Configuration], file: str) -> Configuration:
+    """The document that is the model, with the named ones that it uses, and they with theirs."""
+    named: dict[str, Configuration] = {}
+    for document in documents:
+        if document.raw.name in named:
+            raise BadInput(f"{file}: name: {document.raw.name} stands twice; give every document a name of its own.")
+        if document.raw.name:
+            named[document.raw.name] = document
+    nameless = [d for d in documents if not d.raw.name]
+    if len(nameless) > 1:
+        raise BadInput(f"{file}: {len(nameless)} documents have no name; only the one that is the model needs none.")
+
+    def link(document: Configuration, above: tuple[str, ...]) -> Configuration:
+        used = {document.base, *(reference(s.model) for s in document._sources())} & named.keys()
+        if circle := used & set(above):
+            raise BadInput(f"{file}: the merge {min(circle)} is made of itself; break the circle.")
+        return replace(document, earlier={n: link(named[n], (*above, n)) for n in sorted(used)})
+
+    last = [*documents, *nameless][-1]
+    return link(last, (last.raw.name,) if last.raw.name else ())
 
 
 def reference(model: Any) -> str:
@@ -323,7 +373,7 @@ def _number(value: Any, where: str) -> float:
     return float(value)
 
 
-def _cut(node: Expert, span: list[int] | None, names: Sequence[str]) -> Recipe:
+def _cut(node: Recipe, span: list[int] | None, names: Sequence[str]) -> Recipe:
     """The model, or its layers ``[first, end)`` as a model of their own."""
     layers = 1 + max((layer_of(n) or 0 for n in names), default=0)
     if span is None or span == [0, layers]:
