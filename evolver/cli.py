@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from evolver import explain as explaining
 from evolver import merge as merging
 from evolver.errors import BadInput
 from evolver.merging.methods import METHODS, get
@@ -55,9 +56,11 @@ def merge(
 
 
 @app.command()
-def explain(config: Annotated[Path, typer.Argument(help="a mergekit YAML file")]) -> None:
+def explain(
+    config: Annotated[Path, typer.Argument(help="a mergekit YAML file, or the configuration of a run")],
+) -> None:
     """Print, for every tensor, the method and the settings in force."""
-    typer.echo(merging.table(merging.effective(config)))
+    typer.echo(explaining.table(explaining.explain(config)))
 
 
 @app.command()

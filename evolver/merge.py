@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from evolver.errors import BadInput
 from evolver.export import export
-from evolver.merging import mergekit, mergekit_out, methods
+from evolver.merging import mergekit, mergekit_out
 from evolver.merging.kernels import Kernels
 from evolver.merging.materialise import Materialiser
-from evolver.merging.weights import Checkpoint, Source, digests, doubts, layer_of, open_base, open_expert
-from evolver.records import Expert, Layers, Merge, Recipe
+from evolver.merging.weights import Checkpoint, Source, digests, doubts, open_base, open_expert
+from evolver.records import Expert
 from evolver.shards import SHARD_BYTES
 
 CARD = """---
@@ -98,24 +97,6 @@ def merge(
     export(recipe, materialiser, target, texts, shard_bytes, tokenizer)
 
 
-def effective(path: str | Path) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """For every tensor of a mergekit file's model: its name, the method, and the settings in force."""
-    opened = open_file(path)
-    nodes = {r: Expert(r, r) for r in opened.sources}
-    names = opened.base.names()
-    recipe = opened.configuration.recipe(nodes, names)
-    materialiser = Materialiser(opened.base, {})
-    return [(n, *_settings(recipe, n)) for n in materialiser.names(recipe)]
-
-
-def _settings(recipe: Recipe, name: str) -> tuple[str, Mapping[str, Any]]:
-    while isinstance(recipe, Layers):
-        recipe, name = recipe.source(name, layer_of(name))
-    assert isinstance(recipe, Merge)  # a file is a merge, or layers of merges
-    method = methods.METHODS[recipe.method]
-    return recipe.method, method.complete(recipe.settings(name, layer_of(name)), len(recipe.inputs), recipe.method)
-
-
 def _open(reference: str, base: Checkpoint, base_location: str, path: str | Path) -> Source:
     location, _, adapter = reference.partition("+")
     key = f"{path}: {reference}"
@@ -125,15 +106,3 @@ def _open(reference: str, base: Checkpoint, base_location: str, path: str | Path
     if not isinstance(own, Checkpoint):
         raise BadInput(f"{key}: {location} is an adapter itself; give the model that {adapter} was trained on.")
     return open_expert(adapter, own, key)
-
-
-def table(rows: Sequence[tuple[str, str, Mapping[str, Any]]]) -> str:
-    """The rows of ``effective`` as text, one tensor a line."""
-    width = max(len(name) for name, _, _ in rows)
-    return "\n".join(f"{n:{width}}  {m}  {'  '.join(f'{k}={_short(v)}' for k, v in s.items())}" for n, m, s in rows)
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "[" + ", ".join(f"{v:g}" for v in value) + "]"
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -23,12 +23,14 @@ from evolver.ledger import Ledger
 from evolver.loop import Pool, evolve
 from evolver.merging import mergekit_out, methods
 from evolver.merging.genome import Genome, genome
-from evolver.merging.weights import doubts
+from evolver.merging.placed import fixed_rules
+from evolver.merging.weights import Checkpoint, doubts
 from evolver.progress import Display
 from evolver.records import Candidate, Expert, Merge, Recipe, Result, Rule, Split, dump_recipe
 from evolver.report import Finalist, Outcome, model_card, verdict, write_report
 from evolver.search import SEARCHES, Search
 from evolver.search.base import Setup
+from evolver.search.optuna_samplers import CoefficientSettings
 from evolver.search.plain import Listed
 from evolver.worker import Opened, Plan, build_materialiser, items_hash, open_models
 
@@ -75,6 +77,24 @@ def prepare(file: str) -> Prepared:
     plan = Plan(config, workshop.digests, items)
     identity = _identity(config, settings.model_dump(), plan)
     return Prepared(config, file, opened, tasks, plan, workshop.base, workshop.experts, search, identity, warnings)
+
+
+def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
+    """The merge that a configuration's search makes, what it tunes of it (its numbers here are examples), the base.
+
+    Raises BadInput, for a search that makes none, too.
+    """
+    config = load(file)
+    _, settings = _algorithm(config, file)
+    opened = open_models(config)
+    workshop = _Workshop(config, opened)
+    if isinstance(settings, CoefficientSettings):
+        space = workshop.space(settings.method, settings.layer_groups, settings.tune, settings.settings)
+        return space.decode(space.encode_equal(1.0)), space.tune, opened.base
+    merger = getattr(settings, "merger", None)
+    if merger is None:
+        raise BadInput(f"{file}: search: this search merges by no method, so no settings are in force.")
+    return workshop.merger(merger)(workshop.experts), (), opened.base
 
 
 def run(file: str, results: Path, make_pool: PoolMaker, display: Display, device: str) -> Path:
@@ -250,17 +270,16 @@ class _Workshop:
         self.digests = opened.digests()
         self.base = Expert("base", self.digests["base"])
         self.experts = tuple(Expert(n, self.digests[n]) for n in config.experts)
-        self._layers = opened.base.layers()
+        self._names = opened.base.names()
 
     def space(self, method: str, groups: int, tune: Sequence[str] | None, settings: Mapping[str, Any]) -> Genome:
         found = methods.get(method, "search.method")
-        return genome(found, self.experts, self.base, self._layers, groups, tune, settings, "search")
+        return genome(found, self.experts, self.base, self._names, groups, tune, settings, "search")
 
     def merger(self, settings: Mapping[str, Any]) -> Callable[[Sequence[Recipe]], Recipe]:
         given = dict(settings)
         method = methods.get(str(given.pop("method", "simple")), "search.merger.method")
-        values = method.complete(given, len(self.experts), "search.merger")
-        rules = (Rule.of(values),) if values else ()
+        rules = fixed_rules(method, given, [e.name for e in self.experts], self._names, "search.merger")
         return lambda members: Merge(method.name, tuple(members), self.base, rules)
 
 

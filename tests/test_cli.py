@@ -89,7 +89,7 @@ BAD = {
     "no base": (lambda c, m: {k: v for k, v in c.items() if k != "base_model"}, "base_model: missing"),
     "no weight": (lambda c, m: c | {"models": [{"model": m["e1"]}]}, "weight is missing"),
     "neither": (lambda c, m: {k: v for k, v in c.items() if k != "models"}, "models: write either models or slices"),
-    "modules": (lambda c, m: c | {"modules": {}}, "modules: parts of a model"),
+    "modules": (lambda c, m: c | {"modules": {}}, "modules: models of several modules"),
     "wrong density": (lambda c, m: c | {"parameters": {"density": 1.5}}, "density: 1.5 is not usable"),
     "text for a number": (lambda c, m: c | {"parameters": {"density": "much"}}, "density: 'much' is not usable"),
     "no such model": (lambda c, m: c | {"base_model": "/nowhere/at/all"}, "base_model: there is no folder"),

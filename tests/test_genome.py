@@ -17,7 +17,16 @@ EVERY = pytest.mark.parametrize("name", [n for n, m in METHODS.items() if any(s.
 
 
 def make(method="task_arithmetic", layers=6, groups=1, tune=None, fixed=None):
-    return genome(METHODS[method], EXPERTS[: METHODS[method].takes], BASE, layers, groups, tune, fixed or {}, "search")
+    return genome(
+        METHODS[method],
+        EXPERTS[: METHODS[method].takes],
+        BASE,
+        [f"model.layers.{i}.w" for i in range(layers)],
+        groups,
+        tune,
+        fixed or {},
+        "search",
+    )
 
 
 def everything(name, groups=1):
@@ -91,7 +100,7 @@ def test_each_knob_moves_its_own_group_only():
 @pytest.mark.parametrize("layers", [2, 6, 7, 30])
 def test_groups_cover_every_layer_exactly_once(layers):
     for groups in range(1, layers + 1):
-        rules = make(layers=layers, groups=groups).decode(middle(make(layers=layers, groups=groups))).rules
+        _, *rules = make(layers=layers, groups=groups).decode(middle(make(layers=layers, groups=groups))).rules
         for layer in (None, *range(layers)):
             assert sum(r.place.covers("w", layer) for r in rules) == 1
         assert len(rules) == (1 if groups == 1 else groups + 1)
@@ -131,3 +140,37 @@ def test_what_is_not_tuned_stays_as_given():
 def test_bad_spaces_are_refused(change, message):
     with pytest.raises(BadInput, match=message):
         make(**change)
+
+
+def decoded(settings):
+    space = make("ties", layers=3, tune=["weight"], fixed=settings)
+    return space.decode(middle(space))
+
+
+def test_a_fixed_setting_is_a_number_a_gradient_or_a_list_of_filters():
+    plain = decoded({"density": [0.1, 0.2, 0.3]})
+    assert all(plain.settings("w", layer)["density"] == (0.1, 0.2, 0.3) for layer in (None, 0, 2))
+    slope = decoded({"lambda": [0.2, 0.8]})
+    assert [slope.settings(f"model.layers.{i}.w", i)["lambda"] for i in range(3)] == pytest.approx([0.2, 0.5, 0.8])
+    filtered = decoded({"density": [{"filter": "w", "value": [0.2, 0.4]}, {"value": 0.9}]})
+    assert filtered.settings("model.layers.1.w", 1)["density"] == pytest.approx((0.3, 0.3, 0.3))
+    assert filtered.settings("model.embed", None)["density"] == (0.9, 0.9, 0.9)
+    each = decoded({"density": {"a": 0.5, "c": [{"filter": "layers.2", "value": 0.1}, {"value": 0.6}]}})
+    assert each.settings("model.layers.2.w", 2)["density"] == (0.5, 1.0, 0.1)
+    assert each.settings("model.layers.0.w", 0)["density"] == (0.5, 1.0, 0.6)
+    assert each.settings("w", None)["lambda"] == 1.0
+    assert each.settings("w", None)["normalize"] is True
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"density": {"d": 0.5}}, "no expert 'd'"),
+        ({"density": [{"value": 1.5}]}, "density: 1.5 is not usable"),
+        ({"normalize": {"a": True}}, "one value for all experts"),
+        ({"density": [{"value": "much"}]}, "'much' is not usable"),
+    ],
+)
+def test_settings_that_differ_are_checked(settings, says):
+    with pytest.raises(BadInput, match=says):
+        decoded(settings)

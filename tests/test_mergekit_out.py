@@ -110,6 +110,16 @@ def test_what_mergekit_cannot_make_says_why(world):
             written(recipe, world)
 
 
+def test_filters_that_name_every_tensor_need_no_last_one(world, tmp_path):
+    folders, _, materialiser = world
+    filters = [{"filter": n, "value": 0.5} for n in materialiser.base.names()]
+    every = {"merge_method": "slerp", "base_model": folders["base"], "models": [{"model": folders["e1"]}]}
+    recipe = read(documents(every | {"parameters": {"t": filters}}), world, tmp_path)
+    assert all(recipe.settings(n, 0)["t"] == 0.5 for n in materialiser.base.names())
+    with pytest.raises(BadInput, match="missing for a model in model"):
+        read(documents(every | {"parameters": {"t": filters[:-1]}}), world, tmp_path)
+
+
 def documents(*raw):
     return "---\n".join(yaml.safe_dump(d) for d in raw)
 

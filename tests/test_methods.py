@@ -384,7 +384,16 @@ def test_a_new_method_takes_one_function_and_nothing_else():
     try:
         assert one("halfway", [[4.0]]) == [2]
         base = Expert("base", "b")
-        space = genome(METHODS["halfway"], [Expert("a", "1"), Expert("c", "2")], base, 4, 1, ["share"], {}, "search")
+        space = genome(
+            METHODS["halfway"],
+            [Expert("a", "1"), Expert("c", "2")],
+            base,
+            ["model.layers.3.w"],
+            1,
+            ["share"],
+            {},
+            "search",
+        )
         assert [(k.name, k.low, k.high) for k in space.knobs] == [("share", 0.1, 0.9)]
         assert "### halfway" in page()
     finally:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from toys import no_work, rows, run_here
 
 from evolver.errors import BadInput
+from evolver.explain import explain
 from evolver.run import prepare
 
 FILES = {"config.yaml", "identity.json", "ledger", "best", "best.json", "recipe.json", "report.md", "curve.png"}
@@ -206,3 +207,19 @@ def test_early_stopping_decides_the_same(make_config, tmp_path, mode):
         scored = [len(r["items"]) for r in rows(folder).values() if r["stage"] == "search"]
         assert (min(scored) < 40) == early
     assert found[True] == found[False]
+
+
+def test_explain_shows_what_a_search_tunes_and_what_it_leaves(make_config, tmp_path):
+    search = {
+        "algorithm": "tpe", "method": "ties", "tune": ["lambda", "weight"],
+        "settings": {"density": {"a": [0.2, 0.4], "b": 0.6}},
+    }  # fmt: skip
+    file = make_config(tmp_path, {"search": search})
+    rows = {name: values for name, _, values in explain(file)}
+    first, last = (next(v for n, v in rows.items() if f".layers.{k}." in n) for k in (0, 1))
+    assert first["lambda"] == first["weight"] == "tuned"
+    assert first["density"][:2] == (0.2, 0.6)
+    assert last["density"][:2] == (0.4, 0.6)
+    alone = make_config(tmp_path, {"search": {"algorithm": "evolver"}})
+    with pytest.raises(BadInput, match="merges by no method"):
+        explain(alone)

@@ -27,7 +27,16 @@ class Workshop:
     count: int
 
     def space(self, method, groups, tune, settings):
-        return genome(METHODS[method], EXPERTS[: self.count], BASE, 4, groups, tune, settings, "search")
+        return genome(
+            METHODS[method],
+            EXPERTS[: self.count],
+            BASE,
+            [f"model.layers.{i}.w" for i in range(4)],
+            groups,
+            tune,
+            settings,
+            "search",
+        )
 
     def merger(self, settings):
         return lambda members: Merge(settings.get("method", "simple"), tuple(members), BASE)

@@ -10,6 +10,8 @@ from typing import Any
 
 from evolver.errors import BadInput, nearest
 from evolver.merging.methods import Method, Range, Simplex
+from evolver.merging.placed import fixed_rules
+from evolver.merging.weights import layer_of
 from evolver.records import Expert, Knob, Merge, Place, Recipe, Rule
 
 # A weight on the simplex is drawn as e / Σ e with e = -log(u): uniform u then means uniform weights (Dirichlet(1)).
@@ -27,7 +29,7 @@ class Genome:
     layers: int
     groups: int
     tune: tuple[str, ...]
-    fixed: Mapping[str, Any]
+    fixed: tuple[Rule, ...]
 
     @property
     def knobs(self) -> tuple[Knob, ...]:
@@ -44,8 +46,8 @@ class Genome:
 
     def decode(self, values: Mapping[str, float]) -> Recipe:
         """The recipe that one point of the space stands for."""
-        rules = [Rule.of({**self.fixed, **self._settings(values, suffix)}, place) for suffix, place in self._places()]
-        return Merge(self.method.name, self.experts, self.base, tuple(rules))
+        tuned = [Rule.of(self._settings(values, suffix), place) for suffix, place in self._places()]
+        return Merge(self.method.name, self.experts, self.base, (*self.fixed, *tuned))
 
     def encode_equal(self, mass: float) -> dict[str, float]:
         """The point with equal weights and, where it is tuned, the given total mass: a start for searches."""
@@ -77,26 +79,31 @@ def genome(
     method: Method,
     experts: Sequence[Expert],
     base: Expert,
-    layers: int,
+    names: Sequence[str],
     groups: int,
     tune: Sequence[str] | None,
-    fixed: Mapping[str, Any],
+    settings: Mapping[str, Any],
     place: str,
 ) -> Genome:
     """A genome, checked. Without ``tune``, total mass, simplex weights and what has no default are tuned.
 
+    Args:
+        names: of the base's tensors.
+        settings: those that stay fixed, in the forms of ``placed``.
+
     Raises BadInput that names ``place``.
     """
+    layers = 1 + max((layer_of(n) or 0 for n in names), default=0)
     searchable = {n for n, s in method.settings.items() if s.search is not None}
     if tune is None:
-        needed = [n for n, s in method.settings.items() if s.required and n not in fixed]
+        needed = [n for n, s in method.settings.items() if s.required and n not in settings]
         tune = [n for n in ("lambda", "weight", *needed) if n in searchable]
     for name in tune:
         if name not in searchable:
             raise BadInput(
                 f"{place}.tune: {method.name} has nothing to tune called {name!r}; {nearest(name, searchable)}"
             )
-        if name in fixed:
+        if name in settings:
             raise BadInput(f"{place}.settings.{name}: {name} is tuned; remove it here or in {place}.tune.")
     if len(set(tune)) < len(tune):
         raise BadInput(f"{place}.tune: a setting stands twice; name each once.")
@@ -104,10 +111,9 @@ def genome(
         raise BadInput(f"{place}.method: {method.name} has nothing to tune; choose task_arithmetic, ties or another.")
     if not 1 <= groups <= layers:
         raise BadInput(f"{place}.layer_groups: {groups} groups of {layers} layers; write a number from 1 to {layers}.")
-    tuned = {n: _example(method, n) for n in tune if method.settings[n].required}
-    complete = method.complete({**fixed, **tuned}, len(experts), f"{place}.settings")
-    kept = {k: v for k, v in complete.items() if k not in tune}
-    return Genome(method, tuple(experts), base, layers, groups, tuple(tune), kept)
+    examples = {n: _example(method, n) for n in tune}
+    fixed = fixed_rules(method, settings, [e.name for e in experts], names, f"{place}.settings", examples)
+    return Genome(method, tuple(experts), base, layers, groups, tuple(tune), fixed)
 
 
 def _example(method: Method, name: str) -> float:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +14,9 @@ from evolver.config import Section, check_section
 from evolver.errors import BadInput, nearest
 from evolver.merging.methods import Method, get
 from evolver.merging.names import names_of
+from evolver.merging.placed import Placed
 from evolver.merging.weights import layer_of
-from evolver.records import Expert, Layers, Merge, Place, Recipe, Rule
+from evolver.records import Expert, Layers, Merge, Recipe
 
 Parameters = dict[str, Any]
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
@@ -154,9 +154,31 @@ class Configuration:
         any_range = next(iter(ranges.values()))
         span = None if any_range is None else any_range[1] - any_range[0]
         cut = {r: _cut(nodes[r], ranges.get(r, any_range), names) for r in {*inputs, self.base}}
-        settings = _Settings(self, wanted, shared, place, seed)
-        rules = settings.rules(names if span is None else _renumbered(names, any_range or [0, 0]), span)
+        placed = self._placed(wanted, shared, place, seed)
+        rules = placed.rules(names if span is None else _renumbered(names, any_range or [0, 0]), span)
         return Merge(self.method.name, tuple(cut[r] for r in inputs), cut[self.base], tuple(rules))
+
+    def _placed(self, models: Mapping[str, Source], shared: Parameters, place: str, seed: int) -> Placed:
+        """The parameters of one merge, which may differ from tensor to tensor."""
+        known = {*self.method.settings, *IGNORED}
+        for given, where in [(shared, "parameters"), *((s.parameters, f"{place}: {r}") for r, s in models.items())]:
+            for key in given:
+                if key not in known:
+                    raise BadInput(f"{self.file}: {where}: {self.method.name} has no {key!r}; {nearest(key, known)}")
+        each = [{k: v for k, v in {**shared, **s.parameters}.items() if k not in IGNORED} for s in models.values()]
+        if self.method.name in WEIGHTED and not any("weight" in e for e in each):
+            raise BadInput(f"{self.file}: {place}: weight is missing; give every model one under parameters.")
+        for setting in self.method.settings.values():
+            if setting.required and not any(setting.name in e for e in each):
+                raise BadInput(
+                    f"{self.file}: {place}.{setting.name}: missing; {self.method.name} has no default for it."
+                )
+        fixed: Parameters = {}
+        if self.method.name in OPTIONAL_BASE:
+            fixed["task_vectors"] = self.raw.base_model is not None
+        if "seed" in self.method.settings:
+            fixed["seed"] = seed
+        return Placed(self.method, each, fixed, f"{self.file}: {place}")
 
     def _inputs(self, found: Mapping[str, Source], place: str) -> list[str]:
         """Which models the method merges, in its order."""
@@ -268,109 +290,6 @@ def reference(model: Any) -> str:
         )
         return f"{text}+{reference({'model': lora})}" if lora else str(text)
     return str(model)
-
-
-class _Settings:
-    """The parameters of one merge, resolved for every tensor."""
-
-    def __init__(
-        self, owner: Configuration, models: Mapping[str, Source], shared: Parameters, place: str, seed: int
-    ) -> None:
-        self.owner, self.models, self.shared, self.place = owner, models, shared, place
-        self.method, self.seed = owner.method, seed
-        known = {*self.method.settings, *IGNORED}
-        for given, where in [(shared, "parameters"), *((s.parameters, f"{place}: {r}") for r, s in models.items())]:
-            for key in given:
-                if key not in known:
-                    raise BadInput(f"{owner.file}: {where}: {self.method.name} has no {key!r}; {nearest(key, known)}")
-        self.keys = [k for k in self.method.settings if k in shared or any(k in s.parameters for s in models.values())]
-        if self.method.name in WEIGHTED and "weight" not in self.keys:
-            raise BadInput(f"{owner.file}: {place}: weight is missing; give every model one under parameters.")
-
-    def rules(self, names: Sequence[str], span: int | None) -> list[Rule]:
-        """Rules that give every tensor its values: by layer, then by filter, then by name where filters overlap."""
-        layers = 1 + max((layer_of(n) or 0 for n in names), default=0) if span is None else span
-        filters = list(dict.fromkeys(self._filters()))
-        if not filters and not self._varies():
-            return [Rule.of(self._values("", 0.0))]
-        depths = [1.0 if layers == 1 else i / (layers - 1) for i in range(layers)]
-        places = [Place(outside=True), *(Place((i, i + 1)) for i in range(layers))] if self._varies() else [Place()]
-        out: list[Rule] = []
-        for contains in ["", *reversed(filters)]:
-            for place in places:
-                t = depths[place.layers[0]] if place.layers else 0.0
-                out.append(Rule.of(self._values(contains, t), Place(place.layers, place.outside, contains)))
-        probe = Merge("simple", (), Expert("", ""), tuple(out))
-        for name in names:
-            layer = layer_of(name)
-            values = Rule.of(self._values(name, 0.0 if layer is None else depths[layer])).values
-            if tuple(sorted(probe.settings(name, layer).items())) != values:
-                out.append(Rule(Place(contains=name), values))
-        return out
-
-    def _values(self, name: str, t: float) -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for key in self.keys:
-            setting = self.method.settings[key]
-            each = [self._value(s.parameters.get(key, self.shared.get(key)), name, t) for s in self.models.values()]
-            given = [v for v in each if v is not None]
-            if not given:
-                continue
-            where = f"{self.owner.file}: {self.place}: {key}"
-            if setting.kind is tuple:
-                if len(given) < len(each) and key == "weight":
-                    raise BadInput(f"{where}: missing for a model; give every model one.")
-                default = setting.default[0]
-                out[key] = tuple(float(_number(v if v is not None else default, where)) for v in each)
-            elif len(set(map(str, given))) > 1:
-                raise BadInput(f"{where}: one value for all models is wanted; move it to the top's parameters.")
-            elif key == "rescale":
-                out[key] = {True: "l1", False: "none"}.get(given[0], given[0])
-            else:
-                out[key] = _number(given[0], where) if setting.kind is float else given[0]
-        if self.method.name in OPTIONAL_BASE:
-            out["task_vectors"] = self.owner.raw.base_model is not None
-        if "seed" in self.method.settings:
-            out["seed"] = self.seed
-        self.method.complete(out, len(self.models), f"{self.owner.file}: {self.place}")
-        return out
-
-    def _value(self, given: Any, name: str, t: float) -> Any:
-        if isinstance(given, list) and given and all(isinstance(g, dict) for g in given):
-            for entry in given:
-                wanted = entry.get("filter")
-                if wanted in (None, "*") or wanted in name:
-                    return self._value(entry.get("value"), name, t)
-            return None
-        if isinstance(given, list):
-            at = t * (len(given) - 1)
-            low = min(math.floor(at), len(given) - 1)
-            high = min(low + 1, len(given) - 1)
-            return (1 - (at - low)) * given[low] + (at - low) * given[high]
-        return given
-
-    def _given(self) -> Iterator[Any]:
-        for key in self.keys:
-            yield self.shared.get(key)
-            for source in self.models.values():
-                yield source.parameters.get(key)
-
-    def _filters(self) -> Iterator[str]:
-        for given in self._given():
-            if isinstance(given, list):
-                yield from (g["filter"] for g in given if isinstance(g, dict) and g.get("filter") not in (None, "*"))
-
-    def _varies(self) -> bool:
-        """Whether something changes with depth."""
-        lists = [g for g in self._given() if isinstance(g, list)]
-        inner = [e.get("value") for g in lists for e in g if isinstance(e, dict)]
-        return any(isinstance(v, list) for v in inner) or any(not isinstance(e, dict) for g in lists for e in g)
-
-
-def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadInput(f"{where}: {value!r} is not usable; write a number, a list, or a list of filter and value.")
-    return float(value)
 
 
 def _cut(node: Recipe, span: list[int] | None, names: Sequence[str]) -> Recipe:

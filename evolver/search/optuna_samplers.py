@@ -27,7 +27,10 @@ class CoefficientSettings(Section):
     tune: list[str] | None = Field(
         None, min_length=1, description="settings to tune; default: total mass and simplex weights"
     )
-    settings: dict[str, Any] = Field(default_factory=dict, description="settings of the method that stay fixed")
+    settings: dict[str, Any] = Field(
+        default_factory=dict,
+        description="fixed settings of the method: values, gradients over the layers, lists of {filter, value}",
+    )
 
 
 class TPESettings(CoefficientSettings):

@@ -84,15 +84,24 @@ class Method:
 
         Raises BadInput that names ``place`` and the setting.
         """
+        for setting in self.settings.values():
+            if setting.required and setting.name not in given:
+                raise BadInput(f"{place}.{setting.name}: missing; {self.name} has no default for it.")
+        defaults = {s.name: s.default for s in self.settings.values()}
+        checked = self.check({**defaults, **given}, experts, place)
+        return {name: checked[name] for name in self.settings}
+
+    def check(self, given: Mapping[str, Any], experts: int, place: str) -> dict[str, Value]:
+        """``given`` checked, one weight an expert.
+
+        Raises BadInput that names ``place`` and the setting.
+        """
         for key in given:
             if key not in self.settings:
                 raise BadInput(f"{place}: {self.name} has no setting {key!r}; {nearest(key, self.settings)}")
         if self.takes not in (None, experts):
             raise BadInput(f"{place}: {self.name} takes {self.takes} models, not {experts}.")
-        for setting in self.settings.values():
-            if setting.required and setting.name not in given:
-                raise BadInput(f"{place}.{setting.name}: missing; {self.name} has no default for it.")
-        return {s.name: _checked(s, given.get(s.name, s.default), experts, place) for s in self.settings.values()}
+        return {k: _checked(self.settings[k], v, experts, place) for k, v in given.items()}
 
     def handed(self, values: Mapping[str, Value], device: torch.device) -> tuple[dict[str, Tensor], dict[str, Value]]:
         """Complete ``values`` as the function takes them: numbers as tensors; flags, counts and choices as they are."""
