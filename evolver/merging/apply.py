@@ -182,7 +182,7 @@ class _Pieces:
         *inputs, base = (f.float() for f in few)
         if self.method.on_deltas:
             inputs = [i - base for i in inputs]
-        none = [torch.zeros(base.shape, dtype=torch.int32, device=self.device)] * len(inputs)
+        none = [torch.zeros(base.shape, device=self.device)] * len(inputs)
         here = Here(inputs, base, known, lambda _: none, self.depth, self.whole.base.dim() < 2)
         try:
             self.method.function(inputs, here=here, **self.numbers, **self.flags)
@@ -224,7 +224,7 @@ class _Pieces:
         picked = [f.index_select(0, places) for f in self.flats]
         tensors = [*picked, *known, *self.numbers.values()]
         if self.draws:  # questions of order come before draws, so any will do
-            tensors += [torch.zeros(picked[0].shape, dtype=torch.int32, device=self.device)] * len(self.whole.inputs)
+            tensors += [torch.zeros(picked[0].shape, device=self.device)] * len(self.whole.inputs)
         return self._step(known, "none")(*tensors, *([] if self.depth is None else [self.depth]))
 
     def _drawn(self) -> random.Drawn | None:

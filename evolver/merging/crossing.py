@@ -129,8 +129,7 @@ class _Piece:
 
     def __call__(self, level: Tensor, f: Tensor, draws: Tensor, child: Tensor, *parents: Tensor) -> tuple[()]:
         x, *p = (t.float() for t in parents)
-        # As floats, which hold both exactly: kernels that compare whole numbers beside bfloat16 are not vectorised.
-        child.copy_(torch.where(draws.float() < level, self.mutation(x, p, f), x))
+        child.copy_(torch.where(draws < level, self.mutation(x, p, f), x))
         return ()
 
 
@@ -144,5 +143,5 @@ class _Blocks:
         first = torch.zeros((), dtype=torch.int64, device=words.device)
         for place, draws in enumerate(random.halves(words, first, tensors[0].shape[0])):
             child, *parents = (t[:, place] for t in tensors)
-            _Piece(self.mutation)(level, f, draws, child, *parents)
+            _Piece(self.mutation)(level, f, draws.float(), child, *parents)
         return ()

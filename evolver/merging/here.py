@@ -47,7 +47,7 @@ class Here:
     asked: int = 0
 
     def draws(self, seed: int) -> Stack:
-        """Random numbers in [0, 65536) for the scalars of this piece, int32, shaped like the inputs."""
+        """Random numbers in [0, 65536) for the scalars of this piece, float32, shaped like the inputs."""
         return self.drawn(seed)
 
     def sum(self, what: Callable[[Stack, Here], Tensor]) -> Tensor:

@@ -57,8 +57,7 @@ def drop(delta: Tensor, draws: Tensor, keep: Tensor) -> Tensor:
         draws: of the counter-based random function, in [0, 65536), (...).
         keep: probability in steps of 1/65536, () or (...).
     """
-    # As floats, which hold both exactly: kernels that compare whole numbers beside bfloat16 are not vectorised.
-    return torch.where(draws.float() < (keep * LEVELS).round().float(), delta, 0.0)
+    return torch.where(draws < (keep * LEVELS).round().float(), delta, 0.0)
 
 
 def rank_probability(rank: Tensor, width: int, density: Tensor, epsilon: Tensor) -> Tensor:
@@ -95,7 +94,7 @@ def drop_by_rank(delta: Tensor, draws: Tensor, density: Tensor, epsilon: Tensor)
     before = torch.empty(rows, width + 1, device=delta.device)
     before[:, 0], before[:, -1] = -1.0, torch.inf  # rank 0 is everyone's, rank ``width`` no one's
     before[:, 1:width] = _sorted_rows(sizes)[:, :-1]
-    return torch.where(sizes > before.gather(1, first_kept[draws]), delta, 0.0)
+    return torch.where(sizes > before.gather(1, first_kept[draws.long()]), delta, 0.0)
 
 
 def _sorted_rows(sizes: Tensor) -> Tensor:

@@ -78,7 +78,10 @@ def halves(words: Tensor, first: Tensor, blocks: int) -> list[Tensor]:
 
 
 def fill(words: Tensor, first: Tensor, out: Tensor) -> tuple[()]:
-    """Write draws to ``out``, int32 (blocks, HALVES, LANES), whose scalars lie in the order of their offsets."""
+    """Write draws to ``out``, float32 (blocks, HALVES, LANES), whose scalars lie in the order of their offsets.
+
+    Floats hold them exactly, and kernels that compare whole numbers beside bfloat16 are not vectorised.
+    """
     for place, half in enumerate(halves(words, first, out.shape[0])):
         out[:, place].copy_(half)
     return ()
@@ -100,13 +103,13 @@ class Drawn:
         self._kernel: Kernel | None = None
 
     def piece(self, start: int, shape: Sequence[int]) -> list[Tensor]:
-        """For every tensor the draws of its scalars from ``start`` on, int32, in that shape; until the next call."""
+        """For every tensor the draws of its scalars from ``start`` on, float32, in that shape; until the next call."""
         first, skip = divmod(start, BLOCK)
         count = math.prod(shape)
         blocks = max(2, -(-(skip + count) // BLOCK))  # kernels take no fewer
         if not self._held or self._held[0].shape[0] < blocks:
             size = (blocks, HALVES, LANES)
-            self._held = [torch.empty(size, dtype=torch.int32, device=self.device) for _ in self.words]
+            self._held = [torch.empty(size, dtype=torch.float32, device=self.device) for _ in self.words]
         place = torch.tensor(first, device=self.device)
         for words, held in zip(self.words, self._held, strict=True):
             self._fill(words, place, held[:blocks])
@@ -123,7 +126,7 @@ class Drawn:
 
 
 def draws(seed: int, name: str, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Draws in [0, 65536) for the scalars ``start`` … ``start + count - 1`` of the tensor ``name``, int32 (count,)."""
+    """Draws in [0, 65536) for the scalars ``start`` … ``start + count - 1`` of the tensor ``name``, float32 (count,)."""
     return Drawn(seed, [name], torch.device(device)).piece(start, [count])[0]
 
 
