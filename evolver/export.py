@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +16,38 @@ from evolver.records import Recipe, dump_recipe
 # How configurations say the number of layers.
 DEPTH = ("num_hidden_layers", "n_layer", "num_layers")
 # What a model folder has besides weights. Everything else in the base's folder is not the model's.
-COMPANIONS = (
-    "generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "vocab.json",
-    "merges.txt", "vocab.txt", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model",
+TOKENIZER = (
+    "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt",
+    "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model",
 )  # fmt: skip
+COMPANIONS = ("generation_config.json", *TOKENIZER)
 
 
 def export(
     recipe: Recipe, materialiser: Materialiser, target: Path, texts: Mapping[str, str],
-    shard_bytes: int = shards.SHARD_BYTES, tokenizer: bool = True,
+    shard_bytes: int = shards.SHARD_BYTES, tokenizer: Path | None = None,
+    finish: Callable[[Path], None] = lambda folder: None,
 ) -> None:  # fmt: skip
     """Write the model of ``recipe`` to ``target``; an interrupted export leaves nothing under that name.
 
     Args:
         texts: further files by name: its README, its configuration for other tools.
         shard_bytes: how large a file of weights may become.
-        tokenizer: copy the base's tokenizer.
+        tokenizer: the folder whose tokenizer and generation settings are copied; None: the base's.
+        finish: called with the folder before it gets its name.
     """
     base = materialiser.base
     with whole_folder(target) as folder:
         infos = {n: materialiser.info(recipe, n) for n in materialiser.names(recipe)}
         shards.write(materialiser.stream(recipe), infos, folder, shard_bytes)
-        for name in COMPANIONS if tokenizer else ():
-            if (base.path / name).exists():
-                shutil.copyfile(base.path / name, folder / name)
+        for name in COMPANIONS:
+            if ((tokenizer or base.path) / name).exists():
+                shutil.copyfile((tokenizer or base.path) / name, folder / name)
         (folder / "config.json").write_text(json.dumps(_configuration(recipe, materialiser), indent=2))
         (folder / "recipe.json").write_text(dump_recipe(recipe))
         for name, text in texts.items():
             (folder / name).write_text(text)
+        finish(folder)
 
 
 def _configuration(recipe: Recipe, materialiser: Materialiser) -> dict[str, Any]:

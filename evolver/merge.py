@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from evolver.errors import BadInput
-from evolver.export import export
-from evolver.merging import mergekit, mergekit_out
+from evolver.export import TOKENIZER, export
+from evolver.merging import chat, mergekit, mergekit_out
 from evolver.merging.kernels import Kernels
 from evolver.merging.materialise import Materialiser
+from evolver.merging.vocabulary import Aligned, Vocabulary, extend_tokenizer, known_tokens, vocabulary
 from evolver.merging.weights import Checkpoint, Source, digests, doubts, open_base, open_expert
 from evolver.records import Expert
 from evolver.shards import SHARD_BYTES
@@ -35,11 +36,12 @@ COMPILE_FROM, COMPILE_DRAWS_FROM = 10**10, 3 * 10**8
 
 @dataclass(frozen=True)
 class Opened:
-    """A configuration with its models, opened."""
+    """A configuration with its models, opened, and seen through one vocabulary where theirs differ."""
 
     configuration: mergekit.Configuration
     base: Checkpoint
     sources: dict[str, Source]
+    vocabulary: Vocabulary | None = None
 
 
 def open_file(path: str | Path) -> Opened:
@@ -48,18 +50,21 @@ def open_file(path: str | Path) -> Opened:
     Raises BadInput that names file and key.
     """
     configuration = mergekit.read(path)
-    if configuration.tokenizer_source not in (None, "base"):
-        raise BadInput(
-            f"{path}: tokenizer_source: {configuration.tokenizer_source!r} is not supported yet; "
-            "leave it out, or write base, with models that have the same tokens."
-        )
-    if configuration.raw.chat_template not in (None, "auto"):
-        raise BadInput(f"{path}: chat_template: a template of its own is not supported yet; write auto.")
     location, _, adapter = configuration.origin.partition("+")
     if adapter:
         raise BadInput(f"{path}: base_model: {configuration.origin} has an adapter; give a model without one.")
     base = open_base(location, f"{path}: base_model")
-    return Opened(configuration, base, {r: _open(r, base, location, path) for r in configuration.references})
+    same = configuration.tokenizer is None
+    opened = Opened(configuration, base, {r: _open(r, base, location, path, same) for r in configuration.references})
+    return opened if configuration.tokenizer is None else _aligned(opened, configuration.tokenizer, str(path))
+
+
+def _aligned(opened: Opened, tokenizer: mergekit.Tokenizer, file: str) -> Opened:
+    models, base = opened.sources, opened.configuration.origin
+    known = {r: known_tokens(s) for r, s in models.items()}
+    target = vocabulary(tokenizer.source, tokenizer.tokens, tokenizer.pad_to_multiple_of, known, base, file)
+    seen = {r: Aligned(s, r, target, models, opened.base) for r, s in models.items()}
+    return Opened(opened.configuration, seen[base], dict(seen), target)
 
 
 def merge(
@@ -72,7 +77,7 @@ def merge(
         device: where to compute.
         seed: of methods that draw at random.
         shard_bytes: how large a file of weights may become.
-        tokenizer: copy the base's tokenizer.
+        tokenizer: write a tokenizer.
         warn: told, a line each, what is odd about the models.
 
     Raises BadInput for what cannot be merged, before anything is written.
@@ -80,9 +85,11 @@ def merge(
     if target.exists() and any(target.iterdir()):
         raise BadInput(f"{target}: is there already and not empty; name another folder.")
     opened = open_file(path)
+    chat_template = _chat_template(opened, str(path))
     known = digests(opened.sources)
-    for doubt in doubts(opened.base, [s for s in opened.sources.values() if s is not opened.base]):
-        warn(doubt)
+    if opened.vocabulary is None:  # else the models have no common shape to be compared in
+        for doubt in doubts(opened.base, [s for s in opened.sources.values() if s is not opened.base]):
+            warn(doubt)
     nodes = {r: Expert(r, d) for r, d in known.items()}
     recipe = opened.configuration.recipe(nodes, opened.base.names(), seed)
     scalars = len(known) * opened.base.scalars
@@ -94,15 +101,38 @@ def merge(
     )  # fmt: skip
     text = Path(path).read_text()
     texts = {"README.md": CARD.format(name=target.name, text=text), mergekit_out.FILE: text}
-    export(recipe, materialiser, target, texts, shard_bytes, tokenizer)
+
+    def finish(folder: Path) -> None:
+        if not tokenizer:
+            for name in TOKENIZER:
+                (folder / name).unlink(missing_ok=True)
+            return
+        if opened.vocabulary is not None:
+            extend_tokenizer(folder, opened.vocabulary, {r: s.path for r, s in opened.sources.items()})
+        if chat_template is not None:
+            (folder / chat.FILE).write_text(chat_template)
+
+    export(recipe, materialiser, target, texts, shard_bytes, _tokenizer_folder(opened), finish)
 
 
-def _open(reference: str, base: Checkpoint, base_location: str, path: str | Path) -> Source:
+def _tokenizer_folder(opened: Opened) -> Path:
+    """The model whose tokenizer the merge gets, or that it is extended from."""
+    chosen = opened.configuration.tokenizer
+    return opened.sources[chosen.source].path if chosen and chosen.source in opened.sources else opened.base.path
+
+
+def _chat_template(opened: Opened, path: str) -> str | None:
+    wanted = opened.configuration.raw.chat_template
+    folders = [s.path for s in opened.sources.values()]
+    return None if wanted is None else chat.template(wanted, folders, f"{path}: chat_template")
+
+
+def _open(reference: str, base: Checkpoint, base_location: str, path: str | Path, same_tokens: bool) -> Source:
     location, _, adapter = reference.partition("+")
     key = f"{path}: {reference}"
     if not adapter:
-        return base if location == base_location else open_expert(location, base, key)
-    own = base if location == base_location else open_expert(location, base, key)
+        return base if location == base_location else open_expert(location, base, key, same_tokens)
+    own = base if location == base_location else open_expert(location, base, key, same_tokens)
     if not isinstance(own, Checkpoint):
         raise BadInput(f"{key}: {location} is an adapter itself; give the model that {adapter} was trained on.")
     return open_expert(adapter, own, key)

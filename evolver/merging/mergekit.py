@@ -51,10 +51,19 @@ class Slice(Section):
     parameters: Parameters = Field(default_factory=dict)
 
 
+class TokenEntry(Section):
+    """Which row a token has in models that lack it; with ``force``, in all."""
+
+    source: Any = None
+    force: bool = False
+
+
 class Tokenizer(Section):
     """Where the tokens come from."""
 
-    source: str
+    source: str = "union"
+    tokens: dict[str, TokenEntry] = Field(default_factory=dict)
+    pad_to_multiple_of: int | None = Field(None, ge=1)
 
 
 class File(Section):
@@ -105,9 +114,11 @@ class Configuration:
         return self.raw.out_dtype or self.raw.dtype
 
     @property
-    def tokenizer_source(self) -> str | None:
-        """``union``, ``base`` or a model; None: all models have the same tokens."""
-        return self.raw.tokenizer.source if self.raw.tokenizer else self.raw.tokenizer_source
+    def tokenizer(self) -> Tokenizer | None:
+        """Where the tokens come from: ``union``, ``base`` or a model; None: all models have the same ones."""
+        if self.raw.tokenizer_source is not None:
+            return Tokenizer(source=self.raw.tokenizer_source)
+        return self.raw.tokenizer
 
     def recipe(self, nodes: Mapping[str, Expert], names: Sequence[str], seed: int = 0) -> Recipe:
         """The recipe.

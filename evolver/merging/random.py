@@ -126,7 +126,7 @@ class Drawn:
 
 
 def draws(seed: int, name: str, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Draws in [0, 65536) for the scalars ``start`` … ``start + count - 1`` of the tensor ``name``, float32 (count,)."""
+    """Draws in [0, 65536) for ``count`` scalars of the tensor ``name`` from ``start`` on, float32 (count,)."""
     return Drawn(seed, [name], torch.device(device)).piece(start, [count])[0]
 
 

@@ -49,6 +49,11 @@ NO_DELTA = (
     "alora_invocation_tokens", "layer_replication", "target_parameters", "trainable_token_indices",
 )  # fmt: skip
 MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Tensors that have a row for each token.
+ROWS = (
+    "embed_tokens.weight", "tok_embeddings.weight", "word_embeddings.weight", "embed_in.weight", "wte.weight",
+    "lm_head.weight", "embed_out.weight",
+)  # fmt: skip
 LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 
 
@@ -312,7 +317,7 @@ def open_base(location: str, key: str = "model.base") -> Checkpoint:
     return Checkpoint(_locate(location, key), key)
 
 
-def open_expert(location: str, base: Checkpoint, key: str) -> Checkpoint | LoraAdapter:
+def open_expert(location: str, base: Checkpoint, key: str, same_tokens: bool = True) -> Checkpoint | LoraAdapter:
     """The expert at ``location``, checked against the base: a folder of weights or of a LoRA adapter, a GGUF file, or
     a hub id.
 
@@ -322,7 +327,7 @@ def open_expert(location: str, base: Checkpoint, key: str) -> Checkpoint | LoraA
     if (path / "adapter_config.json").exists():
         return LoraAdapter(path, key, base)
     expert = Checkpoint(path, key)
-    _check_same_family(expert, base, key)
+    _check_same_family(expert, base, key, same_tokens)
     return expert
 
 
@@ -393,23 +398,24 @@ def _has_own_head(expert: Source, base: Checkpoint) -> bool:
     return False
 
 
-def _check_same_family(expert: Checkpoint, base: Checkpoint, key: str) -> None:
+def _check_same_family(expert: Checkpoint, base: Checkpoint, key: str, same_tokens: bool) -> None:
     kinds = [c.config.get("model_type") for c in (expert, base)]
     if kinds[0] != kinds[1]:
         raise BadInput(
             f"{key}: {expert.path} is a {kinds[0]} model and the base {base.path} a {kinds[1]} model; "
             "only fine-tunes of the base can be merged."
         )
-    vocabularies = [c.vocabulary() for c in (expert, base)]
+    vocabularies = [c.vocabulary() if same_tokens else None for c in (expert, base)]
     if vocabularies[0] is not None and vocabularies[1] is not None and vocabularies[0] != vocabularies[1]:
         raise BadInput(
             f"{key}: the vocabulary of {expert.path} ({len(vocabularies[0])} tokens) differs from that of the base "
-            f"({len(vocabularies[1])} tokens); give a fine-tune that kept the base's tokenizer."
+            f"({len(vocabularies[1])} tokens); give a fine-tune that kept the base's tokenizer, or say "
+            "tokenizer_source in a mergekit file."
         )
-    _check_same_tensors(expert, base, key)
+    _check_same_tensors(expert, base, key, same_tokens)
 
 
-def _check_same_tensors(expert: Checkpoint, base: Checkpoint, key: str) -> None:
+def _check_same_tensors(expert: Checkpoint, base: Checkpoint, key: str, same_tokens: bool) -> None:
     extra = set(expert.headers) - set(base.headers)
     if base.config.get("tie_word_embeddings", True):
         extra = {n for n in extra if not n.endswith(HEAD)}  # the embedding under its second name
@@ -418,7 +424,8 @@ def _check_same_tensors(expert: Checkpoint, base: Checkpoint, key: str) -> None:
         if names:
             raise BadInput(f"{key}: {expert.path} {says} the tensor {min(names)}; only fine-tunes of the base merge.")
     for name, info in base.headers.items():
-        if expert.headers[name].shape != info.shape:
+        free = 0 if same_tokens or not name.endswith(ROWS) else 1  # the rows of tokens may differ in number
+        if expert.headers[name].shape[free:] != info.shape[free:]:
             raise BadInput(
                 f"{key}: {name} has shape {expert.headers[name].shape} in {expert.path} and {info.shape} in the base; "
                 "only fine-tunes of the base merge."
