@@ -37,7 +37,7 @@ benchmark: $(VENV)/.dev ## the figures of results/benchmarks/, measured on this 
 	$(BIN)/python tests/benchmarks/main_job.py
 
 benchmark-merging: $(VENV)/.dev ## merging against the copy; MERGEKIT=path-of-mergekit-yaml compares with mergekit, too
-	$(BIN)/python tests/benchmarks/merging.py $(if $(MERGEKIT),--mergekit $(MERGEKIT))
+	$(BIN)/python tests/benchmarks/merging.py --memory $(if $(MERGEKIT),--mergekit $(MERGEKIT))
 
 gpu: $(VENV)/.dev ## what an offspring costs on a GPU, and whether its bits are the CPU's; PYTHON_GPU=python-with-CUDA-torch
 	$(or $(PYTHON_GPU),$(BIN)/python) tests/benchmarks/gpu.py

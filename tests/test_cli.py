@@ -94,7 +94,7 @@ BAD = {
     "text for a number": (lambda c, m: c | {"parameters": {"density": "much"}}, "density: 'much' is not usable"),
     "no such model": (lambda c, m: c | {"base_model": "/nowhere/at/all"}, "base_model: there is no folder"),
     "twice": (lambda c, m: c | {"models": [c["models"][0]] * 2}, "a model stands twice"),
-    "other tokens": (lambda c, m: c | {"tokenizer_source": "union"}, "has no tokenizer.json, so its rows have no tokens"),
+    "other tokens": (lambda c, m: c | {"tokenizer_source": "union"}, "has no tokenizer.json, so its rows"),
     "bad dtype": (lambda c, m: c | {"dtype": "float8"}, "dtype: 'float8' is not usable"),
 }  # fmt: skip
 

@@ -156,7 +156,7 @@ class _Pieces:
     def __init__(
         self, method: Method, values: Mapping[str, Value], whole: Whole, kernels: Kernels | None, piece: int | None
     ) -> None:
-        self.method, self.values, self.whole, self.kernels, self.piece = method, values, whole, kernels, piece
+        self.method, self.values, self.whole, self.piece = method, values, whole, piece
         base = whole.base
         self.size, self.device = base.numel(), base.device
         shape = (-1, base.shape[-1]) if method.rows and base.dim() > 1 else (1, -1) if method.rows else (-1,)
@@ -166,13 +166,13 @@ class _Pieces:
         self.numbers = dict(sorted(numbers.items()))
         self.draws = "seed" in self.flags
         self.depth = None if whole.depth is None or not method.asks else torch.tensor(whole.depth, dtype=torch.float64)
-        # Methods on rows sort, which no fused kernel does.
-        self.fused = kernels is not None and not method.rows and self.size >= FUSE_FROM
+        self._given, self.kernels = kernels, kernels if self.size >= FUSE_FROM else None
+        self.fused = self.kernels is not None and not method.rows  # those on rows sort, which no kernel does
         self.step = self._rows_of(piece or self._usual())
 
     def of(self, whole: Whole) -> _Pieces:
         """The same method on another tensor."""
-        return _Pieces(self.method, self.values, whole, self.kernels, self.piece)
+        return _Pieces(self.method, self.values, whole, self._given, self.piece)
 
     def question(self, known: Sequence[Tensor]) -> Asked | None:
         """What the method has to know next, found by a call on a few scalars; None if it knows enough."""
@@ -212,7 +212,7 @@ class _Pieces:
             if extra is not None:
                 ends.append(extra[place] if last == "out" else extra)
             tensors = [*inputs, *fixed, *draws, *ends]
-            if self.kernels and self.fused and start == 0:
+            if self.kernels and self.fused and not start:
                 long = [True] * len(inputs) + [False] * len(fixed) + [True] * len(draws) + [False] * len(ends)
                 long[-1] = long[-1] or last == "out"
                 kernel = self.kernels.get(step, tensors, long, step.identity)
@@ -231,9 +231,7 @@ class _Pieces:
         if not self.draws:
             return None
         names = [f"{self.whole.name}#{i}" for i in self.whole.ids]
-        return random.Drawn(
-            typing.cast(int, self.flags["seed"]), names, self.device, self.kernels if self.fused else None
-        )
+        return random.Drawn(typing.cast(int, self.flags["seed"]), names, self.device, self.kernels)
 
     def _step(self, known: Sequence[Tensor], last: Last) -> Step:
         return Step(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from safetensors.torch import save_file
@@ -23,13 +25,14 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from evolver.merging import crossing  # noqa: E402
+from evolver.merging import crossing, random  # noqa: E402
 from evolver.merging.apply import Whole, apply  # noqa: E402
 from evolver.merging.kernels import Kernels  # noqa: E402
 from evolver.merging.methods import METHODS  # noqa: E402
 
 KERNELS = Kernels()
 
+EVOLVER = Path(sys.executable).parent / "evolver"
 PAGE = ROOT / "results" / "benchmarks" / "merging.md"
 ROUNDS = 5
 EXPERTS = 5
@@ -48,6 +51,7 @@ CASES = [
     ("della", {"density": 0.5}, EXPERTS, 12.0),
     ("breadcrumbs", {"density": 0.8, "gamma": 0.01}, EXPERTS, 12.0),
     ("sce", {"select_topk": 0.3}, EXPERTS, 12.0),
+    ("dare_linear", {"density": 0.5, "rescale": "inv_p"}, EXPERTS, 2.0),
     ("dare_ties", {"density": 0.5}, EXPERTS, None),
     ("slerp", {"t": 0.3}, 2, None),
     ("model_stock", {}, EXPERTS, None),
@@ -127,24 +131,43 @@ def in_memory(all_models: Sequence[Model]) -> list[list[str]]:
     rows = []
     for name, given, count, limit in CASES:
         copied = copy_seconds(all_models, count)
-        plain = median(lambda: merge(name, given, count, all_models, None), 3)  # noqa: B023
-        fused = median(lambda: merge(name, given, count, all_models, KERNELS)) if not METHODS[name].rows else plain  # noqa: B023
-        best = min(plain, fused)
-        row = [
-            name,
-            f"{copied:.3f}",
-            f"{plain:.2f}",
-            f"{fused:.2f}",
-            f"{best / copied:.1f}",
-            f"{limit:g}" if limit else "",
-        ]
-        print(row, flush=True)
-        rows.append(row)
+        began = time.perf_counter()
+        merge(name, given, count, all_models, None)
+        plain = time.perf_counter() - began
+        merge(name, given, count, all_models, KERNELS)  # compiles what is not in the cache yet
+        fused = median(lambda: merge(name, given, count, all_models, KERNELS))  # noqa: B023
+        ratio = min(plain, fused) / copied
+        label = name + (" inv_p" if "rescale" in given else "")
+        rows.append(
+            [label, f"{copied:.3f}", f"{plain:.2f}", f"{fused:.3f}", f"{ratio:.1f}", f"{limit:g}" if limit else ""]
+        )
+        print(rows[-1], flush=True)
     copied = copy_seconds(all_models, 1)
     child = median(lambda: offspring(all_models))
-    rows.append(["Evolver offspring", f"{copied:.3f}", "", f"{child:.2f}", f"{child / copied:.1f}", "5"])
+    rows.append(["Evolver offspring", f"{copied:.3f}", "", f"{child:.3f}", f"{child / copied:.1f}", "5"])
     print(rows[-1], flush=True)
     return rows
+
+
+def floors(all_models: Sequence[Model]) -> list[list[str]]:
+    """What parts of a merge cost alone: the least that these methods can take with these parts."""
+    copied, base = copy_seconds(all_models, EXPERTS), all_models[0]
+    deltas = {n: (all_models[1][n].float() - t.float()).abs() for n, t in base.items()}
+
+    def draw() -> None:
+        for tensor in base.values():
+            drawn = random.Drawn(1, list("abcde"), tensor.device, KERNELS)
+            for start in range(0, tensor.numel(), 1 << 17):
+                drawn.piece(start, [min(1 << 17, tensor.numel() - start)])
+
+    def sort() -> None:
+        for tensor in deltas.values():
+            for _ in range(EXPERTS):
+                np.sort(tensor.numpy(), axis=-1)
+
+    works = {"the draws of five experts, once": draw, "sorting the rows of five experts (numpy, one thread)": sort}
+    seconds = {what: median(work, 3) for what, work in works.items()}
+    return [[what, f"{s:.2f}", f"{s / copied:.1f}"] for what, s in seconds.items()]
 
 
 def write(all_models: Sequence[Model], folder: Path) -> list[str]:
@@ -188,9 +211,11 @@ def file_to_file(all_models: Sequence[Model], mergekit: str) -> list[list[str]]:
         folder = Path(temporary)
         paths = write(all_models, folder)
         for name, given, count, _ in CASES:
+            if "rescale" in given:  # mergekit does not have it
+                continue
             file = folder / f"{name}.yml"
             file.write_text(yaml.safe_dump(configuration(name, given, count, paths)))
-            ours = command_seconds([str(Path(sys.executable).parent / "evolver"), "merge", str(file), str(folder / "ours")], folder / "ours", 3)  # fmt: skip  # noqa: E501
+            ours = command_seconds([str(EVOLVER), "merge", str(file), str(folder / "ours")], folder / "ours", 3)  # fmt: skip  # noqa: E501
             theirs = command_seconds([mergekit, str(file), str(folder / "theirs"), "--no-write-model-card", "--no-copy-tokenizer"], folder / "theirs", 1)  # fmt: skip  # noqa: E501
             rows.append(
                 [
@@ -205,6 +230,58 @@ def file_to_file(all_models: Sequence[Model], mergekit: str) -> list[list[str]]:
     return rows
 
 
+def anonymous_mb(pid: int) -> float:
+    """Memory of a process that is its own: pages of mapped files, which the system may drop at will, do not count."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except FileNotFoundError:
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon")), 0.0)
+
+
+def peak_mb(command: list[str]) -> float:
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    peak = 0.0
+    while process.poll() is None:
+        peak = max(peak, anonymous_mb(process.pid))
+        time.sleep(0.01)
+    assert process.returncode == 0, command
+    return peak
+
+
+def memory() -> list[list[str]]:
+    """Peaks of merges of five models of 1.5 GB above that of an interpreter with torch."""
+    tile = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 0.05
+    wide = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 10, "vocab_size": 51200}
+    dims = {"model.embed_tokens.weight": (51200, 2048)}
+    for layer in range(10):
+        at = f"model.layers.{layer}."
+        dims |= {f"{at}self_attn.{p}_proj.weight": (2048, 2048) for p in "qkvo"}
+        dims |= {f"{at}mlp.{p}_proj.weight": (8192, 2048) for p in ("gate", "up", "down")}
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for number in range(EXPERTS + 1):
+            values = (tile + (number > 0) * 0.003 * torch.randn(tile.shape)).bfloat16()
+            model = {
+                n: values.repeat(-(-math.prod(d) // values.numel()))[: math.prod(d)].view(d) for n, d in dims.items()
+            }
+            place = folder / ("base" if number == 0 else f"e{number - 1}")
+            place.mkdir()
+            save_file(model, place / "model.safetensors", metadata={"format": "pt"})
+            (place / "config.json").write_text(json.dumps(CONFIG | wide))
+        paths = [str(folder / n) for n in ("base", *(f"e{i}" for i in range(EXPERTS)))]
+        idle = peak_mb([sys.executable, "-c", "import evolver.cli, time; time.sleep(1)"])
+        for name, given in [("linear", {}), ("ties", {"density": 0.2}), ("dare_linear", {"density": 0.5}), ("sce", {"select_topk": 0.3})]:  # fmt: skip  # noqa: E501
+            file = folder / f"{name}.yml"
+            file.write_text(yaml.safe_dump(configuration(name, given, EXPERTS, paths)))
+            peak = peak_mb([str(EVOLVER), "merge", str(file), str(folder / "out")])
+            subprocess.run(["rm", "-rf", str(folder / "out")], check=True)
+            rows.append([name, f"{idle:.0f}", f"{peak:.0f}", f"{peak - idle:.0f}", "1024"])
+            print(rows[-1], flush=True)
+    return rows
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(r) + " |" for r in [head, ["---"] * len(head), *rows])
 
@@ -212,6 +289,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--mergekit", help="the command mergekit-yaml of another environment")
+    parser.add_argument("--memory", action="store_true", help="also the peak memory of merges of five 1.5 GB models")
     parser.add_argument("--methods", nargs="*", help="these only; default: all")
     given = parser.parse_args()
     CASES[:] = [c for c in CASES if given.methods is None or c[0] in given.methods]
@@ -227,10 +305,12 @@ def main() -> None:
         "## In memory",
         (
             "Copy: the time in which a plain copy moves the bytes that the merge reads and writes. Plain and fused: "
-            "without and with kernels fused by the compiler (methods on rows have none). Medians, in seconds; the ratio "  # noqa: E501
-            "is of the better one."
+            "without and with compiled kernels (methods on rows fuse their draws only); a kernel is compiled once on a "
+            "machine, in some ten seconds. Medians, in seconds (plain: one run); the ratio is of the better one."
         ),
         table(["method", "copy", "plain", "fused", "ratio", "must reach"], in_memory(all_models)),
+        "What some parts cost alone:",
+        table(["part", "seconds", "÷ copy"], floors(all_models)),
     ]  # fmt: skip
     if given.mergekit:
         parts += [
@@ -240,6 +320,15 @@ def main() -> None:
                 ["method", "ours", "mergekit", "mergekit ÷ ours", "must reach"],
                 file_to_file(all_models, given.mergekit),
             ),
+        ]
+    if given.memory:
+        parts += [
+            "## Peak memory",
+            (
+                "`evolver merge` of five models of 1.5 GB, file to file, in MB of the process's own memory (`RssAnon`; "
+                "pages of the models' files are the system's to drop), above an interpreter that has imported it."
+            ),
+            table(["method", "interpreter", "peak", "above", "must reach"], memory()),
         ]
     PAGE.write_text("\n\n".join(parts) + "\n")
 
