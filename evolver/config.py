@@ -175,7 +175,7 @@ def load(path: str | Path) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: the configuration cannot be read ({error}); give the path of a YAML file.") from error
     try:
-        raw = yaml.load(text, Loader=_UniqueKeys)
+        raw = yaml.load(text, Loader=Loader)
     except yaml.YAMLError as error:
         raise BadInput(f"{path}: not valid YAML: {' '.join(str(error).split())}; mend the file.") from error
     if not isinstance(raw, dict):
@@ -212,7 +212,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
             yield f"{prefix}{key}", a, b
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """YAML in which a key that stands twice is an error instead of a silent loss."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -264,3 +264,7 @@ def _description(kind: type[BaseModel], loc: tuple[int | str, ...]) -> str:
             kind = _inner(kind, part)
     field = kind.model_fields.get(str(last))
     return f"it is the {field.description}" if field and field.description else ""
+
+
+# YAML 1.2 reads 1e-9 as a number; PyYAML wants a dot in it.
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+\Z"), list("-+0123456789"))

@@ -54,6 +54,12 @@ def test_a_good_file_loads(tmp_path):
         config.seed = 4
 
 
+def test_a_power_of_ten_is_a_number_with_and_without_a_dot(tmp_path):
+    file = tmp_path / "good.yaml"
+    file.write_text(GOOD.replace("generations: 2", "generations: 2, F: 1e-3, Cr: 5E+1, name: e-3"))
+    assert load(file).search == {"algorithm": "evolver", "generations": 2, "F": 0.001, "Cr": 50.0, "name": "e-3"}
+
+
 def test_anchors_and_merge_keys_are_yaml_too(tmp_path):
     file = tmp_path / "good.yaml"
     both = "    - &one {task: arc_easy, dev: 100, report: 200}\n    - {<<: *one, task: piqa}\n"

@@ -21,7 +21,7 @@ def make(method="task_arithmetic", layers=6, groups=1, tune=None, fixed=None):
         METHODS[method],
         EXPERTS[: METHODS[method].takes],
         BASE,
-        [f"model.layers.{i}.w" for i in range(layers)],
+        ["model.embed", *(f"model.layers.{i}.w" for i in range(layers))],
         groups,
         tune,
         fixed or {},

@@ -116,7 +116,7 @@ def test_filters_that_name_every_tensor_need_no_last_one(world, tmp_path):
     every = {"merge_method": "slerp", "base_model": folders["base"], "models": [{"model": folders["e1"]}]}
     recipe = read(documents(every | {"parameters": {"t": filters}}), world, tmp_path)
     assert all(recipe.settings(n, 0)["t"] == 0.5 for n in materialiser.base.names())
-    with pytest.raises(BadInput, match="missing for a model in model"):
+    with pytest.raises(BadInput, match="t: missing in model"):
         read(documents(every | {"parameters": {"t": filters[:-1]}}), world, tmp_path)
 
 

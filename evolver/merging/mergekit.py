@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +10,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field
 
-from evolver.config import Section, check_section
+from evolver.config import Loader, Section, check_section
 from evolver.errors import BadInput, nearest
 from evolver.merging.methods import Method, get
-from evolver.merging.names import names_of
-from evolver.merging.placed import Placed
+from evolver.merging.names import at_layer, names_of
+from evolver.merging.placed import Placed, Spot, depth, over
 from evolver.merging.weights import layer_of
 from evolver.records import Expert, Layers, Merge, Recipe
 
@@ -30,6 +30,10 @@ NAMES = WEIGHTED | {
 }  # fmt: skip
 # The base is one of the two models, and the other one is moved away from it.
 PAIRED = {"slerp", "nearswap", "arcee_fusion"}
+# To these a base model is one more model to merge.
+PLAIN = {"linear", "karcher"}
+# Its settings are those of its only model.
+LONE = {"passthrough"}
 # With a base model, these work on task vectors.
 OPTIONAL_BASE = {"nuslerp", "multislerp"}
 # It changes mergekit's memory, not its result.
@@ -48,6 +52,7 @@ class Slice(Section):
     """Layers that are merged together."""
 
     sources: list[Source] = Field(min_length=1)
+    base_model: Any = None
     parameters: Parameters = Field(default_factory=dict)
 
 
@@ -104,7 +109,7 @@ class Configuration:
     @property
     def references(self) -> list[str]:
         """All models, the one of ``origin`` first, each once; of a merge by its name, the models that it is of."""
-        own = [self.base, *(reference(s.model) for s in self._sources())]
+        own = [self.base, *self._bases(), *(reference(s.model) for s in self._sources())]
         found = [r for o in own for r in (self.earlier[o].references if o in self.earlier else [o])]
         return list(dict.fromkeys([self.origin, *found]))
 
@@ -139,70 +144,82 @@ class Configuration:
 
     def _recipe(self, nodes: Mapping[str, Recipe], names: Sequence[str], seed: int) -> Recipe:
         if self.raw.models is not None:
-            return self._merge(self.raw.models, self.raw.parameters, "models", nodes, names, seed)
-        parts, program = [], []
+            group = _Group("models", self.raw.models, (self.raw.parameters,), self.raw.base_model, False, 0)
+            return self._merge(group, nodes, names, seed)
+        parts: list[Recipe] = []
+        program: list[tuple[int, int]] = []
         for number, part in enumerate(self.raw.slices or []):
             place = f"slices[{number}]"
             count = self._check_ranges(part, place, names)
-            given = {**self.raw.parameters, **part.parameters}
-            parts.append(self._merge(part.sources, given, f"{place}.sources", nodes, names, seed))
+            base, scopes = part.base_model or self.raw.base_model, (part.parameters, self.raw.parameters)
+            group = _Group(f"{place}.sources", part.sources, scopes, base, True, len(program))
+            parts.append(self._merge(group, nodes, names, seed))
             program += [(number, layer) for layer in range(count)]
-        layers = 1 + max((layer_of(n) or 0 for n in names), default=0)
-        if len(parts) == 1 and len(program) == layers:
+        if len(parts) == 1 and len(program) == _depth(names):
             return parts[0]
         return Layers(tuple(parts), tuple(program), (0, len(parts) - 1))
 
-    def _merge(
-        self, sources: Sequence[Source], shared: Parameters, place: str, nodes: Mapping[str, Recipe],
-        names: Sequence[str], seed: int,
-    ) -> Recipe:  # fmt: skip
-        found = {reference(s.model): s for s in sources}
-        if len(found) < len(sources):
-            raise BadInput(f"{self.file}: {place}: a model stands twice; give each model once.")
-        inputs = self._inputs(found, place)
-        wanted = {r: found.get(r, Source(model=r)) for r in inputs}
-        ranges = {r: s.layer_range for r, s in found.items()}
-        any_range = next(iter(ranges.values()))
-        span = None if any_range is None else any_range[1] - any_range[0]
-        cut = {r: _cut(nodes[r], ranges.get(r, any_range), names) for r in {*inputs, self.base}}
-        placed = self._placed(wanted, shared, place, seed)
-        rules = placed.rules(names if span is None else _renumbered(names, any_range or [0, 0]), span)
-        return Merge(self.method.name, tuple(cut[r] for r in inputs), cut[self.base], tuple(rules))
+    def _merge(self, group: _Group, nodes: Mapping[str, Recipe], names: Sequence[str], seed: int) -> Recipe:
+        found = {reference(s.model): s for s in group.sources}
+        if len(found) < len(group.sources):
+            raise BadInput(f"{self.file}: {group.place}: a model stands twice; give each model once.")
+        base = reference(group.base) if group.base else self.base
+        inputs = self._inputs(found, group)
+        usual = group.sources[0].layer_range or [0, _depth(names)]
+        ranges = {r: (found[r].layer_range if r in found else None) or usual for r in {*inputs, base}}
+        cut = {r: _cut(nodes[r], span, names) for r, span in ranges.items()}
+        placed = self._placed([found.get(r, Source(model=r)) for r in inputs], group, seed)
+        lone = self.method.name in LONE
+        rules = placed.rules(spots(names, usual, [ranges[r] for r in inputs], group.at, lone))
+        return Merge(self.method.name, tuple(cut[r] for r in inputs), cut[base], rules)
 
-    def _placed(self, models: Mapping[str, Source], shared: Parameters, place: str, seed: int) -> Placed:
+    def _placed(self, models: Sequence[Source], group: _Group, seed: int) -> Placed:
         """The parameters of one merge, which may differ from tensor to tensor."""
-        known = {*self.method.settings, *IGNORED}
-        for given, where in [(shared, "parameters"), *((s.parameters, f"{place}: {r}") for r, s in models.items())]:
-            for key in given:
-                if key not in known:
-                    raise BadInput(f"{self.file}: {where}: {self.method.name} has no {key!r}; {nearest(key, known)}")
-        each = [{k: v for k, v in {**shared, **s.parameters}.items() if k not in IGNORED} for s in models.values()]
-        if self.method.name in WEIGHTED and not any("weight" in e for e in each):
-            raise BadInput(f"{self.file}: {place}: weight is missing; give every model one under parameters.")
-        for setting in self.method.settings.values():
-            if setting.required and not any(setting.name in e for e in each):
-                raise BadInput(
-                    f"{self.file}: {place}.{setting.name}: missing; {self.method.name} has no default for it."
-                )
+        settings, where = self.method.settings, f"{self.file}: {group.place}"
+        for given in group.scopes:
+            self._check_known(given, f"{self.file}: parameters")
+        own, lone = {k for k, s in settings.items() if s.kind is tuple}, self.method.name in LONE
+        for model in models:
+            self._check_known(model.parameters, f"{where}: {reference(model.model)}")
+            for key in model.parameters:
+                if key in settings and key not in own and not lone:
+                    raise BadInput(f"{where}: {key}: is one value for all models; move it to the parameters of all.")
+        shared = over((models[0].parameters, *group.scopes) if lone else group.scopes)
+        each = [over((m.parameters, *group.scopes)) for m in models]
+        for key, setting in settings.items():
+            needed = setting.required or (key == "weight" and self.method.name in WEIGHTED)
+            if needed and not any(key in e for e in each):
+                raise BadInput(f"{where}: {key} is missing; {self.method.name} has no default for it.")
         fixed: Parameters = {}
         if self.method.name in OPTIONAL_BASE:
-            fixed["task_vectors"] = self.raw.base_model is not None
-        if "seed" in self.method.settings:
+            fixed["task_vectors"] = group.base is not None
+        if "seed" in settings:
             fixed["seed"] = seed
-        return Placed(self.method, each, fixed, f"{self.file}: {place}")
+        mine = [{k: v for k, v in e.items() if k in own} for e in each]
+        ours = {k: v for k, v in shared.items() if k in settings and k not in own}
+        return Placed(self.method, mine, ours | fixed, where)
 
-    def _inputs(self, found: Mapping[str, Source], place: str) -> list[str]:
+    def _check_known(self, given: Parameters, where: str) -> None:
+        known = {*self.method.settings, *IGNORED}
+        for key in given:
+            if key not in known:
+                raise BadInput(f"{where}: {self.method.name} has no {key!r}; {nearest(key, known)}")
+
+    def _inputs(self, found: Mapping[str, Source], group: _Group) -> list[str]:
         """Which models the method merges, in its order."""
-        listed, name = list(found), self.method.name
+        listed, name, place = list(found), self.method.name, group.place
+        base = reference(group.base) if group.base else None
         if name in PAIRED:
-            others = [r for r in listed if r != self.base]
-            if self.raw.base_model is None or len(others) != 1:
+            others = [r for r in listed if r != base]
+            if base is None or len(others) != 1:
                 raise BadInput(f"{self.file}: {place}: {name} takes base_model and one other model.")
-            return [self.base, *others] if name == "slerp" else others
+            return [base, *others] if name == "slerp" else others
+        if name in PLAIN and not group.cut and base is not None and base not in listed:
+            listed.append(base)
         if self.method.on_deltas or name in {*OPTIONAL_BASE, "model_stock"}:
-            if self.raw.base_model is None and name not in OPTIONAL_BASE:
+            if base is None and name not in OPTIONAL_BASE:
                 raise BadInput(f"{self.file}: base_model: missing; {name} merges differences to a base.")
-            listed = [r for r in listed if self.raw.base_model is None or r != self.base]
+            listed = [r for r in listed if r != base]
         if not listed:
             raise BadInput(f"{self.file}: {place}: no model is left to merge; give one besides the base.")
         if (name == "nuslerp" and len(listed) != 2) or (name == "passthrough" and len(listed) != 1):
@@ -212,8 +229,7 @@ class Configuration:
         return listed
 
     def _check_ranges(self, part: Slice, place: str, names: Sequence[str]) -> int:
-        layers = 1 + max((layer_of(n) or 0 for n in names), default=0)
-        lengths = set()
+        layers, lengths = _depth(names), set()
         for number, source in enumerate(part.sources):
             given = source.layer_range
             if given is None or len(given) != 2 or not 0 <= given[0] < given[1] <= layers:
@@ -229,6 +245,29 @@ class Configuration:
     def _sources(self) -> list[Source]:
         return self.raw.models or [s for part in self.raw.slices or [] for s in part.sources]
 
+    def _bases(self) -> list[str]:
+        """The bases that slices have of their own."""
+        return [reference(part.base_model) for part in self.raw.slices or [] if part.base_model]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Models that are merged together.
+
+    Args:
+        place: where they stand in the file.
+        scopes: parameters that they share, the nearest first.
+        cut: whether they are runs of layers.
+        at: the layer of the whole model that their first one becomes.
+    """
+
+    place: str
+    sources: Sequence[Source]
+    scopes: tuple[Parameters, ...]
+    base: Any
+    cut: bool
+    at: int
+
 
 def read(path: str | Path) -> Configuration:
     """Read a mergekit file; of several documents, the one without a name, else the last one, is the model.
@@ -237,7 +276,7 @@ def read(path: str | Path) -> Configuration:
     """
     file = str(path)
     try:
-        documents = list(yaml.safe_load_all(Path(path).read_text()))
+        documents = list(yaml.load_all(Path(path).read_text(), Loader=Loader))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise BadInput(f"{file}: cannot be read ({' '.join(str(error).split())}); give a YAML file.") from error
     if not documents or not all(isinstance(d, dict) for d in documents):
@@ -267,7 +306,7 @@ def _without_modules(raw: Mapping[str, Any], file: str) -> Mapping[str, Any]:
     if not isinstance(modules, dict) or len(modules) != 1 or not isinstance(only := next(iter(modules.values())), dict):
         raise BadInput(f"{file}: modules: models of several modules are not supported; write models, or one module.")
     rest = {k: v for k, v in raw.items() if k != "modules"}
-    return {**rest, **only, "parameters": {**(raw.get("parameters") or {}), **(only.get("parameters") or {})}}
+    return {**rest, **only, "parameters": over(raw_.get("parameters") or {} for raw_ in (only, raw))}
 
 
 def _linked(documents: Sequence[Configuration], file: str) -> Configuration:
@@ -283,7 +322,7 @@ def _linked(documents: Sequence[Configuration], file: str) -> Configuration:
         raise BadInput(f"{file}: {len(nameless)} documents have no name; only the one that is the model needs none.")
 
     def link(document: Configuration, above: tuple[str, ...]) -> Configuration:
-        used = {document.base, *(reference(s.model) for s in document._sources())} & named.keys()
+        used = {document.base, *document._bases(), *(reference(s.model) for s in document._sources())} & named.keys()
         if circle := used & set(above):
             raise BadInput(f"{file}: the merge {min(circle)} is made of itself; break the circle.")
         return replace(document, earlier={n: link(named[n], (*above, n)) for n in sorted(used)})
@@ -303,21 +342,35 @@ def reference(model: Any) -> str:
     return str(model)
 
 
-def _cut(node: Recipe, span: list[int] | None, names: Sequence[str]) -> Recipe:
+def _cut(node: Recipe, span: Sequence[int], names: Sequence[str]) -> Recipe:
     """The model, or its layers ``[first, end)`` as a model of their own."""
-    layers = 1 + max((layer_of(n) or 0 for n in names), default=0)
-    if span is None or span == [0, layers]:
+    if list(span) == [0, _depth(names)]:
         return node
     return Layers((node,), tuple((0, layer) for layer in range(*span)), (0, 0))
 
 
-def _renumbered(names: Iterable[str], span: list[int]) -> list[str]:
-    """The names of a model cut to the layers ``[first, end)``."""
-    out = []
+def spots(
+    names: Iterable[str], usual: Sequence[int], ranges: Sequence[Sequence[int]], at: int, lone: bool
+) -> Iterator[Spot]:
+    """The tensors of a merge of the layers ``ranges``, of which every model has one [first, end).
+
+    Args:
+        names: of a whole model's tensors.
+        usual: one of the ranges.
+        at: the layer of the whole model that the first one becomes.
+        lone: all settings are the only model's own.
+    """
     for name in names:
         layer = layer_of(name)
         if layer is None:
-            out.append(name)
-        elif span[0] <= layer < span[1]:
-            out.append(name.replace(f".{layer}.", f".{layer - span[0]}.", 1))
-    return out
+            yield Spot(name, name, (name,) * len(ranges), 0.0)
+        elif usual[0] <= layer < usual[1]:
+            here = layer - usual[0]
+            own = tuple(at_layer(name, first + here) for first, _ in ranges)
+            shared = own[0] if lone else at_layer(name, at + here)
+            yield Spot(at_layer(name, here), shared, own, depth(here, usual[1] - usual[0]))
+
+
+def _depth(names: Iterable[str]) -> int:
+    """The number of layers."""
+    return 1 + max((layer_of(n) or 0 for n in names), default=0)

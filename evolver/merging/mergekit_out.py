@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
-from evolver.merging.mergekit import NAMES, PAIRED, WEIGHTED, Parameters
+from evolver.merging.mergekit import LONE, NAMES, PAIRED, WEIGHTED, Parameters, spots
 from evolver.merging.methods import METHODS, Method
 from evolver.merging.names import names_of
 from evolver.merging.weights import LAYER, layer_of
@@ -70,6 +71,15 @@ def _is_random(node: Recipe) -> bool:
     return isinstance(node, Merge) and "seed" in METHODS[node.method].settings
 
 
+@dataclass(frozen=True)
+class _Run:
+    """Layers of the whole model that one merge makes: ``count`` from ``at`` on, with what lies before or after."""
+
+    at: int
+    count: int
+    at_an_end: bool
+
+
 class _Document:
     """One mapping of a file."""
 
@@ -79,18 +89,23 @@ class _Document:
     def of(self, node: Recipe) -> dict[str, Any]:
         ends = {"dtype": self.dtype, "out_dtype": self.dtype} if self.dtype else {}
         if isinstance(node, Merge) and not any(_is_cut(i) for i in node.inputs):
-            return self._head(node) | self._parts(node, "models", None) | ends
+            return self._head(node) | self._parts(node, None) | ends
         parts = self._parts_of(node)
         heads = [self._head(part) for part, _ in parts]
-        if any(h != heads[0] for h in heads):
-            raise Inexpressible("its layers come from merges by several methods, or against several bases")
-        slices = [self._parts(part, "sources", span) for part, span in parts]
+        if any(h.keys() != heads[0].keys() or h["merge_method"] != heads[0]["merge_method"] for h in heads):
+            raise Inexpressible("its layers come from merges by several methods")
+        slices, at = [], 0
+        for (part, count), head in zip(parts, heads, strict=True):
+            own_base = {k: v for k, v in head.items() if v != heads[0][k]}
+            at_an_end = at == 0 or part is parts[-1][0]
+            slices.append(self._parts(part, _Run(at, count, at_an_end)) | own_base)
+            at += count
         return heads[0] | {"slices": slices} | ends
 
-    def _parts_of(self, node: Recipe) -> list[tuple[Merge, tuple[int, int]]]:
-        """The merges whose layers follow each other, with the layers [first, end) of each."""
+    def _parts_of(self, node: Recipe) -> list[tuple[Merge, int]]:
+        """The merges whose layers follow each other, with the number of layers of each."""
         if isinstance(node, Merge):
-            return [(node, (0, _depth(names_of(node, self.names))))]
+            return [(node, _depth(names_of(node, self.names)))]
         if isinstance(node, Cross):
             raise Inexpressible("it crosses weights scalar by scalar")
         if not isinstance(node, Layers):
@@ -104,41 +119,45 @@ class _Document:
                 raise Inexpressible("its layers are woven from several models")
             if layers != list(range(len(layers))) or len(layers) != _depth(names_of(part, self.names)):
                 raise Inexpressible("it takes layers out of a merge")
-            out.append((part, (0, len(layers))))
+            out.append((part, len(layers)))
             at += len(layers)
         return out
 
     def _head(self, node: Merge) -> dict[str, Any]:
         if node.method not in NAMES:
             raise Inexpressible(f"it has no method {node.method}")
-        values = node.settings("", None)
-        head: dict[str, Any] = {"merge_method": node.method}
-        # Elsewhere mergekit would take the base for one more model to merge.
-        needed = METHODS[node.method].on_deltas or node.method in {*PAIRED, "model_stock"}
-        if needed or values.get("task_vectors"):
-            base = node.inputs[0] if node.method == "slerp" else node.base
-            head["base_model"] = self._label(base)
-        return head
+        return {"merge_method": node.method} | ({"base_model": self._base(node)} if _is_based(node) else {})
 
-    def _parts(self, node: Merge, word: str, span: tuple[int, int] | None) -> dict[str, Any]:
-        shared, each = self._parameters(node)
+    def _base(self, node: Merge) -> str:
+        return self._label(node.inputs[0] if node.method == "slerp" else node.base)
+
+    def _parts(self, node: Merge, run: _Run | None) -> dict[str, Any]:
+        shared, each = self._parameters(node, run)
         sources = []
+        if run is not None and _is_based(node) and self._base(node) not in map(self._label, node.inputs):
+            sources.append(
+                {"model": self._base(node), "layer_range": [_first(node.base), _first(node.base) + run.count]}
+            )
         for model, parameters in zip(node.inputs, each, strict=True):
             source: dict[str, Any] = {"model": self._label(model)}
-            if span is not None:
-                source["layer_range"] = list(_range(model, span))
+            if run is not None:
+                source["layer_range"] = [_first(model), _first(model) + run.count]
             sources.append(source | ({"parameters": parameters} if parameters else {}))
-        return {word: sources} | ({"parameters": shared} if shared else {})
+        return {"sources" if run else "models": sources} | ({"parameters": shared} if shared else {})
 
     def _label(self, node: Recipe) -> str:
         node = _whole(node)
         key = node.digest if isinstance(node, Expert) else node.id
         return self.labels[key]
 
-    def _parameters(self, node: Merge) -> tuple[Parameters, list[Parameters]]:
+    def _parameters(self, node: Merge, run: _Run | None) -> tuple[Parameters, list[Parameters]]:
         """What all models share, and what each one has."""
         method, names = METHODS[node.method], names_of(node, self.names)
-        given = {n: method.complete(node.settings(n, layer_of(n)), len(node.inputs), "") for n in names}
+        at, count = (run.at, run.count) if run else (0, _depth(names))
+        ranges = [(_first(i), _first(i) + count) for i in node.inputs]
+        seen = [n for n in names if run is None or run.at_an_end or layer_of(n) is not None]
+        places = {s.name: s for s in spots(seen, (0, count), ranges, at, method.name in LONE)}
+        given = {n: method.complete(node.settings(n, layer_of(n)), len(node.inputs), "") for n in seen}
         shared: Parameters = {}
         each: list[Parameters] = [{} for _ in node.inputs]
         for key, setting in method.settings.items():
@@ -147,9 +166,10 @@ class _Document:
                 continue
             if setting.kind is tuple:
                 for i, parameters in enumerate(each):
-                    parameters[key] = _placed({n: v[i] for n, v in values.items() if isinstance(v, tuple)})
+                    own = {places[n].own[i]: v[i] for n, v in values.items() if isinstance(v, tuple)}
+                    parameters[key] = _placed(own)
             else:
-                shared[key] = _placed({n: _in_words(key, v) for n, v in values.items()})
+                shared[key] = _placed({places[n].shared: _in_words(key, v) for n, v in values.items()})
         return shared, each
 
 
@@ -204,12 +224,18 @@ def _layer_part(name: str) -> str:
     return match.group(0) if match else ""
 
 
-def _range(model: Recipe, span: tuple[int, int]) -> tuple[int, int]:
+def _is_based(node: Merge) -> bool:
+    """Whether mergekit wants a base beside the models; where it does not, it would take one for one more model."""
+    needed = METHODS[node.method].on_deltas or node.method in {*PAIRED, "model_stock"}
+    return needed or bool(node.settings("", None).get("task_vectors"))
+
+
+def _first(model: Recipe) -> int:
+    """The layer that a run of layers starts with."""
     if not _is_cut(model):
-        return span
+        return 0
     assert isinstance(model, Layers)
-    first = model.program[0][1]
-    return first, first + len(model.program)
+    return model.program[0][1]
 
 
 def _depth(names: Iterable[str]) -> int:

@@ -17,10 +17,10 @@ def names_of(recipe: Recipe, base: Sequence[str]) -> list[str]:
     outside = [n for n in names_of(recipe.inputs[0], base) if layer_of(n) is None]
     inside = [names_of(recipe.inputs[i], base) for i, _ in recipe.program]
     copies = enumerate(zip(inside, recipe.program, strict=True))
-    return outside + [_at_layer(n, to) for to, (names, (_, of)) in copies for n in names if layer_of(n) == of]
+    return outside + [at_layer(n, to) for to, (names, (_, of)) in copies for n in names if layer_of(n) == of]
 
 
-def _at_layer(name: str, layer: int) -> str:
+def at_layer(name: str, layer: int) -> str:
     """The name of the same tensor in another layer."""
     match = LAYER.search(name)
     return name if match is None else f"{name[: match.start(1)]}{layer}{name[match.end(1) :]}"

@@ -91,7 +91,52 @@ def fixed() -> list[Case]:
         {"name": f"{c['name']} 64", "config": c["config"] | dict.fromkeys(("dtype", "out_dtype"), "float64")}
         for c in wide
     ]
-    return [*out, {"name": "stack", "config": stack}, {"name": "blend", "config": blend}]
+    return [*out, {"name": "stack", "config": stack}, {"name": "blend", "config": blend}, *by_place()]
+
+
+def sliced(name: str, method: str, *parts: Any, base: str | None = None, **given: Any) -> Case:
+    """A configuration of slices; a part is its sources, (model, first layer, end, parameters), and its parameters."""
+    slices = []
+    for sources, parameters in parts:
+        entries = [{"model": m, "layer_range": [a, b], "parameters": p} for m, a, b, p in sources]
+        slices.append({"sources": entries, "parameters": parameters})
+    out = {"merge_method": method, "slices": slices, "dtype": "float32", "out_dtype": "float32", "parameters": given}
+    return {"name": name, "config": out | ({"base_model": base} if base else {})}
+
+
+def by_place() -> list[Case]:
+    """Settings of every form in every place, and what counts where the nearest one says nothing about a tensor."""
+
+    def only(part: str, value: Any) -> list[dict[str, Any]]:
+        return [{"filter": part, "value": value}]
+
+    first = ([("e1", 0, 2, {"weight": [0.1, 0.9]}), ("e2", 0, 2, {"weight": only("layers.1.", 0.7)})], {"weight": 0.4})
+    # The layers 1 and 2 become 2 and 3 of the model.
+    second = (
+        [("e1", 1, 3, {"weight": [*only("layers.1.", 0.9), *only("layers.3.", 5.0)]}), ("e3", 2, 4, {"weight": only("mlp", [0.2, 0.6])})],
+        {"weight": [*only("self_attn", 0.3), {"value": [0.5, 0.6]}]},
+    )  # fmt: skip
+    pair = [("base", 1, 3, {}), ("e4", 1, 3, {})]
+    own_base = sliced("place base of a slice", "slerp", ([("base", 0, 2, {}), ("e4", 0, 2, {})], {}), ([("e2", 2, 4, {}), ("e1", 2, 4, {})], {}), base="base", t=0.3)  # fmt: skip
+    own_base["config"]["slices"][1]["base_model"] = "e1"
+    modules = {"default": {"models": [{"model": m, "parameters": {"weight": only("mlp", 0.7)}} for m in THREE], "parameters": {"weight": only("self_attn", 0.2), "density": only("mlp", 0.3)}}}  # fmt: skip
+    return [
+        sliced("place slices", "linear", first, second, weight=9.0),
+        sliced("place slices last", "linear", second, first, weight=9.0),
+        sliced("place by output", "slerp", ([("base", 0, 2, {}), ("e4", 0, 2, {})], {"t": 0.2}), (pair, {"t": only("layers.3.", 0.9)}), base="base", t=[0.3, 0.5]),
+        sliced("place one layer", "slerp", ([("base", 0, 1, {}), ("e4", 0, 1, {})], {}), (pair, {"t": only("layers.1.", 0.9)}), base="base", t=[0.3, 0.5]),
+        sliced("place task vectors", "ties", ([("base", 1, 3, {}), ("e1", 1, 3, {"weight": [0.2, 0.8]}), ("e2", 0, 2, {"density": only("layers.0.", 0.2)})], {"density": only("mlp", 0.4)}), base="base", weight=0.5, density=0.9, normalize=[True, False]),
+        case("place falls through", "ties", THREE, each=weights(only("mlp", 0.9), [*only("q_proj", 0.5), *only("layers.2.", [0.1, 0.7])], 0.4), weight=[*only("self_attn", 0.3), {"value": [0.2, 0.6]}], density=only("mlp", [0.2, 0.4])),
+        case("place one condition", "task_arithmetic", THREE, each=weights({"filter": "mlp", "value": 0.9}, [], 0.4), weight={"value": 0.2}, **{"lambda": [*only("lm_head", 0.5), *only("norm", 2.0)]}),
+        case("place flags", "ties", THREE, each=W3, density=0.5, normalize=[True, True, False], rescale=only("mlp", True)),
+        case("place counts", "karcher", THREE, None, max_iter=[1, 4]),
+        case("place stars", "linear", THREE, None, weights([*only("*", 0.3), *only("mlp", 0.9)], 0.2, 0.1)),
+        case("place base too", "linear", THREE, "base", weight=[1.0, 2.0]),
+        case("place base too, weighed", "linear", [*THREE, "base"], "base", weights(0.4, 0.3, 0.2, 0.6)),
+        case("place karcher of base too", "karcher", ["e1", "e2"], "base"),
+        {"name": "place module", "config": {"merge_method": "ties", "base_model": "base", "dtype": "float32", "out_dtype": "float32", "modules": modules, "parameters": {"weight": 0.4, "density": 0.6}}},
+        own_base,
+    ]  # fmt: skip
 
 
 def drawn(count: int = 30) -> list[Case]:
