@@ -57,7 +57,7 @@ def test_dropping_by_rank_needs_no_ranks(density, epsilon, width):
     p, e = numbers(density)[0], numbers(epsilon)[0]
     chance = operators.rank_probability(operators.rank_in_row(delta.abs()), width, p, e)
     expected = torch.where(draws < (chance * LEVELS).round(), delta, 0.0)
-    assert torch.equal(operators.drop_by_rank(delta, draws, p, e), expected)
+    assert torch.equal(delta * operators.kept_by_rank(delta, draws, p, e), expected)
 
 
 def test_norms_are_matched_where_there_are_any():

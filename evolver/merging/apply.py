@@ -118,8 +118,11 @@ class Step:
     vector: bool
     last: Last
 
-    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Writes the merged piece, in its dtype; or returns what the piece says to the next question."""
+    def __call__(self, *tensors: Tensor, memory: dict[str, Any] | None = None) -> tuple[Tensor, ...]:
+        """Writes the merged piece, in its dtype; or returns what the piece says to the next question.
+
+        ``memory`` is what ``Here`` remembers of the piece; a kernel has none.
+        """
         rest = iter(tensors)
         inputs, base = [next(rest).float() for _ in range(self.experts)], next(rest)
         known = [next(rest) for _ in range(self.known)]
@@ -129,7 +132,7 @@ class Step:
         origin = base.float()
         if self.method.on_deltas:
             inputs = [i - origin for i in inputs]
-        here = Here(inputs, origin, known, lambda _: draws, depth, self.vector)
+        here = Here(inputs, origin, known, lambda _: draws, depth, self.vector, memory)
         given = {**numbers, **self.flags, **({"here": here} if self.method.asks else {})}
         try:
             merged = self.method.function(inputs, **given)
@@ -169,6 +172,8 @@ class _Pieces:
         self._given, self.kernels = kernels, kernels if self.size >= FUSE_FROM else None
         self.fused = self.kernels is not None and not method.rows  # those on rows sort, which no kernel does
         self.step = self._rows_of(piece or self._usual())
+        self.memory: dict[int, dict[str, Any]] = {}
+        self.remembers = self.device.type == "cpu" and not self.fused
 
     def of(self, whole: Whole) -> _Pieces:
         """The same method on another tensor."""
@@ -216,7 +221,10 @@ class _Pieces:
                 long = [True] * len(inputs) + [False] * len(fixed) + [True] * len(draws) + [False] * len(ends)
                 long[-1] = long[-1] or last == "out"
                 kernel = self.kernels.get(step, tensors, long, step.identity)
-            yield kernel(tensors) if kernel and inputs[0].shape[0] > 1 else step(*tensors)
+            if kernel and inputs[0].shape[0] > 1:
+                yield kernel(tensors)
+            else:
+                yield step(*tensors, memory=self.memory.setdefault(start, {}) if self.remembers else None)
 
     def sample(self, known: Sequence[Tensor], count: int) -> Sequence[Tensor]:
         """What about ``count`` scalars from all over the tensor say to the next question."""

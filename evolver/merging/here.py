@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Kind = Literal["sum", "maximum", "order"]
@@ -36,6 +39,7 @@ class Here:
         drawn: makes the draws of a seed.
         depth: 0 in the first layer, 1 in the last, (); None outside the layers.
         vector: the tensor has one row only.
+        memory: of this piece; None: nothing is remembered.
     """
 
     inputs: Stack
@@ -44,7 +48,22 @@ class Here:
     drawn: Callable[[int], Stack]
     depth: Tensor | None
     vector: bool
+    memory: dict[str, Sequence[NDArray[np.uint8]]] | None = None
     asked: int = 0
+
+    def remember(self, name: str, masks: Callable[[], Stack]) -> Stack:
+        """What ``masks`` (of bools) returned for this piece the last time, as long as its tensor is being merged.
+
+        Where nothing is remembered (in kernels, on GPUs), it is called. A mask takes one bit a scalar.
+        """
+        if self.memory is None:
+            return masks()
+        if name not in self.memory:
+            found = masks()
+            self.memory[name] = [np.packbits(m.numpy()) for m in found]
+            return found
+        size, shape = self.base.numel(), self.base.shape
+        return [torch.from_numpy(np.unpackbits(m, count=size)).view(shape) for m in self.memory[name]]
 
     def draws(self, seed: int) -> Stack:
         """Random numbers in [0, 65536) for the scalars of this piece, float32, shaped like the inputs."""

@@ -225,8 +225,12 @@ def _dare(deltas: Stack, here: Here, density: Tensor, rescale: str, seed: int) -
 def _della(deltas: Stack, here: Here, density: Tensor, epsilon: Tensor, rescale: str, seed: int) -> Stack:
     room = torch.minimum(epsilon, torch.minimum(density, 1 - density)).unbind(0)
 
+    def masks(d: Stack, h: Here) -> Stack:
+        return list(map(operators.kept_by_rank, d, h.draws(seed), density.unbind(0), room))
+
     def thin(d: Stack, h: Here) -> list[Tensor]:
-        return list(map(operators.drop_by_rank, d, h.draws(seed), density.unbind(0), room))
+        # A choice by a random mask costs several times a product with it; the zero turns -0 into 0.
+        return [x * m + 0.0 for x, m in zip(d, h.remember("kept", lambda: masks(d, h)), strict=True)]
 
     if rescale != "inv_p":
         return _match_norm(deltas, here, thin, rescale)

@@ -114,7 +114,10 @@ def model_stock(models: Stack, *, here: Here, filter_wise: bool = False) -> Tens
 
     def products(m: Stack, h: Here) -> Tensor:
         x = torch.stack([d - h.base for d in m]).double()
-        return torch.einsum("arc,brc->rab", x, x) if filter_wise else torch.einsum("arc,brc->ab", x, x)[None]
+        if filter_wise:
+            return torch.einsum("arc,brc->rab", x, x)
+        flat = x.flatten(1)
+        return (flat @ flat.T)[None]  # einsum would turn both about first
 
     by_row = products(models, here) if filter_wise else here.sum(products)
     norms = by_row.diagonal(dim1=1, dim2=2).sqrt()
