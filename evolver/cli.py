@@ -9,15 +9,13 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from evolver import explain as explaining
-from evolver import merge as merging
 from evolver.errors import BadInput
-from evolver.merging.methods import METHODS, get
+
+# What a command needs is imported by that command: torch alone takes a second, and help should not wait for it.
 
 app = typer.Typer(add_completion=True, no_args_is_help=True, help="Merge fine-tuned models.")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
@@ -39,6 +37,10 @@ def merge(
 ) -> None:
     """Merge models as a mergekit file says."""
     del lazy_unpickle
+    import torch
+
+    from evolver import merge as merging
+
     if trust_remote_code or allow_crimes:
         raise BadInput(
             "--trust-remote-code, --allow-crimes: refused; models bring no code, and only fine-tunes of one base merge."
@@ -60,13 +62,16 @@ def explain(
     config: Annotated[Path, typer.Argument(help="a mergekit YAML file, or the configuration of a run")],
 ) -> None:
     """Print, for every tensor, the method and the settings in force."""
+    from evolver import explain as explaining
+
     typer.echo(explaining.table(explaining.explain(config)))
 
 
 @app.command()
 def methods(name: Annotated[str | None, typer.Argument(help="one method, in full")] = None) -> None:
     """List the merge methods: settings, defaults, what a search may tune, paper."""
-    from evolver.reference import default_of, first_paragraph, kind_of, searched_of  # it knows the searches, too: slow
+    from evolver.merging.methods import METHODS, get
+    from evolver.reference import default_of, first_paragraph, kind_of, searched_of
 
     console = Console()
     if name is None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from evolver.merging import apply, crossing, methods
+from evolver.merging import crossing, methods, pieces
 from evolver.merging.materialise import Materialiser
 from evolver.merging.weights import Checkpoint, LoraAdapter
 from evolver.records import Cross, Expert, Layers, Merge, Place, Rule
@@ -127,7 +127,7 @@ def test_pieces_and_threads_change_nothing(sources, recipe, monkeypatch):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        monkeypatch.setattr(apply, "PIECE", 37)
+        monkeypatch.setattr(pieces, "PIECE", 37)
         same(build(sources, recipe), whole)
     finally:
         torch.set_num_threads(before)

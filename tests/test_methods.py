@@ -9,10 +9,11 @@ import torch
 
 from evolver.errors import BadInput
 from evolver.merging import methods, order
-from evolver.merging.apply import Whole, apply
+from evolver.merging.apply import apply
 from evolver.merging.genome import genome
 from evolver.merging.kernels import Kernels, can_compile
 from evolver.merging.methods import METHODS, Range, method, number
+from evolver.merging.pieces import Whole
 from evolver.records import Expert
 
 EVERY = pytest.mark.parametrize("name", list(METHODS))

@@ -25,8 +25,8 @@ class Stream:
     def pieces(self):
         return (piece.unbind(0) for piece in self.scores.split(self.step, dim=1))
 
-    def marked(self, edges):
-        return (order.mark(piece, edges) for piece in self.pieces())
+    def taken(self, edges):
+        return (order.take(piece, edges) for piece in self.pieces())
 
 
 CONTENTS = {

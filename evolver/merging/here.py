@@ -9,11 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 Kind = Literal["sum", "maximum", "order"]
@@ -28,6 +25,14 @@ class Asked(Exception):  # not an error: the way out of a call that needs to kno
         self.kind, self.value, self.counts, self.scope = kind, value, counts, scope
 
 
+class Sources(Protocol):
+    """Where a piece lies, its draws, and what a method wants made once for it."""
+
+    def depth(self) -> Tensor | None: ...
+    def draws(self, seed: int) -> Stack: ...
+    def once(self, make: Callable[[], Stack]) -> Stack: ...
+
+
 @dataclass
 class Here:
     """A piece of a tensor, and the way to ask about the whole of it.
@@ -36,38 +41,34 @@ class Here:
         inputs: what the method works on: E tensors (n) or (rows, columns), float32.
         base: the base's scalars in the same place, of the same shape, float32.
         known: answers to the questions asked so far, in their order.
-        drawn: makes the draws of a seed.
-        depth: 0 in the first layer, 1 in the last, (); None outside the layers.
+        sources: of what else there is for a piece.
         vector: the tensor has one row only.
-        memory: of this piece; None: nothing is remembered.
     """
 
     inputs: Stack
     base: Tensor
     known: Sequence[Tensor]
-    drawn: Callable[[int], Stack]
-    depth: Tensor | None
+    sources: Sources
     vector: bool
-    memory: dict[str, Sequence[NDArray[np.uint8]]] | None = None
     asked: int = 0
 
-    def remember(self, name: str, masks: Callable[[], Stack]) -> Stack:
-        """What ``masks`` (of bools) returned for this piece the last time, as long as its tensor is being merged.
-
-        Where nothing is remembered (in kernels, on GPUs), it is called. A mask takes one bit a scalar.
-        """
-        if self.memory is None:
-            return masks()
-        if name not in self.memory:
-            found = masks()
-            self.memory[name] = [np.packbits(m.numpy()) for m in found]
-            return found
-        size, shape = self.base.numel(), self.base.shape
-        return [torch.from_numpy(np.unpackbits(m, count=size)).view(shape) for m in self.memory[name]]
+    @property
+    def depth(self) -> Tensor | None:
+        """0 in the first layer, 1 in the last, (); None outside the layers."""
+        return self.sources.depth()
 
     def draws(self, seed: int) -> Stack:
         """Random numbers in [0, 65536) for the scalars of this piece, float32, shaped like the inputs."""
-        return self.drawn(seed)
+        return self.sources.draws(seed)
+
+    def once(self, make: Callable[[], Stack]) -> Stack:
+        """What ``make`` returns for this piece: tensors shaped like the inputs. A method may ask for it once a call.
+
+        For what no kernel can do, such as sorting: it is made in plain code and handed to kernels, for which all else
+        that a method on rows does must be the same scalar by scalar. Tensors of bools are remembered, a bit a scalar,
+        as long as the tensor is being merged.
+        """
+        return self.sources.once(make)
 
     def sum(self, what: Callable[[Stack, Here], Tensor]) -> Tensor:
         """Σ of ``what(inputs, here)`` over all pieces of the tensor, float64.

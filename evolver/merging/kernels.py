@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import shutil
 import tempfile
 import warnings
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evolver.config import expand
+from evolver.merging.machine import kernel_folder, machine, package
 
 Function = Callable[..., tuple[Tensor, ...]]
 Kernel = Callable[[list[Tensor]], list[Tensor]]
@@ -60,8 +59,8 @@ class Kernels:
 
     def _find(self, function: Function, like: Sequence[Tensor], long: Sequence[bool], key: str) -> Kernel | None:
         device = like[0].device
-        name = hashlib.sha256(f"{key} {_machine(device)} {_sources()}".encode()).hexdigest()
-        file = Path(expand("$EVOLVER_CACHE")) / "kernels" / f"{name[:32]}.pt2"
+        name = hashlib.sha256(f"{key} {machine(device)} {sorted(OPTIONS.items())} {package()}".encode()).hexdigest()
+        file = kernel_folder() / f"{name[:32]}.pt2"
         if file.exists():
             try:
                 return _load(file, device)
@@ -97,7 +96,6 @@ def _compile(function: Function, like: Sequence[Tensor], long: Sequence[bool], f
     length = torch.export.Dim("length", min=LEAST)
     example = [_sized(t) if n else t for t, n in zip(like, long, strict=True)]
     shapes = [{0: length} if n else None for n in long]
-    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's notes on its own deprecations
         program = torch.export.export(_Module(function), (example,), dynamic_shapes=(shapes,), strict=False)
@@ -120,29 +118,6 @@ def _load(file: Path, device: torch.device) -> Kernel:
     index = -1 if device.index is None else device.index
     run: Kernel = AOTIModelPackageLoader(str(file), "model", False, 1, index).run
     return run
-
-
-@cache
-def _machine(device: torch.device) -> str:
-    """What a kernel was compiled for."""
-    flags = ""
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return f"{torch.__version__} {platform.machine()} {flags} {gpu} {sorted(OPTIONS.items())}"
-
-
-@cache
-def _sources() -> str:
-    """Digest of this package, of which kernels are made."""
-    return "".join(digest_of(str(file)) for file in sorted(Path(__file__).parent.rglob("*.py")))
-
-
-@cache
-def digest_of(file: str) -> str:
-    """Digest of a source file."""
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def identity_of(**fixed: Any) -> str:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from evolver.merging import crossing, methods
-from evolver.merging.apply import Model, Whole, apply
+from evolver.merging.apply import Model, apply
 from evolver.merging.kernels import Kernels
 from evolver.merging.names import names_of
+from evolver.merging.pieces import Whole
 from evolver.merging.weights import Checkpoint, Source, TensorInfo, layer_of
 from evolver.records import Cross, Expert, Layers, Merge, Recipe, ancestors
 

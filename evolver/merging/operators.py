@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evolver.merging import native
 from evolver.merging.random import LEVELS
 
 TINY = 1e-8
@@ -90,19 +91,23 @@ def kept_by_rank(delta: Tensor, draws: Tensor, density: Tensor, epsilon: Tensor)
     rows, width = delta.shape
     first_kept = _first_kept(width, density.item(), epsilon.item(), delta.device)
     sizes = delta.abs()
+    ordered = _sorted_rows(sizes)
+    loops = native.library() if delta.device.type == "cpu" else None
+    if loops is not None:
+        return native.kept_by_rank(loops, sizes, ordered, draws, first_kept)
     before = torch.empty(rows, width + 1, device=delta.device)
     before[:, 0], before[:, -1] = -1.0, torch.inf  # rank 0 is everyone's, rank ``width`` no one's
-    before[:, 1:width] = _sorted_rows(sizes)[:, :-1]
-    wanted = first_kept.index_select(0, draws.long().view(-1)).view_as(delta)
-    return sizes > before.gather(1, wanted)
+    before[:, 1:width] = ordered[:, :-1]
+    return sizes > before.gather(1, first_kept.long()[draws.long()])
 
 
 @lru_cache(maxsize=64)
 def _first_kept(width: int, density: float, epsilon: float, device: torch.device) -> Tensor:
-    """From which rank on a scalar is kept, for every draw, int64 (65536)."""
+    """From which rank on a scalar is kept, for every draw, int32 (65536)."""
     numbers = (torch.tensor(x, dtype=torch.float64) for x in (density, epsilon))
     levels = (rank_probability(torch.arange(width), width, *numbers) * LEVELS).round()
-    return torch.searchsorted(levels, torch.arange(LEVELS, dtype=levels.dtype), right=True).to(device)
+    draws = torch.arange(LEVELS, dtype=levels.dtype)
+    return torch.searchsorted(levels, draws, right=True, out_int32=True).to(device)
 
 
 def _sorted_rows(sizes: Tensor) -> Tensor:

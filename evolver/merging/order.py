@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -17,11 +16,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from evolver.merging import native
+
 # So many scores (or fewer) are ordered at once.
 DIRECT = 1 << 17
 # A sample has at least so many scores, or one in so many; and how many standard deviations it may be off. More would
 # widen the edges of every search to spare one in some hundreds a second way.
-SAMPLE, ONE_IN, SIGMAS = 1 << 14, 1 << 7, 3.0
+SAMPLE, ONE_IN, SIGMAS = 1 << 14, 1 << 8, 3.0
 # More scores than these are never held: they are counted instead.
 FEW = 1 << 24
 # Bits below each round of counting; those of a non-negative float32 order as the number does.
@@ -33,12 +34,12 @@ Floats = npt.NDArray[np.float32]
 Found = dict[Place, float]
 
 
-class Marked(NamedTuple):
-    """What a piece says to a question of order: for C rows of n scores and K pairs of edges."""
+class Taken(NamedTuple):
+    """What a piece says to a question of order: for C rows of scores and K pairs of edges."""
 
-    scores: Sequence[Tensor]  # C of (n)
-    between: Sequence[Tensor]  # C of (n), int8: 1 where a score is above a lower and not above its upper edge
-    above: Tensor  # (C, K) float32: how many are above the upper edge
+    above: Tensor  # (C, K) int64: how many scores are above the upper edge
+    inside: Tensor  # (C, K) int64: how many are above the lower edge and not above the upper one
+    scores: Sequence[Tensor]  # C, float32: those inside any pair that holds more than one value
 
 
 class Scores(Protocol):
@@ -47,21 +48,34 @@ class Scores(Protocol):
     size: int
 
     def sample(self, count: int) -> Tensor: ...  # (C, about count), from all over the rows
-    def marked(self, edges: Tensor) -> Iterable[Marked]: ...  # edges: (C, K, 2), lower and upper
+    def taken(self, edges: Tensor) -> Iterable[Taken]: ...  # of every piece; edges: (C, K, 2), lower and upper
     def pieces(self) -> Iterable[Sequence[Tensor]]: ...
 
 
-def mark(scores: Sequence[Tensor], edges: Tensor) -> Marked:
-    """Count and mark a piece's scores against ``edges`` (C, K, 2), lower and upper."""
-    # Sums and bytes of where(…, 1, 0): kernels of comparisons that are stored as they are would not be vectorised.
-    # Floats count exactly to 2^24, and no piece is longer.
-    between, counts = [], []
-    for row, pairs in zip(scores, edges.unbind(0), strict=True):
+def take(scores: Sequence[Tensor], edges: Tensor) -> Taken:
+    """Count a piece's scores, C of (n), against ``edges`` (C, K, 2), and take out what lies inside."""
+    loops = native.library()
+    counts, taken = [], []
+    for row, pairs in zip((s.reshape(-1) for s in scores), edges.unbind(0), strict=True):
         lows, highs = pairs.unbind(1)
-        inside = [torch.where(row > a, torch.where(row <= b, 1.0, 0.0), 0.0) for a, b in zip(lows, highs, strict=True)]
-        between.append(reduce(torch.maximum, inside).to(torch.int8))
-        counts += [torch.where(row > high, 1.0, 0.0).sum() for high in highs]
-    return Marked(scores, between, torch.stack(counts).view(edges.shape[:2]))
+        single = _hold_one_value(pairs)
+        if loops is not None and row.is_cpu:
+            of_row, out = native.take(loops, row, lows, highs, single)
+        else:
+            over = row > highs[:, None]
+            inside = (row > lows[:, None]) & ~over
+            of_row = torch.stack([over.sum(1), inside.sum(1)])
+            out = row[(inside & ~single[:, None]).any(0)]
+        counts.append(of_row.cpu())
+        taken.append(out.cpu())
+    above, within = torch.stack(counts, dim=1)
+    return Taken(above, within, taken)
+
+
+def _hold_one_value(pairs: Tensor) -> Tensor:
+    """Whether only one float32 lies above the lower and not above the upper edge, (…, 2) to (…)."""
+    lows, highs = pairs.unbind(-1)
+    return torch.nextafter(lows, torch.full_like(lows, math.inf)) >= highs
 
 
 def kth_largest(scores: Scores, ranks: Sequence[Sequence[int]]) -> Tensor:
@@ -100,25 +114,24 @@ def _direct(rows: Sequence[Floats], ranks: Sequence[Sequence[int]], wanted: Sequ
 def _between(scores: Scores, ranks: Sequence[Sequence[int]], wanted: Sequence[Place]) -> Found:
     """What one pass finds between edges that a sample suggests."""
     edges = _edges(scores.sample(max(SAMPLE, scores.size // ONE_IN)), ranks, scores.size)
-    above = torch.zeros(edges.shape[:2], dtype=torch.int64)
+    above, inside = torch.zeros((2, *edges.shape[:2]), dtype=torch.int64)
     taken: list[list[Floats]] = [[] for _ in ranks]
     held = 0
-    for piece in scores.marked(edges):
-        above += piece.above.cpu().long()
-        if held <= FEW * len(ranks):
-            for c, (row, inside) in enumerate(zip(piece.scores, piece.between, strict=True)):
-                taken[c].append(row.cpu().numpy().compress(inside.view(torch.bool).cpu().numpy()))
-                held += taken[c][-1].size
-    if held > FEW * len(ranks):
-        return {}
-    rows = [np.concatenate(parts) for parts in taken]
+    for piece in scores.taken(edges):
+        above += piece.above
+        inside += piece.inside
+        held += sum(found.numel() for found in piece.scores)
+        if held > FEW * len(ranks):
+            return {}
+        for row, more in zip(taken, piece.scores, strict=True):
+            row.append(more.numpy())
+    rows, single = [np.concatenate(parts) for parts in taken], _hold_one_value(edges)
     found = {}
     for c, k in wanted:
         low, high = edges[c, k].tolist()
-        inner = rows[c][(rows[c] > low) & (rows[c] <= high)]
         rank = ranks[c][k] - int(above[c, k])
-        if 0 < rank <= inner.size:
-            found[c, k] = _largest(inner, [rank])[0]
+        if 0 < rank <= int(inside[c, k]):
+            found[c, k] = high if single[c, k] else _largest(rows[c][(rows[c] > low) & (rows[c] <= high)], [rank])[0]
         elif rank > 0 and low == 0:  # nothing but zeros is left
             found[c, k] = 0.0
     return found
@@ -144,8 +157,8 @@ def _edges(sample: Tensor, ranks: Sequence[Sequence[int]], size: int) -> Tensor:
 
 
 def _largest(row: Floats, ranks: Sequence[int]) -> list[float]:
-    places = [row.size - r for r in ranks]
-    return [float(v) for v in np.partition(row, places)[places]] if places else []
+    # One place at a time: numpy finds several at once without vector instructions.
+    return [float(np.partition(row, place)[place]) for place in (row.size - r for r in ranks)]
 
 
 @dataclass

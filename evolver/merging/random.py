@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evolver.merging.kernels import Kernel, Kernels
+from evolver.merging import native
+from evolver.merging.kernels import Kernels
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -88,41 +89,43 @@ def fill(words: Tensor, first: Tensor, out: Tensor) -> tuple[()]:
 
 
 class Drawn:
-    """The draws of some tensors, piece by piece.
+    """The draws of some tensors, piece by piece; may be asked by several threads.
 
     Args:
         seed: of all.
         names: of the tensors, or whatever else tells streams of draws apart.
-        kernels: fused kernels, where there are some; the bits are the same.
+        kernels: fused kernels for a GPU, where there are some; the bits are the same.
     """
 
     def __init__(self, seed: int, names: Sequence[str], device: torch.device, kernels: Kernels | None = None) -> None:
         self.device, self.kernels = device, kernels
         self.words = [key_words(seed, name, device) for name in names]
-        self._held: list[Tensor] = []
-        self._kernel: Kernel | None = None
+        self._plain_words = [words.tolist() for words in self.words]
 
     def piece(self, start: int, shape: Sequence[int]) -> list[Tensor]:
-        """For every tensor the draws of its scalars from ``start`` on, float32, in that shape; until the next call."""
+        """For every tensor the draws of its scalars from ``start`` on, float32, in that shape."""
         first, skip = divmod(start, BLOCK)
         count = math.prod(shape)
-        blocks = max(2, -(-(skip + count) // BLOCK))  # kernels take no fewer
-        if not self._held or self._held[0].shape[0] < blocks:
-            size = (blocks, HALVES, LANES)
-            self._held = [torch.empty(size, dtype=torch.float32, device=self.device) for _ in self.words]
-        place = torch.tensor(first, device=self.device)
-        for words, held in zip(self.words, self._held, strict=True):
-            self._fill(words, place, held[:blocks])
-        return [held.view(-1)[skip : skip + count].view(*shape) for held in self._held]
+        blocks = -(-(skip + count) // BLOCK)
+        return [
+            self._blocks(n, first, blocks).view(-1)[skip : skip + count].view(*shape) for n in range(len(self.words))
+        ]
 
-    def _fill(self, *tensors: Tensor) -> None:
-        if self.kernels is not None and self._kernel is None:
-            self._kernel = self.kernels.get(fill, tensors, [False, False, True], "draws")
-            self.kernels = None  # looked for once
-        if self._kernel:
-            self._kernel(list(tensors))
+    def _blocks(self, number: int, first: int, blocks: int) -> Tensor:
+        on_gpu, words = self.device.type != "cpu", self.words[number]
+        # Kernels take no fewer than two blocks.
+        out = torch.empty((max(2, blocks) if on_gpu else blocks, HALVES, LANES), device=self.device)
+        loops = None if on_gpu else native.library()
+        if loops is not None:
+            native.draws(loops, self._plain_words[number], first, out)
+            return out
+        tensors = words, torch.tensor(first, device=self.device), out
+        kernel = self.kernels.get(fill, tensors, [False, False, True], "draws") if on_gpu and self.kernels else None
+        if kernel:
+            kernel(list(tensors))
         else:
             fill(*tensors)
+        return out
 
 
 def draws(seed: int, name: str, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -455,6 +454,8 @@ def _locate(location: str, key: str) -> Path:
         raise BadInput(f"{key}: there is no folder {path}; give the folder of a model, or a hub id such as org/name.")
     name, _, revision = location.partition("@")
     try:
+        from huggingface_hub import snapshot_download  # slow, and models are folders mostly
+
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=["*.safetensors*", "*.json", "*.txt", "*.model", "*.jinja"]))  # fmt: skip  # noqa: E501
     except Exception as error:  # the hub's client raises a dozen kinds, from three libraries
         raise BadInput(

@@ -26,9 +26,10 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from evolver.merging import crossing, random  # noqa: E402
-from evolver.merging.apply import Whole, apply  # noqa: E402
+from evolver.merging.apply import apply  # noqa: E402
 from evolver.merging.kernels import Kernels  # noqa: E402
 from evolver.merging.methods import METHODS  # noqa: E402
+from evolver.merging.pieces import Whole  # noqa: E402
 
 KERNELS = Kernels()
 
@@ -156,7 +157,7 @@ def floors(all_models: Sequence[Model]) -> list[list[str]]:
 
     def draw() -> None:
         for tensor in base.values():
-            drawn = random.Drawn(1, list("abcde"), tensor.device, KERNELS)
+            drawn = random.Drawn(1, list("abcde"), tensor.device)
             for start in range(0, tensor.numel(), 1 << 17):
                 drawn.piece(start, [min(1 << 17, tensor.numel() - start)])
 
@@ -165,7 +166,16 @@ def floors(all_models: Sequence[Model]) -> list[list[str]]:
             for _ in range(EXPERTS):
                 np.sort(tensor.numpy(), axis=-1)
 
-    works = {"the draws of five experts, once": draw, "sorting the rows of five experts (numpy, one thread)": sort}
+    def magnitudes() -> None:
+        for n, t in base.items():
+            for expert in all_models[1:]:
+                torch.abs(expert[n].float() - t, out=deltas[n])
+
+    works = {
+        "the draws of five experts, once": draw,
+        "magnitudes of five task vectors, written once (plain torch)": magnitudes,
+        "sorting the rows of five experts (numpy, one thread)": sort,
+    }
     seconds = {what: median(work, 3) for what, work in works.items()}
     return [[what, f"{s:.2f}", f"{s / copied:.1f}"] for what, s in seconds.items()]
 
@@ -210,6 +220,8 @@ def file_to_file(all_models: Sequence[Model], mergekit: str) -> list[list[str]]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         paths = write(all_models, folder)
+        idle = command_seconds([sys.executable, "-c", "import torch"], folder / "none", 5)
+        rows.append(["(Python and torch alone)", f"{idle:.1f}", "", "", ""])
         for name, given, count, _ in CASES:
             if "rescale" in given:  # mergekit does not have it
                 continue
@@ -228,6 +240,22 @@ def file_to_file(all_models: Sequence[Model], mergekit: str) -> list[list[str]]:
             )
             print(rows[-1], flush=True)
     return rows
+
+
+WHY = """## What is short of its limit, and why
+
+- `dare_*`: every scalar of every expert needs a draw of a counter-based generator (ten rounds of Philox, 16 bits a
+  draw, in C with vector instructions), and `rescale: l1` needs them twice, once for the norms and once for the merge.
+  The draws alone, once, cost several copies (the table above): a limit of 2 lies below what they take on this CPU.
+  Tried: draws in compiled tensor code (three times slower), draws and their use in one kernel (not vectorised).
+- `ties`, `breadcrumbs`, `sce`: two passes over the experts and one small selection. What is left above the passes is
+  the sample that brackets the wanted order statistic (it reads all over memory) and some 0.2 ms of Python a tensor and
+  pass. Tried: histograms (0.5 ns a scalar), threads over pieces (the loader of compiled kernels holds Python's lock),
+  other sizes of pieces and samples.
+- `della`: the same as `dare_ties`, and every row is sorted, by numpy's vectorised sort on one thread (the table above).
+  Tried: sorting in two threads (they wait for those of the kernels), ranks by binary search (slower than comparing
+  with one scalar of the sorted row, as it is done).
+- Whole commands: starting Python and importing torch cannot be spared (first row), and files are read and written."""
 
 
 def anonymous_mb(pid: int) -> float:
@@ -311,6 +339,7 @@ def main() -> None:
         table(["method", "copy", "plain", "fused", "ratio", "must reach"], in_memory(all_models)),
         "What some parts cost alone:",
         table(["part", "seconds", "÷ copy"], floors(all_models)),
+        WHY,
     ]  # fmt: skip
     if given.mergekit:
         parts += [

@@ -10,8 +10,9 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
-from evolver.merging.apply import Whole, apply
+from evolver.merging.apply import apply
 from evolver.merging.methods import METHODS
+from evolver.merging.pieces import Whole
 
 DENSITY = 0.3
 WEIGHTS = (0.5, 0.8, 0.3)

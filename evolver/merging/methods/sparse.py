@@ -230,16 +230,19 @@ def _della(deltas: Stack, here: Here, density: Tensor, epsilon: Tensor, rescale:
 
     def thin(d: Stack, h: Here) -> list[Tensor]:
         # A choice by a random mask costs several times a product with it; the zero turns -0 into 0.
-        return [x * m + 0.0 for x, m in zip(d, h.remember("kept", lambda: masks(d, h)), strict=True)]
+        return [x * m.float() + 0.0 for x, m in zip(d, h.once(lambda: masks(d, h)), strict=True)]
+
+    def masks_and_chances() -> Stack:
+        ranks = [operators.rank_in_row(d.abs()) for d in deltas]
+        width = deltas[0].shape[-1]
+        chances = [operators.rank_probability(r, width, *n) for r, *n in zip(ranks, density, room, strict=True)]
+        return [*masks(deltas, here), *chances]
 
     if rescale != "inv_p":
         return _match_norm(deltas, here, thin, rescale)
-    kept = []
-    for delta, thinned, p, epsilon_ in zip(deltas, thin(deltas, here), density.unbind(0), room, strict=True):
-        ranks = operators.rank_in_row(delta.abs())
-        chance = operators.rank_probability(ranks, delta.shape[-1], p, epsilon_)
-        kept.append((thinned / chance).to(delta.dtype))
-    return kept
+    made, count = here.once(masks_and_chances), len(deltas)
+    thinned = [x * m.float() + 0.0 for x, m in zip(deltas, made[:count], strict=True)]
+    return [(x / chance).to(x.dtype) for x, chance in zip(thinned, made[count:], strict=True)]
 
 
 def _breadcrumbs(deltas: Stack, here: Here, density: Tensor, gamma: Tensor, rescale: str) -> Stack:

@@ -1,0 +1,42 @@
+"""What compiled code depends on: this machine, and the sources that it was made of."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from evolver.config import expand
+
+
+def kernel_folder() -> Path:
+    """Where compiled code is kept, readable by this user only; made where it is missing."""
+    folder = Path(expand("$EVOLVER_CACHE")) / "kernels"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
+
+
+@cache
+def machine(device: torch.device) -> str:
+    """What code was compiled for."""
+    flags = ""
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return f"{torch.__version__} {platform.machine()} {flags} {gpu}"
+
+
+@cache
+def package() -> str:
+    """Digest of this package, of which kernels are made."""
+    return "".join(digest_of(str(file)) for file in sorted(Path(__file__).parent.rglob("*.py")))
+
+
+@cache
+def digest_of(file: str) -> str:
+    """Digest of a source file."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()

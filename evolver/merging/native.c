@@ -1,0 +1,132 @@
+/* The innermost loops that no compiler makes fast out of tensor operations. Each has a plain twin in Python that gives
+   the same results: draws() is random.fill, take() is order.take, kept_by_rank() is operators.kept_by_rank.
+   Threads are those of torch, whose OpenMP runtime is the one that is loaded. */
+
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+enum { LANES = 1024, HALVES = 8, ROUNDS = 10, STRETCH = 1 << 14 };
+
+/* Draws for whole blocks of scalars from block `first` on, to out[blocks][HALVES][LANES]. words: k0, k1, c2, c3. */
+void draws(const uint32_t *words, uint64_t first, int64_t blocks, float *out)
+{
+#pragma omp parallel for
+    for (int64_t block = 0; block < blocks; block++) {
+        const uint64_t place = (first + (uint64_t)block) * LANES;
+        float *run = out + block * HALVES * LANES;
+        for (uint32_t lane = 0; lane < LANES; lane++) {
+            uint32_t c[4] = {(uint32_t)place + lane, (uint32_t)(place >> 32), words[2], words[3]};
+            uint32_t k0 = words[0], k1 = words[1];
+            for (int round = 0; round < ROUNDS; round++) {
+                const uint64_t product0 = (uint64_t)c[0] * 0xD2511F53u, product1 = (uint64_t)c[2] * 0xCD9E8D57u;
+                c[0] = (uint32_t)(product1 >> 32) ^ c[1] ^ k0;
+                c[1] = (uint32_t)product1;
+                c[2] = (uint32_t)(product0 >> 32) ^ c[3] ^ k1;
+                c[3] = (uint32_t)product0;
+                k0 += 0x9E3779B9u;
+                k1 += 0xBB67AE85u;
+            }
+            for (int word = 0; word < 4; word++) {
+                run[2 * word * LANES + lane] = (float)(int32_t)(c[word] & 0xFFFF);
+                run[(2 * word + 1) * LANES + lane] = (float)(int32_t)(c[word] >> 16);
+            }
+        }
+    }
+}
+
+/* One stretch of one row of scores, for take(): adds to `above` and `inside`, and returns how many it took. Nothing is
+   written beyond out[size - 1]. */
+static int64_t take_stretch(const float *scores, int64_t size, const float *lows, const float *highs,
+                            const uint8_t *single, int64_t pairs, int64_t *above, int64_t *inside, float *out)
+{
+    int64_t place = 0, taken = 0;
+#ifdef __AVX512F__
+    for (; place + 16 <= size; place += 16) {
+        const __m512 score = _mm512_loadu_ps(scores + place);
+        __mmask16 wanted = 0;
+        for (int64_t pair = 0; pair < pairs; pair++) {
+            const __mmask16 over = _mm512_cmp_ps_mask(score, _mm512_set1_ps(highs[pair]), _CMP_GT_OQ);
+            const __mmask16 within = _mm512_cmp_ps_mask(score, _mm512_set1_ps(lows[pair]), _CMP_GT_OQ) & ~over;
+            above[pair] += __builtin_popcount(over);
+            inside[pair] += __builtin_popcount(within);
+            wanted |= single[pair] ? 0 : within;
+        }
+        _mm512_storeu_ps(out + taken, _mm512_maskz_compress_ps(wanted, score));
+        taken += __builtin_popcount(wanted);
+    }
+#endif
+    for (; place < size; place++) {
+        int wanted = 0;
+        for (int64_t pair = 0; pair < pairs; pair++) {
+            const int over = scores[place] > highs[pair], within = scores[place] > lows[pair] && !over;
+            above[pair] += over;
+            inside[pair] += within;
+            wanted |= within && !single[pair];
+        }
+        if (wanted)
+            out[taken++] = scores[place];
+    }
+    return taken;
+}
+
+/* Counts the scores above each upper edge and those inside each pair, above its lower and not above its upper edge, and
+   moves to the front of `out` those inside any pair but the single ones, which hold one value.
+   scores, out: [size]; lows, highs, single: [pairs]; counts: [2][pairs]. Returns how many were moved, or -1 where there
+   is no memory. */
+int64_t take(const float *scores, int64_t size, const float *lows, const float *highs, const uint8_t *single,
+             int64_t pairs, int64_t *counts, float *out)
+{
+    const int64_t stretches = (size + STRETCH - 1) / STRETCH, each = 2 * pairs + 1;
+    int64_t *mine = calloc((size_t)(stretches * each) + 1, sizeof *mine), taken = 0;
+    if (!mine)
+        return -1;
+#pragma omp parallel for
+    for (int64_t at = 0; at < stretches; at++) {
+        const int64_t start = at * STRETCH, length = size - start < STRETCH ? size - start : STRETCH;
+        int64_t *of = mine + at * each;
+        of[2 * pairs] = take_stretch(scores + start, length, lows, highs, single, pairs, of, of + pairs, out + start);
+    }
+    memset(counts, 0, (size_t)pairs * 2 * sizeof *counts);
+    for (int64_t at = 0; at < stretches; at++) {
+        const int64_t *of = mine + at * each;
+        for (int64_t n = 0; n < 2 * pairs; n++)
+            counts[n] += of[n];
+        memmove(out + taken, out + at * STRETCH, (size_t)of[2 * pairs] * sizeof *out);
+        taken += of[2 * pairs];
+    }
+    free(mine);
+    return taken;
+}
+
+/* Which scalars of a row stay, each with the probability of its rank: draw d says from which rank on, first_kept[d] in
+   [0, width]; a scalar has that rank if it exceeds the scalar just before it in the sorted row.
+   sizes, sorted, draws, kept: [rows][width]. Returns 0, or 1 where there is no memory. */
+int kept_by_rank(const float *sizes, const float *sorted, const float *draws, const int32_t *first_kept, int64_t rows,
+                 int64_t width, uint8_t *kept)
+{
+    int failed = 0;
+#pragma omp parallel reduction(| : failed)
+    {
+        float *before = malloc(((size_t)width + 1) * sizeof *before);
+        failed = !before;
+        if (before)
+            before[0] = -1.0f, before[width] = __builtin_inff(); /* rank 0 is everyone's, rank `width` no one's */
+#pragma omp for
+        for (int64_t row = 0; row < rows; row++) {
+            const int64_t at = row * width;
+            if (!before)
+                continue;
+            if (width > 1)
+                memcpy(before + 1, sorted + at, ((size_t)width - 1) * sizeof *before);
+            for (int64_t column = 0; column < width; column++)
+                kept[at + column] = sizes[at + column] > before[first_kept[(int32_t)draws[at + column]]];
+        }
+        free(before);
+    }
+    return failed;
+}

@@ -1,0 +1,100 @@
+"""The innermost loops in C, compiled once for a machine; where there is no compiler, their plain twins do the same."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from evolver.merging.machine import digest_of, kernel_folder, machine
+
+SOURCE = Path(__file__).with_name("native.c")
+FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled loops, or None where they cannot be compiled."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
+    if compiler is None:
+        return None
+    key = f"{digest_of(str(SOURCE))} {machine(torch.device('cpu'))} {FLAGS}"
+    file = kernel_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
+    try:
+        if not file.exists():
+            _compile(compiler, file)
+        loops = ctypes.CDLL(str(file))
+    except (OSError, subprocess.CalledProcessError) as error:
+        warnings.warn(f"{SOURCE.name} was not compiled, the plain code runs in its place: {error}", stacklevel=2)
+        return None
+    loops.take.restype = ctypes.c_int64
+    return loops
+
+
+def _compile(compiler: str, file: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        made = Path(folder) / file.name
+        for more in (["-fopenmp"], []):  # one thread is better than none
+            done = subprocess.run(
+                [compiler, *FLAGS, *more, str(SOURCE), "-o", str(made)], capture_output=True, text=True
+            )
+            if done.returncode == 0:
+                break
+        done.check_returncode()
+        os.replace(made, file)
+
+
+def draws(loops: ctypes.CDLL, words: Sequence[int], first: int, out: Tensor) -> None:
+    """``random.fill``: draws for whole blocks from block ``first`` on, to ``out``, float32 (blocks, HALVES, LANES).
+
+    Args:
+        words: k0, k1, c2, c3 of 32 bits.
+    """
+    loops.draws((ctypes.c_uint32 * 4)(*words), ctypes.c_uint64(first), ctypes.c_int64(out.shape[0]), _at(out))
+
+
+def take(loops: ctypes.CDLL, scores: Tensor, lows: Tensor, highs: Tensor, single: Tensor) -> tuple[Tensor, Tensor]:
+    """``order.take`` for one row of scores, float32 (n), and K pairs of edges, float32 (K) each.
+
+    Args:
+        single: pairs of which nothing is taken, bool (K).
+
+    Returns:
+        How many scores are above each upper edge, and how many inside each pair, int64 (2, K); and what was taken.
+    """
+    scores, lows, highs, single = (t.contiguous() for t in (scores, lows, highs, single))
+    counts, out = torch.empty(2, len(lows), dtype=torch.int64), torch.empty(scores.numel())
+    size, pairs = ctypes.c_int64(scores.numel()), ctypes.c_int64(len(lows))
+    taken = loops.take(_at(scores), size, _at(lows), _at(highs), _at(single), pairs, _at(counts), _at(out))
+    if taken < 0:
+        raise MemoryError("no memory for the counts of a piece")
+    return counts, out[:taken].clone()
+
+
+def kept_by_rank(loops: ctypes.CDLL, sizes: Tensor, ordered: Tensor, draws: Tensor, first_kept: Tensor) -> Tensor:
+    """``operators.kept_by_rank``: which scalars stay, bool (rows, columns).
+
+    Args:
+        sizes, ordered, draws: float32 (rows, columns); ``ordered`` are the sizes, each row sorted.
+        first_kept: from which rank on a draw keeps a scalar, int32 (65536).
+    """
+    sizes, draws = sizes.contiguous(), draws.contiguous()
+    kept = torch.empty(sizes.shape, dtype=torch.bool)
+    rows, width = (ctypes.c_int64(n) for n in sizes.shape)
+    if loops.kept_by_rank(_at(sizes), _at(ordered), _at(draws), _at(first_kept), rows, width, _at(kept)):
+        raise MemoryError("no memory for one row of a tensor")
+    return kept
+
+
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())

@@ -1,0 +1,83 @@
+"""The loops in C against their plain twins."""
+
+import pytest
+import torch
+
+from evolver.merging import native, operators, order, random
+
+SIZES = [0, 1, 15, 16, 17, 1000, 50_000]
+
+
+@pytest.fixture(autouse=True)
+def _compiled():
+    if native.library() is None:
+        pytest.fail("no C compiler: the loops cannot be built here, so nothing would be tested")
+
+
+def both(monkeypatch, work):
+    """What ``work`` returns with the compiled loops and without."""
+    compiled = work()
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "library", lambda: None)
+        return compiled, work()
+
+
+@pytest.mark.parametrize("start", [0, 5, 8192, (1 << 42) + 3])
+def test_draws(start, monkeypatch):
+    ours, plain = both(monkeypatch, lambda: random.draws((9 << 32) + 7, "w", start, 20_000))
+    assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", ["spread", "few values", "zeros"])
+def test_taking_what_lies_between(size, kind, monkeypatch):
+    generator = torch.Generator().manual_seed(size)
+    row = torch.rand(size, generator=generator)
+    row = {"spread": row, "few values": (row * 4).floor() / 4, "zeros": row * 0}[kind]
+    one = torch.tensor(0.5)
+    below = torch.nextafter(one, torch.tensor(0.0)).item()
+    edges = torch.tensor(
+        [
+            [[0.2, 0.3], [below, 0.5], [-1.0, 0.0]],
+            [[0.25, torch.inf], [0.4, 0.4], [0.7, 0.9]],
+        ]
+    )
+    ours, plain = both(monkeypatch, lambda: order.take([row, row.flip(0)], edges))
+    assert torch.equal(ours.above, plain.above)
+    assert torch.equal(ours.inside, plain.inside)
+    assert all(torch.equal(a, b) for a, b in zip(ours.scores, plain.scores, strict=True))
+    assert ours.above[0, 0] == (row > 0.3).sum()
+    assert ours.inside[0, 1] == (row == 0.5).sum()
+    assert len(ours.scores[0]) == (((row > 0.2) & (row <= 0.3)) | (row == 0)).sum()  # 0.5 is alone in its pair
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 40), (70, 576), (2, 9000)])
+@pytest.mark.parametrize(("density", "epsilon"), [(0.5, 0.15), (0.3, 0.3), (1.0, 0.0), (0.2, 0.0)])
+def test_keeping_by_rank(shape, density, epsilon, monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    delta = torch.randn(shape, generator=generator).bfloat16().float()  # with equals
+    draws = torch.randint(0, random.LEVELS, shape, generator=generator).float()
+    numbers = [torch.tensor(n, dtype=torch.float64) for n in (density, epsilon)]
+    ours, plain = both(monkeypatch, lambda: operators.kept_by_rank(delta, draws, *numbers))
+    assert torch.equal(ours, plain)
+
+
+def test_threads_change_nothing():
+    before, row = torch.get_num_threads(), torch.rand(100_000, generator=torch.Generator().manual_seed(2))
+    edges = torch.tensor([[[0.3, 0.6]]])
+    try:
+        results = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append((order.take([row], edges), random.draws(1, "w", 3, 100_000)))
+    finally:
+        torch.set_num_threads(before)
+    (one, few), (other, many) = results
+    assert torch.equal(one.scores[0], other.scores[0])
+    assert torch.equal(one.above, other.above)
+    assert torch.equal(few, many)
+
+
+def test_without_a_compiler_there_are_no_loops(monkeypatch):
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    assert native.library.__wrapped__() is None
