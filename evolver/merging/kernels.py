@@ -99,8 +99,9 @@ def _compile(function: Function, like: Sequence[Tensor], long: Sequence[bool], f
     with tempfile.TemporaryDirectory(dir=file.parent) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's notes on its own deprecations
         program = torch.export.export(_Module(function), (example,), dynamic_shapes=(shapes,), strict=False)
+        # Of the options a copy: the compiler adds its own to them, and they are part of a kernel's name.
         made = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(Path(folder) / "kernel.pt2"), inductor_configs=OPTIONS
+            program, package_path=str(Path(folder) / "kernel.pt2"), inductor_configs=dict(OPTIONS)
         )
         os.replace(made, file)
 
