@@ -333,7 +333,7 @@ def main() -> None:
         "## In memory",
         (
             "Copy: the time in which a plain copy moves the bytes that the merge reads and writes. Plain and fused: "
-            "without and with compiled kernels (methods on rows fuse their draws only); a kernel is compiled once on a "
+            "without and with compiled kernels (of methods on rows DELLA has some); a kernel is compiled once on a "
             "machine, in some ten seconds. Medians, in seconds (plain: one run); the ratio is of the better one."
         ),
         table(["method", "copy", "plain", "fused", "ratio", "must reach"], in_memory(all_models)),
@@ -355,7 +355,8 @@ def main() -> None:
             "## Peak memory",
             (
                 "`evolver merge` of five models of 1.5 GB, file to file, in MB of the process's own memory (`RssAnon`; "
-                "pages of the models' files are the system's to drop), above an interpreter that has imported it."
+                "pages of the models' files are the system's to drop), above an "
+                "interpreter with nothing but the command line, torch not yet imported."
             ),
             table(["method", "interpreter", "peak", "above", "must reach"], memory()),
         ]
