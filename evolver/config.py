@@ -40,19 +40,40 @@ class Model(Section):
     )
 
 
+class DataSet(Section):
+    """A data set of the ``datasets`` library: of a hub, or of a local folder."""
+
+    path: str
+    name: str | None = None
+    split: str
+
+    @property
+    def spelled(self) -> str:
+        return "/".join(p for p in (self.path, self.name, self.split) if p)
+
+
 class TaskEntry(Section):
     """One task: which items the search may see (dev), and which are scored once, at the end (report)."""
 
     task: str = Field(min_length=1, description="name of an lm-eval task, or of the data set for a classifier")
-    metric: str = Field("acc", description="metric of the task, in lm-eval's spelling, e.g. acc or acc_norm")
+    metric: str = Field("acc", description="metric, in lm-eval's spelling; classifier: acc, macro_f1, mcc or pearson")
     weight: float = Field(1.0, gt=0, description="weight of the task's mean in the score")
     dev: int = Field(ge=1, description="number of dev items")
     report: int = Field(ge=1, description="number of report items")
     report_task: str | None = Field(None, description="take report items from this task instead of splitting one")
-    data: str | None = Field(None, description="classifier: JSONL file with one object a line")
-    report_data: str | None = Field(None, description="classifier: JSONL file of the report items")
+    data: str | DataSet | None = Field(
+        None, description="classifier: a JSONL, CSV, TSV or Parquet file, or path, name and split of a `datasets` set"
+    )
+    report_data: str | DataSet | None = Field(None, description="classifier: the same for the report items")
     text: str = Field("text", description="classifier: key of the text")
-    label: str = Field("label", description="classifier: key of the label, an integer or a label of the model")
+    text_pair: str | None = Field(None, description="classifier: key of the second text of a pair")
+    label: str = Field(
+        "label",
+        description="classifier: key of the label (an integer or a label of the model), set of labels, or number",
+    )
+    threshold: float | None = Field(
+        None, gt=0, lt=1, description="classifier: several labels an item: those whose sigmoid is above it"
+    )
 
 
 class Evaluation(Section):

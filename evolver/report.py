@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import io
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from scipy import stats
 
 from evolver.config import Config
+from evolver.evaluation.comparison import Comparison, compare, interval
 from evolver.evaluation.scoring import Scale
 from evolver.folder import write_text
 from evolver.records import Candidate, Recipe, Result, dump_recipe
 
-RESAMPLES = 9999
 LEVEL = 0.05
 
 
@@ -61,59 +58,12 @@ class Outcome:
         return _highest(f for f in self.finalists[:-1] if f.label != "base" and f.label not in self.config.experts)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Winner minus another model on the same items: difference of scores, its interval, and how surprising it is."""
-
-    difference: float
-    low: float
-    high: float
-    p: float
-
-
-def compare(ours: Result, theirs: Result, scale: Scale, seed: int) -> Comparison:
-    """A paired comparison of two results on the report set.
-
-    Each item adds weight / (items of its task) times the difference of the two scores, so the sum is the difference of
-    the scores. The interval is a 95 % percentile bootstrap over items within tasks; p is that of a two-sided
-    sign-flip permutation test (Fisher's randomisation test for paired data).
-    """
-    share = _shares(scale)
-    each = share * (np.asarray(ours.items) - np.asarray(theirs.items))  # (items,)
-    rng = np.random.default_rng(seed)
-    resampled = np.zeros(RESAMPLES)
-    for task in sorted(set(scale.tasks)):
-        of_task = each[np.asarray(scale.tasks) == task]
-        resampled += rng.choice(of_task, size=(RESAMPLES, len(of_task))).sum(1)
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    moved = each[each != 0]
-    p = 1.0  # with a single item that differs, both signs are equally extreme
-    if len(moved) > 1:
-        test = stats.permutation_test(
-            (moved,), np.sum, permutation_type="samples", n_resamples=RESAMPLES, rng=rng, vectorized=True
-        )
-        p = float(test.pvalue)
-    return Comparison(math.fsum(each), float(low), float(high), p)
-
-
-def interval(result: Result, scale: Scale, seed: int) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of a score, over items within tasks."""
-    share, items = _shares(scale), np.asarray(result.items)
-    rng = np.random.default_rng(seed)
-    total = np.zeros(RESAMPLES)
-    for task in sorted(set(scale.tasks)):
-        of_task = (share * items)[np.asarray(scale.tasks) == task]
-        total += rng.choice(of_task, size=(RESAMPLES, len(of_task))).sum(1)
-    low, high = np.quantile(total, [0.025, 0.975])
-    return float(low), float(high)
-
-
 def verdict(outcome: Outcome) -> str:
     """Two plain sentences: is the winner better than the best expert, and than the best plain merge, and how surely?"""
     expert, plain = outcome.best_expert, outcome.best_plain
     if None in (outcome.winner.report.score, expert.report.score, plain.report.score):
         return "No verdict: the winner, an expert or a plain merge could not be scored on the report set."
-    against = compare(outcome.winner.report, expert.report, outcome.scales["report"], outcome.config.seed)
+    against = compare(outcome.winner.report.items, expert.report.items, outcome.scales["report"], outcome.config.seed)
     numbers = _in_words(against, len(outcome.scales["report"].tasks))
     if against.difference <= 0:
         first = f"No improvement: the winner does not beat the best expert, {expert.label} ({numbers})."
@@ -127,7 +77,7 @@ def verdict(outcome: Outcome) -> str:
 def _against_plain(outcome: Outcome) -> str:
     """Whether the search was worth it: the winner against the best merge that needs no search."""
     plain = outcome.best_plain
-    against = compare(outcome.winner.report, plain.report, outcome.scales["report"], outcome.config.seed)
+    against = compare(outcome.winner.report.items, plain.report.items, outcome.scales["report"], outcome.config.seed)
     says = "beats" if against.difference > 0 and against.p < LEVEL else "is not clearly better than"
     if against.difference < 0 and against.p < LEVEL:
         says = "is worse than"
@@ -193,18 +143,12 @@ def _highest(finalists: Iterable[Finalist]) -> Finalist:
     return max(finalists, key=lambda f: f.report.score if f.report.score is not None else -math.inf)
 
 
-def _shares(scale: Scale) -> np.ndarray[Any, np.dtype[np.float64]]:
-    counts = {t: scale.tasks.count(t) for t in set(scale.tasks)}
-    total = math.fsum(scale.weights.values())
-    return np.asarray([scale.weights[t] / total / counts[t] for t in scale.tasks])
-
-
 def _table(outcome: Outcome) -> str:
     tasks = list(outcome.scales["report"].weights)
     head = ["model", "dev", "report", "95 % interval", *tasks]
     rows = [_row(f, outcome, tasks) for f in outcome.finalists]
     sizes = f"Dev: {len(outcome.scales['dev'].tasks)} items, the only ones that the search saw. "
-    sizes += f"Report: {len(outcome.scales['report'].tasks)} other items, scored once. Tasks: report means."
+    sizes += f"Report: {len(outcome.scales['report'].tasks)} other items, scored once. Tasks: on the report items."
     return markdown_table(head, rows) + "\n\n" + sizes
 
 
@@ -212,7 +156,7 @@ def _row(finalist: Finalist, outcome: Outcome, tasks: Sequence[str]) -> list[str
     name = f"**{finalist.label}**" if finalist.label == "winner" else finalist.label
     if finalist.report.score is None:
         return [name, _number(finalist.dev.score), f"failed: {finalist.report.reason}", "", *["" for _ in tasks]]
-    low, high = interval(finalist.report, outcome.scales["report"], outcome.config.seed)
+    low, high = interval(finalist.report.items, outcome.scales["report"], outcome.config.seed)
     means = [_number(finalist.report.tasks.get(t)) for t in tasks]
     return [
         name,
@@ -229,7 +173,7 @@ def _against_others(outcome: Outcome) -> str:
     for other in outcome.finalists[:-1]:
         if other.report.score is None or outcome.winner.report.score is None:
             continue
-        c = compare(outcome.winner.report, other.report, outcome.scales["report"], outcome.config.seed)
+        c = compare(outcome.winner.report.items, other.report.items, outcome.scales["report"], outcome.config.seed)
         rows.append(
             [other.label, f"{100 * c.difference:+.1f}", f"{100 * c.low:+.1f} – {100 * c.high:+.1f}", f"{c.p:.3g}"]
         )
@@ -294,7 +238,7 @@ def _number(value: float | None) -> str:
 
 def _median(values: Iterable[float]) -> float:
     found = list(values)
-    return float(np.median(found)) if found else 0.0
+    return statistics.median(found) if found else 0.0
 
 
 def _curve(outcome: Outcome) -> bytes:

@@ -140,8 +140,8 @@ class Worker:
         bound = score if complete else self.scale.bound(items)
         seconds["total"] = time.perf_counter() - began
         return Result(
-            candidate.number, candidate.recipe.id, "ok", score, bound, complete, tuple(items), self.scale.means(items),
-            seconds, worker=self.name, stage=candidate.stage,
+            candidate.number, candidate.recipe.id, "ok", score, bound, complete, tuple(items),
+            self.scale.of_tasks(items), seconds, worker=self.name, stage=candidate.stage,
         )  # fmt: skip
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 import toys
 import yaml
+from scipy import stats
+from sklearn.metrics import f1_score
 from toys import rows, run_here
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
@@ -94,7 +96,7 @@ def test_labels_as_words_and_as_numbers_mean_the_same(classify):
     for data in (said, counted):
         ready = prepare(str(classify(data)))
         scorer = Worker(ready.plan, "dev", tasks=ready.tasks).scorer
-        golds.append({i.index: g for i, g in zip(ready.tasks.items.dev, scorer.golds, strict=True)})
+        golds.append({i.index: a.right for i, a in zip(ready.tasks.items.dev, scorer.asked, strict=True)})
     shared = golds[0].keys() & golds[1].keys()
     assert {i: golds[0][i] for i in shared} == {i: numbers[i] for i in shared} == {i: golds[1][i] for i in shared}
 
@@ -117,6 +119,85 @@ def test_base_without_a_head_is_refused(classify, models, tmp_path):
     file.write_text(yaml.safe_dump(raw))
     with pytest.raises(BadInput, match=r"model\.base: .* lacks score\.weight, which LlamaForSequenceClassification"):
         run_here(file, tmp_path / "results")
+
+
+def said(file, words_of, base):
+    """What the scorer keeps of every dev item, and the logits that a plain loop over single items finds."""
+    ready = prepare(str(file))
+    worker = Worker(ready.plan, "dev", tasks=ready.tasks)
+    model, words = AutoModelForSequenceClassification.from_pretrained(base).eval(), AutoTokenizer.from_pretrained(base)
+    logits = []
+    for item in ready.tasks.items.dev:
+        with torch.inference_mode():
+            logits.append(model(**words(*words_of(item.index), return_tensors="pt")).logits[0])
+    return ready, worker, worker.scorer.score(0, len(logits)), logits
+
+
+def test_a_metric_of_all_answers_keeps_the_answers(classify, encoders):
+    data = [{"text": t, "label": random.Random(t).choice(LABELS)} for t in texts()]
+    file = classify(data, metric="macro_f1")
+    ready, worker, kept, logits = said(file, lambda i: (data[i]["text"],), encoders / "base")
+    assert kept == [float(row.argmax()) for row in logits]
+    right = [LABELS.index(data[i.index]["label"]) for i in ready.tasks.items.dev]
+    assert worker.scale.score(kept) == pytest.approx(f1_score(right, kept, average="macro"))
+
+
+def test_a_whole_run_by_a_metric_of_all_answers(classify, tmp_path):
+    data = [{"text": t, "label": random.Random(t).choice(LABELS)} for t in texts()]
+    folder = run_here(classify(data, metric="mcc"), tmp_path / "results")
+    report = (folder / "report.md").read_text()
+    assert "on 30 report items" in report
+    finished = [r for r in rows(folder).values() if r["status"] == "ok" and r["complete"]]
+    assert finished
+    assert all(set(r["items"]) <= {0.0, 1.0, 2.0} for r in finished)
+
+
+def test_pairs_of_texts_from_a_table(classify, encoders, tmp_path):
+    lines, path = texts(), tmp_path / "pairs.tsv"
+    cells = [f"{t}\t{u}\t{len(t) % 3}" for t, u in zip(lines, reversed(lines), strict=True)]
+    path.write_text("\n".join(["one\ttwo\tlabel", *cells]))
+    file = classify([], data=str(path), text="one", text_pair="two")
+    ready, _, kept, logits = said(file, lambda i: (lines[i], lines[-1 - i]), encoders / "base")
+    right = [len(lines[i.index]) % 3 for i in ready.tasks.items.dev]
+    assert kept == [float(int(row.argmax()) == r) for row, r in zip(logits, right, strict=True)]
+    assert 0 < sum(kept) < len(kept)
+
+
+@pytest.mark.parametrize("metric", ["acc", "macro_f1"])
+def test_sets_of_labels(classify, encoders, metric):
+    data = [{"text": t, "label": [n for n in LABELS if random.Random(t + n).random() < 0.5]} for t in texts()]
+    file = classify(data, metric=metric, threshold=0.4)
+    ready, worker, kept, logits = said(file, lambda i: (data[i]["text"],), encoders / "base")
+    chosen = [(row.sigmoid() > 0.4).int().tolist() for row in logits]
+    right = [[int(n in data[i.index]["label"]) for n in LABELS] for i in ready.tasks.items.dev]
+    if metric == "acc":
+        assert kept == [float(c == r) for c, r in zip(chosen, right, strict=True)]
+    else:
+        assert worker.scale.score(kept) == pytest.approx(f1_score(right, chosen, average="macro"))
+
+
+def test_a_number_each(classify, encoders, tmp_path):
+    """A model with one output, as it is trained for STS-B."""
+    folder = tmp_path / "one"
+    config = BertConfig.from_pretrained(encoders / "base", num_labels=1)
+    torch.manual_seed(5)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(encoders / "base").save_pretrained(folder)
+    data = [{"text": t, "label": len(t) / 10} for t in texts()]
+    file = classify(data, metric="pearson")
+    raw = yaml.safe_load(file.read_text())
+    raw |= {"model": {"base": str(folder), "kind": "classifier"}, "experts": {n: str(folder) for n in ("a", "b")}}
+    file.write_text(yaml.safe_dump(raw))
+    ready, worker, kept, logits = said(file, lambda i: (data[i]["text"],), folder)
+    assert kept == pytest.approx([row.item() for row in logits], abs=1e-5)
+    right = [len(data[i.index]["text"]) / 10 for i in ready.tasks.items.dev]
+    assert worker.scale.score(kept) == pytest.approx(stats.pearsonr(kept, right).statistic)
+
+
+def test_a_number_is_not_asked_of_a_model_that_names_classes(classify):
+    ready = prepare(str(classify([{"text": t, "label": 0.5} for t in texts()], metric="pearson")))
+    with pytest.raises(BadInput, match=r"^evaluation: mood wants a number, and the model names one of 3 labels\."):
+        Worker(ready.plan, "dev", tasks=ready.tasks)
 
 
 @pytest.mark.parametrize(

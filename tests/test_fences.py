@@ -25,6 +25,7 @@ FENCES = {
     "safetensors": ("evolver.merging",),
     "optuna": ("evolver.search",),
     "lm_eval": ("evolver.evaluation",),
+    "datasets": ("evolver.evaluation",),
     "transformers": ("evolver.evaluation", "evolver.merging.gguf"),
     "gguf": ("evolver.merging.gguf",),
     "peft": (),

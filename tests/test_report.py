@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from evolver.config import Config
+from evolver.evaluation.comparison import compare, interval
+from evolver.evaluation.metrics import JUDGED
 from evolver.evaluation.scoring import Scale
 from evolver.records import Candidate, Cross, Expert, Result
-from evolver.report import Finalist, Outcome, compare, interval, markdown_table, model_card, verdict, write_report
+from evolver.report import Finalist, Outcome, markdown_table, model_card, verdict, write_report
 
 A, B = Expert("a", "aa"), Expert("b", "bb")
 CHILD = Cross(A, (B,), "evolver", 0.5, 0.5, 1)
@@ -16,19 +18,19 @@ ONE = {"t": 1.0}
 
 
 def scale(count):
-    return Scale(("t",) * count, ONE, 1.0)
+    return Scale(("t",) * count, ONE, {"t": JUDGED})
 
 
 def result(items, of=None, recipe=A):
     of = of or scale(len(items))
     return Result(
-        0, recipe.id, "ok", of.score(items), of.score(items), True, tuple(items), of.means(items), {"total": 1.0}
+        0, recipe.id, "ok", of.score(items), of.score(items), True, tuple(items), of.of_tasks(items), {"total": 1.0}
     )
 
 
 def against(ours, theirs, of=None):
     of = of or scale(len(ours))
-    return compare(result(ours, of), result(theirs, of), of, 0)
+    return compare(ours, theirs, of, 0)
 
 
 def test_ten_pairs_all_one_way():
@@ -61,7 +63,7 @@ def test_equal_answers():
 
 def test_tasks_weigh_as_in_the_score():
     """Task a: weight 3, two items, of which we win one: 3/4 · 1/2 = 0.375. Task b: weight 1, one item lost: -0.25."""
-    of = Scale(("a", "b", "a"), {"a": 3.0, "b": 1.0}, 1.0)
+    of = Scale(("a", "b", "a"), {"a": 3.0, "b": 1.0}, {"a": JUDGED, "b": JUDGED})
     c = against([1.0, 0.0, 1.0], [0.0, 1.0, 1.0], of)
     assert c.difference == pytest.approx(0.125)
     assert c.difference == pytest.approx(of.score([1.0, 0.0, 1.0]) - of.score([0.0, 1.0, 1.0]))
@@ -86,16 +88,16 @@ def test_intervals_contain_what_they_are_of():
     ours, theirs = (rng.integers(0, 2, 60).astype(float).tolist() for _ in "ab")
     c = against(ours, theirs)
     assert c.low <= c.difference <= c.high
-    low, high = interval(result(ours), scale(60), 0)
+    low, high = interval(ours, scale(60), 0)
     assert low < result(ours).score < high
 
 
 def test_the_interval_of_a_share_is_that_of_the_textbook():
     """Share 0.5 of 100: standard error 0.05, so about 0.40 to 0.60."""
-    low, high = interval(result([0.0, 1.0] * 50), scale(100), 0)
+    low, high = interval([0.0, 1.0] * 50, scale(100), 0)
     assert low == pytest.approx(0.402, abs=0.02)
     assert high == pytest.approx(0.598, abs=0.02)
-    assert interval(result([1.0] * 9), scale(9), 0) == (pytest.approx(1.0), pytest.approx(1.0))
+    assert interval([1.0] * 9, scale(9), 0) == (pytest.approx(1.0), pytest.approx(1.0))
 
 
 def test_the_same_seed_gives_the_same_numbers():

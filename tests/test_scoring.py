@@ -10,6 +10,7 @@ from evolver.config import TaskEntry
 from evolver.errors import BadInput
 from evolver.evaluation.batches import by_length
 from evolver.evaluation.items import Item, draw, in_order, item_hash
+from evolver.evaluation.metrics import ENDLESS, JUDGED
 from evolver.evaluation.scoring import Scale
 from evolver.records import Result
 from evolver.worker import Worker
@@ -22,7 +23,7 @@ def scored(draw_from):
     """A scale of up to three tasks, the items of one model, and a bar that is often exactly one of its scores."""
     tasks = draw_from(st.lists(st.sampled_from("abc"), min_size=1, max_size=20))
     weights = {t: draw_from(st.floats(0.01, 10)) for t in sorted(set(tasks))}
-    scale = Scale(tuple(tasks), weights, 1.0)
+    scale = Scale(tuple(tasks), weights, dict.fromkeys(weights, JUDGED))
     items = draw_from(st.lists(ITEM, min_size=len(tasks), max_size=len(tasks)))
     exact = scale.score(items)
     bars = st.floats(0, 1) | st.sampled_from([exact, exact - 1e-9, exact + 1e-9])
@@ -67,23 +68,23 @@ def test_stopping_early_decides_as_scoring_everything_does(case, block):
 def test_stopping_saves_items():
     """Ten items, bar 0.5, all wrong: after 5 of them the score is at most 0.5, which does not exceed the bar."""
     worker = object.__new__(Worker)
-    worker.scale, worker.block, worker.scorer = Scale(("a",) * 10, {"a": 1.0}, 1.0), 1, Answers([0.0] * 10)
+    worker.scale, worker.block, worker.scorer = Scale(("a",) * 10, {"a": 1.0}, {"a": JUDGED}), 1, Answers([0.0] * 10)
     assert len(worker._score(0.5)) == 5
     assert len(worker._score(None)) == 10
 
 
 def test_a_score_by_hand():
     """Task a: (1 + 0) / 2, weight 3; task b: 1, weight 1. (3 · 0.5 + 1 · 1) / 4 = 0.625."""
-    scale = Scale(("a", "b", "a"), {"a": 3.0, "b": 1.0}, 1.0)
+    scale = Scale(("a", "b", "a"), {"a": 3.0, "b": 1.0}, {"a": JUDGED, "b": JUDGED})
     assert scale.score([1.0, 1.0, 0.0]) == 0.625
-    assert scale.means([1.0, 1.0]) == {"a": 1.0, "b": 1.0}
+    assert scale.of_tasks([1.0, 1.0]) == {"a": 1.0, "b": 1.0}
     assert scale.bound([0.0]) == (3 * 0.5 + 1) / 4
     with pytest.raises(ValueError, match="2 of 3"):
         scale.score([1.0, 1.0])
 
 
 def test_a_metric_without_an_upper_end_has_no_bound():
-    assert Scale(("a",) * 3, {"a": 1.0}, None).bound([0.0]) == float("inf")
+    assert Scale(("a",) * 3, {"a": 1.0}, {"a": ENDLESS}).bound([0.0]) == float("inf")
 
 
 def some_items(count, task="t"):

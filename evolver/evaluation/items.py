@@ -53,7 +53,7 @@ def draw(entry: TaskEntry, own: Sequence[Item], report: Sequence[Item] | None, s
         return Items(tuple(ranked[: entry.dev]), tuple(ranked[entry.dev : entry.dev + entry.report]))
     theirs = _ranked(report, seed)
     _enough(entry.task, len(ranked), entry.dev, f"{key}.dev")
-    _enough(entry.report_task or entry.report_data or entry.task, len(theirs), entry.report, f"{key}.report")
+    _enough(entry.report_task or f"the report data of {entry.task}", len(theirs), entry.report, f"{key}.report")
     dev, rest = ranked[: entry.dev], theirs[: entry.report]
     shared = {i.hash for i in dev} & {i.hash for i in rest}
     if shared:

@@ -24,6 +24,7 @@ from evolver.errors import BadInput, nearest
 from evolver.evaluation.items import Item, Items, draw, in_order, item_hash
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.loglikelihood import Group, LogLikelihoods
+from evolver.evaluation.metrics import ENDLESS, JUDGED
 from evolver.evaluation.scoring import Scale
 from evolver.records import Split
 
@@ -47,8 +48,9 @@ class LanguageTasks:
     def scale(self, split: Split) -> Scale:
         entries = {_task_of(e, split): e for e in self.settings.tasks}
         tasks = tuple(entries[i.task].task for i in self.items.of(split))
-        unit = all(e.metric.partition(",")[0] in UNIT_METRICS for e in self.settings.tasks)
-        return Scale(tasks, {e.task: e.weight for e in self.settings.tasks}, best=1.0 if unit else None)
+        unit = {e.task: e.metric.partition(",")[0] in UNIT_METRICS for e in self.settings.tasks}
+        metrics = {task: JUDGED if u else ENDLESS for task, u in unit.items()}
+        return Scale(tasks, {e.task: e.weight for e in self.settings.tasks}, metrics)
 
     def scorer(self, model: LiveModel, split: Split) -> LanguageScorer:
         entries = {_task_of(e, split): e for e in self.settings.tasks}

@@ -1,7 +1,8 @@
-"""From per-item scores to one number, and what that number could still become.
+"""From the answers of items to one number, and what that number could still become.
 
-Sums are correctly rounded (``math.fsum``), so every step below is monotone in every item: the bound of a partial
-evaluation is never below the score that the full one would give, and stopping by it decides exactly as scoring all.
+Sums of judged items are correctly rounded (``math.fsum``), so every step below is monotone in every item: the bound of
+a partial evaluation is never below the score that the full one would give, and stopping by it decides exactly as
+scoring all.
 """
 
 from __future__ import annotations
@@ -9,28 +10,42 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from evolver.evaluation.metrics import Metric
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How items make up the score: Σ weight · mean of the task's items, divided by Σ weight.
+    """How items make up the score: Σ weight · metric of the task's items, divided by Σ weight.
 
     Args:
         tasks: the task of every item, in the run's order.
         weights: weight of every task.
-        best: the highest score that an item can get, or None where nobody can say.
+        metrics: metric of every task.
+        right: the right answer of every item; empty where all tasks are judged item by item.
     """
 
     tasks: tuple[str, ...]
     weights: Mapping[str, float]
-    best: float | None
+    metrics: Mapping[str, Metric]
+    right: tuple[float, ...] = ()
 
-    def means(self, items: Sequence[float]) -> dict[str, float]:
-        """Mean of every task over the scored items; tasks without any are left out."""
-        grouped: dict[str, list[float]] = {}
-        for task, value in zip(self.tasks, items, strict=False):
-            grouped.setdefault(task, []).append(value)
-        return {task: math.fsum(values) / len(values) for task, values in sorted(grouped.items())}
+    @cached_property
+    def places(self) -> dict[str, list[int]]:
+        """Where the items of every task stand."""
+        found: dict[str, list[int]] = {}
+        for place, task in enumerate(self.tasks):
+            found.setdefault(task, []).append(place)
+        return dict(sorted(found.items()))
+
+    def of_tasks(self, items: Sequence[float]) -> dict[str, float]:
+        """The metric of every task over the scored items; tasks without any are left out."""
+        scored = {task: [p for p in places if p < len(items)] for task, places in self.places.items()}
+        return {task: self._metric(task, items, places) for task, places in scored.items() if places}
 
     def score(self, items: Sequence[float]) -> float:
         """The score of all items.
@@ -39,11 +54,28 @@ class Scale:
         """
         if len(items) != len(self.tasks):
             raise ValueError(f"{len(items)} of {len(self.tasks)} items")
-        means = self.means(items)
-        return math.fsum(self.weights[t] * m for t, m in means.items()) / math.fsum(self.weights.values())
+        return self._weighted(self.of_tasks(items))
 
     def bound(self, items: Sequence[float]) -> float:
-        """The score if all items that are not scored yet were as good as an item can be."""
-        if self.best is None:
-            return math.inf
-        return self.score([*items, *[self.best] * (len(self.tasks) - len(items))])
+        """The score if every task came out as well as it still can."""
+        best = {}
+        for task, places in self.places.items():
+            metric, left = self.metrics[task], [p for p in places if p >= len(items)]
+            if left and metric.best is None:
+                return math.inf
+            if left and not metric.judged:
+                best[task] = metric.best or 0.0
+            else:
+                whole = {p: items[p] if p < len(items) else metric.best for p in places}
+                best[task] = self._metric(task, whole, places)
+        return self._weighted(best)
+
+    def _metric(self, task: str, items: Any, places: Sequence[int]) -> float:
+        metric, answers = self.metrics[task], [items[p] for p in places]
+        if metric.judged:
+            return math.fsum(answers) / len(answers)
+        right = [self.right[p] for p in places]
+        return float(metric.of(np.asarray([answers]), np.asarray([right]))[0])
+
+    def _weighted(self, of_tasks: Mapping[str, float]) -> float:
+        return math.fsum(self.weights[t] * v for t, v in of_tasks.items()) / math.fsum(self.weights.values())

@@ -1,0 +1,76 @@
+"""Rows of a data set: of a local file, or of one of the ``datasets`` library."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+
+from evolver.config import DataSet, expand
+from evolver.errors import BadInput
+
+Row = dict[str, Any]
+
+
+def read_rows(data: str | DataSet, key: str) -> list[Row]:
+    """All rows, as mappings by column.
+
+    Args:
+        data: a JSONL, CSV, TSV or Parquet file, or a data set of the library.
+        key: names the setting in errors.
+
+    Raises BadInput where it cannot be read.
+    """
+    if isinstance(data, DataSet):
+        return _of_library(data, key)
+    path = Path(expand(data))
+    if path.suffix not in READERS:
+        raise BadInput(f"{key}: {path} is of no known kind; give one of {', '.join(READERS)}, or path and split.")
+    try:
+        rows = READERS[path.suffix](path)
+    except (OSError, ValueError, csv.Error, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"{key}: {path} cannot be read ({reason}); give a {path.suffix[1:].upper()} file.") from error
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise BadInput(f"{key}: row {number} of {path} is no mapping; write one object a line.")
+    return rows
+
+
+def _of_library(data: DataSet, key: str) -> list[Row]:
+    import datasets  # slow, and not needed for files
+
+    try:
+        return list(datasets.load_dataset(expand(data.path), data.name, split=data.split))
+    except Exception as error:  # folders, hubs and networks fail each in their own way
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(
+            f"{key}: the data set {data.path!r} cannot be loaded ({type(error).__name__}: {reason}); "
+            "check path, name and split, and the network for one of a hub."
+        ) from error
+
+
+def _jsonl(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _separated(separator: str) -> Callable[[Path], list[Row]]:
+    def read(path: Path) -> list[Row]:
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file, delimiter=separator, strict=True))
+
+    return read
+
+
+def _parquet(path: Path) -> list[Row]:
+    rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
+    return rows
+
+
+READERS: dict[str, Callable[[Path], list[Row]]] = {
+    ".jsonl": _jsonl, ".json": _jsonl, ".csv": _separated(","), ".tsv": _separated("\t"), ".parquet": _parquet,
+}  # fmt: skip
