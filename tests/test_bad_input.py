@@ -162,7 +162,7 @@ TABLE = {
     "include_path is a file": ({"evaluation.include_path": "SPOILT/file"}, ["evaluation.include_path", "give"]),
     "language model as classifier": (
         {"model.kind": "classifier"},
-        ["evaluation.tasks[0].data", "missing", "give the JSONL"],
+        ["evaluation.tasks[0].data", "missing", "give the file or the data set of toy"],
     ),
 }
 
