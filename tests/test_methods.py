@@ -160,7 +160,7 @@ def test_repeats_pieces_and_threads_change_no_bit(name, monkeypatch):
 
 
 # One of every kind of question: none, sums, order statistics, maxima; and random draws.
-@pytest.mark.parametrize("name", ["linear", "task_arithmetic", "ties", "dare_ties", "sce", "pcb"])
+@pytest.mark.parametrize("name", ["linear", "task_arithmetic", "ties", "dare_ties", "della", "sce", "pcb"])
 def test_the_fused_kernels_give_the_bits_of_the_plain_code(name):
     if not can_compile(torch.device("cpu")):
         pytest.fail("no C++ compiler: the fused kernels cannot be built here, so nothing would be tested")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evolver.merging.machine import kernel_folder, machine, package
+from evolver.merging.machine import kernel_folder, machine, make_kernel_folder, package
 
 Function = Callable[..., tuple[Tensor, ...]]
 Kernel = Callable[[list[Tensor]], list[Tensor]]
@@ -96,7 +96,7 @@ def _compile(function: Function, like: Sequence[Tensor], long: Sequence[bool], f
     length = torch.export.Dim("length", min=LEAST)
     example = [_sized(t) if n else t for t, n in zip(like, long, strict=True)]
     shapes = [{0: length} if n else None for n in long]
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory(dir=make_kernel_folder()) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's notes on its own deprecations
         program = torch.export.export(_Module(function), (example,), dynamic_shapes=(shapes,), strict=False)
         # Of the options a copy: the compiler adds its own to them, and they are part of a kernel's name.

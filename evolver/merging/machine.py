@@ -13,8 +13,13 @@ from evolver.config import expand
 
 
 def kernel_folder() -> Path:
-    """Where compiled code is kept, readable by this user only; made where it is missing."""
-    folder = Path(expand("$EVOLVER_CACHE")) / "kernels"
+    """Where compiled code is kept; whoever writes there makes it."""
+    return Path(expand("$EVOLVER_CACHE")) / "kernels"
+
+
+def make_kernel_folder() -> Path:
+    """The same, made where it is missing, readable by this user only. Raises OSError."""
+    folder = kernel_folder()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder
 

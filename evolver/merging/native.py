@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evolver.merging.machine import digest_of, kernel_folder, machine
+from evolver.merging.machine import digest_of, kernel_folder, machine, make_kernel_folder
 
 SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
@@ -42,7 +42,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def _compile(compiler: str, file: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=make_kernel_folder()) as folder:
         made = Path(folder) / file.name
         for more in (["-fopenmp"], []):  # one thread is better than none
             done = subprocess.run(

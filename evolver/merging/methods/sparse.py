@@ -229,8 +229,7 @@ def _della(deltas: Stack, here: Here, density: Tensor, epsilon: Tensor, rescale:
         return list(map(operators.kept_by_rank, d, h.draws(seed), density.unbind(0), room))
 
     def thin(d: Stack, h: Here) -> list[Tensor]:
-        # A choice by a random mask costs several times a product with it; the zero turns -0 into 0.
-        return [x * m.float() + 0.0 for x, m in zip(d, h.once(lambda: masks(d, h)), strict=True)]
+        return _masked(d, h.once(lambda: masks(d, h)))
 
     def masks_and_chances() -> Stack:
         ranks = [operators.rank_in_row(d.abs()) for d in deltas]
@@ -241,8 +240,13 @@ def _della(deltas: Stack, here: Here, density: Tensor, epsilon: Tensor, rescale:
     if rescale != "inv_p":
         return _match_norm(deltas, here, thin, rescale)
     made, count = here.once(masks_and_chances), len(deltas)
-    thinned = [x * m.float() + 0.0 for x, m in zip(deltas, made[:count], strict=True)]
+    thinned = _masked(deltas, made[:count])
     return [(x / chance).to(x.dtype) for x, chance in zip(thinned, made[count:], strict=True)]
+
+
+def _masked(deltas: Stack, masks: Stack) -> list[Tensor]:
+    # A choice by a random mask costs several times a product with it; the zero turns -0 into 0.
+    return [d * m.float() + 0.0 for d, m in zip(deltas, masks, strict=True)]
 
 
 def _breadcrumbs(deltas: Stack, here: Here, density: Tensor, gamma: Tensor, rescale: str) -> Stack:
