@@ -16,8 +16,8 @@ from types import FrameType
 from evolver.config import Pool as PoolSettings
 from evolver.config import load
 from evolver.errors import BadInput
-from evolver.evaluation.base import Tasks
 from evolver.evaluation.live import default_device
+from evolver.evaluation.tasks import Tasks
 from evolver.loop import Pool
 from evolver.progress import display
 from evolver.records import Split

@@ -12,7 +12,7 @@ from evolver.records import Candidate, Result, dump_recipe, load_recipe
 
 def pack_candidate(candidate: Candidate) -> bytes:
     """A candidate as bytes."""
-    fields = {k: getattr(candidate, k) for k in ("number", "proposer", "parents", "bar", "stage", "label")}
+    fields = {k: v for k, v in vars(candidate).items() if k != "recipe"}
     return _pack({**fields, "recipe": dump_recipe(candidate.recipe)})
 
 
@@ -20,7 +20,8 @@ def unpack_candidate(data: bytes) -> Candidate:
     """The inverse of ``pack_candidate``."""
     fields = _unpack(data)
     recipe = load_recipe(fields.pop("recipe"))
-    return Candidate(recipe=recipe, **{**fields, "parents": tuple(fields["parents"])})
+    fields |= {k: tuple(fields[k]) for k in ("parents", "rival", "known")}
+    return Candidate(recipe=recipe, **fields)
 
 
 def pack_result(result: Result) -> bytes:

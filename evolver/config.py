@@ -34,7 +34,9 @@ class Model(Section):
     """The common ancestor of the experts and the kind of model that it is."""
 
     base: str = Field(description="Hugging Face folder of the base, a GGUF file, or a hub id")
-    kind: Literal["causal-lm", "classifier"] = Field("causal-lm", description="what the model is evaluated as")
+    kind: Literal["causal-lm", "seq2seq", "classifier", "image-classifier"] = Field(
+        "causal-lm", description="what the model is evaluated as"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of merged weights and of evaluation; auto: that of the base"
     )
@@ -55,17 +57,31 @@ class DataSet(Section):
 class TaskEntry(Section):
     """One task: which items the search may see (dev), and which are scored once, at the end (report)."""
 
-    task: str = Field(min_length=1, description="name of an lm-eval task, or of the data set for a classifier")
+    task: str = Field(
+        min_length=1,
+        description="name of an lm-eval task or group; a name of your own where data or function is given",
+    )
     metric: str = Field("acc", description="metric, in lm-eval's spelling; classifier: acc, macro_f1, mcc or pearson")
-    weight: float = Field(1.0, gt=0, description="weight of the task's mean in the score")
+    weight: float = Field(1.0, gt=0, description="weight of the task's metric in the score")
     dev: int = Field(ge=1, description="number of dev items")
     report: int = Field(ge=1, description="number of report items")
     report_task: str | None = Field(None, description="take report items from this task instead of splitting one")
+    num_fewshot: int | None = Field(None, ge=0, description="as evaluation.num_fewshot, for this task")
+    gen_kwargs: dict[str, Any] | None = Field(None, description="as evaluation.gen_kwargs, for this task")
     data: str | DataSet | None = Field(
-        None, description="classifier: a JSONL, CSV, TSV or Parquet file, or path, name and split of a `datasets` set"
+        None,
+        description="a JSONL, CSV, TSV or Parquet file, or path, name and split of a `datasets` set: what a classifier "
+        "or a function is scored on; language model: a file of these or a text, for its perplexity",
     )
-    report_data: str | DataSet | None = Field(None, description="classifier: the same for the report items")
-    text: str = Field("text", description="classifier: key of the text")
+    report_data: str | DataSet | None = Field(None, description="the same for the report items")
+    function: str | None = Field(
+        None,
+        pattern=r"^.+\.py:[A-Za-z_]\w*$",
+        description="FILE.py:NAME of a function `score(model, items)` that returns one number an item; "
+        "metric acc: between 0 and 1, mean: any, more being better",
+    )
+    text: str = Field("text", description="key of the text")
+    image: str = Field("image", description="image classifier: key of the image, or of its file's path")
     text_pair: str | None = Field(None, description="classifier: key of the second text of a pair")
     label: str = Field(
         "label",
@@ -83,10 +99,29 @@ class Evaluation(Section):
     include_path: str | None = Field(None, description="folder of further lm-eval task files")
     num_fewshot: int | None = Field(None, ge=0, description="examples in the prompt; default: the task's own")
     apply_chat_template: bool = Field(False, description="wrap prompts in the model's chat template")
-    system_instruction: str | None = Field(None, description="system prompt, for chat templates")
+    fewshot_as_multiturn: bool = Field(True, description="with a chat template: each example is a turn of its own")
+    system_instruction: str | None = Field(None, description="system prompt")
+    gen_kwargs: dict[str, Any] | None = Field(
+        None, description="settings of generation over those of the tasks, such as max_gen_toks, until, temperature"
+    )
+    confirm_run_unsafe_code: bool = Field(False, description="allow tasks that run code which the model wrote")
+    backend: str = Field(
+        "resident", description="resident: one live Hugging Face model; else a model type of lm-eval, such as vllm"
+    )
+    model_args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="arguments of the backend's class beside the candidate's folder; {port} and {model} are filled in",
+    )
+    serve: str | None = Field(
+        None, description="command that serves a candidate for the backend, such as `vllm serve {model} --port {port}`"
+    )
     batch_tokens: int = Field(2048, ge=16, description="tokens, padding included, in one forward pass")
-    block_items: int = Field(128, ge=1, description="items between two looks at whether to stop early")
+    batch_size: int | None = Field(None, ge=1, description="most rows in one forward pass")
+    block_items: int = Field(64, ge=1, description="items between two looks at whether to stop early")
     early_stopping: bool = Field(True, description="stop once the remaining items cannot change the decision")
+    racing: float | None = Field(
+        None, gt=0, lt=0.5, description="error rate at which a race may reject a candidate early; default: none"
+    )
     threads: int = Field(1, ge=1, description="CPU threads of one worker; results in bfloat16 depend on it")
 
     @model_validator(mode="after")
@@ -136,6 +171,8 @@ class Pool(Section):
     num_gpus: float = Field(0, ge=0, description="GPUs of one actor, or a share of one")
     cache_gb: float = Field(2.0, ge=0, description="memory of one worker for already built models (GiB)")
     timeout_s: float | None = Field(None, gt=0, description="seconds that one evaluation may take")
+    price_per_hour: float | None = Field(None, ge=0, description="what an hour of one worker costs, for the report")
+    watts: float | None = Field(None, ge=0, description="power of one worker, for the report")
     retries: int = Field(1, ge=0, description="further tries of a candidate whose worker died")
 
 

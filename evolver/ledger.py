@@ -40,18 +40,26 @@ SCHEMA = pa.schema(
         ("proposer", pa.string()),
         ("parents", pa.list_(pa.string())),
         ("bar", pa.float64()),
+        ("limit", pa.int64()),
         ("status", pa.string()),
         ("reason", pa.string()),
         ("score", pa.float64()),
         ("bound", pa.float64()),
         ("complete", pa.bool_()),
         ("reused", pa.bool_()),
+        ("raced", pa.bool_()),
+        ("given", pa.int64()),
         ("items", pa.list_(pa.float64())),
         ("tasks", pa.map_(pa.string(), pa.float64())),
         ("seconds", pa.map_(pa.string(), pa.float64())),
+        ("counts", pa.map_(pa.string(), pa.float64())),
         ("worker", pa.string()),
     ]
 )
+
+# Fields of a result that stand in a row as they are, and those that are mappings.
+PLAIN = ("status", "reason", "score", "bound", "complete", "reused", "raced", "given", "worker")
+MAPS = ("tasks", "seconds", "counts")
 
 
 class Ledger:
@@ -97,9 +105,14 @@ class Ledger:
     def known(self, candidate: Candidate) -> Result | None:
         """An earlier result of the same recipe on the same items that answers the candidate's question."""
         for result in self._by_recipe.get((candidate.recipe.id, candidate.split), []):
-            if result.decides(candidate.bar):
+            if result.answers(candidate):
                 return result
         return None
+
+    def items(self, candidate: Candidate) -> tuple[float, ...]:
+        """The longest first part of the candidate's items that is known of its recipe."""
+        found = self._by_recipe.get((candidate.recipe.id, candidate.split), [])
+        return max((r.items for r in found), key=len, default=())
 
     def asked(self, candidate: Candidate) -> None:
         """Record that a candidate was sent out."""
@@ -224,19 +237,17 @@ def _row(candidate: Candidate, result: Result | None) -> dict[str, Any]:
         "proposer": candidate.proposer,
         "parents": list(candidate.parents),
         "bar": candidate.bar,
+        "limit": candidate.limit,
     }
     if result:
-        row |= {name: getattr(result, name) for name in ("status", "reason", "score", "bound", "complete", "reused")}
-        row |= {"items": list(result.items), "worker": result.worker}
-        row |= {name: list(getattr(result, name).items()) for name in ("tasks", "seconds")}
+        row |= {name: getattr(result, name) for name in PLAIN} | {"items": list(result.items)}
+        row |= {name: list(getattr(result, name).items()) for name in MAPS}
     return row
 
 
 def _result(row: Mapping[str, Any]) -> Result:
-    same = ("number", "recipe_id", "status", "score", "bound", "complete", "reason", "worker", "reused", "stage")
-    return Result(
-        **{name: row[name] for name in same}, items=tuple(row["items"]), tasks=row["tasks"], seconds=row["seconds"]
-    )
+    same = ("number", "recipe_id", "stage", *PLAIN, *MAPS)
+    return Result(**{name: row[name] for name in same}, items=tuple(row["items"]))
 
 
 def _now() -> int:

@@ -33,7 +33,7 @@ def evolve(search: Search, pool: Pool, ledger: Ledger, watch: Watch) -> None:
     """Run a search to its end. A result is on disk before the search hears of it.
 
     What the ledger holds is answered from it, so that a run which was killed goes on where it stopped. A recipe that
-    was scored before, or is being scored, is not scored again.
+    was scored before, or is being scored, is not scored again; one of which a part is known is scored from there on.
     """
     flying: dict[int, Candidate] = {}
     followers: dict[str, list[Candidate]] = {}
@@ -52,6 +52,7 @@ def evolve(search: Search, pool: Pool, ledger: Ledger, watch: Watch) -> None:
         elif any(f.recipe.id == candidate.recipe.id for f in flying.values()):
             followers.setdefault(candidate.recipe.id, []).append(candidate)
         else:
+            candidate = replace(candidate, known=ledger.items(candidate))
             ledger.asked(candidate)
             flying[candidate.number] = candidate
             pool.submit(candidate)

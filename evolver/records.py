@@ -291,7 +291,9 @@ class Candidate:
     """A recipe that somebody proposed.
 
     ``number`` counts the proposals of a stage from 0. ``bar``, where given, is the score that the candidate has to
-    exceed: an evaluation may stop as soon as it no longer can.
+    exceed: an evaluation may stop as soon as it no longer can. ``rival`` holds the items of the model that has this
+    score, for a race against it. ``limit`` asks for so many items only. ``known`` are items of the same recipe that
+    were scored before; the evaluation goes on behind them.
     """
 
     number: int
@@ -301,6 +303,9 @@ class Candidate:
     bar: float | None = None
     stage: Stage = "search"
     label: str = ""
+    limit: int | None = None
+    rival: tuple[float, ...] = ()
+    known: tuple[float, ...] = ()
 
     @property
     def split(self) -> Split:
@@ -314,8 +319,10 @@ class Result:
 
     ``items`` are the scores of the split's items in the run's fixed order; fewer than all of them (``complete`` is
     False) when the evaluation stopped early. ``score`` is then None, and ``bound`` is what the score could at most
-    have been. A failed evaluation has a ``reason`` and no score. ``reused`` names results that cost nothing, as the
-    same recipe had been scored before.
+    have been. The first ``given`` items were known before. ``raced`` says that a race stopped it: the score is not
+    above the bar, at the run's error rate. A failed evaluation has a ``reason`` and no score. ``reused`` names results
+    that cost nothing, as the same recipe had been scored before. ``counts`` says what the new items took: tokens, and
+    how many answers were truncated or invalid.
     """
 
     number: int
@@ -327,21 +334,26 @@ class Result:
     items: tuple[float, ...] = ()
     tasks: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    counts: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
     worker: str = ""
     reused: bool = False
+    raced: bool = False
+    given: int = 0
     stage: Stage = "search"
 
     @property
     def cost(self) -> int:
         """Items that were scored for this result."""
-        return 0 if self.reused else len(self.items)
+        return 0 if self.reused else len(self.items) - self.given
 
-    def decides(self, bar: float | None) -> bool:
-        """Whether this result answers the question 'what is the score' or, given a bar, 'is it above the bar'."""
+    def answers(self, candidate: Candidate) -> bool:
+        """Whether this result says what the candidate asks: its score, whether it is above a bar, its first items."""
         if self.status == "failed" or self.complete:
             return True
-        return bar is not None and self.bound is not None and self.bound <= bar
+        if candidate.bar is not None and self.bound is not None and self.bound <= candidate.bar:
+            return True
+        return candidate.limit is not None and len(self.items) >= candidate.limit
 
     def beats(self, bar: float) -> bool:
         """Whether the score is known to be strictly above ``bar``."""

@@ -15,8 +15,8 @@ import torch
 
 from evolver.config import FREE_KEYS, Config, Model, check_section, expand, load
 from evolver.errors import BadInput, nearest
-from evolver.evaluation.base import Tasks, load_tasks
 from evolver.evaluation.live import LiveModel
+from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.export import export
 from evolver.folder import RunFolder, write_text
 from evolver.ledger import Ledger
@@ -119,7 +119,7 @@ def run(file: str, results: Path, make_pool: PoolMaker, display: Display, device
     try:
         folder.create(Path(file).read_text())
         with contextlib.closing(Ledger(folder.path / "ledger", folder.owner)) as ledger:
-            for warning in (*prepared.warnings, *ledger.warnings):
+            for warning in (*prepared.warnings, *prepared.tasks.warnings, *ledger.warnings):
                 display.say(f"warning: {warning}")
             outcome = _stages(prepared, ledger, pool, make_pool, display)
             _finish(prepared, folder, outcome, display, device)
@@ -205,7 +205,7 @@ def _score_again(prepared: Prepared, best: Path, outcome: Outcome, device: str) 
     recorded = outcome.best_dev.items
     scorer = prepared.tasks.scorer(live, "dev")
     block = config.evaluation.block_items
-    fresh = [v for s in range(0, len(recorded), block) for v in scorer.score(s, min(s + block, len(recorded)))]
+    fresh = [v for s in range(0, len(recorded), block) for v in scorer.score(s, min(s + block, len(recorded))).items]
     return {"items": len(recorded), "equal": sum(a == b for a, b in zip(recorded, fresh, strict=True))}
 
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
+if TYPE_CHECKING:
+    from evolver.evaluation.launched import LaunchedModel
+
 from evolver.config import Config
 from evolver.errors import BadInput
-from evolver.evaluation.base import Tasks, load_tasks
+from evolver.evaluation.base import Scored
 from evolver.evaluation.live import LiveModel, default_device
+from evolver.evaluation.racing import Race
+from evolver.evaluation.tasks import Tasks, load_tasks
+from evolver.export import export
 from evolver.merging.kernels import Kernels
 from evolver.merging.materialise import Materialiser
 from evolver.merging.weights import Checkpoint, Source, digests, open_base, open_expert
@@ -65,6 +72,18 @@ def build_materialiser(plan: Plan, opened: Opened, device: str = "cpu") -> Mater
     return Materialiser(opened.base, sources, dtype, int(config.pool.cache_gb * GIB), device, kernels)
 
 
+def build_model(config: Config, opened: Opened, device: str) -> LiveModel | LaunchedModel:
+    """What candidates are evaluated with: one resident model, or a class of lm-eval's started on each.
+
+    Raises BadInput for an unknown backend, or a base that is not of the kind that the configuration says.
+    """
+    if config.evaluation.backend == "resident":
+        return LiveModel(config.model, opened.base.path, opened.base.names(), device)
+    from evolver.evaluation.launched import LaunchedModel  # lm-eval, which classifiers need not wait for
+
+    return LaunchedModel(config.evaluation)
+
+
 def items_hash(tasks: Tasks, split: Split) -> str:
     """One hash for the items of a split in their order."""
     return content_hash([[i.task, i.hash] for i in tasks.items.of(split)])
@@ -102,20 +121,21 @@ class Worker:
         if items_hash(tasks, split) != plan.items[split]:
             raise BadInput(f"evaluation.tasks: worker {name} finds other items than the driver; share one data folder.")
         self.materialiser = build_materialiser(plan, opened, device)
-        self.live = LiveModel(config.model, opened.base.path, opened.base.names(), device)
+        self.live = build_model(config, opened, device)
         self.scale = tasks.scale(split)
         self.scorer = tasks.scorer(self.live, split)
+        self.alpha = config.evaluation.racing
 
     def evaluate(self, candidate: Candidate) -> Result:
         """Score a candidate; whatever goes wrong becomes a result with its reason."""
         seconds = {"materialise": 0.0, "forward": 0.0, "total": 0.0}
         began = time.perf_counter()
         try:
-            self.live.write(self.materialiser.stream(candidate.recipe))
+            self._load(candidate)
             seconds["materialise"] = time.perf_counter() - began
-            items = self._score(candidate.bar)
+            items, counts, raced = self._score(candidate)
             seconds["forward"] = time.perf_counter() - began - seconds["materialise"]
-            return self._result(candidate, items, seconds, began)
+            return self._result(candidate, items, counts, raced, seconds, began)
         except Exception as error:
             seconds["total"] = time.perf_counter() - began
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
@@ -124,24 +144,49 @@ class Worker:
                 worker=self.name, stage=candidate.stage,
             )  # fmt: skip
 
-    def _score(self, bar: float | None) -> list[float]:
-        """Per-item scores, block by block, until the candidate can no longer get over the bar."""
-        items: list[float] = []
-        count = len(self.scale.tasks)
-        for start in range(0, count, self.block):
-            items += self.scorer.score(start, min(count, start + self.block))
-            if bar is not None and self.scale.bound(items) <= bar:
-                break
-        return items
+    def close(self) -> None:
+        """Let go of servers and of node-local memory."""
+        if not isinstance(self.live, LiveModel):
+            self.live.close()
 
-    def _result(self, candidate: Candidate, items: list[float], seconds: dict[str, float], began: float) -> Result:
+    def _load(self, candidate: Candidate) -> None:
+        if isinstance(self.live, LiveModel):
+            self.live.write(self.materialiser.stream(candidate.recipe))
+        else:
+            self.live.stop()
+            export(candidate.recipe, self.materialiser, self.live.folder, {})
+            self.live.launch()
+
+    def _score(self, candidate: Candidate) -> tuple[list[float], dict[str, float], bool]:
+        """Per-item scores, block by block, until the question is answered; what they took; whether a race ended it."""
+        items, counts = list(candidate.known), Scored().counts
+        count = len(self.scale.tasks)
+        stop = count if candidate.limit is None else min(count, -(-candidate.limit // self.block) * self.block)
+        race = Race(self.scale, candidate.rival, self.alpha) if self.alpha and candidate.rival else None
+        for start in range(len(items), stop, self.block):
+            scored = self.scorer.score(start, min(stop, start + self.block))
+            items += scored.items
+            counts = {name: counts[name] + value for name, value in scored.counts.items()}
+            if candidate.bar is not None and self.scale.bound(items) <= candidate.bar:
+                break
+            if race is not None and len(items) < count and race.look(items) == "not better":
+                return items, counts, True
+        return items, counts, False
+
+    def _result(
+        self, candidate: Candidate, items: list[float], counts: dict[str, float], raced: bool,
+        seconds: dict[str, float], began: float,
+    ) -> Result:  # fmt: skip
         complete = len(items) == len(self.scale.tasks)
         score = self.scale.score(items) if complete else None
         bound = score if complete else self.scale.bound(items)
+        if raced and candidate.bar is not None and bound is not None:
+            bound = min(bound, candidate.bar)  # at the run's error rate, not for certain
         seconds["total"] = time.perf_counter() - began
         return Result(
             candidate.number, candidate.recipe.id, "ok", score, bound, complete, tuple(items),
-            self.scale.of_tasks(items), seconds, worker=self.name, stage=candidate.stage,
+            self.scale.of_tasks(items), seconds, counts, worker=self.name, stage=candidate.stage,
+            raced=raced, given=len(candidate.known),
         )  # fmt: skip
 
 
@@ -164,4 +209,6 @@ class LocalPool:
         return [self._worker.evaluate(self._waiting.pop(0))]
 
     def close(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
         self._worker = None

@@ -138,7 +138,6 @@ TABLE = {
     "empty tune": ({"search": {"algorithm": "tpe", "tune": []}}, ["search.tune", "write"]),
     "too many layer groups": ({"search": {"algorithm": "cmaes", "layer_groups": 9}}, ["search.layer_groups", "write"]),
     "unknown task": (task(task="toyy"), ["evaluation.tasks[0].task", "'toyy'", "'toy'"]),
-    "group of tasks": (task(task="both"), ["evaluation.tasks[0].task", "'both'", "name the tasks"]),
     "task twice": (
         {"evaluation.tasks": [{"task": "toy", "dev": 4, "report": 4}] * 2},
         ["evaluation", "'toy'", "stands twice", "give"],

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evolver.records import Cross, Expert, Merge, Place, Result, Rule, ancestors, dump_recipe, load_recipe
+from evolver.records import Candidate, Cross, Expert, Merge, Place, Result, Rule, ancestors, dump_recipe, load_recipe
 
 A, B = Expert("a", "aa"), Expert("b", "bb")
 
@@ -163,19 +163,25 @@ def test_the_later_rule_wins_and_places_are_told_apart():
     assert named.settings("attn", 1)["lambda"] == 2.0
 
 
-def test_what_a_result_decides():
+def test_which_questions_a_result_answers():
     full = Result(0, "r", "ok", 0.6, 0.6, True)
-    partial = Result(0, "r", "ok", None, 0.5, False)
+    partial = Result(0, "r", "ok", None, 0.5, False, items=(1.0, 0.0))
     failed = Result(0, "r", "failed")
-    assert full.decides(None)
-    assert full.decides(0.9)
-    assert failed.decides(None)
-    assert partial.decides(0.5)
-    assert partial.decides(0.7)
-    assert not partial.decides(0.4)
-    assert not partial.decides(None)
-    assert not Result(0, "r", "ok", None, None, False).decides(0.5)  # no bound is known: it decides nothing
-    assert Result(0, "r", "ok", None, 0.0, False).decides(0.0)
+
+    def ask(bar=None, limit=None):
+        return Candidate(0, A, "test", bar=bar, limit=limit)
+
+    assert full.answers(ask())
+    assert full.answers(ask(0.9))
+    assert failed.answers(ask())
+    assert partial.answers(ask(0.5))
+    assert partial.answers(ask(0.7))
+    assert not partial.answers(ask(0.4))
+    assert not partial.answers(ask())
+    assert partial.answers(ask(limit=2))
+    assert not partial.answers(ask(limit=3))
+    assert not Result(0, "r", "ok", None, None, False).answers(ask(0.5))  # no bound is known: it decides nothing
+    assert Result(0, "r", "ok", None, 0.0, False).answers(ask(0.0))
 
 
 def test_what_a_result_beats_and_costs():
@@ -184,4 +190,5 @@ def test_what_a_result_beats_and_costs():
     assert not full.beats(0.6)
     assert not Result(0, "r", "ok", None, 0.9, False).beats(0.1)
     assert full.cost == 2
+    assert Result(0, "r", "ok", 0.6, 0.6, True, items=(1.0, 0.2), given=1).cost == 1
     assert Result(0, "r", "ok", 0.6, 0.6, True, items=(1.0, 0.2), reused=True).cost == 0

@@ -108,7 +108,10 @@ class Oracle:
 
 
 def make_tasks(folder: Path, models: Path) -> None:
-    """Tasks of each kind: choices (toy, pair), one continuation (last), free text (echo), over-long prompts (long)."""
+    """Tasks of each kind: choices (toy, pair), one continuation (last), a word (echo), a few words of which the first
+    number counts (free), over-long prompts (long), a whole text (roll), yes or no (yesno), and one with examples of
+    its own (shots).
+    """
     draw, oracle = random.Random(0), Oracle(models)
 
     def choices(number: int) -> dict[str, Any]:
@@ -132,6 +135,7 @@ def make_tasks(folder: Path, models: Path) -> None:
         "echo": [echo(n) for n in range(40)],
         "long": [choices(n) | {"question": question} for n, question in enumerate(long)],
         "empty": [],
+        "examples": [choices(n) for n in range(300, 340)],
     }
     choose = {
         "output_type": "multiple_choice",
@@ -141,6 +145,7 @@ def make_tasks(folder: Path, models: Path) -> None:
         "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
     }
     say = {"doc_to_text": "{{question}}", "doc_to_target": "said"}
+    mutual = [{"metric": "acc_mutual_info", "aggregation": "mean", "higher_is_better": True}]
     kinds: dict[str, dict[str, Any]] = {
         "toy": choose,
         "pair": choose,
@@ -159,13 +164,48 @@ def make_tasks(folder: Path, models: Path) -> None:
             "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
             "filter_list": [{"name": "first", "filter": [{"function": "take_first"}]}],
         },
+        "free": {
+            **say,
+            "output_type": "generate_until",
+            "generation_kwargs": {"until": ["s"], "max_gen_toks": 6},
+            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+            "filter_list": [
+                {
+                    "name": "word",
+                    "filter": [{"function": "regex", "regex_pattern": "([a-z]{2,3})"}, {"function": "take_first"}],
+                }
+            ],
+        },
+        "roll": {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{question}}",
+            "metric_list": [
+                {"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False},
+                {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False},
+            ],
+        },
+        "yesno": {
+            **choose,
+            "doc_to_choice": [" stone", " tree"],
+            "doc_to_target": "{{answer % 2}}",
+            "metric_list": [
+                {"metric": "mcc", "aggregation": "matthews_corrcoef", "higher_is_better": True},
+                {"metric": "f1", "aggregation": "f1", "higher_is_better": True},
+            ],
+        },
+        "mutual": {**choose, "metric_list": mutual},
+        "shots": {**choose, "num_fewshot": 2, "fewshot_split": "validation"},
     }
+    files = {"last": "echo", "free": "echo", "roll": "long", "yesno": "toy", "mutual": "pair", "shots": "toy"}
     folder.mkdir(parents=True)
     for name, lines in documents.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name, kind in kinds.items():
-        data = folder / f"{'echo' if name == 'last' else name}.jsonl"
-        source = {"dataset_path": "json", "dataset_kwargs": {"data_files": str(data)}, "test_split": "train"}
+        data: Any = str(folder / f"{files.get(name, name)}.jsonl")
+        if name == "shots":
+            data = {"train": data, "validation": str(folder / "examples.jsonl")}
+        source = {"dataset_path": "json", "dataset_kwargs": {"data_files": data}, "test_split": "train"}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **source, **kind}))
     (folder / "both.yaml").write_text(yaml.safe_dump({"group": "both", "task": ["toy", "pair"]}))
 

@@ -1,42 +1,90 @@
-"""What every kind of evaluation offers, and how one is chosen."""
+"""What every kind of evaluation offers."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from evolver.config import Config
-from evolver.evaluation.items import Items
-from evolver.evaluation.live import LiveModel
-from evolver.evaluation.scoring import Scale
+from evolver.config import TaskEntry
+from evolver.evaluation.items import Item
+from evolver.evaluation.metrics import Metric
 from evolver.records import Split
 
 
-class Tasks(Protocol):
-    """Tasks as configured: checked without a model, then turned into a scorer once there is one."""
+@dataclass(frozen=True)
+class Asked:
+    """One item of one task, as the configuration asks for it."""
 
-    items: Items
+    entry: TaskEntry
+    item: Item
 
-    def scale(self, split: Split) -> Scale: ...
-    def scorer(self, model: LiveModel, split: Split) -> Scorer: ...
+
+@dataclass
+class Scored:
+    """What a model said to some items, by their place, and what it took.
+
+    Args:
+        answers: judged where the task's metric is the mean of judged items (see ``Metric``).
+        tokens: that went through the model, without padding; images count as one.
+        truncated: items whose prompt was cut, or whose answer met its limit before its end.
+        invalid: items in whose answer no answer was found.
+    """
+
+    answers: dict[int, float] = field(default_factory=dict)
+    tokens: int = 0
+    truncated: int = 0
+    invalid: int = 0
+
+    def add(self, other: Scored, places: Sequence[int]) -> None:
+        """Take in answers to some of the items; ``places[i]`` is where the other's place i stands here."""
+        self.answers.update({places[place]: answer for place, answer in other.answers.items()})
+        self.tokens += other.tokens
+        self.truncated += other.truncated
+        self.invalid += other.invalid
+
+    @property
+    def items(self) -> list[float]:
+        """The answers in the order of the places."""
+        return [self.answers[place] for place in sorted(self.answers)]
+
+    @property
+    def counts(self) -> dict[str, float]:
+        return {"tokens": float(self.tokens), "truncated": float(self.truncated), "invalid": float(self.invalid)}
 
 
 class Scorer(Protocol):
-    """Scores the live model on the items of one split; prompts and tokens are built once."""
+    """Scores the live model on items that it was made for; what can be built once is."""
 
-    def score(self, start: int, stop: int) -> list[float]:
-        """Per-item scores of the items ``start`` … ``stop - 1`` of the split's order."""
+    def score(self, places: Sequence[int]) -> Scored:
+        """The answers to the items at ``places``.
+
+        Raises FloatingPointError where the model's outputs are not finite.
+        """
         ...
 
 
-def load_tasks(config: Config) -> Tasks:
-    """The tasks of a configuration.
+class Judge(Protocol):
+    """A kind of task: which items there are, how answers become numbers. Knows its entries, and needs no model."""
 
-    Raises BadInput for an unknown task or metric, an empty set, or sets that overlap.
-    """
-    if config.model.kind == "classifier":
-        from evolver.evaluation.classification import ClassificationTasks
+    # What the user should hear before the run.
+    warnings: list[str]
 
-        return ClassificationTasks(config)
-    from evolver.evaluation.language import LanguageTasks
+    def items(self, entry: TaskEntry, split: Split) -> list[Item] | None:
+        """All items that a split can be drawn from; None where the report split is drawn from the dev split's."""
+        ...
 
-    return LanguageTasks(config)
+    def metric(self, entry: TaskEntry) -> Metric: ...
+
+    def right(self, asked: Asked) -> float:
+        """The right answer, for metrics that look at all answers together."""
+        ...
+
+    def scorer(self, model: Any, asked: Sequence[Asked], scored: Iterable[Item]) -> Scorer:
+        """A scorer of ``asked``.
+
+        Args:
+            model: a LiveModel; lm-eval's tasks take a LaunchedModel, too.
+            scored: every item that is scored anywhere in this run: none of them may serve as an example.
+        """
+        ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evolver.config import Config, DataSet, TaskEntry, expand
+from evolver.config import Config, DataSet, Evaluation, TaskEntry, expand
 from evolver.errors import BadInput, nearest
-from evolver.evaluation.batches import by_length
+from evolver.evaluation.base import Asked, Scored
+from evolver.evaluation.batches import Batches, by_length
 from evolver.evaluation.data import Row, read_rows
-from evolver.evaluation.items import Item, Items, draw, in_order, item_hash
+from evolver.evaluation.items import Item, item_hash
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.metrics import CLASS, LABELS, VALUE, Metric
-from evolver.evaluation.scoring import Scale
 from evolver.records import Split
 
 Labels = Mapping[str, int]
@@ -25,73 +25,54 @@ Labels = Mapping[str, int]
 MOST_LABELS = 52
 
 
-class ClassificationTasks:
-    """Data sets of one label space, one each (or one for dev and one for report)."""
+class Classification:
+    """The judge of data sets of texts and labels, one each (or one for dev and one for report)."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, numbers: Sequence[int]) -> None:
         self.settings, self.base = config.evaluation, config.model.base
+        self._keys = {config.evaluation.tasks[n].task: f"evaluation.tasks[{n}]" for n in numbers}
         self._rows: dict[str, list[Row]] = {}
-        drawn = [self._draw(i, entry, config.seed) for i, entry in enumerate(self.settings.tasks)]
-        self.items = Items(
-            in_order((i for d in drawn for i in d.dev), config.seed),
-            in_order((i for d in drawn for i in d.report), config.seed),
-        )
+        self.warnings: list[str] = []
 
-    def scale(self, split: Split) -> Scale:
-        asked = self._asked(split)
-        metrics = {a.entry.task: a.metric for a in asked}
-        weights = {e.task: e.weight for e in self.settings.tasks}
-        right = () if all(m.judged for m in metrics.values()) else tuple(a.right for a in asked)
-        return Scale(tuple(a.entry.task for a in asked), weights, metrics, right)
+    def items(self, entry: TaskEntry, split: Split) -> list[Item] | None:
+        key = self._keys[entry.task]
+        if split == "report":
+            return self._read(entry, entry.report_data, f"{key}.report_data") if entry.report_data else None
+        if entry.data is None:
+            raise BadInput(f"{key}.data: missing; give the file or the data set of {entry.task}.")
+        return self._read(entry, entry.data, f"{key}.data")
 
-    def scorer(self, model: LiveModel, split: Split) -> ClassificationScorer:
-        return ClassificationScorer(model, self._asked(split), self.settings.batch_tokens)
+    def metric(self, entry: TaskEntry) -> Metric:
+        return named_metric(entry, self._keys[entry.task])
 
-    def _asked(self, split: Split) -> list[_Asked]:
-        entries = {_name(e, split): e for e in self.settings.tasks}
-        pairs = [(entries[i.task], self._rows[i.task][i.index]) for i in self.items.of(split)]
-        return [
-            _Asked(entry, _texts(row, entry), _right(row[entry.label], self._labels, entry)) for entry, row in pairs
-        ]
+    def right(self, asked: Asked) -> float:
+        return right_answer(self._row(asked)[asked.entry.label], self._labels, asked.entry)
+
+    def scorer(self, model: LiveModel, asked: Sequence[Asked], scored: Iterable[Item]) -> ClassificationScorer:
+        questions = [Question(a.entry, _texts(self._row(a), a.entry), self.right(a)) for a in asked]
+        return ClassificationScorer(model, questions, self.settings)
+
+    def _row(self, asked: Asked) -> Row:
+        return self._rows[asked.item.task][asked.item.index]
 
     @cached_property
     def _labels(self) -> dict[str, int]:
-        """Numbers of the model's labels, by name."""
-        from transformers import AutoConfig  # slow, and most tasks need none
+        return labels_of(self.base)
 
-        try:
-            labels: dict[str, int] = AutoConfig.from_pretrained(expand(self.base)).label2id
-        except (OSError, ValueError) as error:
-            raise BadInput(
-                f"model.base: {self.base} has no readable config.json; give a classifier's folder."
-            ) from error
-        return labels
-
-    def _draw(self, number: int, entry: TaskEntry, seed: int) -> Items:
-        key = f"evaluation.tasks[{number}]"
-        known = _known(entry)
-        if entry.metric not in known:
-            raise BadInput(f"{key}.metric: unknown metric {entry.metric!r}; {nearest(entry.metric, known)}")
-        if entry.data is None:
-            raise BadInput(f"{key}.data: missing; give the file or the data set of {entry.task}.")
-        own = self._read(entry, entry.data, "dev", f"{key}.data")
-        report = self._read(entry, entry.report_data, "report", f"{key}.report_data") if entry.report_data else None
-        return draw(entry, own, report, seed, key)
-
-    def _read(self, entry: TaskEntry, data: str | DataSet, split: Split, key: str) -> list[Item]:
+    def _read(self, entry: TaskEntry, data: str | DataSet, key: str) -> list[Item]:
         rows = read_rows(data, key)
         columns = [entry.text, *([entry.text_pair] if entry.text_pair else []), entry.label]
         for number, row in enumerate(rows, 1):
             for column in columns:
                 if row.get(column) is None:
                     raise BadInput(f"{key}: row {number} lacks the key {column!r}; {nearest(column, map(str, row))}")
-        name = _name(entry, split)
+        name = f"{entry.task}:{data if isinstance(data, str) else data.spelled}"
         self._rows[name] = rows
         return [Item(name, i, item_hash([row[c] for c in columns])) for i, row in enumerate(rows)]
 
 
 @dataclass(frozen=True)
-class _Asked:
+class Question:
     """One item: what is asked, and the right answer."""
 
     entry: TaskEntry
@@ -117,24 +98,33 @@ class _Asked:
 class ClassificationScorer:
     """One text (or a pair), one row of a forward pass."""
 
-    def __init__(self, model: LiveModel, asked: Sequence[_Asked], batch_tokens: int) -> None:
-        self.model, self.asked, self.batch_tokens = model, list(asked), batch_tokens
+    def __init__(self, model: LiveModel, questions: Sequence[Question], settings: Evaluation) -> None:
+        self.model, self.settings, self.questions = model, settings, questions
         tokenise: Callable[..., Any] = model.tokenizer
-        self.rows = [tokenise(*a.texts, truncation=True) for a in asked]
+        self.rows = [tokenise(*q.texts, truncation=True) for q in questions]
+        self.whole = [len(tokenise(*q.texts, verbose=False)["input_ids"]) for q in questions]
         self.pad = model.tokenizer.pad_token_id or 0
-        for a in asked:
-            self._check(a)
+        self._ready: dict[tuple[int, ...], Batches[dict[str, Tensor]]] = {}
+        for question in questions:
+            self._check(question)
+
+    def score(self, places: Sequence[int]) -> Scored:
+        key, lengths = tuple(places), {p: len(self.rows[p]["input_ids"]) for p in places}
+        if key not in self._ready:
+            keys = by_length(lengths, self.settings.batch_tokens, self.settings.batch_size)
+            self._ready[key] = Batches(keys, self._inputs)
+        out = Scored(tokens=sum(lengths.values()), truncated=sum(self.whole[p] > lengths[p] for p in places))
+        for numbers, logits in self._ready[key].run(self._forward):
+            out.answers.update({p: self.questions[p].answer(row) for p, row in zip(numbers, logits, strict=True)})
+        return out
 
     @torch.inference_mode()
-    def score(self, start: int, stop: int) -> list[float]:
-        out: dict[int, float] = {}
-        for batch in by_length({i: len(self.rows[i]["input_ids"]) for i in range(start, stop)}, self.batch_tokens):
-            logits = self.model.module(**self._inputs(batch)).logits.float()
-            if not torch.isfinite(logits).all():
-                raise FloatingPointError("the model's outputs are not finite")
-            for i, row in zip(batch, logits.cpu(), strict=True):
-                out[i] = self.asked[i].answer(row)
-        return [out[i] for i in range(start, stop)]
+    def _forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits (rows, labels)."""
+        logits: Tensor = self.model.module(**inputs).logits.float()
+        if not torch.isfinite(logits).all():
+            raise FloatingPointError("the model's outputs are not finite")
+        return logits.cpu()
 
     def _inputs(self, batch: Sequence[int]) -> dict[str, Tensor]:
         """The batch's rows, padded at the right, (rows, longest) each."""
@@ -147,7 +137,7 @@ class ClassificationScorer:
             for name in self.rows[batch[0]]
         }
 
-    def _check(self, asked: _Asked) -> None:
+    def _check(self, asked: Question) -> None:
         outputs = self.model.module.config.num_labels
         if asked.metric.name in VALUE and outputs != 1:
             raise BadInput(
@@ -155,20 +145,40 @@ class ClassificationScorer:
             )
 
 
+def labels_of(base: str) -> dict[str, int]:
+    """Numbers of a classifier's labels, by name.
+
+    Raises BadInput where its folder says nothing of them.
+    """
+    from transformers import AutoConfig  # slow, and most tasks need none
+
+    try:
+        labels: dict[str, int] = AutoConfig.from_pretrained(expand(base)).label2id
+    except (OSError, ValueError) as error:
+        raise BadInput(f"model.base: {base} has no readable config.json; give a classifier's folder.") from error
+    return labels
+
+
+def named_metric(entry: TaskEntry, key: str) -> Metric:
+    """The metric that an entry names.
+
+    Raises BadInput for an unknown one.
+    """
+    known = _known(entry)
+    if entry.metric not in known:
+        raise BadInput(f"{key}.metric: unknown metric {entry.metric!r}; {nearest(entry.metric, known)}")
+    return known[entry.metric]
+
+
 def _known(entry: TaskEntry) -> Mapping[str, Metric]:
     return LABELS if entry.threshold is not None else {**CLASS, **VALUE}
-
-
-def _name(entry: TaskEntry, split: Split) -> str:
-    data = (split == "report" and entry.report_data) or entry.data
-    return f"{entry.task}:{data if isinstance(data, str) or data is None else data.spelled}"
 
 
 def _texts(row: Row, entry: TaskEntry) -> tuple[str, ...]:
     return (str(row[entry.text]), *([str(row[entry.text_pair])] if entry.text_pair else []))
 
 
-def _right(value: Any, labels: Labels, entry: TaskEntry) -> float:
+def right_answer(value: Any, labels: Labels, entry: TaskEntry) -> float:
     """The right answer as it is kept."""
     if entry.metric in VALUE:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from evolver.config import DataSet, expand
 from evolver.errors import BadInput
 
 Row = dict[str, Any]
+# Characters of a passage of a text file.
+PASSAGE = 1500
 
 
 def read_rows(data: str | DataSet, key: str) -> list[Row]:
     """All rows, as mappings by column.
 
     Args:
-        data: a JSONL, CSV, TSV or Parquet file, or a data set of the library.
+        data: a JSONL, CSV, TSV, Parquet or text file, or a data set of the library.
         key: names the setting in errors.
 
     Raises BadInput where it cannot be read.
@@ -71,6 +74,21 @@ def _parquet(path: Path) -> list[Row]:
     return rows
 
 
+def _text(path: Path) -> list[Row]:
+    """Passages of whole paragraphs, of PASSAGE characters or a little more."""
+    found: list[list[str]] = [[]]
+    size = 0
+    for paragraph in re.split(r"\n\s*\n", path.read_text(encoding="utf-8")):
+        if size >= PASSAGE:
+            found.append([])
+            size = 0
+        if paragraph.strip():
+            found[-1].append(paragraph.strip("\n"))
+            size += len(paragraph)
+    return [{"text": "\n\n".join(passage)} for passage in found if passage]
+
+
 READERS: dict[str, Callable[[Path], list[Row]]] = {
     ".jsonl": _jsonl, ".json": _jsonl, ".csv": _separated(","), ".tsv": _separated("\t"), ".parquet": _parquet,
+    ".txt": _text,
 }  # fmt: skip

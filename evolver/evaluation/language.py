@@ -1,4 +1,4 @@
-"""Language models, scored on lm-eval tasks.
+"""Language models, scored on tasks of lm-eval.
 
 lm-eval says what a task is: its documents, prompts, choices, filters and metrics. Its requests and tokens are built
 once; for each candidate only the forward passes run.
@@ -6,230 +6,134 @@ once; for each candidate only the forward passes run.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
-from lm_eval.api.task import Task
-from lm_eval.filters import build_filter_ensemble
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
-from evolver.config import Config, TaskEntry, expand
-from evolver.errors import BadInput, nearest
-from evolver.evaluation.items import Item, Items, draw, in_order, item_hash
+from evolver.config import Config, Evaluation, TaskEntry
+from evolver.errors import BadInput
+from evolver.evaluation.base import Asked, Scored, Scorer
+from evolver.evaluation.decoder import DecoderOnly
+from evolver.evaluation.encoder_decoder import EncoderDecoder
+from evolver.evaluation.generation import Generations
+from evolver.evaluation.items import Item, item_hash
+from evolver.evaluation.launched import LaunchedModel, LaunchedScorer
+from evolver.evaluation.library import Library, Meaning, quiet
 from evolver.evaluation.live import LiveModel
-from evolver.evaluation.loglikelihood import Group, LogLikelihoods
-from evolver.evaluation.metrics import ENDLESS, JUDGED
-from evolver.evaluation.scoring import Scale
+from evolver.evaluation.loglikelihood import Forward, Likelihoods, LogLikelihoods
+from evolver.evaluation.metrics import Metric
+from evolver.evaluation.requests import Prepared, build, right
+from evolver.evaluation.tokens import Tokens
 from evolver.records import Split
 
-# Metrics whose items lie between 0 and 1, so that one can say what an unscored item could at most add.
-UNIT_METRICS = {"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match"}
 
+class Language:
+    """The judge of lm-eval's tasks and groups, and of the user's own texts."""
 
-class LanguageTasks:
-    """lm-eval tasks by name, their items drawn, no model needed yet."""
-
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, numbers: Sequence[int]) -> None:
         self.settings, self.seed = config.evaluation, config.seed
+        entries = {n: config.evaluation.tasks[n] for n in numbers}
+        self._keys = {e.task: f"evaluation.tasks[{n}]" for n, e in entries.items()}
+        self.library = Library(config.evaluation, entries)
+        self._meanings: dict[str, Meaning] = {}
         self._documents: dict[str, list[Any]] = {}
-        self.tasks = self._load()
-        drawn = [self._draw(i, entry) for i, entry in enumerate(self.settings.tasks)]
-        self.items = Items(
-            in_order((i for d in drawn for i in d.dev), self.seed),
-            in_order((i for d in drawn for i in d.report), self.seed),
-        )
+        self.warnings = [_seen(e.task) for e in entries.values() if self._searches_test_set(e)]
 
-    def scale(self, split: Split) -> Scale:
-        entries = {_task_of(e, split): e for e in self.settings.tasks}
-        tasks = tuple(entries[i.task].task for i in self.items.of(split))
-        unit = {e.task: e.metric.partition(",")[0] in UNIT_METRICS for e in self.settings.tasks}
-        metrics = {task: JUDGED if u else ENDLESS for task, u in unit.items()}
-        return Scale(tasks, {e.task: e.weight for e in self.settings.tasks}, metrics)
+    def items(self, entry: TaskEntry, split: Split) -> list[Item] | None:
+        name = entry.task if split == "dev" else entry.report_task
+        if split == "report" and entry.report_data is not None:
+            name = f"{entry.task}_report"
+        if name is None:
+            return None
+        return [item for member in self.library.members[name] for item in self._items(member, self._keys[entry.task])]
 
-    def scorer(self, model: LiveModel, split: Split) -> LanguageScorer:
-        entries = {_task_of(e, split): e for e in self.settings.tasks}
-        chosen = self.items.of(split)
-        with _quiet():
-            lm = _Tokenising(pretrained=model.module, tokenizer=model.tokenizer, batch_size=1)
-        requests: dict[Item, list[Instance]] = {}
-        for name in entries:
-            requests |= self._requests(name, [i for i in chosen if i.task == name], lm)
-        prepared = [_Prepared(self.tasks[i.task], entries[i.task].metric, requests[i]) for i in chosen]
-        return LanguageScorer(model, lm, prepared, self.settings.batch_tokens)
+    def metric(self, entry: TaskEntry) -> Metric:
+        return self._meaning(entry).metric
 
-    def _load(self) -> dict[str, Task]:
-        names = [n for e in self.settings.tasks for n in (e.task, e.report_task) if n]
-        own = expand(self.settings.include_path) if self.settings.include_path else None
-        if own and not Path(own).is_dir():
-            raise BadInput(f"evaluation.include_path: there is no folder {own}; give the folder of your task files.")
-        with _quiet():
-            # Indexing the whole library takes seconds: do so only for names that the user's own folder lacks.
-            manager = TaskManager(include_path=own, include_defaults=False) if own else None
-            if manager is None or any(n not in manager.all_tasks for n in names):
-                manager = TaskManager(include_path=own)
-            for number, entry in enumerate(self.settings.tasks):
-                for key, name in (("task", entry.task), ("report_task", entry.report_task)):
-                    if name and name not in manager.all_subtasks:
-                        raise BadInput(f"evaluation.tasks[{number}].{key}: {_unknown(name, manager)}")
-            tasks: dict[str, Task] = {}
-            for name in sorted(set(names)):
-                try:
-                    tasks |= manager.load([name])["tasks"]
-                except Exception as error:  # data sets come from files, hubs and scripts; each fails in its own way
-                    reason = " ".join(str(error).split())[:300]
-                    raise BadInput(
-                        f"evaluation.tasks: the data of {name!r} cannot be loaded ({type(error).__name__}: {reason}); "
-                        "check its data files, or the network for a data set of a hub."
-                    ) from error
-        for task in tasks.values():
-            if self.settings.num_fewshot is not None:
-                task.set_config("num_fewshot", self.settings.num_fewshot)
-        return tasks
+    def right(self, asked: Asked) -> float:
+        task = self.library.tasks[asked.item.task]
+        document = self._documents[asked.item.task][asked.item.index]
+        return right(task, document, asked.entry.metric, self._meaning(asked.entry))
 
-    def _draw(self, number: int, entry: TaskEntry) -> Items:
-        key = f"evaluation.tasks[{number}]"
-        for name in {entry.task, entry.report_task or entry.task}:
-            _check_metric(self.tasks[name], entry.metric, f"{key}.metric")
-        report = self._items(entry.report_task, f"{key}.report_task") if entry.report_task else None
-        return draw(entry, self._items(entry.task, f"{key}.task"), report, self.seed, key)
+    def scorer(self, model: LiveModel | LaunchedModel, asked: Sequence[Asked], scored: Iterable[Item]) -> Scorer:
+        hashes = {i.hash for i in scored}
+
+        def prepare(lm: Any) -> list[Prepared]:
+            requests: dict[Item, list[Instance]] = {}
+            for name in dict.fromkeys(a.item.task for a in asked):
+                items = [a.item for a in asked if a.item.task == name]
+                requests |= build(self.library.tasks[name], items, hashes, self.settings, lm, self.seed)
+            return [
+                Prepared(
+                    self.library.tasks[a.item.task], a.entry.metric, self._meaning(a.entry), requests[a.item]
+                )
+                for a in asked
+            ]  # fmt: skip
+
+        if isinstance(model, LaunchedModel):
+            return LaunchedScorer(model, prepare)
+        with quiet():
+            lm = Tokens(pretrained=model.module, tokenizer=model.tokenizer, batch_size=1)
+        return LanguageScorer(model, lm, prepare(lm), self.settings, self.seed)
+
+    def _meaning(self, entry: TaskEntry) -> Meaning:
+        if entry.task not in self._meanings:
+            self._meanings[entry.task] = self.library.meaning(entry, f"{self._keys[entry.task]}.metric")
+        return self._meanings[entry.task]
 
     def _items(self, name: str, key: str) -> list[Item]:
         if name not in self._documents:
             try:
-                self._documents[name] = list(self.tasks[name].eval_docs)
+                self._documents[name] = list(self.library.tasks[name].eval_docs)
             except ValueError as error:
                 raise BadInput(f"{key}: {name} has no test or validation documents ({error}).") from error
         return [Item(name, i, item_hash(d)) for i, d in enumerate(self._documents[name])]
 
-    def _requests(self, name: str, items: Sequence[Item], lm: HFLM) -> dict[Item, list[Instance]]:
-        if not items:
-            return {}
-        task, in_place = self.tasks[name], sorted(items, key=lambda i: i.index)
-        chat = self.settings.apply_chat_template
-        if chat and not lm.tokenizer.chat_template:
-            raise BadInput("evaluation.apply_chat_template: the base's tokenizer has no chat template; write false.")
-        task.set_fewshot_seed(self.seed)  # at every build: each draws on, and must not depend on the builds before it
-        with _quiet():
-            task.build_all_requests(
-                samples=[i.index for i in in_place],
-                system_instruction=self.settings.system_instruction,
-                apply_chat_template=chat,
-                fewshot_as_multiturn=chat,
-                chat_template=lm.apply_chat_template if chat else None,
-                tokenizer_name=lm.tokenizer_name if chat else "",
-            )
-        grouped: dict[Item, list[Instance]] = {i: [] for i in in_place}
-        for instance in task.instances:
-            # lm-eval numbers the chosen documents by position among themselves, in the order of the data set.
-            grouped[in_place[instance.doc_id or 0]].append(instance)
-        return grouped
-
-
-class _Prepared:
-    """One item, ready to be scored: its requests, and how lm-eval turns their answers into a number."""
-
-    def __init__(self, task: Task, metric: str, requests: list[Instance]) -> None:
-        self.task, self.requests = task, requests
-        self.metric, _, self.filter = metric.partition(",")
-        self.ensembles = list(_filters(task))
-        self.filter = self.filter or self.ensembles[0].name
-
-    def value(self, answers: Sequence[Any]) -> float:
-        for request, answer in zip(self.requests, answers, strict=True):
-            request.resps, request.filtered_resps = [answer], {}
-        for ensemble in self.ensembles:
-            ensemble.apply(self.requests)
-        outcome = self.task.process_results(
-            self.requests[0].doc, [r.filtered_resps[self.filter] for r in self.requests]
-        )
-        return float(outcome[self.metric])
+    def _searches_test_set(self, entry: TaskEntry) -> bool:
+        return any(self.library.is_test_set(n) for n in self.library.members[entry.task])
 
 
 class LanguageScorer:
     """Scores the live model on prepared items."""
 
-    def __init__(self, model: LiveModel, lm: _Tokenising, items: Sequence[_Prepared], batch_tokens: int) -> None:
-        self.items, self.lm = items, lm
-        self._groups = [lm.tokens(p.requests) if p.requests[0].request_type == "loglikelihood" else None for p in items]
-        self._forward = LogLikelihoods(model, batch_tokens, lm.max_length)
+    def __init__(
+        self, model: LiveModel, lm: Tokens, prepared: Sequence[Prepared], settings: Evaluation, seed: int
+    ) -> None:
+        self.prepared, self.lm = prepared, lm
+        forward: Forward[Any] = EncoderDecoder(model, lm.max_length)
+        if not model.module.config.is_encoder_decoder:
+            forward = DecoderOnly(model, lm.max_length)
+        self._likely = LogLikelihoods(forward, settings.batch_tokens, settings.batch_size)
+        self._written = Generations(model, lm, settings, seed)
+        asked = list(enumerate(prepared))
+        self._prompts = {p: lm.prompt(i.requests[0]) for p, i in asked if i.kind == "generate_until"}
+        self.groups = {p: lm.group(i.kind, i.requests) for p, i in asked if p not in self._prompts}
 
-    def score(self, start: int, stop: int) -> list[float]:
-        answers: dict[int, Sequence[Any]] = {}
-        groups = {i: g for i in range(start, stop) if (g := self._groups[i]) is not None}
-        answers.update(self._forward(groups))
-        for kind in ("generate_until", "loglikelihood_rolling"):
-            chosen = [i for i in range(start, stop) if self.items[i].requests[0].request_type == kind]
-            if chosen:
-                requests = [self.items[i].requests[0] for i in chosen]
-                with _quiet():
-                    said = getattr(self.lm, kind)(requests, disable_tqdm=True)
-                answers.update({i: [answer] for i, answer in zip(chosen, said, strict=True)})
-        return [self.items[i].value(answers[i]) for i in range(start, stop)]
+    def score(self, places: Sequence[int]) -> Scored:
+        out = Scored()
+        likely = self._likely({p: self.groups[p] for p in places if p in self.groups})
+        written = self._written({p: self._prompts[p] for p in places if p in self._prompts})
+        for place in places:
+            answers: list[Any] = self._answers(place, likely) if place in self.groups else [written.texts[place]]
+            judgement = self.prepared[place].judge(answers)
+            out.answers[place] = judgement.answer
+            out.invalid += judgement.invalid
+        out.tokens = likely.tokens + written.tokens
+        out.truncated = len(likely.truncated) + len(written.truncated)
+        return out
 
-
-class _Tokenising(HFLM):  # type: ignore[misc]  # lm-eval ships no types
-    """lm-eval's own wrapper of a model, asked for the tokens of requests instead of their likelihoods."""
-
-    def tokens(self, requests: Sequence[Instance]) -> Group:
-        with _quiet():
-            pairs = self.loglikelihood(list(requests), disable_tqdm=True)
-        return Group(tuple(pairs))
-
-    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
-        return [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
-
-
-def _filters(task: Task) -> Iterator[Any]:
-    configured = task.config.filter_list
-    if not configured:
-        yield build_filter_ensemble("none", [("take_first", None)])
-        return
-    for pipeline in configured:
-        steps = [(f["function"], {k: v for k, v in f.items() if k != "function"}) for f in pipeline["filter"]]
-        yield build_filter_ensemble(pipeline["name"], steps)
+    def _answers(self, place: int, likely: Likelihoods) -> list[Any]:
+        """What lm-eval would have of its model for each request of an item."""
+        answers = likely.answers[place]
+        if self.groups[place].rolling:
+            return [sum(likelihood for likelihood, _ in answers)]
+        return list(answers)
 
 
-def _task_of(entry: TaskEntry, split: Split) -> str:
-    return (split == "report" and entry.report_task) or entry.task
-
-
-def _check_metric(task: Task, spelled: str, key: str) -> None:
-    name, _, chosen = spelled.partition(",")
-    known: Mapping[str, Any] = task.aggregation()
-    if name not in known:
-        raise BadInput(f"{key}: {task.task_name} has no metric {name!r}; {nearest(name, known)}")
-    filters = [f.name for f in _filters(task)]
-    if chosen and chosen not in filters:
-        raise BadInput(f"{key}: {task.task_name} has no filter {chosen!r}; {nearest(chosen, filters)}")
-    if getattr(known[name], "__name__", "") != "mean":
-        means = [m for m, f in known.items() if getattr(f, "__name__", "") == "mean"]
-        raise BadInput(f"{key}: {name} is no mean over items, and a search needs one; usable here: {', '.join(means)}.")
-    if not task.higher_is_better()[name]:
-        raise BadInput(f"{key}: of {name} less is better; name a metric of which more is better.")
-
-
-def _unknown(name: str, manager: TaskManager) -> str:
-    if name in manager.all_groups or name in manager.all_tags:
-        return f"{name!r} is a group of tasks; name the tasks in it one by one, each with its items."
-    return f"unknown lm-eval task {name!r}; {nearest(name, manager.all_subtasks)}"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without lm-eval's and the data library's progress bars and notes, which would bury our own lines."""
-    noisy = [logging.getLogger(n) for n in ("lm_eval", "lm-eval", "datasets")]
-    levels = [n.level for n in noisy]
-    for logger in noisy:
-        logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        for logger, level in zip(noisy, levels, strict=True):
-            logger.setLevel(level)
+def _seen(name: str) -> str:
+    return (
+        f"the dev items of {name} come from the test set of a public benchmark: the search selects on it, so no score "
+        "on it is one of unseen items any more; take dev items from its training or validation set, for example by a "
+        "task of your own, and name this one as report_task"
+    )

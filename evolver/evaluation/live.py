@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ class LiveModel:
 
         kinds: dict[str, Any] = {
             "causal-lm": transformers.AutoModelForCausalLM,
+            "seq2seq": transformers.AutoModelForSeq2SeqLM,
             "classifier": transformers.AutoModelForSequenceClassification,
+            "image-classifier": transformers.AutoModelForImageClassification,
         }
         transformers.utils.logging.disable_progress_bar()
         self.device = torch.device(device)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.folder = folder
         self.module, loaded = kinds[settings.kind].from_pretrained(
             folder, dtype=settings.dtype, use_safetensors=True, output_loading_info=True
         )
@@ -39,6 +42,13 @@ class LiveModel:
             )
         self.module.to(self.device).eval()
         self._places = self._find(names, folder)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer."""
+        import transformers
+
+        return transformers.AutoTokenizer.from_pretrained(self.folder)
 
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Overwrite the parameters; nothing else of the model changes."""

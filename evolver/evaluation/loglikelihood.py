@@ -1,26 +1,22 @@
 """Log-likelihoods of continuations by the live model, with as few token passes as the answers need.
 
-The choices of a question share its context. Where the architecture allows, context and choices go through the model
-as one row: every choice sees the context and itself (a block mask), at the positions that it would have alone. The
-result is that of separate rows up to rounding, for a fraction of the tokens.
+Requests that repeat are scored once, and the choices of a question share the pass over its context. How they share it
+is the architecture's matter: see ``decoder`` and ``encoder_decoder``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from evolver.evaluation.batches import by_length
-from evolver.evaluation.live import LiveModel
+from evolver.evaluation.batches import Batches, by_length
 
 Tokens = tuple[int, ...]
 Answer = tuple[float, bool]
-
-# Rotary positions from position_ids and full attention in every layer: what packing relies on.
-PACKABLE = {"llama", "qwen2", "qwen3", "mistral", "olmo", "olmo2", "phi3", "granite", "smollm3", "stablelm", "gpt_neox"}
 
 # Rows of the vocabulary that are normalised at a time on a CPU: what stays in its cache.
 CACHED_ROWS = 16
@@ -28,148 +24,137 @@ CACHED_ROWS = 16
 
 @dataclass(frozen=True)
 class Group:
-    """The requests of one item: (context, continuation) in tokens."""
+    """The requests of one item: (context, continuation) in tokens. ``rolling``: they are windows of one text."""
 
     pairs: tuple[tuple[Tokens, Tokens], ...]
+    rolling: bool = False
 
 
 @dataclass(frozen=True)
-class _Row:
-    """One row of a batch: a shared context, then continuations, each with the place of its answer."""
+class Row:
+    """What shares one context: continuations, each with the requests (group, number) that it answers."""
 
     context: Tokens
     continuations: tuple[Tokens, ...]
-    places: tuple[tuple[int, int], ...]  # (group, request) of every continuation
+    places: tuple[tuple[tuple[int, int], ...], ...]
 
     @property
-    def width(self) -> int:
-        # The last token of a continuation is predicted, never read.
+    def read(self) -> int:
+        """Tokens that the model reads: the last one of a continuation is predicted, never read."""
         return len(self.context) + sum(len(c) - 1 for c in self.continuations)
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Tensors of a batch, and where the predictions of each continuation stand."""
+@dataclass
+class Likelihoods:
+    """Answers (log-likelihood, whether greedy decoding would say the same) to the requests of every group."""
 
-    ids: Tensor  # (B, L)
-    positions: Tensor  # (B, L)
-    mask: Tensor  # (B, L) of 0 and 1, or (B, 1, L, L) of booleans where rows are packed
-    keep: int  # logits are needed of the last ``keep`` positions
-    rows: Tensor  # (M,) row of every predicted token
-    columns: Tensor  # (M,) its place among the kept positions
-    targets: Tensor  # (M,) the token itself
-    owner: Tensor  # (M,) which continuation it belongs to
-    places: tuple[tuple[int, int], ...]
+    answers: dict[int, list[Answer]]
+    tokens: int = 0
+    truncated: set[int] = field(default_factory=set)
 
 
-class LogLikelihoods:
-    """Turns groups of requests into answers (log-likelihood, whether greedy decoding would say the same)."""
+BatchType = TypeVar("BatchType")
 
-    def __init__(self, model: LiveModel, batch_tokens: int, max_length: int) -> None:
-        self.model, self.batch_tokens, self.max_length = model, batch_tokens, max_length
-        settings = model.module.config
-        self.packs = settings.model_type in PACKABLE and not getattr(settings, "sliding_window", None)
-        self._prepared: dict[tuple[int, ...], list[_Batch]] = {}
 
-    def __call__(self, groups: Mapping[int, Group]) -> dict[int, list[Answer]]:
-        """The answers of every group, in the order of its requests."""
+class Forward(Protocol[BatchType]):
+    """How an architecture scores rows."""
+
+    # Most tokens of a row, and whether a row may hold several continuations.
+    max_length: int
+    shares: bool
+
+    def cut(self, context: Tokens, continuation: Tokens) -> Tokens:
+        """The end of the context that fits beside the continuation."""
+        ...
+
+    def batch(self, rows: Sequence[Row]) -> BatchType: ...
+
+    def score(self, batch: BatchType) -> list[Answer]:
+        """The answer to every continuation, row by row."""
+        ...
+
+
+class LogLikelihoods(Generic[BatchType]):
+    """Turns groups of requests into answers.
+
+    Args:
+        batch_tokens: in a forward pass, padding included.
+        batch_size: rows in a forward pass; default: any number.
+    """
+
+    def __init__(self, forward: Forward[BatchType], batch_tokens: int, batch_size: int | None) -> None:
+        self._forward, self._budget, self._most = forward, batch_tokens, batch_size
+        self._ready: dict[tuple[int, ...], tuple[list[Row], Batches[BatchType], set[int]]] = {}
+
+    def __call__(self, groups: Mapping[int, Group]) -> Likelihoods:
+        """The answers of every group, in the order of its requests.
+
+        Raises FloatingPointError where a log-likelihood is not finite.
+        """
         key = tuple(groups)
-        if key not in self._prepared:  # the same items come with every candidate: build their tensors once
-            self._prepared[key] = list(self._batches(groups))
+        if key not in self._ready:  # the same items come with every candidate: build their tensors once
+            self._ready[key] = self._prepare(groups)
+        rows, batches, truncated = self._ready[key]
         found: dict[tuple[int, int], Answer] = {}
-        for batch in self._prepared[key]:
-            found.update(zip(batch.places, self._score(batch), strict=True))
-        return {g: [found[g, r] for r in range(len(group.pairs))] for g, group in groups.items()}
+        for numbers, answers in batches.run(self._forward.score):
+            places = [p for n in numbers for p in rows[n].places]
+            for members, answer in zip(places, answers, strict=True):
+                found.update(dict.fromkeys(members, answer))
+        said = {g: [found[g, r] for r in range(len(group.pairs))] for g, group in groups.items()}
+        return Likelihoods(said, sum(r.read for r in rows), truncated)
 
-    @torch.inference_mode()
-    def _score(self, batch: _Batch) -> list[Answer]:
-        logits = self.model.module(
-            input_ids=batch.ids,
-            attention_mask=batch.mask,
-            position_ids=batch.positions,
-            logits_to_keep=batch.keep,
-            use_cache=False,
-        ).logits
-        scores, misses = self._of_tokens(logits, batch)
-        if not torch.isfinite(scores).all():
-            raise FloatingPointError("the model's log-likelihoods are not finite")
-        count = len(batch.places)
-        sums = torch.zeros(count, dtype=torch.float64).index_add_(0, batch.owner, scores.double().cpu())
-        misses = torch.zeros(count, dtype=torch.int64).index_add_(0, batch.owner, misses.long().cpu())
-        return list(zip(sums.tolist(), (misses == 0).tolist(), strict=True))
+    def _prepare(self, groups: Mapping[int, Group]) -> tuple[list[Row], Batches[BatchType], set[int]]:
+        truncated: set[int] = set()
+        shared: dict[Tokens, dict[Tokens, list[tuple[int, int]]]] = {}
+        for number, group in groups.items():
+            for request, (context, continuation) in enumerate(group.pairs):
+                kept = self._forward.cut(context, continuation)
+                if len(kept) < len(context):
+                    truncated.add(number)
+                shared.setdefault(kept, {}).setdefault(continuation, []).append((number, request))
+        rows = [row for context, members in shared.items() for row in self._rows(context, members)]
+        keys = by_length({i: row.read for i, row in enumerate(rows)}, self._budget, self._most)
+        return rows, Batches(keys, lambda numbers: self._forward.batch([rows[n] for n in numbers])), truncated
 
-    def _of_tokens(self, logits: Tensor, batch: _Batch) -> tuple[Tensor, Tensor]:
-        """Log-likelihood (M,) of every predicted token, and whether it is not the most likely one (M,)."""
-        total = len(batch.rows)
-        step = CACHED_ROWS if logits.device.type == "cpu" else total
-        scores, misses = [], []
-        for start in range(0, total, step):
-            part = slice(start, start + step)
-            chosen = logits[batch.rows[part], batch.columns[part]].float()  # (step, vocabulary)
-            targets = batch.targets[part]
-            scores.append(chosen.gather(1, targets[:, None])[:, 0] - chosen.logsumexp(1))
-            misses.append(chosen.argmax(1) != targets)
-        return torch.cat(scores), torch.cat(misses)
-
-    def _batches(self, groups: Mapping[int, Group]) -> Iterator[_Batch]:
-        rows = [row for number, group in groups.items() for row in self._rows(number, group)]
-        for batch in by_length({i: row.width for i, row in enumerate(rows)}, self.batch_tokens):
-            yield _batch([rows[i] for i in batch], self.packs, self.model.device)
-
-    def _rows(self, number: int, group: Group) -> Iterator[_Row]:
-        shared: dict[Tokens, list[tuple[Tokens, tuple[int, int]]]] = {}
-        for request, (context, continuation) in enumerate(group.pairs):
-            place = (number, request)
-            # As lm-eval does: what exceeds the model's length is cut off at the left.
-            context = context[max(0, len(context) + len(continuation) - self.max_length - 1) :]
-            shared.setdefault(context, []).append((continuation, place))
-        for context, members in shared.items():
-            packed = _Row(context, tuple(c for c, _ in members), tuple(p for _, p in members))
-            if self.packs and packed.width <= self.max_length:
-                yield packed
-            else:
-                yield from (_Row(context, (c,), (p,)) for c, p in members)
+    def _rows(self, context: Tokens, members: Mapping[Tokens, list[tuple[int, int]]]) -> Iterator[Row]:
+        """Rows of as many continuations as the model's length, and the budget, have room for."""
+        room = min(self._forward.max_length, max(self._budget, len(context) + 1)) if self._forward.shares else 0
+        held: list[Tokens] = []
+        size = len(context)
+        for continuation in members:
+            if held and size + len(continuation) - 1 > room:
+                yield _row(context, held, members)
+                held, size = [], len(context)
+            held.append(continuation)
+            size += len(continuation) - 1
+        yield _row(context, held, members)
 
 
-def _batch(rows: Sequence[_Row], packed: bool, device: torch.device) -> _Batch:
-    """Rows side by side, padded at the left so that all predictions stand in the last columns."""
-    width = max(r.width for r in rows)
-    keep = max(1 + r.width - len(r.context) for r in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    positions = torch.zeros_like(ids)
-    visible = torch.zeros(len(rows), width, width, dtype=torch.bool)
-    predicted: list[tuple[int, int, int, int]] = []
-    places: list[tuple[int, int]] = []
-    for b, row in enumerate(rows):
-        start = width - row.width
-        end = start + len(row.context)
-        ids[b, start:end] = torch.tensor(row.context)
-        positions[b, start:end] = torch.arange(len(row.context))
-        visible[b, start:end, start:end] = _triangle(end - start)
-        visible[b, :start].diagonal()[:start] = True  # padding sees itself: an empty row of a softmax is not a number
-        at = end
-        for continuation, place in zip(row.continuations, row.places, strict=True):
-            size = len(continuation) - 1
-            stop = at + size
-            ids[b, at:stop] = torch.tensor(continuation[:-1])
-            positions[b, at:stop] = torch.arange(size) + len(row.context)
-            visible[b, at:stop, start:end] = True
-            visible[b, at:stop, at:stop] = _triangle(size)
-            columns = [end - 1, *range(at, stop)]  # each token is predicted at the place before it
-            offset = width - keep
-            predicted += [(b, c - offset, t, len(places)) for c, t in zip(columns, continuation, strict=True)]
-            places.append(place)
-            at = stop
-    numbers = torch.tensor(predicted).T
-    mask = visible[:, None] if packed else _not_padding(rows, width).long()
-    row, column, target = (t.to(device) for t in numbers[:3])
-    ids, positions, mask = (t.to(device) for t in (ids, positions, mask))
-    return _Batch(ids, positions, mask, keep, row, column, target, numbers[3], tuple(places))
+def _row(context: Tokens, held: Sequence[Tokens], members: Mapping[Tokens, list[tuple[int, int]]]) -> Row:
+    return Row(context, tuple(held), tuple(tuple(members[c]) for c in held))
 
 
-def _triangle(size: int) -> Tensor:
-    return torch.ones(size, size, dtype=torch.bool).tril()
+def of_tokens(logits: Tensor, rows: Tensor, columns: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-likelihoods (M,) of ``targets`` (M,) by ``logits[rows, columns]``, and whether each is not the likeliest.
+
+    Raises FloatingPointError where one is not finite.
+    """
+    total = len(rows)
+    step = CACHED_ROWS if logits.device.type == "cpu" else total
+    scores, misses = [], []
+    for start in range(0, total, step):
+        part = slice(start, start + step)
+        chosen = logits[rows[part], columns[part]].float()  # (step, vocabulary)
+        scores.append(chosen.gather(1, targets[part, None])[:, 0] - chosen.logsumexp(1))
+        misses.append(chosen.argmax(1) != targets[part])
+    found = torch.cat(scores)
+    if not torch.isfinite(found).all():
+        raise FloatingPointError("the model's log-likelihoods are not finite")
+    return found, torch.cat(misses)
 
 
-def _not_padding(rows: Sequence[_Row], width: int) -> Tensor:
-    return torch.tensor([[column >= width - r.width for column in range(width)] for r in rows])
+def summed(scores: Tensor, misses: Tensor, owner: Tensor, count: int) -> list[Answer]:
+    """Answers to ``count`` continuations from their tokens; ``owner`` (M,) says whose each token is."""
+    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, owner, scores.double().cpu())
+    wrong = torch.zeros(count, dtype=torch.int64).index_add_(0, owner, misses.long().cpu())
+    return list(zip(sums.tolist(), (wrong == 0).tolist(), strict=True))

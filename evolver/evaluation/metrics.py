@@ -19,18 +19,25 @@ Numbers = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of which more is better.
+    """A metric of which more is better; where the field's metric is one of which less is better, its negative.
 
     Args:
         of: from answers and right answers of n items, (R, n) both, to values (R).
         best: the highest value, or None where nobody can say.
         judged: an answer is a score of its item already, and the metric their mean.
+        negative: values are those of the field's metric with the other sign.
     """
 
     name: str
     of: Callable[[Numbers, Numbers], Numbers]
     best: float | None = 1.0
     judged: bool = False
+    negative: bool = False
+
+    @property
+    def share(self) -> bool:
+        """Whether values lie between 0 and 1 (or -1 and 1) and read well as percentages."""
+        return self.best == 1.0
 
 
 def mean(answers: Numbers, _: Numbers) -> Numbers:
@@ -75,8 +82,45 @@ def labels_f1(answers: Numbers, right: Numbers) -> Numbers:
     return _divided(total, labels)
 
 
+def binary_f1(answers: Numbers, right: Numbers) -> Numbers:
+    """F1 of class 1, (R); 0 where neither an answer nor a right one is of it."""
+    given, wanted = answers == 1, right == 1
+    return _divided(2 * (given & wanted).sum(-1), given.sum(-1) + wanted.sum(-1))
+
+
+def median(answers: Numbers, _: Numbers) -> Numbers:
+    """The upper median, (R)."""
+    middle: Numbers = np.sort(answers, -1)[..., answers.shape[-1] // 2]
+    return middle
+
+
+def perplexity(answers: Numbers, _: Numbers) -> Numbers:
+    """-exp(-mean of the items' log-likelihoods), (R)."""
+    found: Numbers = -np.exp(-answers.mean(-1))
+    return found
+
+
+def weighted_perplexity(answers: Numbers, right: Numbers) -> Numbers:
+    """-exp(-Σ log-likelihoods / Σ words or bytes), (R); what is kept as the right answer is the count."""
+    found: Numbers = -np.exp(-answers.sum(-1) / right.sum(-1))
+    return found
+
+
+def bits_per_byte(answers: Numbers, right: Numbers) -> Numbers:
+    """Σ log₂-likelihoods / Σ bytes, (R): the negative of the bits that a byte takes."""
+    found: Numbers = answers.sum(-1) / right.sum(-1) / np.log(2)
+    return found
+
+
+def opposite(answers: Numbers, right: Numbers) -> Numbers:
+    """The negative of the median, (R)."""
+    return -median(answers, right)
+
+
 JUDGED = Metric("mean", mean, judged=True)
 ENDLESS = Metric("mean", mean, best=None, judged=True)
+# Judged items of which less is better are kept with the other sign.
+ERRORS = Metric("mean", mean, best=None, judged=True, negative=True)
 # Of a classifier that names one class, of one that names a set of labels, and of one that gives a number.
 CLASS = {"acc": JUDGED, "macro_f1": Metric("macro_f1", macro_f1), "mcc": Metric("mcc", mcc)}
 LABELS = {"acc": JUDGED, "macro_f1": Metric("macro_f1", labels_f1)}
