@@ -14,7 +14,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from evolver.records import Candidate, Result, Split, dump_recipe
 
 PART = re.compile(r"part-(\d{8})(?:-(\d{8}))?\.parquet")
 JOIN_FROM = 256
+ITEMS = "items.parquet"
 OWNER = b"evolver.run"
 
 SCHEMA = pa.schema(
@@ -219,6 +220,34 @@ def read(folder: Path) -> pa.Table:
                     end = -negative_end
             if all(path.exists() for _, _, path in parts):
                 return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+
+
+def write_items(run: Path, items: Mapping[Split, Sequence[tuple[str, int, str]]]) -> None:
+    """Write ``items.parquet`` into a run's folder: of every place of both splits the task, its index in the task's
+    data, and the hash of its content. The ledger's answers stand in this order.
+    """
+    rows = [
+        {"split": split, "place": place, "task": task, "index": index, "hash": content}
+        for split, members in items.items()
+        for place, (task, index, content) in enumerate(members)
+    ]
+    temporary = run / f".{ITEMS}.tmp"
+    pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd")
+    os.replace(temporary, run / ITEMS)
+
+
+def answers(run: Path) -> pa.Table:
+    """Every answer of a run: one row for each candidate and item, with the item's hash."""
+    items: dict[str, list[dict[str, Any]]] = {"dev": [], "report": []}
+    for row in pq.read_table(run / ITEMS).to_pylist():
+        items[row["split"]].append(row)
+    finished = [r for r in read(run / "ledger").to_pylist() if r["event"] == "finished" and not r["reused"]]
+    rows = [
+        {**{k: r[k] for k in ("stage", "number", "recipe_id")}, "task": i["task"], "hash": i["hash"], "answer": a}
+        for r in finished
+        for i, a in zip(items["report" if r["stage"] == "report" else "dev"], r["items"] or (), strict=False)
+    ]
+    return pa.Table.from_pylist(rows)
 
 
 def _table(path: Path) -> pa.Table:

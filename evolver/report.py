@@ -11,11 +11,17 @@ from pathlib import Path
 
 from evolver.config import Config
 from evolver.evaluation.comparison import Comparison, compare, interval
+from evolver.evaluation.metrics import Metric
 from evolver.evaluation.scoring import Scale
 from evolver.folder import write_text
 from evolver.records import Candidate, Recipe, Result, dump_recipe
 
 LEVEL = 0.05
+# What can be wrong with answers, by the name of its count.
+FLAWS = {
+    "truncated": "the prompt was cut, or the answer met its limit before its end",
+    "invalid": "no answer was found in what was written",
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class Outcome:
     searched: tuple[tuple[Candidate, Result], ...]
     scales: Mapping[str, Scale]
     versions: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
 
     @property
     def winner(self) -> Finalist:
@@ -63,8 +70,9 @@ def verdict(outcome: Outcome) -> str:
     expert, plain = outcome.best_expert, outcome.best_plain
     if None in (outcome.winner.report.score, expert.report.score, plain.report.score):
         return "No verdict: the winner, an expert or a plain merge could not be scored on the report set."
-    against = compare(outcome.winner.report.items, expert.report.items, outcome.scales["report"], outcome.config.seed)
-    numbers = _in_words(against, len(outcome.scales["report"].tasks))
+    scale = outcome.scales["report"]
+    against = compare(outcome.winner.report.items, expert.report.items, scale, outcome.config.seed)
+    numbers = _in_words(against, scale)
     if against.difference <= 0:
         first = f"No improvement: the winner does not beat the best expert, {expert.label} ({numbers})."
     elif against.p >= LEVEL:
@@ -77,17 +85,18 @@ def verdict(outcome: Outcome) -> str:
 def _against_plain(outcome: Outcome) -> str:
     """Whether the search was worth it: the winner against the best merge that needs no search."""
     plain = outcome.best_plain
-    against = compare(outcome.winner.report.items, plain.report.items, outcome.scales["report"], outcome.config.seed)
+    scale = outcome.scales["report"]
+    against = compare(outcome.winner.report.items, plain.report.items, scale, outcome.config.seed)
     says = "beats" if against.difference > 0 and against.p < LEVEL else "is not clearly better than"
     if against.difference < 0 and against.p < LEVEL:
         says = "is worse than"
-    numbers = f"{100 * against.difference:+.1f} points, p = {against.p:.3g}"
+    numbers = f"{_signed(against.difference, scale)} points, p = {against.p:.3g}"
     return f"It {says} the best merge without a search, {plain.label} ({numbers})."
 
 
-def _in_words(c: Comparison, items: int) -> str:
-    interval = f"95 % interval {100 * c.low:+.1f} to {100 * c.high:+.1f}"
-    return f"{100 * c.difference:+.1f} points on {items} report items, {interval}, p = {c.p:.3g}"
+def _in_words(c: Comparison, scale: Scale) -> str:
+    interval = f"95 % interval {_signed(c.low, scale)} to {_signed(c.high, scale)}"
+    return f"{_signed(c.difference, scale)} points on {len(scale.tasks)} report items, {interval}, p = {c.p:.3g}"
 
 
 def write_report(folder: Path, outcome: Outcome, agreement: Mapping[str, int]) -> None:
@@ -99,6 +108,7 @@ def write_report(folder: Path, outcome: Outcome, agreement: Mapping[str, int]) -
     sections = [
         f"# {outcome.config.run}",
         f"**{verdict(outcome)}**",
+        "\n\n".join(f"> Warning: {w}." for w in outcome.warnings),
         _table(outcome),
         _against_others(outcome),
         "![best dev score against scored items](curve.png)",
@@ -144,27 +154,33 @@ def _highest(finalists: Iterable[Finalist]) -> Finalist:
 
 
 def _table(outcome: Outcome) -> str:
-    tasks = list(outcome.scales["report"].weights)
-    head = ["model", "dev", "report", "95 % interval", *tasks]
-    rows = [_row(f, outcome, tasks) for f in outcome.finalists]
+    scale = outcome.scales["report"]
+    flawed = [name for name in FLAWS if any(f.report.counts.get(name) for f in outcome.finalists)]
+    head = ["model", "dev", "report", "95 % interval", *(_headline(t, scale) for t in scale.weights), *flawed]
+    rows = [_row(f, outcome, flawed) for f in outcome.finalists]
     sizes = f"Dev: {len(outcome.scales['dev'].tasks)} items, the only ones that the search saw. "
-    sizes += f"Report: {len(outcome.scales['report'].tasks)} other items, scored once. Tasks: on the report items."
-    return markdown_table(head, rows) + "\n\n" + sizes
+    sizes += f"Report: {len(scale.tasks)} other items, scored once. Tasks: on the report items."
+    flaws = " ".join(f"{name.capitalize()}: {what}, in % of the report items." for name, what in FLAWS.items())
+    none = "" if flawed else " No prompt or answer was truncated, no answer was invalid."
+    return markdown_table(head, rows) + "\n\n" + sizes + (f" {flaws}" if flawed else none)
 
 
-def _row(finalist: Finalist, outcome: Outcome, tasks: Sequence[str]) -> list[str]:
-    name = f"**{finalist.label}**" if finalist.label == "winner" else finalist.label
+def _headline(task: str, scale: Scale) -> str:
+    """The task's name; with its metric where that is one of which less is better."""
+    metric = scale.metrics[task]
+    return f"{task} ({metric.name}, less is better)" if metric.negative else task
+
+
+def _row(finalist: Finalist, outcome: Outcome, flawed: Sequence[str]) -> list[str]:
+    name, scale = f"**{finalist.label}**" if finalist.label == "winner" else finalist.label, outcome.scales["report"]
+    dev = _number(finalist.dev.score, outcome.scales["dev"])
     if finalist.report.score is None:
-        return [name, _number(finalist.dev.score), f"failed: {finalist.report.reason}", "", *["" for _ in tasks]]
-    low, high = interval(finalist.report.items, outcome.scales["report"], outcome.config.seed)
-    means = [_number(finalist.report.tasks.get(t)) for t in tasks]
-    return [
-        name,
-        _number(finalist.dev.score),
-        _number(finalist.report.score),
-        f"{100 * low:.1f} – {100 * high:.1f}",
-        *means,
-    ]
+        return [name, dev, f"failed: {finalist.report.reason}", "", *["" for _ in (*scale.weights, *flawed)]]
+    low, high = interval(finalist.report.items, scale, outcome.config.seed)
+    tasks = [_of_task(finalist.report.tasks.get(t), scale.metrics[t]) for t in scale.weights]
+    flaws = [f"{100 * finalist.report.counts.get(f, 0.0) / len(scale.tasks):.1f}" for f in flawed]
+    between = f"{_number(low, scale)} – {_number(high, scale)}"
+    return [name, dev, _number(finalist.report.score, scale), between, *tasks, *flaws]
 
 
 def _against_others(outcome: Outcome) -> str:
@@ -174,9 +190,9 @@ def _against_others(outcome: Outcome) -> str:
         if other.report.score is None or outcome.winner.report.score is None:
             continue
         c = compare(outcome.winner.report.items, other.report.items, outcome.scales["report"], outcome.config.seed)
-        rows.append(
-            [other.label, f"{100 * c.difference:+.1f}", f"{100 * c.low:+.1f} – {100 * c.high:+.1f}", f"{c.p:.3g}"]
-        )
+        scale = outcome.scales["report"]
+        between = f"{_signed(c.low, scale)} – {_signed(c.high, scale)}"
+        rows.append([other.label, _signed(c.difference, scale), between, f"{c.p:.3g}"])
     head = ["winner against", "points", "95 % interval", "p (paired permutation)"]
     return "## Paired tests on the report set\n\n" + markdown_table(head, rows)
 
@@ -196,16 +212,50 @@ def _cost(outcome: Outcome) -> str:
     results = [r for _, r in outcome.searched]
     fresh = [r for r in results if not r.reused and r.status == "ok"]
     full = len(outcome.scales["dev"].tasks)
+    spent = {
+        k: math.fsum(r.seconds.get(k, 0.0) for r in results if not r.reused)
+        for k in ("materialise", "forward", "total")
+    }
     rows = [
         ["candidates", str(len(results))],
         ["of these known already, at no cost", str(sum(r.reused for r in results))],
-        ["of these stopped early", str(sum(not r.complete for r in fresh))],
         ["items scored", str(sum(r.cost for r in results))],
-        ["items saved by stopping early", str(sum(full - len(r.items) for r in fresh))],
-        ["seconds of evaluation", f"{math.fsum(r.seconds.get('total', 0.0) for r in fresh):.1f}"],
+        ["tokens", f"{math.fsum(r.counts.get('tokens', 0.0) for r in fresh):.0f}"],
+        ["seconds of evaluation", f"{spent['total']:.1f}"],
+        ["of these: materialising", f"{spent['materialise']:.1f}"],
+        ["of these: scoring", f"{spent['forward']:.1f}"],
         ["seconds a candidate, median", f"{_median(r.seconds.get('total', 0.0) for r in fresh):.2f}"],
+        *_bill(outcome, spent["total"]),
     ]
-    return "## What the search cost\n\n" + markdown_table(["", ""], rows)
+    parts = ["## What the search cost", markdown_table(["", ""], rows), _less(fresh, full, outcome)]
+    return "\n\n".join(p for p in parts if p)
+
+
+def _bill(outcome: Outcome, seconds: float) -> Iterable[list[str]]:
+    """Energy and money, where the configuration says what an hour of a worker takes."""
+    pool, hours = outcome.config.pool, seconds / 3600
+    if pool.watts is not None:
+        yield ["energy (kWh, estimated)", f"{pool.watts * hours / 1000:.4f}"]
+    if pool.price_per_hour is not None:
+        yield ["price (estimated)", f"{pool.price_per_hour * hours:.4f}"]
+
+
+def _less(fresh: Sequence[Result], full: int, outcome: Outcome) -> str:
+    """What each way of scoring less has saved, against scoring every item of every candidate."""
+    partial = [r for r in fresh if not r.complete]
+    certain = [r for r in partial if not r.raced]
+    raced = [r for r in partial if r.raced]
+    rows = [
+        ["known of an earlier evaluation", str(sum(r.given > 0 for r in fresh)), str(sum(r.given for r in fresh))],
+        ["stopped: no longer able to reach the bar, or only a part was asked for", *_saved(certain, full)],
+        [f"stopped by a race at an error rate of {outcome.config.evaluation.racing}", *_saved(raced, full)],
+    ]
+    used = [row for row in rows if row[1] != "0"]
+    return markdown_table(["scored less", "candidates", "items saved"], used) if used else ""
+
+
+def _saved(results: Sequence[Result], full: int) -> tuple[str, str]:
+    return str(len(results)), str(sum(full - len(r.items) for r in results))
 
 
 def _failures(outcome: Outcome) -> str:
@@ -232,8 +282,22 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
+def _number(value: float | None, scale: Scale) -> str:
+    """A score: in percent where all metrics are shares."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f}" if scale.shares else f"{value:.4g}"
+
+
+def _signed(value: float, scale: Scale) -> str:
+    return f"{100 * value:+.1f}" if scale.shares else f"{value:+.4g}"
+
+
+def _of_task(value: float | None, metric: Metric) -> str:
+    """A task's metric, with the sign that the field gives it."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f}" if metric.share else f"{-value if metric.negative else value:.4g}"
 
 
 def _median(values: Iterable[float]) -> float:

@@ -19,7 +19,7 @@ from evolver.evaluation.live import LiveModel
 from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.export import export
 from evolver.folder import RunFolder, write_text
-from evolver.ledger import Ledger
+from evolver.ledger import Ledger, write_items
 from evolver.loop import Pool, evolve
 from evolver.merging import mergekit_out, methods
 from evolver.merging.genome import Genome, genome
@@ -35,6 +35,7 @@ from evolver.search.plain import Listed
 from evolver.worker import Opened, Plan, build_materialiser, items_hash, open_models
 
 PoolMaker = Callable[[Plan, Split, Tasks], Pool]
+SPLITS: tuple[Split, Split] = ("dev", "report")
 JUDGES = ("torch", "transformers", "lm-eval")
 PACKAGES = ("torch", "transformers", "lm-eval", "optuna", "safetensors", "numpy", "ray")
 
@@ -118,6 +119,7 @@ def run(file: str, results: Path, make_pool: PoolMaker, display: Display, device
         raise BadInput(f"{file}: {error}") from error
     try:
         folder.create(Path(file).read_text())
+        write_items(folder.path, {s: [(i.task, i.index, i.hash) for i in prepared.tasks.items.of(s)] for s in SPLITS})
         with contextlib.closing(Ledger(folder.path / "ledger", folder.owner)) as ledger:
             for warning in (*prepared.warnings, *prepared.tasks.warnings, *ledger.warnings):
                 display.say(f"warning: {warning}")
@@ -162,7 +164,8 @@ def _stages(prepared: Prepared, ledger: Ledger, pool: Pool, make_pool: PoolMaker
     rows = tuple(Finalist(label, recipe, dev, listed.results[label]) for label, recipe, dev in finalists)
     searched = tuple(sorted(((c, r) for c, r in history if c.stage == "search"), key=lambda pair: pair[0].number))
     scales = {s: prepared.tasks.scale(s) for s in ("dev", "report")}
-    return Outcome(prepared.config, rows, winner[0], searched, scales, _versions())
+    warnings = (*prepared.warnings, *prepared.tasks.warnings)
+    return Outcome(prepared.config, rows, winner[0], searched, scales, _versions(), warnings)
 
 
 def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Display, device: str) -> None:

@@ -1,13 +1,14 @@
 """The report: comparisons that were worked out by hand, and a verdict that says no when there is nothing to say."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from evolver.config import Config
 from evolver.evaluation.comparison import compare, interval
-from evolver.evaluation.metrics import JUDGED
+from evolver.evaluation.metrics import JUDGED, Metric, perplexity
 from evolver.evaluation.scoring import Scale
 from evolver.records import Candidate, Cross, Expert, Result
 from evolver.report import Finalist, Outcome, markdown_table, model_card, verdict, write_report
@@ -188,6 +189,55 @@ def test_a_report_says_it_all(tmp_path):
     assert "4 of 4 items" in text
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["curve.png", "report.md"]
+
+
+def test_what_was_not_scored_stands_in_the_report(tmp_path):
+    done = outcome([1.0] * 30, [1.0] * 20 + [0.0] * 10)
+    stopped = replace(done.best_dev, number=2, items=(1.0,), complete=False, score=None, counts={"tokens": 7.0})
+    raced = replace(stopped, number=3, items=(1.0, 0.0), raced=True, given=1)
+    more = tuple((Candidate(r.number, B, "evolver"), r) for r in (stopped, raced))
+    pool = done.config.pool.model_copy(update={"price_per_hour": 36.0, "watts": 500.0})
+    config = done.config.model_copy(update={"pool": pool})
+    write_report(tmp_path, replace(done, config=config, searched=(*done.searched, *more)), {"items": 4, "equal": 4})
+    text = (tmp_path / "report.md").read_text()
+    assert "| items scored | 6 |" in text
+    assert "| tokens | 14 |" in text
+    assert "| known of an earlier evaluation | 1 | 1 |" in text
+    assert "| stopped: no longer able to reach the bar, or only a part was asked for | 1 | 3 |" in text
+    assert "| stopped by a race at an error rate of None | 1 | 2 |" in text
+    assert "| price (estimated) | 0.0300 |" in text  # three evaluations of a second each
+    assert "| energy (kWh, estimated) | 0.0004 |" in text
+
+
+def test_flawed_answers_have_a_column(tmp_path):
+    done = outcome([1.0] * 30, [1.0] * 20 + [0.0] * 10)
+    write_report(tmp_path, done, {"items": 4, "equal": 4})
+    assert "No prompt or answer was truncated, no answer was invalid." in (tmp_path / "report.md").read_text()
+    *others, winner = done.finalists
+    flawed = replace(winner, report=replace(winner.report, counts={"invalid": 3.0}))
+    write_report(tmp_path, replace(done, finalists=(*others, flawed)), {"items": 4, "equal": 4})
+    text = (tmp_path / "report.md").read_text()
+    assert "| t | invalid |" in text
+    assert "| 100.0 | 10.0 |" in text
+
+
+def test_perplexities_are_shown_as_the_field_writes_them(tmp_path):
+    metric = Metric("word_perplexity", perplexity, -1.0, negative=True)
+    of = Scale(("t",) * 30, ONE, {"t": metric}, (0.0,) * 30)
+    done = outcome([-2.0] * 30, [-3.0] * 30, [-4.0] * 30)
+    again = [replace(f, report=result(list(f.report.items), of)) for f in done.finalists]
+    scales = {"dev": scale(4), "report": of}
+    write_report(tmp_path, replace(done, finalists=tuple(again), scales=scales), {"items": 4, "equal": 4})
+    text = (tmp_path / "report.md").read_text()
+    assert "t (word_perplexity, less is better)" in text
+    assert "| **winner** | 50.0 | -7.389 | -7.389 – -7.389 | 7.389 |" in text
+    assert "**Improvement: the winner beats the best expert, a (+12.7 points" in text
+
+
+def test_warnings_stand_at_the_top(tmp_path):
+    done = replace(outcome([1.0] * 30, [1.0] * 30), warnings=("the dev items come from a test set",))
+    write_report(tmp_path, done, {"items": 4, "equal": 4})
+    assert "> Warning: the dev items come from a test set." in (tmp_path / "report.md").read_text()[:600]
 
 
 def test_the_card_names_the_parents_and_the_verdict():

@@ -13,11 +13,22 @@ import toys
 from safetensors.torch import load_file, save_file
 from toys import no_work, rows, run_here
 
+from evolver import ledger
 from evolver.errors import BadInput
 from evolver.explain import explain
 from evolver.run import prepare
 
-FILES = {"config.yaml", "identity.json", "ledger", "best", "best.json", "recipe.json", "report.md", "curve.png"}
+FILES = {
+    "config.yaml",
+    "identity.json",
+    "items.parquet",
+    "ledger",
+    "best",
+    "best.json",
+    "recipe.json",
+    "report.md",
+    "curve.png",
+}
 
 
 @pytest.fixture(scope="module")
@@ -223,3 +234,15 @@ def test_explain_shows_what_a_search_tunes_and_what_it_leaves(make_config, tmp_p
     alone = make_config(tmp_path, {"search": {"algorithm": "evolver"}})
     with pytest.raises(BadInput, match="merges by no method"):
         explain(alone)
+
+
+def test_every_answer_can_be_read_with_its_item(make_config, tmp_path):
+    file = make_config(tmp_path, {"evaluation.early_stopping": False})
+    folder = run_here(file, tmp_path / "results")
+    items = prepare(str(file)).tasks.items
+    table = ledger.answers(folder).to_pylist()
+    winner = [r for r in rows(folder).values() if r["recipe"] == toys.winner(folder) and r["stage"] == "report"]
+    found = [r for r in table if r["stage"] == "report" and r["number"] == winner[0]["number"]]
+    assert [r["hash"] for r in found] == [i.hash for i in items.report]
+    assert [r["answer"] for r in found] == winner[0]["items"]
+    assert {r["task"] for r in table} == {"toy"}

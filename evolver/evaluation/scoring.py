@@ -42,6 +42,11 @@ class Scale:
             found.setdefault(task, []).append(place)
         return dict(sorted(found.items()))
 
+    @property
+    def shares(self) -> bool:
+        """Whether every task's metric reads well as a percentage."""
+        return all(m.share for m in self.metrics.values())
+
     def of_tasks(self, items: Sequence[float]) -> dict[str, float]:
         """The metric of every task over the scored items; tasks without any are left out."""
         scored = {task: [p for p in places if p < len(items)] for task, places in self.places.items()}

@@ -21,9 +21,8 @@ from pathlib import Path
 import psutil
 import torch
 import yaml
+from bare import bare_forward
 
-from evolver.evaluation.language import LanguageScorer
-from evolver.evaluation.loglikelihood import LogLikelihoods
 from evolver.ledger import Ledger
 from evolver.merging.weights import Checkpoint
 from evolver.records import Candidate, Cross, Merge, Recipe, Rule
@@ -86,7 +85,7 @@ def candidate_seconds(worker: Worker, recipes: list[Recipe]) -> dict[str, float]
         seconds["total"] += timed(lambda c=candidate, r=result: (ledger.asked(c), ledger.finished(c, r)))
         seconds["overhead"] = seconds["total"] - seconds["materialise"] - seconds["forward"]
         seconds["copy"] = timed(lambda: copy_model(worker))
-        seconds["bare forward"] = timed(lambda: bare_forward(worker))
+        seconds["bare forward"] = timed(bare_forward(worker))
         if number >= 2:
             for key, value in seconds.items():
                 found.setdefault(key, []).append(value)
@@ -104,23 +103,6 @@ def copy_model(worker: Worker) -> None:
     """One copy of all weights, memory to memory."""
     for target, source in copies(worker.materialiser.base):
         target.copy_(source)
-
-
-@torch.inference_mode()
-def bare_forward(worker: Worker) -> None:
-    """The model called on the very batches of an evaluation, its outputs thrown away."""
-    scorer = worker.scorer
-    assert isinstance(scorer, LanguageScorer)
-    forward: LogLikelihoods = scorer._forward
-    for batches in forward._prepared.values():
-        for batch in batches:
-            worker.live.module(
-                input_ids=batch.ids,
-                attention_mask=batch.mask,
-                position_ids=batch.positions,
-                logits_to_keep=batch.keep,
-                use_cache=False,
-            )
 
 
 def timed(action: Callable[[], object]) -> float:
