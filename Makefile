@@ -9,7 +9,7 @@ PINS := .ci/constraints.txt
 export HF_HUB_OFFLINE ?= 1
 export HF_DATASETS_OFFLINE ?= 1
 
-.PHONY: help demo test lint docs prove benchmark benchmark-merging gpu experts clean
+.PHONY: help demo test lint docs prove benchmark benchmark-merging benchmark-evaluation gpu experts clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -39,7 +39,11 @@ benchmark: $(VENV)/.dev ## the figures of results/benchmarks/, measured on this 
 benchmark-merging: $(VENV)/.dev ## merging against the copy; MERGEKIT=path-of-mergekit-yaml compares with mergekit, too
 	$(BIN)/python tests/benchmarks/merging.py --memory $(if $(MERGEKIT),--mergekit $(MERGEKIT))
 
-gpu: $(VENV)/.dev ## what an offspring costs on a GPU, and whether its bits are the CPU's; PYTHON_GPU=python-with-CUDA-torch
+benchmark-evaluation: $(VENV)/.dev ## scoring against bare forward passes and lm-eval; PEER=environment-of-mergekit-evolve compares searches, too
+	$(BIN)/python configs/demo/prepare.py
+	$(BIN)/python tests/benchmarks/evaluation.py $(if $(PEER),--peer $(PEER))
+
+gpu: $(VENV)/.dev ## what offspring and scoring cost on a GPU, and whether the bits are the CPU's; PYTHON_GPU=python-with-CUDA-torch
 	$(or $(PYTHON_GPU),$(BIN)/python) tests/benchmarks/gpu.py
 
 experts: $(VENV)/.dev ## train the demo's experts anew: make experts DATA=folder-with-the-training-sets

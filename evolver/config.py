@@ -37,6 +37,11 @@ class Model(Section):
     kind: Literal["causal-lm", "seq2seq", "classifier", "image-classifier"] = Field(
         "causal-lm", description="what the model is evaluated as"
     )
+    heads: Literal["merged", "apart", "union"] = Field(
+        "merged",
+        description="classification heads: merged as they stand; kept apart, each task scored with one expert's; or "
+        "merged over the union of the experts' labels",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of merged weights and of evaluation; auto: that of the base"
     )
@@ -86,6 +91,9 @@ class TaskEntry(Section):
     label: str = Field(
         "label",
         description="classifier: key of the label (an integer or a label of the model), set of labels, or number",
+    )
+    head: str | None = Field(
+        None, description="heads apart: the expert whose head scores this task; default: the one of the task's name"
     )
     threshold: float | None = Field(
         None, gt=0, lt=1, description="classifier: several labels an item: those whose sigmoid is above it"
@@ -200,6 +208,18 @@ class Config(Section):
             if not re.match(NAME, name) or name in {"base", "average", "task_arithmetic", "winner"}:
                 raise ValueError(f"{name!r} cannot be the name of an expert; use letters, digits, '.', '_' and '-'")
         return experts
+
+    @model_validator(mode="after")
+    def _heads_of_classifiers(self) -> Config:
+        if self.model.heads != "merged" and self.model.kind not in ("classifier", "image-classifier"):
+            raise ValueError(f"model.heads: a {self.model.kind} has no classification heads; write merged")
+        for number, entry in enumerate(self.evaluation.tasks if self.model.heads == "apart" else ()):
+            if (entry.head or entry.task) not in self.experts:
+                raise ValueError(
+                    f"evaluation.tasks[{number}].head: {entry.head or entry.task!r} is no expert; "
+                    f"{nearest(entry.head or entry.task, self.experts)}"
+                )
+        return self
 
     @field_validator("search")
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from evolver import shards
 from evolver.folder import whole_folder
+from evolver.merging.heads import Head
 from evolver.merging.materialise import Materialiser
 from evolver.records import Recipe, dump_recipe
 
@@ -48,6 +50,29 @@ def export(
         for name, text in texts.items():
             (folder / name).write_text(text)
         finish(folder)
+
+
+def write_heads(folder: Path, heads: Mapping[str, tuple[Path, Head]]) -> None:
+    """Write a classifier for each head into a folder of its own: the merged body, by hard link, and the head.
+
+    Args:
+        folder: of the merged model.
+        heads: the folder of each head's expert, and the head's tensors, by name.
+    """
+    bodies = sorted(folder.glob("model*.safetensors"))
+    for name, (expert, head) in heads.items():
+        own = folder / name
+        own.mkdir()
+        where = {"head.safetensors": list(head)}
+        for body in bodies:
+            os.link(body, own / f"body-{body.name}")
+            where[f"body-{body.name}"] = list(shards.read_header(body))
+        shards.write_file(own / "head.safetensors", head)
+        shards.write_index(own, where, sum(f.stat().st_size for f in own.glob("*.safetensors")))
+        for file in folder.iterdir():
+            if file.name in COMPANIONS:
+                shutil.copyfile(file, own / file.name)
+        shutil.copyfile(expert / "config.json", own / "config.json")
 
 
 def _configuration(recipe: Recipe, materialiser: Materialiser) -> dict[str, Any]:

@@ -224,6 +224,7 @@ def _cost(outcome: Outcome) -> str:
         ["seconds of evaluation", f"{spent['total']:.1f}"],
         ["of these: materialising", f"{spent['materialise']:.1f}"],
         ["of these: scoring", f"{spent['forward']:.1f}"],
+        ["of these: the rest", f"{spent['total'] - spent['materialise'] - spent['forward']:.1f}"],
         ["seconds a candidate, median", f"{_median(r.seconds.get('total', 0.0) for r in fresh):.2f}"],
         *_bill(outcome, spent["total"]),
     ]

@@ -8,16 +8,17 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from evolver.config import FREE_KEYS, Config, Model, check_section, expand, load
+from evolver.config import FREE_KEYS, Config, check_section, expand, load
 from evolver.errors import BadInput, nearest
-from evolver.evaluation.live import LiveModel
+from evolver.estimates import Estimates, first_unjudged
 from evolver.evaluation.tasks import Tasks, load_tasks
-from evolver.export import export
+from evolver.export import export, write_heads
 from evolver.folder import RunFolder, write_text
 from evolver.ledger import Ledger, write_items
 from evolver.loop import Pool, evolve
@@ -30,9 +31,10 @@ from evolver.records import Candidate, Expert, Merge, Recipe, Result, Rule, Spli
 from evolver.report import Finalist, Outcome, model_card, verdict, write_report
 from evolver.search import SEARCHES, Search
 from evolver.search.base import Setup
+from evolver.search.halving import HalvingSettings
 from evolver.search.optuna_samplers import CoefficientSettings
 from evolver.search.plain import Listed
-from evolver.worker import Opened, Plan, build_materialiser, items_hash, open_models
+from evolver.worker import Opened, Plan, build_materialiser, build_model, items_hash, open_models
 
 PoolMaker = Callable[[Plan, Split, Tasks], Pool]
 SPLITS: tuple[Split, Split] = ("dev", "report")
@@ -51,6 +53,7 @@ class Prepared:
     plan: Plan
     base: Expert
     experts: tuple[Expert, ...]
+    estimates: Estimates
     search: Search
     identity: Mapping[str, Any]
     warnings: tuple[str, ...]
@@ -65,19 +68,24 @@ def prepare(file: str) -> Prepared:
     algorithm, settings = _algorithm(config, file)
     try:
         opened = open_models(config)
+        tasks = load_tasks(config)
+        estimates = Estimates(tasks.scale("dev"))
+        _can_race(config, algorithm, estimates)
         workshop = _Workshop(config, opened)
         warnings = tuple(doubts(opened.base, opened.experts.values()))
         setup = Setup(
-            workshop.experts, workshop.base, config.seed, config.budget, workshop, config.evaluation.early_stopping
-        )
+            workshop.experts, workshop.base, config.seed, config.budget, workshop, estimates,
+            config.evaluation.early_stopping, config.evaluation.racing is not None,
+        )  # fmt: skip
         search = SEARCHES[algorithm].build(setup, settings)
-        tasks = load_tasks(config)
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from error
     items: dict[Split, str] = {"dev": items_hash(tasks, "dev"), "report": items_hash(tasks, "report")}
     plan = Plan(config, workshop.digests, items)
     identity = _identity(config, settings.model_dump(), plan)
-    return Prepared(config, file, opened, tasks, plan, workshop.base, workshop.experts, search, identity, warnings)
+    return Prepared(
+        config, file, opened, tasks, plan, workshop.base, workshop.experts, estimates, search, identity, warnings
+    )
 
 
 def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
@@ -87,6 +95,8 @@ def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
     """
     config = load(file)
     _, settings = _algorithm(config, file)
+    if isinstance(settings, HalvingSettings):
+        _, settings = _named(settings.of, file, "search.of.")
     opened = open_models(config)
     workshop = _Workshop(config, opened)
     if isinstance(settings, CoefficientSettings):
@@ -146,6 +156,8 @@ def _stages(prepared: Prepared, ledger: Ledger, pool: Pool, make_pool: PoolMaker
     plain = Listed(_baselines(prepared), "baseline")
     display.stage("baselines", plain.total)
     evolve(plain, pool, ledger, watch)
+    for result in plain.results.values():
+        prepared.estimates.learn(result)
     display.stage("search", prepared.search.total)
     evolve(prepared.search, pool, ledger, watch)
     pool.close()  # its resources are the next one's
@@ -177,7 +189,9 @@ def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Di
     if not (checked.exists() and recipe_file.exists() and recipe_file.read_text() == text and best.exists()):
         display.say(f"writing the best model to {best}")
         materialiser = build_materialiser(prepared.plan, prepared.opened)
-        export(winner.recipe, materialiser, best, _texts(prepared, outcome))
+        heads = {n: (prepared.opened.experts[n].path, h) for n, h in prepared.opened.heads.items()}
+        finish = partial(write_heads, heads=heads)
+        export(winner.recipe, materialiser, best, _texts(prepared, outcome), finish=finish)
         agreement = _score_again(prepared, best, outcome, device)
         write_text(checked, json.dumps(agreement))
         write_text(recipe_file, text)  # last: only a folder that was checked counts as written
@@ -203,8 +217,7 @@ def _score_again(prepared: Prepared, best: Path, outcome: Outcome, device: str) 
     """Load the exported folder as any user would and score it on the dev items: do they say what the ledger says?"""
     config = prepared.config
     torch.set_num_threads(config.evaluation.threads)
-    settings = Model(base=str(best), kind=config.model.kind, dtype=config.model.dtype)
-    live = LiveModel(settings, best, [], device)
+    live = build_model(config, prepared.opened, device, best)
     recorded = outcome.best_dev.items
     scorer = prepared.tasks.scorer(live, "dev")
     block = config.evaluation.block_items
@@ -213,10 +226,39 @@ def _score_again(prepared: Prepared, best: Path, outcome: Outcome, device: str) 
 
 
 def _algorithm(config: Config, file: str) -> tuple[str, Any]:
-    name = config.search["algorithm"]
-    if name not in SEARCHES:
-        raise BadInput(f"{file}: search.algorithm: unknown search {name!r}; {nearest(name, SEARCHES)}")
-    return name, check_section(SEARCHES[name].settings, config.search, file, "search.")
+    """The search and its settings, with those of the search inside of it filled in."""
+    name, settings = _named(config.search, file, "search.")
+    if isinstance(settings, HalvingSettings):
+        _, inside = _named(settings.of, file, "search.of.")
+        settings = settings.model_copy(update={"of": inside.model_dump()})
+    return name, settings
+
+
+def _named(section: Mapping[str, Any], file: str, prefix: str) -> tuple[str, Any]:
+    name = section.get("algorithm")
+    if not isinstance(name, str) or name not in SEARCHES:
+        raise BadInput(f"{file}: {prefix}algorithm: unknown search {name!r}; {nearest(str(name), SEARCHES)}")
+    return name, check_section(SEARCHES[name].settings, section, file, prefix)
+
+
+def _can_race(config: Config, algorithm: str, estimates: Estimates) -> None:
+    """Raises BadInput for a race that is asked for where none can be held."""
+    if config.evaluation.racing is None:
+        return
+    if not SEARCHES[algorithm].incumbent:
+        able = ", ".join(n for n, a in SEARCHES.items() if a.incumbent)
+        raise BadInput(
+            f"evaluation.racing: {algorithm} holds its candidates against no incumbent; leave racing out, or search "
+            f"with {able}."
+        )
+    if not config.evaluation.early_stopping:
+        raise BadInput("evaluation.racing: a race stops early; leave it out, or write early_stopping: true.")
+    task = first_unjudged(estimates.scale)
+    if task is not None:
+        raise BadInput(
+            f"evaluation.racing: the items of {task} are not judged one by one, from 0 to 1; leave racing out, or "
+            "choose another metric."
+        )
 
 
 def _identity(config: Config, search: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
@@ -225,6 +267,7 @@ def _identity(config: Config, search: Mapping[str, Any], plan: Plan) -> dict[str
     identity["search"] = dict(search)
     identity["model"]["base"] = plan.digests["base"]
     identity["experts"] = {n: plan.digests[n] for n in config.experts}
+    identity["heads"] = {n: d for n, d in plan.digests.items() if n.startswith("head of ")}
     identity["items"] = dict(plan.items)
     identity["evaluation"].pop("include_path")
     # Scores of different releases must not be mixed: a forward pass or a prompt may have changed between them.
@@ -245,7 +288,7 @@ def _baselines(prepared: Prepared) -> list[tuple[str, Recipe]]:
 
 def _winner(history: Sequence[tuple[Candidate, Result]]) -> tuple[Candidate, Result]:
     """The candidate of the search with the highest dev score, the earliest of equals."""
-    complete = [(c, r) for c, r in history if c.stage == "search" and r.score is not None]
+    complete = [(c, r) for c, r in history if c.stage == "search" and r.complete and r.score is not None]
     if not complete:
         reasons = sorted({r.reason for _, r in history if r.status == "failed"})
         raise BadInput(f"search: no candidate could be scored ({reasons[0] if reasons else 'none was proposed'}).")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,9 +44,33 @@ def write(
                     )
                 out.write(_bytes(tensor))
     if len(shards) > 1:
-        weight_map = {n: file for file, names in shards.items() for n in names}
-        index = {"metadata": {"total_size": sum(map(size, infos.values()))}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))
+        write_index(folder, shards, sum(map(size, infos.values())))
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a few tensors as one file."""
+    with path.open("wb") as out:
+        _header(out, {n: TensorInfo(tuple(t.shape), t.dtype) for n, t in tensors.items()})
+        for tensor in tensors.values():
+            out.write(_bytes(tensor))
+
+
+def write_index(folder: Path, shards: Mapping[str, Sequence[str]], total: int) -> None:
+    """Write the index of a model in several files.
+
+    Args:
+        shards: the tensors' names by file.
+        total: bytes of all tensors.
+    """
+    index = {"metadata": {"total_size": total}, "weight_map": {n: f for f, names in shards.items() for n in names}}
+    (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))
+
+
+def read_header(path: Path) -> list[str]:
+    """The names of a file's tensors."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return [name for name in header if name != "__metadata__"]
 
 
 def size(info: TensorInfo) -> int:

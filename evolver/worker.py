@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +21,7 @@ from evolver.evaluation.live import LiveModel, default_device
 from evolver.evaluation.racing import Race
 from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.export import export
+from evolver.merging.heads import Head, Relabelled, all_labels, head_digest, head_of, labels_in_order
 from evolver.merging.kernels import Kernels
 from evolver.merging.materialise import Materialiser
 from evolver.merging.weights import Checkpoint, Source, digests, open_base, open_expert
@@ -44,13 +47,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Opened:
-    """Base and experts, opened, by name."""
+    """Base and experts, opened, by name; where heads are kept apart, those of the experts; where they are brought
+    together, the labels of all.
+    """
 
     base: Checkpoint
     experts: dict[str, Source]
+    heads: dict[str, Head] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
 
     def digests(self) -> dict[str, str]:
-        return digests({"base": self.base, **self.experts})
+        own = {f"head of {name}": head_digest(head) for name, head in self.heads.items()}
+        return {**digests({"base": self.base, **self.experts}), **own}
 
 
 def open_models(config: Config) -> Opened:
@@ -58,9 +66,30 @@ def open_models(config: Config) -> Opened:
 
     Raises BadInput for what is no usable checkpoint of the base's family.
     """
-    base = open_base(config.model.base)
+    base = open_base(config.model.base, headless=config.model.heads != "merged")
     experts: dict[str, Source] = {n: open_expert(p, base, f"experts.{n}") for n, p in config.experts.items()}
+    if config.model.heads == "apart":
+        return Opened(base, experts, {n: head_of(s) for n, s in experts.items()})
+    if config.model.heads == "union":
+        return _with_all_labels(base, experts)
     return Opened(base, experts)
+
+
+def _with_all_labels(base: Checkpoint, experts: Mapping[str, Source]) -> Opened:
+    heads = {n: head_of(s) for n, s in experts.items()}
+    labels = {n: labels_in_order(s.config) for n, s in experts.items() if isinstance(s, Checkpoint)}
+    for name, source in experts.items():
+        if not labels.get(name):
+            raise BadInput(
+                f"{source.key}: {source.path} names no labels (id2label); give a classifier with its labels."
+            )
+    target = all_labels(labels)
+    known = labels_in_order(base.config)
+    with contextlib.suppress(BadInput):  # a base without a head is the rule
+        if set(known) & set(target):
+            heads["base"], labels["base"] = head_of(base), known
+    seen = {n: Relabelled(s, n, heads, labels, target, base) for n, s in {"base": base, **experts}.items()}
+    return Opened(seen["base"], {n: seen[n] for n in experts}, labels=tuple(target))
 
 
 def build_materialiser(plan: Plan, opened: Opened, device: str = "cpu") -> Materialiser:
@@ -72,13 +101,20 @@ def build_materialiser(plan: Plan, opened: Opened, device: str = "cpu") -> Mater
     return Materialiser(opened.base, sources, dtype, int(config.pool.cache_gb * GIB), device, kernels)
 
 
-def build_model(config: Config, opened: Opened, device: str) -> LiveModel | LaunchedModel:
+def build_model(
+    config: Config, opened: Opened, device: str, folder: Path | None = None
+) -> LiveModel | LaunchedModel:  # fmt: skip
     """What candidates are evaluated with: one resident model, or a class of lm-eval's started on each.
+
+    Args:
+        folder: of the model; default: the base's, to be written to.
 
     Raises BadInput for an unknown backend, or a base that is not of the kind that the configuration says.
     """
     if config.evaluation.backend == "resident":
-        return LiveModel(config.model, opened.base.path, opened.base.names(), device)
+        names = opened.base.names() if folder is None else []
+        labels = opened.labels if folder is None else ()
+        return LiveModel(config.model, folder or opened.base.path, names, device, opened.heads, labels)
     from evolver.evaluation.launched import LaunchedModel  # lm-eval, which classifiers need not wait for
 
     return LaunchedModel(config.evaluation)

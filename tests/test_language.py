@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cluster.job import main
 from evolver.errors import BadInput
 from evolver.evaluation import library
 from evolver.evaluation.data import read_rows
@@ -293,6 +295,29 @@ def test_cut_and_empty_answers_are_counted(prepared, written, recipe, judged):
     assert result.counts["truncated"] >= DEV["long"]
     assert result.counts["tokens"] > 1000
     assert long == 16
+
+
+@pytest.mark.parametrize(
+    ("path", "has_test", "flagged"),
+    [("allenai/ai2_arc", True, True), ("Rowan/hellaswag", False, False), ("json", True, False), ("LOCAL", True, False)],
+)
+def test_the_test_set_of_a_benchmark_as_dev_set_is_flagged(make_config, tmp_path, capsys, path, has_test, flagged):
+    file = make_config(tmp_path, {"budget.candidates": 3})
+    path = str(tmp_path) if path == "LOCAL" else path
+    ready = prepare(str(file))
+    judge = ready.tasks.judges["toy"]
+    config = SimpleNamespace(dataset_path=path, custom_dataset=None)
+    judge.library.tasks["toy"] = SimpleNamespace(config=config, has_test_docs=lambda: has_test)
+    assert judge.library.is_test_set("toy") == flagged
+
+
+def test_what_was_flagged_is_said_before_the_run_and_stands_in_the_report(make_config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(library.Library, "is_test_set", lambda self, name: True)
+    file = make_config(tmp_path, {"budget.candidates": 3})
+    assert main([str(file), "--results", str(tmp_path / "results")]) == 0
+    folder = tmp_path / "results" / "toy"
+    assert "warning: the dev items of toy come from the test set of a public benchmark" in capsys.readouterr().out
+    assert "> Warning: the dev items of toy come from the test set" in (folder / "report.md").read_text()
 
 
 @pytest.mark.parametrize("rows", [1, 5])

@@ -36,9 +36,9 @@ class Scored:
     truncated: int = 0
     invalid: int = 0
 
-    def add(self, other: Scored, places: Sequence[int]) -> None:
-        """Take in answers to some of the items; ``places[i]`` is where the other's place i stands here."""
-        self.answers.update({places[place]: answer for place, answer in other.answers.items()})
+    def add(self, other: Scored, places: Sequence[int] | None = None) -> None:
+        """Take in answers to some of the items; ``places[i]`` is where the other's place i stands, by default i."""
+        self.answers.update({p if places is None else places[p]: answer for p, answer in other.answers.items()})
         self.tokens += other.tokens
         self.truncated += other.truncated
         self.invalid += other.invalid

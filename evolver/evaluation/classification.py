@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ class Classification:
     """The judge of data sets of texts and labels, one each (or one for dev and one for report)."""
 
     def __init__(self, config: Config, numbers: Sequence[int]) -> None:
-        self.settings, self.base = config.evaluation, config.model.base
+        self.settings, self._spaces = config.evaluation, LabelSpaces(config)
         self._keys = {config.evaluation.tasks[n].task: f"evaluation.tasks[{n}]" for n in numbers}
         self._rows: dict[str, list[Row]] = {}
         self.warnings: list[str] = []
@@ -46,18 +45,16 @@ class Classification:
         return named_metric(entry, self._keys[entry.task])
 
     def right(self, asked: Asked) -> float:
-        return right_answer(self._row(asked)[asked.entry.label], self._labels, asked.entry)
+        return right_answer(self._row(asked)[asked.entry.label], self._spaces.of(asked.entry), asked.entry)
 
     def scorer(self, model: LiveModel, asked: Sequence[Asked], scored: Iterable[Item]) -> ClassificationScorer:
-        questions = [Question(a.entry, _texts(self._row(a), a.entry), self.right(a)) for a in asked]
+        questions = [
+            Question(a.entry, _texts(self._row(a), a.entry), self.right(a), self._spaces.head(a.entry)) for a in asked
+        ]
         return ClassificationScorer(model, questions, self.settings)
 
     def _row(self, asked: Asked) -> Row:
         return self._rows[asked.item.task][asked.item.index]
-
-    @cached_property
-    def _labels(self) -> dict[str, int]:
-        return labels_of(self.base)
 
     def _read(self, entry: TaskEntry, data: str | DataSet, key: str) -> list[Item]:
         rows = read_rows(data, key)
@@ -73,11 +70,12 @@ class Classification:
 
 @dataclass(frozen=True)
 class Question:
-    """One item: what is asked, and the right answer."""
+    """One item: what is asked, the right answer, and whose head answers (None: the model's one)."""
 
     entry: TaskEntry
     texts: tuple[str, ...]
     right: float
+    head: str | None = None
 
     @property
     def metric(self) -> Metric:
@@ -109,6 +107,9 @@ class ClassificationScorer:
             self._check(question)
 
     def score(self, places: Sequence[int]) -> Scored:
+        return by_head(self.model, self.questions, places, self._score)
+
+    def _score(self, places: Sequence[int]) -> Scored:
         key, lengths = tuple(places), {p: len(self.rows[p]["input_ids"]) for p in places}
         if key not in self._ready:
             keys = by_length(lengths, self.settings.batch_tokens, self.settings.batch_size)
@@ -138,11 +139,52 @@ class ClassificationScorer:
         }
 
     def _check(self, asked: Question) -> None:
-        outputs = self.model.module.config.num_labels
+        outputs = self.model.outputs(asked.head)
         if asked.metric.name in VALUE and outputs != 1:
             raise BadInput(
                 f"evaluation: {asked.entry.task} wants a number, and the model names one of {outputs} labels."
             )
+
+
+def by_head(
+    model: LiveModel, questions: Sequence[Question], places: Sequence[int], score: Callable[[Sequence[int]], Scored]
+) -> Scored:
+    """The answers of each head to its own questions."""
+    out = Scored()
+    for head in dict.fromkeys(questions[p].head for p in places):
+        if head is not None:
+            model.use(head)
+        out.add(score([p for p in places if questions[p].head == head]))
+    return out
+
+
+class LabelSpaces:
+    """Which labels a task's answers are among, and whose head says them."""
+
+    def __init__(self, config: Config) -> None:
+        self._model, self._experts = config.model, config.experts
+        self._known: dict[str, Labels] = {}
+
+    def head(self, entry: TaskEntry) -> str | None:
+        """The expert whose head scores the task; None where the model has one head."""
+        return (entry.head or entry.task) if self._model.heads == "apart" else None
+
+    def of(self, entry: TaskEntry) -> Labels:
+        """Numbers of the labels by name.
+
+        Raises BadInput where a folder says nothing of them.
+        """
+        if self._model.heads == "union":
+            names = dict.fromkeys(n for e in self._experts for n in self._of(self._experts[e]))
+            return {name: number for number, name in enumerate(names)}
+        head = self.head(entry)
+        return self._of(self._model.base if head is None else self._experts[head])
+
+    def _of(self, location: str) -> Labels:
+        if location not in self._known:
+            found = labels_of(location)
+            self._known[location] = dict(sorted(found.items(), key=lambda pair: pair[1]))
+        return self._known[location]
 
 
 def labels_of(base: str) -> dict[str, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from evolver.config import Config, DataSet, TaskEntry, expand
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.base import Asked, Scored
 from evolver.evaluation.batches import Batches, by_length
-from evolver.evaluation.classification import Question, labels_of, named_metric, right_answer
+from evolver.evaluation.classification import LabelSpaces, Question, by_head, named_metric, right_answer
 from evolver.evaluation.data import Row, read_rows
 from evolver.evaluation.items import Item, item_hash
 from evolver.evaluation.live import LiveModel
@@ -30,7 +29,7 @@ class Images:
     """The judge of data sets of images: files by path, or the images of a Parquet file or a data set."""
 
     def __init__(self, config: Config, numbers: Sequence[int]) -> None:
-        self.settings, self.base = config.evaluation, config.model.base
+        self.settings, self._spaces = config.evaluation, LabelSpaces(config)
         self._keys = {config.evaluation.tasks[n].task: f"evaluation.tasks[{n}]" for n in numbers}
         self._rows: dict[str, list[Row]] = {}
         self.warnings: list[str] = []
@@ -47,19 +46,15 @@ class Images:
         return named_metric(entry, self._keys[entry.task])
 
     def right(self, asked: Asked) -> float:
-        return right_answer(self._row(asked)[asked.entry.label], self._labels, asked.entry)
+        return right_answer(self._row(asked)[asked.entry.label], self._spaces.of(asked.entry), asked.entry)
 
     def scorer(self, model: LiveModel, asked: Sequence[Asked], scored: Iterable[Item]) -> ImageScorer:
-        questions = [Question(a.entry, (), self.right(a)) for a in asked]
+        questions = [Question(a.entry, (), self.right(a), self._spaces.head(a.entry)) for a in asked]
         images = [self._row(a)[a.entry.image] for a in asked]
         return ImageScorer(model, questions, images, self.settings.batch_size or BATCH)
 
     def _row(self, asked: Asked) -> Row:
         return self._rows[asked.item.task][asked.item.index]
-
-    @cached_property
-    def _labels(self) -> dict[str, int]:
-        return labels_of(self.base)
 
     def _read(self, entry: TaskEntry, data: str | DataSet, key: str) -> list[Item]:
         rows = read_rows(data, key)
@@ -87,6 +82,9 @@ class ImageScorer:
         self._ready: dict[tuple[int, ...], Batches[Tensor]] = {}
 
     def score(self, places: Sequence[int]) -> Scored:
+        return by_head(self.model, self.questions, places, self._score)
+
+    def _score(self, places: Sequence[int]) -> Scored:
         key = tuple(places)
         if key not in self._ready:
             keys = by_length(dict.fromkeys(places, 1), self._most)

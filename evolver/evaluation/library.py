@@ -113,8 +113,9 @@ class Library:
     def is_test_set(self, name: str) -> bool:
         """Whether the items of a task are the test set of a public benchmark."""
         config = self.tasks[name].config
-        ours = getattr(config, "custom_dataset", None) is not None or config.dataset_path in LOCAL_BUILDERS
-        return not ours and bool(self.tasks[name].has_test_docs())
+        path = config.dataset_path or ""
+        own = config.custom_dataset is not None or path in LOCAL_BUILDERS or Path(path).exists()
+        return not own and bool(self.tasks[name].has_test_docs())
 
     def _add(self, name: str, key: str, manager: TaskManager, spec: str | dict[str, Any]) -> None:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,18 @@ from evolver.errors import BadInput
 class LiveModel:
     """A Transformers model whose tensors are addressed by their names in the checkpoint.
 
+    Args:
+        names: of the tensors that will be written.
+        heads: classification heads by the expert that they are of, for ``use``.
+        labels: of a classifier's head, where they are not those of the folder.
+
     Raises BadInput where a tensor of the checkpoint has no place in the model, or the model needs one more.
     """
 
-    def __init__(self, settings: Model, folder: Path, names: Iterable[str], device: str) -> None:
+    def __init__(
+        self, settings: Model, folder: Path, names: Iterable[str], device: str,
+        heads: Mapping[str, Mapping[str, Tensor]] | None = None, labels: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         import transformers
 
         kinds: dict[str, Any] = {
@@ -30,14 +38,17 @@ class LiveModel:
             "image-classifier": transformers.AutoModelForImageClassification,
         }
         transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()  # its report of the loading; what matters of it is below
         self.device = torch.device(device)
-        self.folder = folder
+        self.folder, self._heads, names = folder, heads or {}, list(names)
         self.module, loaded = kinds[settings.kind].from_pretrained(
-            folder, dtype=settings.dtype, use_safetensors=True, output_loading_info=True
+            folder, dtype=settings.dtype, use_safetensors=True, output_loading_info=True, **_labelled(labels)
         )
-        if loaded["missing_keys"]:  # they would be filled with random numbers
+        written = {*names, *(n for head in self._heads.values() for n in head)}
+        missing = set(loaded["missing_keys"]) - written
+        if missing:  # they would be filled with random numbers
             raise BadInput(
-                f"model.base: {folder} lacks {min(loaded['missing_keys'])}, which {type(self.module).__name__} needs; "
+                f"model.base: {folder} lacks {min(missing)}, which {type(self.module).__name__} needs; "
                 "give a base of the kind that model.kind says."
             )
         self.module.to(self.device).eval()
@@ -56,6 +67,17 @@ class LiveModel:
             for name, tensor in tensors:
                 self._places[name].copy_(tensor)
 
+    def use(self, head: str) -> None:
+        """Put an expert's own head on the model, whatever its number of labels."""
+        for name, tensor in self._heads[head].items():
+            self.module.get_parameter(name).data = tensor.to(self.device, self.module.dtype)
+
+    def outputs(self, head: str | None) -> int:
+        """How many labels a head names; None: the model's one."""
+        if head is None:
+            return int(self.module.config.num_labels)
+        return int(list(self._heads[head].values())[-1].shape[0])
+
     def _find(self, names: Iterable[str], folder: Path) -> dict[str, Tensor]:
         state = self.module.state_dict(keep_vars=False)
         prefix = self.module.base_model_prefix + "."
@@ -69,6 +91,14 @@ class LiveModel:
                 )
             places[name] = state[found]
         return places
+
+
+def _labelled(labels: Sequence[str]) -> dict[str, Any]:
+    """What makes Transformers give a classifier a head for these labels."""
+    if not labels:
+        return {}
+    ids = dict(enumerate(labels))
+    return {"id2label": ids, "label2id": {v: k for k, v in ids.items()}, "ignore_mismatched_sizes": True}
 
 
 def default_device() -> str:

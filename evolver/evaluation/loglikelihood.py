@@ -137,20 +137,21 @@ def _row(context: Tokens, held: Sequence[Tokens], members: Mapping[Tokens, list[
 def of_tokens(logits: Tensor, rows: Tensor, columns: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-likelihoods (M,) of ``targets`` (M,) by ``logits[rows, columns]``, and whether each is not the likeliest.
 
+    The first tokens of all continuations of a context are predicted at one place, which is normalised once.
+
     Raises FloatingPointError where one is not finite.
     """
-    total = len(rows)
-    step = CACHED_ROWS if logits.device.type == "cpu" else total
-    scores, misses = [], []
-    for start in range(0, total, step):
-        part = slice(start, start + step)
-        chosen = logits[rows[part], columns[part]].float()  # (step, vocabulary)
-        scores.append(chosen.gather(1, targets[part, None])[:, 0] - chosen.logsumexp(1))
-        misses.append(chosen.argmax(1) != targets[part])
-    found = torch.cat(scores)
+    places, which = torch.unique(rows * logits.shape[1] + columns, return_inverse=True)
+    step = CACHED_ROWS if logits.device.type == "cpu" else len(places)
+    totals, likeliest = [], []
+    for part in places.split(step):
+        there = logits[part // logits.shape[1], part % logits.shape[1]].float()  # (step, vocabulary)
+        totals.append(there.logsumexp(1))
+        likeliest.append(there.argmax(1))
+    found = logits[rows, columns, targets].float() - torch.cat(totals)[which]
     if not torch.isfinite(found).all():
         raise FloatingPointError("the model's log-likelihoods are not finite")
-    return found, torch.cat(misses)
+    return found, torch.cat(likeliest)[which] != targets
 
 
 def summed(scores: Tensor, misses: Tensor, owner: Tensor, count: int) -> list[Answer]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,7 @@ def build(
     if chat and not lm.tokenizer.chat_template:
         raise BadInput("evaluation.apply_chat_template: the base's tokenizer has no chat template; write false.")
     _keep_apart(task, scored)
+    _remember(task)
     task.set_fewshot_seed(seed)  # at every build: each draws on, and must not depend on the builds before it
     with quiet():
         task.build_all_requests(
@@ -95,6 +96,30 @@ def build(
         # lm-eval numbers the chosen documents by position among themselves, in the order of the data set.
         grouped[in_place[instance.doc_id or 0]].append(instance)
     return grouped
+
+
+def _remember(task: Task) -> None:
+    """Let a task render each document's texts once: lm-eval compiles their templates anew for every answer."""
+    for name in ("doc_to_text", "doc_to_target", "doc_to_choice"):
+        method = getattr(task, name, None)
+        if method is not None and not isinstance(method, _Remembered):
+            setattr(task, name, _Remembered(method))
+
+
+class _Remembered:
+    """A method of a task that keeps what it said of a document."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self._method = method
+        self._said: dict[int, tuple[Any, Any]] = {}  # with the document, so that no other one gets its id
+
+    def __call__(self, document: Any, *template: Any) -> Any:
+        if template:
+            return self._method(document, *template)
+        known = self._said.get(id(document))
+        if known is None:
+            known = self._said[id(document)] = (document, self._method(document))
+        return list(known[1]) if isinstance(known[1], list) else known[1]
 
 
 def _keep_apart(task: Task, scored: Collection[str]) -> None:

@@ -34,6 +34,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }  # fmt: skip
 HEAD = "lm_head.weight"
+# First parts of the names of what a classifier has on top of its body.
+CLASSIFIERS = ("classifier", "score", "pre_classifier", "classification_head", "logits_proj")
 # Scalars looked at together: their float64 copies stay in a core's cache, and torch starts no threads for them.
 PIECE = 1 << 15
 # A distance to the base, in norms of the base, that no fine-tune has: at equal norms an angle of 41°. Fine-tunes are
@@ -82,20 +84,31 @@ def layer_of(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def is_head(name: str) -> bool:
+    """Whether a tensor belongs to a classification head."""
+    return name.split(".")[0] in CLASSIFIERS
+
+
 class Checkpoint:
     """A Hugging Face folder with ``model.safetensors`` or shards and their index.
+
+    Args:
+        headless: see the model without its classification head.
 
     Raises BadInput where the folder is no checkpoint, or a file of it is truncated or not safetensors.
     """
 
-    def __init__(self, path: Path, key: str) -> None:
-        self.path, self.key = path, key
+    headless = False
+
+    def __init__(self, path: Path, key: str, headless: bool = False) -> None:
+        self.path, self.key, self.headless = path, key, headless
         self._files: dict[str, Any] = {}
         self._place: dict[str, str] = {}
         for file in _weight_files(path, key):
             handle = _open(path / file, key)
             self._files[file] = handle
-            self._place.update(dict.fromkeys(handle.keys(), file))
+            kept = [k for k in handle.keys() if not (headless and is_head(k))]  # noqa: SIM118  # it is no mapping
+            self._place.update(dict.fromkeys(kept, file))
 
     @cached_property
     def headers(self) -> dict[str, TensorInfo]:
@@ -126,7 +139,7 @@ class Checkpoint:
         return [self.path / f for f in self._files]
 
     def digest(self) -> str:
-        return _cached("digests", self.files(), self._digest)
+        return _cached("digests-headless" if self.headless else "digests", self.files(), self._digest)
 
     def layers(self) -> int:
         """The number of layers."""
@@ -201,7 +214,12 @@ class LoraAdapter:
         return merged
 
     def digest(self) -> str:
-        return _cached("digests", self.files(), self._digest)
+        return _cached("digests-headless" if self.base.headless else "digests", self.files(), self._digest)
+
+    def saved(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        """Tensors that were trained whole, by the name that they would have in the base."""
+        found = {_plain_name(k): k for k in self._shapes if not MATRIX.fullmatch(k)}
+        return {n: self._handle.get_tensor(k) for n, k in found.items() if wanted(n)}
 
     def files(self) -> list[Path]:
         return [self.path / ADAPTER, self.path / "adapter_config.json", *self.base.files()]
@@ -270,6 +288,8 @@ class LoraAdapter:
         """The keys of tensors that take the place of the base's, by their names."""
         keys = [k for k in self._shapes if not MATRIX.fullmatch(k) and not self._is_tied_twin(k)]
         whole = {_plain_name(k): k for k in keys}
+        if self.base.headless:
+            whole = {n: k for n, k in whole.items() if not is_head(n)}
         for name, key in whole.items():
             if name not in self.base.headers:
                 raise BadInput(
@@ -308,12 +328,13 @@ class LoraAdapter:
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
 
-def open_base(location: str, key: str = "model.base") -> Checkpoint:
-    """The base at ``location``: a folder, a GGUF file, or a hub id.
+def open_base(location: str, key: str = "model.base", headless: bool = False) -> Checkpoint:
+    """The base at ``location``: a folder, a GGUF file, or a hub id; ``headless``: it and its experts without their
+    classification heads.
 
     Raises BadInput that names ``key``.
     """
-    return Checkpoint(_locate(location, key), key)
+    return Checkpoint(_locate(location, key), key, headless)
 
 
 def open_expert(location: str, base: Checkpoint, key: str, same_tokens: bool = True) -> Checkpoint | LoraAdapter:
@@ -325,7 +346,7 @@ def open_expert(location: str, base: Checkpoint, key: str, same_tokens: bool = T
     path = _locate(location, key)
     if (path / "adapter_config.json").exists():
         return LoraAdapter(path, key, base)
-    expert = Checkpoint(path, key)
+    expert = Checkpoint(path, key, base.headless)
     _check_same_family(expert, base, key, same_tokens)
     return expert
 
@@ -370,7 +391,9 @@ def _survey(expert: Source, base: Checkpoint) -> tuple[float, bool]:
     def compute() -> str:
         return json.dumps([_distance(expert, base), _has_own_head(expert, base)])
 
-    distance, own_head = json.loads(_cached("surveys", [*base.files(), *expert.files()], compute))
+    distance, own_head = json.loads(
+        _cached("surveys-headless" if base.headless else "surveys", [*base.files(), *expert.files()], compute)
+    )
     return distance, own_head
 
 

@@ -51,36 +51,68 @@ class Workshop(Protocol):
     def merger(self, settings: Mapping[str, Any]) -> Callable[[Sequence[Recipe]], Recipe]: ...
 
 
+class Estimator(Protocol):
+    """What the evaluating half offers to algorithms that have a part of the items scored."""
+
+    @property
+    def items(self) -> int:
+        """The number of dev items."""
+        ...
+
+    def check(self, kind: str, key: str) -> None:
+        """Raises BadInput where the run's tasks allow no estimates of this kind, naming ``key``."""
+        ...
+
+    def learn(self, result: Result) -> None:
+        """Take in what a model answered to all items; other results teach nothing."""
+        ...
+
+    def estimate(self, kind: str, items: Sequence[float]) -> float:
+        """The score of all items, estimated from the answers to the first of them.
+
+        Depends on these and on the set of results that were learnt, not on their order.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Setup:
-    """What every algorithm is built from."""
+    """What every algorithm is built from.
+
+    ``racing`` asks for the items of the incumbent beside its score. ``together`` is above 1 where candidates are asked
+    for in batches of so many, and all results of a batch are told before the next one is asked for.
+    """
 
     experts: tuple[Expert, ...]
     base: Expert
     seed: int
     budget: Budget
     workshop: Workshop
+    estimator: Estimator
     early_stopping: bool = True
+    racing: bool = False
+    together: int = 1
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A registered search: its settings, and how it is built from them."""
+    """A registered search: its settings, how it is built from them, and whether candidates challenge an incumbent."""
 
     name: str
     settings: type[Section]
     build: Callable[[Setup, Any], Search]
+    incumbent: bool = False
 
 
 SEARCHES: dict[str, Algorithm] = {}
 SettingsType = TypeVar("SettingsType", bound=Section)
 
 
-def algorithm(name: str, settings: type[SettingsType]) -> Callable[[Any], Any]:
+def algorithm(name: str, settings: type[SettingsType], incumbent: bool = False) -> Callable[[Any], Any]:
     """Register a search under ``name``; it is built as ``search(setup, settings)``."""
 
     def register(build: Any) -> Any:
-        SEARCHES[name] = Algorithm(name, settings, build)
+        SEARCHES[name] = Algorithm(name, settings, build, incumbent)
         return build
 
     return register

@@ -38,9 +38,11 @@ class EvolverSettings(Section):
     generations: int = Field(15, ge=1, description="generations, T in the paper")
 
 
-@algorithm("evolver", EvolverSettings)
+@algorithm("evolver", EvolverSettings, incumbent=True)
 def build(setup: Setup, settings: EvolverSettings) -> Ordered:
     """The form that the settings ask for."""
+    if setup.together > 1 and settings.mode == "sequential":
+        raise BadInput("search.of.mode: sequential proposes one candidate at a time, of several; write generational.")
     needed = PARTNERS[settings.strategy] + 1
     if len(setup.experts) < needed:
         raise BadInput(
@@ -66,6 +68,13 @@ def _score(result: Result) -> float:
     return result.score if result.score is not None else float("-inf")
 
 
+def _challenge(setup: Setup, score: float, items: tuple[float, ...]) -> tuple[float | None, tuple[float, ...]]:
+    """The bar and the rival of a candidate that has to be better than an incumbent."""
+    if not setup.early_stopping or score == float("-inf"):
+        return None, ()
+    return score, items if setup.racing else ()
+
+
 class Alone(Ordered):
     """Stand-alone: N scores of the experts first, then every member is challenged once a generation."""
 
@@ -75,6 +84,7 @@ class Alone(Ordered):
         self.settings = settings
         self.population: list[Recipe] = list(setup.experts)
         self.scores: list[float] = [float("-inf")] * self.size
+        self.items: list[tuple[float, ...]] = [()] * self.size
 
     def waits_for(self, k: int) -> int:
         if k < self.size:
@@ -88,15 +98,13 @@ class Alone(Ordered):
             return Candidate(k, self.population[i], "evolver/initial")
         draw = random.Random(f"{self.setup.seed}:evolver:{k}")
         child = offspring(self.population, i, self._leader(k, i, draw), self.settings, draw)
-        bar = self.scores[i] if self.setup.early_stopping and self.scores[i] > float("-inf") else None
-        return Candidate(k, child, "evolver", tuple(p.id for p in child.inputs), bar)
+        bar, rival = _challenge(self.setup, self.scores[i], self.items[i])
+        return Candidate(k, child, "evolver", tuple(p.id for p in child.inputs), bar, rival=rival)
 
     def learn(self, candidate: Candidate, result: Result) -> None:
         i = candidate.number % self.size
-        if candidate.number < self.size:
-            self.scores[i] = _score(result)
-        elif result.beats(self.scores[i]):
-            self.population[i], self.scores[i] = candidate.recipe, _score(result)
+        if candidate.number < self.size or result.beats(self.scores[i]):
+            self.population[i], self.scores[i], self.items[i] = candidate.recipe, _score(result), result.items
 
     def _leader(self, k: int, i: int, draw: random.Random) -> int | None:
         """The best other member, or None for a random one.
@@ -121,8 +129,9 @@ class Merged(Ordered):
         self.merge = setup.workshop.merger(settings.merger or {"method": "simple"})
         self.population: list[Recipe] = list(setup.experts)
         self.score = float("-inf")
+        self.items: tuple[float, ...] = ()
         self._children: dict[int, tuple[int, Cross]] = {}
-        self._best: tuple[float, int, Recipe] | None = None
+        self._best: tuple[Result, int, Recipe] | None = None
 
     def waits_for(self, k: int) -> int:
         sequential = self.settings.mode == "sequential"
@@ -140,21 +149,20 @@ class Merged(Ordered):
         child = offspring(self.population, i, None, self.settings, draw)
         members: list[Recipe] = [*self.population[:i], child, *self.population[i + 1 :]]
         self._children[k] = (i, child)
-        bar = self.score if self.setup.early_stopping and self.score > float("-inf") else None
-        return Candidate(k, self.merge(members), "evolver+merger", tuple(p.id for p in child.inputs), bar)
+        bar, rival = _challenge(self.setup, self.score, self.items)
+        return Candidate(k, self.merge(members), "evolver+merger", tuple(p.id for p in child.inputs), bar, rival=rival)
 
     def learn(self, candidate: Candidate, result: Result) -> None:
         if candidate.number == 0:
-            self.score = _score(result)
+            self.score, self.items = _score(result), result.items
             return
         i, child = self._children.pop(candidate.number)
-        so_far = self._best[0] if self._best else self.score
-        if result.beats(so_far):
-            self._best = (_score(result), i, child)
+        if result.beats(_score(self._best[0]) if self._best else self.score):
+            self._best = (result, i, child)
 
     def _adopt_best(self) -> None:
         """Put the best child of what was learnt since into its place: the last one, or the best of a generation."""
         if self._best:
-            self.score, i, child = self._best
-            self.population[i] = child
+            result, i, child = self._best
+            self.score, self.items, self.population[i] = _score(result), result.items, child
             self._best = None

@@ -1,8 +1,8 @@
 """Optuna's samplers over merge coefficients: total mass and simplex weights, for the model or for layer groups.
 
 The study lives in memory and is rebuilt by replay; it is only ever told results in the order of the candidates. For
-TPE, candidate k knows all results but the last ``in_flight - 1``, so that as many workers can be busy; for CMA-ES, a
-generation of ``population`` candidates knows all generations before it.
+TPE, candidate k knows all results but the last ``in_flight - 1``, so that as many workers can be busy, or all those of
+the batches before its own; for CMA-ES, a generation of ``population`` candidates knows all generations before it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import optuna
 from pydantic import Field
 
 from evolver.config import Section
+from evolver.errors import BadInput
 from evolver.records import Candidate, Knob, Result
 from evolver.search.base import Ordered, Setup, Space, algorithm
 
@@ -82,14 +83,18 @@ class TPE(Coefficients):
     """Tree-structured Parzen estimator (Watanabe 2023, arXiv 2304.11127), multivariate, with constant liar."""
 
     def __init__(self, setup: Setup, settings: TPESettings) -> None:
+        if setup.together > 1 and settings.in_flight > 1:
+            raise BadInput(f"search.of.in_flight: candidates come in batches of {setup.together} here; leave it out.")
+        several = max(setup.together, settings.in_flight) > 1
         sampler = optuna.samplers.TPESampler(
-            seed=setup.seed, n_startup_trials=settings.startup, multivariate=True, constant_liar=settings.in_flight > 1
+            seed=setup.seed, n_startup_trials=settings.startup, multivariate=True, constant_liar=several
         )
         super().__init__(setup, _space(setup, settings), sampler, "tpe")
         self.in_flight = settings.in_flight
 
     def waits_for(self, k: int) -> int:
-        return max(0, k - self.in_flight + 1)
+        together = self.setup.together
+        return max(0, k - self.in_flight + 1) if together == 1 else k - k % together
 
 
 @algorithm("cmaes", CMAESSettings)

@@ -1,0 +1,170 @@
+"""Classification heads kept apart, and heads over the union of labels."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+import toys
+import yaml
+from toys import rows, run_here
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+
+from evolver.errors import BadInput
+from evolver.records import Merge
+from evolver.run import prepare
+from evolver.worker import Worker
+
+SPACES = {"mood": ("bad", "fair", "good"), "colour": ("red", "good")}
+
+
+def texts(count=75):
+    draw = random.Random(3)
+    return [" ".join([str(n), *draw.choices(toys.COLOURS + toys.THINGS, k=draw.randint(1, 20))]) for n in range(count)]
+
+
+def classifier(labels, body, seed):
+    config = BertConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=len(toys.tokenizer()), max_position_embeddings=toys.LENGTH, initializer_range=0.3, pad_token_id=2,
+        id2label=dict(enumerate(labels)), label2id={n: i for i, n in enumerate(labels)},
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = BertForSequenceClassification(config)
+    if body is not None:
+        noisy = {k: v + 0.1 * torch.randn_like(v) for k, v in body.items() if not k.startswith("classifier")}
+        model.load_state_dict(noisy, strict=False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A tiny BERT with an arbitrary head, and two fine-tunes with heads of different numbers of labels."""
+    folder, words = tmp_path_factory.mktemp("heads"), toys.tokenizer()
+    base = classifier(("x", "y"), None, 0)
+    models = {"base": base} | {n: classifier(s, base.state_dict(), i) for i, (n, s) in enumerate(SPACES.items(), 1)}
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        words.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def configured(folders, tmp_path):
+    """``configured(heads, **changes of every task)`` writes data and a configuration."""
+
+    def make(heads, **changes):
+        entries = []
+        for task, labels in SPACES.items():
+            draw, file = random.Random(task), tmp_path / f"{task}.jsonl"
+            file.write_text("".join(json.dumps({"text": t, "label": draw.choice(labels)}) + "\n" for t in texts()))
+            entries.append({"task": task, "data": str(file), "dev": 40, "report": 30, **changes})
+        settings = {
+            "run": "heads",
+            "model": {"base": str(folders / "base"), "kind": "classifier", "heads": heads},
+            "experts": {n: str(folders / n) for n in SPACES},
+            "search": {"algorithm": "evolver", "generations": 3},
+            "budget": {"candidates": 8},
+            "evaluation": {"tasks": entries, "batch_tokens": 128},
+        }
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        return tmp_path / "run.yaml"
+
+    return make
+
+
+def plain_answers(model, words, items, labels):
+    out = []
+    for _, row in items:
+        with torch.inference_mode():
+            logits = model(torch.tensor([words(row["text"])["input_ids"]])).logits[0]
+        out.append(float(labels[int(logits.argmax())] == row["label"]))
+    return out
+
+
+def test_each_task_is_scored_with_its_own_head(configured, folders, tmp_path):
+    file = configured("apart")
+    folder = run_here(file, tmp_path / "results")
+    assert json.loads((folder / "best.json").read_text()) == {"items": 80, "equal": 80}
+    items = prepare(str(file)).tasks.items.dev
+    data = {t: [json.loads(line) for line in (tmp_path / f"{t}.jsonl").read_text().splitlines()] for t in SPACES}
+    found = next(r for r in rows(folder).values() if r["recipe"] == toys.winner(folder) and r["stage"] != "report")
+    for task, labels in SPACES.items():
+        best = AutoModelForSequenceClassification.from_pretrained(folder / "best" / task).eval()
+        words = AutoTokenizer.from_pretrained(folder / "best" / task)
+        own = [(i, data[task][i.index]) for i in items if i.task.startswith(f"{task}:")]
+        said = [a for i, a in zip(items, found["items"], strict=True) if i.task.startswith(f"{task}:")]
+        assert said == plain_answers(best, words, own, labels)
+        assert 0 < sum(said) < len(said)
+        assert best.config.num_labels == len(labels)
+        expert = AutoModelForSequenceClassification.from_pretrained(folders / task)
+        assert torch.equal(best.classifier.weight, expert.classifier.weight)
+        assert not torch.equal(
+            best.bert.encoder.layer[0].output.dense.weight, expert.bert.encoder.layer[0].output.dense.weight
+        )
+
+
+def test_a_head_can_be_borrowed(configured, tmp_path):
+    file = configured("apart", head="colour", label="label")
+    raw = yaml.safe_load(file.read_text())
+    raw["evaluation"]["tasks"] = raw["evaluation"]["tasks"][1:]
+    raw["evaluation"]["tasks"][0]["task"] = "other"
+    file.write_text(yaml.safe_dump(raw, sort_keys=False))
+    assert (run_here(file, tmp_path / "results") / "best" / "colour" / "config.json").is_file()
+
+
+def test_a_head_of_nobody_is_refused(configured):
+    file = configured("apart", head="colur")
+    with pytest.raises(BadInput, match=r"evaluation.tasks\[0\].head: 'colur' is no expert; did you mean 'colour'"):
+        prepare(str(file))
+
+
+def test_heads_belong_to_the_identity_of_a_run(configured, folders, tmp_path):
+    ready = prepare(str(configured("apart")))
+    assert set(ready.identity["heads"]) == {"head of mood", "head of colour"}
+    assert "classifier.weight" not in ready.opened.base.names()
+
+
+def test_different_heads_cannot_be_merged_as_they_stand(configured):
+    with pytest.raises(BadInput, match=r"experts.mood: classifier.* has shape"):
+        prepare(str(configured("merged")))
+
+
+def test_a_union_has_all_labels_and_averages_over_those_who_know_them(configured, folders):
+    ready = prepare(str(configured("union")))
+    worker = Worker(ready.plan, "dev", tasks=ready.tasks)
+    average = Merge("simple", ready.experts, ready.base)
+    merged = dict(worker.materialiser.stream(average))
+    mood, colour = (
+        AutoModelForSequenceClassification.from_pretrained(folders / n).classifier.weight.detach() for n in SPACES
+    )
+    head = merged["classifier.weight"]
+    assert ready.opened.labels == ("bad", "fair", "good", "red")
+    torch.testing.assert_close(head[:2], mood[:2])
+    torch.testing.assert_close(head[2], (mood[2] + colour[1]) / 2)
+    torch.testing.assert_close(head[3], colour[0])
+
+
+def test_a_whole_run_over_the_union_of_labels(configured, tmp_path):
+    file = configured("union")
+    folder = run_here(file, tmp_path / "results")
+    assert json.loads((folder / "best.json").read_text()) == {"items": 80, "equal": 80}
+    best = AutoModelForSequenceClassification.from_pretrained(folder / "best").eval()
+    assert best.config.label2id == {"bad": 0, "fair": 1, "good": 2, "red": 3}
+    words, labels = AutoTokenizer.from_pretrained(folder / "best"), list(best.config.label2id)
+    items = prepare(str(file)).tasks.items.dev
+    data = {t: [json.loads(line) for line in (tmp_path / f"{t}.jsonl").read_text().splitlines()] for t in SPACES}
+    found = next(r for r in rows(folder).values() if r["recipe"] == toys.winner(folder) and r["stage"] != "report")
+    pairs = [(i, data[i.task.partition(":")[0]][i.index]) for i in items]
+    assert found["items"] == plain_answers(best, words, pairs, labels)
+
+
+def test_a_language_model_has_no_heads(configured):
+    file = configured("apart")
+    raw = yaml.safe_load(file.read_text())
+    raw["model"]["kind"] = "causal-lm"
+    file.write_text(yaml.safe_dump(raw, sort_keys=False))
+    with pytest.raises(BadInput, match="a causal-lm has no classification heads; write merged"):
+        prepare(str(file))
