@@ -9,7 +9,7 @@ PINS := .ci/constraints.txt
 export HF_HUB_OFFLINE ?= 1
 export HF_DATASETS_OFFLINE ?= 1
 
-.PHONY: help demo test lint docs prove benchmark benchmark-merging benchmark-evaluation gpu experts clean
+.PHONY: help demo test lint docs prove benchmark benchmark-merging benchmark-evaluation gpu pools experts clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -45,6 +45,11 @@ benchmark-evaluation: $(VENV)/.dev ## scoring against bare forward passes and lm
 
 gpu: $(VENV)/.dev ## what offspring and scoring cost on a GPU, and whether the bits are the CPU's; PYTHON_GPU=python-with-CUDA-torch
 	$(or $(PYTHON_GPU),$(BIN)/python) tests/benchmarks/gpu.py
+
+pools: $(VENV)/.dev ## train the expert pools of tests and benchmarks: make pools DATA=folder-with-the-raw-sets
+	$(BIN)/python configs/demo/prepare.py
+	$(BIN)/python configs/pools/prepare_pools.py --data $(DATA)
+	for pool in configs/pools/*.yaml; do $(BIN)/evolver experts $$pool || exit; done
 
 experts: $(VENV)/.dev ## train the demo's experts anew: make experts DATA=folder-with-the-training-sets
 	$(BIN)/python configs/demo/prepare.py

@@ -91,6 +91,30 @@ def methods(name: Annotated[str | None, typer.Argument(help="one method, in full
     console.print(shown)
 
 
+@app.command()
+def experts(
+    config: Annotated[Path, typer.Argument(help="the configuration of a pool")],
+    measure: Annotated[bool, typer.Option(help="score base and experts on the pool's tasks at the end")] = True,
+) -> None:
+    """Train a pool of experts, or what is missing of it, and show what they are good at."""
+    from evolver.training.experts import locations, make_pool
+    from evolver.training.settings import load_pool
+    from evolver.training.show import show
+    from evolver.training.table import measure as measured
+
+    pool, shown = load_pool(config), show()
+    try:
+        folders = make_pool(pool, shown)
+    finally:
+        shown.close()
+    for line in locations(folders):
+        typer.echo(line)
+    if measure:
+        table = measured(pool, folders)
+        (folders["base"].parent / "table.md").write_text(table + "\n")
+        typer.echo(table)
+
+
 def main() -> None:
     """Run the command line; bad input is one sentence and exit status 2."""
     try:

@@ -20,11 +20,12 @@ class Estimates:
 
     Args:
         scale: how the dev items make up the score.
+        block: items are scored so many at a time.
     """
 
-    def __init__(self, scale: Scale) -> None:
-        self.scale = scale
-        self._complete: dict[str, tuple[float, ...]] = {}
+    def __init__(self, scale: Scale, block: int) -> None:
+        self.scale, self.block = scale, block
+        self._complete: dict[str, Result] = {}
         self._model: ItemModel | None = None
 
     @property
@@ -37,14 +38,18 @@ class Estimates:
         task = first_unjudged(self.scale)
         if kind != "mean" and task is not None:
             raise BadInput(
-                f"{key}: {kind} needs items that are judged one by one, from 0 to 1, {task}'s are not; write mean."
+                f"{key}: {kind} needs items that are judged one by one, from 0 to 1, not those of {task}; write mean."
             )
 
     def learn(self, result: Result) -> None:
         """Take in what a model answered to all items; other results teach nothing."""
         if result.complete and result.recipe_id not in self._complete:
-            self._complete[result.recipe_id] = result.items
+            self._complete[result.recipe_id] = result
             self._model = None
+
+    def known(self, recipe_id: str) -> Result | None:
+        """What was learnt of a recipe."""
+        return self._complete.get(recipe_id)
 
     def estimate(self, kind: str, items: Sequence[float]) -> float:
         """The score of all items, estimated from the answers to the first of them.
@@ -56,7 +61,7 @@ class Estimates:
             return self._mean(items)
         if self._model is None:
             # In an order of their own, so that the order in which results came cannot show in a sum.
-            self._model = fit([row for _, row in sorted(self._complete.items())], self.items)
+            self._model = fit([self._complete[i].items for i in sorted(self._complete)], self.items)
         return round(self._model.estimate(items, self.scale, cast(Kind, kind)), DIGITS)
 
     def _mean(self, items: Sequence[float]) -> float:

@@ -69,7 +69,7 @@ def prepare(file: str) -> Prepared:
     try:
         opened = open_models(config)
         tasks = load_tasks(config)
-        estimates = Estimates(tasks.scale("dev"))
+        estimates = Estimates(tasks.scale("dev"), config.evaluation.block_items)
         _can_race(config, algorithm, estimates)
         workshop = _Workshop(config, opened)
         warnings = tuple(doubts(opened.base, opened.experts.values()))
@@ -288,7 +288,9 @@ def _baselines(prepared: Prepared) -> list[tuple[str, Recipe]]:
 
 def _winner(history: Sequence[tuple[Candidate, Result]]) -> tuple[Candidate, Result]:
     """The candidate of the search with the highest dev score, the earliest of equals."""
-    complete = [(c, r) for c, r in history if c.stage == "search" and r.complete and r.score is not None]
+    # Of a candidate that was asked for a part, all items may be known, too, where an earlier call had another budget.
+    searched = [(c, r) for c, r in history if c.stage == "search" and c.limit is None]
+    complete = [(c, r) for c, r in searched if r.complete and r.score is not None]
     if not complete:
         reasons = sorted({r.reason for _, r in history if r.status == "failed"})
         raise BadInput(f"search: no candidate could be scored ({reasons[0] if reasons else 'none was proposed'}).")

@@ -21,14 +21,15 @@ FENCES = {
         "evolver.shards",
         "evolver.merge",
         "evolver.cli",
+        "evolver.training",
     ),
-    "safetensors": ("evolver.merging",),
+    "safetensors": ("evolver.merging", "evolver.training"),
     "optuna": ("evolver.search",),
     "lm_eval": ("evolver.evaluation",),
     "datasets": ("evolver.evaluation",),
-    "transformers": ("evolver.evaluation", "evolver.merging.gguf"),
+    "transformers": ("evolver.evaluation", "evolver.merging.gguf", "evolver.training"),
     "gguf": ("evolver.merging.gguf",),
-    "peft": (),
+    "peft": ("evolver.training",),
 }
 
 

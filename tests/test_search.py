@@ -42,16 +42,36 @@ class Workshop:
         return lambda members: Merge(settings.get("method", "simple"), tuple(members), BASE)
 
 
-def build(settings, seed=0, experts=4, early_stopping=True, **budget):
+class Means:
+    """The evaluating half, without tasks: the mean of the first items stands for that of all 10."""
+
+    items, block = 10, 1
+
+    def check(self, kind, key):
+        pass
+
+    def known(self, recipe_id):
+        return None
+
+    def learn(self, result):
+        pass
+
+    def estimate(self, kind, items):
+        return sum(items) / len(items)
+
+
+def build(settings, seed=0, experts=4, early_stopping=True, racing=False, **budget):
     found = SEARCHES[settings["algorithm"]]
     typed = check_section(found.settings, settings, "f", "search.")
     budget = Budget(**(budget or {"candidates": 30}))
-    return found.build(Setup(EXPERTS[:experts], BASE, seed, budget, Workshop(experts), early_stopping), typed)
+    setup = Setup(EXPERTS[:experts], BASE, seed, budget, Workshop(experts), Means(), early_stopping, racing)
+    return found.build(setup, typed)
 
 
 EVOLVER = {"algorithm": "evolver", "generations": 3}
+HALVING = {"algorithm": "halving", "first": 2, "eta": 2, "batch": 4}
 MODES = [{"mode": m} | more for m in ("sequential", "generational") for more in ({}, {"merger": {"method": "simple"}})]
-CONFIGURATIONS = {
+ORDERED = {
     **{
         f"evolver {c['mode']}{' merger' if 'merger' in c else ''} {s}": EVOLVER | c | {"strategy": s}
         for c in MODES
@@ -62,6 +82,12 @@ CONFIGURATIONS = {
     "cmaes": {"algorithm": "cmaes"},
     "cmaes 5": {"algorithm": "cmaes", "population": 5, "sigma": 0.2, "method": "ties", "tune": ["density", "lambda"]},
 }
+CONFIGURATIONS = ORDERED | {
+    "halving tpe": HALVING | {"of": ORDERED["tpe"]},
+    "halving cmaes 5": HALVING | {"of": ORDERED["cmaes 5"], "batch": 3},
+    "halving evolver": HALVING | {"of": ORDERED["evolver generational evolver"]},
+    "halving evolver merger": HALVING | {"of": ORDERED["evolver generational merger evolver"]},
+}
 
 
 def test_every_search_is_held_to_the_laws():
@@ -69,6 +95,7 @@ def test_every_search_is_held_to_the_laws():
 
 
 EVERY = pytest.mark.parametrize("settings", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
+EVERY_ORDERED = pytest.mark.parametrize("settings", ORDERED.values(), ids=ORDERED.keys())
 
 
 def experts_for(settings):
@@ -87,6 +114,8 @@ def answer(candidate, failing=False):
         return Result(candidate.number, candidate.recipe.id, "failed", reason="boom")
     if candidate.bar is not None and value <= candidate.bar:
         return Result(candidate.number, candidate.recipe.id, "ok", None, candidate.bar, False, (value,) * 3)
+    if candidate.limit is not None:
+        return Result(candidate.number, candidate.recipe.id, "ok", None, 1.0, False, (value,) * candidate.limit)
     return Result(candidate.number, candidate.recipe.id, "ok", value, value, True, (value,) * 10)
 
 
@@ -122,8 +151,7 @@ def every_search(settings, **more):
 @pytest.mark.parametrize("failing", [False, True], ids=["", "failing"])
 def test_workers_timing_and_failures_change_nothing(settings, failing):
     alone = ids(simulate(every_search(settings), failing=failing))
-    assert [c[0] for c in alone] == list(range(len(alone)))
-    assert len(alone) > 10
+    assert len({c[0] for c in alone}) == len(alone) > 10
     for workers, order in ((1, 1), (8, 2), (8, 3), (3, 4)):
         assert ids(simulate(every_search(settings), workers, order, failing)) == alone
 
@@ -158,7 +186,13 @@ def test_all_candidates_may_fail(settings):
     assert all(c.bar is None for c in asked)
 
 
-@EVERY
+@EVERY_ORDERED
+def test_candidates_are_counted(settings):
+    asked = simulate(every_search(settings), 4, 1)
+    assert [c.number for c in asked] == list(range(len(asked)))
+
+
+@EVERY_ORDERED
 def test_the_budget_of_candidates_is_kept(settings):
     for count in (1, 7, 12):
         search = every_search(settings, candidates=count)
@@ -166,7 +200,7 @@ def test_the_budget_of_candidates_is_kept(settings):
         assert len(simulate(search, 4, 1)) == count
 
 
-@EVERY
+@EVERY_ORDERED
 @pytest.mark.parametrize("order", [None, 1])
 def test_the_budget_of_items_is_kept(settings, order):
     """Nothing is proposed once the results that a candidate waits for have cost the budget; workers change nothing."""
@@ -197,7 +231,8 @@ def test_reused_results_cost_nothing(settings):
     def reused(candidate, _):
         return Result(candidate.number, candidate.recipe.id, "ok", 0.5, 0.5, True, (0.5,) * 10, reused=True)
 
-    assert len(simulate(every_search(settings, items=10, candidates=9), reply=reused)) == 9
+    asked = simulate(every_search(settings, items=10, candidates=9), reply=reused)
+    assert len({c.recipe.id for c in asked}) == 9
 
 
 @EVERY
@@ -335,6 +370,27 @@ def test_partners_are_different_members_and_never_the_parent(strategy, partners)
             assert len({*found.partners, found.parent}) == partners + 1
             assert found.parent == EXPERTS[1]
             assert leader != 2 or found.partners[0] == EXPERTS[2]
+
+
+@EVERY_ORDERED
+@pytest.mark.parametrize("early_stopping", [True, False])
+def test_a_race_is_given_the_incumbent_s_items(settings, early_stopping):
+    """Those of the model whose score is the bar; without racing, or without a bar, none."""
+
+    def reply(candidate, _):
+        result = answer(candidate)
+        items = tuple(result.score * k for k in (0.5, 1.5)) if result.complete else result.items
+        return Result(result.number, result.recipe_id, "ok", result.score, result.bound, result.complete, items)
+
+    more = {"early_stopping": early_stopping, "candidates": 30}
+    plain = simulate(every_search(settings, **more), 4, 1, reply=reply)
+    raced = simulate(every_search(settings, racing=True, **more), 4, 1, reply=reply)
+    assert ids(raced) == ids(plain)
+    assert not any(c.rival for c in plain)
+    for candidate in raced:
+        bar = candidate.bar
+        assert candidate.rival == (() if bar is None else (bar * 0.5, bar * 1.5))
+    assert any(c.rival for c in raced) == (early_stopping and SEARCHES[settings["algorithm"]].incumbent)
 
 
 def test_strategies_that_need_more_experts_are_refused():

@@ -59,12 +59,21 @@ class Estimator(Protocol):
         """The number of dev items."""
         ...
 
+    @property
+    def block(self) -> int:
+        """Items are scored so many at a time."""
+        ...
+
     def check(self, kind: str, key: str) -> None:
         """Raises BadInput where the run's tasks allow no estimates of this kind, naming ``key``."""
         ...
 
     def learn(self, result: Result) -> None:
         """Take in what a model answered to all items; other results teach nothing."""
+        ...
+
+    def known(self, recipe_id: str) -> Result | None:
+        """What was learnt of a recipe."""
         ...
 
     def estimate(self, kind: str, items: Sequence[float]) -> float:

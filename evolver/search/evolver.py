@@ -42,7 +42,7 @@ class EvolverSettings(Section):
 def build(setup: Setup, settings: EvolverSettings) -> Ordered:
     """The form that the settings ask for."""
     if setup.together > 1 and settings.mode == "sequential":
-        raise BadInput("search.of.mode: sequential proposes one candidate at a time, of several; write generational.")
+        raise BadInput("search.mode: sequential proposes one candidate at a time, not a batch; write generational.")
     needed = PARTNERS[settings.strategy] + 1
     if len(setup.experts) < needed:
         raise BadInput(

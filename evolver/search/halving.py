@@ -1,6 +1,6 @@
 """Successive halving around another search: many candidates on a few items, the best of them on more.
 
-After Jamieson & Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter optimization"; a batch is one
+After Jamieson & Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter optimization"; a batch is a
 bracket of Hyperband (Li et al. 2018, JMLR 18). The rungs are nested first parts of the run's item order: ``first``
 items, ``eta`` times as many, and so on, at last all. No item of a candidate is scored twice.
 
@@ -47,7 +47,7 @@ class Halving:
     def __init__(self, setup: Setup, settings: HalvingSettings) -> None:
         self.settings = settings
         self.estimator: Estimator = setup.estimator
-        self.limits = rungs(settings.first, settings.eta, setup.estimator.items)
+        self.limits = rungs(settings.first, settings.eta, setup.estimator)
         self.estimator.check(settings.estimate, "search.estimate")
         self.inner = _inner(setup, settings)
         self._bracket: Bracket | None = None
@@ -63,9 +63,9 @@ class Halving:
         return self._bracket is None and self.inner.done
 
     def ask(self, n: int) -> list[Candidate]:
-        if self._bracket is None:
-            self._begin()
-        return [self._entry(place) for place in self._bracket.take(n)] if self._bracket else []
+        self._bracket = self._bracket or self._begin()
+        bracket = self._bracket
+        return [self._entry(bracket, place) for place in bracket.take(n)] if bracket else []
 
     def tell(self, result: Result) -> None:
         if self._bracket is None:
@@ -74,11 +74,10 @@ class Halving:
         if self._bracket.done:
             self._end(self._bracket)
 
-    def _begin(self) -> None:
+    def _begin(self) -> Bracket | None:
         candidates = self.inner.ask(self.settings.batch)
-        if candidates:
-            self._begun += 1
-            self._bracket = Bracket(candidates, self.limits, self.settings.eta, self._worth)
+        self._begun += bool(candidates)
+        return Bracket(candidates, self.limits, self.settings.eta, self._worth) if candidates else None
 
     def _end(self, bracket: Bracket) -> None:
         """Tell the search inside about a whole batch. Every estimate of it rests on what was known before it."""
@@ -88,18 +87,19 @@ class Halving:
             self.estimator.learn(result)
         self._bracket = None
 
-    def _entry(self, place: int) -> Candidate:
+    def _entry(self, bracket: Bracket, place: int) -> Candidate:
         """A candidate on a rung. Its number says batch, rung and place, so that a raised budget changes none."""
-        assert self._bracket is not None
-        rung = self._bracket.rung
-        number = ((self._begun - 1) * len(self.limits) + rung) * self.settings.batch + place
-        return replace(self._bracket.candidates[place], number=number, limit=self.limits[rung])
+        candidate = bracket.candidates[place]
+        number = ((self._begun - 1) * len(self.limits) + bracket.rung) * self.settings.batch + place
+        known = self.estimator.known(candidate.recipe.id)  # as of a baseline: it costs nothing and may win the run
+        return replace(candidate, number=number, limit=None if known else self.limits[bracket.rung])
 
     def _told(self, candidate: Candidate, last: Result, cost: int) -> Result:
         """The result of a candidate of the search inside: its score or an estimate, and what all rungs have cost."""
-        estimated = last.status == "ok" and not last.complete
-        score = self._worth(last.items) if estimated else last.score
-        return replace(last, number=candidate.number, score=score, reused=False, given=len(last.items) - cost)
+        found = self.estimator.known(candidate.recipe.id) or last
+        estimated = found.status == "ok" and not found.complete
+        score = self._worth(found.items) if estimated else found.score
+        return replace(found, number=candidate.number, score=score, reused=False, given=len(found.items) - cost)
 
     def _worth(self, items: Sequence[float]) -> float:
         return self.estimator.estimate(self.settings.estimate, items)
@@ -115,7 +115,7 @@ class Bracket:
         worth: estimates the score of all items from the first of them.
 
     Attributes:
-        results: the last result of every place.
+        results: of every place, the result of the last rung that it was on.
         costs: items that were scored for every place, over all rungs.
     """
 
@@ -129,6 +129,7 @@ class Bracket:
         self.candidates, self.limits, self.eta, self.worth = candidates, limits, eta, worth
         self.results: dict[int, Result] = {}
         self.costs = [0] * len(candidates)
+        self._waiting: list[int] = []
         self._flying = 0
         self._enter(0, range(len(candidates)))
 
@@ -146,39 +147,48 @@ class Bracket:
     def tell(self, place: int, result: Result) -> None:
         """Take in a result; after a rung's last one, the best of it are on the next rung."""
         self._flying -= 1
-        self.results[place] = result
         self.costs[place] += result.cost
+        self.results[place] = _part(result, self.limits[self.rung])
         if self.done:
             self._halve()
 
     def _enter(self, rung: int, alive: Sequence[int]) -> None:
         # One that is alone has nobody to be compared with: all its items at once.
         self.rung = rung if len(alive) > 1 else len(self.limits) - 1
-        self._alive = alive
-        self._waiting = [p for p in alive if p not in self.results or not self.results[p].complete]
+        self._alive, self._waiting = alive, list(alive)
 
     def _halve(self) -> None:
-        """Send the best on, by answers to the same items: some may know more of theirs from elsewhere."""
+        """Send the best on."""
         fine = [p for p in self._alive if self.results[p].status == "ok"]
         if not fine or self.rung == len(self.limits) - 1:
             return
-        shared = min(len(self.results[p].items) for p in fine)
-        ranked = sorted(fine, key=lambda p: (-self.worth(self.results[p].items[:shared]), p))
+        ranked = sorted(fine, key=lambda p: (-self.worth(self.results[p].items), p))
         self._enter(self.rung + 1, sorted(ranked[: max(1, len(self._alive) // self.eta)]))
 
 
-def rungs(first: int, eta: int, count: int) -> tuple[int | None, ...]:
-    """How many items every rung scores: ``first``, ``eta`` times as many, …; the last one all of ``count``, as None.
+def rungs(first: int, eta: int, estimator: Estimator) -> tuple[int | None, ...]:
+    """How many items every rung scores: ``first``, ``eta`` times as many, …; the last one all of them, as None.
 
     Raises BadInput where the first rung would be the last.
     """
-    if first >= count:
-        raise BadInput(f"search.first: {first} is no part of {count} dev items; write fewer.")
-    limits: list[int | None] = []
-    while first < count:
-        limits.append(first)
-        first *= eta
+    block, count = estimator.block, estimator.items
+    size, limits = -(-first // block) * block, list[int | None]()
+    while size < count:
+        limits.append(size)
+        size *= eta
+    if not limits:
+        raise BadInput(
+            f"search.first: {first} items, in blocks of {block} (evaluation.block_items), are no part of {count} dev "
+            "items; make either smaller."
+        )
     return (*limits, None)
+
+
+def _part(result: Result, limit: int | None) -> Result:
+    """What a rung is to know of a result: more may be known from an earlier call of the run, of another budget."""
+    if limit is None or result.status == "failed":
+        return result
+    return replace(result, items=result.items[:limit], score=None, complete=False)
 
 
 def _inner(setup: Setup, settings: HalvingSettings) -> Search:
@@ -188,5 +198,8 @@ def _inner(setup: Setup, settings: HalvingSettings) -> Search:
     if name not in known:
         raise BadInput(f"search.of.algorithm: {name!r} is no search that can be halved; {nearest(str(name), known)}")
     found = SEARCHES[name]
-    inside = replace(setup, early_stopping=False, racing=False, together=settings.batch)
-    return found.build(inside, check_section(found.settings, settings.of, "search.of"))
+    typed = check_section(found.settings, settings.of, "search.of")
+    try:
+        return found.build(replace(setup, early_stopping=False, racing=False, together=settings.batch), typed)
+    except BadInput as error:  # which speaks of settings as if they stood outside
+        raise BadInput(str(error).replace("search.", "search.of.", 1)) from error

@@ -84,7 +84,7 @@ class TPE(Coefficients):
 
     def __init__(self, setup: Setup, settings: TPESettings) -> None:
         if setup.together > 1 and settings.in_flight > 1:
-            raise BadInput(f"search.of.in_flight: candidates come in batches of {setup.together} here; leave it out.")
+            raise BadInput(f"search.in_flight: candidates come in batches of {setup.together} here; leave it out.")
         several = max(setup.together, settings.in_flight) > 1
         sampler = optuna.samplers.TPESampler(
             seed=setup.seed, n_startup_trials=settings.startup, multivariate=True, constant_liar=several

@@ -1,0 +1,77 @@
+"""The configuration of a pool of experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field
+
+from evolver.config import NAME, Evaluation, Loader, Section, check_section
+from evolver.errors import BadInput
+
+
+class Training(Section):
+    """How an expert is trained: AdamW, linear warm-up, then a cosine to zero."""
+
+    method: Literal["full", "lora"] = Field("full", description="all weights, or a LoRA adapter of all linear layers")
+    steps: int = Field(ge=1)
+    batch: int = Field(16, ge=1, description="items a step")
+    peak_rate: float = Field(5e-5, gt=0, description="learning rate behind the warm-up")
+    warmup: int = Field(10, ge=0, description="steps of warm-up")
+    max_tokens: int = Field(128, ge=4, description="longer items are cut, or left out where they cannot be")
+    freeze: list[str] = Field(default_factory=list, description="parts of names of parameters that stay as they are")
+    rank: int = Field(8, ge=1, description="of LoRA")
+    alpha: int = Field(16, ge=1, description="of LoRA")
+    save_every: int = Field(50, ge=1, description="steps between two checkpoints")
+
+
+class ExpertEntry(Section):
+    """One expert: what it is trained on, and what of its training differs from the pool's."""
+
+    data: list[str] = Field(min_length=1, description="JSONL, CSV, TSV or Parquet files")
+    text: str = Field("text", description="key of the text")
+    text_pair: str | None = Field(None, description="key of the second text of a pair")
+    label: str = Field("label", description="key of the label")
+    seed: int | None = Field(None, ge=0)
+    train: dict[str, Any] = Field(default_factory=dict, description="settings over those of the pool")
+
+
+class PoolConfig(Section):
+    """A pool: base, experts, and what they are measured on."""
+
+    pool: str = Field(pattern=NAME, description="name of the pool and of its folder under $EVOLVER_CACHE/experts")
+    seed: int = Field(0, ge=0)
+    base: str = Field(description="Hugging Face folder of the base, or a hub id")
+    kind: Literal["classifier", "causal-lm", "seq2seq"]
+    labels: list[str] | None = Field(
+        None, description="classifier: the labels of all experts, whose heads start as one; default: each its own"
+    )
+    prompt: str = Field("{text}", description="seq2seq: what the text is asked in")
+    train: dict[str, Any] = Field(description="settings of the training")
+    experts: dict[str, ExpertEntry] = Field(min_length=1)
+    evaluation: Evaluation
+
+    def training(self, name: str) -> Training:
+        """The settings of one expert's training."""
+        return Training.model_validate({**self.train, **self.experts[name].train})
+
+
+def load_pool(path: str | Path) -> PoolConfig:
+    """Read the configuration of a pool.
+
+    Raises BadInput for an unreadable file, an unknown key or a wrong type.
+    """
+    try:
+        raw = yaml.load(Path(path).read_text(), Loader=Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadInput(f"{path}: cannot be read ({' '.join(str(error).split())}); give a YAML file.") from error
+    if not isinstance(raw, dict):
+        raise BadInput(
+            f"{path}: the configuration must be a mapping with the keys {', '.join(PoolConfig.model_fields)}."
+        )
+    config = check_section(PoolConfig, raw, str(path))
+    for name, entry in config.experts.items():
+        check_section(Training, {**config.train, **entry.train}, str(path), f"experts.{name}.train.")
+    return config
