@@ -27,7 +27,9 @@ class Written:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Prompts of one manner, padded at the left."""
+    """Prompts of one manner: padded at the left for a decoder, which writes on at the right; at the right for an
+    encoder, whose positions may be absolute.
+    """
 
     ids: Tensor  # (B, L)
     mask: Tensor  # (B, L) of 0 and 1
@@ -79,8 +81,9 @@ class Generations:
         ids = torch.full((len(prompts), width), self._lm.tokenizer.pad_token_id or 0)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
-            mask[row, width - len(prompt.ids) :] = 1
+            start = width - len(prompt.ids) if self._lm.backend == "causal" else 0
+            ids[row, start : start + len(prompt.ids)] = torch.tensor(prompt.ids)
+            mask[row, start : start + len(prompt.ids)] = 1
         lengths = tuple(len(p.ids) for p in prompts)
         repeats = max(p.repeats for p in prompts) if prompts[0].manner.settings.get("do_sample") else 1
         device = self._model.device

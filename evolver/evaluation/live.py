@@ -53,6 +53,8 @@ class LiveModel:
             )
         self.module.to(self.device).eval()
         self._places = self._find(names, folder)
+        # lm-eval ties a model's weights when it wraps it, by the configuration, whatever the checkpoint says.
+        self.module.tie_weights = lambda *_, **__: None
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -89,8 +91,25 @@ class LiveModel:
                     f"model.base: {folder} holds {name}, which {type(self.module).__name__} has no place for; "
                     "save the base with the class that model.kind stands for."
                 )
-            places[name] = state[found]
-        return places
+            places[name] = found
+        self._untie(places.values())
+        state = self.module.state_dict(keep_vars=False)
+        return {name: state[found] for name, found in places.items()}
+
+    def _untie(self, names: Iterable[str]) -> None:
+        """Give each of these tensors a storage of its own.
+
+        Transformers ties a head to its embedding where a checkpoint holds both with equal values; those of another
+        expert, or of a merge, need not be equal.
+        """
+        seen: set[int] = set()
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        for name in (n for n in names if n in parameters):
+            if parameters[name].data_ptr() in seen:
+                owner, _, leaf = name.rpartition(".")
+                clone = torch.nn.Parameter(parameters[name].detach().clone(), requires_grad=False)
+                setattr(self.module.get_submodule(owner), leaf, clone)
+            seen.add(parameters[name].data_ptr())
 
 
 def _labelled(labels: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,176 @@
+"""Encoder–decoders: per-item results are lm-eval's, and a whole search leaves a model that says the same."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import toys
+import yaml
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from toys import rows, run_here
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from evolver.evaluation.encoder_decoder import EncoderDecoder
+from evolver.evaluation.items import item_hash
+from evolver.evaluation.live import LiveModel
+from evolver.evaluation.loglikelihood import LogLikelihoods
+from evolver.records import Candidate
+from evolver.run import prepare
+from evolver.worker import Worker
+
+METRICS = {
+    "toy": "acc",
+    "pair": "acc_norm",
+    "last": "acc",
+    "echo": "exact_match",
+    "free": "exact_match",
+    "roll": "word_perplexity",
+}
+DEV = {"toy": 40, "pair": 30, "last": 30, "echo": 20, "free": 20, "roll": 6}
+
+
+def t5(words):
+    config = T5Config(
+        vocab_size=len(words), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=2,
+        feed_forward_proj="gated-gelu", pad_token_id=2, eos_token_id=1, initializer_factor=4.0, n_positions=128,
+    )  # fmt: skip
+    config.decoder_start_token_id = 2
+    config.tie_word_embeddings = False  # as FLAN-T5: the constructor would tie it
+    config.scale_decoder_outputs = False
+    return T5ForConditionalGeneration(config)
+
+
+def bart(words):
+    return BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=len(words), d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=64,
+            decoder_ffn_dim=64, encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=192,
+            pad_token_id=2, bos_token_id=0, eos_token_id=1, decoder_start_token_id=1, forced_eos_token_id=None,
+            init_std=0.3,
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[t5, bart])
+def experts(request, tmp_path_factory):
+    folder, words = tmp_path_factory.mktemp(request.param.__name__), toys.tokenizer()
+    torch.manual_seed(0)
+    model = request.param(words)
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    for seed, name in enumerate(("base", "a", "b")):
+        torch.manual_seed(seed)
+        model.load_state_dict({k: v + 0.1 * (seed > 0) * torch.randn_like(v) for k, v in weights.items()})
+        model.tie_weights()
+        model.save_pretrained(folder / name)
+        words.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def configured(experts, tasks, tmp_path_factory):
+    def make(names=METRICS, **changes):
+        entries = [{"task": n, "metric": METRICS[n], "dev": DEV[n], "report": 4} for n in names]
+        raw = toys.settings(experts, tasks, {"evaluation.tasks": entries, "run": "seq", **changes})
+        raw["model"]["kind"] = "seq2seq"
+        raw["experts"] = {n: str(experts / n) for n in ("a", "b")}
+        file = tmp_path_factory.mktemp("seq") / "run.yaml"
+        file.write_text(yaml.safe_dump(raw))
+        return file
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def ready(configured):
+    return prepare(str(configured()))
+
+
+@pytest.fixture(scope="module")
+def worker(ready):
+    return Worker(ready.plan, "dev", tasks=ready.tasks)
+
+
+@pytest.fixture(scope="module")
+def judged(ready, experts, tasks):
+    module = AutoModelForSeq2SeqLM.from_pretrained(experts / "a", dtype=torch.float32)
+    module.tie_weights = lambda *_, **__: None  # lm-eval would tie what the checkpoint holds apart
+    lm = HFLM(pretrained=module, tokenizer=AutoTokenizer.from_pretrained(experts / "a"), batch_size=1)
+    indices = {t: sorted(i.index for i in ready.tasks.items.dev if i.task == t) for t in METRICS}
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    out = simple_evaluate(lm, tasks=list(METRICS), task_manager=manager, samples=indices, bootstrap_iters=0)
+    return {(n, item_hash(s["doc"])): s for n, samples in out["samples"].items() for s in samples}
+
+
+def test_per_item_results_are_those_of_lm_eval(ready, worker, judged):
+    result = worker.evaluate(Candidate(0, ready.experts[0], "test"))
+    assert result.status == "ok", result.reason
+    for item, value in zip(ready.tasks.items.dev, result.items, strict=True):
+        theirs = judged[item.task, item.hash][METRICS[item.task]]
+        assert value == pytest.approx(theirs[0] if isinstance(theirs, tuple) else theirs, rel=1e-4), item
+    assert 0 < sum(v for i, v in zip(ready.tasks.items.dev, result.items, strict=True) if i.task == "toy") < DEV["toy"]
+
+
+def test_log_likelihoods_and_texts_are_those_of_lm_eval(ready, worker, judged):
+    worker.live.write(worker.materialiser.stream(ready.experts[0]))
+    (part, _), *_ = worker.scorer.parts
+    lengths = set()
+    for kind in ("toy", "last", "pair"):
+        places = [p for p, i in enumerate(ready.tasks.items.dev) if i.task == kind]
+        found = part._likely({p: part.groups[p] for p in places}).answers
+        for place in places:
+            item = ready.tasks.items.dev[place]
+            theirs = judged[item.task, item.hash]["filtered_resps"]
+            lengths |= {len(c) for _, c in part.groups[place].pairs}
+            assert [v for v, _ in found[place]] == pytest.approx([float(r[0]) for r in theirs], rel=1e-5, abs=2e-4)
+            assert [g for _, g in found[place]] == [str(r[1]) == "True" for r in theirs]
+    assert len(lengths) > 1  # continuations of one token and of several
+    places = [p for p, i in enumerate(ready.tasks.items.dev) if i.task == "free"]
+    said = part._written({p: part._prompts[p] for p in places}).texts
+    for place in places:
+        item = ready.tasks.items.dev[place]
+        assert said[place] == judged[item.task, item.hash]["resps"][0]
+
+
+def test_batches_do_not_matter(ready, worker):
+    worker.live.write(worker.materialiser.stream(ready.experts[0]))
+    (part, _), *_ = worker.scorer.parts
+    found = []
+    for tokens, size in ((32, None), (4096, None), (4096, 1)):
+        likely = LogLikelihoods(EncoderDecoder(worker.live, part.lm.max_length), tokens, size)
+        found.append({g: [v for v, _ in a] for g, a in likely(part.groups).answers.items()})
+    for other in found[1:]:
+        for group, values in found[0].items():
+            assert values == pytest.approx(other[group], rel=1e-4)
+
+
+def test_every_tensor_has_its_own_place(ready, worker, experts):
+    """A head that is not tied must stay what it is in the checkpoint, and be written to."""
+    worker.live.write(worker.materialiser.stream(ready.experts[1]))
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(experts / "b", dtype=torch.float32).eval()
+    ids = torch.arange(3, 40)[None]
+    with torch.inference_mode():
+        ours = worker.live.module(input_ids=ids, decoder_input_ids=ids[:, :9]).logits
+        assert torch.equal(ours, theirs(input_ids=ids, decoder_input_ids=ids[:, :9]).logits)
+    assert isinstance(worker.live, LiveModel)
+
+
+def test_a_whole_search(configured, tmp_path):
+    names = ("toy", "echo")
+    file = configured(names, **{"budget.candidates": 6})
+    folder = run_here(file, tmp_path)
+    assert not [r["reason"] for r in rows(folder).values() if r["status"] != "ok"]
+    count = sum(DEV[n] for n in names)
+    assert json.loads((folder / "best.json").read_text()) == {"items": count, "equal": count}
+    best = AutoModelForSeq2SeqLM.from_pretrained(folder / "best")
+    assert best.config.is_encoder_decoder
