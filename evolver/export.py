@@ -20,7 +20,7 @@ DEPTH = ("num_hidden_layers", "n_layer", "num_layers")
 # What a model folder has besides weights. Everything else in the base's folder is not the model's.
 TOKENIZER = (
     "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt",
-    "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model",
+    "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model", "preprocessor_config.json",
 )  # fmt: skip
 COMPANIONS = ("generation_config.json", *TOKENIZER)
 

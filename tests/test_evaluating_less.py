@@ -14,7 +14,7 @@ from evolver.worker import LocalPool, Worker
 
 # More items than the other toy runs have: a race needs some to save any.
 ITEMS = {"evaluation.tasks": [{"task": "toy", "dev": 80, "report": 30}], "evaluation.block_items": 4}
-RACING = ITEMS | {"evaluation.racing": 0.2, "budget.candidates": 18, "search.generations": 5}
+RACING = ITEMS | {"evaluation.racing": 0.1, "budget.candidates": 18, "search.generations": 6}
 HALVING = {"algorithm": "halving", "of": {"algorithm": "tpe", "startup": 4}, "first": 8, "eta": 2, "batch": 4}
 HALVED = {
     "tpe": ITEMS | {"search": HALVING, "budget.candidates": 16},
@@ -88,7 +88,7 @@ def test_races_save_items(race):
 
 
 def test_those_that_a_race_rejects_are_not_better(race):
-    """Scored in full afterwards. The rate of 0.2 is a bound: of 18 duels, next to none is decided wrongly."""
+    """Scored in full afterwards. At a rate of 0.1, of some 15 duels at most one is decided wrongly here."""
     file, raced, _ = race
     ready = prepare(str(file))
     worker = Worker(ready.plan, "dev", tasks=ready.tasks)

@@ -180,6 +180,10 @@ SEARCHES = {
     "best/1, more experts": {"search.strategy": "best/1", "experts.lora": "LORA"},
     "tpe": {"search": {"algorithm": "tpe", "startup": 3, "in_flight": 2}},
     "cmaes": {"search": {"algorithm": "cmaes", "layer_groups": 2}},
+    "halving": {
+        "search": {"algorithm": "halving", "of": {"algorithm": "tpe", "startup": 3}, "first": 8, "eta": 2, "batch": 2},
+    },
+    "racing": {"evaluation.racing": 0.1},
     "dare_ties": {"search": {"algorithm": "tpe", "method": "dare_ties", "tune": ["density", "lambda"]}},
     "two tasks": {
         "evaluation.tasks": [

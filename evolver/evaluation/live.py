@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -82,10 +82,11 @@ class LiveModel:
 
     def _find(self, names: Iterable[str], folder: Path) -> dict[str, Tensor]:
         state = self.module.state_dict(keep_vars=False)
-        prefix = self.module.base_model_prefix + "."
+        prefix, renamed = self.module.base_model_prefix + ".", _renaming(self.module)
         places = {}
         for name in names:
-            found = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in state), None)
+            possible = (name, prefix + name, name.removeprefix(prefix), renamed(name))
+            found = next((n for n in possible if n in state), None)
             if found is None:
                 raise BadInput(
                     f"model.base: {folder} holds {name}, which {type(self.module).__name__} has no place for; "
@@ -118,6 +119,15 @@ def _labelled(labels: Sequence[str]) -> dict[str, Any]:
         return {}
     ids = dict(enumerate(labels))
     return {"id2label": ids, "label2id": {v: k for k, v in ids.items()}, "ignore_mismatched_sizes": True}
+
+
+def _renaming(module: Any) -> Callable[[str], str]:
+    """From names in checkpoints to names in the model: Transformers renames some architectures' tensors as it loads."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
+
+    renamings = [t for t in get_model_conversion_mapping(module) or [] if isinstance(t, WeightRenaming)]
+    return lambda name: apply_renamings(name, renamings)
 
 
 def default_device() -> str:

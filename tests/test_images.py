@@ -1,0 +1,130 @@
+"""Image classifiers: scores held against a plain loop, whatever holds the images, and a whole search."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from PIL import Image
+from sklearn.datasets import load_digits
+from toys import rows, run_here
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
+
+from evolver.errors import BadInput
+from evolver.records import Candidate
+from evolver.run import prepare
+from evolver.worker import Worker
+
+COUNT = 70
+
+
+def digits():
+    """Handwritten digits (images of 8 by 8), as PNG, and what they are."""
+    found = load_digits()
+    for pixels, label in zip(found.images[:COUNT], found.target[:COUNT], strict=True):
+        file = io.BytesIO()
+        Image.fromarray((pixels * 15).astype("uint8")).save(file, format="PNG")
+        yield file.getvalue(), int(label)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vit")
+    config = ViTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8,
+        num_labels=10, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = ViTForImageClassification(config)
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    for seed, name in enumerate(("base", "a", "b")):
+        torch.manual_seed(seed)
+        model.load_state_dict({k: v + 0.1 * (seed > 0) * torch.randn_like(v) for k, v in weights.items()})
+        model.save_pretrained(folder / name)
+        ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def configured(experts, tmp_path):
+    def make(data, **changes):
+        entry = {"task": "digits", "data": data, "dev": 30, "report": 30, **changes}
+        raw = {
+            "run": "digits", "model": {"base": str(experts / "base"), "kind": "image-classifier"},
+            "experts": {n: str(experts / n) for n in ("a", "b")}, "search": {"algorithm": "evolver", "generations": 2},
+            "budget": {"candidates": 6}, "evaluation": {"tasks": [entry], "batch_size": 7},
+        }  # fmt: skip
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+        return tmp_path / "run.yaml"
+
+    return make
+
+
+@pytest.fixture
+def paths(tmp_path):
+    lines = []
+    for number, (image, label) in enumerate(digits()):
+        (tmp_path / f"{number}.png").write_bytes(image)
+        lines.append(json.dumps({"image": f"{number}.png", "label": label}))
+    (tmp_path / "digits.jsonl").write_text("\n".join(lines))
+    return str(tmp_path / "digits.jsonl")
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    table = [{"image": {"bytes": image, "path": None}, "label": label} for image, label in digits()]
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "digits.parquet")
+    return str(tmp_path / "digits.parquet")
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    import datasets
+
+    held = [{"image": Image.open(io.BytesIO(image)), "label": label} for image, label in digits()]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_list(held, features=features).to_parquet(tmp_path / "set" / "train.parquet")
+    return {"path": str(tmp_path / "set"), "split": "train"}
+
+
+@pytest.mark.parametrize("kind", ["paths", "parquet", "dataset"])
+def test_answers_are_those_of_a_plain_loop(configured, experts, kind, request):
+    ready = prepare(str(configured(request.getfixturevalue(kind))))
+    result = Worker(ready.plan, "dev", tasks=ready.tasks).evaluate(Candidate(0, ready.experts[0], "test"))
+    assert result.status == "ok", result.reason
+    model = AutoModelForImageClassification.from_pretrained(experts / "a").eval()
+    processor = AutoImageProcessor.from_pretrained(experts / "a")
+    images, expected = list(digits()), []
+    for item in ready.tasks.items.dev:
+        data, label = images[item.index]
+        pixels = processor(images=[Image.open(io.BytesIO(data)).convert("RGB")], return_tensors="pt")["pixel_values"]
+        with torch.inference_mode():
+            expected.append(float(int(model(pixels).logits[0].argmax()) == label))
+    assert list(result.items) == expected
+    assert 0 < sum(expected) < len(expected)
+
+
+def test_a_whole_search(configured, paths, tmp_path):
+    folder = run_here(configured(paths, metric="macro_f1"), tmp_path / "results")
+    assert not [r["reason"] for r in rows(folder).values() if r["status"] != "ok"]
+    assert json.loads((folder / "best.json").read_text()) == {"items": 30, "equal": 30}
+    AutoModelForImageClassification.from_pretrained(folder / "best")
+    AutoImageProcessor.from_pretrained(folder / "best")
+
+
+def test_an_image_that_is_not_there_is_named(configured, tmp_path):
+    (tmp_path / "digits.jsonl").write_text(json.dumps({"image": "gone.png", "label": 1}))
+    with pytest.raises(BadInput, match=r"evaluation.tasks\[0\].data: the image gone.png cannot be read"):
+        prepare(str(configured(str(tmp_path / "digits.jsonl"))))
