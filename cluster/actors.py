@@ -7,8 +7,8 @@ from typing import Any
 
 import ray
 
-from cluster.messages import pack_result, unpack_candidate
 from evolver.evaluation.live import default_device
+from evolver.messages import pack_result, unpack_candidate
 from evolver.records import Split
 from evolver.worker import Plan, Worker
 

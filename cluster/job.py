@@ -19,6 +19,7 @@ from evolver.errors import BadInput
 from evolver.evaluation.live import default_device
 from evolver.evaluation.tasks import Tasks
 from evolver.loop import Pool
+from evolver.process_pool import ProcessPool
 from evolver.progress import display
 from evolver.records import Split
 from evolver.run import results_root, run
@@ -56,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_pool(plan: Plan, split: Split, tasks: Tasks) -> Pool:
     """The pool that the configuration asks for."""
     if not uses_ray(plan.config.pool):
-        return LocalPool(plan, split, tasks)
+        # Only a process of its own can be stopped when an evaluation hangs.
+        return LocalPool(plan, split, tasks) if plan.config.pool.timeout_s is None else ProcessPool(plan, split)
     from cluster.pool import RayPool  # Ray takes seconds to import: only runs that use it pay
 
     connect()

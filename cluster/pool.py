@@ -10,9 +10,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from cluster.actors import PopulationWorker
-from cluster.messages import pack_candidate, unpack_result
 from evolver.config import Config
 from evolver.errors import BadInput
+from evolver.messages import pack_candidate, unpack_result
 from evolver.records import Candidate, Result, Split
 from evolver.worker import Plan
 

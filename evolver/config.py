@@ -178,7 +178,9 @@ class Pool(Section):
     num_cpus: float | None = Field(None, gt=0, description="CPUs of one actor; default: evaluation.threads")
     num_gpus: float = Field(0, ge=0, description="GPUs of one actor, or a share of one")
     cache_gb: float = Field(2.0, ge=0, description="memory of one worker for already built models (GiB)")
-    timeout_s: float | None = Field(None, gt=0, description="seconds that one evaluation may take")
+    timeout_s: float | None = Field(
+        None, gt=0, description="seconds that one evaluation may take; a local worker then has a process of its own"
+    )
     price_per_hour: float | None = Field(None, ge=0, description="what an hour of one worker costs, for the report")
     watts: float | None = Field(None, ge=0, description="power of one worker, for the report")
     retries: int = Field(1, ge=0, description="further tries of a candidate whose worker died")

@@ -222,6 +222,7 @@ def _score_again(prepared: Prepared, best: Path, outcome: Outcome, device: str) 
     scorer = prepared.tasks.scorer(live, "dev")
     block = config.evaluation.block_items
     fresh = [v for s in range(0, len(recorded), block) for v in scorer.score(s, min(s + block, len(recorded))).items]
+    live.close()
     return {"items": len(recorded), "equal": sum(a == b for a, b in zip(recorded, fresh, strict=True))}
 
 

@@ -117,7 +117,10 @@ def build_model(
         return LiveModel(config.model, folder or opened.base.path, names, device, opened.heads, labels)
     from evolver.evaluation.launched import LaunchedModel  # lm-eval, which classifiers need not wait for
 
-    return LaunchedModel(config.evaluation)
+    model = LaunchedModel(config.evaluation)
+    if folder is not None:
+        model.launch(folder)
+    return model
 
 
 def items_hash(tasks: Tasks, split: Split) -> str:
@@ -182,8 +185,7 @@ class Worker:
 
     def close(self) -> None:
         """Let go of servers and of node-local memory."""
-        if not isinstance(self.live, LiveModel):
-            self.live.close()
+        self.live.close()
 
     def _load(self, candidate: Candidate) -> None:
         if isinstance(self.live, LiveModel):
@@ -191,7 +193,7 @@ class Worker:
         else:
             self.live.stop()
             export(candidate.recipe, self.materialiser, self.live.folder, {})
-            self.live.launch()
+            self.live.launch(self.live.folder)
 
     def _score(self, candidate: Candidate) -> tuple[list[float], dict[str, float], bool]:
         """Per-item scores, block by block, until the question is answered; what they took; whether a race ended it."""

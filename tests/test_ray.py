@@ -15,12 +15,12 @@ import toys
 
 from cluster import pool as pools
 from cluster.job import main, make_pool
-from cluster.messages import pack_candidate, pack_result, unpack_candidate, unpack_result
 from cluster.pool import RayPool, check_resources
 from evolver.config import load
 from evolver.errors import BadInput
 from evolver.ledger import Ledger
 from evolver.loop import evolve
+from evolver.messages import pack_candidate, pack_result, unpack_candidate, unpack_result
 from evolver.records import Candidate, Cross, Expert, Result
 from evolver.run import prepare
 from evolver.search.plain import Listed

@@ -5,6 +5,7 @@ The candidate is written to node-local memory as a Hugging Face folder; lm-eval'
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import shlex
@@ -45,13 +46,15 @@ class LaunchedModel:
         check_backend(settings.backend)
         self._settings = settings
         place = MEMORY if os.access(MEMORY, os.W_OK) else Path(tempfile.gettempdir())
-        self._scratch = Path(tempfile.mkdtemp(prefix="evolver-", dir=place))
+        _sweep(place)
+        self._scratch = Path(tempfile.mkdtemp(prefix=f"evolver-{os.getpid()}-", dir=place))
         self.folder = self._scratch / "candidate"
         self.lm: Any = None
         self._server: subprocess.Popen[bytes] | None = None
+        atexit.register(self.close)  # memory that is a file system outlives the process
 
-    def launch(self) -> None:
-        """Start the class, and the server where one is configured, on the model in ``folder``.
+    def launch(self, folder: Path) -> None:
+        """Start the class, and the server where one is configured, on the model in a folder.
 
         Raises RuntimeError where the server ends or does not answer in time.
         """
@@ -59,14 +62,14 @@ class LaunchedModel:
 
         self.stop()
         port = _free_port()
-        names = {"model": str(self.folder), "port": str(port)}
+        names = {"model": str(folder), "port": str(port)}
         if self._settings.serve:
             self._serve([part.format(**names) for part in shlex.split(self._settings.serve)], port)
         given = {k: v.format(**names) if isinstance(v, str) else v for k, v in self._settings.model_args.items()}
         key = "model" if self._settings.backend in REMOTE else "pretrained"
         size = {"batch_size": self._settings.batch_size} if self._settings.batch_size else {}
         with quiet():
-            self.lm = get_model(self._settings.backend)(**{key: str(self.folder), **size, **given})
+            self.lm = get_model(self._settings.backend)(**{key: str(folder), **size, **given})
 
     def stop(self) -> None:
         """Let go of the class, the server and what they hold."""
@@ -131,6 +134,14 @@ def check_backend(name: str) -> None:
 
     if name not in MODEL_MAPPING:
         raise BadInput(f"evaluation.backend: unknown backend {name!r}; {nearest(name, ['resident', *MODEL_MAPPING])}")
+
+
+def _sweep(place: Path) -> None:
+    """Remove what processes left behind that were killed."""
+    for folder in place.glob("evolver-*-*"):
+        owner = folder.name.split("-")[1]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _free_port() -> int:

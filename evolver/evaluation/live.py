@@ -69,6 +69,9 @@ class LiveModel:
             for name, tensor in tensors:
                 self._places[name].copy_(tensor)
 
+    def close(self) -> None:
+        """Nothing outlives the process."""
+
     def use(self, head: str) -> None:
         """Put an expert's own head on the model, whatever its number of labels."""
         for name, tensor in self._heads[head].items():

@@ -104,6 +104,10 @@ class SplitScorer:
 
 def _judges(config: Config) -> dict[str, Judge]:
     """The judge of every task; tasks of one kind share one."""
+    if config.evaluation.backend != "resident":
+        from evolver.evaluation.launched import check_backend  # lm-eval takes seconds
+
+        check_backend(config.evaluation.backend)
     kinds: dict[str, list[int]] = {}
     for number, entry in enumerate(config.evaluation.tasks):
         kind = _kind(entry, config.model.kind)

@@ -135,7 +135,7 @@ def cold_start() -> tuple[float, float]:
 
 def ray_bytes() -> tuple[float, float]:
     """Bytes of the largest messages to and from Ray actors: the longest lineage, and many items."""
-    from cluster.messages import pack_candidate, pack_result
+    from evolver.messages import pack_candidate, pack_result
     from evolver.records import Expert, Result
 
     population: list[Recipe] = [Expert(f"expert{i}", f"{i:020x}") for i in range(5)]

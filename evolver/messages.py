@@ -1,4 +1,4 @@
-"""What travels between driver and actors: recipes and scores as compressed JSON, a few kilobytes whatever the model."""
+"""What travels between driver and workers: recipes and scores as compressed JSON, a few kilobytes at any model size."""
 
 from __future__ import annotations
 

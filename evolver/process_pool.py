@@ -1,0 +1,109 @@
+"""A pool of one worker in a process of its own, which can be killed when it hangs and replaced when it dies."""
+
+from __future__ import annotations
+
+import multiprocessing
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+from evolver.errors import BadInput
+from evolver.messages import pack_candidate, pack_result, unpack_candidate, unpack_result
+from evolver.records import Candidate, Result, Split
+from evolver.worker import Plan, Worker
+
+READY = b"ready"
+
+
+class ProcessPool:
+    """Evaluates one candidate at a time in a spawned process.
+
+    An evaluation that takes longer than ``pool.timeout_s`` is a failed result, and the process is killed. One whose
+    process dies is tried again ``pool.retries`` times in a new one.
+
+    Raises BadInput where the worker cannot be built.
+    """
+
+    def __init__(self, plan: Plan, split: Split) -> None:
+        self._plan, self._split = plan, split
+        self._process: BaseProcess | None = None
+        self._pipe: Connection | None = None
+        self._waiting: list[Candidate] = []
+
+    def free(self) -> int:
+        return 1 - len(self._waiting)
+
+    def submit(self, candidate: Candidate) -> None:
+        self._waiting.append(candidate)
+
+    def wait(self) -> list[Result]:
+        candidate = self._waiting.pop(0)
+        settings = self._plan.config.pool
+        for attempt in range(settings.retries + 1):
+            pipe = self._pipe or self._start()
+            try:
+                pipe.send_bytes(pack_candidate(candidate))
+                if not pipe.poll(settings.timeout_s):
+                    self._kill()
+                    return [_failed(candidate, f"timed out after {settings.timeout_s:g} s")]
+                return [unpack_result(pipe.recv_bytes())]
+            except (EOFError, OSError):  # the process is gone
+                status = self._kill()
+                reason = f"its worker died with status {status}; tried {attempt + 1} times"
+        return [_failed(candidate, reason)]
+
+    def close(self) -> None:
+        if self._pipe is not None:
+            self._pipe.close()  # the process ends when it finds nobody at the other end
+            self._pipe = None
+        if self._process is not None:
+            self._process.join(timeout=10)
+        self._kill()
+
+    def _start(self) -> Connection:
+        # Spawned: a forked process would inherit threads' locks without the threads.
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, self._plan, self._split), daemon=True)
+        self._process.start()
+        theirs.close()
+        try:
+            said = ours.recv_bytes()
+        except EOFError:
+            raise BadInput(
+                f"pool: the worker's process ended with status {self._kill()} before it was ready."
+            ) from None
+        if said != READY:
+            self._kill()
+            raise BadInput(said.decode())
+        self._pipe = ours
+        return ours
+
+    def _kill(self) -> int | None:
+        """End the process, however it is, and return its exit status."""
+        process, self._process, self._pipe = self._process, None, None
+        if process is None:
+            return None
+        process.join(timeout=0.5)
+        if process.is_alive():
+            process.kill()
+        process.join()
+        return process.exitcode
+
+
+def _serve(pipe: Connection, plan: Plan, split: Split) -> None:
+    """What the process does: build the worker, then answer until nobody asks."""
+    try:
+        worker = Worker(plan, split, name="process")
+    except BadInput as error:
+        pipe.send_bytes(str(error).encode())
+        return
+    pipe.send_bytes(READY)
+    try:
+        while True:
+            pipe.send_bytes(pack_result(worker.evaluate(unpack_candidate(pipe.recv_bytes()))))
+    except (EOFError, OSError, KeyboardInterrupt):
+        worker.close()
+
+
+def _failed(candidate: Candidate, reason: str) -> Result:
+    return Result(candidate.number, candidate.recipe.id, "failed", reason=reason, stage=candidate.stage)
