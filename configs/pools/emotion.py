@@ -66,12 +66,15 @@ def goemotions(data: Path) -> Iterator[Example]:
 
 
 def emoint(data: Path) -> Iterator[Example]:
-    """Tweets of clear intensity."""
-    for path in sorted((data / "emoint").glob("*gold*.txt")) + sorted((data / "emoint").glob("*train.txt")):
+    """Tweets of clear intensity, of all three parts; one rated for several emotions has the strongest."""
+    rated = []
+    for path in [p for kind in ("*gold.txt", "*train.txt") for p in sorted((data / "emoint").rglob(kind))]:
         for line in path.read_text(encoding="utf-8").splitlines():
             parts = line.split("\t")
             if len(parts) == 4 and re.fullmatch(r"[01]\.\d+", parts[3]) and float(parts[3]) >= 0.5:
-                yield parts[1], parts[2]
+                rated.append((float(parts[3]), parts[1], parts[2]))
+    for _, text, label in sorted(rated, key=lambda row: -row[0]):  # of equal texts the first is kept
+        yield text, label
 
 
 def affectivetext(data: Path) -> Iterator[Example]:

@@ -1,6 +1,7 @@
 """Four tasks of GLUE (Wang et al. 2019): raw files to texts, or pairs of texts, with a label.
 
-The tasks' public validation sets (MRPC: its test set) are the items for testing.
+The items for testing are the public validation sets of RTE and CoLA (in domain) and the test sets of MRPC and SST-2;
+SST-2 is that of whole sentences (6,920 for training), not GLUE's of phrases.
 """
 
 from __future__ import annotations

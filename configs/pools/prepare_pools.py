@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,17 @@ def prepare_emotion(data: Path, folder: Path) -> None:
 
 
 def prepare_glue(data: Path, folder: Path) -> None:
-    """Four tasks of GLUE with their own training and validation items."""
+    """Four tasks of GLUE with their own training and test items; no test item is a training item."""
     for name, read in glue.TASKS.items():
-        for split in ("train", "test"):
-            write_rows(folder / name / f"{split}.jsonl", list(read(data, split)))
+        tests = list(read(data, "test"))
+        seen = set(map(glue_key, tests))
+        write_rows(folder / name / "train.jsonl", [r for r in read(data, "train") if glue_key(r) not in seen])
+        write_rows(folder / name / "test.jsonl", tests)
+
+
+def glue_key(row: Row) -> tuple[str, str]:
+    """What makes two items the same: their letters and digits, in any case."""
+    return normalise(row["text"]), normalise(row.get("text_pair", ""))
 
 
 def prepare_skills(data: Path, folder: Path) -> None:
@@ -103,7 +110,9 @@ def written_maths_task(file: Path) -> Row:
         "doc_to_target": "{{answer}}",
         "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8, "do_sample": False},
         "filter_list": [{"name": "number", "filter": [number, {"function": "take_first"}]}],
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "metric_list": [
+            {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "regexes_to_ignore": [","]}
+        ],
     }
 
 
@@ -152,18 +161,23 @@ def prepare(names: Iterable[str], data: Path, folder: Path) -> None:
     write_tasks(folder)
 
 
-def main() -> Iterator[str]:
-    """Read the command line, and make what is missing."""
+def main() -> int:
+    """Read the command line, and make what is missing; 0 when all is there, 2 when the user has to do something."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the raw data sets")
     parser.add_argument("--only", choices=list(MAKERS), help="this family of pools alone")
     given = parser.parse_args()
-    prepare([given.only] if given.only else list(MAKERS), given.data, pools_folder())
-    yield f"ready: {pools_folder()}"
+    try:
+        prepare([given.only] if given.only else list(MAKERS), given.data, pools_folder())
+    except FileNotFoundError as error:
+        print(f"{error.filename} is missing; --data names the folder of the raw sets.", file=sys.stderr)
+        return 2
+    except (PrepareError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"ready: {pools_folder()}")
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        print(*main())
-    except (PrepareError, OSError) as error:
-        sys.exit(str(error))
+    sys.exit(main())
