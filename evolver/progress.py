@@ -44,7 +44,8 @@ def describe(candidate: Candidate, result: Result) -> str:
         return f"{what}: failed ({result.reason})"
     took = "known" if result.reused else f"{result.seconds.get('total', 0.0):.1f} s"
     if result.score is None:
-        return f"{what}: rejected after {len(result.items)} items ({took})"
+        how = "rejected after" if candidate.limit is None else "scored on"
+        return f"{what}: {how} {len(result.items)} items ({took})"
     return f"{what}: {result.score:.4f} ({took})"
 
 

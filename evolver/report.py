@@ -198,11 +198,11 @@ def _against_others(outcome: Outcome) -> str:
 
 
 def _winner_section(outcome: Outcome, agreement: Mapping[str, int]) -> str:
-    candidate = outcome.winning
+    candidate, models = outcome.winning, len({r.recipe_id for _, r in outcome.searched})
     same = f"{agreement['equal']} of {agreement['items']}"
     return (
         "## The winner\n\n"
-        f"Candidate {candidate.number} of {len(outcome.searched)}, proposed by `{candidate.proposer}`, recipe "
+        f"One of {models} models, proposed by `{candidate.proposer}` as candidate {candidate.number}, recipe "
         f"`{candidate.recipe.id}` ({len(dump_recipe(candidate.recipe))} bytes, in `recipe.json`). The folder `best/`, "
         f"loaded anew and scored on the dev items, gives the ledger's score on {same} items."
     )
@@ -228,7 +228,7 @@ def _cost(outcome: Outcome) -> str:
         ["seconds a candidate, median", f"{_median(r.seconds.get('total', 0.0) for r in fresh):.2f}"],
         *_bill(outcome, spent["total"]),
     ]
-    parts = ["## What the search cost", markdown_table(["", ""], rows), _less(fresh, full, outcome)]
+    parts = ["## What the search cost", markdown_table(["", ""], rows), _less(outcome.searched, full, outcome)]
     return "\n\n".join(p for p in parts if p)
 
 
@@ -241,22 +241,21 @@ def _bill(outcome: Outcome, seconds: float) -> Iterable[list[str]]:
         yield ["price (estimated)", f"{pool.price_per_hour * hours:.4f}"]
 
 
-def _less(fresh: Sequence[Result], full: int, outcome: Outcome) -> str:
-    """What each way of scoring less has saved, against scoring every item of every candidate."""
-    partial = [r for r in fresh if not r.complete]
-    certain = [r for r in partial if not r.raced]
-    raced = [r for r in partial if r.raced]
-    rows = [
-        ["known of an earlier evaluation", str(sum(r.given > 0 for r in fresh)), str(sum(r.given for r in fresh))],
-        ["stopped: no longer able to reach the bar, or only a part was asked for", *_saved(certain, full)],
-        [f"stopped by a race at an error rate of {outcome.config.evaluation.racing}", *_saved(raced, full)],
-    ]
-    used = [row for row in rows if row[1] != "0"]
-    return markdown_table(["scored less", "candidates", "items saved"], used) if used else ""
-
-
-def _saved(results: Sequence[Result], full: int) -> tuple[str, str]:
-    return str(len(results)), str(sum(full - len(r.items) for r in results))
+def _less(searched: Sequence[tuple[Candidate, Result]], full: int, outcome: Outcome) -> str:
+    """What each way of scoring less has saved, against scoring every item of every model once."""
+    last: dict[str, tuple[Candidate, Result]] = {}  # of each model the evaluation that knows most
+    for candidate, result in searched:
+        known = last.get(result.recipe_id)
+        if result.status == "ok" and (known is None or len(result.items) > len(known[1].items)):
+            last[result.recipe_id] = (candidate, result)
+    partial = [(c, r) for c, r in last.values() if not r.complete]
+    ways = {
+        "could no longer reach the bar": [r for c, r in partial if not r.raced and c.limit is None],
+        f"lost a race, at an error rate of {outcome.config.evaluation.racing}": [r for _, r in partial if r.raced],
+        "did not go on to the next rung": [r for c, r in partial if not r.raced and c.limit is not None],
+    }
+    rows = [[way, str(len(rs)), str(sum(full - len(r.items) for r in rs))] for way, rs in ways.items() if rs]
+    return markdown_table(["not scored in full", "models", "items saved"], rows) if rows else ""
 
 
 def _failures(outcome: Outcome) -> str:

@@ -194,17 +194,23 @@ def test_a_report_says_it_all(tmp_path):
 def test_what_was_not_scored_stands_in_the_report(tmp_path):
     done = outcome([1.0] * 30, [1.0] * 20 + [0.0] * 10)
     stopped = replace(done.best_dev, number=2, items=(1.0,), complete=False, score=None, counts={"tokens": 7.0})
-    raced = replace(stopped, number=3, items=(1.0, 0.0), raced=True, given=1)
-    more = tuple((Candidate(r.number, B, "evolver"), r) for r in (stopped, raced))
+    stopped = replace(stopped, recipe_id="second")
+    raced = replace(stopped, number=3, items=(1.0, 0.0), raced=True, given=1, recipe_id="third")
+    rung = replace(stopped, number=4, recipe_id="fourth", seconds={}, counts={})
+    next_rung = replace(rung, number=5, items=(1.0, 0.0), given=1)
+    limits = {4: 1, 5: 2}
+    more = tuple(
+        (Candidate(r.number, B, "evolver", limit=limits.get(r.number)), r) for r in (stopped, raced, rung, next_rung)
+    )
     pool = done.config.pool.model_copy(update={"price_per_hour": 36.0, "watts": 500.0})
     config = done.config.model_copy(update={"pool": pool})
     write_report(tmp_path, replace(done, config=config, searched=(*done.searched, *more)), {"items": 4, "equal": 4})
     text = (tmp_path / "report.md").read_text()
-    assert "| items scored | 6 |" in text
+    assert "| items scored | 8 |" in text
     assert "| tokens | 14 |" in text
-    assert "| known of an earlier evaluation | 1 | 1 |" in text
-    assert "| stopped: no longer able to reach the bar, or only a part was asked for | 1 | 3 |" in text
-    assert "| stopped by a race at an error rate of None | 1 | 2 |" in text
+    assert "| could no longer reach the bar | 1 | 3 |" in text
+    assert "| lost a race, at an error rate of None | 1 | 2 |" in text
+    assert "| did not go on to the next rung | 1 | 2 |" in text  # of two rungs, what the second has left
     assert "| price (estimated) | 0.0300 |" in text  # three evaluations of a second each
     assert "| energy (kWh, estimated) | 0.0004 |" in text
 
