@@ -5,6 +5,7 @@ Exit status: 0 done, 2 bad input, 1 a fault of ours.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -97,6 +98,9 @@ def experts(
     measure: Annotated[bool, typer.Option(help="score base and experts on the pool's tasks at the end")] = True,
 ) -> None:
     """Train a pool of experts, or what is missing of it, and show what they are good at."""
+    # Read when torch comes in. Threads that spin while they wait slow a training down many times beside other work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from evolver.folder import write_text
     from evolver.training.experts import locations, make_pool
     from evolver.training.settings import load_pool
     from evolver.training.show import show
@@ -111,7 +115,7 @@ def experts(
         typer.echo(line)
     if measure:
         table = measured(pool, folders)
-        (folders["base"].parent / "table.md").write_text(table + "\n")
+        write_text(folders["base"].parent / "table.md", table + "\n")
         typer.echo(table)
 
 

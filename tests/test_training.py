@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
 import toys
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from evolver.cli import app
 from evolver.errors import BadInput
+from evolver.evaluation.metrics import JUDGED, Metric
+from evolver.evaluation.scoring import Scale
+from evolver.merging.heads import head_of
+from evolver.merging.weights import open_base, open_expert
 from evolver.training.experts import cache, make_pool
+from evolver.training.fit import CHECKPOINT
 from evolver.training.losses import Learner, lessons_of, loss_of
 from evolver.training.settings import PoolConfig, load_pool
+from evolver.training.show import show
+from evolver.training.table import standard_error
 
 LABELS = ["red", "green", "blue"]
 
@@ -84,8 +95,8 @@ def classifiers(encoder, tmp_path, **changes):
 
 
 def test_experts_of_one_label_space_share_their_head(encoder, tmp_path):
-    pool, show = PoolConfig.model_validate(classifiers(encoder, tmp_path)), Silent()
-    folders = make_pool(pool, show)
+    pool, seen = PoolConfig.model_validate(classifiers(encoder, tmp_path)), Silent()
+    folders = make_pool(pool, seen)
     weights = {n: load_file(f / "model.safetensors") for n, f in folders.items()}
     assert weights["base"].keys() == weights["one"].keys() == weights["two"].keys()
     assert weights["base"]["classifier.weight"].shape == (3, 32)
@@ -93,8 +104,8 @@ def test_experts_of_one_label_space_share_their_head(encoder, tmp_path):
         n: float((weights[n]["classifier.weight"] - weights["base"]["classifier.weight"]).abs().max()) for n in weights
     }
     assert 0 == moved["base"] < moved["one"] < 1  # trained from the base's head, not from one of its own
-    assert show.steps[0] == ("one", 12)
-    losses = [loss for _, loss in show.steps[1:13]]
+    assert seen.steps[0] == ("one", 12)
+    losses = [loss for _, loss in seen.steps[1:13]]
     assert sum(losses[-3:]) < sum(losses[:3])
 
 
@@ -134,6 +145,40 @@ def test_a_killed_training_ends_with_the_same_weights(encoder, tmp_path, killed_
     assert not list(cache().glob("*.training"))
 
 
+def test_a_kill_while_a_checkpoint_is_written_costs_no_more_than_its_steps(encoder, tmp_path, monkeypatch):
+    raw = classifiers(encoder, tmp_path)
+    whole = {
+        n: load_file(f / "model.safetensors") for n, f in make_pool(PoolConfig.model_validate(raw), Silent()).items()
+    }
+    monkeypatch.setenv("EVOLVER_CACHE", str(tmp_path / "other"))
+    replace, seen = os.replace, []
+
+    def killed(source, target):
+        if Path(target).name == CHECKPOINT and seen.append(target) is None and len(seen) == 2:
+            raise KeyboardInterrupt  # step 10 is written down, but not under its name
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_pool(PoolConfig.model_validate(raw), Silent())
+    rest = Silent()
+    again = load_file(make_pool(PoolConfig.model_validate(raw), rest)["one"] / "model.safetensors")
+    assert rest.steps[1][0] == 6
+    assert all(torch.equal(again[n], t) for n, t in whole["one"].items())
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_a_person_sees(terminal, monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr("evolver.training.show.Console", lambda: Console(file=shown, force_terminal=terminal, width=90))
+    seen = show()
+    seen.begin("one", 60)
+    seen.step(51, 0.5)  # a training that goes on
+    seen.step(60, 0.25)
+    seen.close()
+    assert "60/60" in shown.getvalue() if terminal else "step 60 of 60, loss 0.250" in shown.getvalue()
+
+
 def test_heads_of_their_own(encoder, tmp_path):
     raw = classifiers(encoder, tmp_path, labels=None)
     write(tmp_path / "two.jsonl", [{**r, "label": "other" if r["label"] == "red" else "same"} for r in rows(1)])
@@ -147,13 +192,67 @@ def test_heads_of_their_own(encoder, tmp_path):
     table = (cache() / "toys" / "table.md").read_text()
     assert table.count("**") == 4
     assert "failed" not in table
+    assert [row.count("–") for row in table.splitlines()[2:]] == [0, 1, 1]  # no body is judged under another's head
 
 
-def test_an_adapter(encoder, tmp_path):
-    pool = PoolConfig.model_validate(classifiers(encoder, tmp_path))
-    raw = {**pool.model_dump(), "train": {**pool.train, "method": "lora"}}
+@pytest.mark.parametrize("labels", [LABELS, None])
+def test_an_adapter_is_an_expert_of_its_base(encoder, tmp_path, labels):
+    raw = classifiers(encoder, tmp_path, labels=labels)
+    folders = make_pool(PoolConfig.model_validate({**raw, "train": {**raw["train"], "method": "lora"}}), Silent())
+    base = open_base(str(folders["base"]), headless=labels is None)
+    expert = open_expert(str(folders["one"]), base, "experts.one")
+    moved = {n for n in base.names() if not torch.equal(base.tensor(n), expert.tensor(n))}
+    assert {n for n in moved if "query" in n} == {f"bert.encoder.layer.{k}.attention.self.query.weight" for k in (0, 1)}
+    assert head_of(expert)["classifier.weight"].shape == (3, 32)
+    assert ("classifier.weight" in moved) == (labels is not None)
+
+
+def test_what_is_frozen_stays(encoder, tmp_path):
+    raw = classifiers(encoder, tmp_path)
+    raw["train"]["freeze"] = ["embeddings"]
     folders = make_pool(PoolConfig.model_validate(raw), Silent())
-    assert (folders["one"] / "adapter_model.safetensors").exists()
+    base, one = (load_file(folders[n] / "model.safetensors") for n in ("base", "one"))
+    still = {n for n in base if torch.equal(base[n], one[n])}
+    assert {n for n in base if "embeddings" in n} <= still
+    assert "bert.encoder.layer.0.output.dense.weight" not in still
+
+
+@pytest.mark.parametrize(("freeze", "said"), [("embedings", "is in no parameter's name"), ("e", "nothing to train")])
+def test_what_cannot_be_frozen_is_named(encoder, tmp_path, freeze, said):
+    raw = classifiers(encoder, tmp_path)
+    raw["train"]["freeze"] = [freeze]
+    with pytest.raises(BadInput, match=f"train.freeze: .*{said}"):
+        make_pool(PoolConfig.model_validate(raw), Silent())
+
+
+def test_an_encoder_decoder_learns_to_say_its_labels(tmp_path):
+    """The files are those of the base: the same names, the same dtypes, an untied head called untied."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    words = toys.tokenizer()
+    torch.manual_seed(0)
+    config = T5Config(
+        d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=len(words), pad_token_id=2, eos_token_id=1,
+        decoder_start_token_id=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    origin = T5ForConditionalGeneration(config)
+    torch.nn.init.normal_(origin.lm_head.weight)
+    origin.bfloat16().save_pretrained(tmp_path / "t5")
+    words.save_pretrained(tmp_path / "t5")
+    raw = {
+        "pool": "talkers", "base": str(tmp_path / "t5"), "kind": "seq2seq", "template": "Which colour? {text}",
+        "train": {"steps": 40, "batch": 16, "peak_rate": 0.02, "warmup": 2},
+        "experts": {"one": {"data": write(tmp_path / "one.jsonl", rows(0))}},
+        "evaluation": {"tasks": [{"task": "t", "dev": 1, "report": 1}]},
+    }  # fmt: skip
+    seen = Silent()
+    folders = make_pool(PoolConfig.model_validate(raw), seen)
+    losses = [loss for step, loss in seen.steps if isinstance(step, int)]
+    assert sum(losses[-4:]) < sum(losses[:4]) / 2
+    base, one = (open_base(str(folders[n])) for n in ("base", "one"))
+    assert base.headers == one.headers
+    tied = [json.loads((folders[n] / "config.json").read_text())["tie_word_embeddings"] for n in ("base", "one")]
+    assert tied[0] == tied[1]
 
 
 def test_language_models_learn_to_choose_and_to_write(models, tmp_path):
@@ -168,19 +267,28 @@ def test_language_models_learn_to_choose_and_to_write(models, tmp_path):
         "experts": {"both": {"data": [write(tmp_path / "c.jsonl", choose), write(tmp_path / "w.jsonl", written)]}},
         "evaluation": {"tasks": [{"task": "t", "dev": 1, "report": 1}]},
     }  # fmt: skip
-    show = Silent()
-    folders = make_pool(PoolConfig.model_validate(raw), show)
-    losses = [loss for step, loss in show.steps if isinstance(step, int)]
+    seen = Silent()
+    folders = make_pool(PoolConfig.model_validate(raw), seen)
+    losses = [loss for step, loss in seen.steps if isinstance(step, int)]
     assert sum(losses[-4:]) < sum(losses[:4]) / 2
     assert folders["base"].resolve() == (models / "base").resolve()
+    assert open_base(str(folders["both"])).headers == open_base(str(models / "base")).headers
 
 
-def test_a_choice_is_learnt_by_what_decides_it(models):
-    """The loss is the cross-entropy over the choices' summed log-likelihoods, held against separate passes."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_choice_is_learnt_by_what_decides_it(models, architecture):
+    """The loss is the cross-entropy over the choices' summed log-likelihoods, held against separate passes: of an
+    architecture whose choices share a row, and of one whose cannot.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-    module = AutoModelForCausalLM.from_pretrained(models / "base", dtype=torch.float32).eval()
     words = AutoTokenizer.from_pretrained(models / "base")
+    if architecture == "llama":
+        module = AutoModelForCausalLM.from_pretrained(models / "base", dtype=torch.float32).eval()
+    else:
+        torch.manual_seed(0)
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": toys.LENGTH, "initializer_range": 0.3}
+        module = GPT2LMHeadModel(GPT2Config(vocab_size=len(words), **sizes)).eval()
     raw = {
         "pool": "x", "base": "x", "kind": "causal-lm", "train": {"steps": 1}, "experts": {"a": {"data": ["x"]}},
         "evaluation": {"tasks": [{"task": "t", "dev": 1, "report": 1}]},
@@ -197,12 +305,29 @@ def test_a_choice_is_learnt_by_what_decides_it(models):
     assert found.item() == pytest.approx(-torch.stack(sums).log_softmax(0)[2].item(), rel=1e-4)
 
 
+def test_standard_errors():
+    """Of a mean by its formula; of other metrics by resampling, held against the formula where both are known."""
+    draw = random.Random(0)
+    right = [draw.randrange(2) for _ in range(400)]
+    said = [r if draw.random() < 0.7 else 1 - r for r in right]
+    hits = [float(s == r) for s, r in zip(said, right, strict=True)]
+    share = sum(hits) / 400
+    expected = (share * (1 - share) / 399) ** 0.5
+    judged = Scale(("t",) * 400, {"t": 1.0}, {"t": JUDGED})
+    assert standard_error(hits, judged, "t") == pytest.approx(expected)
+    together = Metric("share", lambda answers, right: (answers == right).mean(-1))
+    whole = Scale(("t",) * 400, {"t": 1.0}, {"t": together}, tuple(right))
+    assert standard_error(said, whole, "t") == pytest.approx(expected, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"kind": "classifer"}, "kind: 'classifer' is not usable"),
         ({"train": {"steps": 3, "bach": 4}}, "experts.one.train.bach: unknown key; did you mean 'batch'"),
         ({"experts": {}}, "experts: "),
+        ({"experts": {"one": {"data": "one.jsonl"}}}, "experts: give at least two experts"),
+        ({"kind": "seq2seq", "template": "Which?"}, "template: write {text} where the text belongs"),
     ],
 )
 def test_a_bad_configuration_is_one_sentence(encoder, tmp_path, change, said):
@@ -216,6 +341,13 @@ def test_rows_that_cannot_be_learnt_from_are_named(encoder, tmp_path):
     raw = classifiers(encoder, tmp_path)
     write(tmp_path / "one.jsonl", [{"text": "the red boat", "label": "purple"}])
     with pytest.raises(BadInput, match=r"experts.one.data: row 1 cannot be learnt from"):
+        make_pool(PoolConfig.model_validate(raw), Silent())
+
+
+def test_rows_without_a_label_are_named(encoder, tmp_path):
+    raw = classifiers(encoder, tmp_path, labels=None)
+    raw["experts"]["one"]["label"] = "colour"
+    with pytest.raises(BadInput, match=r"experts.one.label: row 1 of the data has no 'colour'"):
         make_pool(PoolConfig.model_validate(raw), Silent())
 
 

@@ -48,27 +48,27 @@ def cache() -> Path:
 
 def _base(pool: PoolConfig) -> Path:
     """The common ancestor: of classifiers with a head, or without one where each expert has its own."""
+    origin = open_base(pool.base, "base")
     if pool.kind != "classifier":
-        origin = open_base(pool.base, "base")
         return _linked(pool, "base", origin.path)
-    key = content_hash([VERSION, open_base(pool.base, "base").digest(), pool.labels, pool.seed])
+    key = content_hash([VERSION, origin.digest(), pool.labels, pool.seed])
     target = cache() / key
     if not target.exists():
         with whole_folder(target) as folder:
-            module = _module(pool, Path(expand(pool.base)), pool.labels or ["0", "1"], pool.seed)
+            module = _module(pool, origin.path, pool.labels or ["0", "1"], pool.seed)
             kept = {n: t for n, t in module.state_dict().items() if pool.labels or not is_head(n)}
             module.save_pretrained(folder, state_dict=kept)
-            _tokenizer(Path(expand(pool.base))).save_pretrained(folder)
+            _tokenizer(origin.path).save_pretrained(folder)
     return _linked(pool, "base", target)
 
 
 def _expert(pool: PoolConfig, name: str, base: Path, show: Show) -> Path:
     entry, settings = pool.experts[name], pool.training(name)
-    rows = [row for file in entry.data for row in read_rows(file, f"experts.{name}.data")]
+    rows = [row for file in entry.files for row in read_rows(file, f"experts.{name}.data")]
     seed = entry.seed if entry.seed is not None else pool.seed
-    labels = pool.labels or (sorted({str(r[entry.label]) for r in rows}) if pool.kind == "classifier" else [])
-    read = [pool.kind, pool.prompt, labels, entry.text, entry.text_pair, entry.label]
-    contents = [hashlib.sha256(Path(expand(file)).read_bytes()).hexdigest() for file in entry.data]
+    labels = pool.labels or (_own_labels(rows, entry.label, f"experts.{name}") if pool.own_heads else [])
+    read = [pool.kind, pool.template, labels, entry.text, entry.text_pair, entry.label]
+    contents = [hashlib.sha256(Path(expand(file)).read_bytes()).hexdigest() for file in entry.files]
     key = content_hash([VERSION, open_base(str(base), "base").digest(), settings.model_dump(), seed, contents, read])
     target = cache() / key
     if target.exists():
@@ -76,6 +76,14 @@ def _expert(pool: PoolConfig, name: str, base: Path, show: Show) -> Path:
     else:
         _train(pool, name, base, rows, labels, seed, target, show)
     return _linked(pool, name, target)
+
+
+def _own_labels(rows: Sequence[Row], label: str, key: str) -> list[str]:
+    """The labels that occur, in alphabetical order."""
+    without = next((n for n, r in enumerate(rows, 1) if r.get(label) is None), None)
+    if without is not None:
+        raise BadInput(f"{key}.label: row {without} of the data has no {label!r}; name the key of the label.")
+    return sorted({str(r[label]) for r in rows})
 
 
 def _train(
@@ -89,6 +97,8 @@ def _train(
     loss = loss_of(pool, name, tokenizer, labels)
     lessons = lessons_of(loss, rows, f"experts.{name}.data")
     scratch = target.with_name(f"{target.name}.training")
+    if left_out := len(rows) - len(lessons):
+        show.say(f"{name}: {left_out} of {len(rows)} items are longer than max_tokens and left out")
     show.begin(name, settings.steps)
     learner = Learner(module.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
     fit(learner, loss, lessons, settings, seed, scratch, show.step)
@@ -112,7 +122,9 @@ def _module(pool: PoolConfig, folder: Path, labels: Sequence[str], seed: int) ->
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     ids = dict(enumerate(labels))
-    named = {"id2label": ids, "label2id": {v: k for k, v in ids.items()}} if pool.kind == "classifier" else {}
+    named: dict[str, Any] = {}
+    if pool.kind == "classifier":  # where the base has a head for another number of labels, a new one is drawn
+        named = {"id2label": ids, "label2id": {v: k for k, v in ids.items()}, "ignore_mismatched_sizes": True}
     torch.manual_seed(seed)
     return kinds[pool.kind].from_pretrained(folder, use_safetensors=True, **named)
 
@@ -138,8 +150,21 @@ def _prepared(module: Any, settings: Training, seed: int) -> Any:
                 r=settings.rank, lora_alpha=settings.alpha, target_modules=LINEAR, modules_to_save=heads or None
             ),
         )
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad = not any(part in name for part in settings.freeze)
+    return _frozen(module, settings.freeze)
+
+
+def _frozen(module: Any, parts: Sequence[str]) -> Any:
+    """The model, with the parameters whose names hold one of the parts staying as they are."""
+    parameters = dict(module.named_parameters())
+    for part in parts:
+        if not any(part in name for name in parameters):
+            raise BadInput(
+                f"train.freeze: {part!r} is in no parameter's name; give a part of one, such as {min(parameters)}."
+            )
+    for name, parameter in parameters.items():
+        parameter.requires_grad = not any(part in name for part in parts)
+    if not any(p.requires_grad for p in parameters.values()):
+        raise BadInput("train.freeze: it leaves nothing to train; leave a part out.")
     return module
 
 
@@ -152,7 +177,14 @@ def _write(module: Any, base: Path, folder: Path) -> None:
     dtypes = {n: i.dtype for n, i in origin.headers.items()}
     default = next(iter(dtypes.values()))
     module.config.dtype = default
-    module.save_pretrained(folder, state_dict={n: t.to(dtypes.get(n, default)) for n, t in module.state_dict().items()})
+    state = module.state_dict()
+    known = {t.data_ptr() for n, t in state.items() if n in dtypes}
+    own = {n: t for n, t in state.items() if n in dtypes or t.data_ptr() not in known}  # no second names of tied ones
+    module.save_pretrained(folder, state_dict={n: t.to(dtypes.get(n, default)) for n, t in own.items()})
+    if "tie_word_embeddings" in origin.config:  # as read, T5's always says true, whatever the file of its base says
+        config = json.loads((folder / "config.json").read_text())
+        config["tie_word_embeddings"] = origin.config["tie_word_embeddings"]
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _linked(pool: PoolConfig, name: str, target: Path) -> Path:

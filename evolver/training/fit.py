@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import random
@@ -12,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from evolver.training.losses import Learner, Loss
 from evolver.training.settings import Training
 
-STATE, STEP = "state.safetensors", "step.json"
+CHECKPOINT = "checkpoint.safetensors"
 FAST_BF16 = {"avx512_bf16", "amx_bf16"}
 Watch = Callable[[int, float], None]
 
@@ -88,30 +88,25 @@ def fast_bf16() -> bool:
 
 def _resume(weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, scratch: Path) -> int:
     """Steps that are done: weights and moments are put back as they were."""
-    if not (scratch / STEP).exists():
+    if not (scratch / CHECKPOINT).exists():
         return 0
-    held, done = load_file(scratch / STATE), json.loads((scratch / STEP).read_text())
-    if held["step"].item() != done["step"]:
-        return 0  # the crash came between the two files: better anew than mixed
-    with torch.no_grad():
-        for name, weight in weights.items():
-            weight.copy_(held[f"weight.{name}"])
-            optimizer.state[weight] = {
-                "step": torch.tensor(float(done["step"])),
-                "exp_avg": held[f"first.{name}"].to(weight.device),
-                "exp_avg_sq": held[f"second.{name}"].to(weight.device),
-            }
-    return int(done["step"])
+    with safe_open(str(scratch / CHECKPOINT), framework="pt") as held, torch.no_grad():
+        for key in held.keys():  # noqa: SIM118  # it is no mapping
+            kind, name = key.split(".", 1)
+            if kind == "weight":
+                weights[name].copy_(held.get_tensor(key))
+            else:  # AdamW keeps its count of steps on the CPU
+                device = "cpu" if kind == "step" else weights[name].device
+                optimizer.state[weights[name]][kind] = held.get_tensor(key).to(device)
+        return int(held.metadata()["step"])
 
 
 def _save(weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, step: int, scratch: Path) -> None:
-    held = {"step": torch.tensor(step)}
+    """One file, so that weights, moments and the number of the step are never of two different steps."""
+    held = {f"weight.{n}": w.detach().cpu().contiguous() for n, w in weights.items()}
     for name, weight in weights.items():
-        state = optimizer.state[weight] or dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.zeros_like(weight))
-        held[f"weight.{name}"] = weight.detach().cpu().contiguous()
-        held[f"first.{name}"], held[f"second.{name}"] = (state[k].cpu().contiguous() for k in ("exp_avg", "exp_avg_sq"))
+        held |= {f"{kind}.{name}": t.cpu().contiguous() for kind, t in optimizer.state.get(weight, {}).items()}
     scratch.mkdir(parents=True, exist_ok=True)
-    save_file(held, scratch / f".{STATE}")
-    (scratch / f".{STEP}").write_text(json.dumps({"step": step}))
-    for name in (STATE, STEP):
-        os.replace(scratch / f".{name}", scratch / name)
+    temporary = scratch / f".{CHECKPOINT}-{os.getpid()}"
+    save_file(held, temporary, {"step": str(step)})
+    os.replace(temporary, scratch / CHECKPOINT)

@@ -71,11 +71,11 @@ class Said:
 
     tokenizer: Any
     entry: ExpertEntry
-    prompt: str
+    template: str
     max_tokens: int
 
     def lesson(self, row: Row) -> tuple[list[int], list[int]]:
-        text = self.prompt.replace("{text}", str(row[self.entry.text]))
+        text = self.template.replace("{text}", str(row[self.entry.text]))
         read = self.tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"]
         return read, self.tokenizer(str(row[self.entry.label]))["input_ids"]
 
@@ -107,7 +107,7 @@ class Continued:
 
     def __call__(self, learner: Learner, lessons: Sequence[tuple[Request, int]]) -> Tensor:
         forward = DecoderOnly(learner, self.max_tokens)  # type: ignore[arg-type]  # it has what is needed of a live model
-        batch = forward.batch([request for request, _ in lessons])
+        batch = forward.batch([row for request, _ in lessons for row in self._rows(request, forward.shares)])
         logits = learner.module(**forward.inputs(batch)).logits
         scores, _ = of_tokens(logits, batch.rows, batch.columns, batch.targets)
         sums = torch.zeros(batch.count, device=scores.device).index_add(0, batch.owner.to(scores.device), scores)
@@ -121,6 +121,10 @@ class Continued:
                 losses.append(cross_entropy(part, torch.tensor(answer, device=part.device)))
         return torch.stack(losses).mean()
 
+    def _rows(self, request: Request, shares: bool) -> list[Request]:
+        """One row, or one a continuation where the architecture cannot tell continuations of a row apart."""
+        return [request] if shares else [Request(request.context, (c,), ()) for c in request.continuations]
+
 
 def loss_of(pool: PoolConfig, name: str, tokenizer: Any, labels: Sequence[str]) -> Loss:
     """How an expert of a pool learns."""
@@ -128,7 +132,7 @@ def loss_of(pool: PoolConfig, name: str, tokenizer: Any, labels: Sequence[str]) 
     if pool.kind == "classifier":
         return Labelled(tokenizer, entry, labels, most)
     if pool.kind == "seq2seq":
-        return Said(tokenizer, entry, pool.prompt, most)
+        return Said(tokenizer, entry, pool.template, most)
     return Continued(tokenizer, most)
 
 

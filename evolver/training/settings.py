@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from evolver.config import NAME, Evaluation, Loader, Section, check_section
+from evolver.config import NAME, Budget, Config, Evaluation, Loader, Model, Section, check_section
 from evolver.errors import BadInput
 
 
@@ -30,12 +31,16 @@ class Training(Section):
 class ExpertEntry(Section):
     """One expert: what it is trained on, and what of its training differs from the pool's."""
 
-    data: list[str] = Field(min_length=1, description="JSONL, CSV, TSV or Parquet files")
+    data: str | list[str] = Field(min_length=1, description="JSONL, CSV, TSV or Parquet files, one or several")
     text: str = Field("text", description="key of the text")
     text_pair: str | None = Field(None, description="key of the second text of a pair")
     label: str = Field("label", description="key of the label")
     seed: int | None = Field(None, ge=0)
     train: dict[str, Any] = Field(default_factory=dict, description="settings over those of the pool")
+
+    @property
+    def files(self) -> list[str]:
+        return [self.data] if isinstance(self.data, str) else self.data
 
 
 class PoolConfig(Section):
@@ -48,14 +53,42 @@ class PoolConfig(Section):
     labels: list[str] | None = Field(
         None, description="classifier: the labels of all experts, whose heads start as one; default: each its own"
     )
-    prompt: str = Field("{text}", description="seq2seq: what the text is asked in")
+    template: str = Field("{text}", description="seq2seq: what the text is asked in")
     train: dict[str, Any] = Field(description="settings of the training")
     experts: dict[str, ExpertEntry] = Field(min_length=1)
     evaluation: Evaluation
 
+    @field_validator("template")
+    @classmethod
+    def _has_a_place(cls, template: str) -> str:
+        if "{text}" not in template:
+            raise ValueError("write {text} where the text belongs")
+        return template
+
+    @property
+    def own_heads(self) -> bool:
+        """Whether every expert is a classifier with a head for labels of its own."""
+        return self.kind == "classifier" and self.labels is None
+
     def training(self, name: str) -> Training:
         """The settings of one expert's training."""
         return Training.model_validate({**self.train, **self.experts[name].train})
+
+    def run(self, folders: Mapping[str, str], file: str) -> Config:
+        """The configuration of a run over the pool, for its evaluation.
+
+        Args:
+            folders: of the base, and of every expert by name.
+            file: of the pool, for messages.
+
+        Raises BadInput where no run can have these experts and tasks.
+        """
+        model = Model(base=folders["base"], kind=self.kind, heads="apart" if self.own_heads else "merged")
+        raw = {
+            "run": self.pool, "seed": self.seed, "model": model, "experts": {n: folders[n] for n in self.experts},
+            "search": {"algorithm": "none"}, "budget": Budget(candidates=1), "evaluation": self.evaluation,
+        }  # fmt: skip
+        return check_section(Config, raw, file)
 
 
 def load_pool(path: str | Path) -> PoolConfig:
@@ -74,4 +107,5 @@ def load_pool(path: str | Path) -> PoolConfig:
     config = check_section(PoolConfig, raw, str(path))
     for name, entry in config.experts.items():
         check_section(Training, {**config.train, **entry.train}, str(path), f"experts.{name}.train.")
+    config.run({n: n for n in ("base", *config.experts)}, str(path))
     return config

@@ -54,16 +54,21 @@ class _Bar:
         self._progress = Progress(*columns, TextColumn("loss {task.fields[loss]}"), console=console)
         self._progress.start()
         self._task: TaskID | None = None
+        self._fresh = True
 
     def say(self, line: str) -> None:
         self._progress.console.print(line, highlight=False, markup=False)
 
     def begin(self, name: str, steps: int) -> None:
-        self._task = self._progress.add_task(name, total=steps, loss="–")
+        self._task, self._fresh = self._progress.add_task(name, total=steps, loss="–"), True
 
     def step(self, step: int, loss: float) -> None:
-        if self._task is not None:
-            self._progress.update(self._task, completed=step, loss=f"{loss:.3f}")
+        if self._task is None:
+            return
+        if self._fresh:  # steps of an earlier call say nothing of the pace of this one
+            self._progress.reset(self._task, completed=step - 1)
+            self._fresh = False
+        self._progress.update(self._task, completed=step, loss=f"{loss:.3f}")
 
     def close(self) -> None:
         self._progress.stop()

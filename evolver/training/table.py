@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from evolver.config import Budget, Config, Model
+import numpy as np
+
 from evolver.evaluation.scoring import Scale
 from evolver.evaluation.tasks import load_tasks
 from evolver.records import Candidate, Expert, Result
@@ -14,19 +15,18 @@ from evolver.report import markdown_table
 from evolver.training.settings import PoolConfig
 from evolver.worker import Plan, Worker, items_hash, open_models
 
+# For the errors of metrics that look at all answers together.
+RESAMPLES = 999
+
 
 def measure(pool: PoolConfig, folders: Mapping[str, Path]) -> str:
     """A Markdown table: the metric of each task in percent ± one standard error, the experts' own tasks in bold.
 
+    Experts with heads of their own are measured on their own tasks, the base under the head that belongs to a task.
+
     Raises BadInput for tasks that cannot be loaded.
     """
-    own = pool.kind == "classifier" and pool.labels is None
-    model = Model(base=str(folders["base"]), kind=pool.kind, heads="apart" if own else "merged")
-    config = Config(
-        run=pool.pool, seed=pool.seed, model=model,
-        experts={n: str(folders[n]) for n in pool.experts}, search={"algorithm": "none"},
-        budget=Budget(candidates=1), evaluation=pool.evaluation,
-    )  # fmt: skip
+    config = pool.run({n: str(f) for n, f in folders.items()}, f"pool {pool.pool}")
     opened, tasks = open_models(config), load_tasks(config)
     plan = Plan(config, opened.digests(), {s: items_hash(tasks, s) for s in ("dev", "report")})
     worker = Worker(plan, "report", tasks=tasks)
@@ -34,25 +34,32 @@ def measure(pool: PoolConfig, folders: Mapping[str, Path]) -> str:
     for number, name in enumerate(("base", *pool.experts)):
         recipe = Expert(name, plan.digests[name])
         result = worker.evaluate(Candidate(number, recipe, "pool", stage="report"))
-        rows.append([name, *_cells(name, result, worker.scale)])
-    return markdown_table(["model", *_headlines(worker.scale)], rows)
+        rows.append([name, *_cells(pool, name, result, worker.scale)])
+    head = [f"{task} ({len(worker.scale.places[task])})" for task in worker.scale.weights]
+    return markdown_table(["model", *head], rows)
 
 
-def _headlines(scale: Scale) -> list[str]:
-    return [f"{task} ({len(places)})" for task, places in _in_order(scale)]
-
-
-def _cells(name: str, result: Result, scale: Scale) -> list[str]:
+def _cells(pool: PoolConfig, name: str, result: Result, scale: Scale) -> list[str]:
     if result.status == "failed":
         return [f"failed: {result.reason}"] * len(scale.weights)
-    return [_cell(name, task, result.tasks[task], len(places)) for task, places in _in_order(scale)]
+    cells = []
+    for entry in pool.evaluation.tasks:
+        own = name in (entry.head, entry.task) or entry.task.endswith(f"_{name}")
+        if pool.own_heads and not own and name != "base":
+            cells.append("–")
+            continue
+        error = standard_error(result.items, scale, entry.task)
+        text = f"{100 * result.tasks[entry.task]:.1f} ± {100 * error:.1f}"
+        cells.append(f"**{text}**" if own else text)
+    return cells
 
 
-def _in_order(scale: Scale) -> list[tuple[str, Sequence[int]]]:
-    return [(task, scale.places[task]) for task in scale.weights]
-
-
-def _cell(name: str, task: str, value: float, items: int) -> str:
-    error = math.sqrt(max(0.0, value * (1 - value)) / items)
-    text = f"{100 * value:.1f} ± {100 * error:.1f}"
-    return f"**{text}**" if task == name or task.endswith(f"_{name}") else text
+def standard_error(items: Sequence[float], scale: Scale, task: str) -> float:
+    """The standard error of a task's metric: of a mean by the items' spread, of others by resampling the items."""
+    places, metric = scale.places[task], scale.metrics[task]
+    answers = np.asarray([items[p] for p in places])
+    if metric.judged:
+        return float(answers.std()) / math.sqrt(max(1, len(places) - 1))
+    right = np.asarray([scale.right[p] for p in places])
+    drawn = np.random.default_rng(0).integers(len(places), size=(RESAMPLES, len(places)))
+    return float(metric.of(answers[drawn], right[drawn]).std())
