@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
-from multiprocessing.connection import Connection
+import os
+import signal
+import threading
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 from evolver.errors import BadInput
@@ -47,62 +51,76 @@ class ProcessPool:
                     return [_failed(candidate, f"timed out after {settings.timeout_s:g} s")]
                 return [unpack_result(pipe.recv_bytes())]
             except (EOFError, OSError):  # the process is gone
-                status = self._kill()
-                reason = f"its worker died with status {status}; tried {attempt + 1} times"
+                reason = f"its worker died ({self._kill()}); tried {attempt + 1} times"
+            except BaseException:  # somebody stops the run: nobody waits for this answer any more
+                self._kill()
+                raise
         return [_failed(candidate, reason)]
 
     def close(self) -> None:
         if self._pipe is not None:
             self._pipe.close()  # the process ends when it finds nobody at the other end
-            self._pipe = None
         if self._process is not None:
             self._process.join(timeout=10)
         self._kill()
 
     def _start(self) -> Connection:
-        # Spawned: a forked process would inherit threads' locks without the threads.
+        # Spawned: a forked process would inherit threads' locks without the threads. Not a daemon, which may have no
+        # children: some engines are several processes.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._plan, self._split), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, self._plan, self._split))
         self._process.start()
+        atexit.register(self._kill)  # before multiprocessing waits for it
         theirs.close()
         try:
             said = ours.recv_bytes()
         except EOFError:
-            raise BadInput(
-                f"pool: the worker's process ended with status {self._kill()} before it was ready."
-            ) from None
+            raise BadInput(f"pool: the worker's process ended before it was ready ({self._kill()}).") from None
         if said != READY:
             self._kill()
             raise BadInput(said.decode())
         self._pipe = ours
         return ours
 
-    def _kill(self) -> int | None:
-        """End the process, however it is, and return its exit status."""
+    def _kill(self) -> str:
+        """End the process, however it is, and say how it ended."""
         process, self._process, self._pipe = self._process, None, None
+        atexit.unregister(self._kill)
         if process is None:
-            return None
+            return "there was none"
         process.join(timeout=0.5)
         if process.is_alive():
             process.kill()
         process.join()
-        return process.exitcode
+        status = process.exitcode or 0
+        # What a system does that has no memory left is SIGKILL.
+        return f"status {status}" if status >= 0 else signal.Signals(-status).name
 
 
 def _serve(pipe: Connection, plan: Plan, split: Split) -> None:
     """What the process does: build the worker, then answer until nobody asks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the driver, too, which decides
+    threading.Thread(target=_end_with_driver, daemon=True).start()
     try:
         worker = Worker(plan, split, name="process")
     except BadInput as error:
         pipe.send_bytes(str(error).encode())
         return
-    pipe.send_bytes(READY)
     try:
+        pipe.send_bytes(READY)
         while True:
             pipe.send_bytes(pack_result(worker.evaluate(unpack_candidate(pipe.recv_bytes()))))
-    except (EOFError, OSError, KeyboardInterrupt):
+    except (EOFError, OSError):
         worker.close()
+
+
+def _end_with_driver() -> None:
+    """An evaluation that hangs never finds out that nobody waits for it."""
+    driver = multiprocessing.parent_process()
+    if driver is not None:
+        wait([driver.sentinel])
+        os._exit(1)
 
 
 def _failed(candidate: Candidate, reason: str) -> Result:

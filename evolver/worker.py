@@ -117,7 +117,7 @@ def build_model(
         return LiveModel(config.model, folder or opened.base.path, names, device, opened.heads, labels)
     from evolver.evaluation.launched import LaunchedModel  # lm-eval, which classifiers need not wait for
 
-    model = LaunchedModel(config.evaluation)
+    model = LaunchedModel(config.evaluation, room=4 * opened.base.scalars)  # in the widest dtype
     if folder is not None:
         model.launch(folder)
     return model
@@ -191,7 +191,7 @@ class Worker:
         if isinstance(self.live, LiveModel):
             self.live.write(self.materialiser.stream(candidate.recipe))
         else:
-            self.live.stop()
+            self.live.clear()
             export(candidate.recipe, self.materialiser, self.live.folder, {})
             self.live.launch(self.live.folder)
 

@@ -31,6 +31,11 @@ def test_a_file(kind, tmp_path):
     assert read_rows(str(write(tmp_path, kind)), "here") == ROWS
 
 
+def test_a_json_file_may_hold_one_array(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS, indent=1), encoding="utf-8")
+    assert read_rows(str(tmp_path / "rows.json"), "here") == ROWS
+
+
 def test_a_set_of_the_datasets_library(tmp_path):
     (tmp_path / "set").mkdir()
     write(tmp_path, "parquet").rename(tmp_path / "set" / "test.parquet")

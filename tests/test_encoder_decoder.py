@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import yaml
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from safetensors.torch import load_file, save_file
 from toys import rows, run_here
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -21,11 +23,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from evolver.errors import BadInput
 from evolver.evaluation.encoder_decoder import EncoderDecoder
 from evolver.evaluation.items import item_hash
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.loglikelihood import LogLikelihoods
-from evolver.records import Candidate
+from evolver.records import Candidate, load_recipe
 from evolver.run import prepare
 from evolver.worker import Worker
 
@@ -56,7 +59,7 @@ def bart(words):
         BartConfig(
             vocab_size=len(words), d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=64,
             decoder_ffn_dim=64, encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=192,
-            pad_token_id=2, bos_token_id=0, eos_token_id=1, decoder_start_token_id=1, forced_eos_token_id=None,
+            pad_token_id=2, bos_token_id=0, eos_token_id=1, decoder_start_token_id=1, forced_eos_token_id=1,
             init_std=0.3,
         )
     )  # fmt: skip
@@ -158,11 +161,22 @@ def test_every_tensor_has_its_own_place(ready, worker, experts):
     """A head that is not tied must stay what it is in the checkpoint, and be written to."""
     worker.live.write(worker.materialiser.stream(ready.experts[1]))
     theirs = AutoModelForSeq2SeqLM.from_pretrained(experts / "b", dtype=torch.float32).eval()
-    ids = torch.arange(3, 40)[None]
-    with torch.inference_mode():
-        ours = worker.live.module(input_ids=ids, decoder_input_ids=ids[:, :9]).logits
-        assert torch.equal(ours, theirs(input_ids=ids, decoder_input_ids=ids[:, :9]).logits)
+    assert_says_the_same(worker.live.module, theirs)
     assert isinstance(worker.live, LiveModel)
+
+
+def test_a_head_that_equals_the_embedding_is_still_written_apart_from_it(ready, worker, experts, tmp_path):
+    """Transformers ties the two where a checkpoint holds them with equal values; those of an expert need not be."""
+    shutil.copytree(experts / "base", tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    embedding = next(n for n in ("shared.weight", "model.shared.weight") if n in tensors)
+    save_file({**tensors, "lm_head.weight": tensors[embedding].clone()}, file, metadata={"format": "pt"})
+    expert = load_file(experts / "b" / "model.safetensors")
+    expert = {"lm_head.weight": expert[embedding].clone(), **expert}  # what is tied is saved once
+    live = LiveModel(ready.config.model, tmp_path / "base", expert, "cpu")
+    live.write(expert.items())
+    assert_says_the_same(live.module, AutoModelForSeq2SeqLM.from_pretrained(experts / "b").eval())
 
 
 def test_a_whole_search(configured, tmp_path):
@@ -172,5 +186,26 @@ def test_a_whole_search(configured, tmp_path):
     assert not [r["reason"] for r in rows(folder).values() if r["status"] != "ok"]
     count = sum(DEV[n] for n in names)
     assert json.loads((folder / "best.json").read_text()) == {"items": count, "equal": count}
-    best = AutoModelForSeq2SeqLM.from_pretrained(folder / "best")
-    assert best.config.is_encoder_decoder
+    ready = prepare(str(file))
+    worker = Worker(ready.plan, "dev", tasks=ready.tasks)
+    worker.live.write(worker.materialiser.stream(load_recipe((folder / "recipe.json").read_text())))
+    assert_says_the_same(worker.live.module, AutoModelForSeq2SeqLM.from_pretrained(folder / "best").eval())
+
+
+def test_a_model_whose_answers_start_in_a_way_of_their_own_is_refused(worker, monkeypatch):
+    forward = EncoderDecoder(worker.live, 128)
+    forward.check()
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.live.module, "prepare_decoder_input_ids_from_labels", lambda labels: labels.flip(1))
+        with pytest.raises(BadInput, match=r"^model\.base: .* starts an answer by its language"):
+            forward.check()
+    monkeypatch.setattr(worker.live.module.config, "decoder_start_token_id", None)
+    with pytest.raises(BadInput, match="has no decoder_start_token_id; write it into its config"):
+        forward.check()
+
+
+def assert_says_the_same(one, other):
+    ids = torch.arange(3, 40)[None]
+    with torch.inference_mode():
+        said = [m(input_ids=ids, decoder_input_ids=ids[:, :9]).logits for m in (one, other)]
+    assert torch.equal(*said)

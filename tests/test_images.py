@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,7 +35,9 @@ def digits():
     found = load_digits()
     for pixels, label in zip(found.images[:COUNT], found.target[:COUNT], strict=True):
         file = io.BytesIO()
-        Image.fromarray((pixels * 15).astype("uint8")).save(file, format="PNG")
+        Image.fromarray((pixels * 15).astype("uint8")).save(
+            file, format="PNG", compress_level=0
+        )  # as nobody else would
         yield file.getvalue(), int(label)
 
 
@@ -92,14 +95,23 @@ def parquet(tmp_path):
 def dataset(tmp_path):
     import datasets
 
-    held = [{"image": Image.open(io.BytesIO(image)), "label": label} for image, label in digits()]
+    held = [{"image": {"bytes": image, "path": None}, "label": label} for image, label in digits()]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_list(held, features=features).to_parquet(tmp_path / "set" / "train.parquet")
     return {"path": str(tmp_path / "set"), "split": "train"}
 
 
-@pytest.mark.parametrize("kind", ["paths", "parquet", "dataset"])
+@pytest.fixture
+def saved(dataset, tmp_path):
+    """As save_to_disk leaves it."""
+    import datasets
+
+    datasets.load_dataset(dataset["path"]).save_to_disk(tmp_path / "saved")
+    return {"path": str(tmp_path / "saved"), "split": "train"}
+
+
+@pytest.mark.parametrize("kind", ["paths", "parquet", "dataset", "saved"])
 def test_answers_are_those_of_a_plain_loop(configured, experts, kind, request):
     ready = prepare(str(configured(request.getfixturevalue(kind))))
     result = Worker(ready.plan, "dev", tasks=ready.tasks).evaluate(Candidate(0, ready.experts[0], "test"))
@@ -116,6 +128,13 @@ def test_answers_are_those_of_a_plain_loop(configured, experts, kind, request):
     assert 0 < sum(expected) < len(expected)
 
 
+def test_an_image_is_the_same_item_wherever_it_lies(configured, paths, parquet, dataset, saved):
+    kinds = (paths, parquet, dataset, saved)
+    hashes = [sorted(i.hash for i in prepare(str(configured(data))).tasks.items.dev) for data in kinds]
+    assert len(set(hashes[0])) == 30
+    assert all(found == hashes[0] for found in hashes)
+
+
 def test_a_whole_search(configured, paths, tmp_path):
     folder = run_here(configured(paths, metric="macro_f1"), tmp_path / "results")
     assert not [r["reason"] for r in rows(folder).values() if r["status"] != "ok"]
@@ -128,3 +147,19 @@ def test_an_image_that_is_not_there_is_named(configured, tmp_path):
     (tmp_path / "digits.jsonl").write_text(json.dumps({"image": "gone.png", "label": 1}))
     with pytest.raises(BadInput, match=r"evaluation.tasks\[0\].data: the image gone.png cannot be read"):
         prepare(str(configured(str(tmp_path / "digits.jsonl"))))
+
+
+def test_a_broken_image_is_named(configured, paths, tmp_path):
+    (tmp_path / "4.png").write_bytes(b"no image")
+    with pytest.raises(BadInput, match=r"evaluation.tasks\[0\].data: the image of row 5 is of no known format"):
+        prepare(str(configured(paths)))
+
+
+def test_a_model_without_an_image_processor_is_one_sentence(configured, experts, paths, tmp_path):
+    shutil.copytree(experts / "base", tmp_path / "base")
+    (tmp_path / "base" / "preprocessor_config.json").unlink()
+    file = configured(paths)
+    file.write_text(file.read_text().replace(str(experts / "base"), str(tmp_path / "base")))
+    ready = prepare(str(file))
+    with pytest.raises(BadInput, match="has no image processor that can be read"):
+        Worker(ready.plan, "dev", tasks=ready.tasks)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
-from toys import rows, run_here
+from toys import DROP, ROOT, rows, run_here
 
 from evolver.errors import BadInput
-from evolver.evaluation.launched import MEMORY
+from evolver.evaluation import scratch
+from evolver.evaluation.launched import LaunchedScorer
+from evolver.evaluation.requests import Judgement
+from evolver.evaluation.scratch import Scratch
 from evolver.records import Candidate
 from evolver.run import prepare
 from evolver.worker import Worker
@@ -52,8 +57,67 @@ http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
 
-def left():
-    return {p for p in MEMORY.glob("evolver-*") if p.is_dir()}
+# Makes a folder and starts a server with a child of its own, then dies without a word.
+KILLED = """
+import os, pathlib, subprocess, sys
+from evolver.evaluation import scratch
+scratch.MEMORY = pathlib.Path(sys.argv[1])
+held = scratch.Scratch(0)
+server = subprocess.Popen(["sh", "-c", "sleep 600 & sleep 600"], start_new_session=True)
+held.watch(server.pid)
+print(server.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.fixture(autouse=True)
+def memory(monkeypatch, tmp_path):
+    (tmp_path / "memory").mkdir()
+    monkeypatch.setattr(scratch, "MEMORY", tmp_path / "memory")
+    return tmp_path / "memory"
+
+
+def test_candidates_lie_in_memory_where_there_is_room(memory, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for room, place in ((0, memory), (1 << 60, tmp_path)):
+        held = Scratch(room)
+        assert held.path.parent == place
+        held.close()
+        held.close()
+        assert not held.path.exists()
+
+
+def until(condition):
+    end = time.monotonic() + 30
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def runs(group):
+    """Whether a process of a group does; one that nobody has asked for its status is a zombie and does not."""
+    found = subprocess.run(["ps", "-eo", "pgid,stat"], capture_output=True, text=True, check=True).stdout.split("\n")
+    return any(line.split()[0] == str(group) and "Z" not in line for line in found if line)
+
+
+def test_what_is_killed_leaves_no_folder_and_no_server(memory):
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(memory)], cwd=ROOT, text=True, stdout=subprocess.PIPE)
+    assert killed.returncode == -9
+    assert until(lambda: not list(memory.iterdir()))
+    assert until(lambda: not runs(int(killed.stdout)))
+
+
+def test_what_nobody_could_remove_is_swept_and_what_is_in_use_stays(memory):
+    stale = memory / "evolver-candidate-stale"
+    stale.mkdir()
+    (stale / "lock").touch()
+    first = Scratch(0)
+    assert not stale.exists()
+    second = Scratch(0)
+    assert first.path.exists()
+    first.close()
+    second.close()
+    assert not list(memory.iterdir())
 
 
 def test_lm_evals_own_class_gives_the_same_scores(make_config, tmp_path):
@@ -70,23 +134,19 @@ def test_lm_evals_own_class_gives_the_same_scores(make_config, tmp_path):
     assert len({r.items for r in results["hf"]}) == 3
 
 
-def test_a_whole_run_leaves_nothing_in_memory(make_config, tmp_path):
-    before = left()
-    file = make_config(tmp_path, {"evaluation.tasks": TASKS[:2], "budget.candidates": 4, **HF})
+def test_a_whole_run_leaves_nothing_in_memory(make_config, memory, tmp_path):
+    changes = {
+        "evaluation.tasks": TASKS[:2],
+        "budget.candidates": 2,
+        "baselines.masses": [1.0],
+        "experts.c": DROP,
+        **HF,
+    }
+    file = make_config(tmp_path, changes)
     folder = run_here(file, tmp_path / "results")
     assert not [r["reason"] for r in rows(folder).values() if r["status"] != "ok"]
     assert json.loads((folder / "best.json").read_text()) == {"items": 35, "equal": 35}
-    assert left() == before
-
-
-def test_what_a_killed_process_left_is_swept(make_config, tmp_path):
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    stale = MEMORY / f"evolver-{gone.pid}-stale"
-    stale.mkdir()
-    ready = prepare(str(make_config(tmp_path, {"evaluation.tasks": TASKS[:1], **HF})))
-    Worker(ready.plan, "dev", tasks=ready.tasks).close()
-    assert not stale.exists()
+    assert not list(memory.iterdir())
 
 
 @pytest.fixture
@@ -104,8 +164,7 @@ def served(make_config, tmp_path):
     return make_config(tmp_path, changes)
 
 
-def test_a_server_is_started_for_each_candidate_and_stopped(served, tmp_path):
-    before = left()
+def test_a_server_is_started_for_each_candidate_and_stopped(served, memory, tmp_path):
     ready = prepare(str(served))
     worker = Worker(ready.plan, "dev", tasks=ready.tasks)
     results = [worker.evaluate(Candidate(n, e, "test")) for n, e in enumerate(ready.experts[:2])]
@@ -120,7 +179,7 @@ def test_a_server_is_started_for_each_candidate_and_stopped(served, tmp_path):
     assert len((tmp_path / "started.txt").read_text().split()) == 2
     worker.close()
     assert server.poll() is not None
-    assert left() == before
+    assert not list(memory.iterdir())
 
 
 def test_a_server_that_ends_is_a_failed_result_with_its_last_words(served, tmp_path):
@@ -137,25 +196,57 @@ def test_a_server_that_ends_is_a_failed_result_with_its_last_words(served, tmp_p
     worker.close()
 
 
-def test_backends_are_checked(make_config, encoders_config, tmp_path):
-    with pytest.raises(BadInput, match=r"evaluation\.backend: unknown backend 'vlm'; did you mean 'vllm'"):
-        prepare(str(make_config(tmp_path, {"evaluation.backend": "vlm"})))
-    with pytest.raises(BadInput, match=r"evaluation\.backend: mine is no task of lm-eval; write resident"):
-        prepare(str(encoders_config))
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"evaluation.backend": "vlm"}, r"evaluation\.backend: unknown backend 'vlm'; did you mean 'vllm'"),
+        ({"evaluation.backend": "hf", "model.kind": "seq2seq"}, r"evaluation\.backend: hf ties the heads of encoder"),
+        ({"evaluation.backend": "openai-completions"}, r"evaluation\.backend: openai-completions asks models that are"),
+        (
+            {"evaluation.backend": "local-completions"},
+            r"evaluation\.serve: missing; local-completions talks to a server",
+        ),
+    ],
+)
+def test_backends_are_checked(make_config, tmp_path, changes, said):
+    with pytest.raises(BadInput, match=said):
+        prepare(str(make_config(tmp_path, changes)))
 
 
-@pytest.fixture
-def encoders_config(make_config, tasks, tmp_path):
+def test_what_is_no_task_of_lm_eval_stays_with_the_resident_model(make_config, tasks, tmp_path):
     (tmp_path / "mine.py").write_text("def score(model, items):\n    return [1.0 for _ in items]\n")
     task = {"task": "mine", "function": f"{tmp_path / 'mine.py'}:score", "data": str(tasks / "toy.jsonl")}
-    changes = {"evaluation.tasks": [{**task, "dev": 4, "report": 4}], "evaluation.backend": "hf"}
-    return make_config(tmp_path, changes, "function.yaml")
+    file = make_config(tmp_path, {"evaluation.tasks": [{**task, "dev": 4, "report": 4}], "evaluation.backend": "hf"})
+    with pytest.raises(BadInput, match=r"evaluation\.backend: mine is no task of lm-eval; write resident"):
+        prepare(str(file))
 
 
-def test_a_backend_that_is_not_installed_is_said_so(make_config, tmp_path):
-    ready = prepare(str(make_config(tmp_path, {"evaluation.tasks": TASKS[:1], "evaluation.backend": "vllm"})))
-    worker = Worker(ready.plan, "dev", tasks=ready.tasks)
-    result = worker.evaluate(Candidate(0, ready.experts[0], "test"))
-    worker.close()
-    assert result.status == "failed"
-    assert "vllm" in result.reason
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"evaluation.backend": "vllm"}, "evaluation.backend: vllm needs vllm; run `pip install 'lm-eval[vllm]'`."),
+        (
+            {"evaluation.backend": "local-completions", "evaluation.serve": "vlllm serve {model}"},
+            "evaluation.serve: there is no program 'vlllm' here; install it, or give its path.",
+        ),
+    ],
+)
+def test_what_is_not_installed_is_one_sentence(make_config, memory, tmp_path, changes, said):
+    ready = prepare(str(make_config(tmp_path, {"evaluation.tasks": TASKS[:1], **changes})))
+    with pytest.raises(BadInput) as caught:
+        Worker(ready.plan, "dev", tasks=ready.tasks)
+    assert str(caught.value) == said
+    assert not list(memory.iterdir())
+
+
+def test_every_repeat_is_asked_for():
+    """A sampled answer said three times would not be three samples."""
+    judged = []
+    item = SimpleNamespace(
+        kind="generate_until",
+        requests=[SimpleNamespace(request_type="generate_until", repeats=3)],
+        judge=lambda answers: judged.append(answers) or Judgement(0.0, False),
+    )
+    lm = SimpleNamespace(generate_until=lambda requests: [f"sample {n}" for n in range(len(requests))])
+    LaunchedScorer(SimpleNamespace(lm=lm), lambda lm: [item, item]).score([0, 1])
+    assert judged == [[["sample 0", "sample 1", "sample 2"]], [["sample 3", "sample 4", "sample 5"]]]

@@ -9,22 +9,25 @@ import sys
 import time
 
 import pytest
-from toys import ROOT, rows
+from toys import ROOT
 
+from cluster.job import make_pool
 from evolver.errors import BadInput
 from evolver.process_pool import ProcessPool
 from evolver.records import Candidate
 from evolver.run import prepare
+from evolver.worker import LocalPool
 
 # The function knows the candidate by the sum of its weights, which the test writes down.
 JUDGE = """
-import json, os, pathlib, time
+import json, multiprocessing, os, pathlib, time
 
 def score(model, items):
+    assert not multiprocessing.current_process().daemon  # which could have no children
     here = pathlib.Path(__file__).parent
     weight = round(float(sum(p.double().sum() for p in model.module.parameters())), 6)
     said = json.loads((here / "said.json").read_text()) if (here / "said.json").exists() else {}
-    what = said.get(str(weight))
+    what = said.get(str(weight)) or said.get("all")
     (here / "seen.txt").open("a").write(f"{weight}\\n")
     if what == "hang":
         time.sleep(600)
@@ -38,7 +41,7 @@ def score(model, items):
 def configured(make_config, tasks, tmp_path):
     (tmp_path / "mine.py").write_text(JUDGE)
     task = {"task": "mine", "function": f"{tmp_path / 'mine.py'}:score", "data": str(tasks / "toy.jsonl")}
-    changes = {"evaluation.tasks": [{**task, "dev": 4, "report": 4}], "pool": {"timeout_s": 5.0, "retries": 1}}
+    changes = {"evaluation.tasks": [{**task, "dev": 4, "report": 4}], "pool": {"timeout_s": 3.0, "retries": 1}}
     return make_config(tmp_path, changes)
 
 
@@ -61,10 +64,10 @@ def test_what_hangs_is_killed_what_dies_is_tried_again_and_the_next_one_is_score
         (tmp_path / "said.json").write_text(json.dumps({a: "hang", b: "die"}))
         began = time.monotonic()
         hung = evaluate(pool, candidates[0])
-        assert (hung.status, hung.reason) == ("failed", "timed out after 5 s")
+        assert (hung.status, hung.reason) == ("failed", "timed out after 3 s")
         assert time.monotonic() - began < 60
         dead = evaluate(pool, candidates[1])
-        assert (dead.status, dead.reason) == ("failed", "its worker died with status 7; tried 2 times")
+        assert (dead.status, dead.reason) == ("failed", "its worker died (status 7); tried 2 times")
         assert (tmp_path / "seen.txt").read_text().split().count(b) == 3
         third = evaluate(pool, candidates[2])
         assert (third.status, third.items) == ("ok", (0.5,) * 4)
@@ -82,20 +85,45 @@ def test_a_worker_that_cannot_be_built_is_one_sentence(configured):
     pool.close()
 
 
-def test_the_process_ends_with_its_driver(configured):
-    code = (
-        "import os, sys; from evolver.run import prepare; from evolver.process_pool import ProcessPool\n"
-        "if __name__ == '__main__':\n"
-        f"    p = ProcessPool(prepare({str(configured)!r}).plan, 'dev'); p._start()\n"
-        "    print(p._process.pid, flush=True)\n"
-        "    os.kill(os.getpid(), 9)\n"
-    )
-    driver = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE)
-    worker = int(driver.stdout)
+# A driver that is killed while an evaluation hangs.
+DRIVER = """
+import os, pathlib, sys, threading, time
+from evolver.process_pool import ProcessPool
+from evolver.records import Candidate
+from evolver.run import prepare
+from evolver.worker import LocalPool
+
+def die():
+    while not seen.exists():
+        time.sleep(0.1)
+    print(pool._process.pid, flush=True)
+    os.kill(os.getpid(), 9)
+
+if __name__ == "__main__":
+    seen = pathlib.Path(sys.argv[2])
+    ready = prepare(sys.argv[1])
+    pool = ProcessPool(ready.plan, "dev")
+    threading.Thread(target=die, daemon=True).start()
+    pool.submit(Candidate(0, ready.experts[0], "test"))
+    pool.wait()
+"""
+
+
+def test_the_process_ends_with_its_driver_even_while_it_hangs(configured, tmp_path):
+    (tmp_path / "said.json").write_text(json.dumps({"all": "hang"}))
+    file = tmp_path / "patient.yaml"
+    file.write_text(configured.read_text().replace("timeout_s: 3.0", "timeout_s: 500.0"))
+    command = [sys.executable, "-c", DRIVER, str(file), str(tmp_path / "seen.txt")]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as driver:
+        worker = int(driver.stdout.readline())
+        assert driver.wait() == -9
     until = time.monotonic() + 20
     while time.monotonic() < until and _alive(worker):
         time.sleep(0.2)
-    assert not _alive(worker)
+    left = _alive(worker)
+    if left:
+        os.kill(worker, 9)
+    assert not left
 
 
 def _alive(pid):
@@ -105,9 +133,7 @@ def _alive(pid):
         return False
 
 
-def test_a_whole_run_with_a_timeout(configured, tmp_path):
-    command = [sys.executable, "evolve.py", str(configured), "--results", str(tmp_path / "results")]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env={**os.environ})
-    assert done.returncode == 0, done.stderr
-    found = rows(tmp_path / "results" / "toy").values()
-    assert {r["worker"] for r in found if r["items"]} == {"process"}
+def test_a_local_worker_has_a_process_of_its_own_where_there_is_a_timeout(configured, make_config, tmp_path):
+    for file, kind in ((configured, ProcessPool), (make_config(tmp_path, name="plain.yaml"), LocalPool)):
+        ready = prepare(str(file))
+        assert type(make_pool(ready.plan, "dev", ready.tasks)) is kind

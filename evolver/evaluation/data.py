@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,8 @@ def read_rows(data: str | DataSet, key: str) -> list[Row]:
 
 
 def _of_library(data: DataSet, key: str) -> list[Row]:
-    import datasets  # slow, and not needed for files
-
     try:
-        return list(datasets.load_dataset(expand(data.path), data.name, split=data.split))
+        return list(_undecoded(_loaded(data)))
     except Exception as error:  # folders, hubs and networks fail each in their own way
         reason = " ".join(str(error).split())[:200]
         raise BadInput(
@@ -57,8 +56,35 @@ def _of_library(data: DataSet, key: str) -> list[Row]:
         ) from error
 
 
+def _loaded(data: DataSet) -> Any:
+    import datasets  # slow, and not needed for files
+
+    path = Path(expand(data.path))
+    if (path / "dataset_dict.json").exists():  # saved with save_to_disk
+        return datasets.load_from_disk(str(path))[data.split]
+    if (path / "state.json").exists():
+        return datasets.load_from_disk(str(path))
+    return datasets.load_dataset(expand(data.path), data.name, split=data.split)
+
+
+def _undecoded(found: Any) -> Any:
+    """With the files of images and sounds instead of the images and sounds: a file has one hash everywhere."""
+    for name, feature in found.features.items():
+        if getattr(feature, "decode", False):
+            found = found.cast_column(name, replace(feature, decode=False))
+    return found
+
+
 def _jsonl(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _json(path: Path) -> list[Row]:
+    """One array of all rows, or a row a line."""
+    if not path.read_text(encoding="utf-8").lstrip().startswith("["):
+        return _jsonl(path)
+    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))
+    return rows
 
 
 def _separated(separator: str) -> Callable[[Path], list[Row]]:
@@ -89,6 +115,6 @@ def _text(path: Path) -> list[Row]:
 
 
 READERS: dict[str, Callable[[Path], list[Row]]] = {
-    ".jsonl": _jsonl, ".json": _jsonl, ".csv": _separated(","), ".tsv": _separated("\t"), ".parquet": _parquet,
+    ".jsonl": _jsonl, ".json": _json, ".csv": _separated(","), ".tsv": _separated("\t"), ".parquet": _parquet,
     ".txt": _text,
 }  # fmt: skip

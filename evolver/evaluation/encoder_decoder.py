@@ -6,6 +6,7 @@ then repeated for the continuations, and only their further tokens are decoded.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from evolver.errors import BadInput
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.loglikelihood import Answer, Row, Tokens, of_tokens, summed
 
@@ -30,15 +32,35 @@ class Encoded:
 
 
 class EncoderDecoder:
-    """Scores rows with a sequence-to-sequence language model."""
+    """Scores rows with a sequence-to-sequence language model.
+
+    Args:
+        max_length: tokens of a context; continuations stand beside it, not behind it.
+    """
 
     shares = True
+    max_length = sys.maxsize  # of a row
 
     def __init__(self, model: LiveModel, max_length: int) -> None:
-        self.model, self.max_length = model, max_length
+        self.model, self._longest = model, max_length
+
+    def check(self) -> None:
+        """Raises BadInput for a model whose answers do not all start with the one token that its settings name."""
+        module = self.model.module
+        start = module.config.decoder_start_token_id
+        if start is None:
+            raise BadInput(
+                f"model.base: {self.model.folder} has no decoder_start_token_id; write it into its config.json."
+            )
+        shifted = module.prepare_decoder_input_ids_from_labels(torch.tensor([[5, 6]], device=self.model.device))
+        if shifted.tolist() != [[start, 5]]:
+            raise BadInput(
+                f"model.base: {type(module).__name__} starts an answer by its language, so that no likelihood of an "
+                "answer can be told; give tasks in which answers are written."
+            )
 
     def cut(self, context: Tokens, continuation: Tokens) -> Tokens:
-        return context[-self.max_length :]
+        return context[-self._longest :]
 
     def batch(self, rows: Sequence[Row]) -> Encoded:
         said = [c for r in rows for c in r.continuations]

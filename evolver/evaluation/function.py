@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import math
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from evolver.config import Config, DataSet, TaskEntry, expand
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.base import Asked, Scored
+from evolver.evaluation.classification import LabelSpaces
 from evolver.evaluation.data import Row, read_rows
 from evolver.evaluation.items import Item, item_hash
 from evolver.evaluation.live import LiveModel
@@ -27,13 +31,15 @@ class Functions:
     """The judge of tasks with a ``function``.
 
     The function gets the live model (its ``module``, ``tokenizer`` and ``device``) and rows of the data as mappings. It
-    is called for a block of items at a time, and must not depend on which items stand together.
+    is called for a block of items at a time, without gradients, and must not depend on which items stand together.
+    Where heads are kept apart, the model has the task's head.
     """
 
     def __init__(self, config: Config, numbers: Sequence[int]) -> None:
         entries = {n: config.evaluation.tasks[n] for n in numbers}
         self._keys = {e.task: f"evaluation.tasks[{n}]" for n, e in entries.items()}
         self._functions = {e.task: _load(e.function or "", f"{self._keys[e.task]}.function") for e in entries.values()}
+        self._spaces, self._seed = LabelSpaces(config), config.seed
         self._rows: dict[str, list[Row]] = {}
         self.warnings: list[str] = []
 
@@ -56,7 +62,8 @@ class Functions:
 
     def scorer(self, model: LiveModel, asked: Sequence[Asked], scored: Iterable[Item]) -> FunctionScorer:
         rows = [self._rows[a.item.task][a.item.index] for a in asked]
-        return FunctionScorer(model, self._functions, [a.entry for a in asked], rows)
+        heads = {a.entry.task: self._spaces.head(a.entry) for a in asked}
+        return FunctionScorer(model, self._functions, heads, [a.entry for a in asked], rows, self._seed)
 
     def _read(self, entry: TaskEntry, data: str | DataSet, key: str) -> list[Item]:
         name = f"{entry.task}:{data if isinstance(data, str) else data.spelled}"
@@ -70,35 +77,61 @@ class FunctionScorer:
     """Calls the functions on blocks of rows."""
 
     def __init__(
-        self, model: LiveModel, functions: dict[str, Function], entries: Sequence[TaskEntry], rows: Sequence[Row]
-    ) -> None:
-        self._model, self._functions, self._entries, self._rows = model, functions, entries, rows
+        self, model: LiveModel, functions: Mapping[str, Function], heads: Mapping[str, str | None],
+        entries: Sequence[TaskEntry], rows: Sequence[Row], seed: int,
+    ) -> None:  # fmt: skip
+        self._model, self._functions, self._heads = model, functions, heads
+        self._entries, self._rows, self._seed = entries, rows, seed
 
     def score(self, places: Sequence[int]) -> Scored:
         out = Scored()
-        for task in dict.fromkeys(self._entries[p].task for p in places):
-            chosen = [p for p in places if self._entries[p].task == task]
-            said = self._functions[task](self._model, [self._rows[p] for p in chosen])
-            values = [float(v) for v in said]
-            if len(values) != len(chosen):
-                raise ValueError(f"the function of {task} returned {len(values)} numbers for {len(chosen)} items")
-            if not all(map(math.isfinite, values)):
-                raise FloatingPointError(f"the function of {task} returned a number that is not finite")
-            if self._entries[chosen[0]].metric == "acc" and not all(0 <= v <= 1 for v in values):
-                raise ValueError(f"the function of {task} returned a number outside 0 … 1; use the metric mean")
-            out.answers.update(zip(chosen, values, strict=True))
+        for entry in {self._entries[p].task: self._entries[p] for p in places}.values():
+            chosen = [p for p in places if self._entries[p].task == entry.task]
+            # Copies: what it does to them must not meet the next candidate.
+            said = self._call(entry.task, [dict(self._rows[p]) for p in chosen])
+            out.answers.update(zip(chosen, _numbers(said, entry, len(chosen)), strict=True))
         return out
+
+    def _call(self, task: str, rows: Sequence[Row]) -> Any:
+        head = self._heads[task]
+        if head is not None:
+            self._model.use(head)
+        torch.manual_seed(self._seed)  # where it samples, a candidate says the same whenever it is asked
+        try:
+            with torch.no_grad():
+                return self._functions[task](self._model, rows)
+        except SystemExit as error:
+            raise RuntimeError(f"the function of {task} left the program with {error.code!r}") from error
+        finally:
+            self._model.module.eval()
+
+
+def _numbers(said: Any, entry: TaskEntry, count: int) -> list[float]:
+    """What a function returned, as one number an item."""
+    name = f"the function of {entry.task} returned"
+    try:
+        values = [float(v) for v in said]
+    except (TypeError, ValueError, RuntimeError) as error:  # the last one: a tensor of more than one number
+        raise TypeError(f"{name} a {type(said).__name__} of which no list of numbers can be made") from error
+    if len(values) != count:
+        raise ValueError(f"{name} {len(values)} numbers for {count} items")
+    if not all(map(math.isfinite, values)):
+        raise FloatingPointError(f"{name} a number that is not finite")
+    if entry.metric == "acc" and not all(0 <= v <= 1 for v in values):
+        raise ValueError(f"{name} a number outside 0 … 1; use the metric mean")
+    return values
 
 
 def _load(spelled: str, key: str) -> Function:
     path, name = _path(spelled), spelled.rpartition(":")[2]
-    spec = importlib.util.spec_from_file_location(f"evolver_user_{path.stem}", path)
+    unique = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:8]
+    spec = importlib.util.spec_from_file_location(f"evolver_user_{unique}_{path.stem}", path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise BadInput(f"{key}: there is no file {path}; give FILE.py:NAME.")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look for their module there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # it is the user's code
+    except (Exception, SystemExit) as error:  # it is the user's code
         raise BadInput(f"{key}: {path} cannot be run ({type(error).__name__}: {error}); mend it.") from error
     found = getattr(module, name, None)
     if not callable(found):

@@ -114,7 +114,15 @@ class Generations:
         for row, tokens in enumerate(said.tolist()):
             # lm-eval counts the prompt of an encoder–decoder among the tokens that may be written.
             room = batch.manner.most + (0 if causal else batch.lengths[row])
-            yield _before_padding(tokens[batch.ids.shape[1] :] if causal else tokens[:room], self._lm.tokenizer)
+            kept = tokens[batch.ids.shape[1] :] if causal else self._cut(tokens, room)
+            yield _before_padding(kept, self._lm.tokenizer)
+
+    def _cut(self, tokens: list[int], room: int) -> list[int]:
+        """What alone, with a limit of its own, would have been written: some models are made to end there."""
+        kept, end = tokens[:room], self._model.module.generation_config.forced_eos_token_id
+        if end is not None and len(kept) == room and end not in kept[1:]:
+            kept[-1] = end
+        return kept
 
     def _ended(self, tokens: Sequence[int], manner: Manner) -> bool:
         said = self._lm.tokenizer.decode(tokens)
@@ -122,10 +130,13 @@ class Generations:
 
 
 class _Finite(LogitsProcessor):
-    """Changes nothing: greedy decoding would make something of outputs that are not numbers."""
+    """Changes nothing: greedy decoding would make something of outputs that are not numbers.
+
+    Minus infinity is what forbids a token; only where all are forbidden, something is wrong.
+    """
 
     def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:
-        if not torch.isfinite(scores).all():
+        if not torch.isfinite(scores.amax(-1)).all():
             raise FloatingPointError("the model's outputs are not finite")
         return scores
 

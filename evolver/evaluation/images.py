@@ -65,6 +65,8 @@ class Images:
         folder = Path(expand(data)).parent if isinstance(data, str) else Path()
         name = f"{entry.task}:{data if isinstance(data, str) else data.spelled}"
         self._rows[name] = [{**row, entry.image: _encoded(row[entry.image], folder, key)} for row in rows]
+        for number, row in enumerate(self._rows[name], 1):
+            _check(row[entry.image], f"{key}: the image of row {number}")
         return [
             Item(name, i, item_hash([row[entry.image].hex(), row[entry.label]]))
             for i, row in enumerate(self._rows[name])
@@ -75,10 +77,9 @@ class ImageScorer:
     """Images of one size, side by side; each is decoded and scaled once."""
 
     def __init__(self, model: LiveModel, questions: Sequence[Question], images: Sequence[bytes], most: int) -> None:
-        import transformers
-
         self.model, self.questions, self._images, self._most = model, questions, images, most
-        self._processor = transformers.AutoImageProcessor.from_pretrained(model.folder)
+        self._processor = _processor(model.folder)
+        self._mode = "L" if getattr(model.module.config, "num_channels", 3) == 1 else "RGB"
         self._ready: dict[tuple[int, ...], Batches[Tensor]] = {}
 
     def score(self, places: Sequence[int]) -> Scored:
@@ -97,18 +98,43 @@ class ImageScorer:
     @torch.inference_mode()
     def _forward(self, pixels: Tensor) -> Tensor:
         """Logits (rows, labels)."""
-        logits: Tensor = self.model.module(pixel_values=pixels.to(self.model.module.dtype)).logits.float()
+        there = pixels.to(self.model.device, self.model.module.dtype)
+        logits: Tensor = self.model.module(pixel_values=there).logits.float()
         if not torch.isfinite(logits).all():
             raise FloatingPointError("the model's outputs are not finite")
         return logits.cpu()
 
     def _pixels(self, places: Sequence[int]) -> Tensor:
-        """(rows, channels, height, width)."""
+        """(rows, channels, height, width), kept beside the device: there may be many."""
         from PIL import Image
 
-        images = [Image.open(io.BytesIO(self._images[p])).convert("RGB") for p in places]
+        images = [Image.open(io.BytesIO(self._images[p])).convert(self._mode) for p in places]
         pixels: Tensor = self._processor(images=images, return_tensors="pt")["pixel_values"]
-        return pixels.to(self.model.device)
+        return pixels
+
+
+def _processor(folder: Path) -> Any:
+    """What scales images for the model; where torchvision is missing, Transformers takes the one of Pillow."""
+    import transformers
+
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"model.base: {folder} has no image processor that can be read; save it there (preprocessor_config.json)."
+        ) from error
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"model.base: the image processor of {folder} needs another package: {reason}") from error
+
+
+def _check(image: bytes, what: str) -> None:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        Image.open(io.BytesIO(image))  # reads its head only
+    except UnidentifiedImageError as error:
+        raise BadInput(f"{what} is of no known format, or broken; give PNG, JPEG and their like.") from error
 
 
 def _encoded(image: Any, folder: Path, key: str) -> bytes:

@@ -101,14 +101,15 @@ class LanguageScorer:
         self, model: LiveModel, lm: Tokens, prepared: Sequence[Prepared], settings: Evaluation, seed: int
     ) -> None:
         self.prepared, self.lm = prepared, lm
-        forward: Forward[Any] = EncoderDecoder(model, lm.max_length)
-        if not model.module.config.is_encoder_decoder:
-            forward = DecoderOnly(model, lm.max_length)
+        kind = EncoderDecoder if model.module.config.is_encoder_decoder else DecoderOnly
+        forward: Forward[Any] = kind(model, lm.max_length)
         self._likely = LogLikelihoods(forward, settings.batch_tokens, settings.batch_size)
         self._written = Generations(model, lm, settings, seed)
         asked = list(enumerate(prepared))
         self._prompts = {p: lm.prompt(i.requests[0]) for p, i in asked if i.kind == "generate_until"}
         self.groups = {p: lm.group(i.kind, i.requests) for p, i in asked if p not in self._prompts}
+        if self.groups and isinstance(forward, EncoderDecoder):
+            forward.check()
 
     def score(self, places: Sequence[int]) -> Scored:
         out = Scored()

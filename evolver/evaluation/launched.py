@@ -6,16 +6,18 @@ The candidate is written to node-local memory as a Hugging Face folder; lm-eval'
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
-import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +26,47 @@ from evolver.errors import BadInput, nearest
 from evolver.evaluation.base import Scored
 from evolver.evaluation.library import quiet
 from evolver.evaluation.requests import Prepared
+from evolver.evaluation.scratch import Scratch
 
-MEMORY = Path("/dev/shm")
-# How long a server may take until it answers.
+# How long a server may take until it answers, and until it has ended.
 PATIENCE_SECONDS = 600.0
-# Classes that talk to a server do not load the candidate themselves.
+GRACE_SECONDS = 30.0
+# Classes that talk to a server do not load the candidate themselves; some talk to other people's models only.
 REMOTE = ("local-completions", "local-chat-completions", "sglang-generate", "gguf", "ggml")
+ELSEWHERE = ("anthropic", "openai", "litellm", "textsynth", "watsonx", "dummy")
+HF = ("hf", "hf-auto", "huggingface")
+# Classes by the package that they need, and what to install for it.
+NEEDS = {
+    "vllm": ("vllm", "'lm-eval[vllm]'"),
+    "sglang": ("sglang", "sglang"),
+    "openvino": ("optimum", "'lm-eval[optimum]'"),
+    "local-completions": ("tenacity", "'lm-eval[api]'"),
+    "local-chat-completions": ("tenacity", "'lm-eval[api]'"),
+    "sglang-generate": ("tenacity", "'lm-eval[api]'"),
+}
 
 
 class LaunchedModel:
     """A model class of lm-eval, started anew on every candidate.
 
+    Args:
+        room: bytes of a candidate.
+
     Attributes:
         folder: where the candidate is to be written before ``launch``.
         lm: lm-eval's model, while one is started.
 
-    Raises BadInput for a backend that lm-eval does not know.
+    Raises BadInput where the backend's package or the server's program is missing here.
     """
 
-    def __init__(self, settings: Evaluation) -> None:
-        check_backend(settings.backend)
+    def __init__(self, settings: Evaluation, room: int) -> None:
+        _check_installed(settings)
         self._settings = settings
-        place = MEMORY if os.access(MEMORY, os.W_OK) else Path(tempfile.gettempdir())
-        _sweep(place)
-        self._scratch = Path(tempfile.mkdtemp(prefix=f"evolver-{os.getpid()}-", dir=place))
-        self.folder = self._scratch / "candidate"
+        self._scratch = Scratch(room)
+        self.folder = self._scratch.path / "candidate"
         self.lm: Any = None
         self._server: subprocess.Popen[bytes] | None = None
-        atexit.register(self.close)  # memory that is a file system outlives the process
+        atexit.register(self.close)
 
     def launch(self, folder: Path) -> None:
         """Start the class, and the server where one is configured, on the model in a folder.
@@ -64,8 +79,8 @@ class LaunchedModel:
         port = _free_port()
         names = {"model": str(folder), "port": str(port)}
         if self._settings.serve:
-            self._serve([part.format(**names) for part in shlex.split(self._settings.serve)], port)
-        given = {k: v.format(**names) if isinstance(v, str) else v for k, v in self._settings.model_args.items()}
+            self._serve([_filled(part, names) for part in shlex.split(self._settings.serve)], port)
+        given = {k: _filled(v, names) if isinstance(v, str) else v for k, v in self._settings.model_args.items()}
         key = "model" if self._settings.backend in REMOTE else "pretrained"
         size = {"batch_size": self._settings.batch_size} if self._settings.batch_size else {}
         with quiet():
@@ -76,27 +91,33 @@ class LaunchedModel:
         self.lm = None
         gc.collect()
         if self._server is not None:
-            self._server.terminate()
-            try:
-                self._server.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                self._server.kill()
-                self._server.wait()
-            self._server = None
+            _end(self._server)
+            self._scratch.watch(0)
+        self._server = None
+
+    def clear(self) -> None:
+        """Stop, and make room for the next candidate."""
+        self.stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
-        """Stop, and remove the candidate."""
+        """Stop, and leave nothing behind."""
         self.stop()
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch.close()
+        atexit.unregister(self.close)
 
     def _serve(self, command: Sequence[str], port: int) -> None:
-        log = (self._scratch / "server.log").open("wb")
-        self._server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        log = self._scratch.path / "server.log"
+        with log.open("wb") as file:
+            # In a group of its own, so that the processes which it starts can be ended with it.
+            server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        self._server = server
+        self._scratch.watch(server.pid)
         until = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < until:
-            if self._server.poll() is not None:
-                said = (self._scratch / "server.log").read_text(errors="replace").strip().splitlines()
-                raise RuntimeError(f"the server ended with status {self._server.returncode}: {' '.join(said[-1:])}")
+            if server.poll() is not None:
+                said = log.read_text(errors="replace").strip().splitlines()
+                raise RuntimeError(f"the server ended with status {server.returncode}: {' '.join(said[-1:])}")
             if _answers(port):
                 return
             time.sleep(0.2)
@@ -119,29 +140,69 @@ class LaunchedScorer:
                 self._ask(kind, {p: i for p, i in chosen.items() if i.kind == kind}, out)
         return out
 
-    def _ask(self, kind: str, items: dict[int, Prepared], out: Scored) -> None:
-        requests = [r for i in items.values() for r in i.requests]
-        answers = iter(getattr(self._model.lm, kind)(requests))
+    def _ask(self, kind: str, items: Mapping[int, Prepared], out: Scored) -> None:
+        asked = [[r] * _times(r) for i in items.values() for r in i.requests]
+        said = iter(getattr(self._model.lm, kind)([r for repeats in asked for r in repeats]))
         for place, item in items.items():
-            judgement = item.judge([next(answers) for _ in item.requests])
+            answers = [[next(said) for _ in range(_times(r))] for r in item.requests]
+            judgement = item.judge([a if kind == "generate_until" else a[0] for a in answers])
             out.answers[place] = judgement.answer
             out.invalid += judgement.invalid
 
 
-def check_backend(name: str) -> None:
-    """Raises BadInput for a model type that lm-eval does not know."""
+def check_backend(settings: Evaluation, kind: str) -> None:
+    """Raises BadInput for a model type that lm-eval does not know, or that would not score the candidate as it is.
+
+    Args:
+        kind: of the model, as the configuration says it.
+    """
     from lm_eval.models import MODEL_MAPPING
 
+    name = settings.backend
     if name not in MODEL_MAPPING:
         raise BadInput(f"evaluation.backend: unknown backend {name!r}; {nearest(name, ['resident', *MODEL_MAPPING])}")
+    if name.startswith(ELSEWHERE):
+        raise BadInput(f"evaluation.backend: {name} asks models that are no candidates; write resident, hf or vllm.")
+    if kind == "seq2seq" and name in HF:
+        raise BadInput(
+            f"evaluation.backend: {name} ties the heads of encoder-decoders to their embeddings, even where a "
+            "checkpoint holds both; write resident."
+        )
+    if name in REMOTE and not settings.serve:
+        raise BadInput(
+            f"evaluation.serve: missing; {name} talks to a server: give the command that serves a candidate."
+        )
 
 
-def _sweep(place: Path) -> None:
-    """Remove what processes left behind that were killed."""
-    for folder in place.glob("evolver-*-*"):
-        owner = folder.name.split("-")[1]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
+def _check_installed(settings: Evaluation) -> None:
+    package, install = NEEDS.get(settings.backend, ("lm_eval", ""))
+    if find_spec(package) is None:
+        raise BadInput(f"evaluation.backend: {settings.backend} needs {package}; run `pip install {install}`.")
+    program = shlex.split(settings.serve or "true")[0]
+    if "{" not in program and shutil.which(program) is None:
+        raise BadInput(f"evaluation.serve: there is no program {program!r} here; install it, or give its path.")
+
+
+def _times(request: Any) -> int:
+    """How many answers a task wants to a request: sampled ones differ."""
+    return int(request.repeats or 1) if request.request_type == "generate_until" else 1
+
+
+def _filled(text: str, names: Mapping[str, str]) -> str:
+    """With ``{model}`` and ``{port}`` filled in; other braces, such as those of JSON, stay."""
+    for name, value in names.items():
+        text = text.replace(f"{{{name}}}", value)
+    return text
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    """End a server and whatever it started."""
+    with contextlib.suppress(ProcessLookupError):  # it has ended, and all of its processes
+        os.killpg(server.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(timeout=GRACE_SECONDS)
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
 
 
 def _free_port() -> int:

@@ -107,7 +107,7 @@ def _judges(config: Config) -> dict[str, Judge]:
     if config.evaluation.backend != "resident":
         from evolver.evaluation.launched import check_backend  # lm-eval takes seconds
 
-        check_backend(config.evaluation.backend)
+        check_backend(config.evaluation, config.model.kind)
     kinds: dict[str, list[int]] = {}
     for number, entry in enumerate(config.evaluation.tasks):
         kind = _kind(entry, config.model.kind)
