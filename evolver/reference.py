@@ -37,7 +37,7 @@ def _section(name: str, kind: type[Section]) -> str:
 
 
 def _keys(kind: type[BaseModel]) -> str:
-    rows = [[f"`{n}`", _type(f), _fielddefault_of(f), f.description or ""] for n, f in kind.model_fields.items()]
+    rows = [[f"`{n}`", _type(f), _field_default(f), f.description or ""] for n, f in kind.model_fields.items()]
     return markdown_table(["key", "value", "default", "meaning"], rows)
 
 
@@ -69,10 +69,11 @@ def _type_name(annotation: Any) -> str:
     return names.get(annotation, "section")
 
 
-def _fielddefault_of(field: FieldInfo) -> str:
+def _field_default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    return "" if field.default is None or isinstance(field.default, Section) else f"`{field.default}`"
+    default = field.get_default(call_default_factory=True)
+    return "" if default is None or isinstance(default, Section) else f"`{default}`"
 
 
 def kind_of(setting: Setting) -> str:

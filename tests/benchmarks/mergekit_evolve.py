@@ -9,11 +9,13 @@ comes before a worker is warm is left out on both sides: the peer's first genera
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
 import platform
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -40,7 +42,7 @@ from evolver.report import markdown_table  # noqa: E402
 
 CONFIG = ROOT / "configs" / "demo.yaml"
 ITEMS = 60  # of each task
-THREADS = psutil.cpu_count() or 1
+POPULATION = 3  # of the peer's CMA-ES: its first generation warms up and is not counted, so it is a small one
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 PACKAGES = ("mergekit", "transformers", "lm_eval", "cma", "ray", "torch")
 # How the peer may score: it ignores the batch size in memory, and on disk it loads every candidate anew.
@@ -61,14 +63,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, required=True, help="environment with mergekit-evolve")
     parser.add_argument("--candidates", type=int, default=6, help="candidates that are timed, of each search")
+    parser.add_argument("--threads", type=int, default=psutil.cpu_count() or 1, help="CPU threads of either side")
     parser.add_argument("--cache", type=Path, default=Path(expand("$EVOLVER_CACHE/benchmarks/mergekit-evolve")))
     given = parser.parse_args()
-    if given.candidates < 3:
-        parser.error("--candidates: CMA-ES needs 3 or more in a generation")
-    world = prepare(given.cache)
-    theirs = {f"mergekit-evolve, {way}": peer_run(given.peer, world, way, given.candidates) for way in WAYS}
-    ours = {f"Evolver, {name}": our_run(world, name, given.candidates) for name in SEARCHES}
-    print(page(given.peer, given.candidates, theirs, ours))
+    if given.candidates < 2:
+        parser.error("--candidates: give 2 or more")
+    # A plain SIGTERM would skip every `finally`, and leave Ray and the peer running without us.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    world, size = prepare(given.cache), (given.candidates, given.threads)
+    # Ours and theirs take turns, so that a slow change of the machine's speed does not fall on one side alone.
+    theirs, ours = dict[str, Figure](), dict[str, Figure]()
+    for way, name in itertools.zip_longest(WAYS, SEARCHES):
+        if way:
+            theirs[f"mergekit-evolve, {way}"] = said(way, peer_run(given.peer, world, way, *size))
+        ours[f"Evolver, {name}"] = said(name, our_run(world, name, *size))
+    print(page(given.peer, size, theirs, ours))
+
+
+def said(name: str, figure: Figure) -> Figure:
+    """The figure, after telling of it: a whole measurement takes half an hour."""
+    print(f"{name}: {figure.seconds:.2f} s a candidate", file=sys.stderr, flush=True)
+    return figure
 
 
 @dataclass(frozen=True)
@@ -144,21 +159,22 @@ def write_tasks(source: Path, entry: dict[str, Any], folder: Path) -> None:
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
 
 
-def peer_run(peer: Path, world: World, way: str, count: int) -> Figure:
-    """The second generation of the peer: everything between two lines that its driver prints."""
+def peer_run(peer: Path, world: World, way: str, count: int, threads: int) -> Figure:
+    """The second generation of the peer and what follows: everything between two lines that its driver prints."""
     with tempfile.TemporaryDirectory(prefix="mke-") as folder:
         genome = Path(folder) / "genome.yaml"
         genome.write_text(yaml.safe_dump(genome_of(world)))
         command = [
             str(peer / "bin" / "mergekit-evolve"), str(genome), "--storage-path", f"{folder}/storage", *WAYS[way],
             "--no-merge-cuda", "--num-gpus", "1", "--task-search-path", str(world.tasks), "--no-save-final-model",
-            "--force-population-size", str(count), "--max-fevals", str(count + 1),
+            "--force-population-size", str(POPULATION), "--max-fevals", str(POPULATION + count - 1),
         ]  # fmt: skip
-        with ray_head(peer, Path(folder)) as environment:
+        with ray_head(peer, Path(folder), threads) as environment:
             marks, best = followed(command, environment)
-    if len(marks) != 3:
-        raise SystemExit(f"mergekit-evolve went through {len(marks) - 1} generations instead of 2")
-    return Figure((marks[2] - marks[1]) / count, best / len(world.entries))
+    evaluated = sum(size for _, size in marks[1:])
+    if evaluated < count:
+        raise SystemExit(f"mergekit-evolve evaluated {evaluated} candidates after its first generation")
+    return Figure((marks[-1][0] - marks[1][0]) / evaluated, best / len(world.entries))
 
 
 def genome_of(world: World) -> dict[str, Any]:
@@ -173,17 +189,17 @@ def genome_of(world: World) -> dict[str, Any]:
 
 
 @contextmanager
-def ray_head(peer: Path, folder: Path) -> Iterator[dict[str, str]]:
+def ray_head(peer: Path, folder: Path, threads: int) -> Iterator[dict[str, str]]:
     """A Ray of our own that claims to have a GPU, which the peer's actors ask for; gives the environment to join it.
 
-    Without OMP_NUM_THREADS Ray would give an actor of one CPU one thread: the peer shall have all cores, as we have.
+    Without OMP_NUM_THREADS Ray would give an actor of one CPU one thread: the peer shall have as many as we have.
     """
     port = free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {
         **OFFLINE,
         "HF_HOME": str(folder / "huggingface"),
-        "OMP_NUM_THREADS": str(THREADS),
+        "OMP_NUM_THREADS": str(threads),
         "PATH": f"{peer / 'bin'}:{os.environ['PATH']}",
         "PYTHONUNBUFFERED": "1",
         "RAY_ADDRESS": f"127.0.0.1:{port}",
@@ -194,7 +210,7 @@ def ray_head(peer: Path, folder: Path) -> Iterator[dict[str, str]]:
     (folder / "token").write_text(os.urandom(32).hex())
     command = [
         str(peer / "bin" / "ray"), "start", "--head", "--block", f"--port={port}",
-        f"--num-cpus={THREADS}", "--num-gpus=1", f"--temp-dir={folder / 'ray'}", "--include-dashboard=false",
+        "--num-cpus=2", "--num-gpus=1", f"--temp-dir={folder / 'ray'}", "--include-dashboard=false",
         f"--object-store-memory={2**28}", f"--dashboard-agent-listen-port={free_port()}",
     ]  # fmt: skip
     log = folder / "ray-start.log"
@@ -238,16 +254,21 @@ def end(process: subprocess.Popen[Any]) -> None:
     psutil.wait_procs(alive, timeout=20)
 
 
-def followed(command: Sequence[str], environment: dict[str, str]) -> tuple[list[float], float]:
-    """When each generation began and the last one ended, by the lines of the driver, and the best score that it saw."""
+def followed(command: Sequence[str], environment: dict[str, str]) -> tuple[list[tuple[float, int]], float]:
+    """When the driver said that it evaluates so many candidates, and that it is done (0), and the best score it told.
+
+    CMA-ES ends with the generation that passes its budget, and then has the mean scored: hence the counting.
+    """
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
-    marks, best, last = [], math.nan, deque[str](maxlen=40)
+    marks, best, last = list[tuple[float, int]](), math.nan, deque[str](maxlen=40)
     try:
         for line in process.stdout:
             last.append(line)
-            if line.startswith("Received") or "OPTIMIZATION COMPLETE" in line:
-                marks.append(time.perf_counter())
+            if line.startswith("Received"):
+                marks.append((time.perf_counter(), int(line.split()[1])))
+            elif "OPTIMIZATION COMPLETE" in line:
+                marks.append((time.perf_counter(), 0))
             elif line.startswith("New best score:"):
                 best = float(line.split(":")[1])
         status = process.wait()
@@ -258,7 +279,7 @@ def followed(command: Sequence[str], environment: dict[str, str]) -> tuple[list[
     return marks, best
 
 
-def our_run(world: World, name: str, count: int) -> Figure:
+def our_run(world: World, name: str, count: int, threads: int) -> Figure:
     """Wall-clock seconds from result to result in our ledger, whatever passes between them included."""
     search, stop = SEARCHES[name]
     config = {
@@ -270,7 +291,7 @@ def our_run(world: World, name: str, count: int) -> Figure:
         "baselines": {"masses": [1.0]},
         "evaluation": {
             "include_path": str(world.tasks),
-            "threads": THREADS,
+            "threads": threads,
             "early_stopping": stop,
             "tasks": world.entries,
         },
@@ -293,7 +314,7 @@ def our_run(world: World, name: str, count: int) -> Figure:
     return Figure(seconds, max(r["score"] for r in found if r["score"] is not None))
 
 
-def page(peer: Path, count: int, theirs: dict[str, Figure], ours: dict[str, Figure]) -> str:
+def page(peer: Path, size: tuple[int, int], theirs: dict[str, Figure], ours: dict[str, Figure]) -> str:
     """The table, in which each of our rows is held against the quicker way of the peer."""
     quickest = min(f.seconds for f in theirs.values())
     rows = [
@@ -302,9 +323,10 @@ def page(peer: Path, count: int, theirs: dict[str, Figure], ours: dict[str, Figu
     ]
     setting = (
         f"SmolLM2-135M-Instruct in bfloat16, four fine-tunes, {4 * ITEMS} multiple-choice items of the demo's four "
-        f"tasks (the same items), {count} candidates of each search once its worker is warm, {THREADS} threads on both "
-        f"sides, {THREADS} cores, {platform.machine()}. The ratio is to the quicker way of the peer. Theirs: "
-        f"{peer_versions(peer)}. Ours: {', '.join(f'{p} {version(p)}' for p in ('transformers', 'lm_eval', 'torch'))}."
+        f"tasks (the same items), at least {size[0]} candidates of each search once its worker is warm, {size[1]} "
+        f"threads on both sides, {psutil.cpu_count()} cores, {platform.machine()}. The ratio is to the quicker way of "
+        f"the peer. Theirs: {peer_versions(peer)}. "
+        f"Ours: {', '.join(f'{p} {version(p)}' for p in ('transformers', 'lm_eval', 'torch'))}."
     )
     head = ["search", "seconds of a candidate", "evaluations a minute", "ratio", "best score seen"]
     return "\n\n".join(["## Whole searches beside mergekit-evolve", setting, markdown_table(head, rows)])
