@@ -50,6 +50,7 @@ pools: $(VENV)/.dev ## train the expert pools of tests and benchmarks: make pool
 	$(BIN)/python configs/demo/prepare.py
 	$(BIN)/python configs/pools/prepare_pools.py --data $(DATA)
 	for pool in configs/pools/*.yaml; do $(BIN)/evolver experts $$pool || exit; done
+	$(BIN)/python configs/pools/figures.py
 
 experts: $(VENV)/.dev ## train the demo's experts anew: make experts DATA=folder-with-the-training-sets
 	$(BIN)/python configs/demo/prepare.py

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
 
@@ -58,18 +57,19 @@ class Batches(Generic[Batch]):
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                self._halve(number, error)
+                if len(keys) == 1:
+                    raise MemoryError("a batch of one row does not fit into memory") from error
+            else:
+                yield keys, answer
+                number += 1
                 continue
-            yield keys, answer
-            number += 1
+            del batch
+            self._halve(number)  # only here: within the handler the traceback still holds the forward pass's tensors
 
-    def _halve(self, number: int, error: RuntimeError) -> None:
+    def _halve(self, number: int) -> None:
         keys, _ = self._batches[number]
-        if len(keys) == 1:
-            raise MemoryError("a batch of one row does not fit into memory") from error
         middle = len(keys) // 2
         self._batches[number : number + 1] = [(keys[:middle], None), (keys[middle:], None)]
-        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
