@@ -125,7 +125,9 @@ class Evaluation(Section):
     )
     batch_tokens: int = Field(2048, ge=16, description="tokens, padding included, in one forward pass")
     batch_size: int | None = Field(None, ge=1, description="most rows in one forward pass")
-    block_items: int = Field(64, ge=1, description="items between two looks at whether to stop early")
+    block_items: int = Field(
+        64, ge=1, description="items between two looks at whether to stop, in searches that may stop early"
+    )
     early_stopping: bool = Field(True, description="stop once the remaining items cannot change the decision")
     racing: float | None = Field(
         None, gt=0, lt=0.5, description="error rate at which a race may reject a candidate early; default: none"

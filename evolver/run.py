@@ -81,7 +81,9 @@ def prepare(file: str) -> Prepared:
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from error
     items: dict[Split, str] = {"dev": items_hash(tasks, "dev"), "report": items_hash(tasks, "report")}
-    plan = Plan(config, workshop.digests, items)
+    # Not asked: early_stopping. Switched on or off, the same batches give the same decisions.
+    stops = isinstance(settings, HalvingSettings) or SEARCHES[algorithm].incumbent
+    plan = Plan(config, workshop.digests, items, stops)
     identity = _identity(config, settings.model_dump(), plan)
     return Prepared(
         config, file, opened, tasks, plan, workshop.base, workshop.experts, estimates, search, identity, warnings
@@ -220,7 +222,7 @@ def _score_again(prepared: Prepared, best: Path, outcome: Outcome, device: str) 
     live = build_model(config, prepared.opened, device, best)
     recorded = outcome.best_dev.items
     scorer = prepared.tasks.scorer(live, "dev")
-    block = config.evaluation.block_items
+    block = prepared.plan.block("dev", len(recorded))
     fresh = [v for s in range(0, len(recorded), block) for v in scorer.score(s, min(s + block, len(recorded))).items]
     live.close()
     return {"items": len(recorded), "equal": sum(a == b for a, b in zip(recorded, fresh, strict=True))}

@@ -37,12 +37,20 @@ class Plan:
     """What a worker needs to know to be built anywhere: paths and numbers, no tensors.
 
     ``digests`` are those of the base and of every expert, ``items`` the hash of the items of both splits; a worker
-    that finds other weights or other items where it runs refuses to work.
+    that finds other weights or other items where it runs refuses to work. ``stops`` says that the search is of a kind
+    which may have its answer before the last dev item.
     """
 
     config: Config
     digests: dict[str, str]
     items: dict[Split, str]
+    stops: bool = True
+
+    def block(self, split: Split, count: int) -> int:
+        """How many of a split's ``count`` items are scored at a time: all of them where no answer comes earlier, as
+        larger batches hold less padding. The same for all candidates of a run: in bfloat16 batches show in scores.
+        """
+        return self.config.evaluation.block_items if self.stops and split == "dev" else count
 
 
 @dataclass(frozen=True)
@@ -148,7 +156,7 @@ class Worker:
         device: str | None = None,
     ) -> None:
         config = plan.config
-        self.name, self.block = name, config.evaluation.block_items
+        self.name = name
         torch.set_num_threads(config.evaluation.threads)
         device = device or default_device()
         opened = open_models(config)
@@ -162,6 +170,7 @@ class Worker:
         self.materialiser = build_materialiser(plan, opened, device)
         self.live = build_model(config, opened, device)
         self.scale = tasks.scale(split)
+        self.block = plan.block(split, len(self.scale.tasks))
         self.scorer = tasks.scorer(self.live, split)
         self.alpha = config.evaluation.racing
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import toys
@@ -16,7 +17,9 @@ from toys import no_work, rows, run_here
 from evolver import ledger
 from evolver.errors import BadInput
 from evolver.explain import explain
+from evolver.records import Candidate
 from evolver.run import prepare
+from evolver.worker import Worker
 
 FILES = {
     "config.yaml",
@@ -222,6 +225,24 @@ def test_early_stopping_decides_the_same(make_config, tmp_path, mode):
         scored = [len(r["items"]) for r in rows(folder).values() if r["stage"] == "search"]
         assert (min(scored) < 40) == early
     assert found[True] == found[False]
+
+
+@pytest.mark.parametrize(
+    ("search", "early", "blocks"),
+    [
+        ({"algorithm": "evolver"}, True, [8, 8, 8, 8, 8]),
+        ({"algorithm": "evolver"}, False, [8, 8, 8, 8, 8]),  # the same batches, so that bfloat16 decides the same
+        ({"algorithm": "halving", "of": {"algorithm": "cmaes"}, "first": 8}, True, [8, 8, 8, 8, 8]),
+        ({"algorithm": "cmaes"}, True, [40]),
+    ],
+)
+def test_items_are_scored_at_once_where_no_answer_comes_earlier(make_config, tmp_path, search, early, blocks):
+    prepared = prepare(str(make_config(tmp_path, {"search": search, "evaluation.early_stopping": early})))
+    for split, expected in (("dev", blocks), ("report", [len(prepared.tasks.items.report)])):
+        worker = Worker(prepared.plan, split, tasks=prepared.tasks)
+        worker.scorer = Mock(wraps=worker.scorer)
+        assert worker.evaluate(Candidate(0, prepared.experts[0], "test")).complete
+        assert [stop - start for (start, stop), _ in worker.scorer.score.call_args_list] == expected
 
 
 def test_explain_shows_what_a_search_tunes_and_what_it_leaves(make_config, tmp_path):
