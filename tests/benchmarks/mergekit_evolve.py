@@ -68,7 +68,7 @@ def main() -> None:
     # A plain SIGTERM would skip every `finally`, and leave Ray and the peer running without us.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     world, size = prepare(given.cache), (given.candidates, given.threads)
-    figures = {PEER: said(PEER, peer_run(given.peer, world, *size))}
+    figures = {PEER: said(PEER, peer_run(given.peer.absolute(), world, *size))}
     for name in SEARCHES:
         figures[f"Evolver, {name}"] = said(name, our_run(world, name, *size))
     print(page(given.peer, size, figures))
@@ -164,7 +164,7 @@ def peer_run(peer: Path, world: World, count: int, threads: int) -> Figure:
             "--force-population-size", str(POPULATION), "--max-fevals", str(POPULATION + count - 1),
         ]  # fmt: skip
         with ray_head(peer, Path(folder), threads) as environment:
-            marks, best = followed(command, environment)
+            marks, best = followed(command, environment, Path(folder))
     evaluated = sum(size for _, size in marks[1:])
     if evaluated < count:
         raise SystemExit(f"mergekit-evolve evaluated {evaluated} candidates after its first generation")
@@ -248,12 +248,16 @@ def end(process: subprocess.Popen[Any]) -> None:
     psutil.wait_procs(alive, timeout=20)
 
 
-def followed(command: Sequence[str], environment: dict[str, str]) -> tuple[list[tuple[float, int]], float]:
+def followed(
+    command: Sequence[str], environment: dict[str, str], folder: Path
+) -> tuple[list[tuple[float, int]], float]:
     """When the driver said that it evaluates so many candidates, and that it is done (0), and the best score it told.
 
     CMA-ES ends with the generation that passes its budget, and then has the mean scored: hence the counting.
     """
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     assert process.stdout is not None
     marks, best, last = list[tuple[float, int]](), math.nan, deque[str](maxlen=40)
     try:
