@@ -48,6 +48,15 @@ class Silent:
     def close(self): ...
 
 
+def learnt(raw):
+    """The folders of a pool, whose training has to halve the loss."""
+    seen = Silent()
+    folders = make_pool(PoolConfig.model_validate(raw), seen)
+    losses = [loss for step, loss in seen.steps if isinstance(step, int)]
+    assert sum(losses[-4:]) < sum(losses[:4]) / 2
+    return folders
+
+
 def rows(seed, count=60):
     draw = random.Random(seed)
     out = []
@@ -245,10 +254,7 @@ def test_an_encoder_decoder_learns_to_say_its_labels(tmp_path):
         "experts": {"one": {"data": write(tmp_path / "one.jsonl", rows(0))}},
         "evaluation": {"tasks": [{"task": "t", "dev": 1, "report": 1}]},
     }  # fmt: skip
-    seen = Silent()
-    folders = make_pool(PoolConfig.model_validate(raw), seen)
-    losses = [loss for step, loss in seen.steps if isinstance(step, int)]
-    assert sum(losses[-4:]) < sum(losses[:4]) / 2
+    folders = learnt(raw)
     base, one = (open_base(str(folders[n])) for n in ("base", "one"))
     assert base.headers == one.headers
     tied = [json.loads((folders[n] / "config.json").read_text())["tie_word_embeddings"] for n in ("base", "one")]
@@ -267,10 +273,7 @@ def test_language_models_learn_to_choose_and_to_write(models, tmp_path):
         "experts": {"both": {"data": [write(tmp_path / "c.jsonl", choose), write(tmp_path / "w.jsonl", written)]}},
         "evaluation": {"tasks": [{"task": "t", "dev": 1, "report": 1}]},
     }  # fmt: skip
-    seen = Silent()
-    folders = make_pool(PoolConfig.model_validate(raw), seen)
-    losses = [loss for step, loss in seen.steps if isinstance(step, int)]
-    assert sum(losses[-4:]) < sum(losses[:4]) / 2
+    folders = learnt(raw)
     assert folders["base"].resolve() == (models / "base").resolve()
     assert open_base(str(folders["both"])).headers == open_base(str(models / "base")).headers
 

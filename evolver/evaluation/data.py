@@ -76,15 +76,18 @@ def _undecoded(found: Any) -> Any:
 
 
 def _jsonl(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return _lines(path.read_text(encoding="utf-8"))
 
 
 def _json(path: Path) -> list[Row]:
     """One array of all rows, or a row a line."""
-    if not path.read_text(encoding="utf-8").lstrip().startswith("["):
-        return _jsonl(path)
-    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    rows: list[Row] = json.loads(text) if text.lstrip().startswith("[") else _lines(text)
     return rows
+
+
+def _lines(text: str) -> list[Row]:
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 
 def _separated(separator: str) -> Callable[[Path], list[Row]]:
