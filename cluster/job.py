@@ -1,11 +1,13 @@
 """The job: from the command line to a finished run, on a laptop or inside a Ray job.
 
-Exit status: 0 done, 2 bad input, 3 stopped with everything finished kept, 1 a fault of ours.
+Exit status: 0 done (or a Ray job that was stopped), 2 bad input, 3 stopped with everything finished kept, 1 a fault
+of ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import signal
@@ -18,12 +20,17 @@ from evolver.config import load
 from evolver.errors import BadInput
 from evolver.evaluation.live import default_device
 from evolver.evaluation.tasks import Tasks
-from evolver.loop import Pool
+from evolver.flights import Pool
 from evolver.process_pool import ProcessPool
 from evolver.progress import display
 from evolver.records import Split
 from evolver.run import results_root, run
 from evolver.worker import LocalPool, Plan
+
+
+# What Ray tells the driver of a job, and how ids begin that Ray drew itself.
+RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+DRAWN_BY_RAY = "raysubmit_"
 
 
 class Stopped(BaseException):
@@ -34,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the configuration that the command line names."""
     parser = argparse.ArgumentParser(prog="evolve.py", description="Search for the best merge of fine-tuned models.")
     parser.add_argument("config", help="YAML file of the run")
+    parser.add_argument("--run", help="name of the run (default: the id of the Ray job, if you chose one; else `run:`)")
     parser.add_argument("--results", help="folder of all runs (default: ./results, or ~/evolver-results in a Ray job)")
     given = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _stop)
@@ -41,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         # The driver of a Ray job has no GPU to itself: what it computes, it computes on the CPU.
         device = "cpu" if uses_ray(load(given.config).pool) else default_device()
-        run(given.config, results_root(given.results, in_ray_job()), make_pool, shown, device)
+        name = given.run or submission_id()
+        run(given.config, results_root(given.results, in_ray_job()), make_pool, shown, device, name)
         return 0
     except BadInput as error:
         shown.close()
@@ -49,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (Stopped, KeyboardInterrupt):
         shown.say("stopped; everything that finished is kept: the same command goes on from here")
-        return 3
+        # `ray job stop` is no failure, and Ray says itself that the job was stopped.
+        return 0 if in_ray_job() else 3
     finally:
         shown.close()
 
@@ -59,10 +69,10 @@ def make_pool(plan: Plan, split: Split, tasks: Tasks) -> Pool:
     if not uses_ray(plan.config.pool):
         # Only a process of its own can be stopped when an evaluation hangs.
         return LocalPool(plan, split, tasks) if plan.config.pool.timeout_s is None else ProcessPool(plan, split)
-    from cluster.pool import RayPool  # Ray takes seconds to import: only runs that use it pay
+    from cluster.pool import on_ray  # Ray takes seconds to import: only runs that use it pay
 
     connect()
-    return RayPool(plan, split)
+    return on_ray(plan, split)
 
 
 def uses_ray(settings: PoolSettings) -> bool:
@@ -84,7 +94,14 @@ def connect() -> None:
 
 def in_ray_job() -> bool:
     """Whether this process was started by ``ray job submit``."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return RAY_JOB in os.environ
+
+
+def submission_id() -> str | None:
+    """The id of this Ray job, where somebody chose one: jobs of one id are one run."""
+    job = json.loads(os.environ.get(RAY_JOB, "{}"))
+    found: str = job.get("metadata", {}).get("job_submission_id", "")
+    return None if not found or found.startswith(DRAWN_BY_RAY) else found
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -1,16 +1,13 @@
-"""A pool of Ray actors: back-pressure, results in any order, dead actors replaced, bounded retries."""
+"""The pool: who gets which candidate, and what becomes of it when its worker dies, hangs, or is not there yet."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
-from typing import Any
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
-
-from cluster.actors import PopulationWorker
-from evolver.config import Config
+from cluster.crew import Answer, Crew, Event, Gone, RayCrew, Ready, check_resources, nodes_of_cluster, resources_of
+from evolver.config import Pool as PoolSettings
 from evolver.errors import BadInput
 from evolver.messages import pack_candidate, unpack_result
 from evolver.records import Candidate, Result, Split
@@ -18,144 +15,143 @@ from evolver.worker import Plan
 
 # How often a wait looks at the clock for evaluations that take too long.
 TICK_SECONDS = 1.0
+# How long nobody may be ready before we say that something is wrong.
 PATIENCE_SECONDS = 600.0
+# So many workers may die one after the other before any is ready.
+STILLBORN = 5
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Flight:
-    """A candidate on its way: which actor has it, since when, and how often it was tried."""
+    """A candidate on its way: since when, and how many workers died of it."""
 
     candidate: Candidate
-    actor: int
-    since: float
-    tries: int
+    since: float = 0.0
+    deaths: int = 0
 
 
-class RayPool:
-    """Evaluates on ``pool.num_workers`` actors.
+class CrewPool:
+    """Evaluates on up to ``pool.num_workers`` workers of a crew, however many there are at a time.
 
-    Raises BadInput where the cluster can never offer what the configuration asks for, or where a worker cannot be
-    built.
+    A worker that ends is replaced. Its candidate goes to another one, before all that wait, as often as
+    ``pool.retries`` says; where the worker was lost with its node, this is not counted. Building it waits until the
+    first worker is ready.
+
+    Raises BadInput where no worker can be built, or none is ready in time.
     """
 
-    def __init__(self, plan: Plan, split: Split) -> None:
-        self.plan, self.split, self.settings = plan, split, plan.config.pool
-        self.resources = _resources(plan.config)
-        check_resources(self.resources, self.settings.num_workers, ray.cluster_resources())
+    def __init__(self, crew: Crew, settings: PoolSettings, say: Callable[[str], None] = lambda line: None) -> None:
+        self._crew, self._settings, self._say = crew, settings, say
         self.bytes_sent = self.bytes_received = self.messages = 0
-        self._started = 0
-        self._actors: dict[int, Any] = {}
+        self._coming: set[int] = set()
         self._idle: list[int] = []
-        self._flights: dict[Any, _Flight] = {}
-        self._lost: list[Result] = []
+        self._busy: dict[int, _Flight] = {}
+        self._queue: deque[_Flight] = deque()
+        self._landed: list[Result] = []
+        self._stillborn = 0
+        self._staff()
+        while not self._idle:
+            self._hear(self._events())
 
     def free(self) -> int:
-        return self.settings.num_workers - len(self._flights)
+        # One candidate is taken even where nobody is there for the moment.
+        return max(1, len(self._idle) + len(self._busy)) - len(self._busy) - len(self._queue)
 
     def submit(self, candidate: Candidate) -> None:
-        self._send(candidate, tries=1)
+        self._queue.append(_Flight(candidate))
+        self._assign()
 
     def wait(self) -> list[Result]:
-        while not self._lost:
-            done, _ = ray.wait(list(self._flights), num_returns=1, timeout=TICK_SECONDS)
-            for future in done:
-                self._land(future, self._flights.pop(future))
+        while not self._landed:
+            self._hear(self._events())
             self._stop_late()
-        out, self._lost = self._lost, []
+            self._assign()
+        out, self._landed = self._landed, []
         return out
 
     def close(self) -> None:
-        for actor in self._actors.values():
-            ray.kill(actor)
-        self._actors.clear()
+        self._crew.close()
 
-    def _send(self, candidate: Candidate, tries: int) -> None:
-        if not self._idle:
-            # At the first candidate all of them, side by side; later the replacement of a dead one.
-            self._start(self.settings.num_workers - len(self._actors))
-        number = self._idle.pop()
-        message = pack_candidate(candidate)
-        self.bytes_sent += len(message)
-        future = self._actors[number].evaluate.remote(message)
-        self._flights[future] = _Flight(candidate, number, time.monotonic(), tries)
+    def _events(self) -> list[Event]:
+        """What happens next; a second of silence is no event, minutes without any worker are an error."""
+        began = self._crew.now()
+        while True:
+            events = list(self._crew.wait(TICK_SECONDS))
+            if events or self._busy:
+                return events
+            if self._crew.now() - began > PATIENCE_SECONDS:
+                raise BadInput(
+                    f"pool: no worker was ready within {PATIENCE_SECONDS:.0f} s; is the cluster busy with other jobs?"
+                )
 
-    def _land(self, future: Any, flight: _Flight) -> None:
-        try:
-            message = ray.get(future)
-        except RayActorError as error:
-            self._retire(flight.actor)
-            self._retry(flight, f"its worker died ({' '.join(str(error).split())[:200]})")
-            return
-        self._idle.append(flight.actor)
-        self.bytes_received += len(message)
+    def _hear(self, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, Ready):
+                self._coming.discard(event.worker)
+                self._stillborn = 0
+                self._idle.append(event.worker)
+            elif isinstance(event, Answer):
+                self._land(event)
+            else:
+                self._lose(event)
+
+    def _land(self, event: Answer) -> None:
+        del self._busy[event.worker]
+        self._idle.append(event.worker)
+        self.bytes_received += len(event.message)
         self.messages += 1
-        self._lost.append(unpack_result(message))
+        self._landed.append(unpack_result(event.message))
 
-    def _retry(self, flight: _Flight, reason: str) -> None:
-        if flight.tries <= self.settings.retries:
-            self._send(flight.candidate, flight.tries + 1)
+    def _lose(self, event: Gone) -> None:
+        self._stillborn += event.worker in self._coming
+        if self._stillborn >= STILLBORN:
+            raise BadInput(f"pool: workers die before they are ready ({event.reason}); see Ray's logs.")
+        self._coming.discard(event.worker)
+        self._idle = [w for w in self._idle if w != event.worker]
+        flight = self._busy.pop(event.worker, None)
+        self._staff()
+        if flight is None:
+            return
+        flight = flight if event.lost else replace(flight, deaths=flight.deaths + 1)
+        if flight.deaths <= self._settings.retries:
+            self._say(f"a worker died ({event.reason}); its candidate goes to another one")
+            self._queue.appendleft(flight)
         else:
-            self._lost.append(_failed(flight.candidate, f"{reason}; tried {flight.tries} times"))
+            self._fail(flight.candidate, f"its worker died ({event.reason}); tried {flight.deaths} times")
 
     def _stop_late(self) -> None:
-        limit = self.settings.timeout_s
-        if limit is None:
-            return
-        for future, flight in list(self._flights.items()):
-            if time.monotonic() - flight.since > limit:
-                del self._flights[future]
-                self._retire(flight.actor)
-                self._lost.append(_failed(flight.candidate, f"timed out after {limit:g} s"))
+        limit = self._settings.timeout_s
+        late = [w for w, f in self._busy.items() if limit is not None and self._crew.now() - f.since > limit]
+        for worker in late:
+            self._crew.dismiss(worker)
+            self._fail(self._busy.pop(worker).candidate, f"timed out after {limit:g} s")
+        if late:
+            self._staff()
 
-    def _retire(self, number: int) -> None:
-        ray.kill(self._actors.pop(number))
+    def _assign(self) -> None:
+        while self._queue and self._idle:
+            worker, flight = self._idle.pop(), self._queue.popleft()
+            message = pack_candidate(flight.candidate)
+            self.bytes_sent += len(message)
+            self._busy[worker] = replace(flight, since=self._crew.now())
+            self._crew.send(worker, message)
 
-    def _start(self, count: int) -> None:
-        numbers = range(self._started, self._started + count)
-        self._started += count
-        options = PopulationWorker.options(**self.resources)  # type: ignore[attr-defined]
-        actors = {n: options.remote(self.plan, self.split, f"ray-{n}") for n in numbers}
-        try:
-            ray.get([a.ready.remote() for a in actors.values()], timeout=PATIENCE_SECONDS)
-        except RayTaskError as error:
-            raise _cause(error) from error
-        except RayActorError as error:
-            raise BadInput(f"pool: a worker could not be built: {_last_line(error)}") from error
-        except GetTimeoutError as error:
-            raise BadInput(
-                f"pool: no worker was ready within {PATIENCE_SECONDS:.0f} s; is the cluster busy with other jobs?"
-            ) from error
-        self._actors.update(actors)
-        self._idle.extend(reversed(numbers))
+    def _staff(self) -> None:
+        """Hire up to the full number; those that find no place wait for one, which is what makes clusters grow."""
+        while len(self._coming) + len(self._idle) + len(self._busy) < self._settings.num_workers:
+            self._coming.add(self._crew.hire())
+
+    def _fail(self, candidate: Candidate, reason: str) -> None:
+        self._landed.append(
+            Result(candidate.number, candidate.recipe.id, "failed", reason=reason, stage=candidate.stage)
+        )
 
 
-def check_resources(wanted: dict[str, float], workers: int, offered: dict[str, float]) -> None:
-    """Refuse what the cluster could never satisfy.
+def on_ray(plan: Plan, split: Split) -> CrewPool:
+    """A pool of actors on the cluster that this process has joined.
 
-    Raises BadInput that says what it offers.
+    Raises BadInput where no node could ever hold a worker, or no worker can be built.
     """
-    for key, name in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
-        if wanted[key] * workers > offered.get(name, 0.0) + 1e-9:
-            raise BadInput(
-                f"pool.{key}: {workers} workers of {wanted[key]:g} {name}s are asked for and the cluster has "
-                f"{offered.get(name, 0.0):g}; ask for less, or add nodes."
-            )
-
-
-def _resources(config: Config) -> dict[str, float]:
-    cpus = config.pool.num_cpus if config.pool.num_cpus is not None else float(config.evaluation.threads)
-    return {"num_cpus": cpus, "num_gpus": config.pool.num_gpus}
-
-
-def _failed(candidate: Candidate, reason: str) -> Result:
-    return Result(candidate.number, candidate.recipe.id, "failed", reason=reason, stage=candidate.stage)
-
-
-def _cause(error: RayError) -> Exception:
-    cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, BadInput) else BadInput(f"pool: a worker could not be built: {_last_line(error)}")
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
+    resources = resources_of(plan.config)
+    check_resources(resources, nodes_of_cluster())
+    return CrewPool(RayCrew(plan, split, resources), plan.config.pool)

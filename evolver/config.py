@@ -176,9 +176,14 @@ class Pool(Section):
     """Where candidates are evaluated. Nothing here changes a result, so it may differ from call to call."""
 
     kind: Literal["auto", "local", "ray"] = Field("auto", description="auto: Ray inside a Ray job, else this process")
-    num_workers: int = Field(1, ge=1, description="Ray actors")
+    num_workers: int = Field(
+        1, ge=1, description="Ray actors; those that find no place yet join when the cluster has one"
+    )
     num_cpus: float | None = Field(None, gt=0, description="CPUs of one actor; default: evaluation.threads")
     num_gpus: float = Field(0, ge=0, description="GPUs of one actor, or a share of one")
+    resources: dict[str, float] = Field(
+        default_factory=dict, description="custom resources of one actor, as {a100: 1} of nodes started with them"
+    )
     cache_gb: float = Field(2.0, ge=0, description="memory of one worker for already built models (GiB)")
     timeout_s: float | None = Field(
         None, gt=0, description="seconds that one evaluation may take; a local worker then has a process of its own"
@@ -186,6 +191,11 @@ class Pool(Section):
     price_per_hour: float | None = Field(None, ge=0, description="what an hour of one worker costs, for the report")
     watts: float | None = Field(None, ge=0, description="power of one worker, for the report")
     retries: int = Field(1, ge=0, description="further tries of a candidate whose worker died")
+    ahead: bool = Field(
+        True,
+        description="idle workers score what a search is guessed to ask for next; wrong guesses are thrown away, and "
+        "are not counted in the budget",
+    )
 
 
 class Config(Section):
@@ -263,6 +273,16 @@ def load(path: str | Path) -> Config:
     if not isinstance(raw, dict):
         raise BadInput(f"{path}: the configuration must be a mapping with the keys {', '.join(Config.model_fields)}.")
     return check_section(Config, raw, str(path))
+
+
+def renamed(config: Config, run: str) -> Config:
+    """The configuration under another run name.
+
+    Raises BadInput for what cannot be the name of a folder.
+    """
+    if not re.match(NAME, run):
+        raise BadInput(f"--run: {run!r} cannot be a run's name; use letters, digits, dots, dashes and underscores.")
+    return config.model_copy(update={"run": run})
 
 
 def check_section(kind: type[SectionType], raw: Mapping[str, Any], file: str, prefix: str = "") -> SectionType:

@@ -1,8 +1,9 @@
 """The ledger: the ordered, durable record of everything that was proposed and scored. It is a run's only state.
 
 A part is one Parquet file, written beside its place, synced, then renamed into it: it is there whole or not at all.
-Two kinds of rows stand in it, ``asked`` and ``finished``. Small parts are joined into larger ones now and then. A part
-that cannot be read is set aside under ``damaged/``, a file that belongs to another run is left alone; both are named.
+Three kinds of rows stand in it: ``asked``, ``finished``, and ``guessed`` for the result of a candidate that no search
+had asked for yet. Small parts are joined into larger ones now and then. A part that cannot be read is set aside under
+``damaged/``, a file that belongs to another run is left alone; both are named.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ import pyarrow.parquet as pq
 from evolver.errors import BadInput
 from evolver.records import Candidate, Result, Split, dump_recipe
 
+# Stage, number, recipe id, bar, limit, and how many items were known: the result depends on nothing else.
+Question = tuple[str, int, str, float | None, int | None, int]
 PART = re.compile(r"part-(\d{8})(?:-(\d{8}))?\.parquet")
 JOIN_FROM = 256
 ITEMS = "items.parquet"
@@ -31,7 +35,7 @@ OWNER = b"evolver.run"
 
 SCHEMA = pa.schema(
     [
-        ("event", pa.string()),  # asked | finished
+        ("event", pa.string()),  # asked | finished | guessed
         ("time", pa.timestamp("us", tz="UTC")),
         ("stage", pa.string()),
         ("number", pa.int64()),
@@ -78,6 +82,7 @@ class Ledger:
         self.warnings: list[str] = []
         self._finished: dict[tuple[str, int], Result] = {}
         self._by_recipe: dict[tuple[str, Split], list[Result]] = {}
+        self._early: dict[Question, Result] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(folder / "lock")
         self._parts: list[tuple[int, int, Path]] = []
@@ -85,6 +90,8 @@ class Ledger:
         for row in self._read():
             if row["event"] == "finished":
                 self._index(_result(row))
+            elif row["event"] == "guessed":
+                self._early[_asked_in(row)] = _result(row)
 
     def close(self) -> None:
         """Let another process in."""
@@ -104,16 +111,25 @@ class Ledger:
         return result
 
     def known(self, candidate: Candidate) -> Result | None:
-        """An earlier result of the same recipe on the same items that answers the candidate's question."""
+        """An earlier result of the same recipe on the same items, if it answers the candidate's question."""
         for result in self._by_recipe.get((candidate.recipe.id, candidate.split), []):
             if result.answers(candidate):
-                return result
+                return replace(result, number=candidate.number, stage=candidate.stage, reused=True)
         return None
 
-    def items(self, candidate: Candidate) -> tuple[float, ...]:
-        """The longest first part of the candidate's items that is known of its recipe."""
+    def prepared(self, candidate: Candidate) -> Candidate:
+        """The candidate with the longest first part of its items that is known of its recipe."""
         found = self._by_recipe.get((candidate.recipe.id, candidate.split), [])
-        return max((r.items for r in found), key=len, default=())
+        return replace(candidate, known=max((r.items for r in found), key=len, default=()))
+
+    def early(self, candidate: Candidate) -> Result | None:
+        """What this very candidate scored when it was only guessed, with the same items known."""
+        return self._early.get(_question(candidate, len(self.prepared(candidate).known)))
+
+    def wasted(self) -> list[Result]:
+        """Results of guesses that were wrong: no search has asked for them, up to now."""
+        asked = {(r.stage, r.number, r.recipe_id) for r in self._finished.values()}
+        return [r for r in self._early.values() if (r.stage, r.number, r.recipe_id) not in asked]
 
     def asked(self, candidate: Candidate) -> None:
         """Record that a candidate was sent out."""
@@ -123,6 +139,11 @@ class Ledger:
         """Record a result; it is on disk when this returns."""
         self._append([_row(candidate, result)])
         self._index(result)
+
+    def guessed(self, candidate: Candidate, result: Result) -> None:
+        """Record the result of a candidate that no search has asked for yet."""
+        self._append([_row(candidate, result) | {"event": "guessed"}])
+        self._early[_question(candidate, result.given)] = result
 
     def results(self, stage: str) -> list[Result]:
         """The results of a stage by number."""
@@ -272,6 +293,14 @@ def _row(candidate: Candidate, result: Result | None) -> dict[str, Any]:
         row |= {name: getattr(result, name) for name in PLAIN} | {"items": list(result.items)}
         row |= {name: list(getattr(result, name).items()) for name in MAPS}
     return row
+
+
+def _question(candidate: Candidate, known: int) -> Question:
+    return candidate.stage, candidate.number, candidate.recipe.id, candidate.bar, candidate.limit, known
+
+
+def _asked_in(row: Mapping[str, Any]) -> Question:
+    return row["stage"], row["number"], row["recipe_id"], row["bar"], row["limit"], row["given"]
 
 
 def _result(row: Mapping[str, Any]) -> Result:

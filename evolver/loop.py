@@ -2,72 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Protocol
+from collections.abc import Callable, Iterator
 
+from evolver.flights import Flights, Pool
 from evolver.ledger import Ledger
 from evolver.records import Candidate, Result
 from evolver.search.base import Search
 
 Watch = Callable[[Candidate, Result], None]
+Guesses = Callable[[Callable[[Candidate], Result | None]], Iterator[Candidate]]
 
 
-class Pool(Protocol):
-    """Where candidates are evaluated."""
-
-    def free(self) -> int:
-        """How many more candidates can be taken at once."""
-        ...
-
-    def submit(self, candidate: Candidate) -> None: ...
-
-    def wait(self) -> list[Result]:
-        """At least one result of what was submitted, in any order; failures are results too."""
-        ...
-
-    def close(self) -> None: ...
-
-
-def evolve(search: Search, pool: Pool, ledger: Ledger, watch: Watch) -> None:
+def evolve(search: Search, pool: Pool, ledger: Ledger, watch: Watch, guesses: Guesses | None = None) -> None:
     """Run a search to its end. A result is on disk before the search hears of it.
 
     What the ledger holds is answered from it, so that a run which was killed goes on where it stopped. A recipe that
     was scored before, or is being scored, is not scored again; one of which a part is known is scored from there on.
+    Where workers are idle, they score what the search is guessed to ask for next: ``guesses`` gets the results of
+    earlier guesses and says it. A guess changes when a result is there, never the result.
     """
-    flying: dict[int, Candidate] = {}
+    flights = Flights(pool)
     followers: dict[str, list[Candidate]] = {}
 
-    def settle(candidate: Candidate, result: Result) -> None:
+    def settle(candidate: Candidate, result: Result, recorded: bool = False) -> None:
+        if not recorded:
+            ledger.finished(candidate, result)
         search.tell(result)
         watch(candidate, result)
 
     def dispatch(candidate: Candidate) -> None:
         if recorded := ledger.recorded(candidate):
-            settle(candidate, recorded)
+            settle(candidate, recorded, recorded=True)
         elif known := ledger.known(candidate):
-            result = replace(known, number=candidate.number, stage=candidate.stage, reused=True)
-            ledger.finished(candidate, result)
-            settle(candidate, result)
-        elif any(f.recipe.id == candidate.recipe.id for f in flying.values()):
+            settle(candidate, known)
+        elif early := ledger.early(candidate):
+            settle(candidate, early)
+        elif flights.holds(candidate := ledger.prepared(candidate)):
             followers.setdefault(candidate.recipe.id, []).append(candidate)
         else:
-            candidate = replace(candidate, known=ledger.items(candidate))
             ledger.asked(candidate)
-            flying[candidate.number] = candidate
-            pool.submit(candidate)
+            flights.send(candidate)
+
+    def there(candidate: Candidate) -> Result | None:
+        return ledger.known(candidate) or ledger.early(candidate)
+
+    def run_ahead(guesses: Guesses) -> None:
+        for candidate in guesses(there):
+            if there(candidate) is None and not flights.guess(ledger.prepared(candidate)):
+                break
 
     while not search.done:
-        asked = search.ask(max(0, pool.free()))
+        asked = search.ask(flights.room)
         for candidate in asked:
             dispatch(candidate)
-        if not flying:
+        if not (flights.asked or followers):
             if not asked and not search.done:
                 raise RuntimeError("the search waits for results although none is outstanding")
             continue
-        for result in pool.wait():
-            candidate = flying.pop(result.number)
-            ledger.finished(candidate, result)
-            settle(candidate, result)
+        if guesses:
+            run_ahead(guesses)
+        for candidate, result, guessed in flights.land():
+            if guessed:
+                ledger.guessed(candidate, result)
+            else:
+                settle(candidate, result)
             for follower in followers.pop(result.recipe_id, []):
                 dispatch(follower)

@@ -36,7 +36,10 @@ class Finalist:
 
 @dataclass(frozen=True)
 class Outcome:
-    """All that a report says of a run. The winner is the last of the finalists."""
+    """All that a report says of a run. The winner is the last of the finalists.
+
+    ``wasted`` are results of candidates that were scored ahead on guesses that proved wrong.
+    """
 
     config: Config
     finalists: tuple[Finalist, ...]
@@ -45,6 +48,7 @@ class Outcome:
     scales: Mapping[str, Scale]
     versions: Mapping[str, str]
     warnings: tuple[str, ...] = ()
+    wasted: tuple[Result, ...] = ()
 
     @property
     def winner(self) -> Finalist:
@@ -226,10 +230,19 @@ def _cost(outcome: Outcome) -> str:
         ["of these: scoring", f"{spent['forward']:.1f}"],
         ["of these: the rest", f"{spent['total'] - spent['materialise'] - spent['forward']:.1f}"],
         ["seconds a candidate, median", f"{_median(r.seconds.get('total', 0.0) for r in fresh):.2f}"],
-        *_bill(outcome, spent["total"]),
+        *_ahead(outcome.wasted),
+        *_bill(outcome, spent["total"] + math.fsum(r.seconds.get("total", 0.0) for r in outcome.wasted)),
     ]
     parts = ["## What the search cost", markdown_table(["", ""], rows), _less(outcome.searched, full, outcome)]
     return "\n\n".join(p for p in parts if p)
+
+
+def _ahead(wasted: Sequence[Result]) -> Iterable[list[str]]:
+    """What running ahead cost beside the budget."""
+    if wasted:
+        yield ["candidates scored ahead on wrong guesses, beside the above", str(len(wasted))]
+        yield ["their items", str(sum(r.cost for r in wasted))]
+        yield ["their seconds", f"{math.fsum(r.seconds.get('total', 0.0) for r in wasted):.1f}"]
 
 
 def _bill(outcome: Outcome, seconds: float) -> Iterable[list[str]]:

@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 
-from evolver.config import FREE_KEYS, Config, check_section, expand, load
+from evolver.config import FREE_KEYS, Config, check_section, expand, load, renamed
 from evolver.errors import BadInput, nearest
 from evolver.estimates import Estimates, first_unjudged
 from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.export import export, write_heads
+from evolver.flights import Pool
 from evolver.folder import RunFolder, write_text
 from evolver.ledger import Ledger, write_items
-from evolver.loop import Pool, evolve
+from evolver.loop import Guesses, evolve
 from evolver.merging import mergekit_out, methods
 from evolver.merging.genome import Genome, genome
 from evolver.merging.placed import fixed_rules
@@ -30,7 +31,8 @@ from evolver.progress import Display
 from evolver.records import Candidate, Expert, Merge, Recipe, Result, Rule, Split, dump_recipe
 from evolver.report import Finalist, Outcome, model_card, verdict, write_report
 from evolver.search import SEARCHES, Search
-from evolver.search.base import Setup
+from evolver.search.ahead import ahead
+from evolver.search.base import Ordered, Setup
 from evolver.search.halving import HalvingSettings
 from evolver.search.optuna_samplers import CoefficientSettings
 from evolver.search.plain import Listed
@@ -59,12 +61,12 @@ class Prepared:
     warnings: tuple[str, ...]
 
 
-def prepare(file: str) -> Prepared:
+def prepare(file: str, name: str | None = None) -> Prepared:
     """Check a configuration: all that can be known from headers and task files, before any candidate is built.
 
     Raises BadInput, one sentence with file, key and remedy.
     """
-    config = load(file)
+    config = load(file) if name is None else renamed(load(file), name)
     algorithm, settings = _algorithm(config, file)
     try:
         opened = open_models(config)
@@ -110,7 +112,9 @@ def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
     return workshop.merger(merger)(workshop.experts), (), opened.base
 
 
-def run(file: str, results: Path, make_pool: PoolMaker, display: Display, device: str) -> Path:
+def run(
+    file: str, results: Path, make_pool: PoolMaker, display: Display, device: str, name: str | None = None
+) -> Path:  # fmt: skip
     """Run a configuration, or the rest of it, and return the run's folder.
 
     Args:
@@ -119,10 +123,11 @@ def run(file: str, results: Path, make_pool: PoolMaker, display: Display, device
         make_pool: makes the pool of a split.
         display: where to tell how it goes.
         device: on which the exported winner is checked.
+        name: of the run, instead of the configuration's.
 
     Raises BadInput for anything that the user has to mend.
     """
-    prepared = prepare(file)
+    prepared = prepare(file, name)
     folder = RunFolder(results / prepared.config.run, prepared.identity)
     # A pool that the cluster can never offer is refused here, before anything is written.
     try:
@@ -161,7 +166,7 @@ def _stages(prepared: Prepared, ledger: Ledger, pool: Pool, make_pool: PoolMaker
     for result in plain.results.values():
         prepared.estimates.learn(result)
     display.stage("search", prepared.search.total)
-    evolve(prepared.search, pool, ledger, watch)
+    evolve(prepared.search, pool, ledger, watch, _guesses(prepared))
     pool.close()  # its resources are the next one's
     winner = _winner(history)
     finalists = _finalists(prepared, plain, winner)
@@ -179,7 +184,14 @@ def _stages(prepared: Prepared, ledger: Ledger, pool: Pool, make_pool: PoolMaker
     searched = tuple(sorted(((c, r) for c, r in history if c.stage == "search"), key=lambda pair: pair[0].number))
     scales = {s: prepared.tasks.scale(s) for s in ("dev", "report")}
     warnings = (*prepared.warnings, *prepared.tasks.warnings)
-    return Outcome(prepared.config, rows, winner[0], searched, scales, _versions(), warnings)
+    wasted = tuple(r for r in ledger.wasted() if r.stage == "search")
+    return Outcome(prepared.config, rows, winner[0], searched, scales, _versions(), warnings, wasted)
+
+
+def _guesses(prepared: Prepared) -> Guesses | None:
+    """What is scored ahead by workers that would be idle."""
+    search = prepared.search
+    return partial(ahead, search) if prepared.config.pool.ahead and isinstance(search, Ordered) else None
 
 
 def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Display, device: str) -> None:

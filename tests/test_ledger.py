@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
@@ -113,9 +114,10 @@ def test_stages_have_numbers_of_their_own(reopen):
 def test_a_known_recipe_is_one_of_the_same_items(reopen):
     ledger = reopen()
     ledger.finished(candidate(0, "baseline"), result(0, "baseline"))
-    assert ledger.known(Candidate(9, recipe(0), "evolver")) == result(0, "baseline")
+    known = replace(result(0, "baseline"), number=9, stage="search", reused=True)
+    assert ledger.known(Candidate(9, recipe(0), "evolver")) == known
     assert ledger.known(Candidate(9, recipe(0), "report", stage="report")) is None
-    assert reopen().known(Candidate(9, recipe(0), "evolver")) == result(0, "baseline")
+    assert reopen().known(Candidate(9, recipe(0), "evolver")) == known
 
 
 def test_a_partial_result_answers_where_it_decides(reopen):
@@ -124,7 +126,7 @@ def test_a_partial_result_answers_where_it_decides(reopen):
     ledger.finished(candidate(0, bar=0.5), partial)
     for one in (ledger, reopen()):
         assert one.known(candidate(1)) is None
-        assert one.known(Candidate(1, recipe(0), "x", bar=0.5)) == partial
+        assert one.known(Candidate(1, recipe(0), "x", bar=0.5)) == replace(partial, number=1, reused=True)
         assert one.known(Candidate(1, recipe(0), "x", bar=0.4)) is None
         assert one.known(Candidate(1, recipe(0), "x")) is None
 

@@ -7,15 +7,17 @@ import random
 import signal
 import time
 from dataclasses import asdict
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import ray
 import toys
 
-from cluster import pool as pools
+from cluster import crew
+from cluster.crew import check_resources
 from cluster.job import main, make_pool
-from cluster.pool import RayPool, check_resources
+from cluster.pool import on_ray
 from evolver.config import load
 from evolver.errors import BadInput
 from evolver.ledger import Ledger
@@ -23,6 +25,7 @@ from evolver.loop import evolve
 from evolver.messages import pack_candidate, pack_result, unpack_candidate, unpack_result
 from evolver.records import Candidate, Cross, Expert, Result
 from evolver.run import prepare
+from evolver.search.ahead import ahead
 from evolver.search.plain import Listed
 from evolver.worker import LocalPool
 
@@ -31,6 +34,7 @@ pytestmark = pytest.mark.ray
 KILOBYTES_10 = 10_000
 POOL = {"kind": "ray", "num_workers": 2, "num_cpus": 0.5}
 SEARCHES = {
+    "sequential": {"search.generations": 3, "budget.candidates": 12},
     "generational": {"search.mode": "generational", "search.generations": 3, "budget.candidates": 12},
     "tpe": {"search": {"algorithm": "tpe", "startup": 4, "in_flight": 2}, "budget.candidates": 8},
 }
@@ -57,7 +61,7 @@ def ready(make_config, tmp_path_factory):
 @pytest.fixture(scope="module")
 def actors(ready):
     """Two real workers, shared by the tests that leave them whole."""
-    pool = RayPool(ready("generational").plan, "dev")
+    pool = on_ray(ready("generational").plan, "dev")
     yield pool
     pool.close()
 
@@ -66,10 +70,19 @@ class OneAtATime:
     """A pool of which only one worker is used."""
 
     def __init__(self, pool):
-        self.pool, self.submit, self.wait = pool, pool.submit, pool.wait
+        self.pool, self.flying = pool, 0
 
     def free(self):
-        return self.pool.free() - 1
+        return 1 - self.flying
+
+    def submit(self, candidate):
+        self.flying += 1
+        self.pool.submit(candidate)
+
+    def wait(self):
+        landed = self.pool.wait()
+        self.flying -= len(landed)
+        return landed
 
 
 def play(search, pool, folder, watch=lambda candidate, result: None):
@@ -81,7 +94,7 @@ def play(search, pool, folder, watch=lambda candidate, result: None):
         watch(candidate, result)
 
     ledger = Ledger(folder, "owner")
-    evolve(search, pool, ledger, keep)
+    evolve(search, pool, ledger, keep, partial(ahead, search))
     ledger.close()
     scored = {n: f[2] for n, f in found.items() if f[2] is not None}
     return found, max(scored, key=lambda n: (scored[n], -n))
@@ -124,23 +137,21 @@ def test_a_whole_run_is_the_same_run(make_config, tmp_path):
 
 def test_a_killed_worker_is_replaced(ready, undisturbed, tmp_path):
     prepared = ready("generational")
-    pool = RayPool(prepared.plan, "dev")
+    pool = on_ray(prepared.plan, "dev")
     killed = []
 
     def watch(candidate, result):
-        if candidate.number == 4 and not killed:
-            flight = next(iter(pool._flights.values()))
-            killed.append(flight.candidate.number)
-            os.kill(pids[flight.actor], signal.SIGKILL)
+        for worker, flight in pool._busy.items():
+            if candidate.number >= 4 and not killed:
+                killed.append(flight.candidate.number)
+                os.kill(pool._crew._where[worker]["pid"], signal.SIGKILL)
 
     try:
-        pool._start(2)
-        pids = {n: ray.get(a.ready.remote())["pid"] for n, a in pool._actors.items()}
         assert play(prepared.search, pool, tmp_path, watch) == undisturbed["generational"]
     finally:
         pool.close()
     assert killed
-    assert pool._started == 3
+    assert pool._crew._hired == 3
 
 
 # Workers that misbehave on purpose need no models.
@@ -155,7 +166,7 @@ def fragile():
             self.name = name
 
         def ready(self):
-            return {"pid": os.getpid()}
+            return {"pid": os.getpid(), "node": "here"}
 
         def evaluate(self, message):
             candidate = unpack_candidate(message)
@@ -176,13 +187,13 @@ def fragile():
 
 @pytest.fixture
 def fragile_pool(make_config, tmp_path, monkeypatch):
-    """``fragile_pool(**pool settings)``: a RayPool of such actors."""
-    monkeypatch.setattr(pools, "PopulationWorker", fragile())
+    """``fragile_pool(**pool settings)``: a pool of such actors."""
+    monkeypatch.setattr(crew, "PopulationWorker", fragile())
     made = []
 
     def make(**settings):
         config = load(make_config(tmp_path, {"pool": {**POOL, **settings}}))
-        made.append(RayPool(SimpleNamespace(config=config), "dev"))
+        made.append(on_ray(SimpleNamespace(config=config), "dev"))
         return made[-1]
 
     yield make
@@ -252,8 +263,9 @@ def test_messages_are_undone_exactly():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"num_gpus": 4.0}, "pool.num_gpus: 2 workers of 4 GPUs are asked for and the cluster has 0"),
-        ({"num_workers": 1000, "num_cpus": None}, "pool.num_cpus: 1000 workers of 1 CPUs are asked for"),
+        ({"num_gpus": 4.0}, "pool.num_gpus: a worker asks for 4 GPU, and the best of 1 nodes has 0"),
+        ({"num_cpus": 3.0}, "pool.num_cpus: a worker asks for 3 CPU, and the best of 1 nodes has 2"),
+        ({"resources": {"tpu": 1.0}}, "pool.resources.tpu: a worker asks for 1 tpu, and the best of 1 nodes has 0"),
     ],
 )
 def test_what_the_cluster_can_never_offer_is_refused(fragile_pool, settings, says):
@@ -271,20 +283,21 @@ def test_the_refusal_is_one_sentence(make_config, tmp_path, capsys):
     err = capsys.readouterr().err
     assert code == 2
     assert len(err.splitlines()) == 1
-    assert err.startswith(f"{file}: pool.num_gpus: 2 workers of 4 GPUs")
+    assert err.startswith(f"{file}: pool.num_gpus: a worker asks for 4 GPU")
     assert not (tmp_path / "results").exists()
 
 
-def test_resources_that_just_suffice_are_enough():
-    check_resources({"num_cpus": 0.1, "num_gpus": 0.25}, 4, {"CPU": 0.4, "GPU": 1.0})
-    with pytest.raises(BadInput, match=r"pool\.num_gpus"):
-        check_resources({"num_cpus": 0.1, "num_gpus": 0.25}, 5, {"CPU": 1.0, "GPU": 1.0})
+def test_a_worker_has_to_fit_on_one_node():
+    share = {"num_cpus": 0.1, "num_gpus": 0.25, "resources": {}}
+    check_resources(share, [{"CPU": 0.1}, {"CPU": 0.1, "GPU": 0.25}])
+    with pytest.raises(BadInput, match=r"pool\.num_gpus.*best of 2 nodes has 1; ask for less"):
+        check_resources({**share, "num_gpus": 2}, [{"CPU": 8, "GPU": 1.0}] * 2)
+    with pytest.raises(BadInput, match="best of 2 nodes has 8 together with the rest"):
+        check_resources({**share, "num_cpus": 8}, [{"CPU": 8}, {"CPU": 4, "GPU": 1}])
 
 
 def test_a_worker_that_finds_other_weights_refuses_to_work(ready):
     plan = ready("generational").plan
     moved = type(plan)(plan.config, {**plan.digests, "a": "other"}, plan.items)
-    pool = RayPool(moved, "dev")
     with pytest.raises(BadInput, match="finds other weights than the driver"):
-        pool.submit(Candidate(0, Expert("a", "other"), "test"))
-    pool.close()
+        on_ray(moved, "dev")

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from evolver import ledger
-from evolver.loop import Pool
+from evolver.flights import Pool
 from evolver.records import Candidate, Result, Split
 from evolver.run import run
 from evolver.worker import LocalPool, Plan

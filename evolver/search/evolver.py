@@ -75,6 +75,10 @@ def _challenge(setup: Setup, score: float, items: tuple[float, ...]) -> tuple[fl
     return score, items if setup.racing else ()
 
 
+def _rejected(candidate: Candidate) -> Result:
+    return Result(candidate.number, candidate.recipe.id, "ok", bound=candidate.bar, stage=candidate.stage)
+
+
 class Alone(Ordered):
     """Stand-alone: N scores of the experts first, then every member is challenged once a generation."""
 
@@ -105,6 +109,9 @@ class Alone(Ordered):
         i = candidate.number % self.size
         if candidate.number < self.size or result.beats(self.scores[i]):
             self.population[i], self.scores[i], self.items[i] = candidate.recipe, _score(result), result.items
+
+    def assume(self, candidate: Candidate) -> Result | None:
+        return None if candidate.number < self.size else _rejected(candidate)
 
     def _leader(self, k: int, i: int, draw: random.Random) -> int | None:
         """The best other member, or None for a random one.
@@ -159,6 +166,9 @@ class Merged(Ordered):
         i, child = self._children.pop(candidate.number)
         if result.beats(_score(self._best[0]) if self._best else self.score):
             self._best = (result, i, child)
+
+    def assume(self, candidate: Candidate) -> Result | None:
+        return None if candidate.number == 0 else _rejected(candidate)
 
     def _adopt_best(self) -> None:
         """Put the best child of what was learnt since into its place: the last one, or the best of a generation."""

@@ -1,0 +1,170 @@
+"""Who does a pool's work: hired, sent candidates, and heard of. The pool decides, a crew carries out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from cluster.actors import PopulationWorker
+from evolver.config import Config
+from evolver.errors import BadInput
+from evolver.records import Split
+from evolver.worker import Plan
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A worker is built and waits for its first candidate."""
+
+    worker: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a worker says of its candidate."""
+
+    worker: int
+    message: bytes
+
+
+@dataclass(frozen=True)
+class Gone:
+    """A worker has ended. ``lost`` says that it went with its node, which its candidate is not to blame for."""
+
+    worker: int
+    reason: str
+    lost: bool = False
+
+
+Event = Ready | Answer | Gone
+
+
+class Crew(Protocol):
+    """Workers by number, on some machines, by some clock."""
+
+    def hire(self) -> int:
+        """Ask for one more worker; that it is ready, or cannot be, is an event to come."""
+        ...
+
+    def send(self, worker: int, message: bytes) -> None: ...
+
+    def dismiss(self, worker: int) -> None:
+        """End a worker, whatever it is doing. No event tells of it."""
+        ...
+
+    def wait(self, seconds: float) -> Sequence[Event]:
+        """What happened; waits so long for the first event. Raises BadInput where no worker can be built."""
+        ...
+
+    def now(self) -> float:
+        """Seconds of the crew's clock."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class RayCrew:
+    """Ray actors, each with the resources that the configuration gives a worker."""
+
+    def __init__(self, plan: Plan, split: Split, resources: dict[str, Any]) -> None:
+        self._plan, self._split = ray.put(plan), split  # once for all actors of a node
+        self._options = resources
+        self._actors: dict[int, Any] = {}
+        self._where: dict[int, dict[str, Any]] = {}
+        self._futures: dict[Any, int] = {}
+        self._hired = 0
+
+    def hire(self) -> int:
+        number, self._hired = self._hired, self._hired + 1
+        options = PopulationWorker.options(**self._options)  # type: ignore[attr-defined]
+        actor = options.remote(self._plan, self._split, f"ray-{number}")
+        self._actors[number] = actor
+        self._futures[actor.ready.remote()] = number
+        return number
+
+    def send(self, worker: int, message: bytes) -> None:
+        self._futures[self._actors[worker].evaluate.remote(message)] = worker
+
+    def dismiss(self, worker: int) -> None:
+        self._futures = {f: w for f, w in self._futures.items() if w != worker}
+        ray.kill(self._actors.pop(worker))
+
+    def wait(self, seconds: float) -> list[Event]:
+        done, waiting = ray.wait(list(self._futures), num_returns=1, timeout=seconds)
+        if done and waiting:  # whatever else is there by now
+            done += ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]
+        return [self._event(future, self._futures.pop(future)) for future in done]
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def close(self) -> None:
+        for actor in self._actors.values():
+            ray.kill(actor)
+        self._actors.clear()
+        self._futures.clear()
+
+    def _event(self, future: Any, worker: int) -> Event:
+        try:
+            said = ray.get(future)
+        except RayTaskError as error:  # an actor turns what goes wrong with a candidate into a result: it is no worker
+            cause = getattr(error, "cause", None)
+            raise cause if isinstance(cause, BadInput) else _unbuildable(error) from error
+        except RayActorError as error:
+            self._actors.pop(worker)
+            if error.actor_init_failed:
+                raise _unbuildable(error) from error
+            return Gone(worker, " ".join(str(error).split())[:200], self._lost(worker))
+        if isinstance(said, bytes):
+            return Answer(worker, said)
+        self._where[worker] = said
+        return Ready(worker)
+
+    def _lost(self, worker: int) -> bool:
+        where = self._where.pop(worker, None)
+        return where is not None and not any(n["NodeID"] == where["node"] and n["Alive"] for n in ray.nodes())
+
+
+def resources_of(config: Config) -> dict[str, Any]:
+    """What one worker asks Ray for, as options of an actor."""
+    pool = config.pool
+    cpus = pool.num_cpus if pool.num_cpus is not None else float(config.evaluation.threads)
+    return {"num_cpus": cpus, "num_gpus": pool.num_gpus, "resources": dict(pool.resources)}
+
+
+def check_resources(wanted: Mapping[str, Any], nodes: Sequence[Mapping[str, float]]) -> None:
+    """Refuse a worker that fits on no node, which would wait for ever.
+
+    Args:
+        wanted: options of an actor.
+        nodes: what each node has in all, busy or not.
+
+    Raises BadInput that says what there is.
+    """
+    own = {f"pool.resources.{name}": (name, count) for name, count in wanted["resources"].items()}
+    asked = {"pool.num_cpus": ("CPU", wanted["num_cpus"]), "pool.num_gpus": ("GPU", wanted["num_gpus"]), **own}
+    if any(all(n.get(name, 0.0) >= count - 1e-9 for name, count in asked.values()) for n in nodes):
+        return
+    most = {key: max((n.get(name, 0.0) for n in nodes), default=0.0) for key, (name, _) in asked.items()}
+    key = next((k for k, (_, count) in asked.items() if count > most[k] + 1e-9), "pool.num_cpus")
+    name, count = asked[key]
+    together = "" if count > most[key] + 1e-9 else " together with the rest of what a worker asks for"
+    raise BadInput(
+        f"{key}: a worker asks for {count:g} {name}, and the best of {len(nodes)} nodes has {most[key]:g}{together}; "
+        "ask for less, or add a node that has it."
+    )
+
+
+def nodes_of_cluster() -> list[dict[str, float]]:
+    """What each node that is alive has."""
+    return [dict(n["Resources"]) for n in ray.nodes() if n["Alive"]]
+
+
+def _unbuildable(error: Exception) -> BadInput:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return BadInput(f"pool: a worker could not be built: {lines[-1][:300] if lines else type(error).__name__}")

@@ -1,0 +1,169 @@
+"""Running ahead: the search sees the same, the workers are busy, and what was guessed wrong is told apart."""
+
+import heapq
+import os
+import random
+from functools import partial
+
+import pytest
+from test_search import ORDERED, build, experts_for
+
+from evolver.ledger import Ledger, read
+from evolver.loop import evolve
+from evolver.records import Result
+from evolver.search.ahead import ahead
+
+SEQUENTIAL = [n for n in ORDERED if n.startswith("evolver sequential")]
+ITEMS = 10
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch):
+    """These runs die of exceptions, not of power cuts; hundreds of them are faster so."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+def accepted(candidate, share):
+    """Whether a candidate is better than its bar: a share of all is, and its recipe decides."""
+    return random.Random(candidate.recipe.id).random() < share
+
+
+def scored(candidate, share):
+    """What a worker says: the bar and a little more, or stopped early below it; some candidates fail."""
+    draw = random.Random(candidate.recipe.id + "score")
+    if candidate.bar is None:
+        score = draw.random()
+    elif accepted(candidate, share):
+        score = candidate.bar + 0.01 * draw.random()
+    elif draw.random() < 0.1:
+        return Result(candidate.number, candidate.recipe.id, "failed", reason="boom")
+    else:
+        known = len(candidate.known)
+        items = (*candidate.known, *[0.0] * max(1, 5 - known))[:ITEMS]
+        return Result(candidate.number, candidate.recipe.id, "ok", None, candidate.bar, False, items, given=known)
+    return Result(candidate.number, candidate.recipe.id, "ok", score, score, True, (score,) * ITEMS)
+
+
+class Simulated:
+    """Workers that take their time by a clock of their own; ``die_after`` results the driver is killed."""
+
+    def __init__(self, workers, share=0.1, seconds=lambda candidate: 1.0, die_after=None):
+        self.workers, self.share, self.seconds, self.die_after = workers, share, seconds, die_after
+        self.now, self._flying, self.scored, self.busy = 0.0, [], [], 0.0
+
+    def free(self):
+        return self.workers - len(self._flying)
+
+    def submit(self, candidate):
+        assert self.free() > 0
+        took = self.seconds(candidate)
+        self.busy += took
+        heapq.heappush(self._flying, (self.now + took, len(self.scored), candidate))
+        self.scored.append(candidate)
+
+    def wait(self):
+        if self.die_after == 0:
+            raise KeyboardInterrupt
+        if self.die_after is not None:
+            self.die_after -= 1
+        self.now, _, candidate = heapq.heappop(self._flying)
+        return [scored(candidate, self.share)]
+
+    def close(self):
+        pass
+
+
+def uneven(candidate):
+    return random.Random(candidate.recipe.id + "seconds").lognormvariate(0, 0.5)
+
+
+def run(folder, settings, pool, guessing=True, **budget):
+    """Results in the order in which they were told, and the ledger."""
+    search, told = build(settings, experts=experts_for(settings), **(budget or {"candidates": 40})), []
+    ledger = Ledger(folder, "me")
+    try:
+        guesses = partial(ahead, search) if guessing else None
+        evolve(search, pool, ledger, lambda c, r: told.append((c, r)), guesses)
+    finally:
+        ledger.close()
+    return told, ledger
+
+
+def by_number(told):
+    return sorted(told, key=lambda pair: pair[0].number)
+
+
+def finished(folder):
+    rows = [r for r in read(folder).to_pylist() if r["event"] == "finished"]
+    return [tuple(str(r[k]) for k in ("number", "recipe_id", "score", "items", "reused", "bar", "given")) for r in rows]
+
+
+@pytest.mark.parametrize("name", ORDERED)
+@pytest.mark.parametrize("workers", [2, 8])
+def test_the_search_sees_the_same(tmp_path, name, workers):
+    plain, _ = run(tmp_path / "plain", ORDERED[name], Simulated(1), guessing=False)
+    pool = Simulated(workers, seconds=uneven)
+    told, _ = run(tmp_path / "ahead", ORDERED[name], pool)
+    assert by_number(told) == by_number(plain)
+    assert sorted(finished(tmp_path / "ahead")) == sorted(finished(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize("name", SEQUENTIAL)
+def test_an_end_by_scored_items_is_the_same_end(tmp_path, name):
+    plain, _ = run(tmp_path / "plain", ORDERED[name], Simulated(1), guessing=False, items=150)
+    told, _ = run(tmp_path / "ahead", ORDERED[name], Simulated(8, seconds=uneven), items=150)
+    assert by_number(told) == by_number(plain)
+
+
+@pytest.mark.parametrize("merger", [{}, {"merger": {"method": "simple"}}], ids=["alone", "merged"])
+def test_eight_workers_are_worth_four_and_more(tmp_path, merger):
+    """Sequential by nature, 400 candidates, of which a tenth is accepted."""
+    settings = {"algorithm": "evolver", "generations": 100} | merger
+    took = {}
+    for workers in (1, 8):
+        pool = Simulated(workers)
+        told, ledger = run(tmp_path / str(workers), settings, pool, candidates=400)
+        took[workers] = pool.now
+    assert took[1] / took[8] >= 4
+    wasted = ledger.wasted()
+    assert 0 < len(wasted) <= len(pool.scored) - len([r for _, r in told if not r.reused])
+
+
+def test_killed_again_and_again(tmp_path):
+    """The outcome is the undisturbed run's, and no result that was recorded is scored a second time."""
+    settings = ORDERED["evolver sequential merger evolver"]
+    plain, _ = run(tmp_path / "plain", settings, Simulated(1), guessing=False)
+    seen, kills = [], 0
+    while True:
+        pool = Simulated(6, seconds=uneven, die_after=1 + kills % 5)
+        recorded = read(tmp_path / "killed").to_pylist() if (tmp_path / "killed").exists() else []
+        known = {(r["number"], r["recipe_id"]) for r in recorded if r["event"] in ("finished", "guessed")}
+        try:
+            told, _ = run(tmp_path / "killed", settings, pool)
+            break
+        except KeyboardInterrupt:
+            kills += 1
+        finally:
+            seen += [c for c in pool.scored if (c.number, c.recipe.id) in known]
+    assert kills > 5
+    assert by_number(told) == by_number(plain)
+    assert seen == []
+
+
+def test_what_was_guessed_wrong_is_told_apart(tmp_path):
+    settings = ORDERED["evolver sequential evolver"]
+    told, ledger = run(tmp_path, settings, Simulated(8, share=0.4))
+    asked = {(c.number, c.recipe.id) for c, _ in told}
+    rows = [r for r in read(tmp_path).to_pylist() if r["event"] == "guessed"]
+    wrong = {(r["number"], r["recipe_id"]) for r in rows} - asked
+    assert wrong
+    assert {(r.number, r.recipe_id) for r in ledger.wasted()} == wrong
+    again = Ledger(tmp_path, "me")
+    assert {(r.number, r.recipe_id) for r in again.wasted()} == wrong
+    again.close()
+
+
+def test_nothing_is_guessed_where_nothing_can_be_assumed(tmp_path):
+    _, ledger = run(tmp_path, ORDERED["tpe"], Simulated(8))
+    assert all(r["event"] != "guessed" for r in read(tmp_path).to_pylist())
+    assert ledger.wasted() == []
