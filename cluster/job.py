@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 from evolver.config import Pool as PoolSettings
@@ -24,13 +25,16 @@ from evolver.flights import Pool
 from evolver.process_pool import ProcessPool
 from evolver.progress import display
 from evolver.records import Split
-from evolver.run import results_root, run
+from evolver.run import run
+from evolver.storage import Storage, storage_at
 from evolver.worker import LocalPool, Plan
-
 
 # What Ray tells the driver of a job, and how ids begin that Ray drew itself.
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 DRAWN_BY_RAY = "raysubmit_"
+RESULTS = (
+    "folder of all runs, or a URI such as s3://bucket/runs (default: ./results, or ~/evolver-results in a Ray job)"
+)
 
 
 class Stopped(BaseException):
@@ -42,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="evolve.py", description="Search for the best merge of fine-tuned models.")
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("--run", help="name of the run (default: the id of the Ray job, if you chose one; else `run:`)")
-    parser.add_argument("--results", help="folder of all runs (default: ./results, or ~/evolver-results in a Ray job)")
+    parser.add_argument("--results", help=RESULTS)
     given = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _stop)
     shown = display()
@@ -50,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The driver of a Ray job has no GPU to itself: what it computes, it computes on the CPU.
         device = "cpu" if uses_ray(load(given.config).pool) else default_device()
         name = given.run or submission_id()
-        run(given.config, results_root(given.results, in_ray_job()), make_pool, shown, device, name)
+        run(given.config, results_at(given.results), make_pool, shown, device, name)
         return 0
     except BadInput as error:
         shown.close()
@@ -102,6 +106,13 @@ def submission_id() -> str | None:
     job = json.loads(os.environ.get(RAY_JOB, "{}"))
     found: str = job.get("metadata", {}).get("job_submission_id", "")
     return None if not found or found.startswith(DRAWN_BY_RAY) else found
+
+
+def results_at(given: str | None) -> Storage:
+    """Where runs are kept: what was given, else ./results, else (in a Ray job, whose folder is a copy that vanishes)
+    ``~/evolver-results``.
+    """
+    return storage_at(given or (Path.home() / "evolver-results" if in_ray_job() else Path("results")))
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

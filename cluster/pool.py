@@ -19,15 +19,18 @@ TICK_SECONDS = 1.0
 PATIENCE_SECONDS = 600.0
 # So many workers may die one after the other before any is ready.
 STILLBORN = 5
+# So many nodes may be lost under one candidate; then it may be what takes them down.
+LOSSES = 8
 
 
 @dataclass(frozen=True)
 class _Flight:
-    """A candidate on its way: since when, and how many workers died of it."""
+    """A candidate on its way: since when, how many workers died of it, and how many nodes were lost under it."""
 
     candidate: Candidate
     since: float = 0.0
     deaths: int = 0
+    losses: int = 0
 
 
 class CrewPool:
@@ -112,8 +115,10 @@ class CrewPool:
         self._staff()
         if flight is None:
             return
-        flight = flight if event.lost else replace(flight, deaths=flight.deaths + 1)
-        if flight.deaths <= self._settings.retries:
+        flight = replace(flight, deaths=flight.deaths + (not event.lost), losses=flight.losses + event.lost)
+        if flight.losses > LOSSES:
+            self._fail(flight.candidate, f"its node was lost ({event.reason}); tried on {flight.losses} nodes")
+        elif flight.deaths <= self._settings.retries:
             self._say(f"a worker died ({event.reason}); its candidate goes to another one")
             self._queue.appendleft(flight)
         else:

@@ -100,7 +100,7 @@ def experts(
     """Train a pool of experts, or what is missing of it, and show what they are good at."""
     # Read when torch comes in. Threads that spin while they wait slow a training down many times beside other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from evolver.folder import write_text
+    from evolver.storage import storage_at
     from evolver.training.experts import locations, make_pool
     from evolver.training.settings import load_pool
     from evolver.training.show import show
@@ -115,7 +115,7 @@ def experts(
         typer.echo(line)
     if measure:
         table = measured(pool, folders)
-        write_text(folders["base"].parent / "table.md", table + "\n")
+        storage_at(folders["base"].parent).write("table.md", f"{table}\n".encode())
         typer.echo(table)
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from evolver import shards
-from evolver.folder import whole_folder
 from evolver.merging.heads import Head
 from evolver.merging.materialise import Materialiser
 from evolver.records import Recipe, dump_recipe
+from evolver.storage import whole_folder
 
 # How configurations say the number of layers.
 DEPTH = ("num_hidden_layers", "n_layer", "num_layers")

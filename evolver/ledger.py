@@ -1,23 +1,20 @@
 """The ledger: the ordered, durable record of everything that was proposed and scored. It is a run's only state.
 
-A part is one Parquet file, written beside its place, synced, then renamed into it: it is there whole or not at all.
-Three kinds of rows stand in it: ``asked``, ``finished``, and ``guessed`` for the result of a candidate that no search
-had asked for yet. Small parts are joined into larger ones now and then. A part that cannot be read is set aside under
-``damaged/``, a file that belongs to another run is left alone; both are named.
+A part is one Parquet file under a running number: it is there whole or not at all, and whoever creates it knows all
+parts before it. So of two drivers on one ledger, one comes too late and stops, before it says anything. Three kinds of
+rows stand in it: ``asked``, ``finished``, and ``guessed`` for the result of a candidate that no search had asked for
+yet. Small parts are joined into larger ones now and then. A part that cannot be read is set aside under ``damaged/``,
+a file that belongs to another run is left alone; both are named.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
-import os
+import io
 import re
-import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -25,6 +22,8 @@ import pyarrow.parquet as pq
 
 from evolver.errors import BadInput
 from evolver.records import Candidate, Result, Split, dump_recipe
+from evolver.storage import Storage, lease, read_all
+from evolver.storage.lease import Lease
 
 # Stage, number, recipe id, bar, limit, and how many items were known: the result depends on nothing else.
 Question = tuple[str, int, str, float | None, int | None, int]
@@ -71,31 +70,35 @@ class Ledger:
     """The ledger of one run, open for writing by one process.
 
     Args:
-        folder: where the parts lie.
+        storage: where the parts lie.
         owner: the identity of the run's configuration; parts of another owner are not ours.
+        say: where to tell that another driver's lease has to be waited for.
 
     Raises BadInput where another process has it open, naming that process.
     """
 
-    def __init__(self, folder: Path, owner: str) -> None:
-        self.folder, self.owner = folder, owner
+    def __init__(self, storage: Storage, owner: str, say: Callable[[str], None] = lambda line: None) -> None:
+        self.storage, self.owner = storage, owner
         self.warnings: list[str] = []
         self._finished: dict[tuple[str, int], Result] = {}
         self._by_recipe: dict[tuple[str, Split], list[Result]] = {}
         self._early: dict[Question, Result] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(folder / "lock")
-        self._parts: list[tuple[int, int, Path]] = []
+        self._lease = Lease(storage, say)
+        self._parts: list[tuple[int, int, str]] = []
         self._next = 0  # above every number in the folder, so that no file of anybody is ever overwritten
-        for row in self._read():
-            if row["event"] == "finished":
-                self._index(_result(row))
-            elif row["event"] == "guessed":
-                self._early[_asked_in(row)] = _result(row)
+        try:
+            for row in self._read():
+                if row["event"] == "finished":
+                    self._index(_result(row))
+                elif row["event"] == "guessed":
+                    self._early[_asked_in(row)] = _result(row)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Let another process in."""
-        self._lock.close()
+        self._lease.close()
 
     def recorded(self, candidate: Candidate) -> Result | None:
         """What this very candidate scored, if it has finished.
@@ -105,8 +108,9 @@ class Ledger:
         result = self._finished.get((candidate.stage, candidate.number))
         if result is not None and result.recipe_id != candidate.recipe.id:
             raise BadInput(
-                f"{self.folder}: candidate {candidate.number} of stage {candidate.stage} is {result.recipe_id} in the "
-                f"ledger and {candidate.recipe.id} now; the run was made by another version, start one of another name."
+                f"{self.storage.location}: candidate {candidate.number} of stage {candidate.stage} is "
+                f"{result.recipe_id} in the ledger and {candidate.recipe.id} now; the run was made by another version, "
+                "start one of another name."
             )
         return result
 
@@ -156,9 +160,9 @@ class Ledger:
 
     def _append(self, rows: list[dict[str, Any]]) -> None:
         number, self._next = self._next, self._next + 1
-        path = self.folder / f"part-{number:08d}.parquet"
-        self._write(path, pa.Table.from_pylist(rows, schema=self._schema()))
-        self._parts.append((number, number, path))
+        name = f"part-{number:08d}.parquet"
+        self._create(name, pa.Table.from_pylist(rows, schema=self._schema()))
+        self._parts.append((number, number, name))
         loose = [p for p in self._parts if p[0] == p[1]]
         if len(loose) >= JOIN_FROM:
             self._join(loose)
@@ -166,84 +170,78 @@ class Ledger:
     def _schema(self) -> pa.Schema:
         return SCHEMA.with_metadata({OWNER: self.owner.encode()})
 
-    def _write(self, path: Path, table: pa.Table) -> None:
-        temporary = path.with_name(f".{path.name}.tmp")
+    def _create(self, name: str, table: pa.Table) -> None:
+        self._lease.check()
         try:
-            with temporary.open("wb") as file:
-                pq.write_table(table, file, compression="zstd", write_page_checksum=True)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            _sync_folder(self.folder)
+            self.storage.create(name, _bytes(table))
+        except FileExistsError:
+            raise self._lease.lost() from None
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             raise BadInput(
-                f"{self.folder}: the ledger cannot be written ({error.strerror or error}); nothing finished so far is "
-                "lost: make room or mend the rights, and run the same command again."
+                f"{self.storage.location}: the ledger cannot be written ({error.strerror or error}); nothing finished "
+                "so far is lost: make room or mend the rights, and run the same command again."
             ) from error
 
-    def _join(self, parts: list[tuple[int, int, Path]]) -> None:
+    def _join(self, parts: list[tuple[int, int, str]]) -> None:
         """One file for many. Readers prefer the wide part, so a crash between the two steps does no harm."""
         first, last = parts[0][0], parts[-1][1]
-        wide = self.folder / f"part-{first:08d}-{last:08d}.parquet"
-        self._write(
-            wide, pa.concat_tables([_table(p) for _, _, p in parts]).replace_schema_metadata({OWNER: self.owner})
-        )
-        for _, _, path in parts:
-            path.unlink()
+        wide = f"part-{first:08d}-{last:08d}.parquet"
+        tables = [_table(self.storage.read(name)) for _, _, name in parts]
+        self._create(wide, pa.concat_tables(tables).replace_schema_metadata({OWNER: self.owner}))
+        for _, _, name in parts:
+            self.storage.remove(name)
         self._parts = [*(p for p in self._parts if p not in parts), (first, last, wide)]
 
     def _read(self) -> Iterator[dict[str, Any]]:
-        for start, end, path in sorted(self._find(), key=lambda p: (p[0], -p[1])):
+        found = sorted(self._find(), key=lambda p: (p[0], -p[1]))
+        for (start, end, name), data in zip(found, read_all(self.storage, [n for _, _, n in found]), strict=True):
             self._next = max(self._next, end + 1)
             try:
-                table = _table(path)
+                table = _table(data)
             except (pa.ArrowException, OSError, ValueError) as error:
-                self._set_aside(path, error)
+                self._set_aside(name, error)
                 continue
             if (table.schema.metadata or {}).get(OWNER) != self.owner.encode() or not SCHEMA.equals(table.schema):
-                self.warnings.append(f"{path} belongs to another run and was left alone")
+                self.warnings.append(f"{self._at(name)} belongs to another run and was left alone")
                 continue
             if self._parts and end <= self._parts[-1][1]:
-                path.unlink()  # joined already; the crash came before it was removed
+                self.storage.remove(name)  # joined already; the crash came before it was removed
                 continue
-            self._parts.append((start, end, path))
+            self._parts.append((start, end, name))
             yield from table.to_pylist(maps_as_pydicts="strict")
 
-    def _find(self) -> Iterator[tuple[int, int, Path]]:
-        for path in self.folder.iterdir():
-            match = PART.fullmatch(path.name)
+    def _find(self) -> Iterator[tuple[int, int, str]]:
+        for name in self.storage.names():
+            match = PART.fullmatch(name)
             if match:
-                yield int(match[1]), int(match[2] or match[1]), path
-            elif path.name.startswith(".part-"):
-                path.unlink()  # a write that a crash cut short
-            elif path.name not in {"lock", "damaged"}:
-                self.warnings.append(f"{path} is no part of the ledger and was left alone")
+                yield int(match[1]), int(match[2] or match[1]), name
+            elif name not in {"lock", lease.FILE, "damaged"}:
+                self.warnings.append(f"{self._at(name)} is no part of the ledger and was left alone")
 
-    def _set_aside(self, path: Path, error: Exception) -> None:
-        damaged = self.folder / "damaged"
-        damaged.mkdir(exist_ok=True)
-        os.replace(path, damaged / path.name)
+    def _set_aside(self, name: str, error: Exception) -> None:
+        self.storage.move(name, "damaged")
         reason = " ".join(str(error).split())[:200]
-        self.warnings.append(f"{path} is damaged ({reason}) and was set aside; what it held is scored again")
+        self.warnings.append(f"{self._at(name)} is damaged ({reason}) and was set aside; what it held is scored again")
+
+    def _at(self, name: str) -> str:
+        return f"{self.storage.location}/{name}"
 
 
-def read(folder: Path) -> pa.Table:
+def read(storage: Storage) -> pa.Table:
     """All rows of a ledger, for reports; a run may be writing meanwhile."""
     while True:
-        parts = sorted((int(m[1]), -int(m[2] or m[1]), p) for p in folder.iterdir() if (m := PART.fullmatch(p.name)))
-        tables, end = [], -1
+        parts = sorted((int(m[1]), -int(m[2] or m[1]), n) for n in storage.names() if (m := PART.fullmatch(n)))
+        names, end = [], -1
+        for _, negative_end, name in parts:
+            if -negative_end > end:
+                names.append(name)
+                end = -negative_end
         with contextlib.suppress(FileNotFoundError):  # parts were joined meanwhile: look again
-            for _, negative_end, path in parts:
-                if -negative_end > end:
-                    tables.append(_table(path))
-                    end = -negative_end
-            if all(path.exists() for _, _, path in parts):
-                return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+            tables = [_table(data) for data in read_all(storage, names)]
+            return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
 
 
-def write_items(run: Path, items: Mapping[Split, Sequence[tuple[str, int, str]]]) -> None:
+def write_items(run: Storage, items: Mapping[Split, Sequence[tuple[str, int, str]]]) -> None:
     """Write ``items.parquet`` into a run's folder: of every place of both splits the task, its index in the task's
     data, and the hash of its content. The ledger's answers stand in this order.
     """
@@ -252,17 +250,15 @@ def write_items(run: Path, items: Mapping[Split, Sequence[tuple[str, int, str]]]
         for split, members in items.items()
         for place, (task, index, content) in enumerate(members)
     ]
-    temporary = run / f".{ITEMS}.tmp"
-    pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd")
-    os.replace(temporary, run / ITEMS)
+    run.write(ITEMS, _bytes(pa.Table.from_pylist(rows)))
 
 
-def answers(run: Path) -> pa.Table:
+def answers(run: Storage) -> pa.Table:
     """Every answer of a run: one row for each candidate and item, with the item's hash."""
     items: dict[str, list[dict[str, Any]]] = {"dev": [], "report": []}
-    for row in pq.read_table(run / ITEMS).to_pylist():
+    for row in _table(run.read(ITEMS)).to_pylist():
         items[row["split"]].append(row)
-    finished = [r for r in read(run / "ledger").to_pylist() if r["event"] == "finished" and not r["reused"]]
+    finished = [r for r in read(run.folder("ledger")).to_pylist() if r["event"] == "finished" and not r["reused"]]
     rows = [
         {**{k: r[k] for k in ("stage", "number", "recipe_id")}, "task": i["task"], "hash": i["hash"], "answer": a}
         for r in finished
@@ -271,8 +267,16 @@ def answers(run: Path) -> pa.Table:
     return pa.Table.from_pylist(rows)
 
 
-def _table(path: Path) -> pa.Table:
-    return pq.read_table(path, page_checksum_verification=True, partitioning=None)
+def _bytes(table: pa.Table) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+    return file.getvalue()
+
+
+def _table(data: bytes | OSError) -> pa.Table:
+    if isinstance(data, OSError):
+        raise data
+    return pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
 
 
 def _row(candidate: Candidate, result: Result | None) -> dict[str, Any]:
@@ -310,26 +314,3 @@ def _result(row: Mapping[str, Any]) -> Result:
 
 def _now() -> int:
     return time.time_ns() // 1000
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _locked(path: Path) -> Any:
-    """The lock file, held for as long as it is open: the system lets go of it when the process dies, however."""
-    file = path.open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        raise BadInput(f"{path.parent}: the run is in use by {holder}; wait for it, or stop it first.") from error
-    file.truncate(0)
-    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-    file.flush()
-    return file

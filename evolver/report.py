@@ -7,14 +7,13 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from evolver.config import Config
 from evolver.evaluation.comparison import Comparison, compare, interval
 from evolver.evaluation.metrics import Metric
 from evolver.evaluation.scoring import Scale
-from evolver.folder import write_text
 from evolver.records import Candidate, Recipe, Result, dump_recipe
+from evolver.storage import Storage
 
 LEVEL = 0.05
 # What can be wrong with answers, by the name of its count.
@@ -103,12 +102,9 @@ def _in_words(c: Comparison, scale: Scale) -> str:
     return f"{_signed(c.difference, scale)} points on {len(scale.tasks)} report items, {interval}, p = {c.p:.3g}"
 
 
-def write_report(folder: Path, outcome: Outcome, agreement: Mapping[str, int]) -> None:
+def write_report(folder: Storage, outcome: Outcome, agreement: Mapping[str, int]) -> None:
     """Write ``report.md`` and ``curve.png``."""
-    picture = folder / "curve.png"
-    temporary = picture.with_name(".curve.tmp")
-    temporary.write_bytes(_curve(outcome))
-    temporary.replace(picture)
+    folder.write("curve.png", _curve(outcome))
     sections = [
         f"# {outcome.config.run}",
         f"**{verdict(outcome)}**",
@@ -121,7 +117,7 @@ def write_report(folder: Path, outcome: Outcome, agreement: Mapping[str, int]) -
         _failures(outcome),
         _provenance(outcome),
     ]
-    write_text(folder / "report.md", "\n\n".join(s for s in sections if s) + "\n")
+    folder.write("report.md", ("\n\n".join(s for s in sections if s) + "\n").encode())
 
 
 def model_card(outcome: Outcome, rebuild: str) -> str:

@@ -20,7 +20,7 @@ from evolver.estimates import Estimates, first_unjudged
 from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.export import export, write_heads
 from evolver.flights import Pool
-from evolver.folder import RunFolder, write_text
+from evolver.folder import RunFolder
 from evolver.ledger import Ledger, write_items
 from evolver.loop import Guesses, evolve
 from evolver.merging import mergekit_out, methods
@@ -36,6 +36,7 @@ from evolver.search.base import Ordered, Setup
 from evolver.search.halving import HalvingSettings
 from evolver.search.optuna_samplers import CoefficientSettings
 from evolver.search.plain import Listed
+from evolver.storage import Storage
 from evolver.worker import Opened, Plan, build_materialiser, build_model, items_hash, open_models
 
 PoolMaker = Callable[[Plan, Split, Tasks], Pool]
@@ -113,8 +114,8 @@ def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
 
 
 def run(
-    file: str, results: Path, make_pool: PoolMaker, display: Display, device: str, name: str | None = None
-) -> Path:  # fmt: skip
+    file: str, results: Storage, make_pool: PoolMaker, display: Display, device: str, name: str | None = None
+) -> Storage:  # fmt: skip
     """Run a configuration, or the rest of it, and return the run's folder.
 
     Args:
@@ -128,7 +129,7 @@ def run(
     Raises BadInput for anything that the user has to mend.
     """
     prepared = prepare(file, name)
-    folder = RunFolder(results / prepared.config.run, prepared.identity)
+    folder = RunFolder(results.folder(prepared.config.run), prepared.identity)
     # A pool that the cluster can never offer is refused here, before anything is written.
     try:
         pool = make_pool(prepared.plan, "dev", prepared.tasks)
@@ -136,20 +137,22 @@ def run(
         raise BadInput(f"{file}: {error}") from error
     try:
         folder.create(Path(file).read_text())
-        write_items(folder.path, {s: [(i.task, i.index, i.hash) for i in prepared.tasks.items.of(s)] for s in SPLITS})
-        with contextlib.closing(Ledger(folder.path / "ledger", folder.owner)) as ledger:
+        write_items(
+            folder.storage, {s: [(i.task, i.index, i.hash) for i in prepared.tasks.items.of(s)] for s in SPLITS}
+        )
+        with contextlib.closing(Ledger(folder.storage.folder("ledger"), folder.owner, display.say)) as ledger:
             for warning in (*prepared.warnings, *prepared.tasks.warnings, *ledger.warnings):
                 display.say(f"warning: {warning}")
             outcome = _stages(prepared, ledger, pool, make_pool, display)
             _finish(prepared, folder, outcome, display, device)
     except OSError as error:
         raise BadInput(
-            f"{error.filename or folder.path}: cannot be read or written ({error.strerror or error}); all "
+            f"{error.filename or folder.location}: cannot be read or written ({error.strerror or error}); all "
             "scores are kept: make room or mend the rights, and run the same command again."
         ) from error
     finally:
         pool.close()
-    return folder.path
+    return folder.storage
 
 
 def _stages(prepared: Prepared, ledger: Ledger, pool: Pool, make_pool: PoolMaker, display: Display) -> Outcome:
@@ -196,22 +199,22 @@ def _guesses(prepared: Prepared) -> Guesses | None:
 
 def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Display, device: str) -> None:
     """Write the best model, check it by loading and scoring it anew, and write the report."""
-    best, winner = folder.path / "best", outcome.winner
-    recipe_file = folder.path / "recipe.json"
-    text = dump_recipe(winner.recipe)
-    checked = folder.path / "best.json"
-    if not (checked.exists() and recipe_file.exists() and recipe_file.read_text() == text and best.exists()):
-        display.say(f"writing the best model to {best}")
+    storage, winner = folder.storage, outcome.winner
+    text = dump_recipe(winner.recipe).encode()
+    whole = all(storage.exists(name) for name in ("best", "best.json", "recipe.json"))
+    if not (whole and storage.read("recipe.json") == text):
+        display.say(f"writing the best model to {folder.location}/best")
         materialiser = build_materialiser(prepared.plan, prepared.opened)
         heads = {n: (prepared.opened.experts[n].path, h) for n, h in prepared.opened.heads.items()}
         finish = partial(write_heads, heads=heads)
-        export(winner.recipe, materialiser, best, _texts(prepared, outcome), finish=finish)
-        agreement = _score_again(prepared, best, outcome, device)
-        write_text(checked, json.dumps(agreement))
-        write_text(recipe_file, text)  # last: only a folder that was checked counts as written
-    write_report(folder.path, outcome, json.loads(checked.read_text()))
+        with storage.whole_folder("best") as best:
+            export(winner.recipe, materialiser, best, _texts(prepared, outcome), finish=finish)
+            agreement = _score_again(prepared, best, outcome, device)
+        storage.write("best.json", json.dumps(agreement).encode())
+        storage.write("recipe.json", text)  # last: only a folder that was checked counts as written
+    write_report(storage, outcome, json.loads(storage.read("best.json")))
     display.say(verdict(outcome))
-    display.say(f"report: {folder.path / 'report.md'}")
+    display.say(f"report: {folder.location}/report.md")
 
 
 def _texts(prepared: Prepared, outcome: Outcome) -> dict[str, str]:
@@ -344,12 +347,3 @@ class _Workshop:
         method = methods.get(str(given.pop("method", "simple")), "search.merger.method")
         rules = fixed_rules(method, given, [e.name for e in self.experts], self._names, "search.merger")
         return lambda members: Merge(method.name, tuple(members), self.base, rules)
-
-
-def results_root(given: str | None, in_ray_job: bool) -> Path:
-    """Where runs are kept: what was given, else ./results, else (in a Ray job, whose folder is a copy that vanishes)
-    ``~/evolver-results``.
-    """
-    if given:
-        return Path(expand(given)).absolute()
-    return Path.home() / "evolver-results" if in_ray_job else Path("results").absolute()

@@ -20,6 +20,7 @@ from evolver.records import Candidate, Expert, Result
 from evolver.search import SEARCHES
 from evolver.search.base import Setup
 from evolver.search.halving import Bracket, rungs
+from evolver.storage import storage_at
 
 COUNT = 40
 ONE = Scale(("t",) * COUNT, {"t": 1.0}, {"t": JUDGED})
@@ -87,7 +88,7 @@ class Pool:
 
 def run(folder, search, pool):
     """The pairs of candidate and result that a run sees, by number."""
-    seen, ledger = [], Ledger(folder, "me")
+    seen, ledger = [], Ledger(storage_at(folder), "me")
     try:
         evolve(search, pool, ledger, lambda c, r: seen.append((c, r)))
     finally:
@@ -242,13 +243,13 @@ def test_the_search_inside_hears_scores_and_estimates(tmp_path, kind):
             wanted = np.mean(result.items) if kind == "mean" else model.estimate(result.items, ONE, kind)
             assert told[4 * batch + place] == pytest.approx(result.score if result.complete else wanted, abs=1e-6)
         known |= {i: r.items for i, r in last.items() if r.complete}
-    ledger = [r for r in read(tmp_path).to_pylist() if r["event"] == "finished"]
+    ledger = [r for r in read(storage_at(tmp_path)).to_pylist() if r["event"] == "finished"]
     assert all((r["score"] is not None) == r["complete"] == (len(r["items"]) == COUNT) for r in ledger)
 
 
 def test_what_is_known_from_elsewhere_costs_nothing_and_is_told_as_it_is(tmp_path):
     """The experts, which the baselines scored in full."""
-    estimates, ledger = Estimates(ONE, 4), Ledger(tmp_path, "me")
+    estimates, ledger = Estimates(ONE, 4), Ledger(storage_at(tmp_path), "me")
     for number, expert in enumerate(EXPERTS):
         candidate = Candidate(number, expert, "baseline", stage="baseline")
         result = replace(Pool().evaluate(candidate), stage="baseline")

@@ -12,6 +12,7 @@ from evolver import ledger as module
 from evolver.errors import BadInput
 from evolver.ledger import Ledger, read
 from evolver.records import Candidate, Cross, Expert, Result, dump_recipe
+from evolver.storage import local, storage_at
 
 A, B = Expert("a", "aa"), Expert("b", "bb")
 
@@ -38,7 +39,7 @@ def reopen(tmp_path):
 
     def again(owner="me"):
         close()
-        opened.append(Ledger(tmp_path / "ledger", owner))
+        opened.append(Ledger(storage_at(tmp_path / "ledger"), owner))
         return opened[-1]
 
     def close():
@@ -82,7 +83,7 @@ def test_the_rows_hold_the_whole_proposal(reopen):
     ledger = reopen()
     ledger.asked(candidate(7, bar=0.5))
     ledger.finished(candidate(7, bar=0.5), result(7))
-    rows = read(ledger.folder).to_pylist()
+    rows = read(ledger.storage).to_pylist()
     assert [r["event"] for r in rows] == ["asked", "finished"]
     for row in rows:
         assert row["number"] == 7
@@ -141,7 +142,7 @@ def test_another_recipe_under_the_same_number_is_refused(reopen):
 def test_a_second_opener_is_refused_with_the_pid_of_the_first(reopen, tmp_path):
     ledger = reopen()
     with pytest.raises(BadInput, match=rf"in use by .*{os.getpid()}.*; wait for it, or stop it first"):
-        Ledger(tmp_path / "ledger", "me")
+        Ledger(storage_at(tmp_path / "ledger"), "me")
     fill(ledger, [0])  # the refused one did no harm
     assert len(reopen().results("search")) == 1
 
@@ -150,14 +151,14 @@ def test_a_second_opener_is_refused_with_the_pid_of_the_first(reopen, tmp_path):
 def test_a_damaged_part_is_set_aside(reopen, keep):
     ledger = reopen()
     fill(ledger, range(3))
-    victim = ledger.folder / parts(ledger.folder)[3]  # candidate 1 finished
+    victim = ledger.storage.path / parts(ledger.storage.path)[3]  # candidate 1 finished
     victim.write_bytes(victim.read_bytes()[:keep])
     again = reopen()
     assert [r.number for r in again.results("search")] == [0, 2]
     assert len(again.warnings) == 1
     assert victim.name in again.warnings[0]
     assert "damaged" in again.warnings[0]
-    assert (again.folder / "damaged" / victim.name).exists()
+    assert (again.storage.path / "damaged" / victim.name).exists()
     again.finished(candidate(1), result(1))
     last = reopen()
     assert [r.number for r in last.results("search")] == [0, 1, 2]
@@ -168,7 +169,7 @@ def test_a_flipped_bit_is_never_read_as_a_score(reopen):
     """Wherever it is: the part comes back as it was, or not at all and with a warning."""
     ledger = reopen()
     fill(ledger, [0])
-    victim = ledger.folder / parts(ledger.folder)[1]
+    victim = ledger.storage.path / parts(ledger.storage.path)[1]
     whole = victim.read_bytes()
     for place in range(4, len(whole), 197):
         victim.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
@@ -188,11 +189,11 @@ def test_garbage_under_the_name_of_a_part_is_set_aside(reopen, tmp_path):
     assert again.results("search") == [result(0)]
     assert "part-00000009" in again.warnings[0]
     fill(again, [1])
-    assert "part-00000010.parquet" in parts(again.folder)  # no number is ever used twice
+    assert "part-00000010.parquet" in parts(again.storage.path)  # no number is ever used twice
 
 
 def foreign_part(tmp_path, name, folder):
-    other = Ledger(tmp_path / "other", "somebody else")
+    other = Ledger(storage_at(tmp_path / "other"), "somebody else")
     other.finished(candidate(5), result(5))
     other.close()
     os.replace(tmp_path / "other" / "part-00000000.parquet", folder / name)
@@ -201,76 +202,76 @@ def foreign_part(tmp_path, name, folder):
 def test_a_part_of_another_run_is_left_alone(reopen, tmp_path):
     ledger = reopen()
     fill(ledger, [0])
-    foreign_part(tmp_path, "part-00000007.parquet", ledger.folder)
+    foreign_part(tmp_path, "part-00000007.parquet", ledger.storage.path)
     again = reopen()
     assert [r.number for r in again.results("search")] == [0]
     assert "another run" in again.warnings[0]
-    assert (again.folder / "part-00000007.parquet").exists()
+    assert (again.storage.path / "part-00000007.parquet").exists()
     fill(again, [1])
-    assert "part-00000008.parquet" in parts(again.folder)
+    assert "part-00000008.parquet" in parts(again.storage.path)
 
 
 def test_a_part_of_another_run_is_left_alone_when_parts_are_joined_around_it(reopen, tmp_path, monkeypatch):
     ledger = reopen()
     fill(ledger, [0])
-    foreign_part(tmp_path, "part-00000003.parquet", ledger.folder)
+    foreign_part(tmp_path, "part-00000003.parquet", ledger.storage.path)
     monkeypatch.setattr(module, "JOIN_FROM", 4)
     fill(reopen(), [1])
     again = reopen()
-    assert "part-00000000-00000005.parquet" in parts(again.folder)
+    assert "part-00000000-00000005.parquet" in parts(again.storage.path)
     assert [r.number for r in again.results("search")] == [0, 1]
-    assert (again.folder / "part-00000003.parquet").exists()
+    assert (again.storage.path / "part-00000003.parquet").exists()
 
 
 def test_other_files_are_left_alone_and_half_written_ones_removed(reopen, tmp_path):
     ledger = reopen()
     fill(ledger, [0])
-    (ledger.folder / "notes.txt").write_text("mine")
-    (ledger.folder / ".part-00000002.parquet.tmp").write_bytes(b"half")
+    (ledger.storage.path / "notes.txt").write_text("mine")
+    (ledger.storage.path / ".part-00000002.parquet.tmp").write_bytes(b"half")
     again = reopen()
     assert again.results("search") == [result(0)]
     assert "notes.txt" in again.warnings[0]
-    assert (ledger.folder / "notes.txt").read_text() == "mine"
-    assert not (ledger.folder / ".part-00000002.parquet.tmp").exists()
+    assert (ledger.storage.path / "notes.txt").read_text() == "mine"
+    assert not (ledger.storage.path / ".part-00000002.parquet.tmp").exists()
 
 
 def test_small_parts_are_joined_and_hold_the_same(reopen, monkeypatch):
     monkeypatch.setattr(module, "JOIN_FROM", 6)
     ledger = reopen()
     fill(ledger, range(7))  # 14 rows: two joined parts of 6, two loose ones
-    assert parts(ledger.folder) == [
+    assert parts(ledger.storage.path) == [
         "part-00000000-00000005.parquet", "part-00000006-00000011.parquet",
         "part-00000012.parquet", "part-00000013.parquet",
     ]  # fmt: skip
-    assert read(ledger.folder).num_rows == 14
+    assert read(ledger.storage).num_rows == 14
     again = reopen()
     assert again.results("search") == [result(k) for k in range(7)]
     assert again.warnings == []
     fill(again, range(7, 10))
     assert reopen().results("search") == [result(k) for k in range(10)]
-    rows = read(again.folder).to_pylist()
+    rows = read(again.storage).to_pylist()
     assert [r["number"] for r in rows] == [k for k in range(10) for _ in "af"]
 
 
 def test_a_crash_between_joining_and_removing_loses_and_doubles_nothing(reopen, monkeypatch):
     ledger = reopen()
     fill(ledger, range(3))
-    loose = {n: (ledger.folder / n).read_bytes() for n in parts(ledger.folder)}
+    loose = {n: (ledger.storage.path / n).read_bytes() for n in parts(ledger.storage.path)}
     monkeypatch.setattr(module, "JOIN_FROM", 7)
     ledger.asked(candidate(3))  # joins
-    assert parts(ledger.folder) == ["part-00000000-00000006.parquet"]
+    assert parts(ledger.storage.path) == ["part-00000000-00000006.parquet"]
     for name, data in loose.items():
-        (ledger.folder / name).write_bytes(data)
-    assert read(ledger.folder).num_rows == 7
+        (ledger.storage.path / name).write_bytes(data)
+    assert read(ledger.storage).num_rows == 7
     again = reopen()
     assert again.results("search") == [result(k) for k in range(3)]
-    assert parts(again.folder) == ["part-00000000-00000006.parquet"]
+    assert parts(again.storage.path) == ["part-00000000-00000006.parquet"]
 
 
 def test_a_damaged_joined_part_gives_way_to_the_loose_ones(reopen, monkeypatch):
     ledger = reopen()
     fill(ledger, range(3))
-    (ledger.folder / "part-00000000-00000005.parquet").write_bytes(b"cut short")
+    (ledger.storage.path / "part-00000000-00000005.parquet").write_bytes(b"cut short")
     again = reopen()
     assert again.results("search") == [result(k) for k in range(3)]
     assert len(again.warnings) == 1
@@ -280,7 +281,7 @@ def full_disk(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("step", ["replace", "fsync"])
+@pytest.mark.parametrize("step", ["link", "fsync"])
 def test_a_full_disk_loses_nothing_that_was_finished(reopen, monkeypatch, step):
     ledger = reopen()
     fill(ledger, range(2))
@@ -289,7 +290,7 @@ def test_a_full_disk_loses_nothing_that_was_finished(reopen, monkeypatch, step):
         with pytest.raises(BadInput, match=r"No space left.*nothing finished so far is lost: make room"):
             ledger.finished(candidate(2), result(2))
     assert ledger.recorded(candidate(2)) is None
-    assert not list(ledger.folder.glob(".part*"))
+    assert not list(ledger.storage.path.glob(".part*"))
     again = reopen()
     assert again.results("search") == [result(0), result(1)]
     assert again.warnings == []
@@ -301,9 +302,9 @@ def test_a_full_disk_while_joining_loses_nothing(reopen, monkeypatch):
     ledger = reopen()
     fill(ledger, range(2))
     monkeypatch.setattr(module, "JOIN_FROM", 5)
-    replace = os.replace
+    link = os.link
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda a, b: full_disk() if b.name.count("-") == 2 else replace(a, b))
+        patch.setattr(os, "link", lambda a, b: full_disk() if b.name.count("-") == 2 else link(a, b))
         with pytest.raises(BadInput, match="No space left"):
             ledger.finished(candidate(2), result(2))
     assert reopen().results("search") == [result(k) for k in range(3)]
@@ -313,28 +314,28 @@ def test_a_result_is_on_disk_when_finished_returns(reopen):
     ledger = reopen()
     for k in range(3):
         ledger.finished(candidate(k), result(k))
-        newest = ledger.folder / parts(ledger.folder)[-1]
+        newest = ledger.storage.path / parts(ledger.storage.path)[-1]
         assert pq.read_table(newest)["number"].to_pylist() == [k]
 
 
 def test_reading_an_empty_ledger(reopen):
-    assert read(reopen().folder).num_rows == 0
+    assert read(reopen().storage).num_rows == 0
 
 
 def test_reading_while_a_run_writes(reopen, monkeypatch):
     """Whatever the writer is at, a reader sees a beginning of the record: no gap, nothing twice."""
     monkeypatch.setattr(module, "JOIN_FROM", 4)
-    monkeypatch.setattr(module, "_sync_folder", lambda folder: None)
+    monkeypatch.setattr(local, "_sync_folder", lambda folder: None)
     ledger = reopen()
     writer = threading.Thread(target=fill, args=(ledger, range(60)))
     writer.start()
     counts = []
     while writer.is_alive() or not counts:
-        rows = read(ledger.folder).to_pylist()
+        rows = read(ledger.storage).to_pylist()
         assert [(r["number"], r["event"]) for r in rows] == [
             (k // 2, ("asked", "finished")[k % 2]) for k in range(len(rows))
         ]
         counts.append(len(rows))
     writer.join()
     assert counts == sorted(counts)
-    assert read(ledger.folder).num_rows == 120
+    assert read(ledger.storage).num_rows == 120

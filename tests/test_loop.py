@@ -10,6 +10,7 @@ from evolver.errors import BadInput
 from evolver.ledger import Ledger, read
 from evolver.loop import evolve
 from evolver.records import Candidate, Cross, Expert, Result
+from evolver.storage import storage_at
 
 A, B = Expert("a", "aa"), Expert("b", "bb")
 SEEDS = (0, 1, 2, 1, 3, 0, 4, 4)  # recipes of the search below: some of them come twice
@@ -134,7 +135,7 @@ SPIED = {"asked", "finished", "tell", "submit", "wait"}
 
 def run(folder, workers=1, die_at=None, **script):
     """One call of the run in ``folder``: (spy, search, pool), the ledger closed."""
-    ledger, search, pool = Ledger(folder, "me"), Script(**script), FakePool(workers)
+    ledger, search, pool = Ledger(storage_at(folder), "me"), Script(**script), FakePool(workers)
     spy = Spy(ledger, search, pool, die_at)
     try:
         spy.run()
@@ -145,7 +146,7 @@ def run(folder, workers=1, die_at=None, **script):
 
 def contents(folder):
     """What was finished, without the times."""
-    rows = [r for r in read(folder).to_pylist() if r["event"] == "finished"]
+    rows = [r for r in read(storage_at(folder)).to_pylist() if r["event"] == "finished"]
     keys = ("number", "recipe_id", "recipe", "score", "bound", "complete", "reused", "items", "status", "bar", "stage")
     return sorted(tuple(str(r[k]) for k in keys) for r in rows)
 
@@ -202,11 +203,13 @@ def test_death_at_any_step_and_another_call(tmp_path, workers):
     assert len(whole.steps) > 30
     for die_at in range(len(whole.steps)):
         folder = tmp_path / f"{die_at}"
-        ledger, first = Ledger(folder, "me"), FakePool(workers)
+        ledger, first = Ledger(storage_at(folder), "me"), FakePool(workers)
         with pytest.raises(KeyboardInterrupt):
             Spy(ledger, Script(script["seeds"], workers), first, die_at).run()
         ledger.close()
-        kept = {r["number"] for r in read(folder).to_pylist() if r["event"] == "finished" and not r["reused"]}
+        kept = {
+            r["number"] for r in read(storage_at(folder)).to_pylist() if r["event"] == "finished" and not r["reused"]
+        }
         _, search, second = run(folder, **script)
         assert search.done
         assert contents(folder) == wanted
@@ -251,7 +254,7 @@ def test_a_failure_is_a_result(tmp_path):
             return [replace(r, status="failed", score=None, bound=None, complete=False, items=(), reason="boom")
                     for r in super().wait()]  # fmt: skip
 
-    ledger, search, pool = Ledger(tmp_path, "me"), Script(), Failing()
+    ledger, search, pool = Ledger(storage_at(tmp_path), "me"), Script(), Failing()
     evolve(search, pool, ledger, lambda c, r: None)
     ledger.close()
     assert [r.status for r in search.told] == ["failed"] * 8
@@ -272,7 +275,7 @@ def test_several_results_at_once(tmp_path):
         def wait(self):
             return [r for _ in range(len(self.waiting)) for r in super(Batch, self).wait()]
 
-    ledger, search, pool = Ledger(tmp_path, "me"), Script(in_flight=4), Batch(4)
+    ledger, search, pool = Ledger(storage_at(tmp_path), "me"), Script(in_flight=4), Batch(4)
     evolve(search, pool, ledger, lambda c, r: None)
     ledger.close()
     assert sorted(r.number for r in search.told) == list(range(8))

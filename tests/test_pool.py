@@ -5,7 +5,7 @@ import random
 import pytest
 from simulation import SimulatedCrew, lognormal
 
-from cluster.pool import PATIENCE_SECONDS, STILLBORN, CrewPool
+from cluster.pool import LOSSES, PATIENCE_SECONDS, STILLBORN, CrewPool
 from evolver.config import Pool as Settings
 from evolver.errors import BadInput
 from evolver.records import Candidate, Expert, Result
@@ -132,3 +132,10 @@ def test_nothing_is_lost_whoever_dies(seed):
     assert sorted(r.number for r in landed) == list(range(200))
     assert {r.status for r in landed} == {"ok"}
     assert len(crew.evaluated) == len({c.number for c in crew.evaluated}) == 200
+
+
+def test_a_candidate_that_takes_nodes_down_fails_in_the_end():
+    deaths = [(0.5 + k, k, True) for k in range(100)]
+    crew = SimulatedCrew(fine, lambda c: 10.0, deaths=deaths)
+    (landed,) = drive(CrewPool(crew, Settings(num_workers=1)), candidates(1))
+    assert landed.reason == f"its node was lost (killed); tried on {LOSSES + 1} nodes"

@@ -27,6 +27,7 @@ from evolver.records import Candidate, Cross, Expert, Result
 from evolver.run import prepare
 from evolver.search.ahead import ahead
 from evolver.search.plain import Listed
+from evolver.storage import storage_at
 from evolver.worker import LocalPool
 
 pytestmark = pytest.mark.ray
@@ -93,7 +94,7 @@ def play(search, pool, folder, watch=lambda candidate, result: None):
         found[candidate.number] = (candidate.recipe.id, result.status, result.score, result.bound, result.items)
         watch(candidate, result)
 
-    ledger = Ledger(folder, "owner")
+    ledger = Ledger(storage_at(folder), "owner")
     evolve(search, pool, ledger, keep, partial(ahead, search))
     ledger.close()
     scored = {n: f[2] for n, f in found.items() if f[2] is not None}
@@ -166,7 +167,7 @@ def fragile():
             self.name = name
 
         def ready(self):
-            return {"pid": os.getpid(), "node": "here"}
+            return {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
 
         def evaluate(self, message):
             candidate = unpack_candidate(message)
@@ -207,7 +208,7 @@ def labelled(*labels):
 
 def test_a_candidate_that_kills_its_worker_fails_and_the_run_goes_on(fragile_pool, tmp_path):
     search, pool = labelled("fine", "deadly", "good", "deadly too", "well"), fragile_pool(retries=1)
-    ledger = Ledger(tmp_path / "ledger", "owner")
+    ledger = Ledger(storage_at(tmp_path / "ledger"), "owner")
     evolve(search, pool, ledger, lambda candidate, result: None)
     ledger.close()
     assert [search.results[label].status for label in ("fine", "good", "well")] == ["ok"] * 3
@@ -222,7 +223,7 @@ def test_a_candidate_that_kills_its_worker_fails_and_the_run_goes_on(fragile_poo
 
 def test_a_candidate_that_hangs_times_out(fragile_pool, tmp_path):
     search, pool = labelled("fine", "hangs", "good"), fragile_pool(num_workers=1, timeout_s=1.0)
-    ledger = Ledger(tmp_path / "ledger", "owner")
+    ledger = Ledger(storage_at(tmp_path / "ledger"), "owner")
     began = time.monotonic()
     evolve(search, pool, ledger, lambda candidate, result: None)
     ledger.close()

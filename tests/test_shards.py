@@ -51,7 +51,7 @@ def test_an_interrupted_merge_leaves_nothing_under_its_name(tmp_path):
     script = f"""
 import sys, time; sys.path[:0] = {[os.path.dirname(__file__)]!r}
 from pathlib import Path
-from evolver.folder import whole_folder
+from evolver.storage import whole_folder
 from evolver import shards
 from test_shards import TENSORS, INFOS
 def slowly():

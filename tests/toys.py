@@ -17,6 +17,7 @@ from evolver import ledger
 from evolver.flights import Pool
 from evolver.records import Candidate, Result, Split
 from evolver.run import run
+from evolver.storage import storage_at
 from evolver.worker import LocalPool, Plan
 
 ROOT = Path(__file__).parent.parent
@@ -263,7 +264,7 @@ def run_here(
     file: Path, results: Path, make_pool: Callable[..., Pool] = LocalPool, display: Silent | None = None
 ) -> Path:
     """A whole run in this process; returns its folder."""
-    return run(str(file), results, make_pool, display or Silent(), "cpu")
+    return Path(run(str(file), storage_at(results), make_pool, display or Silent(), "cpu").location)
 
 
 def no_work(plan: Plan, split: Split, tasks: Any) -> Pool:
@@ -300,7 +301,7 @@ def rows(folder: Path, event: str = "finished") -> dict[tuple[str, int], dict[st
 
 
 def all_rows(folder: Path, event: str) -> list[dict[str, Any]]:
-    return [r for r in ledger.read(folder / "ledger").to_pylist() if r["event"] == event]
+    return [r for r in ledger.read(storage_at(folder / "ledger")).to_pylist() if r["event"] == event]
 
 
 def essence(folder: Path) -> dict[tuple[str, int], tuple[Any, ...]]:

@@ -26,6 +26,8 @@ from torch import Tensor
 from evolver.config import expand
 from evolver.errors import BadInput
 from evolver.merging import gguf
+from evolver.storage import is_remote
+from evolver.storage.fetch import fetched
 
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 DTYPES = {
@@ -466,7 +468,9 @@ def _raw(tensor: Tensor) -> memoryview:
 
 
 def _locate(location: str, key: str) -> Path:
-    path = Path(expand(location))
+    if is_remote(location := expand(location)):
+        return _plain_folder(fetched(location, key), key)
+    path = Path(location.removeprefix("file://"))
     if path.is_dir():
         return _plain_folder(path, key)
     if path.suffix == ".gguf" and path.exists():

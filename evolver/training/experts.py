@@ -16,9 +16,9 @@ import torch
 from evolver.config import expand
 from evolver.errors import BadInput
 from evolver.evaluation.data import Row, read_rows
-from evolver.folder import whole_folder
 from evolver.merging.weights import is_head, open_base
 from evolver.records import content_hash
+from evolver.storage import whole_folder
 from evolver.training.fit import fit
 from evolver.training.losses import Learner, lessons_of, loss_of
 from evolver.training.settings import PoolConfig, Training

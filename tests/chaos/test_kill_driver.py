@@ -17,6 +17,7 @@ import toys
 from toys import all_rows, command, essence, rows, run_here, run_process
 
 from evolver.ledger import Ledger
+from evolver.storage import storage_at
 
 KILLS = int(os.environ.get("EVOLVER_KILLS", "3"))
 # Enough work that a good part of the moments fall into it, and not all into the imports before it.
@@ -116,7 +117,7 @@ def test_asked_to_stop_it_says_so_and_goes_on_later(undisturbed, tmp_path):
 def test_two_drivers_of_one_run_exclude_each_other(undisturbed, tmp_path):
     file, reference, _ = undisturbed
     shutil.copytree(reference, tmp_path / "results" / "toy")
-    holder = Ledger(tmp_path / "results" / "toy" / "ledger", "owner")
+    holder = Ledger(storage_at(tmp_path / "results" / "toy" / "ledger"), "owner")
     ended = run_process(file, tmp_path / "results")
     holder.close()
     assert ended.code == 2

@@ -1,0 +1,119 @@
+"""A folder of a mounted file system, this machine's or a shared one."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# What a file system says that knows no hard links.
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+
+
+class LocalStorage:
+    """A folder of a mounted file system."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.location = path, str(path)
+
+    def names(self) -> list[str]:
+        try:
+            return sorted(p for p in os.listdir(self.path) if not p.startswith("."))
+        except FileNotFoundError:
+            return []
+
+    def exists(self, name: str) -> bool:
+        return (self.path / name).exists()
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def write(self, name: str, data: bytes) -> None:
+        with self._beside(name, data) as temporary:
+            os.replace(temporary, self.path / name)
+
+    def create(self, name: str, data: bytes) -> None:
+        with self._beside(name, data) as temporary:
+            try:
+                os.link(temporary, self.path / name)  # unlike a rename, no file gives way to it
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+                (self.path / name).touch(exist_ok=False)
+                os.replace(temporary, self.path / name)
+
+    def remove(self, name: str) -> None:
+        (self.path / name).unlink()
+
+    def move(self, name: str, folder: str) -> None:
+        (self.path / folder).mkdir(exist_ok=True)
+        os.replace(self.path / name, self.path / folder / name)
+
+    def folder(self, name: str) -> LocalStorage:
+        return LocalStorage(self.path / name)
+
+    @contextlib.contextmanager
+    def whole_folder(self, name: str) -> Iterator[Path]:
+        with whole_folder(self.path / name) as path:
+            yield path
+
+    def lock(self) -> Callable[[], None] | None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = (self.path / "lock").open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise
+        except OSError:  # file systems of networks may know no locks
+            file.close()
+            return None
+        for path in self.path.glob(".*.tmp"):
+            path.unlink(missing_ok=True)  # writes that a crash cut short
+        return file.close
+
+    @contextlib.contextmanager
+    def _beside(self, name: str, data: bytes) -> Iterator[Path]:
+        """A synced file with the data, to be put into its place; it is gone afterwards."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = self.path / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+            _sync_folder(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of ``path`` when the block ends well, and vanishes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        old = temporary.with_name(temporary.name + ".old")
+        if path.exists():
+            os.replace(path, old)  # never a half-removed folder under the final name
+        os.replace(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
