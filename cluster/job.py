@@ -93,7 +93,9 @@ def connect() -> None:
 
     if ray.is_initialized():
         return
+    handler = signal.getsignal(signal.SIGTERM)
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    signal.signal(signal.SIGTERM, handler)  # Ray's own ends the process on the spot
 
 
 def in_ray_job() -> bool:
