@@ -85,16 +85,19 @@ def uses_ray(settings: PoolSettings) -> bool:
 
 
 def connect() -> None:
-    """Join the cluster of this job or of RAY_ADDRESS, or start one of our own.
+    """Join the cluster of this job or of RAY_ADDRESS (``auto`` is the one that was started here), or start our own.
 
-    One of our own has token authentication on: Ray, from 2.60 on, makes the token where there is none yet.
+    One of our own has token authentication on: Ray, from 2.60 on, makes the token where there is none yet. Nothing is
+    joined unasked: what Ray remembers as the last cluster of this machine may be gone, and it would wait for that.
     """
     import ray
 
     if ray.is_initialized():
         return
     handler = signal.getsignal(signal.SIGTERM)
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    address = os.environ.get("RAY_ADDRESS", "local")
+    own = {"include_dashboard": False} if address == "local" else {}
+    ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
     signal.signal(signal.SIGTERM, handler)  # Ray's own ends the process on the spot
 
 
