@@ -96,8 +96,8 @@ def connect() -> None:
         return
     handler = signal.getsignal(signal.SIGTERM)
     address = os.environ.get("RAY_ADDRESS", "local")
-    own = {"include_dashboard": False} if address == "local" else {}
-    ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
+    dashboard = False if address == "local" else None  # others have theirs, or not
+    ray.init(address, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
     signal.signal(signal.SIGTERM, handler)  # Ray's own ends the process on the spot
 
 

@@ -203,6 +203,12 @@ class Config(Section):
 
     run: str = Field(pattern=NAME, description="name of the run and of its folder under results/")
     seed: int = Field(0, ge=0, description="seed of everything that is drawn")
+    order: Literal["exact", "arrival"] = Field(
+        "exact",
+        description="exact: results are learnt in the order of their candidates, and any number of workers makes the "
+        "same run; arrival: as they come, so that no worker waits for a slow one, and timing makes the run. Resuming "
+        "goes on exactly either way",
+    )
     model: Model
     experts: dict[str, str] = Field(
         description="name → folder of a fine-tune or of a LoRA adapter, a GGUF file, or a hub id"

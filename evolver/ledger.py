@@ -83,6 +83,7 @@ class Ledger:
         self._finished: dict[tuple[str, int], Result] = {}
         self._by_recipe: dict[tuple[str, Split], list[Result]] = {}
         self._early: dict[Question, Result] = {}
+        self._ranks: dict[str, int] = {}
         self._lease = Lease(storage, say)
         self._parts: list[tuple[int, int, str]] = []
         self._next = 0  # above every number in the folder, so that no file of anybody is ever overwritten
@@ -139,10 +140,10 @@ class Ledger:
         """Record that a candidate was sent out."""
         self._append([_row(candidate, None)])
 
-    def finished(self, candidate: Candidate, result: Result) -> None:
-        """Record a result; it is on disk when this returns."""
+    def finished(self, candidate: Candidate, result: Result) -> Result:
+        """Record a result; it is on disk when this returns, with its rank."""
         self._append([_row(candidate, result)])
-        self._index(result)
+        return self._index(result)
 
     def guessed(self, candidate: Candidate, result: Result) -> None:
         """Record the result of a candidate that no search has asked for yet."""
@@ -153,10 +154,14 @@ class Ledger:
         """The results of a stage by number."""
         return [r for (s, _), r in sorted(self._finished.items()) if s == stage]
 
-    def _index(self, result: Result) -> None:
+    def _index(self, result: Result) -> Result:
+        rank = self._ranks.get(result.stage, 0)
+        self._ranks[result.stage] = rank + 1
+        result = replace(result, rank=rank)
         self._finished[result.stage, result.number] = result
         split: Split = "report" if result.stage == "report" else "dev"
         self._by_recipe.setdefault((result.recipe_id, split), []).append(result)
+        return result
 
     def _append(self, rows: list[dict[str, Any]]) -> None:
         number, self._next = self._next, self._next + 1

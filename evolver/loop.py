@@ -26,7 +26,7 @@ def evolve(search: Search, pool: Pool, ledger: Ledger, watch: Watch, guesses: Gu
 
     def settle(candidate: Candidate, result: Result, recorded: bool = False) -> None:
         if not recorded:
-            ledger.finished(candidate, result)
+            result = ledger.finished(candidate, result)
         search.tell(result)
         watch(candidate, result)
 

@@ -321,7 +321,8 @@ class Result:
     False) when the evaluation stopped early. ``score`` is then None, and ``bound`` is what the score could at most
     have been. The first ``given`` items were known before. ``raced`` says that a race stopped it: the score is not
     above the bar, at the run's error rate. A failed evaluation has a ``reason`` and no score. ``reused`` names results
-    that cost nothing, as the same recipe had been scored before. ``counts`` says what the new items took: tokens, and
+    that cost nothing, as the same recipe had been scored before. ``rank`` is how many results of the stage the ledger
+    held before this one. ``counts`` says what the new items took: tokens, and
     how many answers were truncated or invalid.
     """
 
@@ -341,6 +342,7 @@ class Result:
     raced: bool = False
     given: int = 0
     stage: Stage = "search"
+    rank: int | None = field(default=None, compare=False)
 
     @property
     def cost(self) -> int:

@@ -79,6 +79,7 @@ def prepare(file: str, name: str | None = None) -> Prepared:
         setup = Setup(
             workshop.experts, workshop.base, config.seed, config.budget, workshop, estimates,
             config.evaluation.early_stopping, config.evaluation.racing is not None,
+            arrival=config.order == "arrival",
         )  # fmt: skip
         search = SEARCHES[algorithm].build(setup, settings)
     except BadInput as error:
@@ -193,8 +194,10 @@ def _stages(prepared: Prepared, ledger: Ledger, pool: Pool, make_pool: PoolMaker
 
 def _guesses(prepared: Prepared) -> Guesses | None:
     """What is scored ahead by workers that would be idle."""
-    search = prepared.search
-    return partial(ahead, search) if prepared.config.pool.ahead and isinstance(search, Ordered) else None
+    search, config = prepared.search, prepared.config
+    if not (config.pool.ahead and config.order == "exact" and isinstance(search, Ordered)):
+        return None
+    return partial(ahead, search)
 
 
 def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Display, device: str) -> None:

@@ -78,9 +78,10 @@ def uneven(candidate):
     return random.Random(candidate.recipe.id + "seconds").lognormvariate(0, 0.5)
 
 
-def run(folder, settings, pool, guessing=True, **budget):
+def run(folder, settings, pool, guessing=True, arrival=False, **budget):
     """Results in the order in which they were told, and the ledger."""
-    search, told = build(settings, experts=experts_for(settings), **(budget or {"candidates": 40})), []
+    budget, told = budget or {"candidates": 40}, []
+    search = build(settings, experts=experts_for(settings), arrival=arrival, **budget)
     ledger = Ledger(storage_at(folder), "me")
     try:
         guesses = partial(ahead, search) if guessing else None
@@ -168,3 +169,21 @@ def test_nothing_is_guessed_where_nothing_can_be_assumed(tmp_path):
     _, ledger = run(tmp_path, ORDERED["tpe"], Simulated(8))
     assert all(r["event"] != "guessed" for r in read(storage_at(tmp_path)).to_pylist())
     assert ledger.wasted() == []
+
+
+@pytest.mark.parametrize("name", ["tpe 4", "evolver steady evolver", "evolver steady merger evolver"])
+def test_results_by_arrival_go_on_exactly(tmp_path, name):
+    """Killed and called again, it asks for what it had asked for: a ledger of another search would be refused."""
+    settings, kills = ORDERED[name] | ({"generations": 20} if name.startswith("evolver") else {}), 0
+    while True:
+        pool = Simulated(3, seconds=uneven, die_after=1 + kills % 5)
+        try:
+            told, _ = run(tmp_path, settings, pool, guessing=False, arrival=True)
+            break
+        except KeyboardInterrupt:
+            kills += 1
+    assert kills > 5
+    arrived = [r.number for _, r in sorted(told, key=lambda pair: pair[1].rank)]
+    assert arrived != sorted(arrived) == list(range(40))
+    again, _ = run(tmp_path, settings, Simulated(1, die_after=0), guessing=False, arrival=True)
+    assert by_number(again) == by_number(told)

@@ -94,8 +94,9 @@ class Spy:
 
     def finished(self, candidate, result):
         self.step("before finished", candidate.number)
-        self.ledger.finished(candidate, result)
+        recorded = self.ledger.finished(candidate, result)
         self.step("finished", candidate.number)
+        return recorded
 
     def tell(self, result):
         self.step("told", result.number)

@@ -1,7 +1,7 @@
 """Searches: the laws of all of them, the released Evolver simulated a second time, and samplers that do improve."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -60,17 +60,24 @@ class Means:
         return sum(items) / len(items)
 
 
-def build(settings, seed=0, experts=4, early_stopping=True, racing=False, **budget):
+def build(settings, seed=0, experts=4, early_stopping=True, racing=False, arrival=False, **budget):
     found = SEARCHES[settings["algorithm"]]
     typed = check_section(found.settings, settings, "f", "search.")
     budget = Budget(**(budget or {"candidates": 30}))
-    setup = Setup(EXPERTS[:experts], BASE, seed, budget, Workshop(experts), Means(), early_stopping, racing)
+    setup = Setup(
+        EXPERTS[:experts], BASE, seed, budget, Workshop(experts), Means(), early_stopping, racing, arrival=arrival
+    )
     return found.build(setup, typed)
 
 
 EVOLVER = {"algorithm": "evolver", "generations": 3}
 HALVING = {"algorithm": "halving", "first": 2, "eta": 2, "batch": 4}
-MODES = [{"mode": m} | more for m in ("sequential", "generational") for more in ({}, {"merger": {"method": "simple"}})]
+STEADY = {"mode": "steady", "in_flight": 3}
+MODES = [
+    mode | more
+    for mode in ({"mode": "sequential"}, {"mode": "generational"}, STEADY)
+    for more in ({}, {"merger": {"method": "simple"}})
+]
 ORDERED = {
     **{
         f"evolver {c['mode']}{' merger' if 'merger' in c else ''} {s}": EVOLVER | c | {"strategy": s}
@@ -168,6 +175,51 @@ def test_a_replay_of_a_recorded_run_gives_its_candidates(settings):
             assert recorded[candidate.number].recipe_id == candidate.recipe.id
             search.tell(recorded[candidate.number])
     assert len(replayed) == len(recorded)
+
+
+# Results that are learnt as they come: with their ranks, as the ledger gives them.
+
+
+def arriving(search, workers, order):
+    """Simulated workers that finish in random order: the candidates, and the results with their ranks."""
+    results = []
+
+    def rank(candidate, failing):
+        results.append(replace(answer(candidate, failing), rank=len(results)))
+        return results[-1]
+
+    return simulate(search, workers, order, reply=rank), {r.number: r for r in results}
+
+
+@EVERY_ORDERED
+@pytest.mark.parametrize("order", range(3))
+def test_a_replay_repeats_the_order_of_arrival(settings, order):
+    """As resume does: every result is told as soon as its candidate was asked, with the rank that it had."""
+    asked, recorded = arriving(every_search(settings, arrival=True), 4, order)
+    search, replayed = every_search(settings, arrival=True), []
+    while not search.done:
+        for candidate in search.ask(1):
+            replayed.append(candidate)
+            search.tell(recorded[candidate.number])
+    assert ids(replayed) == ids(asked)
+
+
+def without(search, slow):
+    """Ask and tell for as long as possible while one candidate takes for ever; how many were told."""
+    told = 0
+    while new := [c for c in search.ask(3) if c.number != slow]:
+        for candidate in new:
+            search.tell(replace(answer(candidate), rank=told))
+            told += 1
+    return told
+
+
+@pytest.mark.parametrize(
+    "settings", [EVOLVER | STEADY | {"generations": 9}, {"algorithm": "tpe", "startup": 5, "in_flight": 3}]
+)
+def test_nobody_waits_for_a_slow_one(settings):
+    assert without(every_search(settings, arrival=True, candidates=40), slow=5) == 39
+    assert without(every_search(settings, candidates=40), slow=5) < 10
 
 
 @EVERY

@@ -34,8 +34,11 @@ def mrpc(data: Path, split: str) -> Iterator[Row]:
 
 
 def rte(data: Path, split: str) -> Iterator[Row]:
-    """Does the second sentence follow from the first?"""
-    for row in table(data / "glue-rte" / f"{'train' if split == 'train' else 'dev'}.tsv"):
+    """Does the second sentence follow from the first? Every fifth item for training is one for testing here: the
+    validation set alone, of 277, is too small to show what such a model learns of it.
+    """
+    train, dev = (list(table(data / "glue-rte" / f"{name}.tsv")) for name in ("train", "dev"))
+    for row in [r for n, r in enumerate(train) if n % 5] if split == "train" else [*dev, *train[::5]]:
         yield {"text": row["sentence1"], "text_pair": row["sentence2"], "label": row["label"]}
 
 

@@ -4,7 +4,8 @@ Laws, which the tests hold every search to:
 1. ``ask`` never blocks. It returns at most n candidates, and fewer (none, too) while it has to wait for results.
 2. ``tell`` takes results one by one, in any order, failures included, and never changes what it is given.
 3. The k-th candidate depends on the settings, the seed and the results of the candidates that it waits for, and on
-   nothing else: not on timing, not on the number of workers. Replaying the results replays the search.
+   nothing else: not on timing, not on the number of workers. Replaying the results replays the search. Where results
+   are learnt by arrival, it depends on the order of their ranks, too, which a replay repeats.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ class Setup:
     """What every algorithm is built from.
 
     ``racing`` asks for the items of the incumbent beside its score. ``together`` is above 1 where candidates are asked
-    for in batches of so many, and all results of a batch are told before the next one is asked for.
+    for in batches of so many, and all results of a batch are told before the next one is asked for. ``arrival`` has
+    results learnt by their ranks instead of the numbers of their candidates.
     """
 
     experts: tuple[Expert, ...]
@@ -102,6 +104,7 @@ class Setup:
     early_stopping: bool = True
     racing: bool = False
     together: int = 1
+    arrival: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,8 @@ class Ordered:
 
     An algorithm writes three methods. ``waits_for(k)`` is how many results the k-th candidate is proposed on,
     ``propose(k)`` the candidate itself, ``learn(candidate, result)`` what a result teaches; results arrive there in
-    the order of the candidates, whatever the order in which they were told. So law 3 holds by construction.
+    the order of the candidates, or by their ranks, whatever the order in which they were told. So law 3 holds by
+    construction.
     """
 
     def __init__(self, setup: Setup, limit: int | None = None) -> None:
@@ -145,7 +149,7 @@ class Ordered:
         self._items = 0
 
     def waits_for(self, k: int) -> int:
-        """How many results, of candidates 0 … n-1, candidate ``k`` is proposed on; never less than for k-1."""
+        """How many results, the first n of them, candidate ``k`` is proposed on; never less than for k-1."""
         raise NotImplementedError  # every algorithm says its own
 
     def propose(self, k: int) -> Candidate:
@@ -179,7 +183,7 @@ class Ordered:
         return out
 
     def tell(self, result: Result) -> None:
-        self._told[result.number] = result
+        self._told[self._place(result)] = result
         if self._spent():
             self._learn_up_to(len(self._asked))  # nothing more will be asked: whatever comes may be learnt
 
@@ -195,7 +199,7 @@ class Ordered:
         return twin
 
     def pending(self) -> list[Candidate]:
-        """What was asked for and not told, in order."""
+        """What was asked for and not told, in order; where results are learnt in the order of their candidates."""
         return [c for c in self._asked[self._learnt :] if c.number not in self._told]
 
     def assume(self, candidate: Candidate) -> Result | None:
@@ -206,9 +210,12 @@ class Ordered:
         while self._learnt < count and self._learnt in self._told:
             result = self._told.pop(self._learnt)
             self._items += result.cost
-            self.learn(self._asked[self._learnt], result)
+            self.learn(self._asked[result.number], result)
             self._learnt += 1
         return self._learnt >= count
+
+    def _place(self, result: Result) -> int:
+        return result.number if result.rank is None or not self.setup.arrival else result.rank
 
     def _spent(self) -> bool:
         budget = self.setup.budget

@@ -6,7 +6,9 @@ Both as the authors released them, with one deliberate difference: their second 
 best on the *test* set; here nothing but the dev set is ever looked at.
 
 ``mode: sequential`` is the released order, each candidate knowing all results before it. ``mode: generational``
-challenges a frozen population with a whole generation at once, so that as many workers as members are busy.
+challenges a frozen population with a whole generation at once, so that as many workers as members are busy. ``mode:
+steady`` keeps ``in_flight`` candidates under way, each knowing all results but the last ``in_flight - 1``; with a
+merger, an accepted candidate's population is the one that it was made from, with the child in it.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ class EvolverSettings(Section):
     """Settings of the Evolver search; the defaults are the released ones."""
 
     algorithm: Literal["evolver"]
-    mode: Literal["sequential", "generational"] = "sequential"
+    mode: Literal["sequential", "generational", "steady"] = "sequential"
+    in_flight: int = Field(1, ge=1, description="steady: candidates that may be evaluated at the same time")
     merger: dict[str, Any] | None = Field(None, description="merge method and its settings, as {method: simple}")
     strategy: Strategy = "evolver"
     F: float = Field(0.5, gt=0, le=2, description="scale of the mutation")
@@ -41,8 +44,10 @@ class EvolverSettings(Section):
 @algorithm("evolver", EvolverSettings, incumbent=True)
 def build(setup: Setup, settings: EvolverSettings) -> Ordered:
     """The form that the settings ask for."""
-    if setup.together > 1 and settings.mode == "sequential":
-        raise BadInput("search.mode: sequential proposes one candidate at a time, not a batch; write generational.")
+    if setup.together > 1 and settings.mode != "generational":
+        raise BadInput(f"search.mode: {settings.mode} proposes candidates one by one, no batches; write generational.")
+    if settings.in_flight > 1 and settings.mode != "steady":
+        raise BadInput(f"search.in_flight: {settings.mode} decides it itself; leave it out, or write mode: steady.")
     needed = PARTNERS[settings.strategy] + 1
     if len(setup.experts) < needed:
         raise BadInput(
@@ -93,8 +98,9 @@ class Alone(Ordered):
     def waits_for(self, k: int) -> int:
         if k < self.size:
             return 0
-        sequential = self.settings.mode == "sequential"
-        return k if sequential else k - k % self.size
+        if self.settings.mode == "steady":
+            return max(self.size, k - self.settings.in_flight + 1)
+        return k if self.settings.mode == "sequential" else k - k % self.size
 
     def propose(self, k: int) -> Candidate:
         i = k % self.size
@@ -137,12 +143,15 @@ class Merged(Ordered):
         self.population: list[Recipe] = list(setup.experts)
         self.score = float("-inf")
         self.items: tuple[float, ...] = ()
-        self._children: dict[int, tuple[int, Cross]] = {}
-        self._best: tuple[Result, int, Recipe] | None = None
+        self._members: dict[int, list[Recipe]] = {}
+        self._best: tuple[Result, list[Recipe]] | None = None
 
     def waits_for(self, k: int) -> int:
-        sequential = self.settings.mode == "sequential"
-        return k if sequential or k == 0 else 1 + (k - 1) // self.size * self.size
+        if k == 0:
+            return 0
+        if self.settings.mode == "steady":
+            return max(1, k - self.settings.in_flight + 1)
+        return k if self.settings.mode == "sequential" else 1 + (k - 1) // self.size * self.size
 
     def propose(self, k: int) -> Candidate:
         if k == 0:
@@ -155,7 +164,7 @@ class Merged(Ordered):
         draw = random.Random(f"{self.setup.seed}:merged:{k}")
         child = offspring(self.population, i, None, self.settings, draw)
         members: list[Recipe] = [*self.population[:i], child, *self.population[i + 1 :]]
-        self._children[k] = (i, child)
+        self._members[k] = members
         bar, rival = _challenge(self.setup, self.score, self.items)
         return Candidate(k, self.merge(members), "evolver+merger", tuple(p.id for p in child.inputs), bar, rival=rival)
 
@@ -163,16 +172,16 @@ class Merged(Ordered):
         if candidate.number == 0:
             self.score, self.items = _score(result), result.items
             return
-        i, child = self._children.pop(candidate.number)
+        members = self._members.pop(candidate.number)
         if result.beats(_score(self._best[0]) if self._best else self.score):
-            self._best = (result, i, child)
+            self._best = (result, members)
 
     def assume(self, candidate: Candidate) -> Result | None:
         return None if candidate.number == 0 else _rejected(candidate)
 
     def _adopt_best(self) -> None:
-        """Put the best child of what was learnt since into its place: the last one, or the best of a generation."""
+        """Go on from the best of what was learnt since: the last one, or the best of a generation."""
         if self._best:
-            result, i, child = self._best
-            self.score, self.items, self.population[i] = _score(result), result.items, child
+            result, self.population = self._best
+            self.score, self.items = _score(result), result.items
             self._best = None

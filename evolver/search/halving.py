@@ -200,6 +200,7 @@ def _inner(setup: Setup, settings: HalvingSettings) -> Search:
     found = SEARCHES[name]
     typed = check_section(found.settings, settings.of, "search.of")
     try:
-        return found.build(replace(setup, early_stopping=False, racing=False, together=settings.batch), typed)
+        inside = replace(setup, early_stopping=False, racing=False, together=settings.batch, arrival=False)
+        return found.build(inside, typed)
     except BadInput as error:  # which speaks of settings as if they stood outside
         raise BadInput(str(error).replace("search.", "search.of.", 1)) from error
