@@ -86,6 +86,7 @@ class Ledger:
         self._ranks: dict[str, int] = {}
         self._lease = Lease(storage, say)
         self._parts: list[tuple[int, int, str]] = []
+        self._loose: dict[str, pa.Table] = {}  # those that are to be joined, by name
         self._next = 0  # above every number in the folder, so that no file of anybody is ever overwritten
         try:
             for row in self._read():
@@ -166,19 +167,20 @@ class Ledger:
     def _append(self, rows: list[dict[str, Any]]) -> None:
         number, self._next = self._next, self._next + 1
         name = f"part-{number:08d}.parquet"
-        self._create(name, pa.Table.from_pylist(rows, schema=self._schema()))
+        table = pa.Table.from_pylist(rows, schema=self._schema())
+        self._create(name, _bytes(table, small=True))
         self._parts.append((number, number, name))
-        loose = [p for p in self._parts if p[0] == p[1]]
-        if len(loose) >= JOIN_FROM:
-            self._join(loose)
+        self._loose[name] = table
+        if len(self._loose) >= JOIN_FROM:
+            self._join([p for p in self._parts if p[2] in self._loose])
 
     def _schema(self) -> pa.Schema:
         return SCHEMA.with_metadata({OWNER: self.owner.encode()})
 
-    def _create(self, name: str, table: pa.Table) -> None:
+    def _create(self, name: str, data: bytes) -> None:
         self._lease.check()
         try:
-            self.storage.create(name, _bytes(table))
+            self.storage.create(name, data)
         except FileExistsError:
             raise self._lease.lost() from None
         except OSError as error:
@@ -191,8 +193,8 @@ class Ledger:
         """One file for many. Readers prefer the wide part, so a crash between the two steps does no harm."""
         first, last = parts[0][0], parts[-1][1]
         wide = f"part-{first:08d}-{last:08d}.parquet"
-        tables = [_table(self.storage.read(name)) for _, _, name in parts]
-        self._create(wide, pa.concat_tables(tables).replace_schema_metadata({OWNER: self.owner}))
+        tables = [self._loose.pop(name) for _, _, name in parts]
+        self._create(wide, _bytes(pa.concat_tables(tables).replace_schema_metadata({OWNER: self.owner})))
         for _, _, name in parts:
             self.storage.remove(name)
         self._parts = [*(p for p in self._parts if p not in parts), (first, last, wide)]
@@ -213,6 +215,8 @@ class Ledger:
                 self.storage.remove(name)  # joined already; the crash came before it was removed
                 continue
             self._parts.append((start, end, name))
+            if start == end:
+                self._loose[name] = table
             yield from table.to_pylist(maps_as_pydicts="strict")
 
     def _find(self) -> Iterator[tuple[int, int, str]]:
@@ -272,9 +276,10 @@ def answers(run: Storage) -> pa.Table:
     return pa.Table.from_pylist(rows)
 
 
-def _bytes(table: pa.Table) -> bytes:
-    file = io.BytesIO()
-    pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+def _bytes(table: pa.Table, small: bool = False) -> bytes:
+    """A Parquet file; a small one goes without what helps to find a row in it."""
+    file, more = io.BytesIO(), {"use_dictionary": False, "write_statistics": False} if small else {}
+    pq.write_table(table, file, compression="zstd", write_page_checksum=True, **more)
     return file.getvalue()
 
 
