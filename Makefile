@@ -9,7 +9,7 @@ PINS := .ci/constraints.txt
 export HF_HUB_OFFLINE ?= 1
 export HF_DATASETS_OFFLINE ?= 1
 
-.PHONY: help demo test lint docs prove benchmark benchmark-merging benchmark-evaluation gpu pools experts clean
+.PHONY: help demo test lint docs prove benchmark benchmark-merging benchmark-evaluation benchmark-cluster gpu pools experts clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -42,6 +42,9 @@ benchmark-merging: $(VENV)/.dev ## merging against the copy; MERGEKIT=path-of-me
 benchmark-evaluation: $(VENV)/.dev ## scoring against bare forward passes and lm-eval; PEER=environment-of-mergekit-evolve compares searches, too
 	$(BIN)/python configs/demo/prepare.py
 	$(BIN)/python tests/benchmarks/evaluation.py $(if $(PEER),--peer $(PEER))
+
+benchmark-cluster: $(VENV)/.dev ## what a cluster costs and is worth: simulated workers, real ones, a hundred kills
+	$(BIN)/python tests/benchmarks/cluster.py
 
 gpu: $(VENV)/.dev ## what offspring and scoring cost on a GPU, and whether the bits are the CPU's; PYTHON_GPU=python-with-CUDA-torch
 	$(or $(PYTHON_GPU),$(BIN)/python) tests/benchmarks/gpu.py

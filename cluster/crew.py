@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.actors import PopulationWorker
+from cluster.pulse import Pulse, answers
 from evolver.config import Config
 from evolver.errors import BadInput
 from evolver.records import Split
@@ -78,6 +79,7 @@ class RayCrew:
         self._where: dict[int, dict[str, Any]] = {}
         self._futures: dict[Any, int] = {}
         self._hired = 0
+        self._pulse = Pulse()
 
     def hire(self) -> int:
         number, self._hired = self._hired, self._hired + 1
@@ -92,9 +94,12 @@ class RayCrew:
 
     def dismiss(self, worker: int) -> None:
         self._futures = {f: w for f, w in self._futures.items() if w != worker}
+        self._where.pop(worker, None)
         ray.kill(self._actors.pop(worker))
 
     def wait(self, seconds: float) -> list[Event]:
+        if cut_off := self._cut_off():
+            return cut_off
         done, waiting = ray.wait(list(self._futures), num_returns=1, timeout=seconds)
         if done and waiting:  # whatever else is there by now
             done += ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]
@@ -108,6 +113,15 @@ class RayCrew:
             ray.kill(actor)
         self._actors.clear()
         self._futures.clear()
+        self._pulse.close()
+
+    def _cut_off(self) -> list[Event]:
+        """Workers on nodes that cannot be reached any more."""
+        found = [w for w, where in self._where.items() if self._pulse.lost(where["node"])]
+        for worker in found:
+            del self._where[worker]
+            self.dismiss(worker)  # should its node come back
+        return [Gone(worker, "its node cannot be reached", lost=True) for worker in found]
 
     def _event(self, future: Any, worker: int) -> Event:
         try:
@@ -126,8 +140,9 @@ class RayCrew:
         return Ready(worker)
 
     def _lost(self, worker: int) -> bool:
+        """Whether a worker's node went with it. Ray knows it only after a while, so the node is asked, too."""
         where = self._where.pop(worker, None)
-        return where is not None and not any(n["NodeID"] == where["node"] and n["Alive"] for n in ray.nodes())
+        return where is not None and not any(n["NodeID"] == where["node"] and answers(n) for n in ray.nodes())
 
 
 def resources_of(config: Config) -> dict[str, Any]:

@@ -122,3 +122,7 @@ def results_at(given: str | None) -> Storage:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     raise Stopped
+
+
+if __name__ == "__main__":
+    sys.exit(main())

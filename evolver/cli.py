@@ -1,6 +1,6 @@
-"""The command line beside the main job: merge from a mergekit file, explain one, list the methods.
+"""The command line beside the main job: merge from a mergekit file, explain one, list the methods, train pools, sweep.
 
-Exit status: 0 done, 2 bad input, 1 a fault of ours.
+Exit status: 0 done, 2 bad input, 3 a run of a sweep did not end well, 1 a fault of ours.
 """
 
 from __future__ import annotations
@@ -117,6 +117,23 @@ def experts(
         table = measured(pool, folders)
         storage_at(folders["base"].parent).write("table.md", f"{table}\n".encode())
         typer.echo(table)
+
+
+@app.command()
+def sweep(
+    config: Annotated[Path, typer.Argument(help="the configuration of a sweep")],
+    results: Annotated[str, typer.Option(help="folder of all runs, or a URI")] = "results",
+    at_once: Annotated[int, typer.Option(min=1, help="runs at the same time")] = 1,
+    address: Annotated[str | None, typer.Option(help="of a Ray cluster: every run is a job there")] = None,
+) -> None:
+    """Run a grid of configurations and seeds, or what is missing of it, and gather them into one table."""
+    from cluster.sweep import gather, load_sweep, run_all
+
+    found = load_sweep(config)
+    ended = run_all(found, results, at_once, address, typer.echo)
+    typer.echo(gather(found, results))
+    if any(ended.values()):
+        raise typer.Exit(3)
 
 
 def main() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from evolver.config import Config
 from evolver.evaluation.comparison import Comparison, compare, interval
@@ -103,8 +105,9 @@ def _in_words(c: Comparison, scale: Scale) -> str:
 
 
 def write_report(folder: Storage, outcome: Outcome, agreement: Mapping[str, int]) -> None:
-    """Write ``report.md`` and ``curve.png``."""
+    """Write ``report.md``, ``curve.png``, and for programs ``summary.json``."""
     folder.write("curve.png", _curve(outcome))
+    folder.write("summary.json", json.dumps(summary(outcome), indent=1).encode())
     sections = [
         f"# {outcome.config.run}",
         f"**{verdict(outcome)}**",
@@ -118,6 +121,29 @@ def write_report(folder: Storage, outcome: Outcome, agreement: Mapping[str, int]
         _provenance(outcome),
     ]
     folder.write("report.md", ("\n\n".join(s for s in sections if s) + "\n").encode())
+
+
+def summary(outcome: Outcome) -> dict[str, Any]:
+    """The outcome in numbers; ``against`` is the winner's difference to the best expert on the report items."""
+    results = [r for _, r in outcome.searched]
+    dev, report, expert = outcome.winner.dev, outcome.winner.report, outcome.best_expert
+    against = None
+    if None not in (report.score, expert.report.score):
+        scale = outcome.scales["report"]
+        against = asdict(compare(report.items, expert.report.items, scale, outcome.config.seed))
+    return {
+        "run": outcome.config.run,
+        "verdict": verdict(outcome),
+        "winner": {"candidate": outcome.winning.number, "recipe": outcome.winner.recipe.id,
+                   "dev": dev.score, "report": report.score},
+        "report": {f.label: f.report.score for f in outcome.finalists},
+        "best_expert": expert.label,
+        "against": against,
+        "candidates": len(results),
+        "items": sum(r.cost for r in results),
+        "seconds": math.fsum(r.seconds.get("total", 0.0) for r in results if not r.reused),
+        "failed": sum(r.status == "failed" for r in results),
+    }  # fmt: skip
 
 
 def model_card(outcome: Outcome, rebuild: str) -> str:
@@ -277,11 +303,19 @@ def _failures(outcome: Outcome) -> str:
 
 def _provenance(outcome: Outcome) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in outcome.versions.items())
+    same = (
+        "The same configuration gives the same candidates and the same winner, with one worker or many, interrupted or "
+        "not; in bfloat16 on a CPU this holds on processors that compute alike."
+    )
+    if outcome.config.order == "arrival":
+        same = (
+            "Results were learnt as they came (`order: arrival`): called again in this folder, the run repeats itself "
+            "from its ledger; in another one, other timing makes other candidates."
+        )
     return (
         "## How to reproduce\n\n"
         f"`python evolve.py config.yaml` with the configuration beside this file, seed {outcome.config.seed}. "
-        f"Versions: {versions}. The same configuration gives the same candidates and the same winner, with one worker "
-        "or many, interrupted or not; in bfloat16 on a CPU this holds on processors that compute alike."
+        f"Versions: {versions}. {same}"
     )
 
 

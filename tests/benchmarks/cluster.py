@@ -88,7 +88,7 @@ class Timed:
 
 
 @contextmanager
-def ledger_in(parent: Path | None) -> Iterator[tuple[Ledger, Path]]:
+def ledger_in(parent: Path) -> Iterator[tuple[Ledger, Path]]:
     """A ledger of its own; what it weighs can be seen until the end."""
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         ledger = Ledger(storage_at(folder), "benchmark")
@@ -99,12 +99,12 @@ def ledger_in(parent: Path | None) -> Iterator[tuple[Ledger, Path]]:
 
 
 def simulate(
-    settings: dict[str, Any], workers: int, candidates: int, seconds: Callable[[Candidate], float], ledgers: Path | None,
-    guessing: bool = False, experts: int = 4, arrival: bool = False,
+    settings: dict[str, Any], workers: int, candidates: int, seconds: Callable[[Candidate], float], ledgers: Path,
+    guessing: bool = False, arrival: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """A search on simulated workers: utilisation, virtual time, and what it cost the driver for each candidate."""
     crew = Timed(SimulatedCrew(scored, seconds))
-    search = build(settings, experts=experts, arrival=arrival, candidates=candidates)
+    search = build(settings, arrival=arrival, candidates=candidates)
     with ledger_in(ledgers) as (ledger, folder):
         pool = CrewPool(crew, PoolSettings(num_workers=workers))
         before, began = crew.seconds, time.perf_counter()
@@ -114,8 +114,8 @@ def simulate(
         wasted = len(ledger.wasted())
     told = candidates + wasted
     return {
-        "utilisation": crew.busy / (workers * crew.time), "time": crew.time, "driver": wall / told, "bytes": size / told,
-        "wasted": wasted, "sent": pool.bytes_sent / pool.messages, "received": pool.bytes_received / pool.messages,
+        "utilisation": crew.busy / (workers * crew.time), "time": crew.time, "wasted": wasted, "driver": wall / told,
+        "bytes": size / told,
     }  # fmt: skip
 
 
@@ -351,9 +351,10 @@ HEAD = """# On a cluster
 {cores} cores, {machine}, Ray {ray}. Made by `make benchmark-cluster`. Simulated workers are those of a discrete-event
 simulation in virtual time under the real pool, loop and ledger; evaluation times are log-normal with σ = 0.5.
 """
-TAIL = """Driver time is wall time of ask, pack, submit, unpack, both synced writes of the ledger and tell, without what the
-simulation itself takes. In order, a candidate waits until all but the last `in_flight` before it are learnt, so that a
-slow one holds up the others: `order: arrival` is for many uneven workers, `order: exact` for one run at any number.
+TAIL = """Driver time is wall time of ask, pack, submit, unpack, both synced writes of the ledger and tell, without what
+the simulation itself takes. In order, a candidate waits until all but the last `in_flight` before it are learnt, so
+that a slow one holds up the others: `order: arrival` is for many uneven workers, `order: exact` for one run at any
+number of them.
 """
 
 if __name__ == "__main__":

@@ -1,0 +1,224 @@
+"""A sweep: a grid of configurations and seeds, each cell a run of its own, gathered into one table."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field
+
+from evolver.config import NAME, Config, Loader, Section, check_section
+from evolver.errors import BadInput
+from evolver.records import content_hash
+from evolver.report import markdown_table
+from evolver.storage import storage_at
+
+POLL_SECONDS = 5.0
+
+
+class SweepSettings(Section):
+    """What a sweep file says."""
+
+    sweep: str = Field(pattern=NAME, description="name of the sweep, with which the names of its runs begin")
+    config: str = Field(description="configuration of a run; relative paths start at this file")
+    vary: dict[str, list[Any]] = Field(
+        min_length=1, description="key of the configuration (search.F) → its values; every combination is a run"
+    )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep: its name, what is varied in it, and its whole configuration."""
+
+    name: str
+    values: dict[str, Any]
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The cells of a grid, the last key varying fastest."""
+
+    name: str
+    cells: tuple[Cell, ...]
+
+
+def load_sweep(file: Path) -> Sweep:
+    """Read a sweep and check every configuration of it.
+
+    Raises BadInput that names file and key.
+    """
+    settings = check_section(SweepSettings, _read(file), str(file))
+    base = _read(file.parent / settings.config)
+    for key, listed in settings.vary.items():
+        if not listed:
+            raise BadInput(f"{file}: vary.{key}: there are no values; list some.")
+    cells = []
+    for combination in itertools.product(*settings.vary.values()):
+        values = dict(zip(settings.vary, combination, strict=True))
+        config = json.loads(json.dumps(base))
+        for key, value in values.items():
+            _set(config, key, value, f"{file}: vary.{key}")
+        config["run"] = f"{settings.sweep}-{content_hash(values)[:8]}"
+        check_section(Config, config, f"{file} ({_said(values)})")
+        cells.append(Cell(config["run"], values, config))
+    if len({c.name for c in cells}) < len(cells):
+        raise BadInput(f"{file}: vary: a value stands twice; a run is made once.")
+    return Sweep(settings.sweep, tuple(cells))
+
+
+def run_all(
+    sweep: Sweep, results: str, at_once: int, address: str | None, say: Callable[[str], None]
+) -> dict[str, int]:
+    """Run every cell that is not done yet; the exit status of each by name.
+
+    Args:
+        results: folder or URI of all runs.
+        at_once: how many run at the same time.
+        address: of a Ray cluster's dashboard, where each run is a job; None: each is a process here.
+    """
+    # In the working folder, as that is what a Ray job gets a copy of (but for what git ignores).
+    files = Path(".evolver-sweeps") / sweep.name
+    files.mkdir(parents=True, exist_ok=True)
+    start = _process if address is None else _job(address)
+
+    def run(cell: Cell) -> int:
+        if storage_at(results).folder(cell.name).exists("summary.json"):
+            say(f"{cell.name}: done already ({_said(cell.values)})")
+            return 0
+        file = files / f"{cell.name}.yaml"
+        file.write_text(yaml.safe_dump(cell.config, sort_keys=False))
+        say(f"{cell.name}: starts ({_said(cell.values)})")
+        status, last = start(cell.name, file, results)
+        say(f"{cell.name}: " + ("done" if status == 0 else f"ended with status {status}: {last}"))
+        return status
+
+    with ThreadPoolExecutor(at_once) as pool:
+        return dict(zip([c.name for c in sweep.cells], pool.map(run, sweep.cells), strict=True))
+
+
+def gather(sweep: Sweep, results: str) -> str:
+    """The table of all runs, and of the seeds together where they vary; it is written to ``SWEEP.md``, too."""
+    root = storage_at(results)
+    rows: list[list[str]] = []
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for cell in sweep.cells:
+        folder = root.folder(cell.name)
+        found = json.loads(folder.read("summary.json")) if folder.exists("summary.json") else None
+        rows.append([cell.name, *_values(cell.values), *_figures(found)])
+        if found and found["against"]:
+            rest = {k: v for k, v in cell.values.items() if k != "seed"}
+            groups.setdefault(_said(rest), []).append(found)
+    head = ["run", *sweep.cells[0].values, "dev", "report", "− best expert", "p", "candidates", "items", "seconds"]
+    text = markdown_table(head, rows)
+    if "seed" in sweep.cells[0].values:
+        together = [[said or "all", *_together(runs)] for said, runs in groups.items()]
+        text += "\n\n" + markdown_table(["over the seeds", "runs", "report", "− best expert"], together)
+    root.write(f"{sweep.name}.md", f"# {sweep.name}\n\n{text}\n".encode())
+    return text
+
+
+def _figures(found: Mapping[str, Any] | None) -> list[str]:
+    if found is None:
+        return ["–"] * 7
+    against = found["against"]
+    gain = ["–", "–"] if against is None else [f"{against['difference']:+.4f}", f"{against['p']:.3g}"]
+    scores = [_number(found["winner"]["dev"]), _number(found["winner"]["report"])]
+    return [*scores, *gain, str(found["candidates"]), str(found["items"]), f"{found['seconds']:.0f}"]
+
+
+def _together(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [
+        str(len(runs)),
+        _spread([r["winner"]["report"] for r in runs]),
+        _spread([r["against"]["difference"] for r in runs], "+"),
+    ]
+
+
+def _spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean and standard error."""
+    mean = f"{statistics.fmean(values):{sign}.4f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _process(name: str, file: Path, results: str) -> tuple[int, str]:
+    """A run as a process here: its exit status, and the last that it said."""
+    command = [sys.executable, "-m", "cluster.job", str(file), "--results", results]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = (done.stderr or done.stdout).strip().splitlines()
+    return done.returncode, said[-1] if said else "it said nothing"
+
+
+def _job(address: str) -> Callable[[str, Path, str], tuple[int, str]]:
+    from ray.job_submission import JobStatus, JobSubmissionClient  # seconds, which processes need not wait for
+
+    client = JobSubmissionClient(address)
+
+    def run(name: str, file: Path, results: str) -> tuple[int, str]:
+        known = {job.submission_id: job.status for job in client.list_jobs()}
+        if name in known and JobStatus(known[name]).is_terminal():
+            client.delete_job(name)  # Ray keeps an id until then; the run itself is in its folder
+        if name not in known or JobStatus(known[name]).is_terminal():
+            command = f"python evolve.py {file} --results {results}"
+            client.submit_job(entrypoint=command, submission_id=name, runtime_env={"working_dir": os.getcwd()})
+        while not client.get_job_status(name).is_terminal():
+            time.sleep(POLL_SECONDS)
+        if client.get_job_status(name) == JobStatus.SUCCEEDED:
+            return 0, ""
+        said = client.get_job_logs(name).strip().splitlines()
+        return 3, said[-1] if said else "it said nothing"
+
+    return run
+
+
+def _set(config: dict[str, Any], key: str, value: Any, place: str) -> None:
+    """Set a dotted key; a number is a place in a list."""
+    *path, last = key.split(".")
+    inside: Any = config
+    for part in path:
+        inside = inside.setdefault(part, {}) if isinstance(inside, dict) else _member(inside, part, place)
+    if isinstance(inside, dict):
+        inside[last] = value
+    else:
+        _member(inside, last, place)
+        inside[int(last)] = value
+
+
+def _member(inside: Any, part: str, place: str) -> Any:
+    if not (isinstance(inside, list) and part.isdigit() and int(part) < len(inside)):
+        raise BadInput(f"{place}: the configuration has no such place; name a key, or the number of a list's member.")
+    return inside[int(part)]
+
+
+def _values(values: Mapping[str, Any]) -> list[str]:
+    return [v if isinstance(v, str) else json.dumps(v) for v in values.values()]
+
+
+def _said(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in zip(values, _values(values), strict=True))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(file.read_text(), Loader=Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadInput(f"{file}: cannot be read ({' '.join(str(error).split())}); give a YAML file.") from error
+    if not isinstance(raw, dict):
+        raise BadInput(f"{file}: must be a mapping.")
+    return raw
