@@ -18,8 +18,8 @@ class PopulationWorker:
     """One per accelerator, or share of one: holds a worker, and with it experts, population and live model."""
 
     def __init__(self, plan: Plan, split: Split, name: str) -> None:
-        # An actor that asked for no GPU must not take one that it happens to see.
-        device = default_device() if plan.config.pool.num_gpus > 0 else "cpu"
+        # An actor that was given no GPU must not take one that it happens to see.
+        device = default_device() if ray.get_gpu_ids() else "cpu"
         self.worker = Worker(plan, split, name, device=device)
 
     def ready(self) -> dict[str, Any]:

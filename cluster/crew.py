@@ -145,11 +145,12 @@ class RayCrew:
         return where is not None and not any(n["NodeID"] == where["node"] and answers(n) for n in ray.nodes())
 
 
-def resources_of(config: Config) -> dict[str, Any]:
-    """What one worker asks Ray for, as options of an actor."""
+def resources_of(config: Config, nodes: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """What one worker asks Ray for, as options of an actor, on a cluster of such nodes."""
     pool = config.pool
     cpus = pool.num_cpus if pool.num_cpus is not None else float(config.evaluation.threads)
-    return {"num_cpus": cpus, "num_gpus": pool.num_gpus, "resources": dict(pool.resources)}
+    gpus = pool.num_gpus if pool.num_gpus is not None else float(any(n.get("GPU", 0.0) >= 1 for n in nodes))
+    return {"num_cpus": cpus, "num_gpus": gpus, "resources": dict(pool.resources)}
 
 
 def check_resources(wanted: Mapping[str, Any], nodes: Sequence[Mapping[str, float]]) -> None:

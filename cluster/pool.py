@@ -157,6 +157,7 @@ def on_ray(plan: Plan, split: Split) -> CrewPool:
 
     Raises BadInput where no node could ever hold a worker, or no worker can be built.
     """
-    resources = resources_of(plan.config)
-    check_resources(resources, nodes_of_cluster())
+    nodes = nodes_of_cluster()
+    resources = resources_of(plan.config, nodes)
+    check_resources(resources, nodes)
     return CrewPool(RayCrew(plan, split, resources), plan.config.pool)

@@ -180,7 +180,9 @@ class Pool(Section):
         1, ge=1, description="Ray actors; those that find no place yet join when the cluster has one"
     )
     num_cpus: float | None = Field(None, gt=0, description="CPUs of one actor; default: evaluation.threads")
-    num_gpus: float = Field(0, ge=0, description="GPUs of one actor, or a share of one")
+    num_gpus: float | None = Field(
+        None, ge=0, description="GPUs of one actor, or a share of one; default: 1 where the cluster has any, else 0"
+    )
     resources: dict[str, float] = Field(
         default_factory=dict, description="custom resources of one actor, as {a100: 1} of nodes started with them"
     )

@@ -15,7 +15,7 @@ import ray
 import toys
 
 from cluster import crew
-from cluster.crew import check_resources
+from cluster.crew import check_resources, resources_of
 from cluster.job import main, make_pool
 from cluster.pool import on_ray
 from evolver.config import load
@@ -286,6 +286,20 @@ def test_the_refusal_is_one_sentence(make_config, tmp_path, capsys):
     assert len(err.splitlines()) == 1
     assert err.startswith(f"{file}: pool.num_gpus: a worker asks for 4 GPU")
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "nodes", "given"),
+    [
+        ({}, [{"CPU": 4}], 0),
+        ({}, [{"CPU": 4}, {"CPU": 4, "GPU": 2}], 1),
+        ({"num_gpus": 0.25}, [{"CPU": 4, "GPU": 2}], 0.25),
+        ({"num_gpus": 0}, [{"CPU": 4, "GPU": 2}], 0),
+    ],
+)
+def test_workers_take_a_gpu_where_there_are_some(make_config, tmp_path, asked, nodes, given):
+    config = load(make_config(tmp_path, {"pool": {**POOL, **asked}}))
+    assert resources_of(config, nodes) == {"num_cpus": 0.5, "num_gpus": given, "resources": {}}
 
 
 def test_a_worker_has_to_fit_on_one_node():

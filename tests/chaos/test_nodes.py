@@ -108,14 +108,20 @@ def nodes(tmp_path_factory):
 
 
 def test_a_search_goes_on_while_nodes_come_and_go(nodes, make_config, tasks, tmp_path):
-    (tmp_path / "mine.py").write_text(JUDGE.replace("sleep(0.3)", "sleep(1.0)"))
-    task = {"task": "mine", "function": f"{tmp_path / 'mine.py'}:score", "data": str(tasks / "toy.jsonl")}
     changes = {
         "search.mode": "generational", "search.generations": 99, "budget.candidates": CANDIDATES,
-        "evaluation.block_items": 40, "evaluation.tasks": [{**task, "dev": 40, "report": 20}],
+        "evaluation.block_items": 40,
     }  # fmt: skip
-    here = make_config(tmp_path, changes, "here.yaml")
-    there = make_config(tmp_path, {**changes, "pool": {"kind": "ray", "num_workers": 3, "num_cpus": 1}})
+
+    def judged(seconds, name, **more):
+        (tmp_path / f"{name}.py").write_text(JUDGE.replace("sleep(0.3)", f"sleep({seconds})"))
+        task = {"task": "mine", "function": f"{tmp_path / name}.py:score", "data": str(tasks / "toy.jsonl")}
+        return make_config(
+            tmp_path, {**changes, "evaluation.tasks": [{**task, "dev": 40, "report": 20}], **more}, f"{name}.yaml"
+        )
+
+    here = judged(0, "here")
+    there = judged(1, "there", pool={"kind": "ray", "num_workers": 3, "num_cpus": 1})
     for number in (1, 2, 3):
         nodes.add(number)
     environment = {**nodes.environment, "RAY_ADDRESS": f"{NET}.1:{PORT}"}
