@@ -16,9 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from cluster.shared import SharedPool
 from evolver.config import Pool as PoolSettings
 from evolver.config import load
 from evolver.errors import BadInput
+from evolver.evaluation.course import Course
 from evolver.evaluation.live import default_device
 from evolver.evaluation.tasks import Tasks
 from evolver.flights import Pool
@@ -76,7 +78,12 @@ def make_pool(plan: Plan, split: Split, tasks: Tasks) -> Pool:
     from cluster.pool import on_ray  # Ray takes seconds to import: only runs that use it pay
 
     connect()
-    return on_ray(plan, split)
+    pool, share = on_ray(plan, split), plan.config.pool.share
+    if share == 1:
+        return pool
+    scale = tasks.scale(split)
+    block, alpha = plan.block(split, len(scale.tasks)), plan.config.evaluation.racing
+    return SharedPool(pool, share, lambda candidate: Course(candidate, scale, block, alpha))
 
 
 def uses_ray(settings: PoolSettings) -> bool:

@@ -192,6 +192,9 @@ class Pool(Section):
     )
     price_per_hour: float | None = Field(None, ge=0, description="what an hour of one worker costs, for the report")
     watts: float | None = Field(None, ge=0, description="power of one worker, for the report")
+    share: int = Field(
+        1, ge=1, description="Ray actors that share the items of one candidate, block by block; the result is the same"
+    )
     retries: int = Field(1, ge=0, description="further tries of a candidate whose worker died")
     ahead: bool = Field(
         True,

@@ -21,6 +21,7 @@ def unpack_candidate(data: bytes) -> Candidate:
     fields = _unpack(data)
     recipe = load_recipe(fields.pop("recipe"))
     fields |= {k: tuple(fields[k]) for k in ("parents", "rival", "known")}
+    fields["piece"] = tuple(fields["piece"]) if fields["piece"] else None
     return Candidate(recipe=recipe, **fields)
 
 

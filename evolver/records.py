@@ -293,7 +293,8 @@ class Candidate:
     ``number`` counts the proposals of a stage from 0. ``bar``, where given, is the score that the candidate has to
     exceed: an evaluation may stop as soon as it no longer can. ``rival`` holds the items of the model that has this
     score, for a race against it. ``limit`` asks for so many items only. ``known`` are items of the same recipe that
-    were scored before; the evaluation goes on behind them.
+    were scored before; the evaluation goes on behind them. ``piece`` asks for the answers to the items from one place
+    to before another, and nothing more.
     """
 
     number: int
@@ -306,6 +307,7 @@ class Candidate:
     limit: int | None = None
     rival: tuple[float, ...] = ()
     known: tuple[float, ...] = ()
+    piece: tuple[int, int] | None = None
 
     @property
     def split(self) -> Split:
@@ -322,8 +324,8 @@ class Result:
     have been. The first ``given`` items were known before. ``raced`` says that a race stopped it: the score is not
     above the bar, at the run's error rate. A failed evaluation has a ``reason`` and no score. ``reused`` names results
     that cost nothing, as the same recipe had been scored before. ``rank`` is how many results of the stage the ledger
-    held before this one. ``counts`` says what the new items took: tokens, and
-    how many answers were truncated or invalid.
+    held before this one. ``counts`` says what the new items took: tokens, and how many answers were truncated or
+    invalid.
     """
 
     number: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 from evolver.config import Config
 from evolver.errors import BadInput
 from evolver.evaluation.base import Scored
+from evolver.evaluation.course import Course
 from evolver.evaluation.live import LiveModel, default_device
-from evolver.evaluation.racing import Race
 from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.export import export
 from evolver.merging.heads import Head, Relabelled, all_labels, head_digest, head_of, labels_in_order
@@ -181,9 +181,10 @@ class Worker:
         try:
             self._load(candidate)
             seconds["materialise"] = time.perf_counter() - began
-            items, counts, raced = self._score(candidate)
+            result = self._score(candidate)
             seconds["forward"] = time.perf_counter() - began - seconds["materialise"]
-            return self._result(candidate, items, counts, raced, seconds, began)
+            seconds["total"] = time.perf_counter() - began
+            return replace(result, seconds=seconds)
         except Exception as error:
             seconds["total"] = time.perf_counter() - began
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
@@ -204,37 +205,25 @@ class Worker:
             export(candidate.recipe, self.materialiser, self.live.folder, {})
             self.live.launch(self.live.folder)
 
-    def _score(self, candidate: Candidate) -> tuple[list[float], dict[str, float], bool]:
-        """Per-item scores, block by block, until the question is answered; what they took; whether a race ended it."""
+    def _score(self, candidate: Candidate) -> Result:
+        """Per-item scores, block by block, until the question is answered."""
+        course = Course(candidate, self.scale, self.block, self.alpha)
         items, counts = list(candidate.known), Scored().counts
-        count = len(self.scale.tasks)
-        stop = count if candidate.limit is None else min(count, -(-candidate.limit // self.block) * self.block)
-        race = Race(self.scale, candidate.rival, self.alpha) if self.alpha and candidate.rival else None
-        for start in range(len(items), stop, self.block):
-            scored = self.scorer.score(start, min(stop, start + self.block))
+        for start, stop in course.blocks() if candidate.piece is None else self._blocks(*candidate.piece):
+            scored = self.scorer.score(start, stop)
             items += scored.items
             counts = {name: counts[name] + value for name, value in scored.counts.items()}
-            if candidate.bar is not None and self.scale.bound(items) <= candidate.bar:
+            if candidate.piece is None and course.ended(items):
                 break
-            if race is not None and len(items) < count and race.look(items) == "not better":
-                return items, counts, True
-        return items, counts, False
-
-    def _result(
-        self, candidate: Candidate, items: list[float], counts: dict[str, float], raced: bool,
-        seconds: dict[str, float], began: float,
-    ) -> Result:  # fmt: skip
-        complete = len(items) == len(self.scale.tasks)
-        score = self.scale.score(items) if complete else None
-        bound = score if complete else self.scale.bound(items)
-        if raced and candidate.bar is not None and bound is not None:
-            bound = min(bound, candidate.bar)  # at the run's error rate, not for certain
-        seconds["total"] = time.perf_counter() - began
+        if candidate.piece is None:
+            return course.result(items, {}, counts, self.name)
         return Result(
-            candidate.number, candidate.recipe.id, "ok", score, bound, complete, tuple(items),
-            self.scale.of_tasks(items), seconds, counts, worker=self.name, stage=candidate.stage,
-            raced=raced, given=len(candidate.known),
+            candidate.number, candidate.recipe.id, "ok", items=tuple(items), counts=counts, worker=self.name,
+            stage=candidate.stage, given=candidate.piece[0],
         )  # fmt: skip
+
+    def _blocks(self, start: int, stop: int) -> list[tuple[int, int]]:
+        return [(first, min(stop, first + self.block)) for first in range(start, stop, self.block)]
 
 
 class LocalPool:

@@ -18,8 +18,10 @@ from cluster import crew
 from cluster.crew import check_resources, resources_of
 from cluster.job import main, make_pool
 from cluster.pool import on_ray
+from cluster.shared import SharedPool
 from evolver.config import load
 from evolver.errors import BadInput
+from evolver.evaluation.course import Course
 from evolver.ledger import Ledger
 from evolver.loop import evolve
 from evolver.messages import pack_candidate, pack_result, unpack_candidate, unpack_result
@@ -117,6 +119,15 @@ def undisturbed(ready, tmp_path_factory):
 def test_any_number_of_workers_gives_the_same_run(ready, actors, undisturbed, tmp_path, name, workers):
     pool = actors if workers == 2 else OneAtATime(actors)
     assert play(ready(name).search, pool, tmp_path) == undisturbed[name]
+
+
+@pytest.mark.parametrize("name", ["sequential", "generational"])
+def test_workers_that_share_candidates_give_the_same_run(ready, actors, undisturbed, tmp_path, name):
+    prepared = ready(name)
+    scale, block = prepared.tasks.scale("dev"), prepared.config.evaluation.block_items
+    assert 2 * block < len(scale.tasks)
+    shared = SharedPool(actors, 2, lambda candidate: Course(candidate, scale, block, None))
+    assert play(prepared.search, shared, tmp_path) == undisturbed[name]
 
 
 def test_candidates_and_results_are_a_few_kilobytes(actors):
