@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import psutil  # noqa: E402
 import ray  # noqa: E402
+import torch  # noqa: E402
 import toys  # noqa: E402
 import yaml  # noqa: E402
 from simulation import SimulatedCrew, lognormal  # noqa: E402
@@ -310,6 +311,60 @@ def same_winner(folder: Path) -> Iterator[Row]:
     ]
 
 
+READER = """
+import sys
+from pathlib import Path
+from evolver.records import Candidate, Cross
+from evolver.run import prepare
+from evolver.worker import Worker
+ready = prepare(sys.argv[1])
+a, b = ready.experts[:2]
+result = Worker(ready.plan, "dev").evaluate(Candidate(0, Cross(a, (b,), "evolver", 0.5, 0.5, 1), "benchmark"))
+assert result.status == "ok", result.reason
+print(next(l.split()[1] for l in Path("/proc/self/io").read_text().splitlines() if l.startswith("read_bytes")))
+"""
+
+
+def reads(folder: Path) -> Iterator[Row]:
+    """What the first and the second worker of a node read from its disk, of models that no memory holds yet."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    words = toys.tokenizer()
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8, vocab_size=len(words),
+        max_position_embeddings=toys.LENGTH, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    models = folder / "large"
+    for seed, name in enumerate(("base", "a", "b", "c")):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).save_pretrained(models / name)
+        words.save_pretrained(models / name)
+    file = folder / "large.yaml"
+    file.write_text(yaml.safe_dump(toys.settings(models, folder / "tasks", {})))
+    run_reader(file)  # digests are kept from here on, as on any node after the first run
+    size = 0
+    os.sync()
+    for weights in models.rglob("*.safetensors"):
+        size += weights.stat().st_size
+        with weights.open("rb") as handle:
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    first, second = run_reader(file), run_reader(file)
+    said = f"{first / 2**20:.0f} MiB, {second / 2**20:.0f} MiB"
+    yield [
+        f"read from disk by the first and the second worker of a node (models of {size / 2**20:.0f} MiB)",
+        said,
+        "once",
+    ]
+
+
+def run_reader(file: Path) -> int:
+    """Bytes that one worker's process reads from disk."""
+    done = subprocess.run(
+        [sys.executable, "-c", READER, str(file)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)
+
+
 def kills(count: int) -> Iterator[Row]:
     """The chaos suite in its long form: what fell, and whether every outcome was the undisturbed one."""
     command = [sys.executable, "-m", "pytest", "-s", "-q", "tests/chaos"]
@@ -336,7 +391,8 @@ def main() -> None:
         memory = Path("/dev/shm") if Path("/dev/shm").is_dir() else disk
         parts = [
             partial(messages), partial(driver, disk), partial(speculation, memory), partial(utilisation, memory),
-            partial(same_winner, Path(folder)), partial(node_loss), partial(real_actors, disk, given.actors),
+            partial(same_winner, Path(folder)), partial(reads, Path(folder)), partial(node_loss),
+            partial(real_actors, disk, given.actors),
         ]  # fmt: skip
         for part in [*parts, *([partial(kills, given.kills)] if given.kills else [])]:
             for row in part():
