@@ -19,7 +19,7 @@ demo: $(VENV)/.demo ## set up, fetch the base model and the data, search for the
 	$(BIN)/python evolve.py configs/demo.yaml
 
 test: $(VENV)/.dev lint ## set up, check style and types, run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev ## style and types
 	$(BIN)/ruff check .
@@ -29,7 +29,7 @@ lint: $(VENV)/.dev ## style and types
 docs: $(VENV)/.dev ## write docs/reference.md from the code
 	$(BIN)/python -m evolver.reference > docs/reference.md
 
-prove: $(VENV)/.dev ## the slow proofs: 20 kills of the driver on a real run
+prove: $(VENV)/.dev ## the slow proofs: kills by the dozen, nodes that are cut off and lost, two machines by hand
 	EVOLVER_KILLS=20 $(BIN)/python -m pytest tests/chaos
 
 benchmark: $(VENV)/.dev ## the figures of results/benchmarks/, measured on this machine

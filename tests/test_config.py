@@ -112,7 +112,7 @@ def test_a_key_that_stands_twice_is_refused(complaint):
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words", "3"])
 def test_what_is_no_mapping_is_refused(complaint, text):
     said = complaint(text)
-    assert "must be a mapping with the keys run, seed, model, experts" in said
+    assert "must be a mapping with the keys run, seed, order, model, experts" in said
 
 
 def test_broken_yaml_is_refused(complaint):

@@ -14,7 +14,11 @@ from network import NET, Network, able
 from test_kill_cluster import JUDGE
 from toys import essence, rows, run_here
 
-pytestmark = [pytest.mark.ray, pytest.mark.skipif(not able(), reason="networks can only be made by root")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.skipif("EVOLVER_KILLS" not in os.environ, reason="takes minutes: make prove"),
+    pytest.mark.skipif(not able(), reason="networks can only be made by root"),
+]
 
 RAY = str(Path(sys.executable).with_name("ray"))
 PORT, CANDIDATES = 6477, 60

@@ -14,7 +14,11 @@ import pytest
 import toys
 from network import Network, able
 
-pytestmark = [pytest.mark.ray, pytest.mark.skipif(not able(), reason="networks can only be made by root")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.skipif("EVOLVER_KILLS" not in os.environ, reason="takes minutes: make prove"),
+    pytest.mark.skipif(not able(), reason="networks can only be made by root"),
+]
 
 TEXT = (toys.ROOT / "cluster" / "deploy" / "README.md").read_text()
 
