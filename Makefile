@@ -19,7 +19,7 @@ demo: $(VENV)/.demo ## set up, fetch the base model and the data, search for the
 	$(BIN)/python evolve.py configs/demo.yaml
 
 test: $(VENV)/.dev lint ## set up, check style and types, run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev ## style and types
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from evolver.evaluation.metrics import JUDGED, Metric, perplexity
 from evolver.evaluation.scoring import Scale
 from evolver.records import Candidate, Cross, Expert, Result
 from evolver.report import Finalist, Outcome, markdown_table, model_card, verdict, write_report
+from evolver.storage import storage_at
 
 A, B = Expert("a", "aa"), Expert("b", "bb")
 CHILD = Cross(A, (B,), "evolver", 0.5, 0.5, 1)
@@ -178,7 +179,7 @@ def test_a_markdown_table():
 
 def test_a_report_says_it_all(tmp_path):
     done = outcome([1.0] * 30, [1.0] * 20 + [0.0] * 10)
-    write_report(tmp_path, done, {"items": 4, "equal": 4})
+    write_report(storage_at(tmp_path), done, {"items": 4, "equal": 4})
     text = (tmp_path / "report.md").read_text()
     assert text.startswith("# try\n\n**Improvement:")
     assert "| **winner** | 50.0 | 100.0 |" in text
@@ -188,7 +189,7 @@ def test_a_report_says_it_all(tmp_path):
     assert CHILD.id in text
     assert "4 of 4 items" in text
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["curve.png", "report.md"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["curve.png", "report.md", "summary.json"]
 
 
 def test_what_was_not_scored_stands_in_the_report(tmp_path):
@@ -204,7 +205,9 @@ def test_what_was_not_scored_stands_in_the_report(tmp_path):
     )
     pool = done.config.pool.model_copy(update={"price_per_hour": 36.0, "watts": 500.0})
     config = done.config.model_copy(update={"pool": pool})
-    write_report(tmp_path, replace(done, config=config, searched=(*done.searched, *more)), {"items": 4, "equal": 4})
+    write_report(
+        storage_at(tmp_path), replace(done, config=config, searched=(*done.searched, *more)), {"items": 4, "equal": 4}
+    )
     text = (tmp_path / "report.md").read_text()
     assert "| items scored | 8 |" in text
     assert "| tokens | 14 |" in text
@@ -217,11 +220,11 @@ def test_what_was_not_scored_stands_in_the_report(tmp_path):
 
 def test_flawed_answers_have_a_column(tmp_path):
     done = outcome([1.0] * 30, [1.0] * 20 + [0.0] * 10)
-    write_report(tmp_path, done, {"items": 4, "equal": 4})
+    write_report(storage_at(tmp_path), done, {"items": 4, "equal": 4})
     assert "No prompt or answer was truncated, no answer was invalid." in (tmp_path / "report.md").read_text()
     *others, winner = done.finalists
     flawed = replace(winner, report=replace(winner.report, counts={"invalid": 3.0}))
-    write_report(tmp_path, replace(done, finalists=(*others, flawed)), {"items": 4, "equal": 4})
+    write_report(storage_at(tmp_path), replace(done, finalists=(*others, flawed)), {"items": 4, "equal": 4})
     text = (tmp_path / "report.md").read_text()
     assert "| t | invalid |" in text
     assert "| 100.0 | 10.0 |" in text
@@ -233,7 +236,7 @@ def test_perplexities_are_shown_as_the_field_writes_them(tmp_path):
     done = outcome([-2.0] * 30, [-3.0] * 30, [-4.0] * 30)
     again = [replace(f, report=result(list(f.report.items), of)) for f in done.finalists]
     scales = {"dev": scale(4), "report": of}
-    write_report(tmp_path, replace(done, finalists=tuple(again), scales=scales), {"items": 4, "equal": 4})
+    write_report(storage_at(tmp_path), replace(done, finalists=tuple(again), scales=scales), {"items": 4, "equal": 4})
     text = (tmp_path / "report.md").read_text()
     assert "t (word_perplexity, less is better)" in text
     assert "| **winner** | 50.0 | -7.389 | -7.389 – -7.389 | 7.389 |" in text
@@ -242,7 +245,7 @@ def test_perplexities_are_shown_as_the_field_writes_them(tmp_path):
 
 def test_warnings_stand_at_the_top(tmp_path):
     done = replace(outcome([1.0] * 30, [1.0] * 30), warnings=("the dev items come from a test set",))
-    write_report(tmp_path, done, {"items": 4, "equal": 4})
+    write_report(storage_at(tmp_path), done, {"items": 4, "equal": 4})
     assert "> Warning: the dev items come from a test set." in (tmp_path / "report.md").read_text()[:600]
 
 

@@ -31,6 +31,7 @@ FILES = {
     "best.json",
     "recipe.json",
     "report.md",
+    "summary.json",
     "curve.png",
 }
 

@@ -14,7 +14,7 @@ from evolver.evaluation.batches import by_length
 from evolver.evaluation.items import Item, draw, in_order, item_hash
 from evolver.evaluation.metrics import ENDLESS, JUDGED
 from evolver.evaluation.scoring import Scale
-from evolver.records import Candidate, Expert, Result
+from evolver.records import Candidate, Expert
 from evolver.worker import Worker
 
 ITEM = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1))
@@ -53,41 +53,44 @@ class Answers:
         return Scored(dict(enumerate(self.items[start:stop])))
 
 
+def worker_of(scale, block, answers):
+    """The worker's own way through the items, without a model."""
+    worker = object.__new__(Worker)
+    worker.scale, worker.block, worker.scorer = scale, block, Answers(answers)
+    worker.alpha, worker.name = None, "w"
+    return worker
+
+
 @given(scored(), st.integers(1, 7))
 @settings(max_examples=200, deadline=None)
 def test_stopping_early_decides_as_scoring_everything_does(case, block):
     scale, items, bar = case
-    worker = object.__new__(Worker)  # the worker's own stopping rule, without a model
-    worker.scale, worker.block, worker.scorer, worker.alpha = scale, block, Answers(items), None
+    worker = worker_of(scale, block, items)
     candidate = Candidate(0, Expert("a", "1"), "test", bar=bar)
-    seen, _, _ = worker._score(candidate)
-    complete = len(seen) == len(items)
-    result = Result(0, "r", "ok", scale.score(seen) if complete else None, scale.bound(seen), complete, tuple(seen))
+    result = worker._score(candidate)
+    assert result.complete == (len(result.items) == len(items))
+    assert result.bound == scale.bound(result.items)
     assert result.beats(bar) == (scale.score(items) > bar)
     assert result.answers(candidate)
-    assert worker.scorer.asked == len(seen)
+    assert worker.scorer.asked == len(result.items)
 
 
 def test_stopping_saves_items():
     """Ten items, bar 0.5, all wrong: after 5 of them the score is at most 0.5, which does not exceed the bar."""
-    worker = object.__new__(Worker)
-    worker.scale, worker.block, worker.scorer = Scale(("a",) * 10, {"a": 1.0}, {"a": JUDGED}), 1, Answers([0.0] * 10)
-    worker.alpha = None
+    worker = worker_of(Scale(("a",) * 10, {"a": 1.0}, {"a": JUDGED}), 1, [0.0] * 10)
     asked = Candidate(0, Expert("a", "1"), "test")
-    assert len(worker._score(replace(asked, bar=0.5))[0]) == 5
-    assert len(worker._score(asked)[0]) == 10
+    assert len(worker._score(replace(asked, bar=0.5)).items) == 5
+    assert len(worker._score(asked).items) == 10
 
 
 def test_a_limit_ends_with_its_block_and_what_is_known_is_not_asked_again():
-    worker = object.__new__(Worker)
     answers = [float(i % 2) for i in range(10)]
-    worker.scale, worker.block, worker.scorer = Scale(("a",) * 10, {"a": 1.0}, {"a": JUDGED}), 2, Answers(answers)
-    worker.alpha = None
+    worker = worker_of(Scale(("a",) * 10, {"a": 1.0}, {"a": JUDGED}), 2, answers)
     asked = Candidate(0, Expert("a", "1"), "test", limit=3)
-    first, _, _ = worker._score(asked)
-    assert first == answers[:4]
-    second, _, _ = worker._score(replace(asked, limit=7, known=tuple(first)))
-    assert second == answers[:8]
+    first = worker._score(asked).items
+    assert list(first) == answers[:4]
+    second = worker._score(replace(asked, limit=7, known=first)).items
+    assert list(second) == answers[:8]
     assert worker.scorer.asked == 8
 
 
