@@ -61,10 +61,10 @@ def test_two_machines_as_typed(machines, make_config):
     on, addresses, folder = machines
     pool = {"num_workers": 2, "num_cpus": 1}
     file = make_config(folder, {"search.generations": 100, "budget.candidates": 300, "pool": pool})
-    head, worker, submit, again = blocks()
+    head, worker, submit, forget = blocks()
     names = {"configs/demo.yaml": str(file), "/shared/results": str(folder / "results"), "FIRST": addresses[1]}
     for typed, here in names.items():
-        worker, submit, again = (text.replace(typed, here) for text in (worker, submit, again))
+        worker, submit = worker.replace(typed, here), submit.replace(typed, here)
     # Both machines have two cores here, as they are one: a worker on each is what is wanted.
     on(1, head.replace("ray start", "ray start --num-cpus=1"))
     (folder / "home2" / ".ray").mkdir(parents=True)
@@ -77,7 +77,10 @@ def test_two_machines_as_typed(machines, make_config):
         time.sleep(0.1)
     on(1, "ray job stop --address http://127.0.0.1:8265 night")
     assert not (ledger.parent / "report.md").exists()
-    said = on(1, again)
+    time.sleep(3)
+    on(1, forget)
+    time.sleep(5)
+    said = on(1, submit)
     assert "succeeded" in said
     assert (ledger.parent / "report.md").exists()
     workers = {row["worker"] for row in toys.rows(ledger.parent).values() if not row["reused"]}
