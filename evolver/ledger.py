@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evolver.errors import BadInput
-from evolver.records import Candidate, Result, Split, dump_recipe
+from evolver.records import Candidate, Result, Split, dump_recipe, load_recipe
 from evolver.storage import Storage, lease, read_all
 from evolver.storage.lease import Lease
 
@@ -91,9 +91,9 @@ class Ledger:
         try:
             for row in self._read():
                 if row["event"] == "finished":
-                    self._index(_result(row))
+                    self._index(result_of(row))
                 elif row["event"] == "guessed":
-                    self._early[_asked_in(row)] = _result(row)
+                    self._early[_asked_in(row)] = result_of(row)
         except BaseException:
             self.close()
             raise
@@ -317,7 +317,16 @@ def _asked_in(row: Mapping[str, Any]) -> Question:
     return row["stage"], row["number"], row["recipe_id"], row["bar"], row["limit"], row["given"]
 
 
-def _result(row: Mapping[str, Any]) -> Result:
+def candidate_of(row: Mapping[str, Any]) -> Candidate:
+    """The candidate of a row; what a worker was told beside it (rival, known items) is not kept."""
+    return Candidate(
+        row["number"], load_recipe(row["recipe"]), row["proposer"], tuple(row["parents"]), row["bar"], row["stage"],
+        row["label"], row["limit"],
+    )  # fmt: skip
+
+
+def result_of(row: Mapping[str, Any]) -> Result:
+    """The result of a row that has one."""
     same = ("number", "recipe_id", "stage", *PLAIN, *MAPS)
     return Result(**{name: row[name] for name in same}, items=tuple(row["items"]))
 

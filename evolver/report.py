@@ -14,7 +14,7 @@ from evolver.config import Config
 from evolver.evaluation.comparison import Comparison, compare, interval
 from evolver.evaluation.metrics import Metric
 from evolver.evaluation.scoring import Scale
-from evolver.records import Candidate, Recipe, Result, dump_recipe
+from evolver.records import Candidate, Recipe, Result, Split, dump_recipe
 from evolver.storage import Storage
 
 LEVEL = 0.05
@@ -46,7 +46,7 @@ class Outcome:
     finalists: tuple[Finalist, ...]
     winning: Candidate
     searched: tuple[tuple[Candidate, Result], ...]
-    scales: Mapping[str, Scale]
+    scales: Mapping[Split, Scale]
     versions: Mapping[str, str]
     warnings: tuple[str, ...] = ()
     wasted: tuple[Result, ...] = ()

@@ -21,6 +21,7 @@ from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.export import export, write_heads
 from evolver.flights import Pool
 from evolver.folder import RunFolder
+from evolver.history import best_of, write_about
 from evolver.ledger import Ledger, write_items
 from evolver.loop import Guesses, evolve
 from evolver.merging import mergekit_out, methods
@@ -141,8 +142,10 @@ def run(
         write_items(
             folder.storage, {s: [(i.task, i.index, i.hash) for i in prepared.tasks.items.of(s)] for s in SPLITS}
         )
+        warnings = (*prepared.warnings, *prepared.tasks.warnings)
+        write_about(folder.storage, {s: prepared.tasks.scale(s) for s in SPLITS}, _versions(), warnings)
         with contextlib.closing(Ledger(folder.storage.folder("ledger"), folder.owner, display.say)) as ledger:
-            for warning in (*prepared.warnings, *prepared.tasks.warnings, *ledger.warnings):
+            for warning in (*warnings, *ledger.warnings):
                 display.say(f"warning: {warning}")
             outcome = _stages(prepared, ledger, pool, make_pool, display)
             _finish(prepared, folder, outcome, display, device)
@@ -186,7 +189,7 @@ def _stages(prepared: Prepared, ledger: Ledger, pool: Pool, make_pool: PoolMaker
         pool.close()
     rows = tuple(Finalist(label, recipe, dev, listed.results[label]) for label, recipe, dev in finalists)
     searched = tuple(sorted(((c, r) for c, r in history if c.stage == "search"), key=lambda pair: pair[0].number))
-    scales = {s: prepared.tasks.scale(s) for s in ("dev", "report")}
+    scales = {s: prepared.tasks.scale(s) for s in SPLITS}
     warnings = (*prepared.warnings, *prepared.tasks.warnings)
     wasted = tuple(r for r in ledger.wasted() if r.stage == "search")
     return Outcome(prepared.config, rows, winner[0], searched, scales, _versions(), warnings, wasted)
@@ -309,13 +312,11 @@ def _baselines(prepared: Prepared) -> list[tuple[str, Recipe]]:
 
 def _winner(history: Sequence[tuple[Candidate, Result]]) -> tuple[Candidate, Result]:
     """The candidate of the search with the highest dev score, the earliest of equals."""
-    # Of a candidate that was asked for a part, all items may be known, too, where an earlier call had another budget.
-    searched = [(c, r) for c, r in history if c.stage == "search" and c.limit is None]
-    complete = [(c, r) for c, r in searched if r.complete and r.score is not None]
-    if not complete:
+    best = best_of(tuple((c, r) for c, r in history if c.stage == "search"))
+    if best is None:
         reasons = sorted({r.reason for _, r in history if r.status == "failed"})
         raise BadInput(f"search: no candidate could be scored ({reasons[0] if reasons else 'none was proposed'}).")
-    return max(complete, key=lambda pair: (pair[1].score or -math.inf, -pair[0].number))
+    return best
 
 
 def _finalists(prepared: Prepared, plain: Listed, winner: tuple[Candidate, Result]) -> list[tuple[str, Recipe, Result]]:

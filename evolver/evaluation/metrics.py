@@ -7,7 +7,7 @@ resample of the items.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,18 @@ class Metric:
     def share(self) -> bool:
         """Whether values lie between 0 and 1 (or -1 and 1) and read well as percentages."""
         return self.best == 1.0
+
+    def form(self) -> dict[str, Any]:
+        """As JSON has it; the function by its name."""
+        return {**vars(self), "of": self.of.__name__}
+
+    @staticmethod
+    def from_form(form: Mapping[str, Any]) -> Metric:
+        """The inverse of ``form``.
+
+        Raises KeyError for a function that is not one of this module's.
+        """
+        return Metric(**{**form, "of": _functions()[form["of"]]})
 
 
 def mean(answers: Numbers, _: Numbers) -> Numbers:
@@ -125,6 +137,14 @@ ERRORS = Metric("mean", mean, best=None, judged=True, negative=True)
 CLASS = {"acc": JUDGED, "macro_f1": Metric("macro_f1", macro_f1), "mcc": Metric("mcc", mcc)}
 LABELS = {"acc": JUDGED, "macro_f1": Metric("macro_f1", labels_f1)}
 VALUE = {"pearson": Metric("pearson", pearson)}
+
+
+def _functions() -> dict[str, Callable[[Numbers, Numbers], Numbers]]:
+    known = (
+        mean, macro_f1, mcc, pearson, labels_f1, binary_f1, median, perplexity, weighted_perplexity, bits_per_byte,
+        opposite,
+    )  # fmt: skip
+    return {function.__name__: function for function in known}
 
 
 def _confusion(answers: Numbers, right: Numbers) -> NDArray[Any]:

@@ -47,6 +47,17 @@ class Scale:
         """Whether every task's metric reads well as a percentage."""
         return all(m.share for m in self.metrics.values())
 
+    def form(self) -> dict[str, Any]:
+        """As JSON has it."""
+        metrics = {task: metric.form() for task, metric in self.metrics.items()}
+        return {"tasks": self.tasks, "weights": dict(self.weights), "metrics": metrics, "right": self.right}
+
+    @staticmethod
+    def from_form(form: Mapping[str, Any]) -> Scale:
+        """The inverse of ``form``."""
+        metrics = {task: Metric.from_form(metric) for task, metric in form["metrics"].items()}
+        return Scale(tuple(form["tasks"]), form["weights"], metrics, tuple(form["right"]))
+
     def of_tasks(self, items: Sequence[float]) -> dict[str, float]:
         """The metric of every task over the scored items; tasks without any are left out."""
         scored = {task: [p for p in places if p < len(items)] for task, places in self.places.items()}
