@@ -14,7 +14,8 @@ from evolver.config import Config
 from evolver.evaluation.comparison import Comparison, compare, interval
 from evolver.evaluation.metrics import Metric
 from evolver.evaluation.scoring import Scale
-from evolver.records import Candidate, Recipe, Result, Split, dump_recipe
+from evolver.html import page
+from evolver.records import Candidate, Cross, Expert, Merge, Recipe, Result, Split, ancestors, dump_recipe
 from evolver.storage import Storage
 
 LEVEL = 0.05
@@ -105,7 +106,7 @@ def _in_words(c: Comparison, scale: Scale) -> str:
 
 
 def write_report(folder: Storage, outcome: Outcome, agreement: Mapping[str, int]) -> None:
-    """Write ``report.md``, ``curve.png``, and for programs ``summary.json``."""
+    """Write ``report.md`` and its twin ``report.html`` with its picture, and for programs ``summary.json``."""
     folder.write("curve.png", _curve(outcome))
     folder.write("summary.json", json.dumps(summary(outcome), indent=1).encode())
     sections = [
@@ -116,11 +117,14 @@ def write_report(folder: Storage, outcome: Outcome, agreement: Mapping[str, int]
         _against_others(outcome),
         "![best dev score against scored items](curve.png)",
         _winner_section(outcome, agreement),
+        _lineage(outcome.winner.recipe),
         _cost(outcome),
         _failures(outcome),
         _provenance(outcome),
     ]
-    folder.write("report.md", ("\n\n".join(s for s in sections if s) + "\n").encode())
+    text = "\n\n".join(s for s in sections if s) + "\n"
+    folder.write("report.md", text.encode())
+    folder.write("report.html", page(text, outcome.config.run, folder.read).encode())
 
 
 def summary(outcome: Outcome) -> dict[str, Any]:
@@ -232,6 +236,23 @@ def _winner_section(outcome: Outcome, agreement: Mapping[str, int]) -> str:
         f"`{candidate.recipe.id}` ({len(dump_recipe(candidate.recipe))} bytes, in `recipe.json`). The folder `best/`, "
         f"loaded anew and scored on the dev items, gives the ledger's score on {same} items."
     )
+
+
+def _lineage(recipe: Recipe) -> str:
+    """Everything that the winner is made of, down to the experts; what is used stands above what uses it."""
+    rows = [[f"`{node.id[:8]}`", *_made(node)] for node in ancestors(recipe)]
+    return "## Its lineage\n\n" + markdown_table(["model", "made by", "of"], rows)
+
+
+def _made(node: Recipe) -> tuple[str, str]:
+    of = ", ".join(f"`{i.id[:8]}`" for i in node.inputs)
+    if isinstance(node, Expert):
+        return "given", node.name
+    if isinstance(node, Cross):
+        return f"crossover ({node.strategy}, F {node.F:g}, Cr {node.Cr:g}, seed {node.seed})", of
+    if isinstance(node, Merge):
+        return f"merge ({node.method})", of
+    return "layers put together", of
 
 
 def _cost(outcome: Outcome) -> str:
