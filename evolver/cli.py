@@ -1,6 +1,6 @@
-"""The command line beside the main job: merge from a mergekit file, explain one, list the methods, train pools, sweep.
+"""The command line: the main job and what stands around it.
 
-Exit status: 0 done, 2 bad input, 3 a run of a sweep did not end well, 1 a fault of ours.
+Exit status: 0 done, 2 bad input, 3 stopped with everything finished kept (or a run of a sweep was), 1 a fault of ours.
 """
 
 from __future__ import annotations
@@ -12,14 +12,131 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from evolver.errors import BadInput
 
 # What a command needs is imported by that command: torch alone takes a second, and help should not wait for it.
 
-app = typer.Typer(add_completion=True, no_args_is_help=True, help="Merge fine-tuned models.")
+app = typer.Typer(add_completion=True, no_args_is_help=True, help="Search for the best merge of fine-tuned models.")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="the configuration of a run")],
+    results: Annotated[str | None, typer.Option(help="folder of all runs, or a URI; default: results")] = None,
+    name: Annotated[str | None, typer.Option("--run", help="name of the run, instead of the configuration's")] = None,
+) -> None:
+    """Search for the best merge, or go on where an earlier call stopped."""
+    raise typer.Exit(_job(config, results, name))
+
+
+@app.command()
+def resume(
+    folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
+    candidates: Annotated[int | None, typer.Option(min=1, help="another budget of candidates")] = None,
+    items: Annotated[int | None, typer.Option(min=1, help="another budget of scored items")] = None,
+) -> None:
+    """Go on with a run, from its folder alone; with another budget where one is given."""
+    import tempfile
+
+    from evolver.folder import extended
+    from evolver.storage import storage_at
+
+    place, _, name = folder.rstrip("/").rpartition("/")
+    text = extended(storage_at(folder), candidates, items)
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "config.yaml"
+        file.write_text(text)
+        raise typer.Exit(_job(file, place or ".", name))
+
+
+@app.command()
+def validate(config: Annotated[Path, typer.Argument(help="the configuration of a run")]) -> None:
+    """Check a configuration: all that can be known without reading weights."""
+    from evolver.run import prepare
+
+    prepared = prepare(str(config), weights=False)
+    for warning in (*prepared.warnings, *prepared.tasks.warnings):
+        typer.echo(f"warning: {warning}", err=True)
+    sizes = {split: len(prepared.tasks.items.of(split)) for split in ("dev", "report")}
+    total = prepared.search.total
+    typer.echo(
+        f"{config}: {len(prepared.experts)} experts, {sizes['dev']} dev and {sizes['report']} report items, "
+        f"{'no limit on' if total is None else total} candidates: ready to run"
+    )
+
+
+@app.command()
+def status(
+    results: Annotated[str, typer.Argument(help="folder of all runs, or a URI")] = "results",
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Say how far the runs of a folder have come."""
+    import json
+    from dataclasses import asdict
+
+    from evolver.status import statuses
+    from evolver.storage import storage_at
+
+    found = statuses(storage_at(results))
+    if as_json:
+        typer.echo(json.dumps([asdict(s) for s in found], indent=1))
+        return
+    shown = Table("run", "state", "search", "best dev", "best expert", "candidates", "items", "failed", "last result")
+    for s in found:
+        score, expert = ("–" if v is None else f"{v:.4f}" for v in (s.best, s.expert))
+        spent = [f"{n}" if limit is None else f"{n} of {limit}" for n, limit in zip(s.spent, s.budget, strict=True)]
+        age = "–" if s.age is None else f"{_duration(s.age)} ago"
+        shown.add_row(s.name, s.state, s.algorithm, score, expert, *spent, str(s.failed), age)
+    Console().print(shown)
+
+
+@app.command()
+def report(
+    folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
+    out: Annotated[str | None, typer.Option(help="where to write; default: the run's folder")] = None,
+) -> None:
+    """Write the report of a run anew: Markdown, one HTML file, and all candidates as CSV."""
+    from evolver.report import write_again
+    from evolver.storage import storage_at
+
+    target = storage_at(out or folder)
+    typer.echo(write_again(storage_at(folder), target))
+    typer.echo(f"{target.location}/report.html")
+
+
+@app.command()
+def searches(name: Annotated[str | None, typer.Argument(help="one search, in full")] = None) -> None:
+    """List the searches and their settings."""
+    from evolver.errors import nearest
+    from evolver.reference import first_paragraph
+    from evolver.search import SEARCHES
+
+    if name is not None and name not in SEARCHES:
+        raise BadInput(f"evolver searches: unknown search {name!r}; {nearest(name, SEARCHES)}")
+    console = Console()
+    for algorithm in SEARCHES.values() if name is None else [SEARCHES[name]]:
+        console.print(f"[bold]{algorithm.name}[/bold]  {first_paragraph(algorithm.build)}", highlight=False)
+        shown = Table("setting", "default", "meaning")
+        for key, field in algorithm.settings.model_fields.items():
+            if key != "algorithm":
+                default = "" if field.is_required() else repr(field.get_default(call_default_factory=True))
+                shown.add_row(key, default, field.description or "")
+        console.print(shown)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine offers, what a run would use, and what is missing."""
+    from evolver.doctor import findings
+
+    shown = Table("", "found", "to do")
+    for what, found, remedy in findings():
+        shown.add_row(what, escape(found), escape(remedy))
+    Console().print(shown)
 
 
 @app.command()
@@ -143,6 +260,21 @@ def main() -> None:
     except BadInput as error:
         typer.echo(str(error), err=True)
         raise SystemExit(2) from None
+
+
+def _job(config: Path, results: str | None, name: str | None) -> int:
+    """The main job, as ``evolve.py`` runs it; its exit status."""
+    from cluster.job import main as job
+
+    given = [*(["--results", results] if results else []), *(["--run", name] if name else [])]
+    return job([str(config), *given])
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _bytes(size: str) -> int:

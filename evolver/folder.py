@@ -6,12 +6,31 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from evolver.config import differences
+import yaml
+
+from evolver.config import Loader, differences
 from evolver.errors import BadInput
 from evolver.records import content_hash
 from evolver.storage import Storage
 
 IDENTITY = "identity.json"
+
+
+def extended(folder: Storage, candidates: int | None, items: int | None) -> str:
+    """The configuration that a run was called with last, with another budget where one is given.
+
+    Raises BadInput where the folder holds no run.
+    """
+    try:
+        text = folder.read("config.yaml").decode()
+    except FileNotFoundError:
+        raise BadInput(f"{folder.location}: there is no run; give the folder of one, such as results/demo.") from None
+    given = {k: v for k, v in {"candidates": candidates, "items": items}.items() if v is not None}
+    if not given:
+        return text
+    config = yaml.load(text, Loader=Loader)
+    config["budget"] = {**config["budget"], **given}
+    return str(yaml.safe_dump(config, sort_keys=False))
 
 
 class RunFolder:

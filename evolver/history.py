@@ -14,8 +14,8 @@ from evolver import ledger
 from evolver.config import Config, Loader, check_section
 from evolver.errors import BadInput
 from evolver.evaluation.scoring import Scale
+from evolver.outcome import Finalist, Outcome
 from evolver.records import Candidate, Result, Split, Stage
-from evolver.report import Finalist, Outcome
 from evolver.storage import Storage
 
 ABOUT = "about.json"
@@ -32,6 +32,7 @@ class History:
         stages: candidates with their results, by stage, in the order of their numbers.
         flying: candidates that were sent out and have no result yet.
         guessed: results of candidates that were scored ahead of being asked for.
+        last: when the last result was written, in seconds since 1970 by its driver's clock; 0.0 before there is one.
     """
 
     config: Config
@@ -41,6 +42,7 @@ class History:
     stages: Mapping[Stage, Pairs]
     flying: tuple[Candidate, ...] = ()
     guessed: tuple[Result, ...] = ()
+    last: float = 0.0
 
     @property
     def best(self) -> tuple[Candidate, Result] | None:
@@ -93,6 +95,7 @@ def read_history(folder: Storage) -> History:
     stages: dict[Stage, dict[int, tuple[Candidate, Result]]] = {"baseline": {}, "search": {}, "report": {}}
     flying: dict[tuple[str, int], Candidate] = {}
     guessed: list[Result] = []
+    last = 0.0
     for row in ledger.read(folder.folder("ledger")).to_pylist(maps_as_pydicts="strict"):
         candidate = ledger.candidate_of(row)
         if row["event"] == "asked":
@@ -101,11 +104,13 @@ def read_history(folder: Storage) -> History:
             guessed.append(ledger.result_of(row))
         else:
             flying.pop((candidate.stage, candidate.number), None)
+            last = max(last, row["time"].timestamp())
             stages[candidate.stage][candidate.number] = candidate, ledger.result_of(row)
     ordered = {stage: tuple(found[n] for n in sorted(found)) for stage, found in stages.items()}
     scales: dict[Split, Scale] = {s: Scale.from_form(form) for s, form in about["scales"].items()}
     return History(
-        config, scales, about["versions"], tuple(about["warnings"]), ordered, tuple(flying.values()), tuple(guessed)
+        config, scales, about["versions"], tuple(about["warnings"]), ordered, tuple(flying.values()), tuple(guessed),
+        last,
     )  # fmt: skip
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-from evolver.config import Config
+from evolver.errors import BadInput
 from evolver.evaluation.comparison import Comparison, compare, interval
 from evolver.evaluation.metrics import Metric
 from evolver.evaluation.scoring import Scale
+from evolver.history import History, read_history, rows_of
 from evolver.html import page
-from evolver.records import Candidate, Cross, Expert, Merge, Recipe, Result, Split, ancestors, dump_recipe
+from evolver.outcome import Finalist, Outcome
+from evolver.records import Candidate, Cross, Expert, Merge, Recipe, Result, ancestors, dump_recipe
 from evolver.storage import Storage
 
 LEVEL = 0.05
@@ -24,51 +27,6 @@ FLAWS = {
     "truncated": "the prompt was cut, or the answer met its limit before its end",
     "invalid": "no answer was found in what was written",
 }
-
-
-@dataclass(frozen=True)
-class Finalist:
-    """A model that was scored on the report set: its dev result and its report result."""
-
-    label: str
-    recipe: Recipe
-    dev: Result
-    report: Result
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """All that a report says of a run. The winner is the last of the finalists.
-
-    ``wasted`` are results of candidates that were scored ahead on guesses that proved wrong.
-    """
-
-    config: Config
-    finalists: tuple[Finalist, ...]
-    winning: Candidate
-    searched: tuple[tuple[Candidate, Result], ...]
-    scales: Mapping[Split, Scale]
-    versions: Mapping[str, str]
-    warnings: tuple[str, ...] = ()
-    wasted: tuple[Result, ...] = ()
-
-    @property
-    def winner(self) -> Finalist:
-        return self.finalists[-1]
-
-    @property
-    def best_dev(self) -> Result:
-        return self.winner.dev
-
-    @property
-    def best_expert(self) -> Finalist:
-        """The expert with the highest report score: the hardest one to beat."""
-        return _highest(f for f in self.finalists if f.label in self.config.experts)
-
-    @property
-    def best_plain(self) -> Finalist:
-        """The merge without a search (simple average, tuned task arithmetic) with the highest report score."""
-        return _highest(f for f in self.finalists[:-1] if f.label != "base" and f.label not in self.config.experts)
 
 
 def verdict(outcome: Outcome) -> str:
@@ -137,6 +95,7 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         against = asdict(compare(report.items, expert.report.items, scale, outcome.config.seed))
     return {
         "run": outcome.config.run,
+        "budget": outcome.config.budget.model_dump(),
         "verdict": verdict(outcome),
         "winner": {"candidate": outcome.winning.number, "recipe": outcome.winner.recipe.id,
                    "dev": dev.score, "report": report.score},
@@ -148,6 +107,29 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "seconds": math.fsum(r.seconds.get("total", 0.0) for r in results if not r.reused),
         "failed": sum(r.status == "failed" for r in results),
     }  # fmt: skip
+
+
+def write_again(run: Storage, target: Storage) -> str:
+    """Write the report of a run anew, from its folder alone, with all candidates as ``candidates.csv``; the verdict.
+
+    Raises BadInput where the folder holds no run, or one whose finalists are not scored yet.
+    """
+    history = read_history(run)
+    outcome = history.outcome()
+    if outcome is None or not run.exists("best.json"):
+        raise BadInput(f"{run.location}: the run has not come to its end; go on with it first (evolver resume).")
+    write_report(target, outcome, json.loads(run.read("best.json")))
+    target.write("candidates.csv", _csv(history).encode())
+    return verdict(outcome)
+
+
+def _csv(history: History) -> str:
+    rows = rows_of(history)
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list({key: None for row in rows for key in row}), restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
 
 
 def model_card(outcome: Outcome, rebuild: str) -> str:
@@ -177,10 +159,6 @@ A merge of fine-tunes of one base, found by Evolver ({config.search["algorithm"]
 The licences of all parents apply. The exact recipe is in `recipe.json`; weights are rebuilt from it bit for bit.
 {rebuild}
 """
-
-
-def _highest(finalists: Iterable[Finalist]) -> Finalist:
-    return max(finalists, key=lambda f: f.report.score if f.report.score is not None else -math.inf)
 
 
 def _table(outcome: Outcome) -> str:

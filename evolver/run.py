@@ -28,9 +28,10 @@ from evolver.merging import mergekit_out, methods
 from evolver.merging.genome import Genome, genome
 from evolver.merging.placed import fixed_rules
 from evolver.merging.weights import Checkpoint, doubts
+from evolver.outcome import Finalist, Outcome
 from evolver.progress import Display
 from evolver.records import Candidate, Expert, Merge, Recipe, Result, Rule, Split, dump_recipe
-from evolver.report import Finalist, Outcome, model_card, verdict, write_report
+from evolver.report import model_card, verdict, write_report
 from evolver.search import SEARCHES, Search
 from evolver.search.ahead import ahead
 from evolver.search.base import Ordered, Setup
@@ -63,8 +64,11 @@ class Prepared:
     warnings: tuple[str, ...]
 
 
-def prepare(file: str, name: str | None = None) -> Prepared:
+def prepare(file: str, name: str | None = None, weights: bool = True) -> Prepared:
     """Check a configuration: all that can be known from headers and task files, before any candidate is built.
+
+    Args:
+        weights: whether base and experts are read for their digests, without which nothing can be run.
 
     Raises BadInput, one sentence with file, key and remedy.
     """
@@ -75,7 +79,7 @@ def prepare(file: str, name: str | None = None) -> Prepared:
         tasks = load_tasks(config)
         estimates = Estimates(tasks.scale("dev"), config.evaluation.block_items)
         _can_race(config, algorithm, estimates)
-        workshop = _Workshop(config, opened)
+        workshop = _Workshop(config, opened, opened.digests() if weights else None)
         warnings = tuple(doubts(opened.base, opened.experts.values()))
         setup = Setup(
             workshop.experts, workshop.base, config.seed, config.budget, workshop, estimates,
@@ -334,10 +338,10 @@ def _versions() -> dict[str, str]:
 
 
 class _Workshop:
-    """The making half, as the algorithms see it."""
+    """The making half, as the algorithms see it; without digests, names stand for them."""
 
-    def __init__(self, config: Config, opened: Opened) -> None:
-        self.digests = opened.digests()
+    def __init__(self, config: Config, opened: Opened, digests: dict[str, str] | None = None) -> None:
+        self.digests = digests or {n: n for n in ("base", *config.experts)}
         self.base = Expert("base", self.digests["base"])
         self.experts = tuple(Expert(n, self.digests[n]) for n in config.experts)
         self._names = opened.base.names()

@@ -10,8 +10,9 @@ from evolver.config import Config
 from evolver.evaluation.comparison import compare, interval
 from evolver.evaluation.metrics import JUDGED, Metric, perplexity
 from evolver.evaluation.scoring import Scale
+from evolver.outcome import Finalist, Outcome
 from evolver.records import Candidate, Cross, Expert, Result
-from evolver.report import Finalist, Outcome, markdown_table, model_card, verdict, write_report
+from evolver.report import markdown_table, model_card, verdict, write_report
 from evolver.storage import storage_at
 
 A, B = Expert("a", "aa"), Expert("b", "bb")

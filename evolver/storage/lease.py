@@ -39,7 +39,7 @@ class Lease:
     def __init__(self, storage: Storage, say: Callable[[str], None] = lambda line: None) -> None:
         self._storage = storage
         me = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine(), "token": uuid.uuid4().hex}
-        self._holder: dict[str, Any] = {**me, "beat": 0}
+        self._holder: dict[str, Any] = {**me, "beat": 0, "at": time.time()}
         try:
             self._unlock = storage.lock()
         except BlockingIOError:
@@ -108,7 +108,7 @@ class Lease:
                 if now is not None and now["token"] != self._holder["token"]:
                     self._lost = now
                     return
-                self._holder["beat"] += 1
+                self._holder |= {"beat": self._holder["beat"] + 1, "at": time.time()}  # for those who only look
                 self._storage.write(FILE, json.dumps(self._holder).encode())
             except OSError:  # it may come back; if another driver comes first, the next part tells
                 continue
