@@ -109,6 +109,38 @@ def report(
 
 
 @app.command()
+def export(
+    folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
+    out: Annotated[Path, typer.Argument(help="folder to write")],
+    candidate: Annotated[str | None, typer.Option(help="its number, or its recipe's id; default: the best")] = None,
+    lora: Annotated[int | None, typer.Option(min=1, help="write a LoRA adapter of this rank instead")] = None,
+    energy: Annotated[float | None, typer.Option(help="… of the ranks that keep this share of the difference")] = None,
+    delta: Annotated[bool, typer.Option(help="write the difference to the base instead")] = False,
+    push_to_hub: Annotated[str | None, typer.Option(help="also upload it there, as org/name")] = None,
+) -> None:
+    """Write a model of a run as a Hugging Face folder, a LoRA adapter or a delta, and check it."""
+    from evolver import deliver
+    from evolver.storage import storage_at
+
+    run = storage_at(folder)
+    if energy is not None and not 0 < energy <= 1:
+        raise BadInput(f"--energy: {energy:g} is not usable; write a share above 0 and up to 1.")
+    if delta:
+        deliver.deliver_delta(run, out, candidate, typer.echo)
+    elif lora is not None or energy is not None:
+        deliver.deliver_lora(run, out, candidate, lora, energy, typer.echo)
+    else:
+        deliver.deliver(run, out, candidate, typer.echo)
+    if push_to_hub:
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(push_to_hub, exist_ok=True)
+        api.upload_folder(folder_path=out, repo_id=push_to_hub)
+        typer.echo(f"uploaded to {push_to_hub}")
+
+
+@app.command()
 def searches(name: Annotated[str | None, typer.Argument(help="one search, in full")] = None) -> None:
     """List the searches and their settings."""
     from evolver.errors import nearest

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import json
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -97,6 +98,19 @@ def prepare(file: str, name: str | None = None, weights: bool = True) -> Prepare
     return Prepared(
         config, file, opened, tasks, plan, workshop.base, workshop.experts, estimates, search, identity, warnings
     )
+
+
+def prepare_run(run: Storage) -> Prepared:
+    """What a run that is in a folder stands on.
+
+    Raises BadInput where it is not there any more, or has other weights or items now.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_bytes(run.read("config.yaml"))
+        prepared = prepare(str(file))
+    RunFolder(run, prepared.identity)
+    return prepared
 
 
 def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
@@ -218,8 +232,8 @@ def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Di
         heads = {n: (prepared.opened.experts[n].path, h) for n, h in prepared.opened.heads.items()}
         finish = partial(write_heads, heads=heads)
         with storage.whole_folder("best") as best:
-            export(winner.recipe, materialiser, best, _texts(prepared, outcome), finish=finish)
-            agreement = _score_again(prepared, best, outcome, device)
+            export(winner.recipe, materialiser, best, texts(prepared, outcome), finish=finish)
+            agreement = score_again(prepared, best, outcome.best_dev.items, device)
         storage.write("best.json", json.dumps(agreement).encode())
         storage.write("recipe.json", text)  # last: only a folder that was checked counts as written
     write_report(storage, outcome, json.loads(storage.read("best.json")))
@@ -227,7 +241,7 @@ def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Di
     display.say(f"report: {folder.location}/report.md")
 
 
-def _texts(prepared: Prepared, outcome: Outcome) -> dict[str, str]:
+def texts(prepared: Prepared, outcome: Outcome) -> dict[str, str]:
     """The card of the best model and, where mergekit can make it, mergekit's configuration."""
     config, digests = prepared.config, prepared.plan.digests
     locations = {digests[n]: str(expand(p)) for n, p in {"base": config.model.base, **config.experts}.items()}
@@ -240,12 +254,11 @@ def _texts(prepared: Prepared, outcome: Outcome) -> dict[str, str]:
     return {"README.md": model_card(outcome, rebuild), mergekit_out.FILE: text}
 
 
-def _score_again(prepared: Prepared, best: Path, outcome: Outcome, device: str) -> dict[str, int]:
-    """Load the exported folder as any user would and score it on the dev items: do they say what the ledger says?"""
+def score_again(prepared: Prepared, best: Path, recorded: Sequence[float], device: str) -> dict[str, int]:
+    """Load an exported folder as any user would and score it on the first dev items: do they say what was recorded?"""
     config = prepared.config
     torch.set_num_threads(config.evaluation.threads)
     live = build_model(config, prepared.opened, device, best)
-    recorded = outcome.best_dev.items
     scorer = prepared.tasks.scorer(live, "dev")
     block = prepared.plan.block("dev", len(recorded))
     fresh = [v for s in range(0, len(recorded), block) for v in scorer.score(s, min(s + block, len(recorded))).items]
