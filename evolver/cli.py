@@ -95,6 +95,32 @@ def status(
 
 
 @app.command()
+def dashboard(
+    results: Annotated[str, typer.Argument(help="folder of all runs, or a URI")] = "results",
+    port: Annotated[int, typer.Option(help="0: any free one")] = 8421,
+    host: Annotated[
+        str, typer.Option(help="address to listen on; beyond this machine only if you say so")
+    ] = "127.0.0.1",
+) -> None:
+    """Show the runs of a folder in a browser, as they go; stop, resume and export them there."""
+    import secrets
+    import socket
+
+    import uvicorn
+
+    from evolver.dashboard.app import build
+    from evolver.storage import storage_at
+
+    token = secrets.token_urlsafe(24)
+    listener = socket.create_server((host, port))
+    address = f"{host}:{listener.getsockname()[1]}"
+    typer.echo(f"http://{address}/?token={token}")
+    hosts = frozenset({host, "127.0.0.1", "localhost"})
+    server = uvicorn.Server(uvicorn.Config(build(storage_at(results), token, hosts), log_level="warning"))
+    server.run(sockets=[listener])
+
+
+@app.command()
 def report(
     folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
     out: Annotated[str | None, typer.Option(help="where to write; default: the run's folder")] = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from evolver.errors import BadInput
 from evolver.history import History, read_history, runs_in
@@ -48,7 +48,8 @@ def status_of(folder: Storage, name: str, history: History | None = None) -> Sta
         return Status(name, "unreadable", verdict=str(error))
     search, experts = history.stages["search"], dict.fromkeys(history.config.experts)
     plain = [r.score for c, r in history.stages["baseline"] if c.label in experts and r.score is not None]
-    holder = _holder(folder.folder("ledger"))
+    held = holder_of(folder.folder("ledger"))
+    holder = f"process {held['pid']} on {held['host']}" if held else ""
     summary = json.loads(folder.read("summary.json")) if folder.exists("summary.json") else {}
     budget = history.config.budget
     # A run that was called again with a larger budget has an end behind it, and is not done.
@@ -74,11 +75,10 @@ def statuses(root: Storage) -> list[Status]:
     return [status_of(root.folder(name), name) for name in runs_in(root)]
 
 
-def _holder(ledger: Storage) -> str:
-    """Who has the lease, if it was renewed lately."""
+def holder_of(ledger: Storage) -> dict[str, Any] | None:
+    """Who has the lease, if it was renewed lately: ``host``, ``pid``."""
     try:
-        held = json.loads(ledger.read(FILE))
+        held: dict[str, Any] = json.loads(ledger.read(FILE))
     except (FileNotFoundError, ValueError):
-        return ""
-    late = time.time() - float(held.get("at", 0.0)) > 2 * LEASE_SECONDS
-    return "" if late else f"process {held.get('pid')} on {held.get('host')}"
+        return None
+    return None if time.time() - float(held.get("at", 0.0)) > 2 * LEASE_SECONDS else held
