@@ -43,7 +43,7 @@ class Guard(BaseHTTPMiddleware):
 
     async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
         host = request.headers.get("host", "")
-        if host.rpartition(":")[0] not in self._hosts:
+        if host.partition(":")[0] not in self._hosts:
             return PlainTextResponse("this server is not known by that name", 403)
         given = request.query_params.get("token")
         if request.method == "GET" and given is not None and secrets.compare_digest(given, self._token):

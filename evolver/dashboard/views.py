@@ -167,10 +167,10 @@ def coefficients(recipe: Recipe) -> list[dict[str, Any]]:
         if isinstance(node, Merge):
             for rule in node.rules:
                 layers, outside, contains = rule.place.form()
+                inputs = [i.name if isinstance(i, Expert) else i.id[:8] for i in node.inputs]
                 place = f"layers {layers[0]}–{layers[1] - 1}" if layers else "everywhere"
-                found.append({"merge": node.id[:8], "method": node.method, "place": place, "contains": contains,
-                              "outside": outside, "values": _plain(dict(rule.values)),
-                              "inputs": [i.name if isinstance(i, Expert) else i.id[:8] for i in node.inputs]})  # fmt: skip
+                where = {"place": place, "contains": contains, "outside": outside}
+                found.append({"method": node.method, "inputs": inputs, "values": _plain(dict(rule.values)), **where})
     return found
 
 

@@ -146,7 +146,7 @@ function draw(run) {
   for (const n of run.lineage.nodes) {
     const place = levels.get(n.depth) || 0;
     levels.set(n.depth, place + 1);
-    at.set(n.id, [place, -n.depth, n.made]);
+    at.set(n.id, [place + 0.3 * Math.sin(2.4 * n.depth), -n.depth, n.made]); // so that no line hides behind another
   }
   const lines = { x: [], y: [], mode: "lines", line: { color: color("--line") }, hoverinfo: "skip", showlegend: false };
   for (const [a, b] of run.lineage.edges) {
