@@ -1,0 +1,189 @@
+"""The commands around a run, as a user calls them: from its folder alone, wherever it lies."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import toys
+import yaml
+from safetensors.torch import load_file
+
+from evolver.history import read_history
+from evolver.report import verdict
+from evolver.search import SEARCHES
+from evolver.storage import storage_at
+
+CHANGES = {"budget.candidates": 12, "search.generations": 9}
+
+
+def evolver(*arguments, cwd=toys.ROOT):
+    call = "import sys; sys.path.insert(0, sys.argv.pop(1)); from evolver.cli import main; main()"
+    command = [sys.executable, "-c", call, str(toys.ROOT), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def file(make_config, tmp_path_factory):
+    return make_config(tmp_path_factory.mktemp("config"), CHANGES)
+
+
+@pytest.fixture(scope="module")
+def run(file, tmp_path_factory):
+    """The folder of a finished run."""
+    return toys.run_here(file, tmp_path_factory.mktemp("results"))
+
+
+def test_run_is_the_main_job(file, run, tmp_path):
+    done = evolver("run", file, "--results", tmp_path, "--run", "again")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert toys.essence(tmp_path / "again") == toys.essence(run)
+
+
+def test_a_run_goes_on_from_its_folder_with_another_budget(file, tmp_path):
+    folder = toys.run_here(file, tmp_path)
+    done = evolver("resume", folder, "--candidates", 20)
+    assert (done.returncode, done.stderr) == (0, "")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["budget"]["candidates"] == 20
+    assert len([k for k in toys.rows(folder) if k[0] == "search"]) == 20
+    assert json.loads(evolver("status", tmp_path, "--json").stdout)[0]["spent"][0] == 20
+
+
+def test_what_is_no_run_cannot_go_on(tmp_path):
+    for command in ("resume", "report"):
+        done = evolver(command, tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"{tmp_path}: there is no run; give the folder of one, such as results/demo.\n"
+
+
+def test_a_configuration_is_checked_without_reading_weights(file, monkeypatch, tmp_path):
+    began = time.monotonic()
+    done = evolver("validate", file, cwd=tmp_path)
+    assert time.monotonic() - began < 15  # three on an idle machine
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{file}: 3 experts, 40 dev and 30 report items, 12 candidates: ready to run\n"
+    assert list(tmp_path.iterdir()) == []
+    broken = yaml.safe_load(file.read_text()) | {"sead": 1}
+    (tmp_path / "broken.yaml").write_text(yaml.safe_dump(broken))
+    done = evolver("validate", tmp_path / "broken.yaml")
+    assert done.returncode == 2
+    assert "sead: unknown key" in done.stderr
+
+
+def test_validate_opens_headers_only(file, monkeypatch):
+    from evolver.merging.weights import Checkpoint
+    from evolver.run import prepare
+
+    def refuse(self):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(Checkpoint, "digest", refuse)
+    assert prepare(str(file), weights=False).search.total == 12
+
+
+def test_status_of_all_runs(run):
+    done = evolver("status", run.parent)
+    assert done.returncode == 0
+    assert re.search(r"toy.*done.*evolver.*12 of 12", done.stdout)
+    (found,) = json.loads(evolver("status", run.parent, "--json").stdout)
+    outcome = read_history(storage_at(run)).outcome()
+    assert found["best"] == outcome.best_dev.score
+    assert found["verdict"] == verdict(outcome)
+    assert found["holder"] == ""
+
+
+def test_a_report_is_written_again_from_the_folder_alone(run, tmp_path):
+    done = evolver("report", run, "--out", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "report.md").read_text() == (run / "report.md").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', page)  # it needs no network, and no file beside it
+    assert "data:image/png;base64," in page
+    assert done.stdout.splitlines()[0].split("(")[0] in page.replace("&amp;", "&")
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "candidates.csv").read_text())))
+    assert len(rows) == len(toys.rows(run))
+    for row in rows:
+        recorded = toys.rows(run)[row["stage"], int(row["number"])]
+        assert row["recipe_id"] == recorded["recipe_id"]
+        assert row["score"] == ("" if recorded["score"] is None else str(recorded["score"]))
+
+
+def test_the_best_model_is_taken_along(run, tmp_path):
+    done = evolver("export", run, tmp_path / "best")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "gives the ledger's answers on 40 of 40 dev items" in done.stdout
+    one, two = (load_file(f / "model.safetensors") for f in (run / "best", tmp_path / "best"))
+    assert one.keys() == two.keys()
+    assert all(one[n].equal(two[n]) for n in one)
+    assert (tmp_path / "best" / "README.md").read_text() == (run / "best" / "README.md").read_text()
+
+
+def test_any_candidate_is_taken_along_by_number_or_recipe(run, tmp_path):
+    recipe = toys.rows(run)["search", 5]["recipe_id"]
+    for n, name in enumerate(("5", recipe[:12])):
+        done = evolver("export", run, tmp_path / str(n), "--candidate", name)
+        assert (done.returncode, done.stderr) == (0, "")
+    one, two = (load_file(tmp_path / str(n) / "model.safetensors") for n in range(2))
+    assert all(one[n].equal(two[n]) for n in one)
+    done = evolver("export", run, tmp_path / "x", "--candidate", "zz")
+    assert done.returncode == 2
+    assert "no candidate of this run goes by 'zz'" in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def logits(model):
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor([[5, 6, 7, 8, 9]])).logits
+
+
+def test_a_lora_of_all_energy_is_the_model_and_a_smaller_one_is_near(run, models, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    full = logits(AutoModelForCausalLM.from_pretrained(run / "best"))
+    held = {}
+    for name, given in {"all": ["--energy", 1], "most": ["--energy", 0.9], "some": ["--lora", 8]}.items():
+        done = evolver("export", run, tmp_path / name, *given)
+        assert (done.returncode, done.stderr) == (0, "")
+        held[name] = float(re.search(r"holds ([\d.]+) %", done.stdout)[1])
+        base = AutoModelForCausalLM.from_pretrained(models / "base")
+        distance = (logits(PeftModel.from_pretrained(base, tmp_path / name)) - full).abs().max()
+        if name == "all":
+            assert distance < 1e-3
+    assert held["all"] == 100.0
+    assert 90 <= held["most"] < 100
+    assert 0 < held["some"] < 90
+    done = evolver("export", run, tmp_path / "x", "--energy", 2)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_a_delta_and_the_base_are_the_model(run, models, tmp_path):
+    done = evolver("export", run, tmp_path / "delta", "--delta")
+    assert (done.returncode, done.stderr) == (0, "")
+    delta = load_file(tmp_path / "delta" / "delta.safetensors")
+    base, best = (load_file(f / "model.safetensors") for f in (models / "base", run / "best"))
+    for name, tensor in best.items():
+        assert (base[name] + delta.get(name, 0)).allclose(tensor, rtol=0, atol=1e-6)
+
+
+def test_searches_are_listed():
+    said = evolver("searches").stdout
+    assert all(name in said for name in SEARCHES)
+    assert "in_flight" in evolver("searches", "tpe").stdout
+    assert evolver("searches", "tpa").stderr.startswith("evolver searches: unknown search 'tpa'; did you mean tpe")
+
+
+def test_the_doctor_says_what_there_is():
+    done = evolver("doctor")
+    assert (done.returncode, done.stderr) == (0, "")
+    for what in ("torch", "memory", "accelerator", "compiler", "cache", "cluster"):
+        assert what in done.stdout
