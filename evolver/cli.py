@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -91,7 +92,7 @@ def status(
         spent = [f"{n}" if limit is None else f"{n} of {limit}" for n, limit in zip(s.spent, s.budget, strict=True)]
         age = "–" if s.age is None else f"{_duration(s.age)} ago"
         shown.add_row(s.name, s.state, s.algorithm, score, expert, *spent, str(s.failed), age)
-    Console().print(shown)
+    _console().print(shown)
 
 
 @app.command()
@@ -175,7 +176,7 @@ def searches(name: Annotated[str | None, typer.Argument(help="one search, in ful
 
     if name is not None and name not in SEARCHES:
         raise BadInput(f"evolver searches: unknown search {name!r}; {nearest(name, SEARCHES)}")
-    console = Console()
+    console = _console()
     for algorithm in SEARCHES.values() if name is None else [SEARCHES[name]]:
         console.print(f"[bold]{algorithm.name}[/bold]  {first_paragraph(algorithm.build)}", highlight=False)
         shown = Table("setting", "default", "meaning")
@@ -194,7 +195,7 @@ def doctor() -> None:
     shown = Table("", "found", "to do")
     for what, found, remedy in findings():
         shown.add_row(what, escape(found), escape(remedy))
-    Console().print(shown)
+    _console().print(shown)
 
 
 @app.command()
@@ -249,7 +250,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="one method, in full
     from evolver.merging.methods import METHODS, get
     from evolver.reference import default_of, first_paragraph, kind_of, searched_of
 
-    console = Console()
+    console = _console()
     if name is None:
         shown = Table("method", "settings (default)", "searched", "paper")
         for method in sorted(METHODS.values(), key=lambda m: m.name):
@@ -326,6 +327,11 @@ def _job(config: Path, results: str | None, name: str | None) -> int:
 
     given = [*(["--results", results] if results else []), *(["--run", name] if name else [])]
     return job([str(config), *given])
+
+
+def _console() -> Console:
+    """Where tables are printed: as wide as the terminal, and wide enough in a file."""
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def _duration(seconds: float) -> str:

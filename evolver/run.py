@@ -81,7 +81,7 @@ def prepare(file: str, name: str | None = None, weights: bool = True) -> Prepare
         estimates = Estimates(tasks.scale("dev"), config.evaluation.block_items)
         _can_race(config, algorithm, estimates)
         workshop = _Workshop(config, opened, opened.digests() if weights else None)
-        warnings = tuple(doubts(opened.base, opened.experts.values()))
+        warnings = tuple(doubts(opened.base, opened.experts.values())) if weights else ()
         setup = Setup(
             workshop.experts, workshop.base, config.seed, config.budget, workshop, estimates,
             config.evaluation.early_stopping, config.evaluation.racing is not None,

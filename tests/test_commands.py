@@ -179,7 +179,7 @@ def test_searches_are_listed():
     said = evolver("searches").stdout
     assert all(name in said for name in SEARCHES)
     assert "in_flight" in evolver("searches", "tpe").stdout
-    assert evolver("searches", "tpa").stderr.startswith("evolver searches: unknown search 'tpa'; did you mean tpe")
+    assert evolver("searches", "tpa").stderr.startswith("evolver searches: unknown search 'tpa'; did you mean 'tpe'?")
 
 
 def test_the_doctor_says_what_there_is():

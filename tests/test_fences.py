@@ -21,6 +21,7 @@ FENCES = {
         "evolver.shards",
         "evolver.merge",
         "evolver.cli",
+        "evolver.doctor",
         "evolver.training",
     ),
     "safetensors": ("evolver.merging", "evolver.training"),
@@ -31,6 +32,9 @@ FENCES = {
     "gguf": ("evolver.merging.gguf",),
     "peft": ("evolver.training",),
     "fsspec": ("evolver.storage",),
+    "starlette": ("evolver.dashboard",),
+    "uvicorn": ("evolver.cli",),
+    "markdown_it": ("evolver.html",),
 }
 
 

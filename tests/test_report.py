@@ -190,7 +190,7 @@ def test_a_report_says_it_all(tmp_path):
     assert CHILD.id in text
     assert "4 of 4 items" in text
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["curve.png", "report.md", "summary.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["curve.png", "report.html", "report.md", "summary.json"]
 
 
 def test_what_was_not_scored_stands_in_the_report(tmp_path):

@@ -32,6 +32,8 @@ FILES = {
     "recipe.json",
     "report.md",
     "summary.json",
+    "report.html",
+    "about.json",
     "curve.png",
 }
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from evolver.history import History
 from evolver.records import Candidate, Cross, Expert, Merge, Recipe, Result, ancestors
+from evolver.search.hypervolume import hypervolume
 from evolver.status import Status
 
 POINTS = 2000  # of a curve
@@ -121,16 +122,8 @@ def pareto(history: History) -> dict[str, Any]:
         "tasks": names,
         "front": [{"number": numbers[k], "values": values[k].tolist()} for k in front],
         "others": [{"number": numbers[k], "values": values[k].tolist()} for k in others],
-        "volume": volume(values[front]),
+        "volume": hypervolume(values[front].tolist()),
     }
-
-
-def volume(front: Any) -> float:
-    """The hypervolume that points dominate, from the origin on (Optuna's algorithm, which minimises)."""
-    from optuna._hypervolume import compute_hypervolume
-
-    points = np.clip(front, 0.0, None)
-    return float(compute_hypervolume(-points, np.zeros(points.shape[1])))
 
 
 def cost(history: History) -> dict[str, Any]:

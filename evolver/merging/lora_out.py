@@ -1,0 +1,104 @@
+"""A model as what it adds to its base: a LoRA adapter, or the differences themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from evolver.errors import BadInput
+
+Tensors = Iterable[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What was written: the largest rank, how many tensors came whole, and the share of the squared difference held."""
+
+    rank: int
+    whole: int
+    share: float
+
+
+def write_delta(base: Mapping[str, Tensor], model: Tensors, folder: Path, about: Mapping[str, str]) -> int:
+    """Write ``delta.safetensors``: model − base, in float32, for every tensor that differs; how many these are."""
+    deltas = {n: t.float() - base[n].float() for n, t in model if not torch.equal(t, base[n])}
+    save_file(deltas, folder / "delta.safetensors", metadata={"format": "pt", **about})
+    return len(deltas)
+
+
+def write_lora(
+    base: Mapping[str, Tensor], model: Tensors, folder: Path, location: str, tied: bool,
+    rank: int | None = None, energy: float | None = None,
+) -> Adapter:  # fmt: skip
+    """Write a PEFT adapter: each matrix's difference by its leading singular vectors.
+
+    Norms, biases, embeddings and a head of its own come whole beside them, where they differ. By the theorem of Eckart
+    and Young, no adapter of this rank is closer.
+
+    Args:
+        base: the base's tensors.
+        location: of the base, for the adapter's configuration.
+        tied: whether the base's head is its embedding.
+        rank: of every matrix; or
+        energy: the share of the squared difference that each matrix has to keep, in (0, 1].
+
+    Raises BadInput where no matrix differs.
+    """
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    kept = total = 0.0
+    for name, tensor in model:
+        delta = tensor.float() - base[name].float()
+        if not bool(delta.any()):
+            continue
+        total += (size := float(delta.square().sum()))
+        if delta.ndim == 2 and name.endswith(".weight") and "embed" not in name and name != "lm_head.weight":
+            pairs[name.removesuffix(".weight")] = a, b = _factors(delta, rank, energy)
+            kept += float((b @ a).square().sum())
+        else:
+            whole[name] = tensor.clone()
+            kept += size
+    if not pairs:
+        raise BadInput("the model differs from its base in no matrix; a LoRA adapter cannot hold it.")
+    embedding = next((n for n in whole if n.endswith("embed_tokens.weight")), None)
+    if embedding and tied:
+        whole["lm_head.weight"] = whole[embedding].clone()  # PEFT unties what it saves whole
+    _write_adapter(folder, pairs, whole, location)
+    return Adapter(max(len(a) for a, _ in pairs.values()), len(whole), kept / total)
+
+
+def _factors(delta: Tensor, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) whose product is the closest of its rank to ``delta`` (out, in)."""
+    u, s, v = torch.linalg.svd(delta, full_matrices=False)
+    if energy is not None:
+        shares = s.square().cumsum(0) / s.square().sum()
+        rank = int((shares < energy - 1e-7).sum()) + 1
+    root = s[:rank].sqrt()
+    return (root[:, None] * v[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
+
+
+def _write_adapter(
+    folder: Path, pairs: Mapping[str, tuple[Tensor, Tensor]], whole: Mapping[str, Tensor], base: str
+) -> None:  # fmt: skip
+    """An adapter as PEFT reads it; scale one, as alpha is the rank, matrix by matrix."""
+    tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in whole.items()}
+    for name, (a, b) in pairs.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"], tensors[f"base_model.model.{name}.lora_B.weight"] = a, b
+    ranks = {name: len(a) for name, (a, _) in pairs.items()}
+    usual = max(ranks.values())
+    other = {name: r for name, r in ranks.items() if r != usual}
+    config: dict[str, Any] = {
+        "peft_type": "LORA", "base_model_name_or_path": base, "r": usual, "lora_alpha": usual, "lora_dropout": 0.0,
+        "target_modules": sorted(pairs), "rank_pattern": other, "alpha_pattern": other, "bias": "none",
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
+        "fan_in_fan_out": False, "inference_mode": True, "task_type": None,
+    }  # fmt: skip
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
