@@ -71,7 +71,7 @@ def write_report(folder: Storage, outcome: Outcome, agreement: Mapping[str, int]
         f"# {outcome.config.run}",
         f"**{verdict(outcome)}**",
         "\n\n".join(f"> Warning: {w}." for w in outcome.warnings),
-        _table(outcome),
+        table_of(outcome),
         _against_others(outcome),
         "![best dev score against scored items](curve.png)",
         _winner_section(outcome, agreement),
@@ -132,36 +132,8 @@ def _csv(history: History) -> str:
     return file.getvalue()
 
 
-def model_card(outcome: Outcome, rebuild: str) -> str:
-    """The README of the exported model; ``rebuild`` says how mergekit makes it, or why it does not."""
-    config = outcome.config
-    parents = "\n".join(f"- {location}" for location in [config.model.base, *config.experts.values()])
-    lines = ["Merged models", "", f"- base: `{config.model.base}`"]
-    lines += [f"- {name}: `{location}`" for name, location in config.experts.items()]
-    return f"""---
-base_model:
-{parents}
-library_name: transformers
-tags:
-- merge
-- evolver
----
-# {config.run}
-
-A merge of fine-tunes of one base, found by Evolver ({config.search["algorithm"]}) without training.
-
-{verdict(outcome)}
-
-{_table(outcome)}
-
-{chr(10).join(lines)}
-
-The licences of all parents apply. The exact recipe is in `recipe.json`; weights are rebuilt from it bit for bit.
-{rebuild}
-"""
-
-
-def _table(outcome: Outcome) -> str:
+def table_of(outcome: Outcome) -> str:
+    """Winner, base, experts and plain merges: scores, intervals, tasks."""
     scale = outcome.scales["report"]
     flawed = [name for name in FLAWS if any(f.report.counts.get(name) for f in outcome.finalists)]
     head = ["model", "dev", "report", "95 % interval", *(_headline(t, scale) for t in scale.weights), *flawed]

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from evolver.card import licence_of, model_card
 from evolver.config import FREE_KEYS, Config, check_section, expand, load, renamed
 from evolver.errors import BadInput, nearest
 from evolver.estimates import Estimates, first_unjudged
@@ -32,7 +33,7 @@ from evolver.merging.weights import Checkpoint, doubts
 from evolver.outcome import Finalist, Outcome
 from evolver.progress import Display
 from evolver.records import Candidate, Expert, Merge, Recipe, Result, Rule, Split, dump_recipe
-from evolver.report import model_card, verdict, write_report
+from evolver.report import verdict, write_report
 from evolver.search import SEARCHES, Search
 from evolver.search.ahead import ahead
 from evolver.search.base import Ordered, Setup
@@ -246,12 +247,17 @@ def texts(prepared: Prepared, outcome: Outcome) -> dict[str, str]:
     config, digests = prepared.config, prepared.plan.digests
     locations = {digests[n]: str(expand(p)) for n, p in {"base": config.model.base, **config.experts}.items()}
     dtype = None if config.model.dtype == "auto" else config.model.dtype
+    opened = {
+        config.model.base: prepared.opened.base,
+        **{p: prepared.opened.experts[n] for n, p in config.experts.items()},
+    }
+    licences = {location: licence_of(source.path) for location, source in opened.items()}
     try:
         text = mergekit_out.dump(outcome.winner.recipe, locations, prepared.opened.base.names(), dtype)
     except mergekit_out.Inexpressible as why:
-        return {"README.md": model_card(outcome, f"mergekit cannot make this model: {why}.")}
+        return {"README.md": model_card(outcome, f"mergekit cannot make this model: {why}.", licences)}
     rebuild = f"mergekit makes it, too: `mergekit-yaml {mergekit_out.FILE} OUT`."
-    return {"README.md": model_card(outcome, rebuild), mergekit_out.FILE: text}
+    return {"README.md": model_card(outcome, rebuild, licences), mergekit_out.FILE: text}
 
 
 def score_again(prepared: Prepared, best: Path, recorded: Sequence[float], device: str) -> dict[str, int]:

@@ -6,13 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from evolver.card import model_card
 from evolver.config import Config
 from evolver.evaluation.comparison import compare, interval
 from evolver.evaluation.metrics import JUDGED, Metric, perplexity
 from evolver.evaluation.scoring import Scale
 from evolver.outcome import Finalist, Outcome
 from evolver.records import Candidate, Cross, Expert, Result
-from evolver.report import markdown_table, model_card, verdict, write_report
+from evolver.report import markdown_table, verdict, write_report
 from evolver.storage import storage_at
 
 A, B = Expert("a", "aa"), Expert("b", "bb")
@@ -252,6 +253,6 @@ def test_warnings_stand_at_the_top(tmp_path):
 
 def test_the_card_names_the_parents_and_the_verdict():
     done = outcome([1.0] * 30, [1.0] * 20 + [0.0] * 10)
-    card = model_card(done, "mergekit cannot: why.")
+    card = model_card(done, "mergekit cannot: why.", {})
     assert card.startswith("---\nbase_model:\n- base\n- folder/a\n- folder/b\n")
     assert verdict(done) in card
