@@ -247,11 +247,8 @@ def texts(prepared: Prepared, outcome: Outcome) -> dict[str, str]:
     config, digests = prepared.config, prepared.plan.digests
     locations = {digests[n]: str(expand(p)) for n, p in {"base": config.model.base, **config.experts}.items()}
     dtype = None if config.model.dtype == "auto" else config.model.dtype
-    opened = {
-        config.model.base: prepared.opened.base,
-        **{p: prepared.opened.experts[n] for n, p in config.experts.items()},
-    }
-    licences = {location: licence_of(source.path) for location, source in opened.items()}
+    licences = {config.model.base: licence_of(prepared.opened.base.path)}
+    licences |= {location: licence_of(prepared.opened.experts[n].path) for n, location in config.experts.items()}
     try:
         text = mergekit_out.dump(outcome.winner.recipe, locations, prepared.opened.base.names(), dtype)
     except mergekit_out.Inexpressible as why:

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import yaml
 
-from evolver.card import model_card
+from evolver.card import licence_of, model_card
 from evolver.config import Config
 from evolver.evaluation.comparison import compare, interval
 from evolver.evaluation.metrics import JUDGED, Metric, perplexity
@@ -256,3 +257,35 @@ def test_the_card_names_the_parents_and_the_verdict():
     card = model_card(done, "mergekit cannot: why.", {})
     assert card.startswith("---\nbase_model:\n- base\n- folder/a\n- folder/b\n")
     assert verdict(done) in card
+
+
+def test_the_card_says_to_the_hub_what_the_model_is():
+    done = outcome([1.0] * 30, [1.0] * 20 + [0.0] * 10)
+    same = dict.fromkeys(("base", "folder/a", "folder/b"), "apache-2.0")
+    front = yaml.safe_load(model_card(done, "", same).split("---")[1])
+    assert front["license"] == "apache-2.0"
+    assert front["base_model_relation"] == "merge"
+    assert {"merge", "evolver"} == set(front["tags"])
+    (index,) = front["model-index"]
+    (result,) = index["results"]
+    assert result["metrics"] == [{"type": "mean", "value": 1.0}]
+    assert "30 report items" in result["dataset"]["name"]
+    mixed = model_card(done, "", same | {"folder/b": "mit"})
+    assert "license" not in yaml.safe_load(mixed.split("---")[1])
+    assert "- b: `folder/b`, mit" in mixed
+
+
+@pytest.mark.parametrize(
+    ("text", "licence"),
+    [
+        ("---\nlicense: mit\n---\n# A", "mit"),
+        ("---\nlicense: [a, b]\n---\n", None),
+        ("---\n: : :\n---\n", None),
+        ("# No front matter", None),
+        (None, None),
+    ],
+)
+def test_a_licence_is_what_the_parent_s_own_card_says(tmp_path, text, licence):
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    assert licence_of(tmp_path) == licence
