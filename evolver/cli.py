@@ -168,6 +168,18 @@ def export(
 
 
 @app.command()
+def evaluate(
+    config: Annotated[Path, typer.Argument(help="the configuration whose tasks are meant")],
+    models: Annotated[list[str], typer.Argument(help="folders, hub ids or URIs of models")],
+    dev: Annotated[bool, typer.Option(help="on the dev items instead of the report items")] = False,
+) -> None:
+    """Score models on the tasks of a configuration."""
+    from evolver.evaluate import evaluate as scores
+
+    typer.echo(scores(str(config), models, "dev" if dev else "report"))
+
+
+@app.command()
 def searches(name: Annotated[str | None, typer.Argument(help="one search, in full")] = None) -> None:
     """List the searches and their settings."""
     from evolver.errors import nearest

@@ -153,14 +153,14 @@ def _headline(task: str, scale: Scale) -> str:
 
 def _row(finalist: Finalist, outcome: Outcome, flawed: Sequence[str]) -> list[str]:
     name, scale = f"**{finalist.label}**" if finalist.label == "winner" else finalist.label, outcome.scales["report"]
-    dev = _number(finalist.dev.score, outcome.scales["dev"])
+    dev = number(finalist.dev.score, outcome.scales["dev"])
     if finalist.report.score is None:
         return [name, dev, f"failed: {finalist.report.reason}", "", *["" for _ in (*scale.weights, *flawed)]]
     low, high = interval(finalist.report.items, scale, outcome.config.seed)
     tasks = [_of_task(finalist.report.tasks.get(t), scale.metrics[t]) for t in scale.weights]
     flaws = [f"{100 * finalist.report.counts.get(f, 0.0) / len(scale.tasks):.1f}" for f in flawed]
-    between = f"{_number(low, scale)} – {_number(high, scale)}"
-    return [name, dev, _number(finalist.report.score, scale), between, *tasks, *flaws]
+    between = f"{number(low, scale)} – {number(high, scale)}"
+    return [name, dev, number(finalist.report.score, scale), between, *tasks, *flaws]
 
 
 def _against_others(outcome: Outcome) -> str:
@@ -296,7 +296,7 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def _number(value: float | None, scale: Scale) -> str:
+def number(value: float | None, scale: Scale) -> str:
     """A score: in percent where all metrics are shares."""
     if value is None:
         return "–"

@@ -175,6 +175,18 @@ def test_a_delta_and_the_base_are_the_model(run, models, tmp_path):
         assert (base[name] + delta.get(name, 0)).allclose(tensor, rtol=0, atol=1e-6)
 
 
+def test_models_are_scored_as_in_the_final(run, file, models):
+    done = evolver("evaluate", file, run / "best", models / "a")
+    assert (done.returncode, done.stderr) == (0, "")
+    summary = json.loads((run / "summary.json").read_text())
+    best, a = done.stdout.splitlines()[2:]
+    assert f"| {run / 'best'} | {100 * summary['report']['winner']:.1f} |" in best
+    assert f"| {models / 'a'} | {100 * summary['report']['a']:.1f} |" in a
+    done = evolver("evaluate", file, run / "best", "--dev")
+    assert f"| {100 * summary['winner']['dev']:.1f} |" in done.stdout
+    assert evolver("evaluate", file, run / "gone").returncode == 2
+
+
 def test_searches_are_listed():
     said = evolver("searches").stdout
     assert all(name in said for name in SEARCHES)

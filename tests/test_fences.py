@@ -22,6 +22,7 @@ FENCES = {
         "evolver.merge",
         "evolver.cli",
         "evolver.doctor",
+        "evolver.evaluate",
         "evolver.training",
     ),
     "safetensors": ("evolver.merging", "evolver.training"),
