@@ -168,6 +168,24 @@ def export(
 
 
 @app.command()
+def study(
+    folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
+    out: Annotated[Path, typer.Argument(help="SQLite file to write")],
+) -> None:
+    """Write a coefficient search as an Optuna study: optuna-dashboard sqlite:///OUT shows it."""
+    from evolver.history import read_history
+    from evolver.run import prepare_run
+    from evolver.search.study import write_study
+    from evolver.storage import storage_at
+
+    run = storage_at(folder)
+    found = {(c.number, c.recipe.id): r for c, r in read_history(run).stages["search"]}
+    prepared = prepare_run(run)
+    count = write_study(prepared.search, lambda c: found.get((c.number, c.recipe.id)), prepared.config.run, out)
+    typer.echo(f"{out}: {count} trials; optuna-dashboard sqlite:///{out} shows them")
+
+
+@app.command()
 def evaluate(
     config: Annotated[Path, typer.Argument(help="the configuration whose tasks are meant")],
     models: Annotated[list[str], typer.Argument(help="folders, hub ids or URIs of models")],

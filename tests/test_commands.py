@@ -187,6 +187,24 @@ def test_models_are_scored_as_in_the_final(run, file, models):
     assert evolver("evaluate", file, run / "gone").returncode == 2
 
 
+def test_a_coefficient_search_is_a_study_of_optuna_s(make_config, run, tmp_path):
+    import optuna
+
+    search = {"algorithm": "tpe", "startup": 4, "layer_groups": 2}
+    folder = toys.run_here(make_config(tmp_path, {"search": search, "budget.candidates": 10}), tmp_path)
+    done = evolver("study", folder, tmp_path / "study.db")
+    assert (done.returncode, done.stderr) == (0, "")
+    study = optuna.load_study(study_name="toy", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    scores = [row["score"] for (stage, _), row in sorted(toys.rows(folder).items()) if stage == "search"]
+    assert [t.value for t in study.trials] == scores
+    assert study.best_value == read_history(storage_at(folder)).best[1].score
+    assert any("lambda" in name for name in study.best_params)
+    assert set(optuna.importance.get_param_importances(study)) == set(study.best_params)
+    refused = evolver("study", run, tmp_path / "other.db")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "only searches of coefficients" in refused.stderr
+
+
 def test_searches_are_listed():
     said = evolver("searches").stdout
     assert all(name in said for name in SEARCHES)
