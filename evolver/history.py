@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -81,37 +82,58 @@ def write_about(
     folder.write(ABOUT, json.dumps(about).encode())
 
 
-def read_history(folder: Storage) -> History:
+Row = tuple[str, float, Candidate, Result | None]  # event, time, candidate, result
+Kept = dict[str, list[Row]]
+
+
+def read_history(folder: Storage, kept: Kept | None = None) -> History:
     """Read a run's folder, also while the run goes.
 
-    Raises BadInput where it is none.
+    Args:
+        kept: what earlier calls have read of the ledger, by part; it is brought up to date. None: all is read.
+
+    Raises BadInput where the folder is none of a run.
     """
     try:
         raw = yaml.load(folder.read("config.yaml"), Loader=Loader)
         about = json.loads(folder.read(ABOUT))
+        scales: dict[Split, Scale] = {s: Scale.from_form(form) for s, form in about["scales"].items()}
     except FileNotFoundError:
         raise BadInput(f"{folder.location}: there is no run; give the folder of one, such as results/demo.") from None
+    except (ValueError, KeyError) as error:
+        raise BadInput(f"{folder.location}/{ABOUT}: cannot be read ({error!r}); call the run again.") from error
     config = check_section(Config, raw, f"{folder.location}/config.yaml")
+    kept = {} if kept is None else kept
+    parts = ledger.read_parts(folder.folder("ledger"), kept)
+    fresh = {name: kept[name] if table is None else _rows(table) for name, table in parts.items()}
+    kept.clear()
+    kept.update(fresh)
     stages: dict[Stage, dict[int, tuple[Candidate, Result]]] = {"baseline": {}, "search": {}, "report": {}}
     flying: dict[tuple[str, int], Candidate] = {}
     guessed: list[Result] = []
     last = 0.0
-    for row in ledger.read(folder.folder("ledger")).to_pylist(maps_as_pydicts="strict"):
-        candidate = ledger.candidate_of(row)
-        if row["event"] == "asked":
+    for event, when, candidate, result in itertools.chain.from_iterable(fresh.values()):
+        if result is None:
             flying[candidate.stage, candidate.number] = candidate
-        elif row["event"] == "guessed":
-            guessed.append(ledger.result_of(row))
+        elif event == "guessed":
+            guessed.append(result)
         else:
             flying.pop((candidate.stage, candidate.number), None)
-            last = max(last, row["time"].timestamp())
-            stages[candidate.stage][candidate.number] = candidate, ledger.result_of(row)
+            stages[candidate.stage][candidate.number] = candidate, result
+            last = max(last, when)
     ordered = {stage: tuple(found[n] for n in sorted(found)) for stage, found in stages.items()}
-    scales: dict[Split, Scale] = {s: Scale.from_form(form) for s, form in about["scales"].items()}
     return History(
         config, scales, about["versions"], tuple(about["warnings"]), ordered, tuple(flying.values()), tuple(guessed),
         last,
     )  # fmt: skip
+
+
+def _rows(table: Any) -> list[Row]:
+    return [
+        (row["event"], row["time"].timestamp(), ledger.candidate_of(row),
+         None if row["event"] == "asked" else ledger.result_of(row))
+        for row in table.to_pylist(maps_as_pydicts="strict")
+    ]  # fmt: skip
 
 
 def runs_in(root: Storage) -> list[str]:

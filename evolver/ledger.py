@@ -13,7 +13,7 @@ import contextlib
 import io
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -238,6 +238,12 @@ class Ledger:
 
 def read(storage: Storage) -> pa.Table:
     """All rows of a ledger, for reports; a run may be writing meanwhile."""
+    tables = read_parts(storage)
+    return pa.concat_tables([t for t in tables.values() if t is not None]) if tables else SCHEMA.empty_table()
+
+
+def read_parts(storage: Storage, known: Collection[str] = ()) -> dict[str, pa.Table | None]:
+    """The parts of a ledger in their order, by name; None for those that are known and were not read again."""
     while True:
         parts = sorted((int(m[1]), -int(m[2] or m[1]), n) for n in storage.names() if (m := PART.fullmatch(n)))
         names, end = [], -1
@@ -245,9 +251,10 @@ def read(storage: Storage) -> pa.Table:
             if -negative_end > end:
                 names.append(name)
                 end = -negative_end
+        new = [n for n in names if n not in known]
         with contextlib.suppress(FileNotFoundError):  # parts were joined meanwhile: look again
-            tables = [_table(data) for data in read_all(storage, names)]
-            return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+            tables = dict(zip(new, (_table(data) for data in read_all(storage, new)), strict=True))
+            return {n: tables.get(n) for n in names}
 
 
 def write_items(run: Storage, items: Mapping[Split, Sequence[tuple[str, int, str]]]) -> None:

@@ -22,7 +22,7 @@ from starlette.staticfiles import StaticFiles
 
 from evolver.dashboard import views
 from evolver.errors import BadInput
-from evolver.history import History, read_history, runs_in
+from evolver.history import History, Kept, read_history, runs_in
 from evolver.status import Status, holder_of, status_of
 from evolver.storage import Storage
 
@@ -68,6 +68,7 @@ class Runs:
 
     def __init__(self, root: Storage) -> None:
         self.root = root
+        self._parts: dict[str, Kept] = {}
         self._kept: dict[str, tuple[list[str], History]] = {}
 
     def names(self) -> list[str]:
@@ -84,7 +85,7 @@ class Runs:
         parts = [n for n in folder.folder("ledger").names() if n.startswith("part-")]
         kept = self._kept.get(name)
         if kept is None or kept[0] != parts:
-            self._kept[name] = kept = parts, read_history(folder)
+            self._kept[name] = kept = parts, read_history(folder, self._parts.setdefault(name, {}))
         return kept[1]
 
     def status(self, name: str) -> Status:
