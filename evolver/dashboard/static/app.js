@@ -121,7 +121,7 @@ function draw(run) {
   const style = getComputedStyle(document.documentElement);
   const color = (v) => style.getPropertyValue(v).trim();
   const layout = (more) => ({ margin: { l: 50, r: 15, t: 10, b: 45 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    font: { color: color("--text") }, legend: { orientation: "h", y: -0.25 }, xaxis: { gridcolor: color("--line") },
+    font: { color: color("--text") }, legend: { orientation: "h", y: innerWidth < 600 ? -0.45 : -0.25 }, xaxis: { gridcolor: color("--line") },
     yaxis: { gridcolor: color("--line") }, ...more });
   const config = { displaylogo: false, responsive: true };
   const put = (id, data, more) => document.getElementById(id) && Plotly.react(id, data, layout(more), config);
