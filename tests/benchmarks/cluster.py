@@ -308,7 +308,7 @@ def same_winner(folder: Path) -> Iterator[Row]:
         ray.shutdown()
     equal = all(one == found[0] for one in found)
     yield [
-        "same winner, candidates and scores with 1, 2 and 8 workers, exact",
+        "winner, candidates and scores with 1, 2 and 8 workers, exact mode",
         "identical" if equal else "DIFFER",
         "identical",
     ]
@@ -412,9 +412,10 @@ HEAD = """# On a cluster
 simulation in virtual time under the real pool, loop and ledger; evaluation times are log-normal with σ = 0.5.
 """
 TAIL = """Driver time is wall time of ask, pack, submit, unpack, both synced writes of the ledger and tell, without what
-the simulation itself takes. In order, a candidate waits until all but the last `in_flight` before it are learnt, so
-that a slow one holds up the others: `order: arrival` is for many uneven workers, `order: exact` for one run at any
-number of them.
+the simulation itself takes; that by which TPE's is above Evolver's is Optuna's own sampling. In order, a candidate
+waits until all but the last `in_flight` before it are learnt, so that a slow one holds up the others: `order: arrival`
+is for many uneven workers, `order: exact` for one run at any number of them. The actors that sleep share two cores with
+their driver. A recipe takes 12 bytes a crossover: after some 800 acceptances it outgrows 10 KiB.
 """
 
 if __name__ == "__main__":
