@@ -119,7 +119,6 @@ class RayCrew:
         """Workers on nodes that cannot be reached any more."""
         found = [w for w, where in self._where.items() if self._pulse.lost(where["node"])]
         for worker in found:
-            del self._where[worker]
             self.dismiss(worker)  # should its node come back
         return [Gone(worker, "its node cannot be reached", lost=True) for worker in found]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from cluster.crew import Answer, Crew, Event, Gone, RayCrew, Ready, check_resources, nodes_of_cluster, resources_of
@@ -43,8 +42,8 @@ class CrewPool:
     Raises BadInput where no worker can be built, or none is ready in time.
     """
 
-    def __init__(self, crew: Crew, settings: PoolSettings, say: Callable[[str], None] = lambda line: None) -> None:
-        self._crew, self._settings, self._say = crew, settings, say
+    def __init__(self, crew: Crew, settings: PoolSettings) -> None:
+        self._crew, self._settings = crew, settings
         self.bytes_sent = self.bytes_received = self.messages = 0
         self._coming: set[int] = set()
         self._idle: list[int] = []
@@ -117,19 +116,22 @@ class CrewPool:
             return
         flight = replace(flight, deaths=flight.deaths + (not event.lost), losses=flight.losses + event.lost)
         if flight.losses > LOSSES:
-            self._fail(flight.candidate, f"its node was lost ({event.reason}); tried on {flight.losses} nodes")
+            self._landed.append(
+                Result.failed(flight.candidate, f"its node was lost ({event.reason}); tried on {flight.losses} nodes")
+            )
         elif flight.deaths <= self._settings.retries:
-            self._say(f"a worker died ({event.reason}); its candidate goes to another one")
             self._queue.appendleft(flight)
         else:
-            self._fail(flight.candidate, f"its worker died ({event.reason}); tried {flight.deaths} times")
+            self._landed.append(
+                Result.failed(flight.candidate, f"its worker died ({event.reason}); tried {flight.deaths} times")
+            )
 
     def _stop_late(self) -> None:
         limit = self._settings.timeout_s
         late = [w for w, f in self._busy.items() if limit is not None and self._crew.now() - f.since > limit]
         for worker in late:
             self._crew.dismiss(worker)
-            self._fail(self._busy.pop(worker).candidate, f"timed out after {limit:g} s")
+            self._landed.append(Result.failed(self._busy.pop(worker).candidate, f"timed out after {limit:g} s"))
         if late:
             self._staff()
 
@@ -145,11 +147,6 @@ class CrewPool:
         """Hire up to the full number; those that find no place wait for one, which is what makes clusters grow."""
         while len(self._coming) + len(self._idle) + len(self._busy) < self._settings.num_workers:
             self._coming.add(self._crew.hire())
-
-    def _fail(self, candidate: Candidate, reason: str) -> None:
-        self._landed.append(
-            Result(candidate.number, candidate.recipe.id, "failed", reason=reason, stage=candidate.stage)
-        )
 
 
 def on_ray(plan: Plan, split: Split) -> CrewPool:

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from evolver.config import NAME, Config, Loader, Section, check_section
+from evolver.config import NAME, Config, Section, check_section, read_mapping
 from evolver.errors import BadInput
 from evolver.records import content_hash
 from evolver.report import markdown_table
@@ -60,8 +60,8 @@ def load_sweep(file: Path) -> Sweep:
 
     Raises BadInput that names file and key.
     """
-    settings = check_section(SweepSettings, _read(file), str(file))
-    base = _read(file.parent / settings.config)
+    settings = check_section(SweepSettings, read_mapping(file, SweepSettings.model_fields), str(file))
+    base = read_mapping(file.parent / settings.config, Config.model_fields)
     for key, listed in settings.vary.items():
         if not listed:
             raise BadInput(f"{file}: vary.{key}: there are no values; list some.")
@@ -212,13 +212,3 @@ def _values(values: Mapping[str, Any]) -> list[str]:
 
 def _said(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{k} {v}" for k, v in zip(values, _values(values), strict=True))
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        raw = yaml.load(file.read_text(), Loader=Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadInput(f"{file}: cannot be read ({' '.join(str(error).split())}); give a YAML file.") from error
-    if not isinstance(raw, dict):
-        raise BadInput(f"{file}: must be a mapping.")
-    return raw

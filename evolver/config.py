@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -273,6 +273,14 @@ def load(path: str | Path) -> Config:
 
     Raises BadInput for an unreadable file, an unknown key (naming the nearest known one) or a wrong type.
     """
+    return check_section(Config, read_mapping(path, Config.model_fields), str(path))
+
+
+def read_mapping(path: str | Path, keys: Iterable[str]) -> dict[str, Any]:
+    """The mapping in a YAML file; ``keys`` are those that it may have, for the message.
+
+    Raises BadInput for an unreadable file, or one that holds no mapping.
+    """
     try:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -282,8 +290,8 @@ def load(path: str | Path) -> Config:
     except yaml.YAMLError as error:
         raise BadInput(f"{path}: not valid YAML: {' '.join(str(error).split())}; mend the file.") from error
     if not isinstance(raw, dict):
-        raise BadInput(f"{path}: the configuration must be a mapping with the keys {', '.join(Config.model_fields)}.")
-    return check_section(Config, raw, str(path))
+        raise BadInput(f"{path}: the configuration must be a mapping with the keys {', '.join(keys)}.")
+    return raw
 
 
 def renamed(config: Config, run: str) -> Config:

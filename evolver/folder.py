@@ -16,15 +16,23 @@ from evolver.storage import Storage
 IDENTITY = "identity.json"
 
 
+def file_of_run(folder: Storage, name: str) -> str:
+    """A file that every run's folder holds.
+
+    Raises BadInput where the folder holds no run.
+    """
+    try:
+        return folder.read(name).decode()
+    except FileNotFoundError:
+        raise BadInput(f"{folder.location}: there is no run; give the folder of one, such as results/demo.") from None
+
+
 def extended(folder: Storage, candidates: int | None, items: int | None) -> str:
     """The configuration that a run was called with last, with another budget where one is given.
 
     Raises BadInput where the folder holds no run.
     """
-    try:
-        text = folder.read("config.yaml").decode()
-    except FileNotFoundError:
-        raise BadInput(f"{folder.location}: there is no run; give the folder of one, such as results/demo.") from None
+    text = file_of_run(folder, "config.yaml")
     given = {k: v for k, v in {"candidates": candidates, "items": items}.items() if v is not None}
     if not given:
         return text

@@ -15,6 +15,7 @@ from evolver import ledger
 from evolver.config import Config, Loader, check_section
 from evolver.errors import BadInput
 from evolver.evaluation.scoring import Scale
+from evolver.folder import file_of_run
 from evolver.outcome import Finalist, Outcome
 from evolver.records import Candidate, Result, Split, Stage
 from evolver.storage import Storage
@@ -94,12 +95,11 @@ def read_history(folder: Storage, kept: Kept | None = None) -> History:
 
     Raises BadInput where the folder is none of a run.
     """
+    raw = yaml.load(file_of_run(folder, "config.yaml"), Loader=Loader)
+    text = file_of_run(folder, ABOUT)
     try:
-        raw = yaml.load(folder.read("config.yaml"), Loader=Loader)
-        about = json.loads(folder.read(ABOUT))
+        about = json.loads(text)
         scales: dict[Split, Scale] = {s: Scale.from_form(form) for s, form in about["scales"].items()}
-    except FileNotFoundError:
-        raise BadInput(f"{folder.location}: there is no run; give the folder of one, such as results/demo.") from None
     except (ValueError, KeyError) as error:
         raise BadInput(f"{folder.location}/{ABOUT}: cannot be read ({error!r}); call the run again.") from error
     config = check_section(Config, raw, f"{folder.location}/config.yaml")

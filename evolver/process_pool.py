@@ -48,14 +48,14 @@ class ProcessPool:
                 pipe.send_bytes(pack_candidate(candidate))
                 if not pipe.poll(settings.timeout_s):
                     self._kill()
-                    return [_failed(candidate, f"timed out after {settings.timeout_s:g} s")]
+                    return [Result.failed(candidate, f"timed out after {settings.timeout_s:g} s")]
                 return [unpack_result(pipe.recv_bytes())]
             except (EOFError, OSError):  # the process is gone
                 reason = f"its worker died ({self._kill()}); tried {attempt + 1} times"
             except BaseException:  # somebody stops the run: nobody waits for this answer any more
                 self._kill()
                 raise
-        return [_failed(candidate, reason)]
+        return [Result.failed(candidate, reason)]
 
     def close(self) -> None:
         if self._pipe is not None:
@@ -121,7 +121,3 @@ def _end_with_driver() -> None:
     if driver is not None:
         wait([driver.sentinel])
         os._exit(1)
-
-
-def _failed(candidate: Candidate, reason: str) -> Result:
-    return Result(candidate.number, candidate.recipe.id, "failed", reason=reason, stage=candidate.stage)

@@ -346,6 +346,11 @@ class Result:
     stage: Stage = "search"
     rank: int | None = field(default=None, compare=False)
 
+    @staticmethod
+    def failed(candidate: Candidate, reason: str, **more: Any) -> Result:
+        """A result without a score, and why; ``more`` are further fields."""
+        return Result(candidate.number, candidate.recipe.id, "failed", reason=reason, stage=candidate.stage, **more)
+
     @property
     def cost(self) -> int:
         """Items that were scored for this result."""

@@ -22,7 +22,7 @@ from evolver.estimates import Estimates, first_unjudged
 from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.export import export, write_heads
 from evolver.flights import Pool
-from evolver.folder import RunFolder
+from evolver.folder import RunFolder, file_of_run
 from evolver.history import best_of, write_about
 from evolver.ledger import Ledger, write_items
 from evolver.loop import Guesses, evolve
@@ -108,7 +108,7 @@ def prepare_run(run: Storage) -> Prepared:
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
-        file.write_bytes(run.read("config.yaml"))
+        file.write_text(file_of_run(run, "config.yaml"))
         prepared = prepare(str(file))
     RunFolder(run, prepared.identity)
     return prepared

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 from evolver.config import Config
 from evolver.errors import BadInput
 from evolver.evaluation.base import Scored
-from evolver.evaluation.course import Course
+from evolver.evaluation.course import Course, blocks
 from evolver.evaluation.live import LiveModel, default_device
 from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.export import export
@@ -188,10 +188,7 @@ class Worker:
         except Exception as error:
             seconds["total"] = time.perf_counter() - began
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-            return Result(
-                candidate.number, candidate.recipe.id, "failed", reason=reason, seconds=seconds,
-                worker=self.name, stage=candidate.stage,
-            )  # fmt: skip
+            return Result.failed(candidate, reason, seconds=seconds, worker=self.name)
 
     def close(self) -> None:
         """Let go of servers and of node-local memory."""
@@ -209,7 +206,7 @@ class Worker:
         """Per-item scores, block by block, until the question is answered."""
         course = Course(candidate, self.scale, self.block, self.alpha)
         items, counts = list(candidate.known), Scored().counts
-        for start, stop in course.blocks() if candidate.piece is None else self._blocks(*candidate.piece):
+        for start, stop in course.blocks() if candidate.piece is None else blocks(*candidate.piece, self.block):
             scored = self.scorer.score(start, stop)
             items += scored.items
             counts = {name: counts[name] + value for name, value in scored.counts.items()}
@@ -221,9 +218,6 @@ class Worker:
             candidate.number, candidate.recipe.id, "ok", items=tuple(items), counts=counts, worker=self.name,
             stage=candidate.stage, given=candidate.piece[0],
         )  # fmt: skip
-
-    def _blocks(self, start: int, stop: int) -> list[tuple[int, int]]:
-        return [(first, min(stop, first + self.block)) for first in range(start, stop, self.block)]
 
 
 class LocalPool:

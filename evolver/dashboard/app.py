@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,10 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainT
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from evolver.config import NAME
 from evolver.dashboard import views
 from evolver.errors import BadInput
-from evolver.history import History, Kept, read_history, runs_in
+from evolver.history import ABOUT, History, Kept, read_history, runs_in
 from evolver.status import Status, holder_of, status_of
 from evolver.storage import Storage
 
@@ -76,7 +79,7 @@ class Runs:
 
     def folder(self, name: str) -> Storage:
         """Raises BadInput for a name that is no run's."""
-        if name not in self.names():
+        if not re.fullmatch(NAME, name) or not self.root.folder(name).exists(ABOUT):
             raise BadInput(f"{self.root.location}: there is no run {name}.")
         return self.root.folder(name)
 
@@ -107,7 +110,7 @@ def build(root: Storage, token: str, hosts: frozenset[str] = frozenset({"127.0.0
         return FileResponse(str(files("plotly") / "package_data" / "plotly.min.js"), media_type="text/javascript")
 
     def all_runs(request: Request) -> Response:
-        return JSONResponse([views.overview(runs.status(name)) for name in runs.names()])
+        return JSONResponse([asdict(runs.status(name)) for name in runs.names()])
 
     def one_run(request: Request) -> Response:
         name = request.path_params["name"]

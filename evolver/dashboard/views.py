@@ -21,11 +21,6 @@ ROWS, COLUMNS = 60, 240  # of the heat map
 NODES = 200  # of a lineage
 
 
-def overview(status: Status) -> dict[str, Any]:
-    """A run in the list of all."""
-    return asdict(status)
-
-
 def details(history: History, status: Status) -> dict[str, Any]:
     """A run's own page."""
     search = history.stages["search"]

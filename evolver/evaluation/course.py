@@ -12,6 +12,11 @@ from evolver.evaluation.scoring import Scale
 from evolver.records import Candidate, Result
 
 
+def blocks(start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    """First item and the one after the last, of every block from one place to before another."""
+    return [(first, min(stop, first + size)) for first in range(start, stop, size)]
+
+
 class Course:
     """The course of a candidate's evaluation.
 
@@ -30,7 +35,7 @@ class Course:
         """First item and the one after the last, of every block that may have to be scored."""
         count, limit, size = len(self._scale.tasks), self.candidate.limit, self._block
         stop = count if limit is None else min(count, -(-limit // size) * size)
-        return [(start, min(stop, start + size)) for start in range(len(self.candidate.known), stop, size)]
+        return blocks(len(self.candidate.known), stop, size)
 
     def ended(self, items: Sequence[float]) -> bool:
         """Whether the first items, up to the end of a block, answer the question."""

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, field_validator
 
-from evolver.config import NAME, Budget, Config, Evaluation, Loader, Model, Section, check_section
-from evolver.errors import BadInput
+from evolver.config import NAME, Budget, Config, Evaluation, Model, Section, check_section, read_mapping
 
 
 class Training(Section):
@@ -96,14 +94,7 @@ def load_pool(path: str | Path) -> PoolConfig:
 
     Raises BadInput for an unreadable file, an unknown key or a wrong type.
     """
-    try:
-        raw = yaml.load(Path(path).read_text(), Loader=Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadInput(f"{path}: cannot be read ({' '.join(str(error).split())}); give a YAML file.") from error
-    if not isinstance(raw, dict):
-        raise BadInput(
-            f"{path}: the configuration must be a mapping with the keys {', '.join(PoolConfig.model_fields)}."
-        )
+    raw = read_mapping(path, PoolConfig.model_fields)
     config = check_section(PoolConfig, raw, str(path))
     for name, entry in config.experts.items():
         check_section(Training, {**config.train, **entry.train}, str(path), f"experts.{name}.train.")
