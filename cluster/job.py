@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from cluster.shared import SharedPool
+from evolver.about import Job
 from evolver.config import Pool as PoolSettings
 from evolver.config import load
 from evolver.errors import BadInput
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The driver of a Ray job has no GPU to itself: what it computes, it computes on the CPU.
         device = "cpu" if uses_ray(load(given.config).pool) else default_device()
         name = given.run or submission_id()
-        run(given.config, results_at(given.results), make_pool, shown, device, name)
+        run(given.config, results_at(given.results), make_pool, shown, device, name, this_job())
         return 0
     except BadInput as error:
         shown.close()
@@ -115,9 +116,14 @@ def in_ray_job() -> bool:
 
 def submission_id() -> str | None:
     """The id of this Ray job, where somebody chose one: jobs of one id are one run."""
-    job = json.loads(os.environ.get(RAY_JOB, "{}"))
-    found: str = job.get("metadata", {}).get("job_submission_id", "")
-    return None if not found or found.startswith(DRAWN_BY_RAY) else found
+    job = this_job()
+    return None if job is None or job.id.startswith(DRAWN_BY_RAY) else job.id
+
+
+def this_job() -> Job | None:
+    """The Ray job that this process is."""
+    found = json.loads(os.environ.get(RAY_JOB, "{}")).get("metadata", {}).get("job_submission_id")
+    return Job(found, os.environ.get("RAY_ADDRESS", "auto")) if found else None
 
 
 def results_at(given: str | None) -> Storage:

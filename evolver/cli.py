@@ -109,6 +109,7 @@ def dashboard(
 
     import uvicorn
 
+    from cluster.jobs import RayJobs
     from evolver.dashboard.app import build
     from evolver.storage import storage_at
 
@@ -117,7 +118,8 @@ def dashboard(
     address = f"{host}:{listener.getsockname()[1]}"
     typer.echo(f"http://{address}/?token={token}")
     hosts = frozenset({host, "127.0.0.1", "localhost"})
-    server = uvicorn.Server(uvicorn.Config(build(storage_at(results), token, hosts), log_level="warning"))
+    made = build(storage_at(results), token, RayJobs(), hosts)
+    server = uvicorn.Server(uvicorn.Config(made, log_level="warning"))
     server.run(sockets=[listener])
 
 

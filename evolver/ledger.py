@@ -257,6 +257,14 @@ def read_parts(storage: Storage, known: Collection[str] = ()) -> dict[str, pa.Ta
             return {n: tables.get(n) for n in names}
 
 
+def read_part(storage: Storage, name: str) -> pa.Table:
+    """One part of a ledger.
+
+    Raises FileNotFoundError where it is not there any more, as small ones are joined.
+    """
+    return _table(storage.read(name))
+
+
 def write_items(run: Storage, items: Mapping[Split, Sequence[tuple[str, int, str]]]) -> None:
     """Write ``items.parquet`` into a run's folder: of every place of both splits the task, its index in the task's
     data, and the hash of its content. The ledger's answers stand in this order.

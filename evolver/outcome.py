@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from evolver.about import About
 from evolver.config import Config
 from evolver.evaluation.scoring import Scale
 from evolver.records import Candidate, Recipe, Result, Split
@@ -28,14 +29,19 @@ class Outcome:
     ``wasted`` are results of candidates that were scored ahead on guesses that proved wrong.
     """
 
-    config: Config
+    about: About
     finalists: tuple[Finalist, ...]
     winning: Candidate
     searched: tuple[tuple[Candidate, Result], ...]
-    scales: Mapping[Split, Scale]
-    versions: Mapping[str, str]
-    warnings: tuple[str, ...] = ()
     wasted: tuple[Result, ...] = ()
+
+    @property
+    def config(self) -> Config:
+        return self.about.config
+
+    @property
+    def scales(self) -> Mapping[Split, Scale]:
+        return self.about.scales
 
     @property
     def winner(self) -> Finalist:

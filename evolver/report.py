@@ -70,7 +70,7 @@ def write_report(folder: Storage, outcome: Outcome, agreement: Mapping[str, int]
     sections = [
         f"# {outcome.config.run}",
         f"**{verdict(outcome)}**",
-        "\n\n".join(f"> Warning: {w}." for w in outcome.warnings),
+        "\n\n".join(f"> Warning: {w}." for w in outcome.about.warnings),
         table_of(outcome),
         _against_others(outcome),
         "![best dev score against scored items](curve.png)",
@@ -190,19 +190,17 @@ def _winner_section(outcome: Outcome, agreement: Mapping[str, int]) -> str:
 
 def _lineage(recipe: Recipe) -> str:
     """Everything that the winner is made of, down to the experts; what is used stands above what uses it."""
-    rows = [[f"`{node.id[:8]}`", *_made(node)] for node in ancestors(recipe)]
+    rows = [[f"`{n.id[:8]}`", made(n), ", ".join(f"`{i.id[:8]}`" for i in n.inputs)] for n in ancestors(recipe)]
     return "## Its lineage\n\n" + markdown_table(["model", "made by", "of"], rows)
 
 
-def _made(node: Recipe) -> tuple[str, str]:
-    of = ", ".join(f"`{i.id[:8]}`" for i in node.inputs)
+def made(node: Recipe) -> str:
+    """How a node of a recipe came to be, in words."""
     if isinstance(node, Expert):
-        return "given", node.name
+        return f"given as {node.name}"
     if isinstance(node, Cross):
-        return f"crossover ({node.strategy}, F {node.F:g}, Cr {node.Cr:g}, seed {node.seed})", of
-    if isinstance(node, Merge):
-        return f"merge ({node.method})", of
-    return "layers put together", of
+        return f"crossover ({node.strategy}, F {node.F:g}, Cr {node.Cr:g}, seed {node.seed})"
+    return f"merge ({node.method})" if isinstance(node, Merge) else "layers put together"
 
 
 def _cost(outcome: Outcome) -> str:
@@ -273,7 +271,7 @@ def _failures(outcome: Outcome) -> str:
 
 
 def _provenance(outcome: Outcome) -> str:
-    versions = ", ".join(f"{k} {v}" for k, v in outcome.versions.items())
+    versions = ", ".join(f"{k} {v}" for k, v in outcome.about.versions.items())
     same = (
         "The same configuration gives the same candidates and the same winner, with one worker or many, interrupted or "
         "not; in bfloat16 on a CPU this holds on processors that compute alike."

@@ -8,13 +8,14 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from evolver.about import About, Job, write_about
 from evolver.card import licence_of, model_card
 from evolver.config import FREE_KEYS, Config, check_section, expand, load, renamed
 from evolver.errors import BadInput, nearest
@@ -23,14 +24,14 @@ from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.export import export, write_heads
 from evolver.flights import Pool
 from evolver.folder import RunFolder, file_of_run
-from evolver.history import best_of, write_about
+from evolver.history import History, history_of
 from evolver.ledger import Ledger, write_items
 from evolver.loop import Guesses, evolve
 from evolver.merging import mergekit_out, methods
 from evolver.merging.genome import Genome, genome
 from evolver.merging.placed import fixed_rules
 from evolver.merging.weights import Checkpoint, doubts
-from evolver.outcome import Finalist, Outcome
+from evolver.outcome import Outcome
 from evolver.progress import Display
 from evolver.records import Candidate, Expert, Merge, Recipe, Result, Rule, Split, dump_recipe
 from evolver.report import verdict, write_report
@@ -135,7 +136,8 @@ def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
 
 
 def run(
-    file: str, results: Storage, make_pool: PoolMaker, display: Display, device: str, name: str | None = None
+    file: str, results: Storage, make_pool: PoolMaker, display: Display, device: str, name: str | None = None,
+    job: Job | None = None,
 ) -> Storage:  # fmt: skip
     """Run a configuration, or the rest of it, and return the run's folder.
 
@@ -146,6 +148,7 @@ def run(
         display: where to tell how it goes.
         device: on which the exported winner is checked.
         name: of the run, instead of the configuration's.
+        job: the Ray job that this is, if it is one.
 
     Raises BadInput for anything that the user has to mend.
     """
@@ -161,12 +164,12 @@ def run(
         write_items(
             folder.storage, {s: [(i.task, i.index, i.hash) for i in prepared.tasks.items.of(s)] for s in SPLITS}
         )
-        warnings = (*prepared.warnings, *prepared.tasks.warnings)
-        write_about(folder.storage, {s: prepared.tasks.scale(s) for s in SPLITS}, _versions(), warnings)
+        about = _about(prepared, folder, job)
+        write_about(folder.storage, about)
         with contextlib.closing(Ledger(folder.storage.folder("ledger"), folder.owner, display.say)) as ledger:
-            for warning in (*warnings, *ledger.warnings):
+            for warning in (*about.warnings, *ledger.warnings):
                 display.say(f"warning: {warning}")
-            outcome = _stages(prepared, ledger, pool, make_pool, display)
+            outcome = _stages(prepared, about, ledger, pool, make_pool, display)
             _finish(prepared, folder, outcome, display, device)
     except OSError as error:
         raise BadInput(
@@ -178,12 +181,20 @@ def run(
     return folder.storage
 
 
-def _stages(prepared: Prepared, ledger: Ledger, pool: Pool, make_pool: PoolMaker, display: Display) -> Outcome:
+def _about(prepared: Prepared, folder: RunFolder, job: Job | None) -> About:
+    scales = {split: prepared.tasks.scale(split) for split in SPLITS}
+    warnings = (*prepared.warnings, *prepared.tasks.warnings)
+    return About(prepared.config, scales, _versions(), warnings, job and replace(job, location=folder.location))
+
+
+def _stages(
+    prepared: Prepared, about: About, ledger: Ledger, pool: Pool, make_pool: PoolMaker, display: Display
+) -> Outcome:  # fmt: skip
     """Baselines, search, and the finalists on the report set."""
-    history: list[tuple[Candidate, Result]] = []
+    pairs: list[tuple[Candidate, Result]] = []
 
     def watch(candidate: Candidate, result: Result) -> None:
-        history.append((candidate, result))
+        pairs.append((candidate, result))
         display.result(candidate, result)
 
     plain = Listed(_baselines(prepared), "baseline")
@@ -194,24 +205,21 @@ def _stages(prepared: Prepared, ledger: Ledger, pool: Pool, make_pool: PoolMaker
     display.stage("search", prepared.search.total)
     evolve(prepared.search, pool, ledger, watch, _guesses(prepared))
     pool.close()  # its resources are the next one's
-    winner = _winner(history)
+    winner = _winner(history_of(about, pairs))
     finalists = _finalists(prepared, plain, winner)
     # Each winner has a number of its own: a raised budget may bring another one.
     fixed = len(finalists) - 1
-    numbers = [*range(fixed), fixed + winner[0].number]
-    listed = Listed([(label, recipe) for label, recipe, _ in finalists], "report", numbers)
+    listed = Listed(finalists, "report", [*range(fixed), fixed + winner.number])
     pool = make_pool(prepared.plan, "report", prepared.tasks)
     try:
         display.stage("report", listed.total)
         evolve(listed, pool, ledger, watch)
     finally:
         pool.close()
-    rows = tuple(Finalist(label, recipe, dev, listed.results[label]) for label, recipe, dev in finalists)
-    searched = tuple(sorted(((c, r) for c, r in history if c.stage == "search"), key=lambda pair: pair[0].number))
-    scales = {s: prepared.tasks.scale(s) for s in SPLITS}
-    warnings = (*prepared.warnings, *prepared.tasks.warnings)
-    wasted = tuple(r for r in ledger.wasted() if r.stage == "search")
-    return Outcome(prepared.config, rows, winner[0], searched, scales, _versions(), warnings, wasted)
+    outcome = history_of(about, pairs, ledger.wasted()).outcome()
+    if outcome is None:
+        raise RuntimeError("all finalists are scored and there is no outcome")
+    return outcome
 
 
 def _guesses(prepared: Prepared) -> Guesses | None:
@@ -330,23 +338,20 @@ def _baselines(prepared: Prepared) -> list[tuple[str, Recipe]]:
     return out
 
 
-def _winner(history: Sequence[tuple[Candidate, Result]]) -> tuple[Candidate, Result]:
-    """The candidate of the search with the highest dev score, the earliest of equals."""
-    best = best_of(tuple((c, r) for c, r in history if c.stage == "search"))
-    if best is None:
-        reasons = sorted({r.reason for _, r in history if r.status == "failed"})
+def _winner(history: History) -> Candidate:
+    """The best candidate of the search on the dev set."""
+    if history.best is None:
+        reasons = sorted({r.reason for _, r in history.stages["search"] if r.status == "failed"})
         raise BadInput(f"search: no candidate could be scored ({reasons[0] if reasons else 'none was proposed'}).")
-    return best
+    return history.best[0]
 
 
-def _finalists(prepared: Prepared, plain: Listed, winner: tuple[Candidate, Result]) -> list[tuple[str, Recipe, Result]]:
-    """What is scored on the report set: winner, base, every expert, average, and task arithmetic as tuned on dev."""
+def _finalists(prepared: Prepared, plain: Listed, winner: Candidate) -> list[tuple[str, Recipe]]:
+    """What is scored on the report set: base, every expert, average, task arithmetic as tuned on dev, the winner."""
     recipes = dict(_baselines(prepared))
     tuned = [n for n in recipes if n.startswith("task_arithmetic@")]
-    best = max(tuned, key=lambda n: plain.results[n].score or -math.inf)
-    names = [n for n in recipes if n not in tuned or n == best]
-    rows = [(n, recipes[n], plain.results[n]) for n in names]
-    return [*rows, ("winner", winner[0].recipe, winner[1])]
+    best = max(tuned, key=lambda n: -math.inf if (score := plain.results[n].score) is None else score)
+    return [*((n, r) for n, r in recipes.items() if n not in tuned or n == best), ("winner", winner.recipe)]
 
 
 def _versions() -> dict[str, str]:

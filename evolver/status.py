@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from evolver.about import Job, runs_in
 from evolver.errors import BadInput
-from evolver.history import History, read_history, runs_in
+from evolver.overview import Overview
 from evolver.storage import Storage
 from evolver.storage.lease import FILE, LEASE_SECONDS
 
@@ -40,39 +42,47 @@ class Status:
     verdict: str = ""
 
 
-def status_of(folder: Storage, name: str, history: History | None = None) -> Status:
-    """The status of the run in a folder."""
-    try:
-        history = history or read_history(folder)
-    except BadInput as error:
-        return Status(name, "unreadable", verdict=str(error))
-    search, experts = history.stages["search"], dict.fromkeys(history.config.experts)
-    plain = [r.score for c, r in history.stages["baseline"] if c.label in experts and r.score is not None]
-    held = holder_of(folder.folder("ledger"))
-    holder = f"process {held['pid']} on {held['host']}" if held else ""
-    summary = json.loads(folder.read("summary.json")) if folder.exists("summary.json") else {}
-    budget = history.config.budget
+def status_of(run: Overview, name: str) -> Status:
+    """The status of a run as it was when it was looked at last."""
+    search, plain, config = run.rows("search"), run.rows("baseline"), run.about.config
+    scores = search.numbers("score")
+    expert = [s for label, s in zip(plain.texts("label"), plain.numbers("score"), strict=True)
+              if label in config.experts and s == s]  # fmt: skip
+    summary = json.loads(run.folder.read("summary.json")) if run.folder.exists("summary.json") else {}
+    held = holder_of(run.folder.folder("ledger"))
     # A run that was called again with a larger budget has an end behind it, and is not done.
-    done = summary.get("budget") == budget.model_dump() and summary["candidates"] == len(search)
+    done = summary.get("budget") == config.budget.model_dump() and summary["candidates"] == len(search)
     return Status(
         name,
-        "running" if holder else "done" if done else "stopped",
-        str(history.config.search["algorithm"]),
-        history.best[1].score if history.best else None,
-        max(plain, default=None),
-        (len(search), sum(r.cost for _, r in search)),
-        (budget.candidates, budget.items),
-        sum(r.status == "failed" for _, r in search),
-        len({r.worker for _, r in search if r.worker}),
-        time.time() - history.last if history.last else None,
-        holder,
+        "running" if held else "done" if done else "stopped",
+        str(config.search["algorithm"]),
+        None if search.best is None else float(scores[search.best]),
+        max(expert, default=None),
+        (len(search), int(search.numbers("cost").sum())),
+        (config.budget.candidates, config.budget.items),
+        search.texts("status").count("failed"),
+        len(set(search.texts("worker")) - {""}),
+        time.time() - run.last if run.last else None,
+        _holder(held, run.about.job),
         str(summary.get("verdict", "")),
     )
 
 
 def statuses(root: Storage) -> list[Status]:
     """All runs of a folder, by name."""
-    return [status_of(root.folder(name), name) for name in runs_in(root)]
+    found = []
+    for name in runs_in(root):
+        try:
+            found.append(status_of(Overview(root.folder(name)), name))
+        except BadInput as error:
+            found.append(Status(name, "unreadable", verdict=str(error)))
+    return found
+
+
+def _holder(held: Mapping[str, Any] | None, job: Job | None) -> str:
+    if held is None:
+        return ""
+    return f"job {job.id}, on {held['host']}" if job else f"process {held['pid']} on {held['host']}"
 
 
 def holder_of(ledger: Storage) -> dict[str, Any] | None:

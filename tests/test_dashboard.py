@@ -16,6 +16,17 @@ from starlette.testclient import TestClient
 from evolver.dashboard.app import build
 from evolver.storage import storage_at
 
+
+class NoJobs:
+    """The jobs of no cluster."""
+
+    def stop(self, job):
+        raise AssertionError("no run here is a job")
+
+    resume = stop
+
+
+JOBS = NoJobs()
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HERE = "http://127.0.0.1"
 JUDGE = """
@@ -41,7 +52,7 @@ def results(make_config, tmp_path_factory):
 
 
 def client(results, **given):
-    return TestClient(build(storage_at(results), "secret"), base_url=HERE, follow_redirects=False, **given)
+    return TestClient(build(storage_at(results), "secret", JOBS), base_url=HERE, follow_redirects=False, **given)
 
 
 @pytest.fixture
@@ -87,7 +98,8 @@ def test_the_list_and_a_run(inside):
     assert found["tasks"]["tasks"] == ["toy", "pair"]
     assert set(found["plain"]) >= {"base", "a", "b", "c", "average"}
     assert len(found["heat"]["items"][0]) == 40
-    assert {n["made"] for n in found["lineage"]["nodes"]} >= {"a", "b", "c", "merge, task_arithmetic"}
+    assert {n["label"] for n in found["lineage"]["nodes"]} >= {"a", "b", "c", "task_arithmetic"}
+    assert {n["made"] for n in found["lineage"]["nodes"]} >= {"given as a", "merge (task_arithmetic)"}
     assert found["pareto"]["front"]
     assert 0 < found["pareto"]["volume"] <= 1
     assert found["cost"]["workers"].keys() == {"local"}
@@ -105,9 +117,14 @@ def test_the_front_is_of_those_that_nobody_beats(inside):
 
 def test_the_coefficients_of_a_candidate(inside):
     found = inside.get("/api/runs/toy/candidates/3").json()
-    places = {rule["place"] for rule in found["coefficients"]}
-    assert len(places) >= 2
-    assert all(len(rule["values"]["weight"]) == 3 for rule in found["coefficients"] if "weight" in rule["values"])
+    rules, lines = found["settings"]["rules"], {line["name"]: line["values"] for line in found["settings"]["lines"]}
+    assert len({rule["place"] for rule in rules}) >= 2
+    assert found["settings"]["depth"] == 2
+    for rule in rules:
+        first = re.match(r"layers (\d)", rule["place"])
+        for name, value in zip("abc", rule["values"].get("weight", ()), strict=False):
+            if first:
+                assert lines[f"weight of {name}"][int(first[1])] == value
     assert inside.get("/api/runs/toy/candidates/99").status_code == 400
 
 
@@ -139,15 +156,7 @@ def served(tmp_path):
     processes = []
 
     def start(folder):
-        command = [
-            sys.executable,
-            "-c",
-            "from evolver.cli import main; main()",
-            "dashboard",
-            str(folder),
-            "--port",
-            "0",
-        ]
+        command = [sys.executable, "-m", "evolver", "dashboard", str(folder), "--port", "0"]
         process = subprocess.Popen(command, cwd=toys.ROOT, stdout=subprocess.PIPE, text=True)
         processes.append(process)
         return process.stdout.readline().strip()
@@ -252,4 +261,8 @@ def test_a_narrow_screen_and_a_keyboard(results, served, browser, scheme):
     assert (light[0] > light[1]) == (scheme == "light")
     page.click("a[href='#candidate'] >> nth=0")
     page.wait_for_selector("#candidate table")
+    page.wait_for_selector("#layers .main-svg")
     assert wrong == []
+    page.fill("#which", "99")
+    page.click("#show")
+    page.wait_for_selector("#shown .warning")

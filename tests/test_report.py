@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
+from evolver.about import About
 from evolver.card import licence_of, model_card
 from evolver.config import Config
 from evolver.evaluation.comparison import compare, interval
@@ -131,7 +132,7 @@ def outcome(winner, expert, weak=None):
     failed = (Candidate(1, B, "evolver"), Result(1, B.id, "failed", reason="it broke"))
     searched = ((Candidate(0, CHILD, "evolver"), dev), failed)
     scales = {"dev": scale(4), "report": scale(len(winner))}
-    return Outcome(config, finalists, searched[0][0], searched, scales, {"torch": "2"})
+    return Outcome(About(config, scales, {"torch": "2"}), finalists, searched[0][0], searched)
 
 
 def test_a_clear_improvement():
@@ -208,8 +209,9 @@ def test_what_was_not_scored_stands_in_the_report(tmp_path):
     )
     pool = done.config.pool.model_copy(update={"price_per_hour": 36.0, "watts": 500.0})
     config = done.config.model_copy(update={"pool": pool})
+    about = replace(done.about, config=config)
     write_report(
-        storage_at(tmp_path), replace(done, config=config, searched=(*done.searched, *more)), {"items": 4, "equal": 4}
+        storage_at(tmp_path), replace(done, about=about, searched=(*done.searched, *more)), {"items": 4, "equal": 4}
     )
     text = (tmp_path / "report.md").read_text()
     assert "| items scored | 8 |" in text
@@ -239,7 +241,8 @@ def test_perplexities_are_shown_as_the_field_writes_them(tmp_path):
     done = outcome([-2.0] * 30, [-3.0] * 30, [-4.0] * 30)
     again = [replace(f, report=result(list(f.report.items), of)) for f in done.finalists]
     scales = {"dev": scale(4), "report": of}
-    write_report(storage_at(tmp_path), replace(done, finalists=tuple(again), scales=scales), {"items": 4, "equal": 4})
+    about = replace(done.about, scales=scales)
+    write_report(storage_at(tmp_path), replace(done, about=about, finalists=tuple(again)), {"items": 4, "equal": 4})
     text = (tmp_path / "report.md").read_text()
     assert "t (word_perplexity, less is better)" in text
     assert "| **winner** | 50.0 | -7.389 | -7.389 – -7.389 | 7.389 |" in text
@@ -247,7 +250,8 @@ def test_perplexities_are_shown_as_the_field_writes_them(tmp_path):
 
 
 def test_warnings_stand_at_the_top(tmp_path):
-    done = replace(outcome([1.0] * 30, [1.0] * 30), warnings=("the dev items come from a test set",))
+    done = outcome([1.0] * 30, [1.0] * 30)
+    done = replace(done, about=replace(done.about, warnings=("the dev items come from a test set",)))
     write_report(storage_at(tmp_path), done, {"items": 4, "equal": 4})
     assert "> Warning: the dev items come from a test set." in (tmp_path / "report.md").read_text()[:600]
 

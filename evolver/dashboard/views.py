@@ -3,77 +3,84 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from evolver.history import History
-from evolver.records import Candidate, Cross, Expert, Merge, Recipe, Result, ancestors
+from evolver.overview import Numbers, Overview, Places, Rows
+from evolver.records import Expert, Merge, Recipe, ancestors
+from evolver.report import made
 from evolver.search.hypervolume import hypervolume
 from evolver.status import Status
 
 POINTS = 2000  # of a curve
 ROWS, COLUMNS = 60, 240  # of the heat map
 NODES = 200  # of a lineage
+BINS = 120  # of time
+LISTED = 200  # candidates, failures
 
 
-def details(history: History, status: Status) -> dict[str, Any]:
+def details(run: Overview, status: Status) -> dict[str, Any]:
     """A run's own page."""
-    search = history.stages["search"]
+    search, plain = run.rows("search"), run.rows("baseline")
+    best = None if search.best is None else run.pair("search", search.best)[0]
     return {
         "status": asdict(status),
         "curve": curve(search),
-        "plain": {c.label: r.score for c, r in history.stages["baseline"] if r.score is not None},
-        "tasks": tasks(history),
-        "heat": heat(history),
-        "lineage": lineage(history.best[0].recipe) if history.best else {"nodes": [], "edges": []},
-        "pareto": pareto(history),
-        "failures": [{"number": c.number, "reason": r.reason} for c, r in search if r.status == "failed"][:200],
-        "cost": cost(history),
-        "candidates": table(search),
-        "warnings": list(history.warnings),
+        "plain": {n: s for n, s in zip(plain.texts("label"), plain.numbers("score").tolist(), strict=True) if s == s},
+        "tasks": tasks(run),
+        "heat": heat(run),
+        "lineage": lineage(best.recipe) if best else {"nodes": [], "edges": []},
+        "best": best.number if best else None,
+        "pareto": pareto(run),
+        "failures": failures(search),
+        "cost": cost(run),
+        "busy": utilisation(search),
+        "candidates": leading(search),
+        "warnings": list(run.about.warnings),
     }
 
 
-def curve(search: Sequence[tuple[Candidate, Result]]) -> dict[str, list[Any]]:
+def curve(search: Rows) -> dict[str, list[Any]]:
     """Items scored against the best dev score so far, and the scores of those that were scored in full."""
-    spent, best = 0, -math.inf
-    rows: list[tuple[int, float | None, float | None, int]] = []
-    for candidate, result in search:
-        spent += result.cost
-        if result.score is not None:
-            best = max(best, result.score)
-        rows.append((spent, None if best == -math.inf else best, result.score, candidate.number))
-    step = max(1, len(rows) // POINTS)
-    kept = [r for n, r in enumerate(rows) if n % step == 0 or n == len(rows) - 1 or r[2] == r[1] != rows[n - 1][1]]
-    return {key: [r[k] for r in kept] for k, key in enumerate(("spent", "best", "score", "number"))}
+    scores = search.numbers("score")
+    best = np.maximum.accumulate(np.where(np.isnan(scores), -np.inf, scores)) if len(scores) else scores
+    improved = np.flatnonzero(np.diff(best, prepend=-np.inf) > 0)
+    kept = np.union1d(np.arange(0, len(scores), max(1, len(scores) // POINTS)), improved)
+    kept = np.union1d(kept, [len(scores) - 1] if len(scores) else []).astype(int)
+    return {
+        "spent": np.cumsum(search.numbers("cost"))[kept].astype(int).tolist(),
+        "best": _plain(best[kept]), "score": _plain(scores[kept]),
+        "number": search.numbers("number")[kept].astype(int).tolist(),
+    }  # fmt: skip
 
 
-def tasks(history: History) -> dict[str, Any]:
+def tasks(run: Overview) -> dict[str, Any]:
     """Dev metrics per task of the plain models and of the best candidate."""
-    models = {c.label: r.tasks for c, r in history.stages["baseline"] if r.status == "ok"}
-    if history.best:
-        models["best"] = history.best[1].tasks
-    names = list(history.scales["dev"].weights)
-    return {"tasks": names, "models": {m: [found.get(t) for t in names] for m, found in models.items()}}
+    names, plain, search = list(run.about.scales["dev"].weights), run.rows("baseline"), run.rows("search")
+    models = {label: _of_tasks(plain, k, names) for k, label in enumerate(plain.texts("label"))
+              if plain.texts("status")[k] == "ok"}  # fmt: skip
+    if search.best is not None:
+        models["best"] = _of_tasks(search, search.best, names)
+    return {"tasks": names, "models": models}
 
 
-def heat(history: History) -> dict[str, Any]:
+def heat(run: Overview) -> dict[str, Any]:
     """Answers of experts and leading candidates, by item; items side by side are averaged where there are many."""
-    complete = [(c, r) for c, r in history.stages["search"] if r.complete and r.score is not None]
-    leading = sorted(complete, key=lambda pair: -(pair[1].score or 0.0))[: ROWS // 2]
-    rows = [(c.label, r.items) for c, r in history.stages["baseline"] if r.complete][: ROWS // 2]
-    rows += [(f"{c.number}", r.items) for c, r in leading]
-    if not rows:
+    search, plain = run.rows("search"), run.rows("baseline")
+    leaders = search.whole[np.argsort(-search.numbers("score")[search.whole], kind="stable")][: ROWS // 2]
+    pairs = [run.pair("baseline", int(k)) for k in plain.whole[: ROWS // 2]]
+    pairs += [run.pair("search", int(k)) for k in leaders]
+    if not pairs:
         return {"models": [], "items": []}
-    answers = np.asarray([items for _, items in rows])
+    answers = np.asarray([result.items for _, result in pairs])
     edges = np.linspace(0, answers.shape[1], min(COLUMNS, answers.shape[1]) + 1).astype(int)
     cells = np.stack([answers[:, a:b].mean(1) for a, b in itertools.pairwise(edges)], axis=1)
-    return {"models": [label for label, _ in rows], "items": np.round(cells, 4).tolist()}
+    return {"models": [c.label or str(c.number) for c, _ in pairs], "items": np.round(cells, 4).tolist()}
 
 
 def lineage(recipe: Recipe) -> dict[str, Any]:
@@ -84,83 +91,136 @@ def lineage(recipe: Recipe) -> dict[str, Any]:
         for below in node.inputs:
             depth[below.id] = max(depth.get(below.id, 0), depth.get(node.id, 0) + 1)
     kept = {n.id for n in nodes[-NODES:]} | {n.id for n in nodes if isinstance(n, Expert)}
+    shown = [n for n in nodes if n.id in kept]
     return {
-        "nodes": [{"id": n.id, "made": made(n), "depth": depth.get(n.id, 0)} for n in nodes if n.id in kept],
-        "edges": [[i.id, n.id] for n in nodes if n.id in kept for i in n.inputs if i.id in kept],
+        "nodes": [{"id": n.id, "label": _label(n), "made": made(n), "depth": depth.get(n.id, 0)} for n in shown],
+        "edges": [[i.id, n.id] for n in shown for i in n.inputs if i.id in kept],
     }
 
 
-def made(node: Recipe) -> str:
-    """How a node came to be, in a few words."""
+def pareto(run: Overview) -> dict[str, Any]:
+    """The candidates that no other one beats in every task, and the hypervolume that they dominate from 0 on."""
+    names, search = list(run.about.scales["dev"].weights), run.rows("search")
+    values = np.stack([search.numbers(f"task {name}") for name in names], axis=1)
+    complete = pc.fill_null(search.table["complete"], False).to_numpy(zero_copy_only=False)
+    places = np.flatnonzero(complete & ~np.isnan(values).any(1))
+    if len(names) < 2 or not len(places):
+        return {"tasks": names, "front": [], "others": [], "volume": None}
+    values, numbers = values[places], search.numbers("number")[places].astype(int)
+    on = front(values)
+    others = np.setdiff1d(np.arange(len(values)), on)[:POINTS]
+
+    def points(chosen: Places) -> list[dict[str, Any]]:
+        return [{"number": int(numbers[k]), "values": values[k].tolist()} for k in chosen]
+
+    return {"tasks": names, "front": points(on), "others": points(others), "volume": hypervolume(values[on].tolist())}
+
+
+def front(values: Numbers) -> Places:
+    """The rows of ``values`` (rows, columns) that no other row reaches in every column and exceeds in one."""
+    left = np.argsort(-values.sum(1), kind="stable")
+    found: list[int] = []
+    while len(left):  # what has the largest sum is beaten by nobody; what it beats is out
+        top = values[left[0]]
+        same = (values[left] == top).all(1)
+        found += left[same].tolist()
+        left = left[~(values[left] <= top).all(1)]
+    return np.asarray(sorted(found), dtype=np.int64)
+
+
+def failures(search: Rows) -> list[dict[str, Any]]:
+    """The first of the failed candidates, with their reasons."""
+    failed = search.table.filter(pc.field("status") == "failed").slice(0, LISTED)
+    return failed.select(["number", "reason"]).to_pylist()  # type: ignore[no-any-return]
+
+
+def cost(run: Overview) -> dict[str, Any]:
+    """What the search took, and how busy each worker was with it."""
+    fresh = _fresh(run.rows("search"))
+    grouped = fresh.group_by("worker").aggregate([("total", "sum")])
+    seconds = {name: float(pc.sum(fresh[name]).as_py() or 0.0) for name in ("materialise", "forward", "total")}
+    workers = dict(zip(grouped["worker"].to_pylist(), grouped["total_sum"].to_pylist(), strict=True))
+    return {"workers": {w or "": s or 0.0 for w, s in workers.items()}, "seconds": seconds, "flying": run.flying,
+            "guessed": run.guessed}  # fmt: skip
+
+
+def utilisation(search: Rows) -> dict[str, list[Any]]:
+    """The share of the workers that evaluated, over time: ``at`` is the middle of each span, in seconds since 1970."""
+    fresh = _fresh(search)
+    ends = fresh["time"].cast(pa.int64()).to_numpy() / 1e6
+    took = pc.fill_null(fresh["total"], 0.0).to_numpy()
+    if not len(ends) or float(took.sum()) == 0.0:
+        return {"at": [], "share": []}
+    begins, workers = ends - took, max(1, len(set(fresh["worker"].to_pylist())))
+    edges = np.linspace(begins.min(), ends.max(), BINS + 1)
+    # Of each span of time the seconds that were worked before its end, less those before its begin.
+    before = np.asarray([np.clip(edge - begins, 0.0, took).sum() for edge in edges])
+    share = np.diff(before) / (np.diff(edges) * workers)
+    middle = (edges[1:] + edges[:-1]) / 2
+    return {"at": np.round(middle, 3).tolist(), "share": np.round(np.clip(share, 0, 1), 4).tolist()}
+
+
+def leading(search: Rows) -> list[dict[str, Any]]:
+    """The candidates with the highest scores."""
+    scores = search.numbers("score")
+    order = np.argsort(np.where(np.isnan(scores), np.inf, -scores), kind="stable")[:LISTED]
+    rows = search.table.select(["number", "recipe_id", "proposer", "score", "size", "total"]).take(pa.array(order))
+    return rows.to_pylist()  # type: ignore[no-any-return]
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """The settings of a candidate's merges: as its rules say them, and numbers by layer."""
+    merges = [node for node in ancestors(recipe) if isinstance(node, Merge)]
+    rules = [_rule(node, rule) for node in merges for rule in node.rules]
+    depth = max(
+        (last for node in merges for rule in node.rules if (last := (rule.place.layers or (0, 0))[1])), default=0
+    )
+    lines = [line for node in merges for line in _by_layer(node, depth, f"{node.id[:4]} " if len(merges) > 1 else "")]
+    return {"recipe": recipe.id, "rules": rules, "depth": depth, "lines": lines}
+
+
+def _rule(node: Merge, rule: Any) -> dict[str, Any]:
+    layers, outside, contains = rule.place.form()
+    place = f"layers {layers[0]}–{layers[1] - 1}" if layers else "outside the layers" if outside else "everywhere"
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in rule.values}
+    return {"method": node.method, "inputs": [_label(i) for i in node.inputs], "values": values,
+            "place": f"{place}, {contains}" if contains else place}  # fmt: skip
+
+
+def _by_layer(node: Merge, depth: int, prefix: str) -> Iterator[dict[str, Any]]:
+    """A line for each number of a merge, over the layers; where rules are for some tensors only, one for each kind."""
+    kinds = list(dict.fromkeys(rule.place.contains for rule in node.rules))
+    for kind in kinds if depth else ():
+        found = [_numbers(node.settings(kind, layer), node) for layer in range(depth)]
+        for name in dict.fromkeys(name for values in found for name in values):
+            label = f"{prefix}{name}" + (f", {kind}" if kind else "")
+            yield {"name": label, "values": [values.get(name) for values in found]}
+
+
+def _numbers(values: Mapping[str, Any], node: Merge) -> dict[str, float]:
+    """The numbers among settings, one for each input where a setting has several."""
+    out = {k: float(v) for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    for key, value in values.items():
+        if isinstance(value, tuple):
+            out |= {f"{key} of {_label(i)}": v for i, v in zip(node.inputs, value, strict=False)}
+    return out
+
+
+def _label(node: Recipe) -> str:
     if isinstance(node, Expert):
         return node.name
-    if isinstance(node, Cross):
-        return f"crossover, F {node.F:g}, Cr {node.Cr:g}"
-    return f"merge, {node.method}" if isinstance(node, Merge) else "layers"
+    return node.method if isinstance(node, Merge) else node.id[:6]
 
 
-def pareto(history: History) -> dict[str, Any]:
-    """The candidates that no other one beats in every task, and the hypervolume that they dominate from 0 on."""
-    names = list(history.scales["dev"].weights)
-    complete = [(c, r) for c, r in history.stages["search"] if r.complete and len(r.tasks) == len(names)]
-    if len(names) < 2 or not complete:
-        return {"tasks": names, "front": [], "others": [], "volume": None}
-    values = np.asarray([[r.tasks[t] for t in names] for _, r in complete])
-    numbers = [c.number for c, _ in complete]
-    order = np.argsort(-values.sum(1), kind="stable")
-    front: list[int] = []
-    for k in order:
-        if not any((values[f] >= values[k]).all() and (values[f] > values[k]).any() for f in front):
-            front.append(int(k))
-    others = [k for k in range(len(values)) if k not in set(front)][:POINTS]
-    return {
-        "tasks": names,
-        "front": [{"number": numbers[k], "values": values[k].tolist()} for k in front],
-        "others": [{"number": numbers[k], "values": values[k].tolist()} for k in others],
-        "volume": hypervolume(values[front].tolist()),
-    }
+def _of_tasks(rows: Rows, place: int, names: list[str]) -> list[float | None]:
+    return [rows.table[f"task {name}"][place].as_py() for name in names]
 
 
-def cost(history: History) -> dict[str, Any]:
-    """What the search took, and how busy each worker was with it."""
-    seconds: dict[str, float] = defaultdict(float)
-    parts: dict[str, float] = defaultdict(float)
-    for _, result in history.stages["search"]:
-        if not result.reused:
-            seconds[result.worker] += result.seconds.get("total", 0.0)
-            for part in ("materialise", "forward", "total"):
-                parts[part] += result.seconds.get(part, 0.0)
-    return {
-        "workers": dict(seconds),
-        "seconds": dict(parts),
-        "flying": len(history.flying),
-        "guessed": len(history.guessed),
-    }
+def _fresh(rows: Rows) -> pa.Table:
+    """The results that cost something."""
+    return rows.table.filter(pc.invert(pc.fill_null(rows.table["reused"], False)))
 
 
-def table(search: Sequence[tuple[Candidate, Result]], rows: int = 200) -> list[dict[str, Any]]:
-    """The candidates with the highest scores."""
-    scored = sorted(search, key=lambda pair: (pair[1].score is None, -(pair[1].score or 0.0), pair[0].number))[:rows]
-    return [
-        {"number": c.number, "recipe": c.recipe.id, "proposer": c.proposer, "score": r.score, "items": len(r.items),
-         "seconds": r.seconds.get("total"), "tasks": dict(r.tasks)}
-        for c, r in scored
-    ]  # fmt: skip
-
-
-def coefficients(recipe: Recipe) -> list[dict[str, Any]]:
-    """The settings of a candidate's merges, rule by rule: where they hold, and their values."""
-    found = []
-    for node in ancestors(recipe):
-        if isinstance(node, Merge):
-            for rule in node.rules:
-                layers, outside, contains = rule.place.form()
-                inputs = [i.name if isinstance(i, Expert) else i.id[:8] for i in node.inputs]
-                place = f"layers {layers[0]}–{layers[1] - 1}" if layers else "everywhere"
-                where = {"place": place, "contains": contains, "outside": outside}
-                found.append({"method": node.method, "inputs": inputs, "values": _plain(dict(rule.values)), **where})
-    return found
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+def _plain(values: Numbers) -> list[float | None]:
+    """For JSON, which knows no infinity."""
+    return [v if np.isfinite(v) else None for v in values.tolist()]

@@ -6,6 +6,8 @@ const main = document.getElementById("main");
 const live = document.getElementById("live");
 const name = location.pathname.startsWith("/run/") ? decodeURIComponent(location.pathname.slice(5)) : null;
 let shown = "";
+let chosen = null; // the candidate that is shown
+const axis = [0, 1]; // the tasks that the front is drawn over
 
 const number = (v, digits = 4) => (v === null || v === undefined ? "–" : Number(v).toFixed(digits));
 const age = (s) => {
@@ -93,83 +95,140 @@ function page(run) {
     el("div", { class: "cards" },
       card("Best dev score against scored items", plot("curve"), true),
       card("Scores per task", plot("tasks")),
-      run.pareto.front.length ? card(`Pareto front (hypervolume ${number(run.pareto.volume)})`, plot("pareto")) : null,
+      run.pareto.front.length ? card(`Pareto front (hypervolume ${number(run.pareto.volume)})`, [axes(run), plot("pareto")]) : null,
       card("Lineage of the best candidate", plot("lineage")),
       card("Answers: models by items", plot("heat"), true),
       card("Leading candidates", table(["candidate", "score", "items", "seconds", "proposed by"],
-        run.candidates.slice(0, 25).map((c) => [el("a", { href: "#candidate", on: { click: () => candidate(c.number) } }, `${c.number}`),
-          number(c.score), `${c.items}`, number(c.seconds, 2), c.proposer]), "candidates")),
-      card("Workers and cost", [table(["worker", "seconds", "of the busiest"], workers, "workers"),
+        run.candidates.slice(0, 25).map((c) => [el("a", { href: "#candidate", on: { click: () => choose(c.number) } }, `${c.number}`),
+          number(c.score), `${c.size}`, number(c.total, 2), c.proposer]), "candidates")),
+      card("Workers and cost", [run.busy.at.length ? plot("busy") : null, table(["worker", "seconds", "of the busiest"], workers, "workers"),
         el("p", {}, `${number(run.cost.seconds.total, 1)} s of evaluation, of these ${number(run.cost.seconds.materialise, 1)} s materialising; `
           + `${run.cost.flying} under way, ${run.cost.guessed} scored ahead`)]),
       run.failures.length ? card("Failures", table(["candidate", "reason"], run.failures.map((f) => [`${f.number}`, f.reason]), "failures"), true) : null,
-      el("section", { class: "card wide", id: "candidate" }, el("h2", {}, "A candidate's settings"), el("p", {}, "Choose a candidate above."))),
+      candidateCard(run)),
   ];
 }
 
-async function candidate(n) {
-  const found = await get(`/api/runs/${encodeURIComponent(name)}/candidates/${n}`);
-  const box = document.getElementById("candidate");
-  const rows = found.coefficients.flatMap((rule) => Object.entries(rule.values).map(([k, v]) => [rule.method, rule.place, k,
+// Which tasks the front is drawn over, where there are more than two.
+function axes(run) {
+  if (run.pareto.tasks.length < 3) return null;
+  const pick = (k) => el("select", { id: `axis${k}`, "aria-label": k ? "upwards" : "to the right", on: { change: (e) => { axis[k] = +e.target.value; draw(run); } } },
+    run.pareto.tasks.map((t, i) => el("option", { value: `${i}`, selected: axis[k] === i }, t)));
+  return el("p", {}, pick(0), " against ", pick(1));
+}
+
+function candidateCard(run) {
+  const input = el("input", { type: "number", min: "0", id: "which", "aria-label": "number of a candidate", value: chosen ?? run.best });
+  return el("section", { class: "card wide", id: "candidate" }, el("h2", {}, "A candidate"),
+    el("div", { class: "actions" }, el("label", { for: "which" }, "candidate"), input,
+      el("button", { id: "show", on: { click: () => choose(Number(input.value)) } }, "Show"),
+      el("button", { id: "take", on: { click: () => act(`/api/runs/${encodeURIComponent(name)}/export`, { candidate: Number(input.value) }) } }, "Export it")),
+    el("div", { id: "shown" }));
+}
+
+function choose(n) {
+  chosen = n;
+  document.getElementById("which").value = n;
+  candidate();
+}
+
+async function candidate() {
+  if (chosen === null) return;
+  const box = document.getElementById("shown");
+  let found;
+  try {
+    found = await get(`/api/runs/${encodeURIComponent(name)}/candidates/${chosen}`);
+  } catch (error) {
+    box.replaceChildren(el("p", { class: "warning" }, error.message));
+    return;
+  }
+  const rows = found.settings.rules.flatMap((rule) => Object.entries(rule.values).map(([k, v]) => [rule.method, rule.place, k,
     Array.isArray(v) ? v.map((x, i) => `${rule.inputs[i] ?? i}: ${number(x)}`).join(", ") : `${v}`]));
-  box.replaceChildren(el("h2", {}, `Settings of candidate ${n}`),
-    rows.length ? table(["method", "where", "setting", "value"], rows, "settings") : el("p", {}, "It is made by crossovers alone."),
-    el("p", {}, `Recipe ${found.recipe}`));
+  const scores = Object.entries(found.tasks).map(([t, v]) => `${t} ${number(v)}`).join(", ");
+  box.replaceChildren(
+    el("p", {}, `Candidate ${chosen}, recipe ${found.settings.recipe}. ${found.reason || scores}`),
+    found.settings.depth ? plot("layers") : "",
+    rows.length ? table(["method", "where", "setting", "value"], rows, "settings") : el("p", {}, "It is made by crossovers alone: no coefficients are in force."),
+    plot("family"));
+  const lines = found.settings.lines.map((l) => ({ x: l.values.map((_, i) => i), y: l.values, name: l.name, mode: "lines+markers", line: { shape: "hvh" }, marker: { size: 4 } }));
+  if (lines.length) put("layers", lines, { xaxis: { title: { text: "layer" }, gridcolor: color("--line") }, yaxis: { title: { text: "coefficient" }, gridcolor: color("--line") } });
+  family("family", found.lineage);
+}
+
+const color = (v) => getComputedStyle(document.documentElement).getPropertyValue(v).trim();
+
+function put(id, data, more) {
+  if (!document.getElementById(id)) return;
+  const layout = { margin: { l: 50, r: 15, t: 10, b: 45 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    uirevision: "kept", font: { color: color("--text") }, legend: { orientation: "h", y: innerWidth < 600 ? -0.45 : -0.25 }, xaxis: { gridcolor: color("--line") },
+    yaxis: { gridcolor: color("--line") }, ...more };
+  Plotly.react(id, data, layout, { displaylogo: false, responsive: true });
 }
 
 function draw(run) {
-  const style = getComputedStyle(document.documentElement);
-  const color = (v) => style.getPropertyValue(v).trim();
-  const layout = (more) => ({ margin: { l: 50, r: 15, t: 10, b: 45 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    font: { color: color("--text") }, legend: { orientation: "h", y: innerWidth < 600 ? -0.45 : -0.25 }, xaxis: { gridcolor: color("--line") },
-    yaxis: { gridcolor: color("--line") }, ...more });
-  const config = { displaylogo: false, responsive: true };
-  const put = (id, data, more) => document.getElementById(id) && Plotly.react(id, data, layout(more), config);
+  const titled = (x, y) => ({ xaxis: { title: { text: x }, gridcolor: color("--line") }, yaxis: { title: { text: y }, gridcolor: color("--line") } });
   const end = run.curve.spent.at(-1) || 1;
   put("curve", [
     { x: run.curve.spent, y: run.curve.score, mode: "markers", name: "candidates", marker: { color: color("--soft"), size: 5 }, text: run.curve.number },
     { x: run.curve.spent, y: run.curve.best, mode: "lines", name: "best so far", line: { shape: "hv", width: 3, color: color("--accent") } },
     ...Object.entries(run.plain).map(([label, v]) => ({ x: [0, end], y: [v, v], mode: "lines", name: label, line: { dash: "dot", width: 1.5 } })),
-  ], { xaxis: { title: { text: "items scored" }, gridcolor: color("--line") }, yaxis: { title: { text: "dev score" }, gridcolor: color("--line") } });
+  ], titled("items scored", "dev score"));
   put("tasks", Object.entries(run.tasks.models).map(([m, v]) => ({ x: run.tasks.tasks, y: v, type: "bar", name: m })), { barmode: "group" });
   if (run.pareto.front.length) {
-    const [x, y] = run.pareto.tasks;
-    const points = (rows, more) => ({ x: rows.map((r) => r.values[0]), y: rows.map((r) => r.values[1]), text: rows.map((r) => `${r.number}`), mode: "markers", ...more });
+    const points = (rows, more) => ({ x: rows.map((r) => r.values[axis[0]]), y: rows.map((r) => r.values[axis[1]]), text: rows.map((r) => `${r.number}`), mode: "markers", ...more });
     put("pareto", [points(run.pareto.others, { name: "others", marker: { color: color("--soft") } }),
       points(run.pareto.front, { name: "front", marker: { color: color("--accent"), size: 9 } })],
-    { xaxis: { title: { text: x }, gridcolor: color("--line") }, yaxis: { title: { text: y }, gridcolor: color("--line") } });
+    titled(run.pareto.tasks[axis[0]], run.pareto.tasks[axis[1]]));
   }
   const models = run.heat.models;
   if (models.length) put("heat", [{ z: run.heat.items, y: models.map((m, i) => `${i}: ${m}`), type: "heatmap", colorscale: "Viridis" }],
     { yaxis: { autorange: "reversed", automargin: true }, xaxis: { title: { text: "dev items" } } });
+  put("busy", [{ x: run.busy.at.map((t) => new Date(1000 * t)), y: run.busy.share, type: "scatter", mode: "lines", fill: "tozeroy", line: { shape: "hvh", color: color("--accent") } }],
+    { xaxis: { gridcolor: color("--line") }, yaxis: { title: { text: "workers busy" }, tickformat: ".0%", range: [0, 1.05], gridcolor: color("--line") }, showlegend: false });
+  family("lineage", run.lineage);
+}
+
+function family(id, lineage) {
   const at = new Map(), levels = new Map();
-  for (const n of run.lineage.nodes) {
+  for (const n of lineage.nodes) {
     const place = levels.get(n.depth) || 0;
     levels.set(n.depth, place + 1);
-    at.set(n.id, [place + 0.3 * Math.sin(2.4 * n.depth), -n.depth, n.made]); // so that no line hides behind another
+    at.set(n.id, [place + 0.3 * Math.sin(2.4 * n.depth), -n.depth, n.label, n.made]); // so that no line hides behind another
   }
   const lines = { x: [], y: [], mode: "lines", line: { color: color("--line") }, hoverinfo: "skip", showlegend: false };
-  for (const [a, b] of run.lineage.edges) {
+  for (const [a, b] of lineage.edges) {
     lines.x.push(at.get(a)[0], at.get(b)[0], null);
     lines.y.push(at.get(a)[1], at.get(b)[1], null);
   }
   const nodes = [...at.values()];
-  put("lineage", [lines, { x: nodes.map((n) => n[0]), y: nodes.map((n) => n[1]), text: nodes.map((n) => n[2]), mode: nodes.length < 25 ? "markers+text" : "markers",
-    textposition: "top center", marker: { size: 10, color: color("--accent") }, hoverinfo: "text", showlegend: false, cliponaxis: false }],
-  { xaxis: { visible: false }, yaxis: { visible: false } });
+  put(id, [lines, { x: nodes.map((n) => n[0]), y: nodes.map((n) => n[1]), text: nodes.map((n) => n[2]), hovertext: nodes.map((n) => n[3]),
+    mode: nodes.length < 25 ? "markers+text" : "markers", textposition: "top center", marker: { size: 10, color: color("--accent") },
+    hoverinfo: "text", showlegend: false, cliponaxis: false }], { xaxis: { visible: false }, yaxis: { visible: false } });
+}
+
+// The page is made anew, but for what somebody may be looking into or typing at.
+function renew(run) {
+  const root = el("div", {}, page(run));
+  const typing = document.activeElement?.id === "budget" ? ["budget"] : [];
+  for (const id of ["candidate", ...typing, ...[...document.querySelectorAll("main .plot")].map((p) => p.id)]) {
+    const old = document.getElementById(id);
+    const made = root.querySelector(`#${id}`);
+    if (old && made && old !== made) made.replaceWith(old);
+  }
+  main.replaceChildren(root);
+  draw(run);
 }
 
 async function refresh() {
   try {
     const found = await get(name === null ? "/api/runs" : `/api/runs/${encodeURIComponent(name)}`);
     const now = JSON.stringify(found, (key, value) => (key === "age" ? undefined : value));
-    const typing = document.activeElement?.id === "budget";
-    if (now !== shown && !typing) {
+    if (now !== shown) {
       shown = now;
-      const chosen = document.activeElement?.id, top = scrollY;
-      main.replaceChildren(...(name === null ? list(found) : page(found)).filter((c) => c !== null));
-      if (name !== null) draw(found);
-      if (chosen) document.getElementById(chosen)?.focus();
+      const focused = document.activeElement?.id, top = scrollY;
+      if (name === null) main.replaceChildren(...list(found));
+      else renew(found);
+      if (focused) document.getElementById(focused)?.focus();
       scrollTo(0, top);
     }
   } catch (error) {
@@ -178,4 +237,4 @@ async function refresh() {
 }
 
 addEventListener("load", () => { refresh(); setInterval(refresh, REFRESH); });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { shown = ""; refresh(); });
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { shown = ""; refresh(); candidate(); });
