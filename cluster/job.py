@@ -54,8 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _stop)
     shown = display()
     try:
-        # The driver of a Ray job has no GPU to itself: what it computes, it computes on the CPU.
-        device = "cpu" if uses_ray(load(given.config).pool) else default_device()
+        device = device_of(load(given.config).pool)
         name = given.run or submission_id()
         run(given.config, results_at(given.results), make_pool, shown, device, name, this_job())
         return 0
@@ -63,7 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shown.close()
         print(error, file=sys.stderr)
         return 2
-    except (Stopped, KeyboardInterrupt):
+    except (Stopped, KeyboardInterrupt, SystemError) as error:
+        # Compiled code, as Ray's, says SystemError where a signal has raised something inside of it.
+        if isinstance(error, SystemError) and not isinstance(error.__cause__, Stopped | KeyboardInterrupt):
+            raise
         shown.say("stopped; everything that finished is kept: the same command goes on from here")
         # `ray job stop` is no failure, and Ray says itself that the job was stopped.
         return 0 if in_ray_job() else 3
@@ -85,6 +87,11 @@ def make_pool(plan: Plan, split: Split, tasks: Tasks) -> Pool:
     scale = tasks.scale(split)
     block, alpha = plan.block(split, len(scale.tasks)), plan.config.evaluation.racing
     return SharedPool(pool, share, lambda candidate: Course(candidate, scale, block, alpha))
+
+
+def device_of(settings: PoolSettings) -> str:
+    """Where this process computes. The driver of a Ray job has no GPU to itself, and uses the CPU."""
+    return "cpu" if uses_ray(settings) else default_device()
 
 
 def uses_ray(settings: PoolSettings) -> bool:

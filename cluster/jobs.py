@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from evolver.about import Job
 from evolver.errors import BadInput
 
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 10.0
+JOB_WAITS, JOB_FAILED = "PENDING", "FAILED"  # in Ray's words
 
 
 class RayJobs:
@@ -40,15 +41,25 @@ class RayJobs:
         with _asking(job) as client:
             was = client.get_job_info(job.id)
             command = was.entrypoint if not arguments else _command(was.entrypoint, arguments)
-            until = time.monotonic() + WAIT_SECONDS
-            while not client.get_job_status(job.id).is_terminal():
-                if time.monotonic() > until:
-                    raise BadInput(f"job {job.id} goes on; stop it first.")
-                time.sleep(0.5)
+            # One that was asked to stop takes a moment.
+            if not _comes(lambda: client.get_job_status(job.id).is_terminal()):
+                raise BadInput(f"job {job.id} has not ended; wait for it, or stop it first.")
             client.delete_job(job.id)  # Ray gives an id once
             client.submit_job(
                 entrypoint=command, submission_id=job.id, runtime_env=was.runtime_env, metadata=was.metadata
             )
+            _comes(lambda: client.get_job_status(job.id) != JOB_WAITS)
+            now = client.get_job_info(job.id)
+            if now.status == JOB_FAILED:  # its environment may be gone: Ray keeps a job's working folder for a while
+                raise BadInput(f"job {job.id} failed ({now.message}); submit it again from where its folder is.")
+
+
+def _comes(true: Callable[[], bool]) -> bool:
+    """Whether something comes true in a while."""
+    until = time.monotonic() + WAIT_SECONDS
+    while not (found := true()) and time.monotonic() < until:
+        time.sleep(0.5)
+    return found
 
 
 def _command(entrypoint: str, arguments: list[str]) -> str:

@@ -57,9 +57,11 @@ def resume(
 @app.command()
 def validate(config: Annotated[Path, typer.Argument(help="the configuration of a run")]) -> None:
     """Check a configuration: all that can be known without reading weights."""
+    from cluster.job import device_of
+    from evolver.config import load
     from evolver.run import prepare
 
-    prepared = prepare(str(config), weights=False)
+    prepared = prepare(str(config), weights=False, device=device_of(load(config).pool))
     for warning in (*prepared.warnings, *prepared.tasks.warnings):
         typer.echo(f"warning: {warning}", err=True)
     sizes = {split: len(prepared.tasks.items.of(split)) for split in ("dev", "report")}

@@ -6,9 +6,11 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from evolver.cli import app
 from evolver.config import Config, Section
 from evolver.merging.methods import METHODS, Range, Setting, Simplex
 from evolver.report import markdown_table
@@ -17,7 +19,7 @@ from evolver.search import SEARCHES
 
 def page() -> str:
     """The whole page as Markdown."""
-    parts = ["# Reference", "Written by `make docs` from the code.", "## Configuration"]
+    parts = ["# Reference", "Written by `make docs` from the code.", "## Commands", *_commands(), "## Configuration"]
     parts += [_section("", Config)]
     parts += [_section(name, kind) for name, kind in _subsections("", Config)]
     parts += ["## Searches", "One key chooses: `search.algorithm`."]
@@ -29,6 +31,36 @@ def page() -> str:
         parts += [f"### {name}", f"{first_paragraph(method.function)} ({method.paper})"]
         parts += [markdown_table(["setting", "value", "default", "searched"], rows)] if rows else ["No settings."]
     return "\n\n".join(parts) + "\n"
+
+
+def _commands() -> Iterator[str]:
+    """Every command with its arguments and options, as its help says them."""
+    group: Any = typer.main.get_command(app)
+    yield "`evolver COMMAND --help` says the same. `evolver --install-completion` teaches them to your shell."
+    for name, command in sorted(group.commands.items()):
+        arguments = [_argument(p) for p in command.params if p.param_type_name == "argument"]
+        yield f"### `{' '.join(['evolver', name, *arguments])}`"
+        yield " ".join(command.help.split())
+        rows = [[f"`{_flags(p)}`", _said(p)] for p in command.params]
+        yield markdown_table(["", ""], rows) if rows else "No options."
+
+
+def _argument(parameter: Any) -> str:
+    name = str(parameter.name).upper() + ("…" if parameter.nargs == -1 else "")
+    return name if parameter.required else f"[{name}]"
+
+
+def _flags(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        return _argument(parameter)
+    return ", ".join([*parameter.opts, *parameter.secondary_opts])
+
+
+def _said(parameter: Any) -> str:
+    """What a parameter is for, with its default where the sentence does not say it."""
+    said, default = str(parameter.help), parameter.default
+    shown = default not in (None, False, 0) and "default:" not in said
+    return f"{said}; default: {default}" if shown else said
 
 
 def _section(name: str, kind: type[Section]) -> str:

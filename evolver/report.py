@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from evolver.curve import curve
 from evolver.errors import BadInput
 from evolver.evaluation.comparison import Comparison, compare, interval
 from evolver.evaluation.metrics import Metric
@@ -65,10 +66,11 @@ def _in_words(c: Comparison, scale: Scale) -> str:
 
 def write_report(folder: Storage, outcome: Outcome, agreement: Mapping[str, int]) -> None:
     """Write ``report.md`` and its twin ``report.html`` with its picture, and for programs ``summary.json``."""
-    folder.write("curve.png", _curve(outcome))
+    folder.write("curve.png", curve(outcome))
     folder.write("summary.json", json.dumps(summary(outcome), indent=1).encode())
     sections = [
         f"# {outcome.config.run}",
+        _question(outcome),
         f"**{verdict(outcome)}**",
         "\n\n".join(f"> Warning: {w}." for w in outcome.about.warnings),
         table_of(outcome),
@@ -83,6 +85,24 @@ def write_report(folder: Storage, outcome: Outcome, agreement: Mapping[str, int]
     text = "\n\n".join(s for s in sections if s) + "\n"
     folder.write("report.md", text.encode())
     folder.write("report.html", page(text, outcome.config.run, folder.read).encode())
+
+
+def _question(outcome: Outcome) -> str:
+    """What the run was to find out, and how."""
+    config, dev = outcome.config, len(outcome.scales["dev"].tasks)
+    heavy = {t.task: f", weight {t.weight:g}" if t.weight != 1 else "" for t in config.evaluation.tasks}
+    tasks = _listed([f"{t.task} ({t.metric}{heavy[t.task]})" for t in config.evaluation.tasks])
+    limits = _listed([f"{n} {what}" for what, n in config.budget.model_dump(exclude_none=True).items()])
+    settings = ", ".join(f"{k}: {v}" for k, v in config.search.items() if k != "algorithm")
+    search = f"`{config.search['algorithm']}`" + (f" ({settings})" if settings else "")
+    return (
+        f"Is there a merge of {_listed(list(config.experts))}, fine-tunes of `{config.model.base}`, that is better "
+        f"than the best of them on {tasks}? Searched by {search} within {limits}, on {dev} dev items."
+    )
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def summary(outcome: Outcome) -> dict[str, Any]:
@@ -315,32 +335,3 @@ def _of_task(value: float | None, metric: Metric) -> str:
 def _median(values: Iterable[float]) -> float:
     found = list(values)
     return statistics.median(found) if found else 0.0
-
-
-def _curve(outcome: Outcome) -> bytes:
-    """Best dev score of the search against items scored, with the plain models as lines."""
-    from matplotlib.figure import Figure
-
-    spent, best, xs, ys = 0, -math.inf, [0], [math.nan]
-    points: list[tuple[int, float]] = []
-    for _, result in outcome.searched:
-        spent += result.cost
-        if result.score is not None:
-            points.append((spent, result.score))
-            best = max(best, result.score)
-        xs.append(spent)
-        ys.append(best if best > -math.inf else math.nan)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.step(xs, ys, where="post", linewidth=2, label="best so far")
-    axes.plot([x for x, _ in points], [y for _, y in points], ".", color="0.6", label="candidates scored in full")
-    for number, finalist in enumerate(outcome.finalists[:-1]):
-        if finalist.dev.score is not None:
-            axes.axhline(finalist.dev.score, linestyle="--", linewidth=1, color=f"C{number + 1}", label=finalist.label)
-    axes.set_xlabel("items scored by the search")
-    axes.set_ylabel("dev score")
-    axes.set_title(outcome.config.run)
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    return picture.getvalue()

@@ -42,7 +42,7 @@ from evolver.search.halving import HalvingSettings
 from evolver.search.optuna_samplers import CoefficientSettings
 from evolver.search.plain import Listed
 from evolver.storage import Storage
-from evolver.worker import Opened, Plan, build_materialiser, build_model, items_hash, open_models
+from evolver.worker import Opened, Plan, build_materialiser, build_model, check_memory, items_hash, open_models
 
 PoolMaker = Callable[[Plan, Split, Tasks], Pool]
 SPLITS: tuple[Split, Split] = ("dev", "report")
@@ -67,11 +67,12 @@ class Prepared:
     warnings: tuple[str, ...]
 
 
-def prepare(file: str, name: str | None = None, weights: bool = True) -> Prepared:
+def prepare(file: str, name: str | None = None, weights: bool = True, device: str | None = None) -> Prepared:
     """Check a configuration: all that can be known from headers and task files, before any candidate is built.
 
     Args:
         weights: whether base and experts are read for their digests, without which nothing can be run.
+        device: on which a model has to find room; None: not here.
 
     Raises BadInput, one sentence with file, key and remedy.
     """
@@ -79,6 +80,8 @@ def prepare(file: str, name: str | None = None, weights: bool = True) -> Prepare
     algorithm, settings = _algorithm(config, file)
     try:
         opened = open_models(config)
+        if device:
+            check_memory(config, opened, device)
         tasks = load_tasks(config)
         estimates = Estimates(tasks.scale("dev"), config.evaluation.block_items)
         _can_race(config, algorithm, estimates)
@@ -152,7 +155,7 @@ def run(
 
     Raises BadInput for anything that the user has to mend.
     """
-    prepared = prepare(file, name)
+    prepared = prepare(file, name, device=device)
     folder = RunFolder(results.folder(prepared.config.run), prepared.identity)
     # A pool that the cluster can never offer is refused here, before anything is written.
     try:

@@ -18,7 +18,7 @@ from evolver.config import Config
 from evolver.errors import BadInput
 from evolver.evaluation.base import Scored
 from evolver.evaluation.course import Course, blocks
-from evolver.evaluation.live import LiveModel, default_device
+from evolver.evaluation.live import LiveModel, default_device, free_memory
 from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.export import export
 from evolver.merging.heads import Head, Relabelled, all_labels, head_digest, head_of, labels_in_order
@@ -81,6 +81,18 @@ def open_models(config: Config) -> Opened:
     if config.model.heads == "union":
         return _with_all_labels(base, experts)
     return Opened(base, experts)
+
+
+def check_memory(config: Config, opened: Opened, device: str) -> None:
+    """Raises BadInput where a device has no room for one model."""
+    base, dtype = opened.base, config.model.dtype
+    needed = base.size if dtype == "auto" else base.scalars * getattr(torch, dtype).itemsize
+    free = free_memory(device)
+    if needed > free:
+        raise BadInput(
+            f"{base.key}: a model of {base.path} takes {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free on "
+            f"this machine ({device}); free some, write a smaller model.dtype, or use a machine with more."
+        )
 
 
 def _with_all_labels(base: Checkpoint, experts: Mapping[str, Source]) -> Opened:

@@ -27,7 +27,6 @@ class NoJobs:
 
 
 JOBS = NoJobs()
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HERE = "http://127.0.0.1"
 JUDGE = """
 import random, time
@@ -121,7 +120,7 @@ def test_the_coefficients_of_a_candidate(inside):
     assert len({rule["place"] for rule in rules}) >= 2
     assert found["settings"]["depth"] == 2
     for rule in rules:
-        first = re.match(r"layers (\d)", rule["place"])
+        first = re.match(r"layer (\d)", rule["place"])
         for name, value in zip("abc", rule["values"].get("weight", ()), strict=False):
             if first:
                 assert lines[f"weight of {name}"][int(first[1])] == value
@@ -170,10 +169,10 @@ def served(tmp_path):
 @pytest.fixture
 def browser():
     sync_api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
+    if toys.CHROMIUM is None:
         pytest.skip("there is no Chromium here")
     with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        started = playwright.chromium.launch(executable_path=toys.CHROMIUM, args=["--no-sandbox"])
         yield started
         started.close()
 

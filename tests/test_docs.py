@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 import toys
 import yaml
+from typer.testing import CliRunner
 
+from evolver.cli import app
 from evolver.ledger import answers
 from evolver.storage import storage_at
 
@@ -24,17 +27,28 @@ def blocks(page, language):
     return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
 
 
+def commands(page):
+    return [line for block in blocks(page, "sh") for line in block.strip().splitlines()]
+
+
 @pytest.fixture(scope="module")
 def home(models, tasks, tmp_path_factory):
     """A folder in which the tutorial is followed, with the toys under the names of its models."""
     home = tmp_path_factory.mktemp("home")
     (home / "models").mkdir()
-    for name, toy in {"base": "base", "maths": "a", "code": "b", "safety": "c"}.items():
+    for name, toy in {"base": "base", "maths": "a", "code": "b", "safety": "c", "code-lora": "lora"}.items():
         (home / "models" / name).symlink_to(models / toy)
     (text,) = blocks("tutorial.md", "yaml")
     config = yaml.safe_load(text)
     config["evaluation"] |= {"include_path": str(tasks), "tasks": [config["evaluation"]["tasks"][0] | {"task": "toy"}]}
     (home / "first.yaml").write_text(yaml.safe_dump(config))
+    (home / "merge.yml").write_text(next(b for b in blocks("merging.md", "yaml") if "merge_method" in b))
+    (text,) = blocks("../README.md", "yaml")
+    config = yaml.safe_load(text)
+    small = [t | {"task": toy, "metric": "acc", "dev": 20, "report": 10}
+             for t, toy in zip(config["evaluation"]["tasks"], ("toy", "pair"), strict=True)]  # fmt: skip
+    config["evaluation"] |= {"include_path": str(tasks), "tasks": small}
+    (home / "my-first-merge.yaml").write_text(yaml.safe_dump(config | {"budget": {"candidates": 9}}))
     return home
 
 
@@ -50,7 +64,7 @@ def call(home, line):
 
 
 def test_the_tutorial_as_typed(home):
-    lines = [line for block in blocks("tutorial.md", "sh") for line in block.strip().splitlines()]
+    lines = commands("tutorial.md")
     assert len(lines) > 7
     for line in lines:
         if line != "evolver dashboard":  # which ends with a key; tests/test_dashboard.py has it
@@ -64,6 +78,37 @@ def test_the_tutorial_as_typed(home):
     listed = re.findall(r"`([\w.]+/?)`", listing)
     there = {p.name for p in (home / "results" / "first").iterdir()} - {"candidates.csv"}
     assert {name.rstrip("/") for name in listed} >= there
+
+
+def test_the_readme_as_typed(home):
+    """From the configuration that it shows to an exported model."""
+    text = (DOCS / "../README.md").read_text()
+    lines = [line.partition(" # ")[0].strip() for line in re.findall(r"^\.venv/bin/(.*)$", text, re.MULTILINE)]
+    assert [line.split()[1] for line in lines] == ["run", "dashboard", "export"]
+    for line in lines:
+        if line != "evolver dashboard":
+            done = call(home, line)
+            assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    assert (home / "my-model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("page", ["merging.md", "evaluation.md", "searches.md", "runs.md"])
+def test_the_other_pages_as_typed(home, page, monkeypatch):
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("HOME", str(home))
+    for line in commands(page):
+        program, *arguments = shlex.split(line)
+        assert program == "evolver"
+        done = CliRunner().invoke(app, [os.path.expanduser(a) for a in arguments], catch_exceptions=False)
+        assert done.exit_code == 0, f"{line}\n{done.output}"
+
+
+def test_no_command_is_left_out():
+    """What is typed stands in ``sh`` blocks of the pages above; cluster.md is typed by tests/test_job.py."""
+    typed = {"tutorial.md", "merging.md", "evaluation.md", "searches.md", "runs.md", "cluster.md"}
+    assert {p.name for p in DOCS.glob("*.md") if commands(p.name)} <= typed
+    for page in DOCS.glob("*.md"):
+        assert not re.search(r"```\n(evolver|python|ray|make) ", page.read_text()), page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(toys.ROOT)))
@@ -81,8 +126,6 @@ def test_the_example_of_a_function_is_one():
 
 
 def test_every_command_is_in_the_docs():
-    from evolver.cli import app
-
     names = {(c.name or c.callback.__name__) for c in app.registered_commands}
     text = "".join(Path(p).read_text() for p in PAGES)
     assert {n for n in names if f"evolver {n}" not in text} == set()

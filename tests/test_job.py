@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import httpx
 import pytest
 import toys
 
+import cluster.job as job_of
 from cluster.job import RAY_JOB, submission_id
 
 pytestmark = pytest.mark.ray
 
 RAY = str(Path(sys.executable).with_name("ray"))
-CHANGES = {"search.generations": 40, "budget.candidates": 120, "pool": {"num_workers": 2, "num_cpus": 0.5}}
+CHANGES = {"search.generations": 90, "budget.candidates": 270, "pool": {"num_workers": 2, "num_cpus": 0.5}}
 
 
 def free_port():
@@ -27,8 +31,8 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    """``job(command, *arguments)`` calls ``ray job`` against a head node with tokens on."""
+def head(tmp_path_factory):
+    """A head node with tokens on: the address of its job API, and the environment in which its token is found."""
     folder = tmp_path_factory.mktemp("head")
     path = f"{Path(RAY).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "HOME": str(folder), "RAY_AUTH_MODE": "token", "PATH": path}
@@ -38,25 +42,48 @@ def job(tmp_path_factory):
     dashboard = ("--dashboard-host=127.0.0.1", f"--dashboard-port={address.rpartition(':')[2]}")
     start = [RAY, "start", "--head", "--block", f"--port={free_port()}", *dashboard, "--num-cpus=2"]
     with (folder / "head.log").open("w") as log:
-        head = subprocess.Popen(
+        node = subprocess.Popen(
             [*start, "--disable-usage-stats"], env=environment, stdout=log, stderr=log, start_new_session=True
         )
 
-    def call(command, *arguments):
-        done = subprocess.run(
-            [RAY, "job", command, "--address", address, *arguments],
-            cwd=toys.ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
-        return done.returncode, done.stdout + done.stderr
-
     try:
-        while call("list")[0] != 0:
-            assert head.poll() is None, (folder / "head.log").read_text()
+        while ray_job(address, environment, "list")[0] != 0:
+            assert node.poll() is None, (folder / "head.log").read_text()
             time.sleep(1)
-        yield call
+        yield address, environment
     finally:
-        head.terminate()  # ends what it started
-        head.wait(60)
+        node.terminate()  # ends what it started
+        node.wait(60)
+
+
+def ray_job(address, environment, command, *arguments):
+    done = subprocess.run(
+        [RAY, "job", command, "--address", address, *arguments],
+        cwd=toys.ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def job(head):
+    """``job(command, *arguments)`` calls ``ray job``."""
+    return partial(ray_job, *head)
+
+
+@pytest.fixture
+def act(head, tmp_path):
+    """``act(action, **given)``: what the dashboard of ``tmp_path`` answers to an action on the run ``night``."""
+    command = [sys.executable, "-m", "evolver", "dashboard", str(tmp_path), "--port", "0"]
+    served = subprocess.Popen(command, cwd=toys.ROOT, env=head[1], stdout=subprocess.PIPE, text=True)
+    with httpx.Client(follow_redirects=True, timeout=120) as browser:
+        browser.base_url = browser.get(served.stdout.readline().strip()).url.copy_with(query=None)
+
+        def answer(action, **given):
+            return browser.post(f"/api/runs/night/{action}", headers={"x-evolver": "1"}, json=given).json()
+
+        yield answer
+    served.terminate()
+    served.wait(30)
 
 
 def submit(job, file, results, *options):
@@ -64,33 +91,69 @@ def submit(job, file, results, *options):
     return job("submit", *given, "--", sys.executable, "evolve.py", str(file), "--results", str(results))
 
 
-def test_a_stopped_job_goes_on_under_its_id(job, make_config, tmp_path):
-    file = make_config(tmp_path, CHANGES)
+def finished(folder):
+    return len(toys.essence(folder))
+
+
+def wait(job, until):
+    began = time.monotonic()
+    while not until():
+        assert time.monotonic() - began < 200, job("logs", "night")
+        time.sleep(0.05)
+
+
+def test_a_stopped_job_goes_on_under_its_id(job, act, make_config, tmp_path):
+    file, night = make_config(tmp_path, CHANGES), tmp_path / "night"  # the run has the job's name
     toys.run_here(make_config(tmp_path, {**CHANGES, "pool": {"kind": "local"}}, "here.yaml"), tmp_path / "here")
     reference = tmp_path / "here" / "toy"
 
     code, said = submit(job, file, tmp_path, "--no-wait")
     assert code == 0, said
-    ledger = tmp_path / "night" / "ledger"  # the run has the job's name
-    began = time.monotonic()
-    while len(list(ledger.glob("part-*"))) < 40:
-        assert time.monotonic() - began < 200, job("logs", "night")
-        time.sleep(0.05)
+    wait(job, lambda: len(list((night / "ledger").glob("part-*"))) >= 40)
     job("stop", "night")
     assert "STOPPED" in job("status", "night")[1].upper()
-    assert "stopped; everything that finished is kept" in job("logs", "night")[1]
-    stopped = toys.essence(tmp_path / "night")
+    said = job("logs", "night")[1]
+    assert "stopped; everything that finished is kept" in said, said
+    stopped = toys.essence(night)
     assert 15 <= len(stopped) < len(toys.essence(reference))
+
+    assert act("resume") == {"said": "job night is submitted again"}
+    wait(job, lambda: finished(night) > len(stopped))
+    assert "runs it already" in act("resume")["error"]
+    assert act("stop") == {"said": "asked to stop; everything that is finished is kept"}
+    wait(job, lambda: not (night / "ledger" / "lease.json").exists())
+    wait(job, lambda: "STOPPED" in job("status", "night")[1].upper())
 
     code, said = job("delete", "night")  # Ray keeps an id until then
     assert code == 0, said
     code, said = submit(job, file, tmp_path)
     assert code == 0, said
     assert "succeeded" in said
-    assert f"report: {tmp_path / 'night'}/report.md" in said
-    assert toys.essence(tmp_path / "night") == toys.essence(reference)
-    assert stopped.items() <= toys.essence(tmp_path / "night").items()
-    assert toys.winner(tmp_path / "night") == toys.winner(reference)
+    assert f"report: {night}/report.md" in said
+    assert toys.essence(night) == toys.essence(reference)
+    assert stopped.items() <= toys.essence(night).items()
+    assert toys.winner(night) == toys.winner(reference)
+
+    more = CHANGES["budget.candidates"] + 2
+    assert act("resume", candidates=more) == {"said": "job night is submitted again"}
+    wait(job, lambda: json.loads((night / "summary.json").read_text())["candidates"] == more)
+    wait(job, lambda: "SUCCEEDED" in job("status", "night")[1].upper())
+    job("delete", "night")
+    assert "RAY_API_SERVER_ADDRESS" in act("resume")["error"]
+
+
+@pytest.mark.parametrize(("raised", "code"), [(job_of.Stopped, 3), (KeyboardInterrupt, 3), (ValueError, None)])
+def test_a_signal_inside_of_compiled_code_is_a_signal(raised, code, make_config, tmp_path, monkeypatch):
+    def wait(*given):
+        raise SystemError("returned a result with an exception set") from raised()
+
+    monkeypatch.setattr(job_of, "run", wait)
+    given = [str(make_config(tmp_path)), "--results", str(tmp_path)]
+    if code is None:
+        with pytest.raises(SystemError):
+            job_of.main(given)
+    else:
+        assert job_of.main(given) == code
 
 
 def test_a_job_that_cannot_run_says_why_and_fails(job, make_config, tmp_path):

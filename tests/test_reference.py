@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+import typer
+from typer.testing import CliRunner
+
+from evolver.cli import app
 from evolver.merging.methods import METHODS
 from evolver.reference import page
 from evolver.search import SEARCHES
@@ -20,6 +24,18 @@ def test_the_reference_names_every_method_and_search_with_its_settings():
     assert "| `density` | E numbers | `1.0` | 0.05 – 1 |" in text
 
 
-def test_the_readme_names_every_method_and_search():
-    text = (ROOT / "README.md").read_text()
-    assert all(f"`{name}`" in text for name in (*METHODS, *SEARCHES))
+def test_the_pages_name_every_method_and_search():
+    merging, searches = ((ROOT / "docs" / name).read_text() for name in ("merging.md", "searches.md"))
+    assert all(f"`{name}`" in merging for name in METHODS)
+    assert all(f"`{name}`" in searches for name in SEARCHES)
+
+
+def test_every_command_has_a_page_of_help():
+    runner = CliRunner()
+    for name, command in typer.main.get_command(app).commands.items():
+        said = runner.invoke(app, [name, "--help"], env={"COLUMNS": "120"})
+        assert said.exit_code == 0
+        assert len(said.output.splitlines()) < 50, name
+        assert command.help
+        assert all(p.help for p in command.params), name
+        assert f"### `evolver {name}" in page()

@@ -185,7 +185,10 @@ def test_a_report_says_it_all(tmp_path):
     done = outcome([1.0] * 30, [1.0] * 20 + [0.0] * 10)
     write_report(storage_at(tmp_path), done, {"items": 4, "equal": 4})
     text = (tmp_path / "report.md").read_text()
-    assert text.startswith("# try\n\n**Improvement:")
+    assert text.startswith(
+        "# try\n\nIs there a merge of a and b, fine-tunes of `base`, that is better than the best of them on t (acc)? "
+        "Searched by `evolver` within 3 candidates, on 4 dev items.\n\n**Improvement:"
+    )
     assert "| **winner** | 50.0 | 100.0 |" in text
     assert "| a | 50.0 | 66.7 |" in text
     assert "| a | +33.3 |" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from evolver.worker import LocalPool, Plan
 ROOT = Path(__file__).parent.parent
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")
 THINGS = ("house", "river", "stone", "tree", "bird", "boat")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LENGTH = 128  # positions of the toy models
 DROP = object()  # as a value: leave this key out
 

@@ -181,7 +181,9 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 def _rule(node: Merge, rule: Any) -> dict[str, Any]:
     layers, outside, contains = rule.place.form()
-    place = f"layers {layers[0]}–{layers[1] - 1}" if layers else "outside the layers" if outside else "everywhere"
+    place = "outside the layers" if outside else "everywhere"
+    if layers:
+        place = f"layer {layers[0]}" if layers[1] - layers[0] == 1 else f"layers {layers[0]}–{layers[1] - 1}"
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in rule.values}
     return {"method": node.method, "inputs": [_label(i) for i in node.inputs], "values": values,
             "place": f"{place}, {contains}" if contains else place}  # fmt: skip

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import stats
 
 from evolver.evaluation.metrics import Numbers
 from evolver.evaluation.scoring import Scale
@@ -79,7 +79,7 @@ def _by_signs(each: Numbers, seed: int) -> float:
     if len(moved) < 2:  # with a single item that differs, both signs are equally extreme
         return 1.0
     rng = np.random.default_rng(seed)
-    test = stats.permutation_test(
+    test = scipy.stats.permutation_test(
         (moved,), np.sum, permutation_type="samples", n_resamples=RESAMPLES, rng=rng, vectorized=True
     )
     return float(test.pvalue)
@@ -97,7 +97,7 @@ def _by_exchange(ours: Numbers, theirs: Numbers, scale: Scale, seed: int) -> flo
         one, other = (_scores(x, scale) for x in rows)
         return (one - other).reshape(lead)
 
-    test = stats.permutation_test(
+    test = scipy.stats.permutation_test(
         (ours, theirs), difference, permutation_type="samples", n_resamples=RESAMPLES,
         rng=np.random.default_rng(seed), vectorized=True, batch=max(1, HELD // len(ours)),
     )  # fmt: skip

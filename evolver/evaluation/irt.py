@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import optimize, special
 
 from evolver.evaluation.metrics import Numbers
 from evolver.evaluation.scoring import Scale
@@ -84,7 +84,7 @@ class ItemModel:
         if len(scale.tasks) != len(self.difficulty):
             raise ValueError(f"{len(scale.tasks)} items, of {len(self.difficulty)} that the model knows")
         ability = self.ability(items, *_merged(experts)) if kind == "mp-irt" else self.ability(items)
-        filled = special.expit(self.discrimination * ability - self.difficulty)
+        filled = scipy.special.expit(self.discrimination * ability - self.difficulty)
         filled[: len(items)] = items
         if kind == "gp-irt":
             self._blend(filled, len(items), scale)
@@ -93,7 +93,7 @@ class ItemModel:
     def _blend(self, filled: Numbers, seen: int, scale: Scale) -> None:
         """Move what stands for the items left, towards the mean of those seen of their task."""
         known = self._abilities(self.answers[:, :seen], 0.0, 1.0)
-        expected = special.expit(np.outer(known, self.discrimination) - self.difficulty)
+        expected = scipy.special.expit(np.outer(known, self.discrimination) - self.difficulty)
         for places in map(np.array, scale.places.values()):
             first, rest = places[places < seen], places[places >= seen]
             if len(first) and len(rest):
@@ -109,7 +109,7 @@ class ItemModel:
         low, high = np.full((2, len(answers)), [[-FURTHEST], [FURTHEST]])
         for _ in range(50):
             middle = (low + high) / 2
-            surprise = np.nan_to_num(answers - special.expit(np.outer(middle, a) - b))
+            surprise = np.nan_to_num(answers - scipy.special.expit(np.outer(middle, a) - b))
             up = surprise @ a > (middle - mean) / spread**2
             low, high = np.where(up, middle, low), np.where(up, high, middle)
         found: Numbers = (low + high) / 2
@@ -130,11 +130,11 @@ def fit(answers: Sequence[Sequence[float]], count: int) -> ItemModel:
     table = np.stack([_row(items, count) for items in answers])
     asked = ~np.isnan(table)
     known, models = np.nan_to_num(table), len(table)
-    centre = -special.logit((known.sum() + 0.5) / (asked.sum() + 1))
-    means = (known.sum(0) + special.expit(-centre)) / (asked.sum(0) + 1)
-    start = np.concatenate([np.zeros(models + count), -special.logit(np.clip(means, 0.01, 0.99))])
+    centre = -scipy.special.logit((known.sum() + 0.5) / (asked.sum() + 1))
+    means = (known.sum(0) + scipy.special.expit(-centre)) / (asked.sum(0) + 1)
+    start = np.concatenate([np.zeros(models + count), -scipy.special.logit(np.clip(means, 0.01, 0.99))])
     start[:models] = _standardised(np.where(asked, table - means, 0).sum(1) / np.maximum(asked.sum(1), 1))
-    found = optimize.minimize(
+    found = scipy.optimize.minimize(
         _loss, start, (known, asked, centre), jac=True, method="L-BFGS-B", options={"maxiter": ITERATIONS}
     )
     _, logs, difficulty = np.split(found.x, [models, models + count])
@@ -150,7 +150,7 @@ def _loss(x: Numbers, known: Numbers, asked: NDArray[np.bool_], centre: float) -
     away = (difficulty - centre) / DIFFICULTY
     priors = (ability @ ability + logs @ logs / DISCRIMINATION**2 + away @ away) / 2
     loss = float(np.sum((np.logaddexp(0, z) - known * z) * asked) + priors)
-    error = (special.expit(z) - known) * asked
+    error = (scipy.special.expit(z) - known) * asked
     slopes = [
         error @ discrimination + ability,
         (ability @ error) * discrimination + logs / DISCRIMINATION**2,

@@ -7,25 +7,22 @@ once; for each candidate only the forward passes run.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.instance import Instance
 
-from evolver.config import Config, Evaluation, TaskEntry
+from evolver.config import Config, TaskEntry
 from evolver.errors import BadInput
-from evolver.evaluation.base import Asked, Scored, Scorer
-from evolver.evaluation.decoder import DecoderOnly
-from evolver.evaluation.encoder_decoder import EncoderDecoder
-from evolver.evaluation.generation import Generations
+from evolver.evaluation.base import Asked, Scorer
 from evolver.evaluation.items import Item, item_hash
-from evolver.evaluation.launched import LaunchedModel, LaunchedScorer
-from evolver.evaluation.library import Library, Meaning, quiet
+from evolver.evaluation.library import Library, Meaning
 from evolver.evaluation.live import LiveModel
-from evolver.evaluation.loglikelihood import Forward, Likelihoods, LogLikelihoods
 from evolver.evaluation.metrics import Metric
 from evolver.evaluation.requests import Prepared, build, right
-from evolver.evaluation.tokens import Tokens
 from evolver.records import Split
+
+if TYPE_CHECKING:
+    from evolver.evaluation.launched import LaunchedModel
 
 
 class Language:
@@ -71,11 +68,13 @@ class Language:
                 for a in asked
             ]  # fmt: skip
 
-        if isinstance(model, LaunchedModel):
-            return LaunchedScorer(model, prepare)
-        with quiet():
-            lm = Tokens(pretrained=model.module, tokenizer=model.tokenizer, batch_size=1)
-        return LanguageScorer(model, lm, prepare(lm), self.settings, self.seed)
+        if isinstance(model, LiveModel):
+            from evolver.evaluation.resident import resident  # it brings Transformers' models: to check needs none
+
+            return resident(model, prepare, self.settings, self.seed)
+        from evolver.evaluation.launched import LaunchedScorer
+
+        return LaunchedScorer(model, prepare)
 
     def _meaning(self, entry: TaskEntry) -> Meaning:
         if entry.task not in self._meanings:
@@ -92,44 +91,6 @@ class Language:
 
     def _searches_test_set(self, entry: TaskEntry) -> bool:
         return any(self.library.is_test_set(n) for n in self.library.members[entry.task])
-
-
-class LanguageScorer:
-    """Scores the live model on prepared items."""
-
-    def __init__(
-        self, model: LiveModel, lm: Tokens, prepared: Sequence[Prepared], settings: Evaluation, seed: int
-    ) -> None:
-        self.prepared, self.lm = prepared, lm
-        kind = EncoderDecoder if model.module.config.is_encoder_decoder else DecoderOnly
-        forward: Forward[Any] = kind(model, lm.max_length)
-        self._likely = LogLikelihoods(forward, settings.batch_tokens, settings.batch_size)
-        self._written = Generations(model, lm, settings, seed)
-        asked = list(enumerate(prepared))
-        self._prompts = {p: lm.prompt(i.requests[0]) for p, i in asked if i.kind == "generate_until"}
-        self.groups = {p: lm.group(i.kind, i.requests) for p, i in asked if p not in self._prompts}
-        if self.groups and isinstance(forward, EncoderDecoder):
-            forward.check()
-
-    def score(self, places: Sequence[int]) -> Scored:
-        out = Scored()
-        likely = self._likely({p: self.groups[p] for p in places if p in self.groups})
-        written = self._written({p: self._prompts[p] for p in places if p in self._prompts})
-        for place in places:
-            answers: list[Any] = self._answers(place, likely) if place in self.groups else [written.texts[place]]
-            judgement = self.prepared[place].judge(answers)
-            out.answers[place] = judgement.answer
-            out.invalid += judgement.invalid
-        out.tokens = likely.tokens + written.tokens
-        out.truncated = len(likely.truncated) + len(written.truncated)
-        return out
-
-    def _answers(self, place: int, likely: Likelihoods) -> list[Any]:
-        """What lm-eval would have of its model for each request of an item."""
-        answers = likely.answers[place]
-        if self.groups[place].rolling:
-            return [sum(likelihood for likelihood, _ in answers)]
-        return list(answers)
 
 
 def _seen(name: str) -> str:

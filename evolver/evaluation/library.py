@@ -17,6 +17,7 @@ from lm_eval.tasks import TaskManager
 from evolver.config import Evaluation, TaskEntry, expand
 from evolver.errors import BadInput, nearest
 from evolver.evaluation import metrics
+from evolver.evaluation.index import Index, manager_of
 from evolver.evaluation.metrics import Metric
 
 # Metrics whose items lie between 0 and 1, so that one can say what an unscored item could at most add.
@@ -190,13 +191,14 @@ def _manager(include_path: str | None, names: Mapping[str, str]) -> TaskManager:
     own = expand(include_path) if include_path else None
     if own and not Path(own).is_dir():
         raise BadInput(f"evaluation.include_path: there is no folder {own}; give the folder of your task files.")
-    # Indexing the whole library takes seconds: do so only for names that the user's own folder lacks.
     manager = TaskManager(include_path=own, include_defaults=False) if own else None
     if manager is None or any(n not in manager.all_tasks for n in names):
-        manager = TaskManager(include_path=own)
-    for name, key in names.items():
-        if name not in manager.all_tasks:
-            raise BadInput(f"{key}: unknown lm-eval task {name!r}; {nearest(name, manager.all_tasks)}")
+        index = Index()
+        manager = manager_of(names, own, index)
+        for name, key in names.items():
+            if name not in manager.all_tasks:
+                known = {*index.names, *manager.all_tasks}
+                raise BadInput(f"{key}: unknown lm-eval task {name!r}; {nearest(name, known)}")
     return manager
 
 

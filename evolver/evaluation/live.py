@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -136,3 +138,14 @@ def _renaming(module: Any) -> Callable[[str], str]:
 def default_device() -> str:
     """The accelerator that this process was given, or the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def free_memory(device: str) -> int:
+    """Bytes that a process here may still take on a device: all that is free, within what its container allows."""
+    if device != "cpu":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number: there is no limit
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
+    return free

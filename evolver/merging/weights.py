@@ -522,6 +522,11 @@ def _open(file: Path, key: str) -> Any:
         raise BadInput(f"{key}: {file} is missing; the folder is incomplete, copy it again.") from None
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{key}: {file} is truncated or not safetensors ({error}); copy it again.") from None
+    except RuntimeError as error:  # torch maps the file, and a system may refuse more than its memory at a time
+        raise BadInput(
+            f"{key}: {file} cannot be mapped ({str(error).rpartition(': ')[2]}); save the model in smaller shards, or "
+            "use a machine with more memory."
+        ) from None
 
 
 def _read_json(file: Path, key: str) -> dict[str, Any]:

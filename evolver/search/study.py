@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import optuna
+from optuna.trial import FrozenTrial, TrialState
 
 from evolver.errors import BadInput
 from evolver.records import Candidate, Result
@@ -15,6 +17,9 @@ from evolver.search.optuna_samplers import Coefficients
 
 def write_study(search: Search, recorded: Callable[[Candidate], Result | None], name: str, file: Path) -> int:
     """Replay a search from its results, and write its study into an SQLite file; the number of trials.
+
+    Where there are several tasks, a second study, ``NAME, by task``, has an objective for each, so that fronts can be
+    seen.
 
     Args:
         search: as it was at its beginning.
@@ -27,12 +32,34 @@ def write_study(search: Search, recorded: Callable[[Candidate], Result | None], 
         raise BadInput("only searches of coefficients (tpe, cmaes) are studies of Optuna's; this one is none.")
     if file.exists():
         raise BadInput(f"{file}: it is there already; name another file, or remove it.")
+    results: dict[int, Result] = {}
     while asked := search.ask(1):
         result = recorded(asked[0])
         if result is None:
             break
+        results[result.number] = result
         search.tell(result)
     told = [t for t in search.study.trials if t.state.is_finished()]
-    study = optuna.create_study(storage=f"sqlite:///{file}", study_name=name, direction="maximize")
-    study.add_trials(told)
+    for trial in told:
+        result = results[trial.number]
+        trial.user_attrs |= {"recipe": result.recipe_id, "items": len(result.items), "reason": result.reason}
+    storage = f"sqlite:///{file}"
+    optuna.create_study(storage=storage, study_name=name, direction="maximize").add_trials(told)
+    tasks = list(dict.fromkeys(task for result in results.values() for task in result.tasks))
+    if len(tasks) > 1:
+        directions = [optuna.study.StudyDirection.MAXIMIZE] * len(tasks)
+        study = optuna.create_study(storage=storage, study_name=f"{name}, by task", directions=directions)
+        with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+            study.set_metric_names(tasks)
+        study.add_trials([_by_task(trial, results[trial.number], tasks) for trial in told])
     return len(told)
+
+
+def _by_task(trial: FrozenTrial, result: Result, tasks: Sequence[str]) -> FrozenTrial:
+    """The trial with the metrics of the tasks in place of the score."""
+    whole = all(task in result.tasks for task in tasks) and trial.state == TrialState.COMPLETE
+    return optuna.trial.create_trial(
+        state=TrialState.COMPLETE if whole else TrialState.FAIL, params=trial.params, distributions=trial.distributions,
+        user_attrs=trial.user_attrs,
+        values=[result.tasks[task] for task in tasks] if whole else None,
+    )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from evolver.evaluation.decoder import DecoderOnly
-from evolver.evaluation.language import LanguageScorer
+from evolver.evaluation.resident import LanguageScorer
 from evolver.worker import Worker
 
 

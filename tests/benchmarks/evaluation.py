@@ -24,9 +24,9 @@ import yaml
 from bare import bare_forward
 
 from evolver.evaluation.decoder import DecoderOnly
-from evolver.evaluation.language import LanguageScorer
 from evolver.evaluation.library import quiet
 from evolver.evaluation.loglikelihood import LogLikelihoods
+from evolver.evaluation.resident import LanguageScorer
 from evolver.records import Candidate, Cross
 from evolver.report import markdown_table
 from evolver.run import prepare

@@ -143,7 +143,7 @@ async function candidate() {
     return;
   }
   const rows = found.settings.rules.flatMap((rule) => Object.entries(rule.values).map(([k, v]) => [rule.method, rule.place, k,
-    Array.isArray(v) ? v.map((x, i) => `${rule.inputs[i] ?? i}: ${number(x)}`).join(", ") : `${v}`]));
+    Array.isArray(v) ? v.map((x, i) => `${rule.inputs[i] ?? i}: ${number(x)}`).join(", ") : typeof v === "number" && !Number.isInteger(v) ? number(v) : `${v}`]));
   const scores = Object.entries(found.tasks).map(([t, v]) => `${t} ${number(v)}`).join(", ");
   box.replaceChildren(
     el("p", {}, `Candidate ${chosen}, recipe ${found.settings.recipe}. ${found.reason || scores}`),
@@ -151,7 +151,7 @@ async function candidate() {
     rows.length ? table(["method", "where", "setting", "value"], rows, "settings") : el("p", {}, "It is made by crossovers alone: no coefficients are in force."),
     plot("family"));
   const lines = found.settings.lines.map((l) => ({ x: l.values.map((_, i) => i), y: l.values, name: l.name, mode: "lines+markers", line: { shape: "hvh" }, marker: { size: 4 } }));
-  if (lines.length) put("layers", lines, { xaxis: { title: { text: "layer" }, gridcolor: color("--line") }, yaxis: { title: { text: "coefficient" }, gridcolor: color("--line") } });
+  if (lines.length) put("layers", lines, { xaxis: { title: { text: "layer" }, tickformat: "d", gridcolor: color("--line") }, yaxis: { title: { text: "coefficient" }, gridcolor: color("--line") } });
   family("family", found.lineage);
 }
 
