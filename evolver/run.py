@@ -90,7 +90,7 @@ def prepare(file: str, name: str | None = None, weights: bool = True, device: st
         setup = Setup(
             workshop.experts, workshop.base, config.seed, config.budget, workshop, estimates,
             config.evaluation.early_stopping, config.evaluation.racing is not None,
-            arrival=config.order == "arrival",
+            arrival=config.order == "arrival", tasks=tuple(tasks.scale("dev").weights),
         )  # fmt: skip
         search = SEARCHES[algorithm].build(setup, settings)
     except BadInput as error:

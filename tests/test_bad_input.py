@@ -164,6 +164,7 @@ TABLE = {
     "unknown merge method": ({"search": {"algorithm": "tpe", "method": "tiess"}}, ["search.method", "'ties'"]),
     "method without settings": ({"search": {"algorithm": "tpe", "method": "simple"}}, ["search.method", "choose"]),
     "nothing to tune": ({"search": {"algorithm": "tpe", "tune": ["density"]}}, ["search.tune", "'density'", "known"]),
+    "several objectives of one task": ({"search": {"algorithm": "nsga2"}}, ["search.algorithm", "choose tpe"]),
     "empty tune": ({"search": {"algorithm": "tpe", "tune": []}}, ["search.tune", "write"]),
     "too many layer groups": ({"search": {"algorithm": "cmaes", "layer_groups": 9}}, ["search.layer_groups", "write"]),
     "unknown task": (task(task="toyy"), ["evaluation.tasks[0].task", "'toyy'", "'toy'"]),

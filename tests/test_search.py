@@ -1,6 +1,7 @@
 """Searches: the laws of all of them, the released Evolver simulated a second time, and samplers that do improve."""
 
 import random
+import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -65,11 +66,13 @@ def build(settings, seed=0, experts=4, early_stopping=True, racing=False, arriva
     typed = check_section(found.settings, settings, "f", "search.")
     budget = Budget(**(budget or {"candidates": 30}))
     setup = Setup(
-        EXPERTS[:experts], BASE, seed, budget, Workshop(experts), Means(), early_stopping, racing, arrival=arrival
-    )
+        EXPERTS[:experts], BASE, seed, budget, Workshop(experts), Means(), early_stopping, racing, arrival=arrival,
+        tasks=TASKS,
+    )  # fmt: skip
     return found.build(setup, typed)
 
 
+TASKS = ("one", "other")
 EVOLVER = {"algorithm": "evolver", "generations": 3}
 HALVING = {"algorithm": "halving", "first": 2, "eta": 2, "batch": 4}
 STEADY = {"mode": "steady", "in_flight": 3}
@@ -88,10 +91,12 @@ ORDERED = {
     "tpe 4": {"algorithm": "tpe", "startup": 5, "in_flight": 4, "layer_groups": 2},
     "cmaes": {"algorithm": "cmaes"},
     "cmaes 5": {"algorithm": "cmaes", "population": 5, "sigma": 0.2, "method": "ties", "tune": ["density", "lambda"]},
+    "nsga2": {"algorithm": "nsga2", "population": 5},
 }
 CONFIGURATIONS = ORDERED | {
     "halving tpe": HALVING | {"of": ORDERED["tpe"]},
     "halving cmaes 5": HALVING | {"of": ORDERED["cmaes 5"], "batch": 3},
+    "halving nsga2": HALVING | {"of": ORDERED["nsga2"], "batch": 5},
     "halving evolver": HALVING | {"of": ORDERED["evolver generational evolver"]},
     "halving evolver merger": HALVING | {"of": ORDERED["evolver generational merger evolver"]},
 }
@@ -123,7 +128,16 @@ def answer(candidate, failing=False):
         return Result(candidate.number, candidate.recipe.id, "ok", None, candidate.bar, False, (value,) * 3)
     if candidate.limit is not None:
         return Result(candidate.number, candidate.recipe.id, "ok", None, 1.0, False, (value,) * candidate.limit)
-    return Result(candidate.number, candidate.recipe.id, "ok", value, value, True, (value,) * 10)
+    return Result(
+        candidate.number,
+        candidate.recipe.id,
+        "ok",
+        value,
+        value,
+        True,
+        (value,) * 10,
+        {"one": value, "other": 1 - value},
+    )
 
 
 def simulate(search, workers=1, order=None, failing=False, reply=answer):
@@ -485,6 +499,27 @@ def test_as_many_in_flight_as_promised():
     assert len(first) == 1
     cmaes.tell(quadratic(first[0]))
     assert len(cmaes.ask(99)) == 5
+
+
+def test_a_search_of_two_objectives_spreads_over_their_front():
+    """One objective falls with the mass from 1 on and the other one grows: all masses are on the front."""
+
+    def torn(candidate, _=False):
+        mass = candidate.recipe.settings("norm.weight", None)["lambda"]
+        tasks = {"one": -mass, "other": mass}
+        return Result(candidate.number, candidate.recipe.id, "ok", 0.0, 0.0, True, tasks=tasks)
+
+    search = build({"algorithm": "nsga2", "population": 8}, candidates=40)
+    masses = [c.recipe.settings("norm.weight", None)["lambda"] for c in simulate(search, reply=torn)]
+    assert max(masses[20:]) - min(masses[20:]) > 1
+    assert len(search.study.best_trials) > 10
+    assert len(build({"algorithm": "nsga2", "population": 8}).ask(99)) == 8
+
+
+def test_several_objectives_need_several_tasks(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "TASKS", ("one",))
+    with pytest.raises(BadInput, match=r"search.algorithm: nsga2 needs two tasks"):
+        build({"algorithm": "nsga2"})
 
 
 def test_the_population_of_cmaes():

@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 import toys
 from moto.server import ThreadedMotoServer
+from starlette.testclient import TestClient
 
+from evolver.dashboard.app import build
 from evolver.errors import BadInput
 from evolver.ledger import Ledger, answers, read
 from evolver.merging.weights import open_base
@@ -357,6 +359,21 @@ def test_a_run_on_an_object_store_is_the_same_run_and_goes_on_after_a_kill(confi
     assert {"config.json", "model.safetensors", "README.md"} <= set(made.folder("best").names())
     assert answers(made).num_rows == answers(here.folder("toy")).num_rows
     assert FILE not in ledger.names()
+    assert_seen(there)
+
+
+def assert_seen(results):
+    """The dashboard shows a finished run of an object store, and says how its model is taken."""
+    with TestClient(build(results, "secret", None), base_url="http://127.0.0.1") as browser:
+        browser.get("/?token=secret")
+        (row,) = browser.get("/api/runs").json()
+        assert (row["name"], row["state"]) == ("toy", "done")
+        page = browser.get("/api/runs/toy").json()
+        assert page["curve"]["best"][-1] == row["best"]
+        assert page["heat"]["models"]
+        assert browser.get(f"/api/runs/toy/candidates/{page['best']}").json()["settings"]["recipe"]
+        said = browser.post("/api/runs/toy/export", headers={"x-evolver": "1"}).json()["error"]
+        assert said == f"export it to where you want it: evolver export {results.location}/toy FOLDER"
 
 
 def test_experts_of_an_object_store_are_brought_here_once(make_config, models, s3, tmp_path, monkeypatch):

@@ -92,7 +92,8 @@ class Setup:
 
     ``racing`` asks for the items of the incumbent beside its score. ``together`` is above 1 where candidates are asked
     for in batches of so many, and all results of a batch are told before the next one is asked for. ``arrival`` has
-    results learnt by their ranks instead of the numbers of their candidates.
+    results learnt by their ranks instead of the numbers of their candidates. ``tasks`` names what a search of several
+    objectives has them from.
     """
 
     experts: tuple[Expert, ...]
@@ -105,6 +106,7 @@ class Setup:
     racing: bool = False
     together: int = 1
     arrival: bool = False
+    tasks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

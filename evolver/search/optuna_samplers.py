@@ -2,16 +2,19 @@
 
 The study lives in memory and is rebuilt by replay; it is only ever told results in the order of the candidates. For
 TPE, candidate k knows all results but the last ``in_flight - 1``, so that as many workers can be busy, or all those of
-the batches before its own; for CMA-ES, a generation of ``population`` candidates knows all generations before it.
+the batches before its own; for CMA-ES and NSGA-II, a generation of ``population`` candidates knows all generations
+before it.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import optuna
+from optuna.study import StudyDirection
 from pydantic import Field
 
 from evolver.config import Section
@@ -50,14 +53,23 @@ class CMAESSettings(CoefficientSettings):
     sigma: float | None = Field(None, gt=0, description="first step size; default a sixth of the range")
 
 
+class NSGA2Settings(CoefficientSettings):
+    """Settings of NSGA-II."""
+
+    algorithm: Literal["nsga2"]
+    population: int = Field(12, ge=2, description="candidates of a generation")
+
+
 class Coefficients(Ordered):
     """A search over named numbers by one of Optuna's samplers."""
 
-    def __init__(self, setup: Setup, space: Space, sampler: optuna.samplers.BaseSampler, name: str) -> None:
+    def __init__(
+        self, setup: Setup, space: Space, sampler: optuna.samplers.BaseSampler, name: str, objectives: int = 1
+    ) -> None:  # fmt: skip
         super().__init__(setup)
         self.space, self.name = space, name
         optuna.logging.set_verbosity(logging.WARNING)
-        self.study = optuna.create_study(direction="maximize", sampler=sampler)
+        self.study = optuna.create_study(directions=[StudyDirection.MAXIMIZE] * objectives, sampler=sampler)
         # The equal-weights merge at the mass of an average is what every search can know without looking.
         self.study.enqueue_trial(space.encode_equal(mass=1.0))
         self._trials: dict[int, optuna.trial.Trial] = {}
@@ -71,11 +83,15 @@ class Coefficients(Ordered):
         return Candidate(k, self.space.decode(trial.params), self.name)
 
     def learn(self, candidate: Candidate, result: Result) -> None:
-        trial = self._trials.pop(candidate.number)
-        if result.score is None:
+        trial, values = self._trials.pop(candidate.number), self.values(result)
+        if values is None:
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:
-            self.study.tell(trial, result.score)
+            self.study.tell(trial, values)
+
+    def values(self, result: Result) -> float | Sequence[float] | None:
+        """What the sampler is told of a result; None: it has failed."""
+        return result.score
 
 
 @algorithm("tpe", TPESettings)
@@ -113,6 +129,28 @@ class CMAES(Coefficients):
     def waits_for(self, k: int) -> int:
         # Candidate 0 is the enqueued start, which is outside the generations.
         return 0 if k == 0 else 1 + (k - 1) // self.population * self.population
+
+
+@algorithm("nsga2", NSGA2Settings)
+class NSGA2(Coefficients):
+    """NSGA-II (Deb et al. 2002): every task is an objective of its own, and the generations move towards the front of
+    what no other candidate beats in all of them. The winner is the one of the highest score, as everywhere.
+    """
+
+    def __init__(self, setup: Setup, settings: NSGA2Settings) -> None:
+        if len(setup.tasks) < 2:
+            raise BadInput("search.algorithm: nsga2 needs two tasks at least, as objectives; choose tpe or cmaes.")
+        sampler = optuna.samplers.NSGAIISampler(seed=setup.seed, population_size=settings.population)
+        super().__init__(setup, _space(setup, settings), sampler, "nsga2", len(setup.tasks))
+        self.population = settings.population
+
+    def waits_for(self, k: int) -> int:
+        return k - k % self.population
+
+    def values(self, result: Result) -> Sequence[float] | None:
+        tasks = self.setup.tasks
+        whole = result.score is not None and all(task in result.tasks for task in tasks)
+        return [result.tasks[task] for task in tasks] if whole else None
 
 
 def default_population(dimensions: int) -> int:

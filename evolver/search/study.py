@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import optuna
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from evolver.errors import BadInput
@@ -29,7 +30,7 @@ def write_study(search: Search, recorded: Callable[[Candidate], Result | None], 
     Raises BadInput for a search that tunes no coefficients, or a file that is there already.
     """
     if not isinstance(search, Coefficients):
-        raise BadInput("only searches of coefficients (tpe, cmaes) are studies of Optuna's; this one is none.")
+        raise BadInput("only searches of coefficients (tpe, cmaes, nsga2) are studies of Optuna's; this one is none.")
     if file.exists():
         raise BadInput(f"{file}: it is there already; name another file, or remove it.")
     results: dict[int, Result] = {}
@@ -44,22 +45,26 @@ def write_study(search: Search, recorded: Callable[[Candidate], Result | None], 
         result = results[trial.number]
         trial.user_attrs |= {"recipe": result.recipe_id, "items": len(result.items), "reason": result.reason}
     storage = f"sqlite:///{file}"
-    optuna.create_study(storage=storage, study_name=name, direction="maximize").add_trials(told)
-    tasks = list(dict.fromkeys(task for result in results.values() for task in result.tasks))
-    if len(tasks) > 1:
-        directions = [optuna.study.StudyDirection.MAXIMIZE] * len(tasks)
-        study = optuna.create_study(storage=storage, study_name=f"{name}, by task", directions=directions)
-        with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
-            study.set_metric_names(tasks)
-        study.add_trials([_by_task(trial, results[trial.number], tasks) for trial in told])
+    _create(storage, name, ["score"], [_valued(t, [results[t.number].score]) for t in told])
+    if len(tasks := search.setup.tasks) > 1:
+        by_task = [_valued(t, [results[t.number].tasks.get(task) for task in tasks]) for t in told]
+        _create(storage, f"{name}, by task", tasks, by_task)
     return len(told)
 
 
-def _by_task(trial: FrozenTrial, result: Result, tasks: Sequence[str]) -> FrozenTrial:
-    """The trial with the metrics of the tasks in place of the score."""
-    whole = all(task in result.tasks for task in tasks) and trial.state == TrialState.COMPLETE
+def _create(storage: str, name: str, objectives: Sequence[str], trials: Sequence[FrozenTrial]) -> None:
+    directions = [StudyDirection.MAXIMIZE] * len(objectives)
+    study = optuna.create_study(storage=storage, study_name=name, directions=directions)
+    with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+        study.set_metric_names(list(objectives))
+    study.add_trials(trials)
+
+
+def _valued(trial: FrozenTrial, values: Sequence[float | None]) -> FrozenTrial:
+    """The trial with these values in place of its own; without one of them, it has failed."""
+    given = [v for v in values if v is not None]
+    whole = trial.state == TrialState.COMPLETE and len(given) == len(values)
     return optuna.trial.create_trial(
         state=TrialState.COMPLETE if whole else TrialState.FAIL, params=trial.params, distributions=trial.distributions,
-        user_attrs=trial.user_attrs,
-        values=[result.tasks[task] for task in tasks] if whole else None,
+        user_attrs=trial.user_attrs, values=given if whole else None,
     )  # fmt: skip
