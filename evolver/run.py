@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from evolver import __version__, loggers
 from evolver.card import licence_of, model_card
 from evolver.config import FREE_KEYS, Config, check_section, expand, load, renamed
 from evolver.errors import BadInput, nearest
@@ -25,6 +26,7 @@ from evolver.flights import Pool
 from evolver.folder import RunFolder, file_of_run
 from evolver.history import best_of, write_about
 from evolver.ledger import Ledger, write_items
+from evolver.loggers import Tracked, Trackers
 from evolver.loop import Guesses, evolve
 from evolver.merging import mergekit_out, methods
 from evolver.merging.genome import Genome, genome
@@ -76,6 +78,7 @@ def prepare(file: str, name: str | None = None, weights: bool = True) -> Prepare
     """
     config = load(file) if name is None else renamed(load(file), name)
     algorithm, settings = _algorithm(config, file)
+    loggers.check(config, file)
     try:
         opened = open_models(config)
         tasks = load_tasks(config)
@@ -151,6 +154,7 @@ def run(
     """
     prepared = prepare(file, name)
     folder = RunFolder(results.folder(prepared.config.run), prepared.identity)
+    listeners = loggers.build(prepared.config, file, folder.storage)
     # A pool that the cluster can never offer is refused here, before anything is written.
     try:
         pool = make_pool(prepared.plan, "dev", prepared.tasks)
@@ -163,11 +167,17 @@ def run(
         )
         warnings = (*prepared.warnings, *prepared.tasks.warnings)
         write_about(folder.storage, {s: prepared.tasks.scale(s) for s in SPLITS}, _versions(), warnings)
-        with contextlib.closing(Ledger(folder.storage.folder("ledger"), folder.owner, display.say)) as ledger:
+        with (
+            contextlib.closing(Ledger(folder.storage.folder("ledger"), folder.owner, display.say)) as ledger,
+            contextlib.closing(Trackers(listeners, display.say)) as trackers,
+        ):
             for warning in (*warnings, *ledger.warnings):
                 display.say(f"warning: {warning}")
-            outcome = _stages(prepared, ledger, pool, make_pool, display)
+            if listeners:
+                trackers.begin(_tracked(prepared, folder))
+            outcome = _stages(prepared, ledger, pool, make_pool, display, trackers)
             _finish(prepared, folder, outcome, display, device)
+            trackers.finish(folder.storage)
     except OSError as error:
         raise BadInput(
             f"{error.filename or folder.location}: cannot be read or written ({error.strerror or error}); all "
@@ -178,13 +188,16 @@ def run(
     return folder.storage
 
 
-def _stages(prepared: Prepared, ledger: Ledger, pool: Pool, make_pool: PoolMaker, display: Display) -> Outcome:
+def _stages(
+    prepared: Prepared, ledger: Ledger, pool: Pool, make_pool: PoolMaker, display: Display, trackers: Trackers
+) -> Outcome:  # fmt: skip
     """Baselines, search, and the finalists on the report set."""
     history: list[tuple[Candidate, Result]] = []
 
     def watch(candidate: Candidate, result: Result) -> None:
         history.append((candidate, result))
         display.result(candidate, result)
+        trackers.result(candidate, result)
 
     plain = Listed(_baselines(prepared), "baseline")
     display.stage("baselines", plain.total)
@@ -317,6 +330,12 @@ def _identity(config: Config, search: Mapping[str, Any], plan: Plan) -> dict[str
     # Scores of different releases must not be mixed: a forward pass or a prompt may have changed between them.
     identity["versions"] = {p: _versions()[p] for p in JUDGES}
     return identity
+
+
+def _tracked(prepared: Prepared, folder: RunFolder) -> Tracked:
+    """What the loggers are told of a run."""
+    facts = {"evolver": __version__, **_versions(), "configuration": folder.owner}
+    return loggers.tracked(prepared.config, prepared.identity["search"], folder.storage, facts)
 
 
 def _baselines(prepared: Prepared) -> list[tuple[str, Recipe]]:
