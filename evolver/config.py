@@ -223,6 +223,9 @@ class Config(Section):
     evaluation: Evaluation
     baselines: Baselines = Baselines()
     pool: Pool = Pool()
+    loggers: dict[str, dict[str, Any] | None] = Field(
+        default_factory=dict, description="trackers that are told of every result: name → settings, of those below"
+    )
 
     @field_validator("experts")
     @classmethod
@@ -265,7 +268,7 @@ WORDING = {
 }
 
 # What a run may change between two calls without becoming another run.
-FREE_KEYS = ("run", "pool", "budget")
+FREE_KEYS = ("run", "pool", "budget", "loggers")
 
 
 def load(path: str | Path) -> Config:

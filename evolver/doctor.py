@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -15,6 +14,7 @@ import torch
 
 from evolver.config import expand
 from evolver.evaluation.live import default_device
+from evolver.loggers.base import installed
 
 GIB = 1 << 30
 Finding = tuple[str, str, str]  # what, what is found, what to do about it or ""
@@ -25,6 +25,9 @@ EXTRAS = {
     "peft": ("experts", "training LoRA experts"),
     "s3fs": ("s3", "runs and models on s3://"),
     "gcsfs": ("gs", "runs and models on gs://"),
+    "tensorboard": ("tensorboard", "following runs in TensorBoard"),
+    "mlflow": ("mlflow", "following runs in MLflow"),
+    "wandb": ("wandb", "following runs in Weights & Biases"),
 }
 
 
@@ -45,7 +48,7 @@ def findings() -> Iterator[Finding]:
     yield "compiler", compiler or "none", "" if compiler else "merging is slower without one: install gcc or clang"
     yield from _cache()
     for module, (extra, purpose) in EXTRAS.items():
-        found = importlib.util.find_spec(module) is not None
+        found = installed(module)
         yield (
             extra,
             "installed" if found else "not installed",

@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from evolver.cli import app
 from evolver.config import Config, Section
+from evolver.loggers import LOGGERS
 from evolver.merging.methods import METHODS, Range, Setting, Simplex
 from evolver.report import markdown_table
 from evolver.search import SEARCHES
@@ -25,6 +26,9 @@ def page() -> str:
     parts += ["## Searches", "One key chooses: `search.algorithm`."]
     for name, algorithm in sorted(SEARCHES.items()):
         parts += [f"### {name}", first_paragraph(algorithm.build), _keys(algorithm.settings)]
+    parts += ["## Loggers", "Each under its name in `loggers`; `pip install 'evolver[NAME]'` installs what it needs."]
+    for name, logger in sorted(LOGGERS.items()):
+        parts += [f"### {name}", first_paragraph(logger.build), _keys(logger.settings)]
     parts += ["## Merge methods", "`E` numbers: one for each expert, or one for all. Searched: what a search may tune."]
     for name, method in sorted(METHODS.items()):
         rows = [[f"`{s.name}`", kind_of(s), f"`{default_of(s)}`", searched_of(s)] for s in method.settings.values()]

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from evolver import __version__, loggers
 from evolver.about import About, Job, write_about
 from evolver.card import licence_of, model_card
 from evolver.config import FREE_KEYS, Config, check_section, expand, load, renamed
@@ -26,6 +27,7 @@ from evolver.flights import Pool
 from evolver.folder import RunFolder, file_of_run
 from evolver.history import History, history_of
 from evolver.ledger import Ledger, write_items
+from evolver.loggers import Tracked, Trackers
 from evolver.loop import Guesses, evolve
 from evolver.merging import mergekit_out, methods
 from evolver.merging.genome import Genome, genome
@@ -78,6 +80,7 @@ def prepare(file: str, name: str | None = None, weights: bool = True, device: st
     """
     config = load(file) if name is None else renamed(load(file), name)
     algorithm, settings = _algorithm(config, file)
+    loggers.check(config, file)
     try:
         opened = open_models(config)
         if device:
@@ -157,6 +160,7 @@ def run(
     """
     prepared = prepare(file, name, device=device)
     folder = RunFolder(results.folder(prepared.config.run), prepared.identity)
+    listeners = loggers.build(prepared.config, file, folder.storage)
     # A pool that the cluster can never offer is refused here, before anything is written.
     try:
         pool = make_pool(prepared.plan, "dev", prepared.tasks)
@@ -169,11 +173,17 @@ def run(
         )
         about = _about(prepared, folder, job)
         write_about(folder.storage, about)
-        with contextlib.closing(Ledger(folder.storage.folder("ledger"), folder.owner, display.say)) as ledger:
+        with (
+            contextlib.closing(Ledger(folder.storage.folder("ledger"), folder.owner, display.say)) as ledger,
+            contextlib.closing(Trackers(listeners, display.say)) as trackers,
+        ):
             for warning in (*about.warnings, *ledger.warnings):
                 display.say(f"warning: {warning}")
-            outcome = _stages(prepared, about, ledger, pool, make_pool, display)
+            if listeners:
+                trackers.begin(_tracked(prepared, folder))
+            outcome = _stages(prepared, about, ledger, pool, make_pool, display, trackers)
             _finish(prepared, folder, outcome, display, device)
+            trackers.finish(folder.storage)
     except OSError as error:
         raise BadInput(
             f"{error.filename or folder.location}: cannot be read or written ({error.strerror or error}); all "
@@ -191,7 +201,8 @@ def _about(prepared: Prepared, folder: RunFolder, job: Job | None) -> About:
 
 
 def _stages(
-    prepared: Prepared, about: About, ledger: Ledger, pool: Pool, make_pool: PoolMaker, display: Display
+    prepared: Prepared, about: About, ledger: Ledger, pool: Pool, make_pool: PoolMaker, display: Display,
+    trackers: Trackers,
 ) -> Outcome:  # fmt: skip
     """Baselines, search, and the finalists on the report set."""
     pairs: list[tuple[Candidate, Result]] = []
@@ -199,6 +210,7 @@ def _stages(
     def watch(candidate: Candidate, result: Result) -> None:
         pairs.append((candidate, result))
         display.result(candidate, result)
+        trackers.result(candidate, result)
 
     plain = Listed(_baselines(prepared), "baseline")
     display.stage("baselines", plain.total)
@@ -328,6 +340,12 @@ def _identity(config: Config, search: Mapping[str, Any], plan: Plan) -> dict[str
     # Scores of different releases must not be mixed: a forward pass or a prompt may have changed between them.
     identity["versions"] = {p: _versions()[p] for p in JUDGES}
     return identity
+
+
+def _tracked(prepared: Prepared, folder: RunFolder) -> Tracked:
+    """What the loggers are told of a run."""
+    facts = {"evolver": __version__, **_versions(), "configuration": folder.owner}
+    return loggers.tracked(prepared.config, prepared.identity["search"], folder.storage, facts)
 
 
 def _baselines(prepared: Prepared) -> list[tuple[str, Recipe]]:

@@ -189,6 +189,14 @@ TABLE = {
     ),
     "include_path is no folder": ({"evaluation.include_path": "SPOILT/none"}, ["evaluation.include_path", "give"]),
     "include_path is a file": ({"evaluation.include_path": "SPOILT/file"}, ["evaluation.include_path", "give"]),
+    "unknown logger": ({"loggers": {"mlfow": {}}}, ["loggers.mlfow", "unknown logger", "did you mean 'mlflow'?"]),
+    "unknown key of a logger": ({"loggers": {"mlflow": {"url": "x"}}}, ["loggers.mlflow.url", "did you mean 'uri'?"]),
+    "list of loggers": ({"loggers": ["mlflow"]}, ["loggers", "['mlflow']", "write"]),
+    "unknown mode of a logger": ({"loggers": {"wandb": {"mode": "on"}}}, ["loggers.wandb.mode", "'on'", "'online' or"]),
+    "events on an object store": (
+        {"loggers": {"tensorboard": {"folder": "s3://bucket/events"}}},
+        ["loggers.tensorboard.folder", "s3://bucket/events is not on this machine", "give a folder that is"],
+    ),
     "language model as classifier": (
         {"model.kind": "classifier"},
         ["evaluation.tasks[0].data", "missing", "give the file or the data set of toy"],

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 GROUND = ("evolver.records", "evolver.config", "evolver.errors", "evolver.storage")
-ROOMS = ("evolver.merging", "evolver.search", "evolver.evaluation", "evolver.ledger")
+ROOMS = ("evolver.merging", "evolver.search", "evolver.evaluation", "evolver.ledger", "evolver.loggers")
 # Who may import a library at all. No name here covers more than its package.
 FENCES = {
     "ray": ("cluster",),
@@ -24,6 +24,7 @@ FENCES = {
         "evolver.doctor",
         "evolver.evaluate",
         "evolver.training",
+        "evolver.loggers.tensorboard",
     ),
     "safetensors": ("evolver.merging", "evolver.training"),
     "optuna": ("evolver.search",),
@@ -36,6 +37,10 @@ FENCES = {
     "starlette": ("evolver.dashboard",),
     "uvicorn": ("evolver.cli",),
     "markdown_it": ("evolver.html",),
+    "torch.utils.tensorboard": ("evolver.loggers.tensorboard",),
+    "tensorboard": (),
+    "mlflow": ("evolver.loggers.mlflow",),
+    "wandb": ("evolver.loggers.wandb",),
 }
 
 
@@ -155,8 +160,9 @@ def test_no_import_goes_round_in_a_circle():
 
 def test_importing_the_ground_floor_loads_nothing_heavy():
     code = (
-        "import sys, evolver.records, evolver.config, evolver.loop, evolver.search.base; "
-        "print([m for m in ('ray', 'torch', 'transformers', 'lm_eval') if m in sys.modules])"
+        "import sys, evolver.records, evolver.config, evolver.loop, evolver.search.base, evolver.loggers; "
+        "heavy = ('ray', 'torch', 'transformers', 'lm_eval', 'tensorboard', 'mlflow', 'wandb'); "
+        "print([m for m in heavy if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,0 +1,41 @@
+"""Loggers: what passes the results of a run on to trackers of experiments. They change no result, and fail alone."""
+
+from __future__ import annotations
+
+from evolver.config import Config, check_section
+from evolver.errors import BadInput, nearest
+from evolver.loggers import mlflow, tensorboard, wandb
+from evolver.loggers.base import LOGGERS, Logger, Place, Tracked, installed
+from evolver.loggers.trackers import Trackers, tracked
+from evolver.storage import LocalStorage, Storage
+
+__all__ = ["LOGGERS", "Logger", "Tracked", "Trackers", "build", "check", "mlflow", "tensorboard", "tracked", "wandb"]
+
+
+def check(config: Config, file: str) -> None:
+    """Check what a configuration says of loggers, whatever is installed here.
+
+    Raises BadInput for a logger that there is none of, or one of its keys.
+    """
+    for name, settings in config.loggers.items():
+        if name not in LOGGERS:
+            raise BadInput(f"{file}: loggers.{name}: unknown logger; {nearest(name, LOGGERS)}")
+        check_section(LOGGERS[name].settings, settings or {}, file, f"loggers.{name}.")
+
+
+def build(config: Config, file: str, run: Storage) -> dict[str, Logger]:
+    """The loggers of a configuration, by name; none has begun.
+
+    Raises BadInput for what ``check`` refuses, for a package that is missing, and for a folder that cannot be.
+    """
+    check(config, file)
+    place = Place(config.run, run.path if isinstance(run, LocalStorage) else None)
+    built: dict[str, Logger] = {}
+    for name, settings in config.loggers.items():
+        if not installed(name):
+            raise BadInput(f"{file}: loggers.{name}: its package is missing; pip install 'evolver[{name}]'")
+        try:
+            built[name] = LOGGERS[name].build(LOGGERS[name].settings.model_validate(settings or {}), place)
+        except BadInput as error:
+            raise BadInput(f"{file}: loggers.{name}.{error}") from error
+    return built
