@@ -19,6 +19,8 @@ from evolver.config import expand
 from evolver.errors import BadInput
 from evolver.merging.gguf_keys import ARCHITECTURES, FACTORS, scaling_in
 
+# Of what a conversion makes: folders that an older one made are not taken from the cache.
+VERSION = 2
 NEEDS = ("gguf", "protobuf", "sentencepiece")
 # What floats of a file are kept as; the dequantised have fewer digits than bfloat16.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -34,7 +36,7 @@ def folder_of(file: Path, key: str) -> Path:
     Raises BadInput that names ``key`` for a file that cannot be read or converted.
     """
     stat = file.stat()
-    identity = json.dumps([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
+    identity = json.dumps([VERSION, str(file.resolve()), stat.st_size, stat.st_mtime_ns])
     target = Path(expand("$EVOLVER_CACHE")) / "gguf" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     if target.is_dir():
         return target
