@@ -142,21 +142,27 @@ def report(
 @app.command()
 def export(
     folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
-    out: Annotated[Path, typer.Argument(help="folder to write")],
+    out: Annotated[Path, typer.Argument(help="folder to write; with --gguf, the file")],
     candidate: Annotated[str | None, typer.Option(help="its number, or its recipe's id; default: the best")] = None,
     lora: Annotated[int | None, typer.Option(min=1, help="write a LoRA adapter of this rank instead")] = None,
     energy: Annotated[float | None, typer.Option(help="… of the ranks that keep this share of the difference")] = None,
     delta: Annotated[bool, typer.Option(help="write the difference to the base instead")] = False,
+    gguf: Annotated[str | None, typer.Option(help="write a GGUF file of this type instead: bf16, q8_0, …")] = None,
     push_to_hub: Annotated[str | None, typer.Option(help="also upload it there, as org/name")] = None,
 ) -> None:
-    """Write a model of a run as a Hugging Face folder, a LoRA adapter or a delta, and check it."""
+    """Write a model of a run as a Hugging Face folder, a LoRA adapter, a delta or a GGUF file, and check it."""
     from evolver import deliver
     from evolver.storage import storage_at
 
     run = storage_at(folder)
+    asked = {"--lora": lora is not None or energy is not None, "--delta": delta, "--gguf": gguf is not None}
+    if sum(asked.values()) > 1:
+        raise BadInput(f"{', '.join(o for o, given in asked.items() if given)}: each is a form of its own; give one.")
     if energy is not None and not 0 < energy <= 1:
         raise BadInput(f"--energy: {energy:g} is not usable; write a share above 0 and up to 1.")
-    if delta:
+    if gguf is not None:
+        deliver.deliver_gguf(run, out, candidate, gguf, typer.echo)
+    elif delta:
         deliver.deliver_delta(run, out, candidate, typer.echo)
     elif lora is not None or energy is not None:
         deliver.deliver_lora(run, out, candidate, lora, energy, typer.echo)
@@ -167,7 +173,10 @@ def export(
 
         api = HfApi()
         api.create_repo(push_to_hub, exist_ok=True)
-        api.upload_folder(folder_path=out, repo_id=push_to_hub)
+        if out.is_file():
+            api.upload_file(path_or_fileobj=out, path_in_repo=out.name, repo_id=push_to_hub)
+        else:
+            api.upload_folder(folder_path=out, repo_id=push_to_hub)
         typer.echo(f"uploaded to {push_to_hub}")
 
 

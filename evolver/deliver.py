@@ -1,19 +1,25 @@
-"""Any candidate of a run as files to take along: a Hugging Face folder, a LoRA adapter, or a delta against the base."""
+"""Any candidate of a run as files to take along: a Hugging Face folder, a LoRA adapter, a delta against the base, or
+one GGUF file.
+"""
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from evolver.errors import BadInput
 from evolver.evaluation.live import default_device
-from evolver.export import export
+from evolver.export import TOKENIZER, configuration, export
 from evolver.history import History, read_history
+from evolver.merging import gguf_out
+from evolver.merging.gguf_keys import KEY
 from evolver.merging.lora_out import write_delta, write_lora
 from evolver.records import Candidate, Recipe, Result
 from evolver.run import Prepared, prepare_run, score_again, texts
-from evolver.storage import Storage, whole_folder
+from evolver.storage import Storage, whole_file, whole_folder
 from evolver.worker import build_materialiser
 
 Warn = Callable[[str], None]
@@ -83,6 +89,66 @@ def deliver_lora(
         made = write_lora(_of_base(prepared), model, folder, base, tied, rank, energy)
     beside = f", {made.whole} tensors whole" if made.whole else ""
     say(f"{out}: rank {made.rank}{beside}; holds {100 * made.share:.1f} % of the squared difference to the base")
+
+
+def deliver_gguf(run: Storage, out: Path, wanted: str | None, kind: str, say: Warn) -> None:
+    """Write a candidate as one GGUF file of a type such as ``q8_0``.
+
+    Before it gets its name, every tensor of it is read anew, and what Transformers makes of it is asked for the
+    ledger's answers, of which a narrow type may cost some.
+
+    Raises BadInput for what such a file cannot hold, and where it cannot be written.
+    """
+    kind = kind.lower()
+    gguf_out.check(kind, out)
+    if out.is_dir():
+        raise BadInput(f"{KEY}: {out} is a folder; name the file to write, such as merged.gguf.")
+    candidate, result = find(read_history(run), wanted)
+    prepared = prepare_run(run)
+    if prepared.config.model.kind != "causal-lm":
+        raise BadInput(
+            f"{KEY}: such files are for models of the kind causal-lm, and those of this run are of "
+            f"{prepared.config.model.kind}; leave it out."
+        )
+    model = _model(prepared, candidate.recipe)
+    try:
+        with whole_file(out) as file, tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+            written = gguf_out.write(model, kind, file)
+            gguf_out.verify(file, written)
+            folder = _read_back(prepared, model, file, Path(scratch) / "model")
+            agreement = score_again(prepared, folder, result.items, default_device())
+    except OSError as error:
+        raise BadInput(
+            f"{error.filename or out}: cannot be read or written ({error.strerror or error}); make room or mend the "
+            "rights, and export again."
+        ) from error
+    say(
+        f"{out}: {len(written.digests)} tensors as {kind}, each read anew; loaded by Transformers, it gives the "
+        f"ledger's answers on {agreement['equal']} of {agreement['items']} dev items"
+    )
+    for note in written.notes:
+        say(f"{out}: {note}")
+
+
+def _model(prepared: Prepared, recipe: Recipe) -> gguf_out.Model:
+    materialiser = build_materialiser(prepared.plan, prepared.opened)
+    infos = {name: materialiser.info(recipe, name) for name in materialiser.names(recipe)}
+    return gguf_out.Model(
+        configuration(recipe, materialiser), infos, materialiser.stream(recipe), prepared.opened.base.path,
+        prepared.config.run, f"merged by evolver, recipe {recipe.id}",
+    )  # fmt: skip
+
+
+def _read_back(prepared: Prepared, model: gguf_out.Model, file: Path, folder: Path) -> Path:
+    """What Transformers makes of a file, in the run's dtype, and with the run's tokenizer: it knows the ways of cutting
+    texts that files name in part only.
+    """
+    dtype = next(info.dtype for info in model.infos.values() if info.dtype.is_floating_point)
+    gguf_out.read_back(file, folder, dtype)
+    for name in TOKENIZER:
+        if (prepared.opened.base.path / name).exists():
+            shutil.copyfile(prepared.opened.base.path / name, folder / name)
+    return folder
 
 
 def _chosen(run: Storage, wanted: str | None) -> tuple[Recipe, Prepared]:

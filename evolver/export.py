@@ -45,7 +45,7 @@ def export(
         for name in COMPANIONS:
             if ((tokenizer or base.path) / name).exists():
                 shutil.copyfile((tokenizer or base.path) / name, folder / name)
-        (folder / "config.json").write_text(json.dumps(_configuration(recipe, materialiser), indent=2))
+        (folder / "config.json").write_text(json.dumps(configuration(recipe, materialiser), indent=2))
         (folder / "recipe.json").write_text(dump_recipe(recipe))
         for name, text in texts.items():
             (folder / name).write_text(text)
@@ -75,7 +75,8 @@ def write_heads(folder: Path, heads: Mapping[str, tuple[Path, Head]]) -> None:
         shutil.copyfile(expert / "config.json", own / "config.json")
 
 
-def _configuration(recipe: Recipe, materialiser: Materialiser) -> dict[str, Any]:
+def configuration(recipe: Recipe, materialiser: Materialiser) -> dict[str, Any]:
+    """The base's configuration, with the model's dtype and number of layers."""
     config = dict(materialiser.base.config)
     config.pop("_name_or_path", None)
     config.pop("_model_name_or_path", None)

@@ -72,6 +72,7 @@ def test_the_tutorial_as_typed(home):
             assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     assert (home / "merged" / "model.safetensors").exists()
     assert (home / "adapter" / "adapter_model.safetensors").exists()
+    assert (home / "merged.gguf").read_bytes()[:4] == b"GGUF"
     assert (home / "results" / "first" / "report.html").exists()
     assert answers(storage_at(home / "results" / "first")).num_rows > 0
     listing = (DOCS / "runs.md").read_text().split("| in a run's folder")[1].split("\n\n")[0]

@@ -17,7 +17,10 @@ import torch
 
 from evolver.config import expand
 from evolver.errors import BadInput
+from evolver.merging.gguf_keys import ARCHITECTURES, FACTORS, scaling_in
 
+# Of what a conversion makes: folders that an older one made are not taken from the cache.
+VERSION = 2
 NEEDS = ("gguf", "protobuf", "sentencepiece")
 # What floats of a file are kept as; the dequantised have fewer digits than bfloat16.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -33,7 +36,7 @@ def folder_of(file: Path, key: str) -> Path:
     Raises BadInput that names ``key`` for a file that cannot be read or converted.
     """
     stat = file.stat()
-    identity = json.dumps([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
+    identity = json.dumps([VERSION, str(file.resolve()), stat.st_size, stat.st_mtime_ns])
     target = Path(expand("$EVOLVER_CACHE")) / "gguf" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     if target.is_dir():
         return target
@@ -53,18 +56,22 @@ def folder_of(file: Path, key: str) -> Path:
     return target
 
 
-def convert(file: Path, target: Path, key: str) -> None:
+def convert(file: Path, target: Path, key: str, dtype: torch.dtype | None = None) -> None:
     """Write the model of a GGUF file, with its tokenizer if it has one, as a Hugging Face folder.
+
+    Args:
+        dtype: of the folder's floats; default: that of most of the file's.
 
     Raises BadInput for missing packages, for what is no whole GGUF file, and for what Transformers cannot convert
     without a loss.
     """
-    _check_packages(file, key)
+    check_packages(file, key)
     reader = _read(file, key)
     try:
-        model, missing = _load(file, reader)
+        model, missing = _load(file, dtype or _dtype(reader))
         if TOKENS in reader.fields:
             _write_tokenizer(file, target, len(reader.fields[TOKENS].data))
+        _restore_scaling(model.config, reader)
     except Exception as error:  # Transformers and its readers raise half a dozen kinds
         raise BadInput(
             f"{key}: Transformers cannot convert {file} ({' '.join(str(error).split())[:200]}); "
@@ -75,7 +82,11 @@ def convert(file: Path, target: Path, key: str) -> None:
     _clean_config(target / "config.json")
 
 
-def _check_packages(file: Path, key: str) -> None:
+def check_packages(file: Path, key: str) -> None:
+    """Whether what reads and writes such files is installed.
+
+    Raises BadInput that names ``key`` where it is not.
+    """
     for name in NEEDS:
         try:
             importlib.metadata.version(name)
@@ -98,14 +109,14 @@ def _read(file: Path, key: str) -> Any:
         raise BadInput(f"{key}: {file} is truncated or garbled ({type(error).__name__}); copy it again.") from error
 
 
-def _load(file: Path, reader: Any) -> tuple[Any, set[str]]:
-    """The model in the dtype of the file's floats, and the names of tensors that the file does not have."""
+def _load(file: Path, dtype: torch.dtype) -> tuple[Any, set[str]]:
+    """The model, and the names of tensors that the file does not have."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     kind: Any = transformers.AutoModelForCausalLM  # what it returns depends on the arguments
     model, loaded = kind.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=_dtype(reader), output_loading_info=True,
+        file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True,
         quantization_config=transformers.GgufConfig(dequantize=True),
     )  # fmt: skip
     # The weights are plain floats by now, but the model is still marked as quantised and would refuse to be saved.
@@ -121,6 +132,17 @@ def _dtype(reader: Any) -> torch.dtype:
     for tensor in reader.tensors:
         scalars[tensor.tensor_type.name] += int(tensor.n_elements)
     return DTYPES.get(max(scalars, key=lambda n: scalars[n], default=""), torch.bfloat16)
+
+
+def _restore_scaling(config: Any, reader: Any) -> None:
+    """Tell the model how its rotary embedding is scaled, which Transformers leaves in the file."""
+    architecture = reader.fields["general.architecture"].contents()
+    if architecture not in ARCHITECTURES.values() or getattr(config, "rope_parameters", None) is None:
+        return
+    start = f"{architecture}."
+    keys = {n.removeprefix(start): f.contents() for n, f in reader.fields.items() if n.startswith(start)}
+    factors = next((t.data for t in reader.tensors if t.name == FACTORS), None)
+    config.rope_parameters = scaling_in(keys, factors) or config.rope_parameters
 
 
 def _check_complete(model: Any, missing: set[str], reader: Any, file: Path, key: str) -> None:

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from evolver.config import expand
 from evolver.storage.base import Storage, read_all
-from evolver.storage.local import LocalStorage, whole_folder
+from evolver.storage.local import LocalStorage, whole_file, whole_folder
 from evolver.storage.remote import RemoteStorage
 
-__all__ = ["LocalStorage", "RemoteStorage", "Storage", "is_remote", "read_all", "storage_at", "whole_folder"]
+__all__ = [
+    "LocalStorage", "RemoteStorage", "Storage", "is_remote", "read_all", "storage_at", "whole_file", "whole_folder"
+]  # fmt: skip
 
 
 def storage_at(location: str | Path) -> Storage:
