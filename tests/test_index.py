@@ -5,7 +5,7 @@ import logging
 import pytest
 from lm_eval.tasks import TaskManager
 
-from evolver.evaluation.index import Index, _members, manager_of
+from evolver.evaluation.index import Index, manager_of, members
 
 NAMES = (
     "arc_easy", "gsm8k", "glue", "super-glue-lm-eval-v1", "acp_bench", "adr_tasks", "bbh", "leaderboard", "ai2_arc",
@@ -25,7 +25,8 @@ def meaning(manager, name, seen):
     if name not in seen:
         entry = manager.task_index.get(name)
         seen[name] = entry and (entry.kind, entry.yaml_path, repr(entry.cfg), entry.kind.name == "TAG" and entry.tags)
-        for member in (*_members(entry.cfg or {}), *entry.tags) if entry else ():
+        below = {"GROUP": members(entry.cfg or {}), "TAG": entry.tags}.get(entry.kind.name, ()) if entry else ()
+        for member in below:
             meaning(manager, member, seen)
     return seen
 

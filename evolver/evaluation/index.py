@@ -68,7 +68,8 @@ def manager_of(names: Iterable[str], own: str | None, index: Index) -> TaskManag
         # Of several files with one name lm-eval takes the first; of several folders, the last.
         paths = [*sorted(outermost, reverse=True), *([own] if own else [])]
         manager = TaskManager(include_path=paths, include_defaults=False)
-        more = {m for n in wanted if n in manager.task_index for m in _members(manager.task_index[n].cfg or {})}
+        groups = [manager.task_index[n] for n in wanted if n in manager.all_groups]
+        more = {member for group in groups for member in members(group.cfg or {})}
         if more <= wanted:
             return manager
         wanted |= more
@@ -90,7 +91,7 @@ def _names(text: str) -> Iterator[str]:
                 yield name
 
 
-def _members(config: Mapping[str, Any]) -> Iterator[str]:
+def members(config: Mapping[str, Any]) -> Iterator[str]:
     """The names that a group's configuration mentions, at any depth."""
     for key in ("task", "group"):
         listed = config.get(key)
@@ -98,4 +99,4 @@ def _members(config: Mapping[str, Any]) -> Iterator[str]:
             if isinstance(member, str):
                 yield member
             elif isinstance(member, dict):
-                yield from _members(member)
+                yield from members(member)
