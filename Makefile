@@ -9,7 +9,7 @@ PINS := .ci/constraints.txt
 export HF_HUB_OFFLINE ?= 1
 export HF_DATASETS_OFFLINE ?= 1
 
-.PHONY: help demo test lint docs prove benchmark benchmark-merging benchmark-evaluation benchmark-cluster gpu pools experts clean
+.PHONY: help demo test lint docs prove benchmark benchmark-merging benchmark-evaluation benchmark-cluster benchmark-dashboard gpu pools experts clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -45,6 +45,9 @@ benchmark-evaluation: $(VENV)/.dev ## scoring against bare forward passes and lm
 
 benchmark-cluster: $(VENV)/.dev ## what a cluster costs and is worth: simulated workers, real ones, a hundred kills
 	$(BIN)/python tests/benchmarks/cluster.py
+
+benchmark-dashboard: $(VENV)/.dev ## what the dashboard takes of a hundred thousand candidates; needs Chromium
+	$(BIN)/python tests/benchmarks/dashboard.py
 
 gpu: $(VENV)/.dev ## what offspring and scoring cost on a GPU, and whether the bits are the CPU's; PYTHON_GPU=python-with-CUDA-torch
 	$(or $(PYTHON_GPU),$(BIN)/python) tests/benchmarks/gpu.py

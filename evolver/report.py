@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from evolver.config import Pool
 from evolver.curve import curve
 from evolver.errors import BadInput
 from evolver.evaluation.comparison import Comparison, compare, interval
@@ -242,7 +243,7 @@ def _cost(outcome: Outcome) -> str:
         ["of these: the rest", f"{spent['total'] - spent['materialise'] - spent['forward']:.1f}"],
         ["seconds a candidate, median", f"{_median(r.seconds.get('total', 0.0) for r in fresh):.2f}"],
         *_ahead(outcome.wasted),
-        *_bill(outcome, spent["total"] + math.fsum(r.seconds.get("total", 0.0) for r in outcome.wasted)),
+        *bill(outcome.config.pool, spent["total"] + math.fsum(r.seconds.get("total", 0.0) for r in outcome.wasted)),
     ]
     parts = ["## What the search cost", markdown_table(["", ""], rows), _less(outcome.searched, full, outcome)]
     return "\n\n".join(p for p in parts if p)
@@ -256,13 +257,12 @@ def _ahead(wasted: Sequence[Result]) -> Iterable[list[str]]:
         yield ["their seconds", f"{math.fsum(r.seconds.get('total', 0.0) for r in wasted):.1f}"]
 
 
-def _bill(outcome: Outcome, seconds: float) -> Iterable[list[str]]:
+def bill(pool: Pool, seconds: float) -> list[list[str]]:
     """Energy and money, where the configuration says what an hour of a worker takes."""
-    pool, hours = outcome.config.pool, seconds / 3600
-    if pool.watts is not None:
-        yield ["energy (kWh, estimated)", f"{pool.watts * hours / 1000:.4f}"]
-    if pool.price_per_hour is not None:
-        yield ["price (estimated)", f"{pool.price_per_hour * hours:.4f}"]
+    hours = seconds / 3600
+    energy = [] if pool.watts is None else [["energy (kWh, estimated)", f"{pool.watts * hours / 1000:.4f}"]]
+    price = [] if pool.price_per_hour is None else [["price (estimated)", f"{pool.price_per_hour * hours:.4f}"]]
+    return energy + price
 
 
 def _less(searched: Sequence[tuple[Candidate, Result]], full: int, outcome: Outcome) -> str:

@@ -28,6 +28,7 @@ class NoJobs:
 
 JOBS = NoJobs()
 HERE = "http://127.0.0.1"
+PRICED = {"price_per_hour": 2.5}
 JUDGE = """
 import random, time
 
@@ -44,9 +45,8 @@ def results(make_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("dashboard")
     tasks = [{"task": "toy", "dev": 20, "report": 10}, {"task": "pair", "dev": 20, "report": 10}]
     search = {"algorithm": "tpe", "startup": 4, "layer_groups": 2}
-    toys.run_here(
-        make_config(folder, {"search": search, "budget.candidates": 10, "evaluation.tasks": tasks}), folder / "results"
-    )
+    changes = {"search": search, "budget.candidates": 10, "evaluation.tasks": tasks, "pool": PRICED}
+    toys.run_here(make_config(folder, changes), folder / "results")
     return folder / "results"
 
 
@@ -102,6 +102,7 @@ def test_the_list_and_a_run(inside):
     assert found["pareto"]["front"]
     assert 0 < found["pareto"]["volume"] <= 1
     assert found["cost"]["workers"].keys() == {"local"}
+    assert [what for what, _ in found["cost"]["bill"]] == ["price (estimated)"]
 
 
 def test_the_front_is_of_those_that_nobody_beats(inside):

@@ -95,7 +95,11 @@ def test_the_front_is_that_of_all_pairs():
     for columns in (2, 3):
         values = rng.integers(0, 6, (80, columns)).astype(float)
         beaten = [((values >= v).all(1) & (values > v).any(1)).any() for v in values]
-        assert front(values).tolist() == np.flatnonzero(~np.asarray(beaten)).tolist()
+        best = np.flatnonzero(~np.asarray(beaten)).tolist()
+        assert (front(values)[0].tolist(), front(values)[1]) == (best, True)
+        some, whole = front(values, 1)
+        assert set(some.tolist()) < set(best)
+        assert not whole
 
 
 def test_the_share_of_busy_workers_adds_up_to_what_they_worked(run):

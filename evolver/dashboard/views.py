@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from evolver.overview import Numbers, Overview, Places, Rows
 from evolver.records import Expert, Merge, Recipe, ancestors
-from evolver.report import made
+from evolver.report import bill, made
 from evolver.search.hypervolume import hypervolume
 from evolver.status import Status
 
@@ -22,6 +22,8 @@ ROWS, COLUMNS = 60, 240  # of the heat map
 NODES = 200  # of a lineage
 BINS = 120  # of time
 LISTED = 200  # candidates, failures
+FRONT = 200  # points of a front; one of many tasks may hold nearly all candidates
+VOLUME = 10**5  # points of a front to the power of its tasks, less two: what its hypervolume takes
 
 
 def details(run: Overview, status: Status) -> dict[str, Any]:
@@ -99,33 +101,39 @@ def lineage(recipe: Recipe) -> dict[str, Any]:
 
 
 def pareto(run: Overview) -> dict[str, Any]:
-    """The candidates that no other one beats in every task, and the hypervolume that they dominate from 0 on."""
+    """The candidates that no other one beats in every task, and the hypervolume that they dominate from 0 on; None
+    where it takes too long to compute.
+    """
     names, search = list(run.about.scales["dev"].weights), run.rows("search")
     values = np.stack([search.numbers(f"task {name}") for name in names], axis=1)
     complete = pc.fill_null(search.table["complete"], False).to_numpy(zero_copy_only=False)
     places = np.flatnonzero(complete & ~np.isnan(values).any(1))
     if len(names) < 2 or not len(places):
-        return {"tasks": names, "front": [], "others": [], "volume": None}
+        return {"tasks": names, "front": [], "others": [], "volume": None, "whole": True}
     values, numbers = values[places], search.numbers("number")[places].astype(int)
-    on = front(values)
+    on, whole = front(values)
     others = np.setdiff1d(np.arange(len(values)), on)[:POINTS]
 
     def points(chosen: Places) -> list[dict[str, Any]]:
         return [{"number": int(numbers[k]), "values": values[k].tolist()} for k in chosen]
 
-    return {"tasks": names, "front": points(on), "others": points(others), "volume": hypervolume(values[on].tolist())}
+    quick = whole and len(on) ** (len(names) - 2) <= VOLUME
+    volume = hypervolume(values[on].tolist()) if quick else None
+    return {"tasks": names, "front": points(on), "others": points(others), "volume": volume, "whole": whole}
 
 
-def front(values: Numbers) -> Places:
-    """The rows of ``values`` (rows, columns) that no other row reaches in every column and exceeds in one."""
+def front(values: Numbers, at_most: int = FRONT) -> tuple[Places, bool]:
+    """The rows of ``values`` (rows, columns) that no other row reaches in every column and exceeds in one, those of the
+    largest sums where they are many; and whether these are all.
+    """
     left = np.argsort(-values.sum(1), kind="stable")
     found: list[int] = []
-    while len(left):  # what has the largest sum is beaten by nobody; what it beats is out
+    while len(left) and len(found) < at_most:  # what has the largest sum is beaten by nobody; what it beats is out
         top = values[left[0]]
         same = (values[left] == top).all(1)
         found += left[same].tolist()
         left = left[~(values[left] <= top).all(1)]
-    return np.asarray(sorted(found), dtype=np.int64)
+    return np.asarray(sorted(found), dtype=np.int64), not len(left)
 
 
 def failures(search: Rows) -> list[dict[str, Any]]:
@@ -140,8 +148,10 @@ def cost(run: Overview) -> dict[str, Any]:
     grouped = fresh.group_by("worker").aggregate([("total", "sum")])
     seconds = {name: float(pc.sum(fresh[name]).as_py() or 0.0) for name in ("materialise", "forward", "total")}
     workers = dict(zip(grouped["worker"].to_pylist(), grouped["total_sum"].to_pylist(), strict=True))
-    return {"workers": {w or "": s or 0.0 for w, s in workers.items()}, "seconds": seconds, "flying": run.flying,
-            "guessed": run.guessed}  # fmt: skip
+    return {
+        "workers": {w or "": s or 0.0 for w, s in workers.items()}, "seconds": seconds, "flying": run.flying,
+        "guessed": run.guessed, "bill": bill(run.about.config.pool, seconds["total"]),
+    }  # fmt: skip
 
 
 def utilisation(search: Rows) -> dict[str, list[Any]]:

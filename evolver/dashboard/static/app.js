@@ -95,7 +95,8 @@ function page(run) {
     el("div", { class: "cards" },
       card("Best dev score against scored items", plot("curve"), true),
       card("Scores per task", plot("tasks")),
-      run.pareto.front.length ? card(`Pareto front (hypervolume ${number(run.pareto.volume)})`, [axes(run), plot("pareto")]) : null,
+      run.pareto.front.length ? card(`Pareto front (hypervolume ${number(run.pareto.volume)})`,
+        [run.pareto.whole ? null : el("p", {}, `The ${run.pareto.front.length} of it with the highest sums.`), axes(run), plot("pareto")]) : null,
       card("Lineage of the best candidate", plot("lineage")),
       card("Answers: models by items", plot("heat"), true),
       card("Leading candidates", table(["candidate", "score", "items", "seconds", "proposed by"],
@@ -103,7 +104,8 @@ function page(run) {
           number(c.score), `${c.size}`, number(c.total, 2), c.proposer]), "candidates")),
       card("Workers and cost", [run.busy.at.length ? plot("busy") : null, table(["worker", "seconds", "of the busiest"], workers, "workers"),
         el("p", {}, `${number(run.cost.seconds.total, 1)} s of evaluation, of these ${number(run.cost.seconds.materialise, 1)} s materialising; `
-          + `${run.cost.flying} under way, ${run.cost.guessed} scored ahead`)]),
+          + `${run.cost.flying} under way, ${run.cost.guessed} scored ahead`),
+        ...run.cost.bill.map(([what, value]) => el("p", {}, `${what}: ${value}`))]),
       run.failures.length ? card("Failures", table(["candidate", "reason"], run.failures.map((f) => [`${f.number}`, f.reason]), "failures"), true) : null,
       candidateCard(run)),
   ];
