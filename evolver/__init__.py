@@ -1,3 +1,16 @@
-"""Evolver: search for the best merge of several fine-tunes of one base model."""
+"""Evolver: search for the best merge of several fine-tunes of one base model.
+
+Where everything is, from the ground up:
+
+- ``records``, ``config``, ``errors``, ``storage/``: recipes, candidates, results; settings; folders and object stores
+- ``merging/``, ``search/``, ``evaluation/``, ``ledger``: four rooms that do not know each other
+- ``worker``, ``shards``, ``messages``, ``process_pool``: recipe → live model → scores, here or in another process
+- ``flights``, ``loop``, ``estimates``: ask, look up, submit, collect, record, tell
+- ``folder``, ``about``, ``run``, ``progress``, ``loggers/``: a run from end to end, and who hears of it
+- ``history``, ``outcome``, ``report``, ``curve``, ``html``, ``card``: what came out, told to people
+- ``overview``, ``status``, ``dashboard/``: what goes on, while it goes on
+- ``export``, ``deliver``: models to take along
+- ``merge``, ``explain``, ``evaluate``, ``training/``, ``doctor``, ``reference``, ``cli``: what stands around a run
+"""
 
 __version__ = "0.1.0"

@@ -221,6 +221,11 @@ def test_a_live_run_is_seen_stopped_resumed_and_taken(make_config, tasks, tmp_pa
         page.click("#stop")
         page.wait_for_selector("dd .stopped", timeout=30_000)
         assert run.wait(30) == 3
+        assert before < candidates() < 200
+        page.click("#resume")
+        page.wait_for_selector("dd .running", timeout=60_000)
+        page.click("#stop")
+        page.wait_for_selector("dd .stopped", timeout=30_000)
         stopped = candidates()
         assert before < stopped < 200
         page.fill("#budget", str(stopped + 5))

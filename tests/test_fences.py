@@ -102,6 +102,13 @@ def test_the_house_is_seen():
     assert "evolver.merging.apply" in imports("evolver.merging.materialise")
 
 
+def test_the_plan_of_the_house_names_every_room():
+    import evolver
+
+    rooms = {n.split(".")[1] for n in MODULES if n.startswith("evolver.")} - {"__main__"}
+    assert {r for r in rooms if f"``{r}``" not in evolver.__doc__ and f"``{r}/``" not in evolver.__doc__} == set()
+
+
 @pytest.mark.parametrize("library", FENCES)
 def test_libraries_stay_in_their_rooms(library):
     users = {n for n in MODULES if within_library(imports(n), library)}
