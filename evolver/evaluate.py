@@ -12,7 +12,7 @@ from evolver.errors import BadInput
 from evolver.evaluation.comparison import interval
 from evolver.evaluation.live import default_device
 from evolver.evaluation.tasks import load_tasks
-from evolver.merging.weights import open_base
+from evolver.merging.sources import open_base
 from evolver.records import Split
 from evolver.report import markdown_table, number
 from evolver.worker import build_model, open_models

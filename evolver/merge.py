@@ -11,10 +11,12 @@ import torch
 from evolver.errors import BadInput
 from evolver.export import TOKENIZER, export
 from evolver.merging import chat, mergekit, mergekit_out
+from evolver.merging.doubts import doubts
 from evolver.merging.kernels import Kernels
 from evolver.merging.materialise import Materialiser
+from evolver.merging.sources import open_base, open_expert
 from evolver.merging.vocabulary import Aligned, Vocabulary, extend_tokenizer, known_tokens, vocabulary
-from evolver.merging.weights import Checkpoint, Source, digests, doubts, open_base, open_expert
+from evolver.merging.weights import Checkpoint, Source, digests
 from evolver.records import Expert
 from evolver.shards import SHARD_BYTES
 

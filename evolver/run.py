@@ -30,9 +30,10 @@ from evolver.ledger import Ledger, write_items
 from evolver.loggers import Tracked, Trackers
 from evolver.loop import Guesses, evolve
 from evolver.merging import mergekit_out, methods
+from evolver.merging.doubts import doubts
 from evolver.merging.genome import Genome, genome
 from evolver.merging.placed import fixed_rules
-from evolver.merging.weights import Checkpoint, doubts
+from evolver.merging.weights import Checkpoint
 from evolver.outcome import Outcome
 from evolver.progress import Display
 from evolver.records import Candidate, Expert, Merge, Recipe, Result, Rule, Split, dump_recipe

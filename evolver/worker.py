@@ -24,7 +24,8 @@ from evolver.export import export
 from evolver.merging.heads import Head, Relabelled, all_labels, head_digest, head_of, labels_in_order
 from evolver.merging.kernels import Kernels
 from evolver.merging.materialise import Materialiser
-from evolver.merging.weights import Checkpoint, Source, digests, open_base, open_expert
+from evolver.merging.sources import open_base, open_expert
+from evolver.merging.weights import Checkpoint, Source, digests
 from evolver.records import Candidate, Result, Split, content_hash
 
 GIB = 1 << 30

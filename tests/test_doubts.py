@@ -13,8 +13,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from evolver.errors import BadInput
-from evolver.merging import weights
-from evolver.merging.weights import FAR, doubts, open_base, open_expert
+from evolver.merging import doubts as module
+from evolver.merging.doubts import FAR, doubts
+from evolver.merging.sources import open_base, open_expert
 
 MLP = "model.layers.0.mlp.up_proj.weight"
 
@@ -105,14 +106,14 @@ def test_unrelated_models_are_beyond_it_and_toy_fine_tunes_are_not(models, tmp_p
     base = open_base(str(models / "base"))
     torch.manual_seed(77)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(models / "base")).save_pretrained(tmp_path / "new")
-    distances = [weights._survey(open_expert(str(f), base, "k"), base)[0] for f in (models / "a", tmp_path / "new")]
+    distances = [module._survey(open_expert(str(f), base, "k"), base)[0] for f in (models / "a", tmp_path / "new")]
     assert distances[0] < FAR < 1.2 < distances[1] < 1.5
 
 
 def test_weights_are_never_compared_twice(tmp_path, base, monkeypatch):
     folder = write(tmp_path / "m", moved(1, 0.1))
     assert said(base, folder) == []
-    monkeypatch.setattr(weights, "_distance", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(module, "_distance", lambda *_: pytest.fail("read again"))
     assert said(base, folder) == []
     monkeypatch.undo()
     save_file(tensors(seed=1), folder / "model.safetensors")
@@ -123,7 +124,8 @@ def test_a_comparison_holds_pieces_only(tmp_path):
     """Tensors are mapped; in float64 there is one piece at a time, whatever their size."""
     code = """
 import resource, sys
-from evolver.merging.weights import doubts, open_base, open_expert
+from evolver.merging.doubts import doubts
+from evolver.merging.sources import open_base, open_expert
 base = open_base(sys.argv[1])
 expert = open_expert(sys.argv[2], base, "k")
 base.digest(), expert.digest()

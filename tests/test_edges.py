@@ -9,7 +9,7 @@ from test_methods import REQUIRED, TAKES
 
 from evolver.merging.materialise import Materialiser
 from evolver.merging.methods import METHODS
-from evolver.merging.weights import open_base, open_expert
+from evolver.merging.sources import open_base, open_expert
 from evolver.records import Expert, Merge, Rule
 
 NAMES = ("base", "a", "b", "c")

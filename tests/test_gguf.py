@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from evolver.cli import app
 from evolver.errors import BadInput
 from evolver.merging import gguf
-from evolver.merging.weights import Checkpoint, open_base, open_expert
+from evolver.merging.sources import open_base, open_expert
+from evolver.merging.weights import Checkpoint
 
 WIDTH, INNER, LAYERS, HEADS, KV_HEADS = 16, 24, 2, 4, 2
 WORDS = ["<s>", "</s>", *"abcdefgh", "ab", "cd"]

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from evolver.errors import BadInput
-from evolver.merging.weights import open_base, open_expert
+from evolver.merging.sources import open_base, open_expert
 
 CLOSE = 1e-6
 

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from evolver.merging import crossing, methods, pieces
+from evolver.merging.lora import LoraAdapter
 from evolver.merging.materialise import Materialiser
-from evolver.merging.weights import Checkpoint, LoraAdapter
+from evolver.merging.weights import Checkpoint
 from evolver.records import Cross, Expert, Layers, Merge, Place, Rule
 
 NAMES = {

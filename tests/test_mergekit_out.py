@@ -17,7 +17,7 @@ from evolver.errors import BadInput
 from evolver.merging import mergekit
 from evolver.merging.materialise import Materialiser
 from evolver.merging.mergekit_out import RANDOM, Inexpressible, dump
-from evolver.merging.weights import open_base, open_expert
+from evolver.merging.sources import open_base, open_expert
 from evolver.records import Cross, Expert, Layers, Merge, Place, Rule
 
 

@@ -22,7 +22,7 @@ from starlette.testclient import TestClient
 from evolver.dashboard.app import build
 from evolver.errors import BadInput
 from evolver.ledger import Ledger, answers, read
-from evolver.merging.weights import open_base
+from evolver.merging.sources import open_base
 from evolver.records import Candidate, Expert, Result
 from evolver.run import run
 from evolver.storage import lease as lease_module

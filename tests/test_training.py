@@ -21,7 +21,7 @@ from evolver.errors import BadInput
 from evolver.evaluation.metrics import JUDGED, Metric
 from evolver.evaluation.scoring import Scale
 from evolver.merging.heads import head_of
-from evolver.merging.weights import open_base, open_expert
+from evolver.merging.sources import open_base, open_expert
 from evolver.training.experts import cache, make_pool
 from evolver.training.fit import CHECKPOINT
 from evolver.training.losses import Learner, lessons_of, loss_of

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evolver.errors import BadInput
-from evolver.merging.weights import Checkpoint, LoraAdapter, digests, layer_of, open_base, open_expert
+from evolver.merging.lora import LoraAdapter
+from evolver.merging.sources import open_base, open_expert
+from evolver.merging.weights import Checkpoint, digests, layer_of
 
 Q = "model.layers.0.self_attn.q_proj"
 UP = "model.layers.1.mlp.up_proj"

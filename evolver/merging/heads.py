@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from evolver.errors import BadInput
-from evolver.merging.weights import Checkpoint, LoraAdapter, Source, TensorInfo, is_head
+from evolver.merging.lora import LoraAdapter
+from evolver.merging.weights import Checkpoint, Source, TensorInfo, is_head
 
 Head = dict[str, Tensor]
 
