@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -21,7 +22,10 @@ from cluster.job import RAY_JOB, submission_id
 pytestmark = pytest.mark.ray
 
 RAY = str(Path(sys.executable).with_name("ray"))
-CHANGES = {"search.generations": 90, "budget.candidates": 270, "pool": {"num_workers": 2, "num_cpus": 0.5}}
+# What docs/cluster.md has a person type: tokens on, a token, a head node, a job.
+PAGE = (toys.ROOT / "docs" / "cluster.md").read_text()
+EXPORT, TOKEN, START, SUBMIT = map(shlex.split, PAGE.split("```sh\n")[1].split("```")[0].strip().splitlines())
+CHANGES = {"search.generations": 50, "budget.candidates": 150, "pool": {"num_workers": 2, "num_cpus": 0.5}}
 
 
 def free_port():
@@ -35,12 +39,12 @@ def head(tmp_path_factory):
     """A head node with tokens on: the address of its job API, and the environment in which its token is found."""
     folder = tmp_path_factory.mktemp("head")
     path = f"{Path(RAY).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "HOME": str(folder), "RAY_AUTH_MODE": "token", "PATH": path}
+    environment = {**os.environ, "HOME": str(folder), "PATH": path, **dict(w.split("=") for w in EXPORT[1:])}
     environment.pop("RAY_ADDRESS", None)
-    subprocess.run([RAY, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
+    subprocess.run([RAY, *TOKEN[1:]], env=environment, check=True, capture_output=True)
     address = f"http://127.0.0.1:{free_port()}"
-    dashboard = ("--dashboard-host=127.0.0.1", f"--dashboard-port={address.rpartition(':')[2]}")
-    start = [RAY, "start", "--head", "--block", f"--port={free_port()}", *dashboard, "--num-cpus=2"]
+    ports = (f"--port={free_port()}", f"--dashboard-port={address.rpartition(':')[2]}")
+    start = [RAY, *START[1:], "--block", *ports, "--num-cpus=2"]
     with (folder / "head.log").open("w") as log:
         node = subprocess.Popen(
             [*start, "--disable-usage-stats"], env=environment, stdout=log, stderr=log, start_new_session=True
@@ -87,12 +91,9 @@ def act(head, tmp_path):
 
 
 def submit(job, file, results, *options):
-    given = ("--submission-id", "night", "--working-dir", ".", *options)
-    return job("submit", *given, "--", sys.executable, "evolve.py", str(file), "--results", str(results))
-
-
-def finished(folder):
-    return len(toys.essence(folder))
+    here = {"python": sys.executable, "configs/demo.yaml": str(file), "~/runs": str(results)}
+    assert SUBMIT[:4] == ["ray", "job", "submit", "--address"]
+    return job("submit", *options, *(here.get(word, word) for word in SUBMIT[5:]))
 
 
 def wait(job, until):
@@ -102,7 +103,8 @@ def wait(job, until):
         time.sleep(0.05)
 
 
-def test_a_stopped_job_goes_on_under_its_id(job, act, make_config, tmp_path):
+def test_a_job_is_stopped_resumed_and_extended_by_the_dashboard(job, act, make_config, tmp_path):
+    """It goes on under its id, and comes to what a run here comes to."""
     file, night = make_config(tmp_path, CHANGES), tmp_path / "night"  # the run has the job's name
     toys.run_here(make_config(tmp_path, {**CHANGES, "pool": {"kind": "local"}}, "here.yaml"), tmp_path / "here")
     reference = tmp_path / "here" / "toy"
@@ -110,26 +112,19 @@ def test_a_stopped_job_goes_on_under_its_id(job, act, make_config, tmp_path):
     code, said = submit(job, file, tmp_path, "--no-wait")
     assert code == 0, said
     wait(job, lambda: len(list((night / "ledger").glob("part-*"))) >= 40)
-    job("stop", "night")
-    assert "STOPPED" in job("status", "night")[1].upper()
+    assert "runs it already" in act("resume")["error"]
+    assert act("stop") == {"said": "asked to stop; everything that is finished is kept"}
+    wait(job, lambda: not (night / "ledger" / "lease.json").exists())
+    wait(job, lambda: "STOPPED" in job("status", "night")[1].upper())
     said = job("logs", "night")[1]
     assert "stopped; everything that finished is kept" in said, said
     stopped = toys.essence(night)
     assert 15 <= len(stopped) < len(toys.essence(reference))
 
     assert act("resume") == {"said": "job night is submitted again"}
-    wait(job, lambda: finished(night) > len(stopped))
-    assert "runs it already" in act("resume")["error"]
-    assert act("stop") == {"said": "asked to stop; everything that is finished is kept"}
-    wait(job, lambda: not (night / "ledger" / "lease.json").exists())
-    wait(job, lambda: "STOPPED" in job("status", "night")[1].upper())
-
-    code, said = job("delete", "night")  # Ray keeps an id until then
-    assert code == 0, said
-    code, said = submit(job, file, tmp_path)
-    assert code == 0, said
-    assert "succeeded" in said
-    assert f"report: {night}/report.md" in said
+    wait(job, lambda: (night / "report.html").exists())
+    wait(job, lambda: "SUCCEEDED" in job("status", "night")[1].upper())
+    assert f"report: {night}/report.md" in job("logs", "night")[1]
     assert toys.essence(night) == toys.essence(reference)
     assert stopped.items() <= toys.essence(night).items()
     assert toys.winner(night) == toys.winner(reference)
