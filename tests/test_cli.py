@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import toys
 import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -36,8 +37,8 @@ def ties(models, **more):
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, "-c", "from evolver.cli import main; main()", *arguments],
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    done = toys.evolver(*arguments)
+    return subprocess.CompletedProcess(arguments, done.code, done.out, done.err)
 
 
 def test_a_merge_loads_as_a_model(models, tmp_path):

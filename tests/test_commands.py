@@ -26,10 +26,15 @@ from evolver.storage import storage_at
 CHANGES = {"budget.candidates": 12, "search.generations": 9}
 
 
-def evolver(*arguments, cwd=toys.ROOT):
+def process(*arguments, cwd=toys.ROOT):
     call = "import sys; sys.path.insert(0, sys.argv.pop(1)); from evolver.cli import main; main()"
     command = [sys.executable, "-c", call, str(toys.ROOT), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def evolver(*arguments):
+    done = toys.evolver(*arguments)
+    return subprocess.CompletedProcess(arguments, done.code, done.out, done.err)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +49,7 @@ def run(file, tmp_path_factory):
 
 
 def test_run_is_the_main_job(file, run, tmp_path):
-    done = evolver("run", file, "--results", tmp_path, "--run", "again")
+    done = process("run", file, "--results", tmp_path, "--run", "again")
     assert (done.returncode, done.stderr) == (0, "")
     assert toys.essence(tmp_path / "again") == toys.essence(run)
 
@@ -68,7 +73,7 @@ def test_what_is_no_run_cannot_go_on(tmp_path):
 
 def test_a_configuration_is_checked_without_reading_weights(file, monkeypatch, tmp_path):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = evolver("validate", file, cwd=tmp_path)
+    done = process("validate", file, cwd=tmp_path)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5  # three on an idle machine
     assert (done.returncode, done.stderr) == (0, "")
@@ -262,7 +267,7 @@ def test_searches_are_listed():
 
 
 def test_the_doctor_says_what_there_is():
-    done = evolver("doctor")
+    done = process("doctor")
     assert (done.returncode, done.stderr) == (0, "")
     for what in ("torch", "memory", "accelerator", "compiler", "cache", "cluster"):
         assert what in done.stdout

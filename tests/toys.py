@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -286,6 +289,24 @@ def run_process(file: Path, results: Path) -> Ended:
     """``python evolve.py FILE`` as a user calls it."""
     ended = subprocess.run(command(file, results), cwd=ROOT, capture_output=True, text=True, check=False)
     return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+
+def evolver(*arguments: Any, cwd: Path | None = None) -> Ended:
+    """``evolver ARGUMENTS`` in this process, which has imported what it needs."""
+    from evolver.cli import main
+
+    out, err, handler = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
+    given, sys.argv = sys.argv, ["evolver", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(cwd or Path.cwd()):
+            main()
+        code: Any = 0
+    except SystemExit as ended:
+        code = ended.code
+    finally:
+        sys.argv = given
+        signal.signal(signal.SIGTERM, handler)
+    return Ended(code or 0, out.getvalue(), err.getvalue())
 
 
 def command(file: Path, results: Path) -> list[str]:
