@@ -31,7 +31,7 @@ def test_the_demo_in_short(tmp_path, environment):
     assert prepared.returncode == 0, prepared.stderr
     raw = yaml.safe_load((ROOT / "configs/demo.yaml").read_text())
     raw["budget"], raw["baselines"] = {"candidates": 3}, {"masses": [3.0]}
-    raw["evaluation"]["tasks"] = [{**t, "dev": 8, "report": 6} for t in raw["evaluation"]["tasks"]]
+    raw["evaluation"]["tasks"] = [{**t, "dev": 4, "report": 4} for t in raw["evaluation"]["tasks"]]
     config = tmp_path / "demo.yaml"
     config.write_text(yaml.safe_dump(raw))
 
@@ -42,6 +42,6 @@ def test_the_demo_in_short(tmp_path, environment):
     report = (run / "report.md").read_text()
     assert "mprovement: the winner" in report
     assert all(f"| {name} |" in report for name in ("base", *raw["experts"], "average", "task_arithmetic@3"))
-    assert json.loads((run / "best.json").read_text()) == {"items": 32, "equal": 32}
+    assert json.loads((run / "best.json").read_text()) == {"items": 16, "equal": 16}
     recipe = load_recipe((run / "recipe.json").read_text())
     assert recipe.method == "task_arithmetic"

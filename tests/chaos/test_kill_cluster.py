@@ -18,7 +18,7 @@ from toys import all_rows, essence, rows, run_here
 
 pytestmark = pytest.mark.ray
 
-KILLS = int(os.environ.get("EVOLVER_KILLS", "3"))
+KILLS = int(os.environ.get("EVOLVER_KILLS", "2"))
 # Scores follow from the weights, take their time, and every call is written down.
 JUDGE = """
 import pathlib, random, time
