@@ -16,7 +16,6 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
-from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
@@ -130,5 +129,5 @@ def build(
         Route("/api/runs/{name}/export", export, methods=["POST"]),
         Mount("/static", StaticFiles(directory=HERE)),
     ]  # fmt: skip
-    around = [Middleware(Guard, token=token, hosts=hosts), Middleware(GZipMiddleware)]
-    return Starlette(routes=routes, middleware=around, exception_handlers={BadInput: refused})
+    guard = Middleware(Guard, token=token, hosts=hosts)
+    return Starlette(routes=routes, middleware=[guard], exception_handlers={BadInput: refused})

@@ -166,7 +166,7 @@ def optuna_in_browser(browser: Browser, file: Path) -> float:
     try:
         while True:
             try:
-                page.goto(f"http://127.0.0.1:{port}/favicon.ico")
+                page.goto(f"http://127.0.0.1:{port}/dashboard")
                 break
             except Error:
                 time.sleep(0.2)

@@ -5,7 +5,7 @@ const REFRESH = 2000;
 const main = document.getElementById("main");
 const live = document.getElementById("live");
 const name = location.pathname.startsWith("/run/") ? decodeURIComponent(location.pathname.slice(5)) : null;
-let shown = "";
+let shown = "", current = null; // what the page is of, as text and as the server said it
 let chosen = null; // the candidate that is shown
 const axis = [0, 1]; // the tasks that the front is drawn over
 
@@ -160,7 +160,7 @@ async function candidate() {
 const color = (v) => getComputedStyle(document.documentElement).getPropertyValue(v).trim();
 
 function put(id, data, more) {
-  if (!document.getElementById(id)) return;
+  if (!window.Plotly || !document.getElementById(id)) return;
   const layout = { margin: { l: 50, r: 15, t: 10, b: 45 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     uirevision: "kept", font: { color: color("--text") }, legend: { orientation: "h", y: innerWidth < 600 ? -0.45 : -0.25 }, xaxis: { gridcolor: color("--line") },
     yaxis: { gridcolor: color("--line") }, ...more };
@@ -226,7 +226,7 @@ async function refresh() {
     const found = await get(name === null ? "/api/runs" : `/api/runs/${encodeURIComponent(name)}`);
     const now = JSON.stringify(found, (key, value) => (key === "age" ? undefined : value));
     if (now !== shown) {
-      shown = now;
+      shown = now, current = found;
       const focused = document.activeElement?.id, top = scrollY;
       if (name === null) main.replaceChildren(...list(found));
       else renew(found);
@@ -238,5 +238,8 @@ async function refresh() {
   }
 }
 
-addEventListener("load", () => { refresh(); setInterval(refresh, REFRESH); });
+// The server is asked while Plotly, which is large, is still being read.
+refresh();
+setInterval(refresh, REFRESH);
+addEventListener("load", () => { if (name !== null && current) draw(current); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { shown = ""; refresh(); candidate(); });
