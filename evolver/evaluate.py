@@ -15,6 +15,7 @@ from evolver.evaluation.tasks import load_tasks
 from evolver.merging.sources import open_base
 from evolver.records import Split
 from evolver.report import markdown_table, number
+from evolver.run import answers, block_of
 from evolver.worker import build_model, open_models
 
 
@@ -35,10 +36,11 @@ def evaluate(file: str, models: Sequence[str], split: Split) -> str:
         raise BadInput(f"{file}: {error}") from error
     torch.set_num_threads(config.evaluation.threads)
     scale, rows = tasks.scale(split), []
+    block = block_of(config, file, split, len(scale.tasks))
     for model in models:
         folder: Path = open_base(model, "evolver evaluate").path
         live = build_model(config, opened, default_device(), folder)
-        items = tasks.scorer(live, split).score(0, len(scale.tasks)).items
+        items = answers(tasks.scorer(live, split), len(scale.tasks), block)
         live.close()
         low, high = interval(items, scale, config.seed)
         found = scale.of_tasks(items)

@@ -21,7 +21,7 @@ from evolver.card import licence_of, model_card
 from evolver.config import FREE_KEYS, Config, check_section, expand, load, renamed
 from evolver.errors import BadInput, nearest
 from evolver.estimates import Estimates, first_unjudged
-from evolver.evaluation.tasks import Tasks, load_tasks
+from evolver.evaluation.tasks import SplitScorer, Tasks, load_tasks
 from evolver.export import export, write_heads
 from evolver.flights import Pool
 from evolver.folder import RunFolder, file_of_run
@@ -100,9 +100,7 @@ def prepare(file: str, name: str | None = None, weights: bool = True, device: st
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from error
     items: dict[Split, str] = {"dev": items_hash(tasks, "dev"), "report": items_hash(tasks, "report")}
-    # Not asked: early_stopping. Switched on or off, the same batches give the same decisions.
-    stops = isinstance(settings, HalvingSettings) or SEARCHES[algorithm].incumbent
-    plan = Plan(config, workshop.digests, items, stops)
+    plan = Plan(config, workshop.digests, items, _stops(algorithm, settings))
     identity = _identity(config, settings.model_dump(), plan)
     return Prepared(
         config, file, opened, tasks, plan, workshop.base, workshop.experts, estimates, search, identity, warnings
@@ -286,11 +284,29 @@ def score_again(prepared: Prepared, best: Path, recorded: Sequence[float], devic
     config = prepared.config
     torch.set_num_threads(config.evaluation.threads)
     live = build_model(config, prepared.opened, device, best)
-    scorer = prepared.tasks.scorer(live, "dev")
-    block = prepared.plan.block("dev", len(recorded))
-    fresh = [v for s in range(0, len(recorded), block) for v in scorer.score(s, min(s + block, len(recorded))).items]
+    fresh = answers(prepared.tasks.scorer(live, "dev"), len(recorded), prepared.plan.block("dev", len(recorded)))
     live.close()
     return {"items": len(recorded), "equal": sum(a == b for a, b in zip(recorded, fresh, strict=True))}
+
+
+def answers(scorer: SplitScorer, count: int, block: int) -> list[float]:
+    """The answers to the first items, scored so many at a time as a run does: in bfloat16 batches show in scores."""
+    return [v for s in range(0, count, block) for v in scorer.score(s, min(s + block, count)).items]
+
+
+def block_of(config: Config, file: str, split: Split, count: int) -> int:
+    """How many of a split's items the workers of a configuration score at a time.
+
+    Raises BadInput for a search that is none.
+    """
+    return Plan(config, {}, {}, _stops(*_algorithm(config, file))).block(split, count)
+
+
+def _stops(algorithm: str, settings: Any) -> bool:
+    """Whether a search may have its answer before the last item. Not asked: early_stopping. Switched on or off, the
+    same batches give the same decisions.
+    """
+    return isinstance(settings, HalvingSettings) or SEARCHES[algorithm].incumbent
 
 
 def _algorithm(config: Config, file: str) -> tuple[str, Any]:

@@ -196,6 +196,16 @@ def test_models_are_scored_as_in_the_final(run, file, models):
     assert evolver("evaluate", file, run / "gone").returncode == 2
 
 
+def test_models_are_scored_in_the_batches_of_a_run(file, run, monkeypatch):
+    """In bfloat16 other batches would give other scores."""
+    from evolver.evaluation.tasks import SplitScorer
+
+    asked, score = [], SplitScorer.score
+    monkeypatch.setattr(SplitScorer, "score", lambda *given: asked.append(given[1:]) or score(*given))
+    assert evolver("evaluate", file, run / "best", "--dev").returncode == 0
+    assert asked == [(start, start + 8) for start in range(0, 40, 8)]  # block_items
+
+
 @pytest.fixture(scope="module")
 def tuned(make_config, tmp_path_factory):
     """The folder of a finished coefficient search over two tasks, and its study."""
