@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import yaml
+
 from evolver.config import Pool
 from evolver.curve import curve
 from evolver.errors import BadInput
@@ -94,8 +96,9 @@ def _question(outcome: Outcome) -> str:
     heavy = {t.task: f", weight {t.weight:g}" if t.weight != 1 else "" for t in config.evaluation.tasks}
     tasks = _listed([f"{t.task} ({t.metric}{heavy[t.task]})" for t in config.evaluation.tasks])
     limits = _listed([f"{n} {what}" for what, n in config.budget.model_dump(exclude_none=True).items()])
-    settings = ", ".join(f"{k}: {v}" for k, v in config.search.items() if k != "algorithm")
-    search = f"`{config.search['algorithm']}`" + (f" ({settings})" if settings else "")
+    settings = {key: value for key, value in config.search.items() if key != "algorithm"}
+    said = yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=math.inf).strip()[1:-1]
+    search = f"`{config.search['algorithm']}`" + (f" ({said})" if settings else "")
     return (
         f"Is there a merge of {_listed(list(config.experts))}, fine-tunes of `{config.model.base}`, that is better "
         f"than the best of them on {tasks}? Searched by {search} within {limits}, on {dev} dev items."

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import toys
 from starlette.testclient import TestClient
 
 from evolver.dashboard.app import build
 from evolver.storage import storage_at
+from evolver.storage.lease import machine
 
 
 class NoJobs:
@@ -135,6 +139,30 @@ def test_what_cannot_be_done_is_said(inside):
     assert act("/api/runs/toy/stop") == {"error": "nobody runs it."}
     assert "no run gone" in act("/api/runs/gone/stop")["error"]
     assert "not usable" in act("/api/runs/toy/resume", {"candidates": -3})["error"]
+
+
+def test_only_the_process_that_has_the_run_is_stopped(results, inside):
+    """Another one may have its number by now, on this machine or elsewhere."""
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    lease = results / "toy" / "ledger" / "lease.json"
+    here = {"host": socket.gethostname(), "machine": machine(), "pid": bystander.pid, "token": "x"}
+
+    def stop(**holder):
+        lease.write_text(json.dumps({**here, **holder}))
+        return inside.post("/api/runs/toy/stop", headers={"x-evolver": "1"}).json()
+
+    try:
+        long_ago = psutil.Process(bystander.pid).create_time() - 1
+        assert "and is gone" in stop(at=long_ago)["error"]
+        assert "stop it there" in stop(at=time.time(), host="elsewhere")["error"]
+        assert "stop it there" in stop(at=time.time(), machine="another")["error"]
+        assert bystander.poll() is None
+        assert "asked to stop" in stop(at=time.time())["said"]
+        assert bystander.wait(10) == -signal.SIGTERM
+        assert "and is gone" in stop(at=time.time())["error"]
+    finally:
+        bystander.kill()
+        lease.unlink()
 
 
 def test_a_folder_that_is_no_run_does_no_harm(results, inside):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Protocol
 
+import psutil
+
 from evolver.about import Job, read_about
 from evolver.errors import BadInput
 from evolver.status import holder_of
 from evolver.storage import Storage
+from evolver.storage.lease import machine
 
 
 class Jobs(Protocol):
@@ -38,8 +39,8 @@ def stop_run(folder: Storage, jobs: Jobs) -> str:
         raise BadInput("nobody runs it.")
     if job := read_about(folder).job:
         jobs.stop(job)
-    elif held["host"] == socket.gethostname():
-        os.kill(int(held["pid"]), signal.SIGTERM)
+    elif held["host"] == socket.gethostname() and held["machine"] == machine():
+        _terminate(int(held["pid"]), float(held["at"]))
     else:
         raise BadInput(f"process {held['pid']} on {held['host']} runs it; stop it there.")
     return "asked to stop; everything that is finished is kept"
@@ -75,6 +76,19 @@ def export_candidate(folder: Storage, candidate: int | None) -> str:
     target = Path(folder.location).parent / f"{Path(folder.location).name}-export-{which}"
     _start(["export", folder.location, str(target), *([] if candidate is None else ["--candidate", which])])
     return f"writes {target}"
+
+
+def _terminate(pid: int, seen: float) -> None:
+    """Ask a process of this machine to end, if it is the one that had this number at that time."""
+    try:
+        process = psutil.Process(pid)
+        if process.create_time() > seen:
+            raise psutil.NoSuchProcess(pid)
+        process.terminate()
+    except psutil.NoSuchProcess:
+        raise BadInput(f"process {pid} ran it, and is gone; it can be resumed in a minute.") from None
+    except psutil.AccessDenied:
+        raise BadInput(f"process {pid} runs it, and is another user's; stop it there.") from None
 
 
 def _start(arguments: list[str]) -> None:

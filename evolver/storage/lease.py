@@ -38,7 +38,7 @@ class Lease:
 
     def __init__(self, storage: Storage, say: Callable[[str], None] = lambda line: None) -> None:
         self._storage = storage
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine(), "token": uuid.uuid4().hex}
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "machine": machine(), "token": uuid.uuid4().hex}
         self._holder: dict[str, Any] = {**me, "beat": 0, "at": time.time()}
         try:
             self._unlock = storage.lock()
@@ -133,7 +133,7 @@ def _name(holder: dict[str, Any]) -> str:
     return f"process {holder.get('pid')} on {holder.get('host')}"
 
 
-def _machine() -> str:
+def machine() -> str:
     """What the processes that see each other's locks have in common, and no others."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
