@@ -97,7 +97,7 @@ function page(run) {
       card("Scores per task", plot("tasks")),
       run.pareto.front.length ? card(`Pareto front (hypervolume ${number(run.pareto.volume)})`,
         [run.pareto.whole ? null : el("p", {}, `The ${run.pareto.front.length} of it with the highest sums.`), axes(run), plot("pareto")]) : null,
-      card("Lineage of the best candidate", plot("lineage")),
+      card("Lineage of the best candidate", plot("lineage"), run.pareto.front.length > 0), // no hole beside it
       card("Answers: models by items", plot("heat"), true),
       card("Leading candidates", table(["candidate", "score", "items", "seconds", "proposed by"],
         run.candidates.slice(0, 25).map((c) => [el("a", { href: "#candidate", on: { click: () => choose(c.number) } }, `${c.number}`),
