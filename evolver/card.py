@@ -8,25 +8,53 @@ from typing import Any
 
 import yaml
 
+from evolver.about import About
+from evolver.config import Config
 from evolver.outcome import Outcome
-from evolver.report import table_of, verdict
+from evolver.records import Candidate, Result, Split
+from evolver.report import number, table_of, verdict
+
+# What the hub calls the tasks of our kinds of models.
+KINDS = {
+    "causal-lm": "text-generation", "seq2seq": "text2text-generation", "classifier": "text-classification",
+    "image-classifier": "image-classification",
+}  # fmt: skip
 
 
-def model_card(outcome: Outcome, rebuild: str, licences: Mapping[str, str | None]) -> str:
-    """The README of the exported model, with front matter as the hub reads it.
+Licences = Mapping[str, str | None]
+
+
+def model_card(outcome: Outcome, rebuild: str, licences: Licences) -> str:
+    """The README of the exported winner, with front matter as the hub reads it.
 
     Args:
         rebuild: how mergekit makes it, or why it does not.
         licences: of the base and the experts by their locations, as their own cards say; None where they do not.
     """
-    config = outcome.config
+    results = _results(outcome.about, "report", outcome.winner.report)
+    return _card(outcome.config, results, f"{verdict(outcome)}\n\n{table_of(outcome)}", rebuild, licences)
+
+
+def candidate_card(about: About, candidate: Candidate, result: Result, rebuild: str, licences: Licences) -> str:
+    """The README of another candidate, which has dev results only; arguments as for ``model_card``."""
+    scale = about.scales["dev"]
+    said = (
+        f"Candidate {candidate.number} of a run, scored on {len(result.items)} of {len(scale.tasks)} dev items, on "
+        f"which the run selected: {number(result.score, scale)}. It was not scored on other items, so nothing is said "
+        "here of whether it is better than its parents."
+    )
+    return _card(about.config, _results(about, "dev", result), said, rebuild, licences)
+
+
+def _card(config: Config, results: list[dict[str, Any]], said: str, rebuild: str, licences: Licences) -> str:
     parents = [config.model.base, *config.experts.values()]
     front: dict[str, Any] = {"base_model": parents, "base_model_relation": "merge", "library_name": "transformers"}
     known = {licences.get(parent) for parent in parents}
     if len(known) == 1 and (one := known.pop()):
         front["license"] = one
-    front |= {"tags": ["merge", "evolver"], "model-index": [{"name": config.run, "results": _results(outcome)}]}
-    lines = [f"- {name}: `{location}`{_under(licences.get(location))}" for name, location in _parents(outcome)]
+    front |= {"tags": ["merge", "evolver"], "model-index": [{"name": config.run, "results": results}]}
+    named = [("base", config.model.base), *config.experts.items()]
+    lines = [f"- {name}: `{location}`{_under(licences.get(location))}" for name, location in named]
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}
 ---
@@ -34,9 +62,7 @@ def model_card(outcome: Outcome, rebuild: str, licences: Mapping[str, str | None
 
 A merge of fine-tunes of one base, found by Evolver ({config.search["algorithm"]}) without training.
 
-{verdict(outcome)}
-
-{table_of(outcome)}
+{said}
 
 Merged models
 
@@ -58,25 +84,17 @@ def licence_of(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _results(outcome: Outcome) -> list[dict[str, Any]]:
-    """The winner's metrics on the report items, in the hub's form."""
-    scale, found = outcome.scales["report"], outcome.winner.report.tasks
-    kind = {"causal-lm": "text-generation", "seq2seq": "text2text-generation"}.get(outcome.config.model.kind)
-    if kind is None:
-        kind = "image-classification" if outcome.config.model.kind == "image-classifier" else "text-classification"
+def _results(about: About, split: Split, result: Result) -> list[dict[str, Any]]:
+    """A result's metrics, in the hub's form."""
+    scale, kind = about.scales[split], KINDS[about.config.model.kind]
     return [
         {
             "task": {"type": kind},
-            "dataset": {"name": f"{task}, {scale.tasks.count(task)} report items", "type": task},
+            "dataset": {"name": f"{task}, {scale.tasks[: len(result.items)].count(task)} {split} items", "type": task},
             "metrics": [{"type": scale.metrics[task].name, "value": -v if scale.metrics[task].negative else v}],
         }
-        for task, v in found.items()
+        for task, v in result.tasks.items()
     ]
-
-
-def _parents(outcome: Outcome) -> list[tuple[str, str]]:
-    config = outcome.config
-    return [("base", config.model.base), *config.experts.items()]
 
 
 def _under(licence: str | None) -> str:

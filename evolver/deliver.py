@@ -18,7 +18,7 @@ from evolver.merging import gguf_out
 from evolver.merging.gguf_keys import KEY
 from evolver.merging.lora_out import write_delta, write_lora
 from evolver.records import Candidate, Recipe, Result
-from evolver.run import Prepared, prepare_run, score_again, texts
+from evolver.run import Prepared, prepare_run, score_again, texts, texts_of
 from evolver.storage import Storage, whole_file, whole_folder
 from evolver.worker import build_materialiser
 
@@ -53,7 +53,7 @@ def deliver(run: Storage, out: Path, wanted: str | None, say: Warn) -> None:
     prepared = prepare_run(run)
     outcome = history.outcome()
     best = history.best is not None and candidate.recipe.id == history.best[0].recipe.id
-    more = texts(prepared, outcome) if outcome and best else {}
+    more = texts(prepared, outcome) if outcome and best else texts_of(prepared, history.about, candidate, result)
     export(candidate.recipe, build_materialiser(prepared.plan, prepared.opened), out, more)
     agreement = score_again(prepared, out, result.items, default_device())
     say(f"{out}: loaded anew, it gives the ledger's answers on {agreement['equal']} of {agreement['items']} dev items")

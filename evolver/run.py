@@ -17,7 +17,7 @@ import torch
 
 from evolver import __version__, loggers
 from evolver.about import About, Job, write_about
-from evolver.card import licence_of, model_card
+from evolver.card import candidate_card, licence_of, model_card
 from evolver.config import FREE_KEYS, Config, check_section, expand, load, renamed
 from evolver.errors import BadInput, nearest
 from evolver.estimates import Estimates, first_unjudged
@@ -266,17 +266,32 @@ def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Di
 
 def texts(prepared: Prepared, outcome: Outcome) -> dict[str, str]:
     """The card of the best model and, where mergekit can make it, mergekit's configuration."""
+    rebuild, files = _rebuilt(prepared, outcome.winner.recipe)
+    return {"README.md": model_card(outcome, rebuild, _licences(prepared)), **files}
+
+
+def texts_of(prepared: Prepared, about: About, candidate: Candidate, result: Result) -> dict[str, str]:
+    """The same of any candidate."""
+    rebuild, files = _rebuilt(prepared, candidate.recipe)
+    return {"README.md": candidate_card(about, candidate, result, rebuild, _licences(prepared)), **files}
+
+
+def _rebuilt(prepared: Prepared, recipe: Recipe) -> tuple[str, dict[str, str]]:
+    """How mergekit makes a model, in words, and its configuration where it does."""
     config, digests = prepared.config, prepared.plan.digests
     locations = {digests[n]: str(expand(p)) for n, p in {"base": config.model.base, **config.experts}.items()}
     dtype = None if config.model.dtype == "auto" else config.model.dtype
-    licences = {config.model.base: licence_of(prepared.opened.base.path)}
-    licences |= {location: licence_of(prepared.opened.experts[n].path) for n, location in config.experts.items()}
     try:
-        text = mergekit_out.dump(outcome.winner.recipe, locations, prepared.opened.base.names(), dtype)
+        text = mergekit_out.dump(recipe, locations, prepared.opened.base.names(), dtype)
     except mergekit_out.Inexpressible as why:
-        return {"README.md": model_card(outcome, f"mergekit cannot make this model: {why}.", licences)}
-    rebuild = f"mergekit makes it, too: `mergekit-yaml {mergekit_out.FILE} OUT`."
-    return {"README.md": model_card(outcome, rebuild, licences), mergekit_out.FILE: text}
+        return f"mergekit cannot make this model: {why}.", {}
+    return f"mergekit makes it, too: `mergekit-yaml {mergekit_out.FILE} OUT`.", {mergekit_out.FILE: text}
+
+
+def _licences(prepared: Prepared) -> dict[str, str | None]:
+    config, opened = prepared.config, prepared.opened
+    found = {config.model.base: licence_of(opened.base.path)}
+    return found | {location: licence_of(opened.experts[n].path) for n, location in config.experts.items()}
 
 
 def score_again(prepared: Prepared, best: Path, recorded: Sequence[float], device: str) -> dict[str, int]:

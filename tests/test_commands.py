@@ -147,6 +147,19 @@ def test_any_candidate_is_taken_along_by_number_or_recipe(run, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_candidate_that_did_not_win_has_a_card_that_says_so(run, tmp_path):
+    best = read_history(storage_at(run)).best[0].recipe.id
+    number, recorded = next((n, row) for (stage, n), row in sorted(toys.rows(run).items())
+                            if stage == "search" and row["recipe_id"] != best)  # fmt: skip
+    assert evolver("export", run, tmp_path / "other", "--candidate", number).returncode == 0
+    card = (tmp_path / "other" / "README.md").read_text()
+    (result,) = yaml.safe_load(card.split("---")[1])["model-index"][0]["results"]
+    assert result["dataset"]["name"] == f"toy, {len(recorded['items'])} dev items"
+    assert result["metrics"][0]["value"] == dict(recorded["tasks"])["toy"]
+    assert f"Candidate {number} of a run" in card
+    assert "mergekit" in card
+
+
 def logits(model):
     import torch
 
