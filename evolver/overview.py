@@ -19,8 +19,8 @@ from evolver.storage import Storage
 
 # What is kept of a row as it stands there. The answers and the recipe, which are nearly all of it, are not.
 KEPT = (
-    "time", "number", "recipe_id", "label", "proposer", "limit", "status", "reason", "score",
-    "bound", "complete", "reused", "raced", "given", "worker",
+    "time", "number", "recipe_id", "label", "proposer", "limit", "status", "reason", "score", "complete", "reused",
+    "worker",
 )  # fmt: skip
 SECONDS = ("total", "materialise", "forward")
 PAIRS = 200  # candidates that are kept in full
@@ -56,12 +56,16 @@ class Rows:
         """A column of text."""
         return [text or "" for text in self.table[column].to_pylist()]
 
+    def flags(self, column: str) -> NDArray[np.bool_]:
+        """A column of true and false, false where there is nothing."""
+        found: NDArray[np.bool_] = pc.fill_null(self.table[column], False).to_numpy(zero_copy_only=False)
+        return found
+
     @cached_property
     def whole(self) -> Places:
         """Where candidates stand that were asked for all items and were scored on them."""
         asked_in_full = pc.is_null(self.table["limit"]).to_numpy(zero_copy_only=False)
-        complete = pc.fill_null(self.table["complete"], False).to_numpy(zero_copy_only=False)
-        return np.flatnonzero(asked_in_full & complete & ~np.isnan(self.numbers("score")))
+        return np.flatnonzero(asked_in_full & self.flags("complete") & ~np.isnan(self.numbers("score")))
 
     @cached_property
     def best(self) -> int | None:

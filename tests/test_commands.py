@@ -7,7 +7,6 @@ import io
 import json
 import re
 import resource
-import socket
 import subprocess
 import sys
 import time
@@ -256,9 +255,7 @@ def test_optuna_s_dashboard_shows_the_study(tuned):
     sync_api = pytest.importorskip("playwright.sync_api")
     if toys.CHROMIUM is None:
         pytest.skip("there is no Chromium here")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(toys.free_port())
     command = [str(Path(sys.executable).with_name("optuna-dashboard")), tuned[1], "--port", port]
     served = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

@@ -11,10 +11,10 @@ import toys
 import yaml
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
+from toys import refused
 from typer.testing import CliRunner
 
 from evolver.cli import app
-from evolver.errors import BadInput
 from evolver.merging import gguf
 from evolver.merging.sources import open_base, open_expert
 from evolver.merging.weights import Checkpoint
@@ -95,14 +95,6 @@ def write(path, content, dtype="float32", words=WORDS, architecture="llama", mor
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def refused(call, *said):
-    with pytest.raises(BadInput) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    for part in said:
-        assert str(part) in str(caught.value)
 
 
 def conversions():

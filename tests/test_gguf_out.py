@@ -8,13 +8,13 @@ import pytest
 import torch
 import toys
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from toys import refused
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from typer.testing import CliRunner
 
 from evolver import deliver
 from evolver.cli import app
-from evolver.errors import BadInput
 from evolver.history import read_history
 from evolver.merging import gguf, gguf_keys, gguf_out
 from evolver.merging.weights import Checkpoint
@@ -127,14 +127,6 @@ def fields(file):
     from gguf import GGUFReader
 
     return {name: field.contents() for name, field in GGUFReader(file).fields.items()}
-
-
-def refused(call, *said):
-    with pytest.raises(BadInput) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    for part in said:
-        assert str(part) in str(caught.value)
 
 
 def rounded(tensor, kind):

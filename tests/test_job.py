@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -28,12 +27,6 @@ EXPORT, TOKEN, START, SUBMIT = map(shlex.split, PAGE.split("```sh\n")[1].split("
 CHANGES = {"search.generations": 50, "budget.candidates": 150, "pool": {"num_workers": 2, "num_cpus": 0.5}}
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def head(tmp_path_factory):
     """A head node with tokens on: the address of its job API, and the environment in which its token is found."""
@@ -42,8 +35,8 @@ def head(tmp_path_factory):
     environment = {**os.environ, "HOME": str(folder), "PATH": path, **dict(w.split("=") for w in EXPORT[1:])}
     environment.pop("RAY_ADDRESS", None)
     subprocess.run([RAY, *TOKEN[1:]], env=environment, check=True, capture_output=True)
-    address = f"http://127.0.0.1:{free_port()}"
-    ports = (f"--port={free_port()}", f"--dashboard-port={address.rpartition(':')[2]}")
+    address = f"http://127.0.0.1:{toys.free_port()}"
+    ports = (f"--port={toys.free_port()}", f"--dashboard-port={address.rpartition(':')[2]}")
     start = [RAY, *START[1:], "--block", *ports, "--num-cpus=2"]
     with (folder / "head.log").open("w") as log:
         node = subprocess.Popen(

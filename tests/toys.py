@@ -8,6 +8,7 @@ import json
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -15,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from evolver import ledger
+from evolver.errors import BadInput
 from evolver.flights import Pool
 from evolver.records import Candidate, Result, Split
 from evolver.run import run
@@ -335,3 +338,19 @@ def essence(folder: Path) -> dict[tuple[str, int], tuple[Any, ...]]:
 
 def winner(folder: Path) -> str:
     return (folder / "recipe.json").read_text()
+
+
+def refused(call: Callable[[], object], *said: object) -> None:
+    """That a call is refused in one sentence that says all of this."""
+    with pytest.raises(BadInput) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    for part in said:
+        assert str(part) in str(caught.value)
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])

@@ -13,7 +13,7 @@ import psutil
 from evolver.about import Job, read_about
 from evolver.errors import BadInput
 from evolver.status import holder_of
-from evolver.storage import Storage
+from evolver.storage import Storage, is_remote
 from evolver.storage.lease import machine
 
 
@@ -53,7 +53,7 @@ def resume_run(folder: Storage, jobs: Jobs, candidates: int | None) -> str:
     """
     if (held := holder_of(folder.folder("ledger"))) is not None:
         raise BadInput(f"process {held['pid']} on {held['host']} runs it already.")
-    if candidates is not None and (isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < 1):
+    if candidates is not None and not (_is_whole(candidates) and candidates >= 1):
         raise BadInput(f"a budget of {candidates!r} candidates is not usable; write a number above 0.")
     more = [] if candidates is None else ["--candidates", str(candidates)]
     if job := read_about(folder).job:
@@ -68,14 +68,19 @@ def export_candidate(folder: Storage, candidate: int | None) -> str:
 
     Raises BadInput for a run in an object store.
     """
-    if "://" in folder.location:
+    if is_remote(folder.location):
         raise BadInput(f"export it to where you want it: evolver export {folder.location} FOLDER")
-    if candidate is not None and (isinstance(candidate, bool) or not isinstance(candidate, int)):
+    if candidate is not None and not _is_whole(candidate):
         raise BadInput(f"{candidate!r} is no candidate; give its number.")
     which = "best" if candidate is None else str(candidate)
     target = Path(folder.location).parent / f"{Path(folder.location).name}-export-{which}"
     _start(["export", folder.location, str(target), *([] if candidate is None else ["--candidate", which])])
     return f"writes {target}"
+
+
+def _is_whole(value: object) -> bool:
+    """Whether what was sent is a whole number; in Python true and false are, too."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _terminate(pid: int, seen: float) -> None:

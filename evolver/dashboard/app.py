@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.resources import files
@@ -96,18 +96,15 @@ def build(
         shown = {"settings": views.settings(candidate.recipe), "lineage": views.lineage(candidate.recipe)}
         return JSONResponse({**shown, "tasks": dict(result.tasks), "reason": result.reason})
 
-    def stop(request: Request) -> Response:
-        return JSONResponse({"said": stop_run(runs.folder(request.path_params["name"]), jobs)})
+    def acting(act: Callable[[Storage, dict[str, Any]], str]) -> Callable[[Request], Awaitable[Response]]:
+        """An action on a run; storage and clusters are asked beside the loop that answers everybody."""
 
-    async def resume(request: Request) -> Response:
-        folder = runs.folder(request.path_params["name"])
-        given = await body(request)
-        return JSONResponse({"said": await run_in_threadpool(resume_run, folder, jobs, given.get("candidates"))})
+        async def answer(request: Request) -> Response:
+            given = await body(request)
+            said = await run_in_threadpool(lambda: act(runs.folder(request.path_params["name"]), given))
+            return JSONResponse({"said": said})
 
-    async def export(request: Request) -> Response:
-        folder = runs.folder(request.path_params["name"])
-        given = await body(request)
-        return JSONResponse({"said": export_candidate(folder, given.get("candidate"))})
+        return answer
 
     async def body(request: Request) -> dict[str, Any]:
         try:
@@ -124,9 +121,11 @@ def build(
     routes = [
         Route("/", page), Route("/run/{name}", page), Route("/plotly.js", plotly), Route("/api/runs", all_runs),
         Route("/api/runs/{name}", one_run), Route("/api/runs/{name}/candidates/{number:int}", one_candidate),
-        Route("/api/runs/{name}/stop", stop, methods=["POST"]),
-        Route("/api/runs/{name}/resume", resume, methods=["POST"]),
-        Route("/api/runs/{name}/export", export, methods=["POST"]),
+        Route("/api/runs/{name}/stop", acting(lambda run, given: stop_run(run, jobs)), methods=["POST"]),
+        Route("/api/runs/{name}/resume", acting(lambda run, given: resume_run(run, jobs, given.get("candidates"))),
+              methods=["POST"]),
+        Route("/api/runs/{name}/export", acting(lambda run, given: export_candidate(run, given.get("candidate"))),
+              methods=["POST"]),
         Mount("/static", StaticFiles(directory=HERE)),
     ]  # fmt: skip
     guard = Middleware(Guard, token=token, hosts=hosts)

@@ -106,8 +106,7 @@ def pareto(run: Overview) -> dict[str, Any]:
     """
     names, search = list(run.about.scales["dev"].weights), run.rows("search")
     values = np.stack([search.numbers(f"task {name}") for name in names], axis=1)
-    complete = pc.fill_null(search.table["complete"], False).to_numpy(zero_copy_only=False)
-    places = np.flatnonzero(complete & ~np.isnan(values).any(1))
+    places = np.flatnonzero(search.flags("complete") & ~np.isnan(values).any(1))
     if len(names) < 2 or not len(places):
         return {"tasks": names, "front": [], "others": [], "volume": None, "whole": True}
     values, numbers = values[places], search.numbers("number")[places].astype(int)
@@ -230,7 +229,7 @@ def _of_tasks(rows: Rows, place: int, names: list[str]) -> list[float | None]:
 
 def _fresh(rows: Rows) -> pa.Table:
     """The results that cost something."""
-    return rows.table.filter(pc.invert(pc.fill_null(rows.table["reused"], False)))
+    return rows.table.filter(pa.array(~rows.flags("reused")))
 
 
 def _plain(values: Numbers) -> list[float | None]:

@@ -18,12 +18,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
 import pyarrow as pa
 import pyarrow.parquet as pq
-from playwright.sync_api import Browser, Error, sync_playwright
+from playwright.sync_api import Browser, Error, Page, sync_playwright
 
 from evolver import ledger
 from evolver.about import About, write_about
@@ -135,15 +136,24 @@ def in_browser(browser: Browser, results: Path) -> float:
     try:
         address = server.stdout.readline().strip()
         page.goto(address.replace("/?", "/static/style.css?"))  # in, and nothing read yet
-        began = time.perf_counter()
-        page.goto(f"{address.partition('/?')[0]}/run/night")
-        page.wait_for_selector("#curve .main-svg", timeout=120_000)
-        page.wait_for_selector("#heat .main-svg", timeout=120_000)
-        return time.perf_counter() - began
+        return seconds_to(page, f"{address.partition('/?')[0]}/run/night", "#curve .main-svg", "#heat .main-svg")
     finally:
-        page.close()
-        server.terminate()
-        server.wait(30)
+        end(page, server)
+
+
+def seconds_to(page: Page, address: str, *shown: str) -> float:
+    """Seconds from opening an address to all that is to be shown there."""
+    began = time.perf_counter()
+    page.goto(address)
+    for selector in shown:
+        page.wait_for_selector(selector, timeout=300_000)
+    return time.perf_counter() - began
+
+
+def end(page: Page, server: subprocess.Popen[Any]) -> None:
+    page.close()
+    server.terminate()
+    server.wait(30)
 
 
 def optuna_in_browser(browser: Browser, file: Path) -> float:
@@ -170,15 +180,9 @@ def optuna_in_browser(browser: Browser, file: Path) -> float:
                 break
             except Error:
                 time.sleep(0.2)
-        began = time.perf_counter()
-        page.goto(f"http://127.0.0.1:{port}/dashboard/studies/1")
-        page.wait_for_selector("text=Best Trial", timeout=300_000)
-        page.wait_for_selector(".main-svg", timeout=300_000)
-        return time.perf_counter() - began
+        return seconds_to(page, f"http://127.0.0.1:{port}/dashboard/studies/1", "text=Best Trial", ".main-svg")
     finally:
-        page.close()
-        server.terminate()
-        server.wait(30)
+        end(page, server)
 
 
 def write_page(rows: list[list[str]], peer: float, ours: float) -> None:
