@@ -2,47 +2,52 @@
    the same results: draws() is random.fill, take() is order.take, kept_by_rank() is operators.kept_by_rank.
    Threads are those of torch, whose OpenMP runtime is the one that is loaded. */
 
+#include "native.h"
+
 #include <stddef.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
-enum { LANES = 1024, HALVES = 8, ROUNDS = 10, STRETCH = 1 << 14 };
+enum { ROUNDS = 10, STRETCH = 1 << 14 };
 
-/* Draws for whole blocks of scalars from block `first` on, to out[blocks][HALVES][LANES]. words: k0, k1, c2, c3. */
-void draws(const uint32_t *words, uint64_t first, int64_t blocks, float *out)
+/* Draws for one block of scalars, to out[HALVES][LANES]. words: k0, k1, c2, c3. */
+void draw_block(const uint32_t *words, uint64_t block, float *out)
 {
-#pragma omp parallel for
-    for (int64_t block = 0; block < blocks; block++) {
-        const uint64_t place = (first + (uint64_t)block) * LANES;
-        float *run = out + block * HALVES * LANES;
-        for (uint32_t lane = 0; lane < LANES; lane++) {
-            uint32_t c[4] = {(uint32_t)place + lane, (uint32_t)(place >> 32), words[2], words[3]};
-            uint32_t k0 = words[0], k1 = words[1];
-            for (int round = 0; round < ROUNDS; round++) {
-                const uint64_t product0 = (uint64_t)c[0] * 0xD2511F53u, product1 = (uint64_t)c[2] * 0xCD9E8D57u;
-                c[0] = (uint32_t)(product1 >> 32) ^ c[1] ^ k0;
-                c[1] = (uint32_t)product1;
-                c[2] = (uint32_t)(product0 >> 32) ^ c[3] ^ k1;
-                c[3] = (uint32_t)product0;
-                k0 += 0x9E3779B9u;
-                k1 += 0xBB67AE85u;
-            }
-            for (int word = 0; word < 4; word++) {
-                run[2 * word * LANES + lane] = (float)(int32_t)(c[word] & 0xFFFF);
-                run[(2 * word + 1) * LANES + lane] = (float)(int32_t)(c[word] >> 16);
-            }
+    const uint64_t place = block * LANES;
+    for (uint32_t lane = 0; lane < LANES; lane++) {
+        uint32_t c[4] = {(uint32_t)place + lane, (uint32_t)(place >> 32), words[2], words[3]};
+        uint32_t k0 = words[0], k1 = words[1];
+        for (int round = 0; round < ROUNDS; round++) {
+            const uint64_t product0 = (uint64_t)c[0] * 0xD2511F53u, product1 = (uint64_t)c[2] * 0xCD9E8D57u;
+            c[0] = (uint32_t)(product1 >> 32) ^ c[1] ^ k0;
+            c[1] = (uint32_t)product1;
+            c[2] = (uint32_t)(product0 >> 32) ^ c[3] ^ k1;
+            c[3] = (uint32_t)product0;
+            k0 += 0x9E3779B9u;
+            k1 += 0xBB67AE85u;
+        }
+        for (int word = 0; word < 4; word++) {
+            out[2 * word * LANES + lane] = (float)(int32_t)(c[word] & 0xFFFF);
+            out[(2 * word + 1) * LANES + lane] = (float)(int32_t)(c[word] >> 16);
         }
     }
 }
 
+/* Draws for whole blocks of scalars from block `first` on, to out[blocks][HALVES][LANES]. */
+void draws(const uint32_t *words, uint64_t first, int64_t blocks, float *out)
+{
+#pragma omp parallel for
+    for (int64_t block = 0; block < blocks; block++)
+        draw_block(words, first + (uint64_t)block, out + block * BLOCK);
+}
+
 /* One stretch of one row of scores, for take(): adds to `above` and `inside`, and returns how many it took. Nothing is
    written beyond out[size - 1]. */
-static int64_t take_stretch(const float *scores, int64_t size, const float *lows, const float *highs,
-                            const uint8_t *single, int64_t pairs, int64_t *above, int64_t *inside, float *out)
+int64_t take_stretch(const float *scores, int64_t size, const float *lows, const float *highs,
+                     const uint8_t *single, int64_t pairs, int64_t *above, int64_t *inside, float *out)
 {
     int64_t place = 0, taken = 0;
 #ifdef __AVX512F__

@@ -18,36 +18,47 @@ from torch import Tensor
 
 from evolver.merging.machine import digest_of, kernel_folder, machine, make_kernel_folder
 
-SOURCE = Path(__file__).with_name("native.c")
-FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
+SOURCES = [Path(__file__).with_name(name) for name in ("native.h", "native.c", "program.c")]
+# Operations are not contracted or reordered: every one is rounded alone, as torch rounds it.
+FLAGS = (
+    "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing",
+    "-shared", "-fPIC",
+)  # fmt: skip
+
+
+def compiler() -> str | None:
+    """The C compiler, or None where there is none."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
+
+
+def library_file() -> Path:
+    """Where the compiled loops of this machine are kept: a name for each source, processor and set of options."""
+    key = f"{[digest_of(str(s)) for s in SOURCES]} {machine(torch.device('cpu'))} {FLAGS}"
+    return kernel_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
 
 
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled loops, or None where they cannot be compiled."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
-    if compiler is None:
-        return None
-    key = f"{digest_of(str(SOURCE))} {machine(torch.device('cpu'))} {FLAGS}"
-    file = kernel_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
+    with_compiler, file = compiler(), library_file()
     try:
         if not file.exists():
-            _compile(compiler, file)
+            if with_compiler is None:
+                return None
+            _compile(with_compiler, file)
         loops = ctypes.CDLL(str(file))
     except (OSError, subprocess.CalledProcessError) as error:
-        warnings.warn(f"{SOURCE.name} was not compiled, the plain code runs in its place: {error}", stacklevel=2)
+        warnings.warn(f"The loops in C were not compiled, the plain code runs in their place: {error}", stacklevel=2)
         return None
-    loops.take.restype = ctypes.c_int64
+    loops.take.restype, loops.sum_of_runs.restype = ctypes.c_int64, ctypes.c_double
     return loops
 
 
 def _compile(compiler: str, file: Path) -> None:
     with tempfile.TemporaryDirectory(dir=make_kernel_folder()) as folder:
-        made = Path(folder) / file.name
+        made, sources = Path(folder) / file.name, [str(s) for s in SOURCES if s.suffix == ".c"]
         for more in (["-fopenmp"], []):  # one thread is better than none
-            done = subprocess.run(
-                [compiler, *FLAGS, *more, str(SOURCE), "-o", str(made)], capture_output=True, text=True
-            )
+            done = subprocess.run([compiler, *FLAGS, *more, *sources, "-o", str(made)], capture_output=True, text=True)
             if done.returncode == 0:
                 break
         done.check_returncode()

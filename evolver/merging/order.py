@@ -58,7 +58,7 @@ def take(scores: Sequence[Tensor], edges: Tensor) -> Taken:
     counts, taken = [], []
     for row, pairs in zip((s.reshape(-1) for s in scores), edges.unbind(0), strict=True):
         lows, highs = pairs.unbind(1)
-        single = _hold_one_value(pairs)
+        single = hold_one_value(pairs)
         if loops is not None and row.is_cpu:
             of_row, out = native.take(loops, row, lows, highs, single)
         else:
@@ -72,7 +72,7 @@ def take(scores: Sequence[Tensor], edges: Tensor) -> Taken:
     return Taken(above, within, taken)
 
 
-def _hold_one_value(pairs: Tensor) -> Tensor:
+def hold_one_value(pairs: Tensor) -> Tensor:
     """Whether only one float32 lies above the lower and not above the upper edge, (…, 2) to (…)."""
     lows, highs = pairs.unbind(-1)
     return torch.nextafter(lows, torch.full_like(lows, math.inf)) >= highs
@@ -125,7 +125,7 @@ def _between(scores: Scores, ranks: Sequence[Sequence[int]], wanted: Sequence[Pl
             return {}
         for row, more in zip(taken, piece.scores, strict=True):
             row.append(more.numpy())
-    rows, single = [np.concatenate(parts) for parts in taken], _hold_one_value(edges)
+    rows, single = [np.concatenate(parts) for parts in taken], hold_one_value(edges)
     found = {}
     for c, k in wanted:
         low, high = edges[c, k].tolist()

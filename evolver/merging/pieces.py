@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import TypeVar, cast
 
 import numpy as np
@@ -12,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evolver.merging import order, random
-from evolver.merging.here import Asked, Here, Stack
+from evolver.merging import loop, native, order, random
+from evolver.merging.here import Asked, Stack
 from evolver.merging.kernels import Kernel, Kernels
 from evolver.merging.methods import Method
+from evolver.merging.recorded import Recorded, record
 from evolver.merging.step import Probed, Step
 from evolver.records import Value
 
@@ -73,7 +76,7 @@ class _Piece:
         if made is None:
             made = make()
             if all(m.dtype == torch.bool and m.is_cpu for m in made):
-                self.pieces.memory[self.start] = [np.packbits(m.numpy()) for m in made]
+                self.pieces.memory[self.start] = [np.packbits(m.numpy(), bitorder="little") for m in made]
         if self.leave:
             raise _Made(made)
         return made
@@ -83,7 +86,7 @@ class _Piece:
         bits, size = self.pieces.memory.get(self.start), math.prod(self.shape)
         if bits is None:
             return None
-        unpacked = (np.unpackbits(b, count=size).view(np.bool_) for b in bits)
+        unpacked = (np.unpackbits(b, count=size, bitorder="little").view(np.bool_) for b in bits)
         return [torch.from_numpy(mask).view(*self.shape) for mask in unpacked]
 
 
@@ -106,6 +109,7 @@ class Pieces:
         self.probed = Probed([], None)
         self.step = self._rows_of(piece or self._usual())
         self.memory: dict[int, list[NDArray[np.uint8]]] = {}
+        self._loops: dict[int, Recorded | None] = {}
 
     def of(self, whole: Whole) -> Pieces:
         """The same method on another tensor."""
@@ -114,17 +118,19 @@ class Pieces:
         return other
 
     def question(self, known: Sequence[Tensor]) -> Asked | None:
-        """What the method has to know next, found by a call on a few scalars; None if it knows enough."""
+        """What the method has to know next; None if it knows enough."""
         if not self.method.asks:
             return None
+        recorded = self._recorded(known)
+        return self._probe(known) if recorded is None else recorded.record.asked
+
+    def _probe(self, known: Sequence[Tensor]) -> Asked | None:
+        """The next question, found by a call on a few scalars, and notes on what the method has drawn and made."""
         few = [f[: 1 if self.method.rows else 8] for f in self.flats]
-        *inputs, base = (f.float() for f in few)
-        if self.method.on_deltas:
-            inputs = [i - base for i in inputs]
-        self.probed = Probed([torch.zeros(base.shape, device=self.device)] * len(inputs), self.depth)
-        here = Here(inputs, base, known, self.probed, self.whole.base.dim() < 2)
+        zeros = [torch.zeros(few[0].shape, device=self.device)] * len(self.whole.inputs)
+        self.probed = Probed(zeros, self.depth)
         try:
-            self.method.function(inputs, here=here, **self.numbers, **self.flags)
+            self._step(known, False).merged([*few, *known, *self.numbers.values()], self.probed)
         except Asked as asked:
             return asked
         return None
@@ -137,13 +143,37 @@ class Pieces:
     def merge(self, known: Sequence[Tensor]) -> Tensor:
         """The merged scalars, in the base's dtype, flat."""
         out = torch.empty_like(self.flats[-1])
+        if recorded := self._recorded(known):
+            recorded.merge(out.view(-1))
+            return out
         for _ in self._run(known, lambda said: None, out):
             pass
         return out
 
-    def ask(self, known: Sequence[Tensor], hear: Callable[[Stack], Said]) -> Iterator[Said]:
-        """What is heard from what every piece says to the next question."""
-        return self._run(known, hear)
+    def sum(self, known: Sequence[Tensor]) -> Tensor:
+        """The answer to a question for a sum."""
+        if recorded := self._recorded(known):
+            return recorded.reduced(torch.float64)
+        return sum((p.double() for p in self._run(known, _first)), torch.zeros((), dtype=torch.float64))
+
+    def maximum(self, known: Sequence[Tensor]) -> Tensor:
+        """The answer to a question for a maximum."""
+        if recorded := self._recorded(known):
+            return recorded.reduced(torch.float32)
+        return reduce(torch.maximum, self._run(known, _first))
+
+    def scores(self, known: Sequence[Tensor]) -> Iterator[Stack]:
+        """What the pieces say to a question of order, flat."""
+        if recorded := self._recorded(known):
+            return iter([recorded.scores()])
+        return self._run(known, lambda scores: [s.reshape(-1) for s in scores])
+
+    def taken(self, known: Sequence[Tensor], edges: Tensor) -> Iterator[order.Taken]:
+        """What the pieces say to a question of order, counted against ``edges``."""
+        if recorded := self._recorded(known):
+            return recorded.taken(edges)
+        there = edges.to(self.device)
+        return self._run(known, lambda scores: order.take(scores, there))
 
     def _run(self, known: Sequence[Tensor], hear: Callable[[Stack], Said], out: Tensor | None = None) -> Iterator[Said]:
         step = self._step(known, out is not None)
@@ -160,6 +190,43 @@ class Pieces:
 
         return map(work, range(0, max(1, self.flats[0].shape[0]), self.step))
 
+    def _recorded(self, known: Sequence[Tensor]) -> Recorded | None:
+        """The method on this tensor by the loop in C, where there is one that can do what the method does."""
+        if len(known) not in self._loops:
+            self._loops[len(known)] = self._record(known)
+        return self._loops[len(known)]
+
+    def _record(self, known: Sequence[Tensor]) -> Recorded | None:
+        loops = native.library() if self.device.type == "cpu" else None
+        piece = self.step * self.columns
+        whole = self.flats[0].shape[0] <= self.step
+        if loops is None or not self.size or not all(loop.handles(loops, f.dtype) for f in self.flats):
+            return None
+        if not (whole or piece % random.BLOCK == 0):  # blocks of draws and runs of sums begin with a piece
+            return None
+        step = self._step(known, False)
+        if self.method.rows and not self.probed.zeros:
+            self._probe(known)  # says what is to be made
+        found = record(step, known, list(self.numbers.values()), self.depth, self.probed.made)
+        if found is None:
+            return None
+        sources = [f.reshape(-1) for f in self.flats]
+        words = [] if found.seed is None else self.drawn(found.seed).plain_words
+        return Recorded(loops, found, [*sources, *self._bits(step, known)], words, piece)
+
+    def _bits(self, step: Step, known: Sequence[Tensor]) -> list[Tensor]:
+        """The masks that the method wants made once, of the whole tensor, a bit a scalar."""
+        if not self.probed.made:
+            return []
+        starts = range(0, self.flats[0].shape[0], self.step)
+        missing = [s for s in starts if s not in self.memory]
+        if missing:
+            shapes = [self._cut(s, None)[0][0].shape for s in missing]
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # sorting is done in one thread each
+                list(pool.map(lambda s, d: self._make(step, known, _Piece(self, s, d)), missing, shapes))
+        masks = zip(*(self.memory[s] for s in starts), strict=True)
+        return [torch.from_numpy(np.concatenate(parts)) for parts in masks]
+
     def _kernel(self, step: Step, known: Sequence[Tensor], out: Tensor | None) -> Kernel | None:
         """The compiled step, where there is one. On rows, one that is handed what looks at whole rows."""
         if self.kernels is None or (self.method.rows and not step.made):
@@ -175,8 +242,10 @@ class Pieces:
         """What the method wants made once for the piece."""
         if not step.made:
             return []
-        if (made := piece.remembered()) is not None:
-            return made
+        made = piece.remembered()
+        return self._make(step, known, piece) if made is None else made
+
+    def _make(self, step: Step, known: Sequence[Tensor], piece: _Piece) -> Stack:
         inputs, _ = self._cut(piece.start, None)
         try:
             step(*inputs, *known, *self.numbers.values(), sources=replace(piece, leave=True))
@@ -200,6 +269,8 @@ class Pieces:
         runs = [f[: length // run * run].unflatten(0, (-1, run)) for f in self.flats]
         picked = [r.index_select(0, places).flatten(0, 1) for r in runs]
         none = [torch.zeros(picked[0].shape, device=self.device)] * len(self.whole.inputs)
+        if recorded := self._recorded(known):
+            return recorded.scores([p.reshape(-1) for p in picked])
         blind = Probed(none, self.depth)  # questions of order come before draws, so any will do
         return self._step(known, False)(*picked, *known, *self.numbers.values(), sources=blind)
 
@@ -218,6 +289,10 @@ class Pieces:
         if unit * self.columns <= max(scalars, 1 << 20):
             return max(1, scalars // (unit * self.columns)) * unit
         return max(1, scalars // self.columns)
+
+
+def _first(said: Stack) -> Tensor:
+    return said[0]
 
 
 def _flat(pieces: Sequence[Tensor]) -> list[Tensor]:
