@@ -87,7 +87,7 @@ class Run:
         edges = [e.contiguous() for e in self.edges or ()]
         rows, pairs = edges[0].shape if edges else (0, 0)
         counts = np.zeros(1, dtype=np.int64) if counts is None else counts
-        words = np.array(self.words, dtype=np.uint32)
+        words = np.array([self.words[n] for n in self.code.draws], dtype=np.uint32)
         arrays = [
             np.array(n, dtype=t)
             for n, t in (
@@ -99,7 +99,7 @@ class Run:
         sources, source_kinds, targets, target_kinds, rows_of_taken = (a.ctypes.data for a in arrays)
         job = _Job(
             self.code.operations.ctypes.data, len(self.code.operations), self.code.constants.ctypes.data,
-            sources, source_kinds, targets, target_kinds, words.ctypes.data, len(self.words), self.first,
+            sources, source_kinds, targets, target_kinds, words.ctypes.data, len(words), self.first,
             self.size, self.code.floats, self.code.doubles, results.ctypes.data, *[e.data_ptr() for e in edges or [_NONE] * 3],
             rows, pairs, counts.ctypes.data, rows_of_taken, torch.get_num_threads(),
         )  # fmt: skip

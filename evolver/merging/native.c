@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-enum { ROUNDS = 10, STRETCH = 1 << 14 };
+enum { ROUNDS = 10, STRETCH = 1 << 14, BUCKETS = 1024, WIDE_ROW = 4096 };
 
 /* Draws for one block of scalars, to out[HALVES][LANES]. words: k0, k1, c2, c3. */
 void draw_block(const uint32_t *words, uint64_t block, float *out)
@@ -108,30 +108,81 @@ int64_t take(const float *scores, int64_t size, const float *lows, const float *
     return taken;
 }
 
-/* Which scalars of a row stay, each with the probability of its rank: draw d says from which rank on, first_kept[d] in
-   [0, width]; a scalar has that rank if it exceeds the scalar just before it in the sorted row.
-   sizes, sorted, draws, kept: [rows][width]. Returns 0, or 1 where there is no memory. */
-int kept_by_rank(const float *sizes, const float *sorted, const float *draws, const int32_t *first_kept, int64_t rows,
-                 int64_t width, uint8_t *kept)
+/* How many scalars of a row are smaller than the one of these bits. Floats that are not negative order as their bits. */
+static int32_t rank_of(uint32_t wanted, const uint32_t *row, int64_t width)
+{
+    int32_t rank = 0;
+#pragma omp simd reduction(+ : rank)
+    for (int64_t column = 0; column < width; column++)
+        rank += row[column] < wanted;
+    return rank;
+}
+
+/* One row of kept_by_rank(). A count of scalars by their leading bits says between which ranks each one lies, and that
+   decides about nearly all of them; for the others the rank is counted, once for equal ones. bucket: [width]. */
+static void kept_in_row(const uint32_t *row, const float *draws, const int32_t *first_kept, int64_t width, uint8_t *kept,
+                        uint16_t *bucket)
+{
+    const int shift = width < WIDE_ROW ? 19 : 17, count = width < WIDE_ROW ? 256 : BUCKETS;
+    int32_t below[BUCKETS + 1] = {0}, rank[BUCKETS];
+    uint32_t ranked[BUCKETS], top = 0;
+#pragma omp simd reduction(max : top)
+    for (int64_t column = 0; column < width; column++)
+        top = row[column] > top ? row[column] : top;
+    const int32_t lowest = (int32_t)(top >> shift) - (count - 1);
+#pragma omp simd
+    for (int64_t column = 0; column < width; column++) {
+        const int32_t place = (int32_t)(row[column] >> shift) - lowest;
+        bucket[column] = (uint16_t)(place > 0 ? place : 0);
+    }
+    for (int64_t column = 0; column < width; column++)
+        below[bucket[column] + 1]++;
+    for (int n = 0; n < count; n++)
+        below[n + 1] += below[n];
+    memset(ranked, 0xFF, (size_t)count * sizeof *ranked); /* the bits of no number */
+    for (int64_t column = 0; column < width; column++) {
+        const int of = bucket[column];
+        const int32_t first = first_kept[(int32_t)draws[column]], least = below[of], more = below[of + 1];
+        kept[column] = first <= least;
+        if ((uint32_t)(first - least - 1) < (uint32_t)(more - least - 1)) { /* least < first < more, as one branch */
+            if (ranked[of] != row[column])
+                ranked[of] = row[column], rank[of] = rank_of(row[column], row, width);
+            kept[column] = first <= rank[of];
+        }
+    }
+}
+
+/* Which scalars of a row stay, each with the probability of its rank, the number of smaller ones: draw d says from which
+   rank on, first_kept[d] in [0, width].
+   sizes (not negative), draws, kept: [rows][width]. Returns 0, or 1 where there is no memory. */
+int kept_by_rank(const float *sizes, const float *draws, const int32_t *first_kept, int64_t rows, int64_t width,
+                 uint8_t *kept)
 {
     int failed = 0;
 #pragma omp parallel reduction(| : failed)
     {
-        float *before = malloc(((size_t)width + 1) * sizeof *before);
-        failed = !before;
-        if (before)
-            before[0] = -1.0f, before[width] = __builtin_inff(); /* rank 0 is everyone's, rank `width` no one's */
-#pragma omp for
+        uint16_t *bucket = malloc((size_t)width * sizeof *bucket + 1);
+        failed = !bucket;
+#pragma omp for schedule(dynamic, 8)
         for (int64_t row = 0; row < rows; row++) {
             const int64_t at = row * width;
-            if (!before)
-                continue;
-            if (width > 1)
-                memcpy(before + 1, sorted + at, ((size_t)width - 1) * sizeof *before);
-            for (int64_t column = 0; column < width; column++)
-                kept[at + column] = sizes[at + column] > before[first_kept[(int32_t)draws[at + column]]];
+            if (bucket)
+                kept_in_row((const uint32_t *)sizes + at, draws + at, first_kept, width, kept + at, bucket);
         }
-        free(before);
+        free(bucket);
     }
     return failed;
+}
+
+/* Bools as bits, the first one's the lowest of its byte; bits: [(size + 7) / 8]. */
+void pack(const uint8_t *bools, int64_t size, uint8_t *bits)
+{
+#pragma omp parallel for
+    for (int64_t byte = 0; byte < (size + 7) / 8; byte++) {
+        const int64_t left = size - 8 * byte;
+        uint8_t out = 0;
+        for (int bit = 0; bit < (left < 8 ? left : 8); bit++)
+            out |= (uint8_t)(bools[8 * byte + bit] << bit);
+        bits[byte] = out;
+    }
 }

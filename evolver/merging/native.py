@@ -92,19 +92,24 @@ def take(loops: ctypes.CDLL, scores: Tensor, lows: Tensor, highs: Tensor, single
     return counts, out[:taken].clone()
 
 
-def kept_by_rank(loops: ctypes.CDLL, sizes: Tensor, ordered: Tensor, draws: Tensor, first_kept: Tensor) -> Tensor:
+def kept_by_rank(loops: ctypes.CDLL, sizes: Tensor, draws: Tensor, first_kept: Tensor) -> Tensor:
     """``operators.kept_by_rank``: which scalars stay, bool (rows, columns).
 
     Args:
-        sizes, ordered, draws: float32 (rows, columns); ``ordered`` are the sizes, each row sorted.
+        sizes, draws: float32 (rows, columns), not negative.
         first_kept: from which rank on a draw keeps a scalar, int32 (65536).
     """
     sizes, draws = sizes.contiguous(), draws.contiguous()
     kept = torch.empty(sizes.shape, dtype=torch.bool)
     rows, width = (ctypes.c_int64(n) for n in sizes.shape)
-    if loops.kept_by_rank(_at(sizes), _at(ordered), _at(draws), _at(first_kept), rows, width, _at(kept)):
+    if loops.kept_by_rank(_at(sizes), _at(draws), _at(first_kept), rows, width, _at(kept)):
         raise MemoryError("no memory for one row of a tensor")
     return kept
+
+
+def pack(loops: ctypes.CDLL, bools: Tensor, bits: Tensor) -> None:
+    """Write bools (n) as bits to uint8 (n / 8, rounded up), the first one as the lowest bit of its byte."""
+    loops.pack(_at(bools), ctypes.c_int64(bools.numel()), _at(bits))
 
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:

@@ -120,21 +120,23 @@ def kept_by_rank(delta: Tensor, draws: Tensor, density: Tensor, epsilon: Tensor)
     No rank is computed. A draw says from which rank on a scalar is kept, as the probability grows with the rank; and a
     scalar has that rank if it exceeds the scalar of the row that comes just before it.
     """
+    if isinstance(delta, Traced):
+        return delta.program.kept_by_rank(delta.abs(), draws, density.item(), epsilon.item())
     rows, width = delta.shape
-    first_kept = _first_kept(width, density.item(), epsilon.item(), delta.device)
+    chances = first_kept(width, density.item(), epsilon.item(), delta.device)
     sizes = delta.abs()
-    ordered = _sorted_rows(sizes)
     loops = native.library() if delta.device.type == "cpu" else None
     if loops is not None:
-        return native.kept_by_rank(loops, sizes, ordered, draws, first_kept)
+        return native.kept_by_rank(loops, sizes, draws, chances)
+    ordered = _sorted_rows(sizes)
     before = torch.empty(rows, width + 1, device=delta.device)
     before[:, 0], before[:, -1] = -1.0, torch.inf  # rank 0 is everyone's, rank ``width`` no one's
     before[:, 1:width] = ordered[:, :-1]
-    return sizes > before.gather(1, first_kept.long()[draws.long()])
+    return sizes > before.gather(1, chances.long()[draws.long()])
 
 
 @lru_cache(maxsize=64)
-def _first_kept(width: int, density: float, epsilon: float, device: torch.device) -> Tensor:
+def first_kept(width: int, density: float, epsilon: float, device: torch.device) -> Tensor:
     """From which rank on a scalar is kept, for every draw, int32 (65536)."""
     numbers = (torch.tensor(x, dtype=torch.float64) for x in (density, epsilon))
     levels = (rank_probability(torch.arange(width), width, *numbers) * LEVELS).round()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import TypeVar, cast
@@ -18,6 +17,7 @@ from evolver.merging import loop, native, order, random
 from evolver.merging.here import Asked, Stack
 from evolver.merging.kernels import Kernel, Kernels
 from evolver.merging.methods import Method
+from evolver.merging.program import RankMask
 from evolver.merging.recorded import Recorded, record
 from evolver.merging.step import Probed, Step
 from evolver.records import Value
@@ -76,7 +76,7 @@ class _Piece:
         if made is None:
             made = make()
             if all(m.dtype == torch.bool and m.is_cpu for m in made):
-                self.pieces.memory[self.start] = [np.packbits(m.numpy(), bitorder="little") for m in made]
+                self.pieces.memory[self.start] = [np.packbits(m.numpy()) for m in made]
         if self.leave:
             raise _Made(made)
         return made
@@ -86,7 +86,7 @@ class _Piece:
         bits, size = self.pieces.memory.get(self.start), math.prod(self.shape)
         if bits is None:
             return None
-        unpacked = (np.unpackbits(b, count=size, bitorder="little").view(np.bool_) for b in bits)
+        unpacked = (np.unpackbits(b, count=size).view(np.bool_) for b in bits)
         return [torch.from_numpy(mask).view(*self.shape) for mask in unpacked]
 
 
@@ -110,6 +110,7 @@ class Pieces:
         self.step = self._rows_of(piece or self._usual())
         self.memory: dict[int, list[NDArray[np.uint8]]] = {}
         self._loops: dict[int, Recorded | None] = {}
+        self._masks: dict[RankMask, Tensor] = {}
 
     def of(self, whole: Whole) -> Pieces:
         """The same method on another tensor."""
@@ -204,28 +205,11 @@ class Pieces:
             return None
         if not (whole or piece % random.BLOCK == 0):  # blocks of draws and runs of sums begin with a piece
             return None
-        step = self._step(known, False)
-        if self.method.rows and not self.probed.zeros:
-            self._probe(known)  # says what is to be made
-        found = record(step, known, list(self.numbers.values()), self.depth, self.probed.made)
-        if found is None:
+        found = record(self._step(known, False), known, list(self.numbers.values()), self.depth)
+        if found is None or (found.program.masks and not self.method.rows):
             return None
-        sources = [f.reshape(-1) for f in self.flats]
         words = [] if found.seed is None else self.drawn(found.seed).plain_words
-        return Recorded(loops, found, [*sources, *self._bits(step, known)], words, piece)
-
-    def _bits(self, step: Step, known: Sequence[Tensor]) -> list[Tensor]:
-        """The masks that the method wants made once, of the whole tensor, a bit a scalar."""
-        if not self.probed.made:
-            return []
-        starts = range(0, self.flats[0].shape[0], self.step)
-        missing = [s for s in starts if s not in self.memory]
-        if missing:
-            shapes = [self._cut(s, None)[0][0].shape for s in missing]
-            with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # sorting is done in one thread each
-                list(pool.map(lambda s, d: self._make(step, known, _Piece(self, s, d)), missing, shapes))
-        masks = zip(*(self.memory[s] for s in starts), strict=True)
-        return [torch.from_numpy(np.concatenate(parts)) for parts in masks]
+        return Recorded(loops, found, [f.reshape(-1) for f in self.flats], words, piece, self.columns, self._masks)
 
     def _kernel(self, step: Step, known: Sequence[Tensor], out: Tensor | None) -> Kernel | None:
         """The compiled step, where there is one. On rows, one that is handed what looks at whole rows."""
@@ -242,10 +226,8 @@ class Pieces:
         """What the method wants made once for the piece."""
         if not step.made:
             return []
-        made = piece.remembered()
-        return self._make(step, known, piece) if made is None else made
-
-    def _make(self, step: Step, known: Sequence[Tensor], piece: _Piece) -> Stack:
+        if (made := piece.remembered()) is not None:
+            return made
         inputs, _ = self._cut(piece.start, None)
         try:
             step(*inputs, *known, *self.numbers.values(), sources=replace(piece, leave=True))

@@ -12,7 +12,7 @@ enum { RUN = 512, ALIGNED = 64 };
 
 enum code {
     LOAD, DRAW, FILL, ADD, SUB, MUL, DIV, MAXIMUM, MINIMUM, LESS, LESS_EQUAL, EQUAL, BOTH, EITHER, NOT, WHERE, SIGN, ABS, NUMBER,
-    WIDE, NARROW, WIDE_ADD, WIDE_SUB, WIDE_MUL, WIDE_DIV, SUM, LARGEST, TAKE, STORE
+    WIDE, NARROW, WIDE_ADD, WIDE_SUB, WIDE_MUL, WIDE_DIV, SUM, SUM_FLOAT, SUM_PRODUCT, LARGEST, TAKE, STORE
 };
 enum kind { FLOAT32, BFLOAT16, FLOAT16, FLOAT64, BITS };
 
@@ -73,7 +73,11 @@ static void load(const void *from, int32_t kind, int64_t at, int64_t n, float *t
     } else { /* bits, the first scalar's the lowest of its byte; `at` is a multiple of 8 */
         const uint8_t *of = (const uint8_t *)from + at / 8;
         int32_t *mask = (int32_t *)to;
-        for (int64_t i = 0; i < n; i++)
+        int64_t i = 0;
+        for (; i + 8 <= n; i += 8)
+            for (int bit = 0; bit < 8; bit++)
+                mask[i + bit] = -(int32_t)(of[i / 8] >> bit & 1);
+        for (; i < n; i++)
             mask[i] = -(int32_t)(of[i / 8] >> (i % 8) & 1);
     }
 }
@@ -110,6 +114,30 @@ static double halved(double *x, int64_t n, int64_t width)
         SIMD for (int64_t i = 0; i < half; i++) x[i] += x[i + half];
     }
     return x[0];
+}
+
+/* The same of floats. The product of two floats has no rounding in float64. */
+static double halved_floats(const float *x, int64_t n, double *scratch)
+{
+    const int64_t half = RUN / 2;
+    if (n < RUN) {
+        SIMD for (int64_t i = 0; i < n; i++) scratch[i] = x[i];
+        return halved(scratch, n, RUN);
+    }
+    SIMD for (int64_t i = 0; i < half; i++) scratch[i] = (double)x[i] + (double)x[i + half];
+    return halved(scratch, half, half);
+}
+
+static double halved_products(const float *x, const float *y, int64_t n, double *scratch)
+{
+    const int64_t half = RUN / 2;
+    if (n < RUN) {
+        SIMD for (int64_t i = 0; i < n; i++) scratch[i] = (double)x[i] * (double)y[i];
+        return halved(scratch, n, RUN);
+    }
+    SIMD for (int64_t i = 0; i < half; i++)
+        scratch[i] = (double)x[i] * (double)y[i] + (double)x[i + half] * (double)y[i + half];
+    return halved(scratch, half, half);
 }
 
 static float largest(const float *x, int64_t n)
@@ -225,6 +253,7 @@ static void wide(const struct job *job, const struct step *s, double *bank, int6
 static void run(const struct job *job, const struct memory *m, int64_t at, int64_t n, int64_t *counts)
 {
     const int64_t start = at / BLOCK * BLOCK, runs = (job->size + RUN - 1) / RUN;
+    double scratch[RUN];
     for (const struct step *s = job->steps; s < job->steps + job->length; s++) {
         float *to = m->floats + s->to * RUN;
         const float *x = m->floats + (s->a < 0 ? 0 : s->a) * RUN;
@@ -241,6 +270,10 @@ static void run(const struct job *job, const struct memory *m, int64_t at, int64
         case NARROW: SIMD for (int64_t i = 0; i < n; i++) to[i] = (float)wide_x[i]; break;
         case WIDE_ADD: case WIDE_SUB: case WIDE_MUL: case WIDE_DIV: wide(job, s, m->doubles, n); break;
         case SUM: job->results[s->to * runs + at / RUN] = halved(wide_x, n, RUN); break;
+        case SUM_FLOAT: job->results[s->to * runs + at / RUN] = halved_floats(x, n, scratch); break;
+        case SUM_PRODUCT:
+            job->results[s->to * runs + at / RUN] = halved_products(x, m->floats + s->b * RUN, n, scratch);
+            break;
         case LARGEST: job->results[s->to * runs + at / RUN] = largest(x, n); break;
         case TAKE: {
             int64_t *of = counts + s->to * (2 * job->pairs + 1);

@@ -24,10 +24,9 @@ CODES = {
     name: code
     for code, name in enumerate(
         "load draw fill add sub mul div maximum minimum less less_equal equal both either not where sign abs number wide "
-        "narrow wide_add wide_sub wide_mul wide_div sum largest take store".split()
+        "narrow wide_add wide_sub wide_mul wide_div sum sum_float sum_product largest take store".split()
     )
 }
-SOURCES = ("load", "draw")
 
 
 class Unknown(Exception):  # not an error: the plain code is to run
@@ -53,11 +52,17 @@ class Operation:
 
 
 class Program:
-    """Operations that were recorded; an equal one is recorded once."""
+    """Operations that were recorded; an equal one is recorded once.
 
-    def __init__(self) -> None:
+    Args:
+        inputs: tensors that it reads; masks that are made beforehand are read after them.
+    """
+
+    def __init__(self, inputs: int) -> None:
+        self.inputs = inputs
         self.operations: list[Operation] = []
         self.results: list[Operation] = []  # sums and maxima
+        self.masks: list[RankMask] = []
         self._known: dict[Operation, int] = {}
         self._codes: dict[tuple[Operation, ...], Code] = {}
 
@@ -69,9 +74,27 @@ class Program:
             self.operations.append(operation)
         return Traced(self, self._known[operation], kind)
 
+    def kept_by_rank(self, sizes: Traced, draws: Traced, density: float, epsilon: float) -> Traced:
+        """What stands for a mask that is made before the program is run."""
+        if self.operations[draws.number].name != "draw":
+            raise Unknown("draws that were changed")
+        mask = RankMask(
+            Operation("store", FLOAT, (sizes.number,)), self.operations[draws.number].place, density, epsilon
+        )
+        if mask not in self.masks:
+            self.masks.append(mask)
+        return self.add("load", MASK, (), self.inputs + self.masks.index(mask))
+
     def result(self, name: str, of: Traced) -> Reduced:
         """The sum of all scalars, in float64, or the largest of them."""
         operation = Operation(name, of.kind, (of.number,))
+        made = self.operations[of.number]
+        if name == "sum" and made.name == "wide":
+            operation = Operation("sum_float", FLOAT, made.operands)
+        elif name == "sum" and made.name == "wide_mul":
+            factors = [self.operations[n] for n in made.needs]
+            if len(factors) == 2 and all(f.name == "wide" for f in factors):
+                operation = Operation("sum_product", FLOAT, tuple(f.needs[0] for f in factors))
         if operation not in self.results:
             self.results.append(operation)
         return Reduced(torch.tensor(self.results.index(operation)))
@@ -105,11 +128,29 @@ class Program:
 
 
 @dataclass(frozen=True)
+class RankMask:
+    """A mask that whole rows decide about: ``operators.kept_by_rank`` of recorded sizes and a stream of draws."""
+
+    sizes: Operation
+    stream: int
+    density: float
+    epsilon: float
+
+
+@dataclass(frozen=True)
 class Code:
-    """What program.c takes: int32 (operations, 5), float64 numbers, and how many registers there are of each width."""
+    """What program.c takes.
+
+    Args:
+        operations: int32 (operations, 5).
+        constants: the numbers that they use.
+        draws: which streams of draws they use, by their places in this row.
+        floats, doubles: how many registers there are of each width.
+    """
 
     operations: npt.NDArray[np.int32]
     constants: npt.NDArray[np.float64]
+    draws: tuple[int, ...]
     floats: int
     doubles: int
 
@@ -133,6 +174,7 @@ def _encoded(order: Sequence[tuple[int | None, Operation]]) -> Code:
     kinds = {number: operation.kind for number, operation in order if number is not None}
     register: dict[int, int] = {}
     constants: dict[str, int] = {}
+    draws: dict[int, int] = {}
     rows = []
     for at, (number, operation) in enumerate(order):
         given = [
@@ -143,10 +185,14 @@ def _encoded(order: Sequence[tuple[int | None, Operation]]) -> Code:
                 banks[kinds[needed]].free.append(register[needed])
         if number is not None:
             register[number] = banks[operation.kind].take()
-        to = operation.place if number is None else register[number]
-        rows.append([CODES[operation.name], to, *([operation.place] if operation.name in SOURCES else given)])
+        if operation.name == "load":
+            given = [operation.place]
+        elif operation.name == "draw":
+            given = [draws.setdefault(operation.place, len(draws))]
+        rows.append([CODES[operation.name], operation.place if number is None else register[number], *given])
     padded = np.array([row + [0] * (5 - len(row)) for row in rows], dtype=np.int32).reshape(-1, 5)
-    return Code(padded, np.array([float.fromhex(c) for c in constants]), floats.count, doubles.count)
+    numbers = np.array([float.fromhex(c) for c in constants])
+    return Code(padded, numbers, tuple(draws), floats.count, doubles.count)
 
 
 TYPES = {torch.float32: FLOAT, torch.float64: WIDE}

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evolver.merging import loop, order
+from evolver.merging import loop, native, operators, order, random
 from evolver.merging.here import Asked, Stack
-from evolver.merging.program import FLOAT, MASK, Operation, Program, Reduced, Traced, Unknown
+from evolver.merging.program import FLOAT, Operation, Program, RankMask, Reduced, Traced, Unknown
 from evolver.merging.step import Step
 
 # Scores are taken out of so many scalars at a time, so that what is taken is held and not the whole tensor.
@@ -46,7 +46,6 @@ class _Sources:
     record: Record
     experts: int
     place: Tensor | None
-    made: Sequence[torch.dtype]
 
     def depth(self) -> Tensor | None:
         return self.place
@@ -55,36 +54,29 @@ class _Sources:
         self.record.seed = seed
         return [self.record.program.add("draw", FLOAT, (), n) for n in range(self.experts)]
 
-    def once(self, _: Callable[[], Stack]) -> Any:
-        if not self.made or any(dtype != torch.bool for dtype in self.made):
-            raise Unknown("what is made is no mask")
-        first = self.experts + 1
-        return [self.record.program.add("load", MASK, (), first + n) for n in range(len(self.made))]
+    def once(self, make: Callable[[], Stack]) -> Any:
+        return make()
 
 
 _records: OrderedDict[Any, Record | None] = OrderedDict()
 
 
-def record(
-    step: Step, known: Sequence[Tensor], numbers: Sequence[Tensor], place: Tensor | None, made: Sequence[torch.dtype]
-) -> Record | None:
+def record(step: Step, known: Sequence[Tensor], numbers: Sequence[Tensor], place: Tensor | None) -> Record | None:
     """The record of a step at these numbers and answers; None where it does what the loop does not know."""
     given = [t if t is None else (str(t.dtype), tuple(t.shape), t.numpy().tobytes()) for t in (*known, *numbers, place)]
-    key = (step.method.function, step.identity, step.flags.get("seed"), tuple(given), tuple(made))
+    key = (step.method.function, step.identity, step.flags.get("seed"), tuple(given))
     if key not in _records:
-        _records[key] = _recorded(step, known, numbers, place, made)
+        _records[key] = _recorded(step, known, numbers, place)
         if len(_records) > KEPT:
             _records.popitem(last=False)
     return _records[key]
 
 
-def _recorded(
-    step: Step, known: Sequence[Tensor], numbers: Sequence[Tensor], place: Tensor | None, made: Sequence[torch.dtype]
-) -> Record | None:
-    out = Record(Program())
+def _recorded(step: Step, known: Sequence[Tensor], numbers: Sequence[Tensor], place: Tensor | None) -> Record | None:
+    out = Record(Program(step.experts + 1))
     tensors: list[Any] = [out.program.add("load", FLOAT, (), n) for n in range(step.experts + 1)]
     try:
-        merged = step.merged([*tensors, *known, *numbers], _Sources(out, step.experts, place, made))
+        merged = step.merged([*tensors, *known, *numbers], _Sources(out, step.experts, place))
         if not isinstance(merged, Traced):
             return None
         out.merged = merged.float()
@@ -101,16 +93,38 @@ class Recorded:
     """A record on one tensor.
 
     Args:
-        sources: of the record's loads, flat.
+        inputs: E and the base, flat.
         words: of the streams of its draws.
-        piece: scalars of a piece, by which sums are made as in plain code.
+        piece: scalars of a piece, by which sums are made as in plain code; whole rows.
+        columns: scalars of a row.
+        masks: what was made for the tensor before, and where it is kept: bits, uint8, by mask.
     """
 
     def __init__(
-        self, loops: ctypes.CDLL, record: Record, sources: Sequence[Tensor], words: Sequence[Sequence[int]], piece: int
-    ) -> None:
-        self.loops, self.record, self.sources, self.words, self.piece = loops, record, sources, words, piece
-        self.size = sources[0].numel()
+        self, loops: ctypes.CDLL, record: Record, inputs: Sequence[Tensor], words: Sequence[Sequence[int]], piece: int,
+        columns: int, masks: dict[RankMask, Tensor],
+    ) -> None:  # fmt: skip
+        self.loops, self.record, self.words, self.piece, self.columns = loops, record, words, piece, columns
+        self.size = inputs[0].numel()
+        self.inputs = list(inputs)
+        for missing in [m for m in record.program.masks if m not in masks]:
+            masks[missing] = self._bits(missing)
+        self.sources = [*inputs, *(masks[m] for m in record.program.masks)]
+
+    def _bits(self, mask: RankMask) -> Tensor:
+        """A mask that rows decide about, piece by piece."""
+        out = torch.empty(-(-self.size // 8), dtype=torch.uint8)
+        first_kept = operators.first_kept(self.columns, mask.density, mask.epsilon, torch.device("cpu"))
+        code, words = self.record.program.code([mask.sizes]), self.words[mask.stream]
+        blocks = -(-min(self.piece, self.size) // random.BLOCK)
+        sizes, draws = torch.empty(2, blocks * random.BLOCK)
+        for start in range(0, self.size, self.piece):
+            size = min(self.piece, self.size - start)
+            loop.Run(code, size, [i[start:] for i in self.inputs], [sizes], self.words, start).run(self.loops)
+            native.draws(self.loops, words, start // random.BLOCK, draws.view(blocks, random.HALVES, random.LANES))
+            rows = (each[:size].view(-1, self.columns) for each in (sizes, draws))
+            native.pack(self.loops, native.kept_by_rank(self.loops, *rows, first_kept), out[start // 8 :])
+        return out
 
     def merge(self, out: Tensor) -> None:
         """Writes the merged tensor to ``out``, flat, of any floating dtype."""
