@@ -27,7 +27,8 @@ class _Job(ctypes.Structure):
         ("targets", ctypes.c_void_p), ("target_kinds", ctypes.c_void_p),
         ("words", ctypes.c_void_p), ("draws", ctypes.c_int64), ("first", ctypes.c_int64),
         ("size", ctypes.c_int64), ("floats", ctypes.c_int64), ("doubles", ctypes.c_int64),
-        ("results", ctypes.c_void_p), ("lows", ctypes.c_void_p), ("highs", ctypes.c_void_p), ("single", ctypes.c_void_p),
+        ("results", ctypes.c_void_p),
+        ("lows", ctypes.c_void_p), ("highs", ctypes.c_void_p), ("single", ctypes.c_void_p),
         ("rows", ctypes.c_int64), ("pairs", ctypes.c_int64), ("counts", ctypes.c_void_p), ("taken", ctypes.c_void_p),
         ("threads", ctypes.c_int64),
     ]  # fmt: skip
@@ -100,8 +101,9 @@ class Run:
         job = _Job(
             self.code.operations.ctypes.data, len(self.code.operations), self.code.constants.ctypes.data,
             sources, source_kinds, targets, target_kinds, words.ctypes.data, len(words), self.first,
-            self.size, self.code.floats, self.code.doubles, results.ctypes.data, *[e.data_ptr() for e in edges or [_NONE] * 3],
-            rows, pairs, counts.ctypes.data, rows_of_taken, torch.get_num_threads(),
+            self.size, self.code.floats, self.code.doubles, results.ctypes.data,
+            *[e.data_ptr() for e in edges or [_NONE] * 3], rows, pairs,
+            counts.ctypes.data, rows_of_taken, torch.get_num_threads(),
         )  # fmt: skip
         if function(ctypes.byref(job)):
             raise MemoryError("no memory for a run of scalars")
@@ -111,7 +113,7 @@ _NONE = torch.zeros(1)
 
 
 def sum_of_runs(loops: ctypes.CDLL, of_runs: NDArray[np.float64], piece: int) -> float:
-    """The sum of a tensor from those of its runs (r), as ``operators.total`` makes it of pieces of ``piece`` scalars."""
+    """The sum of a tensor from those of its runs, (r), as ``operators.total`` makes it of pieces of so many scalars."""
     runs = min(piece // RUN, len(of_runs)) or 1
     width = 1 << (runs - 1).bit_length()
     scratch, of_runs = np.empty(width), np.ascontiguousarray(of_runs)

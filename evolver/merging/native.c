@@ -186,3 +186,50 @@ void pack(const uint8_t *bools, int64_t size, uint8_t *bits)
         bits[byte] = out;
     }
 }
+
+/* The score of a rank, 0 for the smallest; scores are not negative, and such floats order as their bits do. The row is
+   narrowed down by twelve, twelve and seven bits. scratch: [size]. */
+float select_rank(const float *row, int64_t size, int64_t rank, uint32_t *scratch)
+{
+    static const int shifts[] = {19, 7, 0}, bits[] = {12, 12, 7};
+    const uint32_t *from = (const uint32_t *)row;
+    for (int level = 0; level < 3; level++) {
+        uint32_t counts[1 << 12] = {0};
+        int64_t kept = 0;
+        const uint32_t mask = (1u << bits[level]) - 1;
+        for (int64_t n = 0; n < size; n++)
+            counts[(from[n] & 0x7FFFFFFFu) >> shifts[level] & mask]++;
+        uint32_t bin = 0;
+        while (rank >= (int64_t)counts[bin])
+            rank -= (int64_t)counts[bin++];
+        for (int64_t n = 0; n < size; n++) { /* what was kept before lies further on, or here */
+            const uint32_t score = from[n] & 0x7FFFFFFFu;
+            scratch[kept] = score;
+            kept += (score >> shifts[level] & mask) == bin;
+        }
+        from = scratch;
+        size = kept;
+    }
+    float found;
+    memcpy(&found, scratch, sizeof found);
+    return found;
+}
+
+/* Whether no number is NaN or infinite: no exponent has all bits set. Numbers of 2 or 4 bytes. */
+int all_finite16(const uint16_t *numbers, int64_t size, uint16_t exponent)
+{
+    int found = 0;
+#pragma omp simd reduction(| : found)
+    for (int64_t n = 0; n < size; n++)
+        found |= (numbers[n] & exponent) == exponent;
+    return !found;
+}
+
+int all_finite32(const uint32_t *numbers, int64_t size, uint32_t exponent)
+{
+    int found = 0;
+#pragma omp simd reduction(| : found)
+    for (int64_t n = 0; n < size; n++)
+        found |= (numbers[n] & exponent) == exponent;
+    return !found;
+}

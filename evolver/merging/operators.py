@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import cast
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ def total(tensor: Tensor) -> Tensor:
     Runs of 512 scalars are added by halves, each half to the other until one number is left, and then their sums.
     """
     if isinstance(tensor, Traced):
-        return tensor.total()
+        return cast(Tensor, tensor.total())
     if not tensor.is_cpu:
         return tensor.sum(dtype=torch.float64)
     flat = tensor.reshape(-1).double()
@@ -121,7 +122,8 @@ def kept_by_rank(delta: Tensor, draws: Tensor, density: Tensor, epsilon: Tensor)
     scalar has that rank if it exceeds the scalar of the row that comes just before it.
     """
     if isinstance(delta, Traced):
-        return delta.program.kept_by_rank(delta.abs(), draws, density.item(), epsilon.item())
+        kept = delta.program.kept_by_rank(delta.abs(), cast(Traced, draws), density.item(), epsilon.item())
+        return cast(Tensor, kept)
     rows, width = delta.shape
     chances = first_kept(width, density.item(), epsilon.item(), delta.device)
     sizes = delta.abs()
@@ -195,7 +197,8 @@ def gram(tensors: Sequence[Tensor], summed: Callable[[Tensor], Tensor] = total) 
     count = len(wide)
     products = {(a, b): summed(wide[a] * wide[b]) for a in range(count) for b in range(a, count)}
     pairs = [products[min(a, b), max(a, b)] for a in range(count) for b in range(count)]
-    return torch.stack(pairs).unflatten(0, (count, count))
+    matrix: Tensor = torch.stack(pairs).unflatten(0, (count, count))
+    return matrix
 
 
 def unit(products: Tensor) -> tuple[Tensor, Tensor]:

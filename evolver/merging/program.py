@@ -23,8 +23,8 @@ RUN = 512
 CODES = {
     name: code
     for code, name in enumerate(
-        "load draw fill add sub mul div maximum minimum less less_equal equal both either not where sign abs number wide "
-        "narrow wide_add wide_sub wide_mul wide_div sum sum_float sum_product largest take store".split()
+        "load draw fill add sub mul div maximum minimum less less_equal equal both either not where sign abs number "
+        "wide narrow wide_add wide_sub wide_mul wide_div sum sum_float sum_product largest take store".split()
     )
 }
 

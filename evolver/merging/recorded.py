@@ -16,7 +16,7 @@ from torch import Tensor
 
 from evolver.merging import loop, native, operators, order, random
 from evolver.merging.here import Asked, Stack
-from evolver.merging.program import FLOAT, Operation, Program, RankMask, Reduced, Traced, Unknown
+from evolver.merging.program import FLOAT, Operation, Program, RankMask, Reduced, Traced
 from evolver.merging.step import Step
 
 # Scores are taken out of so many scalars at a time, so that what is taken is held and not the whole tensor.
@@ -84,7 +84,7 @@ def _recorded(step: Step, known: Sequence[Tensor], numbers: Sequence[Tensor], pl
         if not all(isinstance(v, Traced | Reduced) for v in asked.value):
             return None
         out.asked = asked
-    except Unknown:
+    except Exception:  # Unknown, or an error of the method's own, which the plain code will show
         return None
     return out
 
@@ -122,8 +122,9 @@ class Recorded:
             size = min(self.piece, self.size - start)
             loop.Run(code, size, [i[start:] for i in self.inputs], [sizes], self.words, start).run(self.loops)
             native.draws(self.loops, words, start // random.BLOCK, draws.view(blocks, random.HALVES, random.LANES))
-            rows = (each[:size].view(-1, self.columns) for each in (sizes, draws))
-            native.pack(self.loops, native.kept_by_rank(self.loops, *rows, first_kept), out[start // 8 :])
+            rows = [each[:size].view(-1, self.columns) for each in (sizes, draws)]
+            kept = native.kept_by_rank(self.loops, rows[0], rows[1], first_kept)
+            native.pack(self.loops, kept, out[start // 8 :])
         return out
 
     def merge(self, out: Tensor) -> None:

@@ -130,7 +130,7 @@ def pcb(
             agreement = [torch.tanh(x * total) for x in wide]
         else:
             agreement = [operators.total_of([torch.tanh(u * other) for other in unit]) for u in unit]
-        # In float64, as exp differs in float32's last bit from one kernel to another.
+        # In float64, as exp differs in float32's last bit from one processor to another.
         return [(torch.exp(len(d) * u.square()) * a).clamp(min=0).float() for u, a in zip(unit, agreement, strict=True)]
 
     def ranks(size: int) -> list[list[int]]:
@@ -194,7 +194,8 @@ def _moved(here: Here) -> tuple[Tensor, Tensor]:
 
 
 def _importance(moved: Tensor, ratio: Tensor, calibration: Tensor) -> Tensor:
-    rank = moved.argsort(dim=1).argsort(dim=1) / moved.shape[1]
+    rank = moved.argsort(dim=1, stable=True).argsort(dim=1).double() / moved.shape[1]
+    # In float64, as exp differs in float32's last bit from one processor to another.
     score = torch.softmax(rank, dim=0)
     return torch.where(rank > ratio * rank.mean(1, keepdim=True), calibration, score)
 

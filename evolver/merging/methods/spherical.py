@@ -121,10 +121,9 @@ def model_stock(models: Stack, *, here: Here, filter_wise: bool = False) -> Tens
     def products(m: Stack, h: Here, summed: Callable[[Tensor], Tensor] = operators.total) -> Tensor:
         return operators.gram([d - h.base for d in m], summed)
 
-    if filter_wise:
-        by_row = products(models, here, operators.total_of_rows).movedim(-1, 0)
-    else:
-        by_row = here.sum(products)[None]
+    # Rows are whole within a piece.
+    of_rows = products(models, here, operators.total_of_rows).movedim(-1, 0) if filter_wise else None
+    by_row = here.sum(products)[None] if of_rows is None else of_rows
     norms = by_row.diagonal(dim1=1, dim2=2).sqrt()
     scale = norms[:, :, None] * norms[:, None, :]
     cosine = torch.where(scale > 0, by_row / torch.where(scale > 0, scale, 1.0), 1.0).clamp(-1, 1)
