@@ -142,15 +142,20 @@ def report(
 @app.command()
 def export(
     folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
-    out: Annotated[Path, typer.Argument(help="folder to write; with --gguf, the file")],
+    out: Annotated[Path, typer.Argument(help="folder to write, new or empty; with --gguf, the file")],
     candidate: Annotated[str | None, typer.Option(help="its number, or its recipe's id; default: the best")] = None,
     lora: Annotated[int | None, typer.Option(min=1, help="write a LoRA adapter of this rank instead")] = None,
     energy: Annotated[float | None, typer.Option(help="… of the ranks that keep this share of the difference")] = None,
     delta: Annotated[bool, typer.Option(help="write the difference to the base instead")] = False,
     gguf: Annotated[str | None, typer.Option(help="write a GGUF file of this type instead: bf16, q8_0, …")] = None,
     push_to_hub: Annotated[str | None, typer.Option(help="also upload it there, as org/name")] = None,
+    force: Annotated[bool, typer.Option("--force", help="take the place of an earlier export")] = False,
 ) -> None:
-    """Write a model of a run as a Hugging Face folder, a LoRA adapter, a delta or a GGUF file, and check it."""
+    """Write a model of a run as a Hugging Face folder, a LoRA adapter, a delta or a GGUF file, and check it.
+
+    Nothing that is there already is written over; --force replaces what an earlier export wrote, if nobody has changed
+    it since.
+    """
     from evolver import deliver
     from evolver.storage import storage_at
 
@@ -161,13 +166,13 @@ def export(
     if energy is not None and not 0 < energy <= 1:
         raise BadInput(f"--energy: {energy:g} is not usable; write a share above 0 and up to 1.")
     if gguf is not None:
-        deliver.deliver_gguf(run, out, candidate, gguf, typer.echo)
+        deliver.deliver_gguf(run, out, candidate, gguf, typer.echo, force)
     elif delta:
-        deliver.deliver_delta(run, out, candidate, typer.echo)
+        deliver.deliver_delta(run, out, candidate, typer.echo, force)
     elif lora is not None or energy is not None:
-        deliver.deliver_lora(run, out, candidate, lora, energy, typer.echo)
+        deliver.deliver_lora(run, out, candidate, lora, energy, typer.echo, force)
     else:
-        deliver.deliver(run, out, candidate, typer.echo)
+        deliver.deliver(run, out, candidate, typer.echo, force)
     if push_to_hub:
         from huggingface_hub import HfApi
 

@@ -253,9 +253,9 @@ def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Di
         display.say(f"writing the best model to {folder.location}/best")
         materialiser = build_materialiser(prepared.plan, prepared.opened)
         heads = {n: (prepared.opened.experts[n].path, h) for n, h in prepared.opened.heads.items()}
-        finish = partial(write_heads, heads=heads)
         with storage.whole_folder("best") as best:
-            export(winner.recipe, materialiser, best, texts(prepared, outcome), finish=finish)
+            export(winner.recipe, materialiser, best, texts(prepared, outcome))
+            write_heads(best, heads)
             agreement = score_again(prepared, best, outcome.best_dev.items, device)
         storage.write("best.json", json.dumps(agreement).encode())
         storage.write("recipe.json", text)  # last: only a folder that was checked counts as written
