@@ -142,7 +142,3 @@ def results_at(given: str | None) -> Storage:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     raise Stopped
-
-
-if __name__ == "__main__":
-    sys.exit(main())

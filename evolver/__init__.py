@@ -2,7 +2,8 @@
 
 Where everything is, from the ground up:
 
-- ``records``, ``config``, ``errors``, ``storage/``: recipes, candidates, results; settings; folders and object stores
+- ``records``, ``config``, ``errors``, ``threads``, ``storage/``: recipes, candidates, results; settings; how threads
+  wait; folders and object stores
 - ``merging/``, ``search/``, ``evaluation/``, ``ledger``: four rooms that do not know each other
 - ``worker``, ``shards``, ``messages``, ``process_pool``: recipe → live model → scores, here or in another process
 - ``flights``, ``loop``, ``estimates``: ask, look up, submit, collect, record, tell

@@ -5,7 +5,6 @@ Exit status: 0 done, 2 bad input, 3 stopped with everything finished kept (or a 
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from evolver.errors import BadInput
+from evolver.threads import let_threads_sleep
 
 # What a command needs is imported by that command: torch alone takes a second, and help should not wait for it.
 
@@ -322,8 +322,6 @@ def experts(
     measure: Annotated[bool, typer.Option(help="score base and experts on the pool's tasks at the end")] = True,
 ) -> None:
     """Train a pool of experts, or what is missing of it, and show what they are good at."""
-    # Read when torch comes in. Threads that spin while they wait slow a training down many times beside other work.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from evolver.storage import storage_at
     from evolver.training.experts import locations, make_pool
     from evolver.training.settings import load_pool
@@ -362,6 +360,7 @@ def sweep(
 
 def main() -> None:
     """Run the command line; bad input is one sentence and exit status 2."""
+    let_threads_sleep()
     try:
         app()
     except BadInput as error:

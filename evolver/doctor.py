@@ -15,6 +15,7 @@ import torch
 from evolver.config import expand
 from evolver.evaluation.live import default_device
 from evolver.loggers.base import installed
+from evolver.threads import usable_cores, waiting
 
 GIB = 1 << 30
 Finding = tuple[str, str, str]  # what, what is found, what to do about it or ""
@@ -36,7 +37,8 @@ def findings() -> Iterator[Finding]:
     yield "python", platform.python_version(), ""
     for package in PACKAGES:
         yield package, importlib.metadata.version(package), ""
-    yield "processor", f"{os.cpu_count()} cores, {platform.machine()}", ""
+    yield "processor", f"{usable_cores()} of {os.cpu_count()} cores may be used, {platform.machine()}", ""
+    yield "waiting threads", " ".join(f"{name}={value}" for name, value in waiting().items()), ""
     memory = psutil.virtual_memory()
     few = memory.available < 2 * GIB
     yield (

@@ -45,6 +45,7 @@ from evolver.search.halving import HalvingSettings
 from evolver.search.optuna_samplers import CoefficientSettings
 from evolver.search.plain import Listed
 from evolver.storage import Storage
+from evolver.threads import too_many
 from evolver.worker import Opened, Plan, build_materialiser, build_model, check_memory, items_hash, open_models
 
 PoolMaker = Callable[[Plan, Split, Tasks], Pool]
@@ -91,6 +92,7 @@ def prepare(file: str, name: str | None = None, weights: bool = True, device: st
         _can_race(config, algorithm, estimates)
         workshop = _Workshop(config, opened, opened.digests() if weights else None)
         warnings = tuple(doubts(opened.base, opened.experts.values())) if weights else ()
+        warnings += tuple(filter(None, [too_many(config.evaluation.threads)]))
         setup = Setup(
             workshop.experts, workshop.base, config.seed, config.budget, workshop, estimates,
             config.evaluation.early_stopping, config.evaluation.racing is not None,
