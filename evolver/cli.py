@@ -60,8 +60,11 @@ def validate(config: Annotated[Path, typer.Argument(help="the configuration of a
     from cluster.job import device_of
     from evolver.config import load
     from evolver.run import prepare
+    from evolver.worker import choose_compute
 
-    prepared = prepare(str(config), weights=False, device=device_of(load(config).pool))
+    given = load(config)
+    device = device_of(given.pool)
+    prepared = prepare(str(config), weights=False, device=device)
     for warning in (*prepared.warnings, *prepared.tasks.warnings):
         typer.echo(f"warning: {warning}", err=True)
     sizes = {split: len(prepared.tasks.items.of(split)) for split in ("dev", "report")}
@@ -70,6 +73,9 @@ def validate(config: Annotated[Path, typer.Argument(help="the configuration of a
         f"{config}: {len(prepared.experts)} experts, {sizes['dev']} dev and {sizes['report']} report items, "
         f"{'no limit on' if total is None else total} candidates: ready to run"
     )
+    if given.model.compute == "auto" and given.evaluation.backend == "resident":
+        choice = choose_compute(given, device)
+        typer.echo(f"model.compute: auto is {choice.compute} on this machine: {choice.why}")
 
 
 @app.command()

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from evolver.compute import choose_for_any
 from evolver.config import expand
 from evolver.evaluation.live import default_device
 from evolver.loggers.base import installed
@@ -46,6 +47,8 @@ def findings() -> Iterator[Finding]:
         "a model of 1B parameters takes 2 GiB in bfloat16, beside its experts' pages" if few else "",
     )  # fmt: skip
     yield from _accelerator()
+    choice = choose_for_any("bfloat16", default_device())
+    yield "model.compute: auto", f"{choice.compute} for weights in bfloat16: {choice.why}", ""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     yield "compiler", compiler or "none", "" if compiler else "merging is slower without one: install gcc or clang"
     yield from _cache()

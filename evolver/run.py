@@ -18,13 +18,14 @@ import torch
 from evolver import __version__, loggers
 from evolver.about import About, Job, write_about
 from evolver.card import candidate_card, licence_of, model_card
-from evolver.config import FREE_KEYS, Config, check_section, expand, load, renamed
+from evolver.compute import Choice, is_open, refuse_compute, settled
+from evolver.config import FREE_KEYS, Config, check_section, computing, expand, load, renamed
 from evolver.errors import BadInput, nearest
 from evolver.estimates import Estimates, first_unjudged
 from evolver.evaluation.tasks import SplitScorer, Tasks, load_tasks
 from evolver.export import export, write_heads
 from evolver.flights import Pool
-from evolver.folder import RunFolder, file_of_run
+from evolver.folder import RunFolder, compute_of, file_of_run
 from evolver.history import History, history_of
 from evolver.ledger import Ledger, write_items
 from evolver.loggers import Tracked, Trackers
@@ -46,9 +47,19 @@ from evolver.search.optuna_samplers import CoefficientSettings
 from evolver.search.plain import Listed
 from evolver.storage import Storage
 from evolver.threads import too_many
-from evolver.worker import Opened, Plan, build_materialiser, build_model, check_memory, items_hash, open_models
+from evolver.worker import (
+    Opened,
+    Plan,
+    build_materialiser,
+    build_model,
+    check_memory,
+    choose_compute,
+    items_hash,
+    open_models,
+)
 
 PoolMaker = Callable[[Plan, Split, Tasks], Pool]
+Chooser = Callable[[Config], Choice]
 SPLITS: tuple[Split, Split] = ("dev", "report")
 JUDGES = ("torch", "transformers", "lm-eval")
 PACKAGES = ("torch", "transformers", "lm-eval", "optuna", "safetensors", "numpy", "ray")
@@ -85,8 +96,11 @@ def prepare(file: str, name: str | None = None, weights: bool = True, device: st
     loggers.check(config, file)
     try:
         opened = open_models(config)
+        config = settled(config, opened.base.headers)
         if device:
             check_memory(config, opened, device)
+            if config.model.compute != "auto":
+                refuse_compute(config.model.compute, device)
         tasks = load_tasks(config)
         estimates = Estimates(tasks.scale("dev"), config.evaluation.block_items)
         _can_race(config, algorithm, estimates)
@@ -109,6 +123,15 @@ def prepare(file: str, name: str | None = None, weights: bool = True, device: st
     )
 
 
+def in_compute(prepared: Prepared, compute: str) -> Prepared:
+    """The same with ``model.compute`` settled, where the configuration leaves it open."""
+    if not is_open(prepared.config):
+        return prepared
+    config = computing(prepared.config, compute)
+    identity = {**prepared.identity, "model": {**prepared.identity["model"], "compute": compute}}
+    return replace(prepared, config=config, plan=replace(prepared.plan, config=config), identity=identity)
+
+
 def prepare_run(run: Storage) -> Prepared:
     """What a run that is in a folder stands on.
 
@@ -118,6 +141,8 @@ def prepare_run(run: Storage) -> Prepared:
         file = Path(folder) / "config.yaml"
         file.write_text(file_of_run(run, "config.yaml"))
         prepared = prepare(str(file))
+    if chosen := compute_of(run):
+        prepared = in_compute(prepared, chosen)
     RunFolder(run, prepared.identity)
     return prepared
 
@@ -144,7 +169,7 @@ def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
 
 def run(
     file: str, results: Storage, make_pool: PoolMaker, display: Display, device: str, name: str | None = None,
-    job: Job | None = None,
+    job: Job | None = None, choose: Chooser = choose_compute,
 ) -> Storage:  # fmt: skip
     """Run a configuration, or the rest of it, and return the run's folder.
 
@@ -156,10 +181,12 @@ def run(
         device: on which the exported winner is checked.
         name: of the run, instead of the configuration's.
         job: the Ray job that this is, if it is one.
+        choose: chooses the dtype of forward passes where workers are; a run is asked once for it.
 
     Raises BadInput for anything that the user has to mend.
     """
     prepared = prepare(file, name, device=device)
+    prepared = _in_chosen_compute(prepared, results.folder(prepared.config.run), device, choose, display)
     folder = RunFolder(results.folder(prepared.config.run), prepared.identity)
     listeners = loggers.build(prepared.config, file, folder.storage)
     # A pool that the cluster can never offer is refused here, before anything is written.
@@ -193,6 +220,25 @@ def run(
     finally:
         pool.close()
     return folder.storage
+
+
+def _in_chosen_compute(
+    prepared: Prepared, folder: Storage, device: str, choose: Chooser, display: Display
+) -> Prepared:  # fmt: skip
+    """With the dtype in which the run has computed so far or, at its beginning, the faster one where workers are."""
+    if not is_open(prepared.config):
+        return prepared
+    chosen = compute_of(folder)
+    try:
+        if chosen is None:
+            choice = choose(prepared.config)
+            display.say(f"forward passes run in {choice.compute}: {choice.why}")
+            chosen = choice.compute
+        prepared = in_compute(prepared, chosen)
+        check_memory(prepared.config, prepared.opened, device)
+    except BadInput as error:
+        raise BadInput(f"{prepared.file}: {error}") from error
+    return prepared
 
 
 def _about(prepared: Prepared, folder: RunFolder, job: Job | None) -> About:

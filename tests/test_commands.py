@@ -76,7 +76,10 @@ def test_a_configuration_is_checked_without_reading_weights(file, monkeypatch, t
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5  # three on an idle machine
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"{file}: 3 experts, 40 dev and 30 report items, 12 candidates: ready to run\n"
+    assert done.stdout == (
+        f"{file}: 3 experts, 40 dev and 30 report items, 12 candidates: ready to run\n"
+        "model.compute: auto is float32 on this machine: the weights are float32\n"
+    )
     assert list(tmp_path.iterdir()) == []
     broken = yaml.safe_load(file.read_text()) | {"sead": 1}
     (tmp_path / "broken.yaml").write_text(yaml.safe_dump(broken))

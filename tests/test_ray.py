@@ -19,6 +19,8 @@ from cluster.crew import check_resources, resources_of
 from cluster.job import main, make_pool
 from cluster.pool import on_ray
 from cluster.shared import SharedPool
+from cluster.survey import choose_on_ray
+from evolver.compute import Choice
 from evolver.config import load
 from evolver.errors import BadInput
 from evolver.evaluation.course import Course
@@ -112,6 +114,14 @@ def undisturbed(ready, tmp_path_factory):
         pool = LocalPool(prepared.plan, "dev", prepared.tasks)
         out[name] = play(prepared.search, pool, tmp_path_factory.mktemp("local"))
     return out
+
+
+def test_a_task_on_the_cluster_chooses_in_which_dtype_to_compute(ready):
+    prepared = ready("generational")
+    assert choose_on_ray(prepared.config) == Choice("float32", "the weights are float32")
+    gone = prepared.config.model.model_copy(update={"base": "/nowhere"})
+    with pytest.raises(BadInput, match="/nowhere"):
+        choose_on_ray(prepared.config.model_copy(update={"model": gone}))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
