@@ -8,7 +8,8 @@ Where everything is, from the ground up:
 - ``worker``, ``compute``, ``shards``, ``messages``, ``process_pool``: recipe → live model → scores, here or in another
   process, in the dtype that is faster there
 - ``flights``, ``loop``, ``estimates``: ask, look up, submit, collect, record, tell
-- ``folder``, ``about``, ``run``, ``progress``, ``loggers/``: a run from end to end, and who hears of it
+- ``folder``, ``about``, ``run``, ``progress``, ``pace``, ``loggers/``: a run from end to end, and who hears
+  of it
 - ``history``, ``outcome``, ``report``, ``curve``, ``html``, ``card``: what came out, told to people
 - ``overview``, ``status``, ``dashboard/``: what goes on, while it goes on
 - ``export``, ``deliver``: models to take along

@@ -36,6 +36,7 @@ from evolver.merging.genome import Genome, genome
 from evolver.merging.placed import fixed_rules
 from evolver.merging.weights import Checkpoint
 from evolver.outcome import Outcome
+from evolver.pace import Pace, Remaining
 from evolver.progress import Display
 from evolver.records import Candidate, Expert, Merge, Recipe, Result, Rule, Split, dump_recipe
 from evolver.report import verdict, write_report
@@ -253,13 +254,15 @@ def _stages(
 ) -> Outcome:  # fmt: skip
     """Baselines, search, and the finalists on the report set."""
     pairs: list[tuple[Candidate, Result]] = []
+    plain = Listed(_baselines(prepared), "baseline")
+    pace = _pace(prepared, plain.total)
 
     def watch(candidate: Candidate, result: Result) -> None:
         pairs.append((candidate, result))
-        display.result(candidate, result)
+        pace.result(result)
+        display.result(candidate, result, pace.left())
         trackers.result(candidate, result)
 
-    plain = Listed(_baselines(prepared), "baseline")
     display.stage("baselines", plain.total)
     evolve(plain, pool, ledger, watch)
     for result in plain.results.values():
@@ -282,6 +285,19 @@ def _stages(
     if outcome is None:
         raise RuntimeError("all finalists are scored and there is no outcome")
     return outcome
+
+
+def _pace(prepared: Prepared, baselines: int) -> Pace:
+    """What lies ahead of a run; at its end the exported winner is scored on the dev items once more."""
+    dev, report = (len(prepared.tasks.items.of(split)) for split in SPLITS)
+    finalists = len(prepared.experts) + len(("base", "average", "task_arithmetic", "winner"))
+    stages = {
+        "baseline": Remaining(baselines, dev),
+        "search": Remaining(prepared.search.total, dev, prepared.config.budget.items),
+        "report": Remaining(finalists, report, builds=True),
+        "check": Remaining(1, dev, builds=True),
+    }
+    return Pace(stages, prepared.config.pool.num_workers)
 
 
 def _guesses(prepared: Prepared) -> Guesses | None:

@@ -34,7 +34,7 @@ sys.path.insert(0, {tests!r})
 from toys import Path, Silent, run_here
 
 class Hangs(Silent):
-    def result(self, candidate, result):
+    def result(self, candidate, result, left):
         while candidate.stage == "search" and candidate.number == 4:
             time.sleep(1)
 
