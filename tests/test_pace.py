@@ -14,9 +14,11 @@ START, EACH, ITEM = 3.0, 0.2, 0.01  # seconds: to build a worker, to build a can
 
 def stages(candidates=40, most=None):
     return {
-        "baseline": Remaining(8, 100), "search": Remaining(candidates, 100, most), "report": Remaining(7, 400, builds=True),
+        "baseline": Remaining(8, 100),
+        "search": Remaining(candidates, 100, most),
+        "report": Remaining(7, 400, builds=True),
         "check": Remaining(1, 100, builds=True),
-    }  # fmt: skip
+    }
 
 
 class Simulated:
