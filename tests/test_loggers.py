@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate
 
@@ -320,6 +321,31 @@ def test_a_missing_package_is_said_before_anything_is_written(make_config, tmp_p
     with pytest.raises(BadInput, match=r"run\.yaml: loggers\.mlflow: .*pip install 'evolver\[mlflow\]'$"):
         run_here(file, tmp_path / "results")
     assert not (tmp_path / "results").exists()
+
+
+def test_a_broken_package_is_said_before_anything_is_written(make_config, tmp_path, monkeypatch):
+    def broken():
+        raise ImportError("cannot import name 'x'")
+
+    monkeypatch.setitem(loggers.LOGGERS, "wandb", replace(loggers.LOGGERS["wandb"], load=broken))
+    file = make_config(tmp_path, {"loggers": {"wandb": {}}})
+    said = "loggers.wandb: its package cannot be imported (cannot import name 'x')", "leave the logger out"
+    toys.refused(lambda: run_here(file, tmp_path / "results"), *said)
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("name", loggers.LOGGERS)
+def test_packages_are_there_before_the_logger_has_a_thread(name, make_config, tmp_path):
+    code = (
+        "import sys; from evolver import loggers, config, storage; before = sys.argv[2] in sys.modules; "
+        "loggers.build(config.load(sys.argv[1]), 'x', storage.storage_at(sys.argv[3])); "
+        "print(before, sys.argv[2] in sys.modules)"
+    )
+    package = {"tensorboard": "torch.utils.tensorboard"}.get(name, name)
+    file = make_config(tmp_path, {"loggers": {name: {}}})
+    command = [sys.executable, "-c", code, str(file), package, str(tmp_path)]
+    done = subprocess.run(command, cwd=toys.ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["False", "True"], done.stderr
 
 
 def test_a_folder_is_no_package(tmp_path, monkeypatch):
