@@ -1,7 +1,7 @@
 """The main job on any computer, busy or old: ``make benchmark-machine`` writes results/benchmarks/any-machine.md.
 
-Older processors are imitated: torch and oneDNN are told not to use what they lack. Every figure is taken in a process of
-its own, from the command on, as a user gets it; busy processes are loops that never wait.
+Older processors are imitated: torch and oneDNN are told not to use what they lack. Every figure is taken in a process
+of its own, from the command on, as a user gets it; busy processes are loops that never wait.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ def candidates(_: str | None) -> str:
     head = ["candidate of", "processor", "chosen", "first", "later", "in the other dtype", "÷ the better dtype",
             "beside two busy processes", "busy ÷ idle", "choosing took"]  # fmt: skip
     return (
-        "## Seconds of a candidate\n\nOn two threads; medians of the later ones. The goals are 1.1 for the time over the "
-        "better dtype's, and 2.7 for the time beside two busy processes over the idle one: three processes that want a "
-        "core each share two.\n\n" + _table(head, rows)
+        "## Seconds of a candidate\n\nOn two threads; medians of the later ones. The goals are 1.1 for the time over "
+        "the better dtype's, and 2.7 for the time beside two busy processes over the idle one: then three processes "
+        "share two cores.\n\n" + _table(head, rows)
     )
 
 
@@ -138,8 +138,8 @@ def demo(_: str | None) -> str:
         "verdict",
     ]
     return (
-        "## make demo\n\nFrom the end of its set-up to the report, all stages. The goals: 210 s on idle cores with AVX2, "
-        "480 s beside one busy process, 120 s with AMX; the time left told within a factor of 1.5.\n\n"
+        "## make demo\n\nFrom the end of its set-up to the report, all stages. The goals: 210 s on idle cores with "
+        "AVX2, 480 s beside one busy process, 120 s with AMX; the time left told within a factor of 1.5.\n\n"
         + _table(head, rows)
     )
 
