@@ -46,8 +46,6 @@ def heard(*arguments, **given):
         [ROOT / "evolve.py", "missing.yaml"],
         ["-m", "evolver", "run", "missing.yaml"],
         ["-m", "evolver", "merge", "missing.yaml", "out"],
-        ["-m", "evolver", "evaluate", "missing.yaml", "model"],
-        ["-m", "evolver", "experts", "missing.yaml"],
     ],
     ids=lambda entry: " ".join(str(part) for part in entry[-3:-1]),
 )
