@@ -33,7 +33,7 @@ from evolver.run import prepare
 from evolver.worker import Worker
 
 ROUNDS = 5
-CONFIG = "configs/demo.yaml"
+CONFIG = "configs/demo-llm.yaml"
 PAGE = Path("results/benchmarks/evaluation.md")
 TASKS = ("demo_commonsense", "demo_science", "demo_maths", "demo_sentiment")
 # Words of a context that four choices share; SmolLM2 reads about 1.3 tokens a word.

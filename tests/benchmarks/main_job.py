@@ -31,7 +31,7 @@ from evolver.run import Prepared, prepare
 from evolver.worker import Worker
 
 ROUNDS = 7
-CONFIG = "configs/demo.yaml"
+CONFIG = "configs/demo-llm.yaml"
 PAGE = Path("results/benchmarks/main-job.md")
 
 

@@ -40,7 +40,7 @@ from evolver.ledger import read  # noqa: E402
 from evolver.report import markdown_table  # noqa: E402
 from evolver.storage import storage_at  # noqa: E402
 
-CONFIG = ROOT / "configs" / "demo.yaml"
+CONFIG = ROOT / "configs" / "demo-llm.yaml"
 ITEMS = 60  # of each task
 POPULATION = 3  # of the peer's CMA-ES: its first generation warms up and is not counted, so it is a small one
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
