@@ -23,7 +23,7 @@ demo-llm: $(VENV)/.demo-llm ## the same with a language model of 135M parameters
 	$(BIN)/python evolve.py configs/demo-llm.yaml
 
 test: $(VENV)/.dev lint ## set up, check style and types, run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev ## style and types
 	$(BIN)/ruff check .
@@ -33,8 +33,9 @@ lint: $(VENV)/.dev ## style and types
 docs: $(VENV)/.dev ## write docs/reference.md from the code
 	$(BIN)/python -m evolver.reference > docs/reference.md
 
-prove: $(VENV)/.dev ## the slow proofs: kills by the dozen, nodes that are cut off and lost, two machines by hand
+prove: $(VENV)/.dev ## the slow proofs: kills by the dozen, nodes that are cut off and lost, two machines by hand, the language model's demo
 	EVOLVER_KILLS=20 $(BIN)/python -m pytest tests/chaos
+	$(BIN)/python -m pytest -m slow tests
 
 benchmark: $(VENV)/.dev ## the figures of results/benchmarks/, measured on this machine
 	$(BIN)/python configs/demo-llm/prepare_llm.py
@@ -61,6 +62,10 @@ pools: $(VENV)/.dev ## train the expert pools of tests and benchmarks: make pool
 	$(BIN)/python configs/pools/prepare_pools.py --data $(DATA)
 	for pool in configs/pools/*.yaml; do $(BIN)/evolver experts $$pool || exit; done
 	$(BIN)/python configs/pools/figures.py
+
+experts: $(VENV)/.dev ## train the demo's experts anew
+	$(BIN)/python configs/demo/prepare_demo.py
+	$(BIN)/python configs/demo/make_experts.py
 
 experts-llm: $(VENV)/.dev ## train the experts of demo-llm anew: make experts-llm DATA=folder-with-the-training-sets
 	$(BIN)/python configs/demo-llm/prepare_llm.py

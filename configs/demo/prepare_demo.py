@@ -17,8 +17,6 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "common")]
 
-import torch
-from bases import make_minilm_l3
 from packages import cache_folder, fetch
 from ratings import VADER, Rated, rated
 from texts import normalise, text_rank, tidy
@@ -45,6 +43,11 @@ def prepare_base(target: Path) -> None:
     """Make the base with its head unless it is there."""
     if target.is_dir():
         return
+    from bases import make_minilm_l3  # slow, and needed once
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as scratch, whole_folder(target) as folder:
         make_minilm_l3(Path(scratch), folder)
         add_head(folder)
@@ -52,11 +55,9 @@ def prepare_base(target: Path) -> None:
 
 def add_head(folder: Path) -> None:
     """Turn an encoder into a classifier whose head is drawn by Python's own generator: on every machine the same."""
+    import torch
     from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     names = dict(enumerate(LABELS))
     model = AutoModelForSequenceClassification.from_pretrained(
         folder, id2label=names, label2id={label: number for number, label in names.items()}
