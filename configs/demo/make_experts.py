@@ -37,7 +37,7 @@ def pack(base: Path, expert: Path, target: Path) -> None:
 
 
 def main() -> int:
-    """Train what is missing, pack it, and write `measured.md`."""
+    """Train what is missing, pack it, and print a table of what the packed experts are good at."""
     try:
         pool, told = load_pool(HERE / "experts.yaml"), show()
         folders = make_pool(pool, told)
@@ -49,7 +49,6 @@ def main() -> int:
     except BadInput as error:
         print(error, file=sys.stderr)
         return 2
-    (EXPERTS / "measured.md").write_text(table + "\n")
     print(table)
     return 0
 
