@@ -18,7 +18,7 @@ demo: $(VENV)/.demo ## set up, fetch base and data, search for the best merge of
 	$(BIN)/python configs/demo/prepare_demo.py
 	$(BIN)/python evolve.py configs/demo.yaml
 
-demo-llm: $(VENV)/.demo-llm ## the same with a language model of 135M parameters and four LoRA experts: up to an hour
+demo-llm: $(VENV)/.demo-llm ## the same with a language model of 135M parameters and four LoRA experts: twelve minutes and more
 	$(BIN)/python configs/demo-llm/prepare_llm.py
 	$(BIN)/python evolve.py configs/demo-llm.yaml
 
