@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PINS := .ci/constraints.txt
+CRD ?= https://raw.githubusercontent.com/ray-project/kuberay/v1.7.0/ray-operator/config/crd/bases/ray.io_rayjobs.yaml
 
 # Models and data come from local folders here: no library shall look for a hub.
 export HF_HUB_OFFLINE ?= 1
 export HF_DATASETS_OFFLINE ?= 1
 
-.PHONY: help demo demo-llm test lint docs prove benchmark benchmark-merging benchmark-evaluation benchmark-cluster benchmark-dashboard gpu pools experts experts-llm clean
+.PHONY: help demo demo-llm check fast test lint browser kuberay docs prove benchmark benchmark-merging benchmark-evaluation benchmark-cluster benchmark-dashboard benchmark-machine gpu pools experts experts-llm clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -22,6 +23,12 @@ demo-llm: $(VENV)/.demo-llm ## the same with a language model of 135M parameters
 	$(BIN)/python configs/demo-llm/prepare_llm.py
 	$(BIN)/python evolve.py configs/demo-llm.yaml
 
+check: $(VENV)/.dev ## style, types and the fast tests: a minute
+	$(MAKE) --no-print-directory -j2 lint fast
+
+fast: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow and not whole" -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.dev lint ## set up, check style and types, run the tests
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -29,6 +36,12 @@ lint: $(VENV)/.dev ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+browser: $(VENV)/.dev ## the pages in a real browser; needs Chromium
+	EVOLVER_BROWSER=required $(BIN)/python -m pytest tests/test_dashboard.py tests/test_commands.py
+
+kuberay: $(VENV)/.dev ## KubeRay's manifest against the operator's published schema; CRD=file, where GitHub is out of reach
+	KUBERAY_CRD=$(CRD) $(BIN)/python -m pytest tests/test_deploy.py
 
 docs: $(VENV)/.dev ## write docs/reference.md from the code
 	$(BIN)/python -m evolver.reference > docs/reference.md
@@ -53,6 +66,11 @@ benchmark-cluster: $(VENV)/.dev ## what a cluster costs and is worth: simulated 
 
 benchmark-dashboard: $(VENV)/.dev ## what the dashboard takes of a hundred thousand candidates; needs Chromium
 	$(BIN)/python tests/benchmarks/dashboard.py
+
+benchmark-machine: $(VENV)/.dev ## the main job, first use, tests and merging on any machine; MERGEKIT=path-of-mergekit-yaml
+	$(BIN)/python configs/demo/prepare_demo.py
+	$(BIN)/python configs/demo-llm/prepare_llm.py
+	$(BIN)/python tests/benchmarks/any_machine.py $(if $(MERGEKIT),--mergekit $(MERGEKIT))
 
 gpu: $(VENV)/.dev ## what offspring and scoring cost on a GPU, and whether the bits are the CPU's; PYTHON_GPU=python-with-CUDA-torch
 	$(or $(PYTHON_GPU),$(BIN)/python) tests/benchmarks/gpu.py

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import toys
 import yaml
+from playwright.sync_api import Error, sync_playwright
 from safetensors.torch import load_file
 
 from evolver.history import read_history
@@ -255,21 +256,18 @@ def test_a_coefficient_search_is_a_study_of_optuna_s(tuned, run, tmp_path):
 
 
 def test_optuna_s_dashboard_shows_the_study(tuned):
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if toys.CHROMIUM is None:
-        pytest.skip("there is no Chromium here")
-    port = str(toys.free_port())
+    path, port = toys.chromium(), str(toys.free_port())
     command = [str(Path(sys.executable).with_name("optuna-dashboard")), tuned[1], "--port", port]
     served = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        with sync_api.sync_playwright() as playwright:
-            page = playwright.chromium.launch(executable_path=toys.CHROMIUM, args=["--no-sandbox"]).new_page()
+        with sync_playwright() as playwright:
+            page = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"]).new_page()
             began = time.monotonic()
             while True:
                 try:
                     page.goto(f"http://127.0.0.1:{port}/dashboard/studies/1")
                     break
-                except sync_api.Error:
+                except Error:
                     assert time.monotonic() - began < 60
                     time.sleep(0.5)
             page.wait_for_selector("text=Best Trial")

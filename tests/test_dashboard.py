@@ -14,6 +14,7 @@ import time
 import psutil
 import pytest
 import toys
+from playwright.sync_api import sync_playwright
 from starlette.testclient import TestClient
 
 from evolver.dashboard.app import build
@@ -197,11 +198,9 @@ def served(tmp_path):
 
 @pytest.fixture
 def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if toys.CHROMIUM is None:
-        pytest.skip("there is no Chromium here")
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=toys.CHROMIUM, args=["--no-sandbox"])
+    path = toys.chromium()
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield started
         started.close()
 

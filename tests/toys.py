@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import random
 import shutil
 import signal
@@ -347,6 +348,13 @@ def refused(call: Callable[[], object], *said: object) -> None:
     assert "\n" not in str(caught.value)
     for part in said:
         assert str(part) in str(caught.value)
+
+
+def chromium() -> str:
+    """Chromium's path. Without one a test is skipped or, where ``make browser`` asks for it, fails."""
+    if CHROMIUM is None:
+        (pytest.fail if os.environ.get("EVOLVER_BROWSER") else pytest.skip)("there is no Chromium here")
+    return str(CHROMIUM)
 
 
 def free_port() -> int:
