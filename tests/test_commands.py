@@ -75,7 +75,8 @@ def test_a_configuration_is_checked_without_reading_weights(file, monkeypatch, t
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = process("validate", file, cwd=tmp_path)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5  # three on an idle machine
+    # Three on an idle machine.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5 * toys.slowness()
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (
         f"{file}: 3 experts, 40 dev and 30 report items, 12 candidates: ready to run\n"
@@ -268,7 +269,7 @@ def test_optuna_s_dashboard_shows_the_study(tuned):
                     page.goto(f"http://127.0.0.1:{port}/dashboard/studies/1")
                     break
                 except Error:
-                    assert time.monotonic() - began < 60
+                    assert time.monotonic() - began < 600
                     time.sleep(0.5)
             page.wait_for_selector("text=Best Trial")
             page.wait_for_selector("text=lambda@outside")  # the importances are there

@@ -22,7 +22,7 @@ def call(*arguments, **environment):
     kept = {k: v for k, v in os.environ.items() if k not in {"EVOLVER_CACHE", "OMP_WAIT_POLICY"}}
     kept |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", **environment}
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=420)
+    return subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")

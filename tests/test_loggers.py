@@ -85,7 +85,7 @@ def followed(make_config, tmp_path_factory):
     return folder
 
 
-def until(true, seconds=120.0):
+def until(true, seconds=600.0):
     began = time.monotonic()
     while not true():
         assert time.monotonic() - began < seconds
@@ -467,15 +467,13 @@ def test_a_tracker_that_hangs_is_not_waited_for(monkeypatch):
 
     class Hangs(Heard):
         def begin(self, run):
-            let_go.wait(60)
+            let_go.wait()
 
     said = []
-    began = time.monotonic()
     followers = Trackers({"hanging": Hangs()}, said.append)
     followers.begin(Tracked("id", "toy", {}, {}, {}))
     tell(followers, [(n, n) for n in range(20)])
-    followers.close()
-    assert time.monotonic() - began < 5
+    followers.close()  # were the tracker waited for, this would not end
     let_go.set()
     assert len(said) == 1
     assert "it is not done 0.2 s after the run" in said[0]

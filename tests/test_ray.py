@@ -202,7 +202,7 @@ def fragile():
             if candidate.label.startswith("deadly"):
                 os._exit(1)
             if candidate.label == "hangs":
-                time.sleep(60)
+                time.sleep(10_000)  # were it waited for, the test would not end
             draw = random.Random(candidate.number)
             items = tuple(draw.random() for _ in range(300))
             tasks = {"toy": sum(items) / 300}
@@ -250,15 +250,13 @@ def test_a_candidate_that_kills_its_worker_fails_and_the_run_goes_on(fragile_poo
 
 
 def test_a_candidate_that_hangs_times_out(fragile_pool, tmp_path):
-    search, pool = labelled("fine", "hangs", "good"), fragile_pool(num_workers=1, timeout_s=1.0)
+    search, pool = labelled("fine", "hangs", "good"), fragile_pool(num_workers=1, timeout_s=5.0)
     ledger = Ledger(storage_at(tmp_path / "ledger"), "owner")
-    began = time.monotonic()
     evolve(search, pool, ledger, lambda candidate, result: None)
     ledger.close()
-    assert time.monotonic() - began < 30
     assert (search.results["fine"].status, search.results["good"].status) == ("ok", "ok")
     assert search.results["hangs"].status == "failed"
-    assert "timed out after 1 s" in search.results["hangs"].reason
+    assert "timed out after 5 s" in search.results["hangs"].reason
 
 
 def lineage(nodes):

@@ -36,7 +36,7 @@ def heard(*arguments, **given):
     kept = {k: v for k, v in os.environ.items() if k not in {*SHORT_SPIN, "OMP_WAIT_POLICY"}}
     environment = {**kept, "OMP_DISPLAY_ENV": "VERBOSE", "PYTHONPATH": str(ROOT), **given}
     command = [sys.executable, *map(str, arguments)]
-    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300).stderr
+    said = subprocess.run(command, env=environment, capture_output=True, text=True).stderr
     return {line.split("'")[1] for line in said.splitlines() if "GOMP_SPINCOUNT" in line}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,8 @@ from evolver.worker import LocalPool, Plan
 ROOT = Path(__file__).parent.parent
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")
 THINGS = ("house", "river", "stone", "tree", "bird", "boat")
+# Of a processor, for the loop in slowness(): on an idle core of the machine where bounds were set.
+REFERENCE_SECONDS = 0.11
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LENGTH = 128  # positions of the toy models
 DROP = object()  # as a value: leave this key out
@@ -348,6 +352,14 @@ def refused(call: Callable[[], object], *said: object) -> None:
     assert "\n" not in str(caught.value)
     for part in said:
         assert str(part) in str(caught.value)
+
+
+@functools.cache
+def slowness() -> float:
+    """How many times as long as on the machine where bounds were set a processor takes here: at least once."""
+    began = time.process_time()
+    sum(n * n % 7 for n in range(2_000_000))
+    return max(1.0, (time.process_time() - began) / REFERENCE_SECONDS)
 
 
 def chromium() -> str:
