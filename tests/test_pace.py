@@ -92,7 +92,16 @@ def test_what_was_known_takes_no_time_and_tells_none():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(0.1, "1 s"), (89, "89 s"), (100, "2 min"), (3600, "60 min"), (12000, "3 h 20 min")]
+    ("seconds", "words"),
+    [
+        (0.1, "1 s"),
+        (89, "89 s"),
+        (100, "1 min 40 s"),
+        (181, "3 min"),
+        (596, "10 min"),
+        (3600, "60 min"),
+        (12000, "3 h 20 min"),
+    ],
 )
 def test_durations_in_words(seconds, words):
     assert in_words(seconds) == words
