@@ -81,6 +81,6 @@ def configuration(recipe: Recipe, materialiser: Materialiser) -> dict[str, Any]:
         config["dtype"] = str(materialiser.dtype).removeprefix("torch.")
     depth = materialiser.depth(recipe)
     for key in DEPTH:
-        if key in config and depth != materialiser.base.layers():
+        if key in config and depth != materialiser.base.layers:
             config[key] = depth
     return config

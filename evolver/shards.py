@@ -1,4 +1,4 @@
-"""Model weights to safetensors files, one tensor at a time: no more than one tensor is in memory.
+"""Model weights to safetensors files, one tensor at a time: no more than two tensors are in memory.
 
 The format: eight bytes with the length of a JSON header, the header, then the tensors' bytes in its order.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,7 +34,9 @@ def write(
     shards = _plan(infos, shard_bytes)
     stream = iter(tensors)
     for file, names in shards.items():
-        with (folder / file).open("wb") as out:
+        # The next tensor is made while one is written; no more than these two are in memory.
+        with (folder / file).open("wb") as out, ThreadPoolExecutor(1) as writer:
+            written: Future[int] | None = None
             _header(out, {n: infos[n] for n in names})
             for wanted in names:
                 name, tensor = next(stream)
@@ -42,7 +45,11 @@ def write(
                     raise ValueError(
                         f"{wanted} was announced as {info}, and {name} came: {tensor.dtype} {tensor.shape}"
                     )
-                out.write(_bytes(tensor))
+                if written is not None:
+                    written.result()
+                written = writer.submit(out.write, _bytes(tensor))
+            if written is not None:
+                written.result()
     if len(shards) > 1:
         write_index(folder, shards, sum(map(size, infos.values())))
 

@@ -112,7 +112,7 @@ def test_the_weights_are_those_that_were_written(tmp_path, dtype, kept, tied):
         assert found.headers[name].dtype == kept
         assert torch.equal(found.tensor(name).float(), tensor), name
     assert found.config["tie_word_embeddings"] is tied
-    assert found.vocabulary() == {w: i for i, w in enumerate(WORDS)}
+    assert found.vocabulary == {w: i for i, w in enumerate(WORDS)}
 
 
 def test_what_was_converted_loads_and_computes_what_the_weights_say(tmp_path):
@@ -143,7 +143,7 @@ def test_a_quantised_file_becomes_bfloat16(tmp_path):
     wanted["model.embed_tokens.weight"] = torch.from_numpy(dequantize(embedding, GGMLQuantizationType.Q8_0))
     for name, tensor in wanted.items():
         assert torch.equal(found.tensor(name), tensor.bfloat16()), name
-    assert found.vocabulary() is None  # the file has no tokens
+    assert found.vocabulary is None  # the file has no tokens
 
 
 def test_a_file_is_converted_once(tmp_path, monkeypatch):
@@ -188,7 +188,7 @@ def test_rows_without_a_token_are_not_part_of_the_vocabulary(tmp_path):
     """llama.cpp's converter calls them [PAD12], [PAD13], …; the Hugging Face folder has no name for them."""
     padded = [*WORDS, "[PAD12]", "[PAD13]"]
     file = write(tmp_path / "m.gguf", weights(len(padded)), words=padded)
-    assert open_base(str(file)).vocabulary() == {w: i for i, w in enumerate(WORDS)}
+    assert open_base(str(file)).vocabulary == {w: i for i, w in enumerate(WORDS)}
 
 
 @pytest.mark.parametrize("keep", [4, 30, 300, 0.5, -200])

@@ -73,7 +73,7 @@ def test_a_checkpoint_says_what_it_holds(base):
     assert base.headers["model.norm.weight"].dtype == torch.bfloat16
     assert base.headers["model.steps"].shape == ()
     assert base.size == 4 * (48 + 36 + 60) + 2 * 6 + 8
-    assert base.layers() == 2
+    assert base.layers == 2
 
 
 @pytest.mark.parametrize(

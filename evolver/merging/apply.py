@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -54,10 +53,8 @@ def apply(
 
 
 def _answer(pieces: Pieces, asked: Asked, known: Sequence[Tensor], model: Model | None) -> Tensor:
-    if asked.kind == "sum":
-        return sum((p.double() for p in pieces.ask(known, _first)), torch.zeros((), dtype=torch.float64))
-    if asked.kind == "maximum":
-        return reduce(torch.maximum, pieces.ask(known, _first))
+    if asked.kind != "order":
+        return pieces.sum(known) if asked.kind == "sum" else pieces.maximum(known)
     assert asked.counts is not None  # every question of order has them
     if asked.scope == "tensor" or model is None:
         return order.kth_largest(_Scores([pieces], pieces.size, known), asked.counts(pieces.size))
@@ -67,10 +64,6 @@ def _answer(pieces: Pieces, asked: Asked, known: Sequence[Tensor], model: Model 
         scores = _Scores(_OfModel(pieces, model), model.size, known)
         model.known[question] = order.kth_largest(scores, ranks)
     return model.known[question]
-
-
-def _first(said: Stack) -> Tensor:
-    return said[0]
 
 
 @dataclass
@@ -98,10 +91,7 @@ class _Scores:
         return torch.stack([torch.cat([row.reshape(-1) for row in rows]) for rows in zip(*found, strict=True)])
 
     def taken(self, edges: Tensor) -> Iterator[order.Taken]:
-        for part in self.parts:
-            there = edges.to(part.device)
-            yield from part.ask(self.known, lambda scores: order.take(scores, there))  # noqa: B023  # heard at once
+        return (taken for part in self.parts for taken in part.taken(self.known, edges))
 
     def pieces(self) -> Iterator[Stack]:
-        for part in self.parts:
-            yield from part.ask(self.known, lambda scores: [s.reshape(-1) for s in scores])
+        return (scores for part in self.parts for scores in part.scores(self.known))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from evolver.merging import random
+from evolver.merging import loop, native, random
 from evolver.merging.kernels import Kernels
+from evolver.merging.program import FLOAT, Code, Operation, Program, Traced
 
 
 def _evolver(x: Tensor, p: Sequence[Tensor], f: Tensor) -> Tensor:
@@ -63,32 +66,50 @@ def cross(
     Args:
         parent, partners: tensors of one shape, of any floating dtype.
         seed, name: of the mask's draws.
-        kernels: fused kernels, where there are some; the bits are the same.
+        kernels: fused kernels of a GPU, where there are some; the bits are the same.
 
     Returns:
         Tensor of the parent's shape and dtype; the same bits for every device, piece and thread count.
     """
     child = torch.empty(parent.shape, dtype=parent.dtype, device=parent.device)
     tensors = [t.reshape(-1) for t in (child, parent, *partners)]
-    numbers = [torch.tensor(float(random.threshold(Cr)), device=child.device), torch.tensor(F, device=child.device)]
+    level, drawn, done = random.threshold(Cr), random.Drawn(seed, [name], child.device, kernels), 0
+    loops = native.library() if child.is_cpu else None
+    if loops is not None and all(loop.handles(loops, t.dtype) for t in tensors):
+        code, (out, *parents) = _code(strategy, level, F), tensors
+        loop.Run(code, out.numel(), parents, [out], drawn.plain_words).run(loops)
+        return child
+    numbers = [torch.tensor(float(level), device=child.device), torch.tensor(F, device=child.device)]
     mutation = STRATEGIES[strategy][0]
     if child.is_cuda:
         words = random.key_words(seed, name, child.device)
         done = _blockwise(mutation, words, numbers, tensors, kernels, f"blocks {strategy}")
-    else:
-        done = 0
-    ends = [t[done:] for t in tensors]
-    _piecewise(
-        mutation, random.Drawn(seed, [name], child.device, kernels), done, numbers, ends, kernels, f"cross {strategy}"
-    )
+    _piecewise(mutation, drawn, done, numbers, [t[done:] for t in tensors], kernels, f"cross {strategy}")
     return child
+
+
+@lru_cache(maxsize=256)
+def _code(strategy: str, level: int, f: float) -> Code:
+    """Mutation and crossover for the loop in C."""
+    mutation, partners = STRATEGIES[strategy]
+    program = Program(partners + 1)
+    parents: list[Any] = [program.add("load", FLOAT, (), n) for n in range(partners + 1)]
+    draws: Any = program.add("draw", FLOAT)
+    child = _crossed(mutation, torch.tensor(float(level)), torch.tensor(f), draws, parents)
+    return program.code([Operation("store", FLOAT, (cast(Traced, child).number,))])
+
+
+def _crossed(mutation: Mutation, level: Tensor, f: Tensor, draws: Tensor, parents: Sequence[Tensor]) -> Tensor:
+    """The mutant of the first parent where the draws are below the level, and that parent elsewhere."""
+    x, *p = parents
+    return torch.where(draws < level, mutation(x, p, f), x)
 
 
 def _piecewise(
     mutation: Mutation, drawn: random.Drawn, done: int, numbers: list[Tensor], tensors: list[Tensor],
     kernels: Kernels | None, identity: str,
 ) -> None:  # fmt: skip
-    """In pieces, each after its draws: on a CPU, kernels that make draws and use them are not vectorised."""
+    """In pieces, each after its draws."""
     step, kernel = _Piece(mutation), None
     for start in range(0, tensors[0].numel(), PIECE):
         pieces = [t[start : start + PIECE] for t in tensors]
@@ -128,8 +149,7 @@ class _Piece:
     mutation: Mutation
 
     def __call__(self, level: Tensor, f: Tensor, draws: Tensor, child: Tensor, *parents: Tensor) -> tuple[()]:
-        x, *p = (t.float() for t in parents)
-        child.copy_(torch.where(draws < level, self.mutation(x, p, f), x))
+        child.copy_(_crossed(self.mutation, level, f, draws, [t.float() for t in parents]))
         return ()
 
 

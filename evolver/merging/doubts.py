@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -11,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from evolver.errors import BadInput
+from evolver.merging import loop, native
+from evolver.merging.program import FLOAT, Code, Program
 from evolver.merging.weights import HEAD, PIECE, Checkpoint, Source, cached, digests, layer_of
 
 # A distance to the base, in norms of the base, that no fine-tune has: at equal norms an angle of 41°. Fine-tunes are
@@ -59,17 +62,35 @@ def _survey(expert: Source, base: Checkpoint) -> tuple[float, bool]:
 
 
 def _distance(expert: Source, base: Checkpoint) -> float:
+    loops, code = native.library(), _squares()
     difference = norm = 0.0
     for name in (n for n, i in base.headers.items() if i.dtype.is_floating_point):
-        pairs = zip(*(t.reshape(-1).split(PIECE) for t in (expert.tensor(name), base.tensor(name))), strict=True)
-        for ours, theirs in pairs:
-            difference += float((ours.double() - theirs.double()).square_().sum())
-            norm += float(theirs.double().square_().sum())
+        ours, theirs = (t.contiguous().reshape(-1) for t in (expert.tensor(name), base.tensor(name)))
+        if loops is not None and all(_is_narrow(loops, t.dtype) for t in (ours, theirs)):
+            found = loop.Run(code, ours.numel(), [ours, theirs], results=2).run(loops).sum(1)
+            difference, norm = difference + float(found[0]), norm + float(found[1])
+            continue
+        for piece, origin in zip(ours.split(PIECE), theirs.split(PIECE), strict=True):
+            difference += float((piece.double() - origin.double()).square_().sum())
+            norm += float(origin.double().square_().sum())
     if not math.isfinite(difference):
         raise BadInput(
             f"{expert.key}: {expert.path} makes weights of its base that are not finite; it cannot be merged."
         )
     return math.sqrt(difference / norm) if norm else float(difference > 0)
+
+
+def _is_narrow(loops: ctypes.CDLL, dtype: torch.dtype) -> bool:
+    return dtype != torch.float64 and loop.handles(loops, dtype)
+
+
+def _squares() -> Code:
+    """Σ (θ - θ₀)² and Σ θ₀² for the loop in C."""
+    program = Program(2)
+    ours, theirs = (program.add("load", FLOAT, (), n) for n in range(2))
+    (ours.double() - theirs.double()).square().total()
+    theirs.double().square().total()
+    return program.code(program.results)
 
 
 def _has_own_head(expert: Source, base: Checkpoint) -> bool:

@@ -1,7 +1,8 @@
-"""Fused kernels: functions of tensors, compiled ahead of time, once for a machine, with the bits of the plain code.
+"""Fused kernels of a GPU: functions of tensors, compiled ahead of time, once for a machine, with the plain code's bits.
 
 A kernel takes seconds to compile and a millisecond to load, so it is kept in the cache of this user. What is not
-compiled yet runs as plain code; whoever computes cannot tell the two apart but by the time.
+compiled yet runs as plain code; whoever computes cannot tell the two apart but by the time. On a CPU the loop of
+``program.c`` does the same without a kernel for each method.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evolver.merging.machine import kernel_folder, machine, make_kernel_folder, package
+from evolver.merging.machine import digest_of, kernel_folder, machine, make_kernel_folder
 
 Function = Callable[..., tuple[Tensor, ...]]
 Kernel = Callable[[list[Tensor]], list[Tensor]]
 
-# A GPU's compiler would contract a product and a sum into one rounding, which the plain code does not. Threads are
-# those of the process that runs the kernel, not of the one that compiled it.
-OPTIONS = {"emulate_precision_casts": True, "cpp.dynamic_threads": True}
+# A GPU's compiler would contract a product and a sum into one rounding, which the plain code does not.
+OPTIONS = {"emulate_precision_casts": True}
+# What functions are made of, beside the file that they stand in: a kernel is made anew where one of these changed.
+INGREDIENTS = ("crossing.py", "here.py", "kernels.py", "operators.py", "random.py", "step.py")
 # The length that kernels are compiled for; they take every other one from LEAST on.
 LENGTH, LEAST = 1 << 17, 2
 
@@ -43,7 +45,7 @@ class Kernels:
         self._loaded: dict[str, Kernel | None] = {}
 
     def get(self, function: Function, like: Sequence[Tensor], long: Sequence[bool], identity: str) -> Kernel | None:
-        """``function`` as a kernel, or None where there is none (no compiler; not compiled yet; compiling failed).
+        """``function`` as a kernel, or None where there is none (a CPU; no compiler; not compiled yet; it failed).
 
         Args:
             function: of tensors, returning a tuple of tensors; may write to its arguments.
@@ -51,6 +53,8 @@ class Kernels:
             long: for each whether its first dimension is the length of a piece, which varies.
             identity: tells it from other functions, and from itself with other things than tensors fixed.
         """
+        if like[0].device.type == "cpu":
+            return None
         signature = [(t.dtype, t.device.type, tuple(t.shape[n:])) for t, n in zip(like, long, strict=True)]
         key = f"{identity} {signature}"
         if key not in self._loaded:
@@ -59,7 +63,7 @@ class Kernels:
 
     def _find(self, function: Function, like: Sequence[Tensor], long: Sequence[bool], key: str) -> Kernel | None:
         device = like[0].device
-        name = hashlib.sha256(f"{key} {machine(device)} {sorted(OPTIONS.items())} {package()}".encode()).hexdigest()
+        name = hashlib.sha256(f"{key} {machine(device)} {sorted(OPTIONS.items())} {ingredients()}".encode()).hexdigest()
         file = kernel_folder() / f"{name[:32]}.pt2"
         if file.exists():
             try:
@@ -77,10 +81,16 @@ class Kernels:
 
 
 @cache
+def ingredients() -> str:
+    """Digest of the sources that all kernels have in common."""
+    return "".join(digest_of(str(Path(__file__).with_name(name))) for name in INGREDIENTS)
+
+
+@cache
 def can_compile(device: torch.device) -> bool:
-    """Whether this machine can build kernels: it has a C++ compiler, and Triton for a GPU."""
+    """Whether this machine can build kernels: for a GPU, with a C++ compiler and Triton."""
     host = any(shutil.which(c) for c in (os.environ.get("CXX", "c++"), "g++", "clang++"))
-    return host and (device.type == "cpu" or torch.utils._triton.has_triton())
+    return device.type != "cpu" and host and torch.utils._triton.has_triton()
 
 
 class _Module(torch.nn.Module):

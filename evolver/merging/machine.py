@@ -36,12 +36,6 @@ def machine(device: torch.device) -> str:
 
 
 @cache
-def package() -> str:
-    """Digest of this package, of which kernels are made."""
-    return "".join(digest_of(str(file)) for file in sorted(Path(__file__).parent.rglob("*.py")))
-
-
-@cache
 def digest_of(file: str) -> str:
     """Digest of a source file."""
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()

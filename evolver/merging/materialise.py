@@ -156,7 +156,7 @@ class Materialiser:
     def _whole(self, node: Merge, name: str, below: list[Tensor]) -> Whole:
         *inputs, base = below
         layer = layer_of(name)
-        depth = None if layer is None else layer / max(1, self.base.layers() - 1)
+        depth = None if layer is None else layer / max(1, self.base.layers - 1)
         return Whole(name, inputs, base, [i.id for i in node.inputs], depth)
 
     def _model(self, node: Merge) -> Model:

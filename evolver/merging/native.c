@@ -2,47 +2,52 @@
    the same results: draws() is random.fill, take() is order.take, kept_by_rank() is operators.kept_by_rank.
    Threads are those of torch, whose OpenMP runtime is the one that is loaded. */
 
+#include "native.h"
+
 #include <stddef.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
-enum { LANES = 1024, HALVES = 8, ROUNDS = 10, STRETCH = 1 << 14 };
+enum { ROUNDS = 10, STRETCH = 1 << 14, BUCKETS = 1024, WIDE_ROW = 4096 };
 
-/* Draws for whole blocks of scalars from block `first` on, to out[blocks][HALVES][LANES]. words: k0, k1, c2, c3. */
-void draws(const uint32_t *words, uint64_t first, int64_t blocks, float *out)
+/* Draws for one block of scalars, to out[HALVES][LANES]. words: k0, k1, c2, c3. */
+void draw_block(const uint32_t *words, uint64_t block, float *out)
 {
-#pragma omp parallel for
-    for (int64_t block = 0; block < blocks; block++) {
-        const uint64_t place = (first + (uint64_t)block) * LANES;
-        float *run = out + block * HALVES * LANES;
-        for (uint32_t lane = 0; lane < LANES; lane++) {
-            uint32_t c[4] = {(uint32_t)place + lane, (uint32_t)(place >> 32), words[2], words[3]};
-            uint32_t k0 = words[0], k1 = words[1];
-            for (int round = 0; round < ROUNDS; round++) {
-                const uint64_t product0 = (uint64_t)c[0] * 0xD2511F53u, product1 = (uint64_t)c[2] * 0xCD9E8D57u;
-                c[0] = (uint32_t)(product1 >> 32) ^ c[1] ^ k0;
-                c[1] = (uint32_t)product1;
-                c[2] = (uint32_t)(product0 >> 32) ^ c[3] ^ k1;
-                c[3] = (uint32_t)product0;
-                k0 += 0x9E3779B9u;
-                k1 += 0xBB67AE85u;
-            }
-            for (int word = 0; word < 4; word++) {
-                run[2 * word * LANES + lane] = (float)(int32_t)(c[word] & 0xFFFF);
-                run[(2 * word + 1) * LANES + lane] = (float)(int32_t)(c[word] >> 16);
-            }
+    const uint64_t place = block * LANES;
+    for (uint32_t lane = 0; lane < LANES; lane++) {
+        uint32_t c[4] = {(uint32_t)place + lane, (uint32_t)(place >> 32), words[2], words[3]};
+        uint32_t k0 = words[0], k1 = words[1];
+        for (int round = 0; round < ROUNDS; round++) {
+            const uint64_t product0 = (uint64_t)c[0] * 0xD2511F53u, product1 = (uint64_t)c[2] * 0xCD9E8D57u;
+            c[0] = (uint32_t)(product1 >> 32) ^ c[1] ^ k0;
+            c[1] = (uint32_t)product1;
+            c[2] = (uint32_t)(product0 >> 32) ^ c[3] ^ k1;
+            c[3] = (uint32_t)product0;
+            k0 += 0x9E3779B9u;
+            k1 += 0xBB67AE85u;
+        }
+        for (int word = 0; word < 4; word++) {
+            out[2 * word * LANES + lane] = (float)(int32_t)(c[word] & 0xFFFF);
+            out[(2 * word + 1) * LANES + lane] = (float)(int32_t)(c[word] >> 16);
         }
     }
 }
 
+/* Draws for whole blocks of scalars from block `first` on, to out[blocks][HALVES][LANES]. */
+void draws(const uint32_t *words, uint64_t first, int64_t blocks, float *out)
+{
+#pragma omp parallel for
+    for (int64_t block = 0; block < blocks; block++)
+        draw_block(words, first + (uint64_t)block, out + block * BLOCK);
+}
+
 /* One stretch of one row of scores, for take(): adds to `above` and `inside`, and returns how many it took. Nothing is
    written beyond out[size - 1]. */
-static int64_t take_stretch(const float *scores, int64_t size, const float *lows, const float *highs,
-                            const uint8_t *single, int64_t pairs, int64_t *above, int64_t *inside, float *out)
+int64_t take_stretch(const float *scores, int64_t size, const float *lows, const float *highs,
+                     const uint8_t *single, int64_t pairs, int64_t *above, int64_t *inside, float *out)
 {
     int64_t place = 0, taken = 0;
 #ifdef __AVX512F__
@@ -103,30 +108,128 @@ int64_t take(const float *scores, int64_t size, const float *lows, const float *
     return taken;
 }
 
-/* Which scalars of a row stay, each with the probability of its rank: draw d says from which rank on, first_kept[d] in
-   [0, width]; a scalar has that rank if it exceeds the scalar just before it in the sorted row.
-   sizes, sorted, draws, kept: [rows][width]. Returns 0, or 1 where there is no memory. */
-int kept_by_rank(const float *sizes, const float *sorted, const float *draws, const int32_t *first_kept, int64_t rows,
-                 int64_t width, uint8_t *kept)
+/* How many scalars of a row are smaller than the one of these bits. Floats that are not negative order as their bits. */
+static int32_t rank_of(uint32_t wanted, const uint32_t *row, int64_t width)
+{
+    int32_t rank = 0;
+#pragma omp simd reduction(+ : rank)
+    for (int64_t column = 0; column < width; column++)
+        rank += row[column] < wanted;
+    return rank;
+}
+
+/* One row of kept_by_rank(). A count of scalars by their leading bits says between which ranks each one lies, and that
+   decides about nearly all of them; for the others the rank is counted, once for equal ones. bucket: [width]. */
+static void kept_in_row(const uint32_t *row, const float *draws, const int32_t *first_kept, int64_t width, uint8_t *kept,
+                        uint16_t *bucket)
+{
+    const int shift = width < WIDE_ROW ? 19 : 17, count = width < WIDE_ROW ? 256 : BUCKETS;
+    int32_t below[BUCKETS + 1] = {0}, rank[BUCKETS];
+    uint32_t ranked[BUCKETS], top = 0;
+#pragma omp simd reduction(max : top)
+    for (int64_t column = 0; column < width; column++)
+        top = row[column] > top ? row[column] : top;
+    const int32_t lowest = (int32_t)(top >> shift) - (count - 1);
+#pragma omp simd
+    for (int64_t column = 0; column < width; column++) {
+        const int32_t place = (int32_t)(row[column] >> shift) - lowest;
+        bucket[column] = (uint16_t)(place > 0 ? place : 0);
+    }
+    for (int64_t column = 0; column < width; column++)
+        below[bucket[column] + 1]++;
+    for (int n = 0; n < count; n++)
+        below[n + 1] += below[n];
+    memset(ranked, 0xFF, (size_t)count * sizeof *ranked); /* the bits of no number */
+    for (int64_t column = 0; column < width; column++) {
+        const int of = bucket[column];
+        const int32_t first = first_kept[(int32_t)draws[column]], least = below[of], more = below[of + 1];
+        kept[column] = first <= least;
+        if ((uint32_t)(first - least - 1) < (uint32_t)(more - least - 1)) { /* least < first < more, as one branch */
+            if (ranked[of] != row[column])
+                ranked[of] = row[column], rank[of] = rank_of(row[column], row, width);
+            kept[column] = first <= rank[of];
+        }
+    }
+}
+
+/* Which scalars of a row stay, each with the probability of its rank, the number of smaller ones: draw d says from which
+   rank on, first_kept[d] in [0, width].
+   sizes (not negative), draws, kept: [rows][width]. Returns 0, or 1 where there is no memory. */
+int kept_by_rank(const float *sizes, const float *draws, const int32_t *first_kept, int64_t rows, int64_t width,
+                 uint8_t *kept)
 {
     int failed = 0;
 #pragma omp parallel reduction(| : failed)
     {
-        float *before = malloc(((size_t)width + 1) * sizeof *before);
-        failed = !before;
-        if (before)
-            before[0] = -1.0f, before[width] = __builtin_inff(); /* rank 0 is everyone's, rank `width` no one's */
-#pragma omp for
+        uint16_t *bucket = malloc((size_t)width * sizeof *bucket + 1);
+        failed = !bucket;
+#pragma omp for schedule(dynamic, 8)
         for (int64_t row = 0; row < rows; row++) {
             const int64_t at = row * width;
-            if (!before)
-                continue;
-            if (width > 1)
-                memcpy(before + 1, sorted + at, ((size_t)width - 1) * sizeof *before);
-            for (int64_t column = 0; column < width; column++)
-                kept[at + column] = sizes[at + column] > before[first_kept[(int32_t)draws[at + column]]];
+            if (bucket)
+                kept_in_row((const uint32_t *)sizes + at, draws + at, first_kept, width, kept + at, bucket);
         }
-        free(before);
+        free(bucket);
     }
     return failed;
+}
+
+/* Bools as bits, the first one's the lowest of its byte; bits: [(size + 7) / 8]. */
+void pack(const uint8_t *bools, int64_t size, uint8_t *bits)
+{
+#pragma omp parallel for
+    for (int64_t byte = 0; byte < (size + 7) / 8; byte++) {
+        const int64_t left = size - 8 * byte;
+        uint8_t out = 0;
+        for (int bit = 0; bit < (left < 8 ? left : 8); bit++)
+            out |= (uint8_t)(bools[8 * byte + bit] << bit);
+        bits[byte] = out;
+    }
+}
+
+/* The score of a rank, 0 for the smallest; scores are not negative, and such floats order as their bits do. The row is
+   narrowed down by twelve, twelve and seven bits. scratch: [size]. */
+float select_rank(const float *row, int64_t size, int64_t rank, uint32_t *scratch)
+{
+    static const int shifts[] = {19, 7, 0}, bits[] = {12, 12, 7};
+    const uint32_t *from = (const uint32_t *)row;
+    for (int level = 0; level < 3; level++) {
+        uint32_t counts[1 << 12] = {0};
+        int64_t kept = 0;
+        const uint32_t mask = (1u << bits[level]) - 1;
+        for (int64_t n = 0; n < size; n++)
+            counts[(from[n] & 0x7FFFFFFFu) >> shifts[level] & mask]++;
+        uint32_t bin = 0;
+        while (rank >= (int64_t)counts[bin])
+            rank -= (int64_t)counts[bin++];
+        for (int64_t n = 0; n < size; n++) { /* what was kept before lies further on, or here */
+            const uint32_t score = from[n] & 0x7FFFFFFFu;
+            scratch[kept] = score;
+            kept += (score >> shifts[level] & mask) == bin;
+        }
+        from = scratch;
+        size = kept;
+    }
+    float found;
+    memcpy(&found, scratch, sizeof found);
+    return found;
+}
+
+/* Whether no number is NaN or infinite: no exponent has all bits set. Numbers of 2 or 4 bytes. */
+int all_finite16(const uint16_t *numbers, int64_t size, uint16_t exponent)
+{
+    int found = 0;
+#pragma omp simd reduction(| : found)
+    for (int64_t n = 0; n < size; n++)
+        found |= (numbers[n] & exponent) == exponent;
+    return !found;
+}
+
+int all_finite32(const uint32_t *numbers, int64_t size, uint32_t exponent)
+{
+    int found = 0;
+#pragma omp simd reduction(| : found)
+    for (int64_t n = 0; n < size; n++)
+        found |= (numbers[n] & exponent) == exponent;
+    return !found;
 }

@@ -13,41 +13,66 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from evolver.merging.machine import digest_of, kernel_folder, machine, make_kernel_folder
 
-SOURCE = Path(__file__).with_name("native.c")
-FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
+SOURCES = [Path(__file__).with_name(name) for name in ("native.h", "native.c", "program.c")]
+# Operations are not contracted or reordered: every one is rounded alone, as torch rounds it.
+FLAGS = (
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-strict-aliasing",
+    "-shared",
+    "-fPIC",
+)
+# One thread is better than none, and so is code for any processor of the kind.
+BEST_FIRST = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
+
+# The bits of a number's exponent.
+EXPONENTS = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+
+
+def compiler() -> str | None:
+    """The C compiler, or None where there is none."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
+
+
+def library_file() -> Path:
+    """Where the compiled loops of this machine are kept: a name for each source, processor and set of options."""
+    key = f"{[digest_of(str(s)) for s in SOURCES]} {machine(torch.device('cpu'))} {BEST_FIRST} {FLAGS}"
+    return kernel_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
 
 
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled loops, or None where they cannot be compiled."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
-    if compiler is None:
-        return None
-    key = f"{digest_of(str(SOURCE))} {machine(torch.device('cpu'))} {FLAGS}"
-    file = kernel_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
+    with_compiler, file = compiler(), library_file()
     try:
         if not file.exists():
-            _compile(compiler, file)
+            if with_compiler is None:
+                return None
+            _compile(with_compiler, file)
         loops = ctypes.CDLL(str(file))
     except (OSError, subprocess.CalledProcessError) as error:
-        warnings.warn(f"{SOURCE.name} was not compiled, the plain code runs in its place: {error}", stacklevel=2)
+        warnings.warn(f"The loops in C were not compiled, the plain code runs in their place: {error}", stacklevel=2)
         return None
-    loops.take.restype = ctypes.c_int64
+    loops.take.restype, loops.sum_of_runs.restype = ctypes.c_int64, ctypes.c_double
+    loops.select_rank.restype = ctypes.c_float
     return loops
 
 
 def _compile(compiler: str, file: Path) -> None:
     with tempfile.TemporaryDirectory(dir=make_kernel_folder()) as folder:
-        made = Path(folder) / file.name
-        for more in (["-fopenmp"], []):  # one thread is better than none
-            done = subprocess.run(
-                [compiler, *FLAGS, *more, str(SOURCE), "-o", str(made)], capture_output=True, text=True
-            )
+        made, sources = Path(folder) / file.name, [str(s) for s in SOURCES if s.suffix == ".c"]
+        for more in BEST_FIRST:
+            command = [compiler, *more, *FLAGS, *sources, "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode == 0:
                 break
         done.check_returncode()
@@ -81,19 +106,41 @@ def take(loops: ctypes.CDLL, scores: Tensor, lows: Tensor, highs: Tensor, single
     return counts, out[:taken].clone()
 
 
-def kept_by_rank(loops: ctypes.CDLL, sizes: Tensor, ordered: Tensor, draws: Tensor, first_kept: Tensor) -> Tensor:
+def kept_by_rank(loops: ctypes.CDLL, sizes: Tensor, draws: Tensor, first_kept: Tensor) -> Tensor:
     """``operators.kept_by_rank``: which scalars stay, bool (rows, columns).
 
     Args:
-        sizes, ordered, draws: float32 (rows, columns); ``ordered`` are the sizes, each row sorted.
+        sizes, draws: float32 (rows, columns), not negative.
         first_kept: from which rank on a draw keeps a scalar, int32 (65536).
     """
     sizes, draws = sizes.contiguous(), draws.contiguous()
     kept = torch.empty(sizes.shape, dtype=torch.bool)
     rows, width = (ctypes.c_int64(n) for n in sizes.shape)
-    if loops.kept_by_rank(_at(sizes), _at(ordered), _at(draws), _at(first_kept), rows, width, _at(kept)):
+    if loops.kept_by_rank(_at(sizes), _at(draws), _at(first_kept), rows, width, _at(kept)):
         raise MemoryError("no memory for one row of a tensor")
     return kept
+
+
+def pack(loops: ctypes.CDLL, bools: Tensor, bits: Tensor) -> None:
+    """Write bools (n) as bits to uint8 (n / 8, rounded up), the first one as the lowest bit of its byte."""
+    loops.pack(_at(bools), ctypes.c_int64(bools.numel()), _at(bits))
+
+
+def select_rank(loops: ctypes.CDLL, row: NDArray[np.float32], rank: int) -> float:
+    """The score of a rank, 0 for the smallest, of a row of scores, which are not negative."""
+    row, scratch = np.ascontiguousarray(row), np.empty(row.size, dtype=np.uint32)
+    places = (ctypes.c_void_p(a.ctypes.data) for a in (row, scratch))
+    found: float = loops.select_rank(next(places), ctypes.c_int64(row.size), ctypes.c_int64(rank), next(places))
+    return found
+
+
+def all_finite(loops: ctypes.CDLL, tensor: Tensor) -> bool:
+    """Whether no number of a contiguous tensor is NaN or infinite; float32, bfloat16 or float16."""
+    wide, size = tensor.dtype == torch.float32, ctypes.c_int64(tensor.numel())
+    exponent = EXPONENTS[tensor.dtype]
+    if wide:
+        return bool(loops.all_finite32(_at(tensor), size, ctypes.c_uint32(exponent)))
+    return bool(loops.all_finite16(_at(tensor), size, ctypes.c_uint16(exponent)))
 
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from evolver.merging import native
+from evolver.merging.program import RUN, Traced
 from evolver.merging.random import LEVELS
 
 TINY = 1e-8
@@ -25,6 +27,37 @@ def total_of(tensors: Sequence[Tensor]) -> Tensor:
     for tensor in tensors[1:]:
         total = total + tensor
     return total
+
+
+def total(tensor: Tensor) -> Tensor:
+    """Σ of all scalars in float64, (): on a CPU the same bits on every processor, whatever the threads.
+
+    Runs of 512 scalars are added by halves, each half to the other until one number is left, and then their sums.
+    """
+    if isinstance(tensor, Traced):
+        return cast(Tensor, tensor.total())
+    if not tensor.is_cpu:
+        return tensor.sum(dtype=torch.float64)
+    flat = tensor.reshape(-1).double()
+    sums = halved(torch.nn.functional.pad(flat, (0, -flat.numel() % RUN)).view(-1, RUN).T)
+    return halved(sums)
+
+
+def halved(rows: Tensor) -> Tensor:
+    """Σ over the first dimension, which is filled up with zeros to a power of two: halves are added until one is left.
+
+    An addition of two tensors is the same on every processor; the order of torch's own sums is not.
+    """
+    width = 1 << max(0, len(rows) - 1).bit_length()
+    out = torch.cat([rows, rows.new_zeros(width - len(rows), *rows.shape[1:])]) if width > len(rows) else rows
+    while len(out) > 1:
+        out = out[: len(out) // 2] + out[len(out) // 2 :]
+    return out[0]
+
+
+def total_of_rows(tensor: Tensor) -> Tensor:
+    """Σ of every row of (rows, columns), in float64, (rows): the same bits on every processor."""
+    return halved(tensor.double().T)
 
 
 def weighted_sum(tensors: Sequence[Tensor], weight: Tensor, normalize: bool) -> Tensor:
@@ -88,21 +121,24 @@ def kept_by_rank(delta: Tensor, draws: Tensor, density: Tensor, epsilon: Tensor)
     No rank is computed. A draw says from which rank on a scalar is kept, as the probability grows with the rank; and a
     scalar has that rank if it exceeds the scalar of the row that comes just before it.
     """
+    if isinstance(delta, Traced):
+        kept = delta.program.kept_by_rank(delta.abs(), cast(Traced, draws), density.item(), epsilon.item())
+        return cast(Tensor, kept)
     rows, width = delta.shape
-    first_kept = _first_kept(width, density.item(), epsilon.item(), delta.device)
+    chances = first_kept(width, density.item(), epsilon.item(), delta.device)
     sizes = delta.abs()
-    ordered = _sorted_rows(sizes)
     loops = native.library() if delta.device.type == "cpu" else None
     if loops is not None:
-        return native.kept_by_rank(loops, sizes, ordered, draws, first_kept)
+        return native.kept_by_rank(loops, sizes, draws, chances)
+    ordered = _sorted_rows(sizes)
     before = torch.empty(rows, width + 1, device=delta.device)
     before[:, 0], before[:, -1] = -1.0, torch.inf  # rank 0 is everyone's, rank ``width`` no one's
     before[:, 1:width] = ordered[:, :-1]
-    return sizes > before.gather(1, first_kept.long()[draws.long()])
+    return sizes > before.gather(1, chances.long()[draws.long()])
 
 
 @lru_cache(maxsize=64)
-def _first_kept(width: int, density: float, epsilon: float, device: torch.device) -> Tensor:
+def first_kept(width: int, density: float, epsilon: float, device: torch.device) -> Tensor:
     """From which rank on a scalar is kept, for every draw, int32 (65536)."""
     numbers = (torch.tensor(x, dtype=torch.float64) for x in (density, epsilon))
     levels = (rank_probability(torch.arange(width), width, *numbers) * LEVELS).round()
@@ -155,12 +191,14 @@ def disjoint_sum(
     return merged / torch.where(divisor == 0, 1.0, divisor) if normalize else merged
 
 
-def gram(tensors: Sequence[Tensor]) -> Tensor:
-    """Inner products of the experts, (E, E) in float64."""
+def gram(tensors: Sequence[Tensor], summed: Callable[[Tensor], Tensor] = total) -> Tensor:
+    """Inner products of the experts, (E, E, ...) in float64; ``summed`` says over what."""
     wide = [t.double() for t in tensors]
     count = len(wide)
-    products = {(a, b): (wide[a] * wide[b]).sum() for a in range(count) for b in range(a, count)}
-    return torch.stack([products[min(a, b), max(a, b)] for a in range(count) for b in range(count)]).view(count, count)
+    products = {(a, b): summed(wide[a] * wide[b]) for a in range(count) for b in range(a, count)}
+    pairs = [products[min(a, b), max(a, b)] for a in range(count) for b in range(count)]
+    matrix: Tensor = torch.stack(pairs).unflatten(0, (count, count))
+    return matrix
 
 
 def unit(products: Tensor) -> tuple[Tensor, Tensor]:

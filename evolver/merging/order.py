@@ -58,7 +58,7 @@ def take(scores: Sequence[Tensor], edges: Tensor) -> Taken:
     counts, taken = [], []
     for row, pairs in zip((s.reshape(-1) for s in scores), edges.unbind(0), strict=True):
         lows, highs = pairs.unbind(1)
-        single = _hold_one_value(pairs)
+        single = hold_one_value(pairs)
         if loops is not None and row.is_cpu:
             of_row, out = native.take(loops, row, lows, highs, single)
         else:
@@ -72,7 +72,7 @@ def take(scores: Sequence[Tensor], edges: Tensor) -> Taken:
     return Taken(above, within, taken)
 
 
-def _hold_one_value(pairs: Tensor) -> Tensor:
+def hold_one_value(pairs: Tensor) -> Tensor:
     """Whether only one float32 lies above the lower and not above the upper edge, (…, 2) to (…)."""
     lows, highs = pairs.unbind(-1)
     return torch.nextafter(lows, torch.full_like(lows, math.inf)) >= highs
@@ -92,7 +92,7 @@ def kth_largest(scores: Scores, ranks: Sequence[Sequence[int]]) -> Tensor:
     if not wanted:
         return out
     if scores.size <= DIRECT:
-        rows = [torch.cat(parts).cpu().numpy() for parts in zip(*scores.pieces(), strict=True)]
+        rows = [_joined(parts).cpu().numpy() for parts in zip(*scores.pieces(), strict=True)]
         found = _direct(rows, ranks, wanted)
     else:
         found = _between(scores, ranks, wanted)
@@ -101,6 +101,10 @@ def kth_largest(scores: Scores, ranks: Sequence[Sequence[int]]) -> Tensor:
     for place in wanted:
         out[place] = found[place]
     return out
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _direct(rows: Sequence[Floats], ranks: Sequence[Sequence[int]], wanted: Sequence[Place]) -> Found:
@@ -125,7 +129,7 @@ def _between(scores: Scores, ranks: Sequence[Sequence[int]], wanted: Sequence[Pl
             return {}
         for row, more in zip(taken, piece.scores, strict=True):
             row.append(more.numpy())
-    rows, single = [np.concatenate(parts) for parts in taken], _hold_one_value(edges)
+    rows, single = [np.concatenate(parts) for parts in taken], hold_one_value(edges)
     found = {}
     for c, k in wanted:
         low, high = edges[c, k].tolist()
@@ -144,21 +148,24 @@ def _edges(sample: Tensor, ranks: Sequence[Sequence[int]], size: int) -> Tensor:
     be no end of zeros.
     """
     count = sample.shape[1]
-    ordered = np.sort(sample.cpu().numpy(), axis=1)[:, ::-1]  # with vector instructions, as torch's is not
+    rows = sample.cpu().numpy()
     out = np.empty((len(ranks), len(ranks[0]), 2), dtype=np.float32)
     for c, row in enumerate(ranks):
         for k, rank in enumerate(row):
             share = min(1.0, max(0.0, rank / size))
             slack = SIGMAS * math.sqrt(count * share * (1 - share)) + SIGMAS
             first, last = math.floor(share * count - slack), math.ceil(share * count + slack)
-            low = np.nextafter(ordered[c, last], np.float32(0)) if last < count else -1.0
-            out[c, k] = low, ordered[c, first] if first >= 0 else np.inf
+            low = np.nextafter(np.float32(_largest(rows[c], [last + 1])[0]), np.float32(0)) if last < count else -1.0
+            out[c, k] = low, _largest(rows[c], [first + 1])[0] if first >= 0 else np.inf
     return torch.from_numpy(out)
 
 
 def _largest(row: Floats, ranks: Sequence[int]) -> list[float]:
+    places, loops = [row.size - r for r in ranks], native.library()
+    if loops is not None:
+        return [native.select_rank(loops, row, place) for place in places]
     # One place at a time: numpy finds several at once without vector instructions.
-    return [float(np.partition(row, place)[place]) for place in (row.size - r for r in ranks)]
+    return [float(np.partition(row, place)[place]) for place in places]
 
 
 @dataclass

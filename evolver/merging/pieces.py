@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import TypeVar, cast
 
 import numpy as np
@@ -12,10 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evolver.merging import order, random
-from evolver.merging.here import Asked, Here, Stack
+from evolver.merging import loop, native, order, random
+from evolver.merging.here import Asked, Stack
 from evolver.merging.kernels import Kernel, Kernels
 from evolver.merging.methods import Method
+from evolver.merging.program import RankMask
+from evolver.merging.recorded import Recorded, record
 from evolver.merging.step import Probed, Step
 from evolver.records import Value
 
@@ -106,6 +109,8 @@ class Pieces:
         self.probed = Probed([], None)
         self.step = self._rows_of(piece or self._usual())
         self.memory: dict[int, list[NDArray[np.uint8]]] = {}
+        self._loops: dict[int, Recorded | None] = {}
+        self._masks: dict[RankMask, Tensor] = {}
 
     def of(self, whole: Whole) -> Pieces:
         """The same method on another tensor."""
@@ -114,17 +119,19 @@ class Pieces:
         return other
 
     def question(self, known: Sequence[Tensor]) -> Asked | None:
-        """What the method has to know next, found by a call on a few scalars; None if it knows enough."""
+        """What the method has to know next; None if it knows enough."""
         if not self.method.asks:
             return None
+        recorded = self._recorded(known)
+        return self._probe(known) if recorded is None else recorded.record.asked
+
+    def _probe(self, known: Sequence[Tensor]) -> Asked | None:
+        """The next question, found by a call on a few scalars, and notes on what the method has drawn and made."""
         few = [f[: 1 if self.method.rows else 8] for f in self.flats]
-        *inputs, base = (f.float() for f in few)
-        if self.method.on_deltas:
-            inputs = [i - base for i in inputs]
-        self.probed = Probed([torch.zeros(base.shape, device=self.device)] * len(inputs), self.depth)
-        here = Here(inputs, base, known, self.probed, self.whole.base.dim() < 2)
+        zeros = [torch.zeros(few[0].shape, device=self.device)] * len(self.whole.inputs)
+        self.probed = Probed(zeros, self.depth)
         try:
-            self.method.function(inputs, here=here, **self.numbers, **self.flags)
+            self._step(known, False).merged([*few, *known, *self.numbers.values()], self.probed)
         except Asked as asked:
             return asked
         return None
@@ -137,13 +144,37 @@ class Pieces:
     def merge(self, known: Sequence[Tensor]) -> Tensor:
         """The merged scalars, in the base's dtype, flat."""
         out = torch.empty_like(self.flats[-1])
+        if recorded := self._recorded(known):
+            recorded.merge(out.view(-1))
+            return out
         for _ in self._run(known, lambda said: None, out):
             pass
         return out
 
-    def ask(self, known: Sequence[Tensor], hear: Callable[[Stack], Said]) -> Iterator[Said]:
-        """What is heard from what every piece says to the next question."""
-        return self._run(known, hear)
+    def sum(self, known: Sequence[Tensor]) -> Tensor:
+        """The answer to a question for a sum."""
+        if recorded := self._recorded(known):
+            return recorded.reduced(torch.float64)
+        return sum((p.double() for p in self._run(known, _first)), torch.zeros((), dtype=torch.float64))
+
+    def maximum(self, known: Sequence[Tensor]) -> Tensor:
+        """The answer to a question for a maximum."""
+        if recorded := self._recorded(known):
+            return recorded.reduced(torch.float32)
+        return reduce(torch.maximum, self._run(known, _first))
+
+    def scores(self, known: Sequence[Tensor]) -> Iterator[Stack]:
+        """What the pieces say to a question of order, flat."""
+        if recorded := self._recorded(known):
+            return iter([recorded.scores()])
+        return self._run(known, lambda scores: [s.reshape(-1) for s in scores])
+
+    def taken(self, known: Sequence[Tensor], edges: Tensor) -> Iterator[order.Taken]:
+        """What the pieces say to a question of order, counted against ``edges``."""
+        if recorded := self._recorded(known):
+            return recorded.taken(edges)
+        there = edges.to(self.device)
+        return self._run(known, lambda scores: order.take(scores, there))
 
     def _run(self, known: Sequence[Tensor], hear: Callable[[Stack], Said], out: Tensor | None = None) -> Iterator[Said]:
         step = self._step(known, out is not None)
@@ -159,6 +190,26 @@ class Pieces:
             return hear(step(*inputs, *fixed, *end, sources=piece))
 
         return map(work, range(0, max(1, self.flats[0].shape[0]), self.step))
+
+    def _recorded(self, known: Sequence[Tensor]) -> Recorded | None:
+        """The method on this tensor by the loop in C, where there is one that can do what the method does."""
+        if len(known) not in self._loops:
+            self._loops[len(known)] = self._record(known)
+        return self._loops[len(known)]
+
+    def _record(self, known: Sequence[Tensor]) -> Recorded | None:
+        loops = native.library() if self.device.type == "cpu" else None
+        piece = self.step * self.columns
+        whole = self.flats[0].shape[0] <= self.step
+        if loops is None or not self.size or not all(loop.handles(loops, f.dtype) for f in self.flats):
+            return None
+        if not (whole or piece % random.BLOCK == 0):  # blocks of draws and runs of sums begin with a piece
+            return None
+        found = record(self._step(known, False), known, list(self.numbers.values()), self.depth)
+        if found is None or (found.program.masks and not self.method.rows):
+            return None
+        words = [] if found.seed is None else self.drawn(found.seed).plain_words
+        return Recorded(loops, found, [f.reshape(-1) for f in self.flats], words, piece, self.columns, self._masks)
 
     def _kernel(self, step: Step, known: Sequence[Tensor], out: Tensor | None) -> Kernel | None:
         """The compiled step, where there is one. On rows, one that is handed what looks at whole rows."""
@@ -200,6 +251,8 @@ class Pieces:
         runs = [f[: length // run * run].unflatten(0, (-1, run)) for f in self.flats]
         picked = [r.index_select(0, places).flatten(0, 1) for r in runs]
         none = [torch.zeros(picked[0].shape, device=self.device)] * len(self.whole.inputs)
+        if recorded := self._recorded(known):
+            return recorded.scores([p.reshape(-1) for p in picked])
         blind = Probed(none, self.depth)  # questions of order come before draws, so any will do
         return self._step(known, False)(*picked, *known, *self.numbers.values(), sources=blind)
 
@@ -218,6 +271,10 @@ class Pieces:
         if unit * self.columns <= max(scalars, 1 << 20):
             return max(1, scalars // (unit * self.columns)) * unit
         return max(1, scalars // self.columns)
+
+
+def _first(said: Stack) -> Tensor:
+    return said[0]
 
 
 def _flat(pieces: Sequence[Tensor]) -> list[Tensor]:

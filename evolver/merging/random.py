@@ -100,7 +100,7 @@ class Drawn:
     def __init__(self, seed: int, names: Sequence[str], device: torch.device, kernels: Kernels | None = None) -> None:
         self.device, self.kernels = device, kernels
         self.words = [key_words(seed, name, device) for name in names]
-        self._plain_words = [words.tolist() for words in self.words]
+        self.plain_words = [words.tolist() for words in self.words]
 
     def piece(self, start: int, shape: Sequence[int]) -> list[Tensor]:
         """For every tensor the draws of its scalars from ``start`` on, float32, in that shape."""
@@ -117,7 +117,7 @@ class Drawn:
         out = torch.empty((max(2, blocks) if on_gpu else blocks, HALVES, LANES), device=self.device)
         loops = None if on_gpu else native.library()
         if loops is not None:
-            native.draws(loops, self._plain_words[number], first, out)
+            native.draws(loops, self.plain_words[number], first, out)
             return out
         tensors = words, torch.tensor(first, device=self.device), out
         kernel = self.kernels.get(fill, tensors, [False, False, True], "draws") if on_gpu and self.kernels else None

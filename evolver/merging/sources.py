@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from evolver.config import expand
 from evolver.errors import BadInput
 from evolver.merging import gguf
 from evolver.merging.lora import LoraAdapter
-from evolver.merging.weights import HEAD, ROWS, Checkpoint
+from evolver.merging.weights import HEAD, ROWS, TOKENS, Checkpoint
 from evolver.storage import is_remote
 from evolver.storage.fetch import fetched
 
@@ -44,14 +45,24 @@ def _check_same_family(expert: Checkpoint, base: Checkpoint, key: str, same_toke
             f"{key}: {expert.path} is a {kinds[0]} model and the base {base.path} a {kinds[1]} model; "
             "only fine-tunes of the base can be merged."
         )
-    vocabularies = [c.vocabulary() if same_tokens else None for c in (expert, base)]
-    if vocabularies[0] is not None and vocabularies[1] is not None and vocabularies[0] != vocabularies[1]:
+    if same_tokens:
+        _check_same_tokens(expert, base, key)
+    _check_same_tensors(expert, base, key, same_tokens)
+
+
+def _check_same_tokens(expert: Checkpoint, base: Checkpoint, key: str) -> None:
+    ours_at, theirs_at = (c.path / TOKENS for c in (expert, base))
+    if not (ours_at.exists() and theirs_at.exists()):
+        return
+    if filecmp.cmp(ours_at, theirs_at, shallow=False):  # far sooner than parsing both
+        return
+    ours, theirs = expert.vocabulary, base.vocabulary
+    if ours is not None and theirs is not None and ours != theirs:
         raise BadInput(
-            f"{key}: the vocabulary of {expert.path} ({len(vocabularies[0])} tokens) differs from that of the base "
-            f"({len(vocabularies[1])} tokens); give a fine-tune that kept the base's tokenizer, or say "
+            f"{key}: the vocabulary of {expert.path} ({len(ours)} tokens) differs from that of the base "
+            f"({len(theirs)} tokens); give a fine-tune that kept the base's tokenizer, or say "
             "tokenizer_source in a mergekit file."
         )
-    _check_same_tensors(expert, base, key, same_tokens)
 
 
 def _check_same_tensors(expert: Checkpoint, base: Checkpoint, key: str, same_tokens: bool) -> None:

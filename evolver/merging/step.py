@@ -40,6 +40,15 @@ class Step:
 
         ``sources`` know the depth and make the rest; without them all that is among the tensors.
         """
+        try:
+            merged = self.merged(tensors, sources)
+        except Asked as asked:
+            return tuple(asked.value)
+        tensors[-1].copy_(merged)
+        return ()
+
+    def merged(self, tensors: Sequence[Tensor], sources: Sources | None = None) -> Tensor:
+        """The merged piece, float32. Raises Asked for what the method has to know first."""
         rest = iter(tensors)
         inputs, base = [next(rest).float() for _ in range(self.experts)], next(rest)
         known = [next(rest) for _ in range(self.known)]
@@ -54,12 +63,8 @@ class Step:
             inputs = [i - origin for i in inputs]
         here = Here(inputs, origin, known, handed, self.vector)
         given = {**numbers, **self.flags, **({"here": here} if self.method.asks else {})}
-        try:
-            merged = self.method.function(inputs, **given)
-        except Asked as asked:
-            return tuple(asked.value)
-        next(rest).copy_(origin + merged if self.method.on_deltas else merged)
-        return ()
+        merged = self.method.function(inputs, **given)
+        return origin + merged if self.method.on_deltas else merged
 
     @property
     def identity(self) -> str:

@@ -173,7 +173,7 @@ def known_tokens(source: Source) -> Ids:
     Raises BadInput where it has no fast tokenizer.
     """
     checkpoint = source if isinstance(source, Checkpoint) else source.base  # type: ignore[attr-defined]  # adapters have one
-    tokens = checkpoint.vocabulary()
+    tokens = checkpoint.vocabulary
     if tokens is None:
         raise BadInput(
             f"{source.key}: {checkpoint.path} has no {FILE}, so its rows have no tokens; save a fast tokenizer."

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from evolver.config import expand
 from evolver.errors import BadInput
+from evolver.merging import native
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
@@ -32,6 +33,7 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
+TOKENS = "tokenizer.json"
 HEAD = "lm_head.weight"
 # First parts of the names of what a classifier has on top of its body.
 CLASSIFIERS = ("classifier", "score", "pre_classifier", "classification_head", "logits_proj")
@@ -128,13 +130,15 @@ class Checkpoint:
     def digest(self) -> str:
         return cached("digests-headless" if self.headless else "digests", self.files(), self._digest)
 
+    @cached_property
     def layers(self) -> int:
         """The number of layers."""
         return 1 + max((layer_of(n) or 0 for n in self.headers), default=0)
 
+    @cached_property
     def vocabulary(self) -> dict[str, int] | None:
         """Token → id, or None where the folder holds no fast tokenizer."""
-        file = self.path / "tokenizer.json"
+        file = self.path / TOKENS
         if not file.exists():
             return None
         raw = read_json(file, self.key)
@@ -168,7 +172,12 @@ def digests(sources: Mapping[str, Source]) -> dict[str, str]:
 
 def check_finite(tensor: Tensor, name: str, path: Path, key: str) -> None:
     """Raises BadInput for NaN or infinite values; a tensor is looked at in pieces, so that memory stays small."""
-    if not all(bool(piece.isfinite().all()) for piece in tensor.reshape(-1).split(PIECE)):
+    loops = native.library() if tensor.dtype in native.EXPONENTS else None
+    if loops is not None:
+        finite = native.all_finite(loops, tensor.contiguous())
+    else:
+        finite = all(bool(piece.isfinite().all()) for piece in tensor.reshape(-1).split(PIECE))
+    if not finite:
         raise BadInput(f"{key}: tensor {name} of {path} holds NaN or infinite values; it cannot be merged.")
 
 

@@ -24,7 +24,7 @@ def sce(deltas: Stack, *, here: Here, select_topk: Top = number(1.0)) -> Tensor:
     """
     if len(deltas) == 1:
         return deltas[0]
-    varied = here.sum(lambda d, _: (_variance(d) > 0).sum(dtype=torch.float64))
+    varied = here.sum(lambda d, _: operators.total((_variance(d) > 0).float()))
 
     def rank(size: int) -> list[list[int]]:
         everything = float(select_topk) >= 1 or not varied
@@ -36,7 +36,7 @@ def sce(deltas: Stack, *, here: Here, select_topk: Top = number(1.0)) -> Tensor:
         chosen = _variance(d) >= cut
         return [torch.where(chosen, x, 0.0) for x in d]
 
-    energy = here.sum(lambda d, _: torch.stack([x.square().sum(dtype=torch.float64) for x in selected(d)]))
+    energy = here.sum(lambda d, _: torch.stack([operators.total(x.square()) for x in selected(d)]))
     total = energy.sum()
     weight = torch.where(total > 0, energy / torch.where(total > 0, total, 1.0), 1 / len(deltas))
     kept = selected(deltas)
@@ -63,8 +63,8 @@ def ramplus_tl(
     def counts(d: Stack, _: Here) -> Tensor:
         active = [x.abs() > epsilon for x in d]
         alone = operators.total_of([a.int() for a in active]) == 1
-        shared = torch.stack([(a & ~alone).sum(dtype=torch.float64) for a in active])
-        return torch.stack([shared, torch.stack([(a & alone).sum(dtype=torch.float64) for a in active])])
+        shared = torch.stack([operators.total((a & ~alone).float()) for a in active])
+        return torch.stack([shared, torch.stack([operators.total((a & alone).float()) for a in active])])
 
     shared, unique = here.sum(counts)
     ratio = torch.where(unique > 0, shared / torch.where(unique > 0, unique, 1.0), 0.0)
@@ -130,7 +130,7 @@ def pcb(
             agreement = [torch.tanh(x * total) for x in wide]
         else:
             agreement = [operators.total_of([torch.tanh(u * other) for other in unit]) for u in unit]
-        # In float64, as exp differs in float32's last bit from one kernel to another.
+        # In float64, as exp differs in float32's last bit from one processor to another.
         return [(torch.exp(len(d) * u.square()) * a).clamp(min=0).float() for u, a in zip(unit, agreement, strict=True)]
 
     def ranks(size: int) -> list[list[int]]:
@@ -176,8 +176,8 @@ def widen(
 def _columns(models: Stack, here: Here) -> Tensor:
     """Squares of every expert's columns, their products with the base's, and the base's squares: (2E + 1, columns)."""
     wide, base = [m.double() for m in models], here.base.double()
-    squares, products = [w.square().sum(0) for w in wide], [(w * base).sum(0) for w in wide]
-    return torch.stack([*squares, *products, base.square().sum(0)])
+    squares, products = [w.square() for w in wide], [w * base for w in wide]
+    return torch.stack([operators.halved(x) for x in (*squares, *products, base.square())])
 
 
 def _moved(here: Here) -> tuple[Tensor, Tensor]:
@@ -194,7 +194,8 @@ def _moved(here: Here) -> tuple[Tensor, Tensor]:
 
 
 def _importance(moved: Tensor, ratio: Tensor, calibration: Tensor) -> Tensor:
-    rank = moved.argsort(dim=1).argsort(dim=1) / moved.shape[1]
+    rank = moved.argsort(dim=1, stable=True).argsort(dim=1).double() / moved.shape[1]
+    # In float64, as exp differs in float32's last bit from one processor to another.
     score = torch.softmax(rank, dim=0)
     return torch.where(rank > ratio * rank.mean(1, keepdim=True), calibration, score)
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from evolver.merging.here import Here, Stack
 from evolver.merging.methods import Range, method
-from evolver.merging.operators import TINY
+from evolver.merging.operators import TINY, total_of_rows
+from evolver.merging.softmax import softmax
 
 
 @method("Alchemist 2024, NearSwap, as in mergekit", takes=1)
@@ -35,7 +36,8 @@ def arcee_fusion(models: Stack, *, here: Here) -> Tensor:
 
 
 def _importance(models: Stack, here: Here) -> Stack:
-    ours, theirs = torch.softmax(models[0], -1) + TINY, torch.softmax(here.base, -1) + TINY
-    divergence = (ours * torch.log(ours / theirs)).sum(-1, keepdim=True)
+    ours, theirs = (softmax(x) + TINY for x in (models[0], here.base))
+    # In float64, as float32's logarithms and sums differ in the last bit from one processor to another.
+    divergence = total_of_rows(ours * torch.log((ours / theirs).double()).float())[:, None].float()
     # The divergence of equal rows is 0 up to rounding, and scores have no sign.
     return [((models[0] - here.base).abs() * divergence).clamp(min=0)]

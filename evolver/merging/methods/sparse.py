@@ -202,11 +202,11 @@ def _match_norm(deltas: Stack, here: Here, thin: Thin, norm: str) -> Stack:
 
 
 def _sum_of_sizes(delta: Tensor) -> Tensor:
-    return delta.abs().sum(dtype=torch.float64)
+    return operators.total(delta.abs())
 
 
 def _sum_of_squares(delta: Tensor) -> Tensor:
-    return delta.double().square().sum()
+    return operators.total(delta.double().square())
 
 
 def _largest_size(delta: Tensor) -> Tensor:

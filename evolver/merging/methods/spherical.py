@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import torch
@@ -45,14 +46,19 @@ def nuslerp(
     """
     t = weight[1] / operators.divisor_of(weight, torch.float64)
     origin = here.base if task_vectors else torch.zeros_like(here.base)
-    dims = (0, 1) if nuslerp_flatten or here.vector else (0,) if nuslerp_row_wise else (1,)
+    whole = nuslerp_flatten or here.vector
 
     def products(m: Stack, h: Here) -> Tensor:
         a, b = ((x - h.base if task_vectors else x).double() for x in m)
-        return torch.stack([x.sum(dims, keepdim=True) for x in (a * a, a * b, b * b)])
+        pairs = (a * a, a * b, b * b)
+        if whole:
+            return torch.stack([operators.total(x) for x in pairs])
+        if nuslerp_row_wise:
+            return torch.stack([operators.halved(x) for x in pairs])
+        return torch.stack([operators.total_of_rows(x)[:, None] for x in pairs])
 
     # Rows are whole within a piece; the other two kinds need a pass.
-    aa, ab, bb = products(models, here) if dims == (1,) else here.sum(products)
+    aa, ab, bb = here.sum(products) if whole or nuslerp_row_wise else products(models, here)
     norms = (aa * bb).sqrt()
     cosine = torch.where(norms > 0, ab / torch.where(norms > 0, norms, 1.0), 1.0)
     first, second = operators.slerp_factors(cosine, t, operators.no_sine)
@@ -112,14 +118,12 @@ def model_stock(models: Stack, *, here: Here, filter_wise: bool = False) -> Tens
     """
     count = len(models)
 
-    def products(m: Stack, h: Here) -> Tensor:
-        x = torch.stack([d - h.base for d in m]).double()
-        if filter_wise:
-            return torch.einsum("arc,brc->rab", x, x)
-        flat = x.flatten(1)
-        return (flat @ flat.T)[None]  # einsum would turn both about first
+    def products(m: Stack, h: Here, summed: Callable[[Tensor], Tensor] = operators.total) -> Tensor:
+        return operators.gram([d - h.base for d in m], summed)
 
-    by_row = products(models, here) if filter_wise else here.sum(products)
+    # Rows are whole within a piece.
+    of_rows = products(models, here, operators.total_of_rows).movedim(-1, 0) if filter_wise else None
+    by_row = here.sum(products)[None] if of_rows is None else of_rows
     norms = by_row.diagonal(dim1=1, dim2=2).sqrt()
     scale = norms[:, :, None] * norms[:, None, :]
     cosine = torch.where(scale > 0, by_row / torch.where(scale > 0, scale, 1.0), 1.0).clamp(-1, 1)
