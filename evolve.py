@@ -2,7 +2,16 @@
 
 import sys
 
-from cluster.job import main
+from evolver.threads import let_threads_sleep
+
+
+def main() -> int:
+    """The main job."""
+    let_threads_sleep()
+    from cluster.job import main as job  # it brings torch, which reads how threads wait
+
+    return job()
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,6 +15,7 @@ from cluster.pulse import Pulse, answers
 from evolver.config import Config
 from evolver.errors import BadInput
 from evolver.records import Split
+from evolver.threads import waiting
 from evolver.worker import Plan
 
 
@@ -74,7 +75,7 @@ class RayCrew:
 
     def __init__(self, plan: Plan, split: Split, resources: dict[str, Any]) -> None:
         self._plan, self._split = ray.put(plan), split  # once for all actors of a node
-        self._options = resources
+        self._options = {**resources, "runtime_env": {"env_vars": waiting()}}
         self._actors: dict[int, Any] = {}
         self._where: dict[int, dict[str, Any]] = {}
         self._futures: dict[Any, int] = {}

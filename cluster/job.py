@@ -18,8 +18,9 @@ from types import FrameType
 
 from cluster.shared import SharedPool
 from evolver.about import Job
+from evolver.compute import Choice
+from evolver.config import Config, load
 from evolver.config import Pool as PoolSettings
-from evolver.config import load
 from evolver.errors import BadInput
 from evolver.evaluation.course import Course
 from evolver.evaluation.live import default_device
@@ -30,7 +31,7 @@ from evolver.progress import display
 from evolver.records import Split
 from evolver.run import run
 from evolver.storage import Storage, storage_at
-from evolver.worker import LocalPool, Plan
+from evolver.worker import LocalPool, Plan, choose_compute
 
 # What Ray tells the driver of a job, and how ids begin that Ray drew itself.
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         device = device_of(load(given.config).pool)
         name = given.run or submission_id()
-        run(given.config, results_at(given.results), make_pool, shown, device, name, this_job())
+        run(given.config, results_at(given.results), make_pool, shown, device, name, this_job(), choose)
         return 0
     except BadInput as error:
         shown.close()
@@ -87,6 +88,16 @@ def make_pool(plan: Plan, split: Split, tasks: Tasks) -> Pool:
     scale = tasks.scale(split)
     block, alpha = plan.block(split, len(scale.tasks)), plan.config.evaluation.racing
     return SharedPool(pool, share, lambda candidate: Course(candidate, scale, block, alpha))
+
+
+def choose(config: Config) -> Choice:
+    """The dtype of forward passes that is faster where the workers of a configuration are."""
+    if not uses_ray(config.pool):
+        return choose_compute(config)
+    from cluster.survey import choose_on_ray
+
+    connect()
+    return choose_on_ray(config)
 
 
 def device_of(settings: PoolSettings) -> str:
@@ -142,7 +153,3 @@ def results_at(given: str | None) -> Storage:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     raise Stopped
-
-
-if __name__ == "__main__":
-    sys.exit(main())

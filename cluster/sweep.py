@@ -159,7 +159,7 @@ def _number(value: float | None) -> str:
 
 def _process(name: str, file: Path, results: str) -> tuple[int, str]:
     """A run as a process here: its exit status, and the last that it said."""
-    command = [sys.executable, "-m", "cluster.job", str(file), "--results", results]
+    command = [sys.executable, "-m", "evolver", "run", str(file), "--results", results]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     said = (done.stderr or done.stdout).strip().splitlines()
     return done.returncode, said[-1] if said else "it said nothing"

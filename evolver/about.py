@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 import yaml
 
-from evolver.config import Config, Loader, check_section
+from evolver.config import Config, Loader, check_section, computing
 from evolver.errors import BadInput
 from evolver.evaluation.scoring import Scale
 from evolver.folder import file_of_run
@@ -38,7 +38,7 @@ class About:
     """A run, but for its ledger.
 
     Attributes:
-        config: as it was called last.
+        config: as it was called last, with the dtype of forward passes that was chosen.
         scales: how items make up scores, of both splits.
         versions: of the packages that were used.
         warnings: what was said before the run began.
@@ -55,6 +55,7 @@ class About:
 def write_about(folder: Storage, about: About) -> None:
     """Write it into a run's folder; the configuration is there already."""
     form = {
+        "compute": about.config.model.compute,
         "versions": dict(about.versions),
         "warnings": list(about.warnings),
         "scales": {split: scale.form() for split, scale in about.scales.items()},
@@ -73,13 +74,13 @@ def read_about(folder: Storage) -> About:
         form = json.loads(text)
         scales: dict[Split, Scale] = {split: Scale.from_form(scale) for split, scale in form["scales"].items()}
         job = Job(**form["job"]) if form.get("job") else None
-        versions, warnings = form["versions"], tuple(form["warnings"])
+        versions, warnings, compute = form["versions"], tuple(form["warnings"]), form["compute"]
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{folder.location}/{FILE}: cannot be read ({error!r}); call the run again.") from error
     config = check_section(Config, raw, f"{folder.location}/config.yaml")
     name = folder.location.rstrip("/").rpartition("/")[2]  # a run may have been called by another name than its file's
     config = config.model_copy(update={"run": name})
-    return About(config, scales, versions, warnings, job)
+    return About(computing(config, compute), scales, versions, warnings, job)
 
 
 def runs_in(root: Storage) -> list[str]:

@@ -5,7 +5,6 @@ Exit status: 0 done, 2 bad input, 3 stopped with everything finished kept (or a 
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from evolver.errors import BadInput
+from evolver.threads import let_threads_sleep
 
 # What a command needs is imported by that command: torch alone takes a second, and help should not wait for it.
 
@@ -60,8 +60,11 @@ def validate(config: Annotated[Path, typer.Argument(help="the configuration of a
     from cluster.job import device_of
     from evolver.config import load
     from evolver.run import prepare
+    from evolver.worker import choose_compute
 
-    prepared = prepare(str(config), weights=False, device=device_of(load(config).pool))
+    given = load(config)
+    device = device_of(given.pool)
+    prepared = prepare(str(config), weights=False, device=device)
     for warning in (*prepared.warnings, *prepared.tasks.warnings):
         typer.echo(f"warning: {warning}", err=True)
     sizes = {split: len(prepared.tasks.items.of(split)) for split in ("dev", "report")}
@@ -70,6 +73,9 @@ def validate(config: Annotated[Path, typer.Argument(help="the configuration of a
         f"{config}: {len(prepared.experts)} experts, {sizes['dev']} dev and {sizes['report']} report items, "
         f"{'no limit on' if total is None else total} candidates: ready to run"
     )
+    if given.model.compute == "auto" and given.evaluation.backend == "resident":
+        choice = choose_compute(given, device)
+        typer.echo(f"model.compute: auto is {choice.compute} on this machine: {choice.why}")
 
 
 @app.command()
@@ -142,15 +148,20 @@ def report(
 @app.command()
 def export(
     folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
-    out: Annotated[Path, typer.Argument(help="folder to write; with --gguf, the file")],
+    out: Annotated[Path, typer.Argument(help="folder to write, new or empty; with --gguf, the file")],
     candidate: Annotated[str | None, typer.Option(help="its number, or its recipe's id; default: the best")] = None,
     lora: Annotated[int | None, typer.Option(min=1, help="write a LoRA adapter of this rank instead")] = None,
     energy: Annotated[float | None, typer.Option(help="… of the ranks that keep this share of the difference")] = None,
     delta: Annotated[bool, typer.Option(help="write the difference to the base instead")] = False,
     gguf: Annotated[str | None, typer.Option(help="write a GGUF file of this type instead: bf16, q8_0, …")] = None,
     push_to_hub: Annotated[str | None, typer.Option(help="also upload it there, as org/name")] = None,
+    force: Annotated[bool, typer.Option("--force", help="take the place of an earlier export")] = False,
 ) -> None:
-    """Write a model of a run as a Hugging Face folder, a LoRA adapter, a delta or a GGUF file, and check it."""
+    """Write a model of a run as a Hugging Face folder, a LoRA adapter, a delta or a GGUF file, and check it.
+
+    Nothing that is there already is written over; --force replaces what an earlier export wrote, if nobody has changed
+    it since.
+    """
     from evolver import deliver
     from evolver.storage import storage_at
 
@@ -161,13 +172,13 @@ def export(
     if energy is not None and not 0 < energy <= 1:
         raise BadInput(f"--energy: {energy:g} is not usable; write a share above 0 and up to 1.")
     if gguf is not None:
-        deliver.deliver_gguf(run, out, candidate, gguf, typer.echo)
+        deliver.deliver_gguf(run, out, candidate, gguf, typer.echo, force)
     elif delta:
-        deliver.deliver_delta(run, out, candidate, typer.echo)
+        deliver.deliver_delta(run, out, candidate, typer.echo, force)
     elif lora is not None or energy is not None:
-        deliver.deliver_lora(run, out, candidate, lora, energy, typer.echo)
+        deliver.deliver_lora(run, out, candidate, lora, energy, typer.echo, force)
     else:
-        deliver.deliver(run, out, candidate, typer.echo)
+        deliver.deliver(run, out, candidate, typer.echo, force)
     if push_to_hub:
         from huggingface_hub import HfApi
 
@@ -317,8 +328,6 @@ def experts(
     measure: Annotated[bool, typer.Option(help="score base and experts on the pool's tasks at the end")] = True,
 ) -> None:
     """Train a pool of experts, or what is missing of it, and show what they are good at."""
-    # Read when torch comes in. Threads that spin while they wait slow a training down many times beside other work.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from evolver.storage import storage_at
     from evolver.training.experts import locations, make_pool
     from evolver.training.settings import load_pool
@@ -357,6 +366,7 @@ def sweep(
 
 def main() -> None:
     """Run the command line; bad input is one sentence and exit status 2."""
+    let_threads_sleep()
     try:
         app()
     except BadInput as error:

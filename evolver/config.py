@@ -43,7 +43,12 @@ class Model(Section):
         "merged over the union of the experts' labels",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="dtype of merged weights and of evaluation; auto: that of the base"
+        "auto", description="dtype that merged weights are rounded to and stored in; auto: that of the base"
+    )
+    compute: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto",
+        description="dtype of forward passes; auto: that of the weights or float32, whichever is faster where the "
+        "first worker is, for the whole run",
     )
 
 
@@ -305,6 +310,11 @@ def renamed(config: Config, run: str) -> Config:
     if not re.match(NAME, run):
         raise BadInput(f"--run: {run!r} cannot be a run's name; use letters, digits, dots, dashes and underscores.")
     return config.model_copy(update={"run": run})
+
+
+def computing(config: Config, compute: str) -> Config:
+    """The configuration with forward passes in this dtype."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"compute": compute})})
 
 
 def check_section(kind: type[SectionType], raw: Mapping[str, Any], file: str, prefix: str = "") -> SectionType:

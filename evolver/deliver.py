@@ -14,12 +14,12 @@ from evolver.errors import BadInput
 from evolver.evaluation.live import default_device
 from evolver.export import TOKENIZER, configuration, export
 from evolver.history import History, read_history
-from evolver.merging import gguf_out
+from evolver.merging import gguf_out, gguf_seal
 from evolver.merging.gguf_keys import KEY
 from evolver.merging.lora_out import write_delta, write_lora
 from evolver.records import Candidate, Recipe, Result
 from evolver.run import Prepared, prepare_run, score_again, texts, texts_of
-from evolver.storage import Storage, whole_file, whole_folder
+from evolver.storage import Storage, check_export, check_target, exported_folder, new_file
 from evolver.worker import build_materialiser
 
 Warn = Callable[[str], None]
@@ -43,30 +43,36 @@ def find(history: History, wanted: str | None) -> tuple[Candidate, Result]:
     return max(found, key=lambda pair: len(pair[1].items))
 
 
-def deliver(run: Storage, out: Path, wanted: str | None, say: Warn) -> None:
+def deliver(run: Storage, out: Path, wanted: str | None, say: Warn, force: bool = False) -> None:
     """Write a candidate as a Hugging Face folder, and check it: loaded anew, it has to give the ledger's answers.
 
-    Raises BadInput for a run whose models or data are not there any more.
+    Args:
+        force: take the place of an earlier export.
+
+    Raises BadInput for a run whose models or data are not there any more, and where something else is at ``out``.
     """
+    check_export(out, force)
     history = read_history(run)
     candidate, result = find(history, wanted)
     prepared = prepare_run(run)
     outcome = history.outcome()
     best = history.best is not None and candidate.recipe.id == history.best[0].recipe.id
     more = texts(prepared, outcome) if outcome and best else texts_of(prepared, history.about, candidate, result)
-    export(candidate.recipe, build_materialiser(prepared.plan, prepared.opened), out, more)
+    with exported_folder(out, force) as folder:
+        export(candidate.recipe, build_materialiser(prepared.plan, prepared.opened), folder, more)
     agreement = score_again(prepared, out, result.items, default_device())
     say(f"{out}: loaded anew, it gives the ledger's answers on {agreement['equal']} of {agreement['items']} dev items")
 
 
-def deliver_delta(run: Storage, out: Path, wanted: str | None, say: Warn) -> None:
+def deliver_delta(run: Storage, out: Path, wanted: str | None, say: Warn, force: bool = False) -> None:
     """Write a candidate as its difference to the base, tensor by tensor in float32, in one safetensors file.
 
     Tensors without a difference are left out.
     """
+    check_export(out, force)
     recipe, prepared = _chosen(run, wanted)
     base = prepared.config.model.base
-    with whole_folder(out) as folder:
+    with exported_folder(out, force) as folder:
         count = write_delta(
             _of_base(prepared), _stream(prepared, recipe), folder, {"base_model": base, "recipe": recipe.id}
         )  # fmt: skip
@@ -74,7 +80,8 @@ def deliver_delta(run: Storage, out: Path, wanted: str | None, say: Warn) -> Non
 
 
 def deliver_lora(
-    run: Storage, out: Path, wanted: str | None, rank: int | None, energy: float | None, say: Warn
+    run: Storage, out: Path, wanted: str | None, rank: int | None, energy: float | None, say: Warn,
+    force: bool = False,
 ) -> None:  # fmt: skip
     """Write a candidate as a LoRA adapter of the base, of a rank, or of the ranks that keep a share of the difference.
 
@@ -82,16 +89,19 @@ def deliver_lora(
     """
     if (rank is None) == (energy is None):
         raise BadInput("--lora, --energy: give a rank, or the share of the difference to keep, not both.")
+    check_export(out, force)
     recipe, prepared = _chosen(run, wanted)
     tied = bool(prepared.opened.base.config.get("tie_word_embeddings"))
     model, base = _stream(prepared, recipe), prepared.config.model.base
-    with whole_folder(out) as folder:
+    with exported_folder(out, force) as folder:
         made = write_lora(_of_base(prepared), model, folder, base, tied, rank, energy)
     beside = f", {made.whole} tensors whole" if made.whole else ""
     say(f"{out}: rank {made.rank}{beside}; holds {100 * made.share:.1f} % of the squared difference to the base")
 
 
-def deliver_gguf(run: Storage, out: Path, wanted: str | None, kind: str, say: Warn) -> None:
+def deliver_gguf(
+    run: Storage, out: Path, wanted: str | None, kind: str, say: Warn, force: bool = False
+) -> None:  # fmt: skip
     """Write a candidate as one GGUF file of a type such as ``q8_0``.
 
     Before it gets its name, every tensor of it is read anew, and what Transformers makes of it is asked for the
@@ -101,8 +111,8 @@ def deliver_gguf(run: Storage, out: Path, wanted: str | None, kind: str, say: Wa
     """
     kind = kind.lower()
     gguf_out.check(kind, out)
-    if out.is_dir():
-        raise BadInput(f"{KEY}: {out} is a folder; name the file to write, such as merged.gguf.")
+    replaced = gguf_seal.is_sealed if force else None
+    check_target(out, "file", replaced)
     candidate, result = find(read_history(run), wanted)
     prepared = prepare_run(run)
     if prepared.config.model.kind != "causal-lm":
@@ -112,11 +122,15 @@ def deliver_gguf(run: Storage, out: Path, wanted: str | None, kind: str, say: Wa
         )
     model = _model(prepared, candidate.recipe)
     try:
-        with whole_file(out) as file, tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+        with (
+            new_file(out, replaced) as file,
+            tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch,
+        ):
             written = gguf_out.write(model, kind, file)
             gguf_out.verify(file, written)
             folder = _read_back(prepared, model, file, Path(scratch) / "model")
             agreement = score_again(prepared, folder, result.items, default_device())
+            gguf_seal.seal(file)
     except OSError as error:
         raise BadInput(
             f"{error.filename or out}: cannot be read or written ({error.strerror or error}); make room or mend the "

@@ -12,9 +12,11 @@ from pathlib import Path
 import psutil
 import torch
 
+from evolver.compute import choose_for_any
 from evolver.config import expand
 from evolver.evaluation.live import default_device
 from evolver.loggers.base import installed
+from evolver.threads import usable_cores, waiting
 
 GIB = 1 << 30
 Finding = tuple[str, str, str]  # what, what is found, what to do about it or ""
@@ -36,7 +38,8 @@ def findings() -> Iterator[Finding]:
     yield "python", platform.python_version(), ""
     for package in PACKAGES:
         yield package, importlib.metadata.version(package), ""
-    yield "processor", f"{os.cpu_count()} cores, {platform.machine()}", ""
+    yield "processor", f"{usable_cores()} of {os.cpu_count()} cores may be used, {platform.machine()}", ""
+    yield "waiting threads", " ".join(f"{name}={value}" for name, value in waiting().items()), ""
     memory = psutil.virtual_memory()
     few = memory.available < 2 * GIB
     yield (
@@ -44,6 +47,8 @@ def findings() -> Iterator[Finding]:
         "a model of 1B parameters takes 2 GiB in bfloat16, beside its experts' pages" if few else "",
     )  # fmt: skip
     yield from _accelerator()
+    choice = choose_for_any("bfloat16", default_device())
+    yield "model.compute: auto", f"{choice.compute} for weights in bfloat16: {choice.why}", ""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     yield "compiler", compiler or "none", "" if compiler else "merging is slower without one: install gcc or clang"
     yield from _cache()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from evolver.config import load
+from evolver.compute import is_open, settled
+from evolver.config import computing, load
 from evolver.errors import BadInput
 from evolver.evaluation.comparison import interval
 from evolver.evaluation.live import default_device
@@ -16,7 +17,7 @@ from evolver.merging.sources import open_base
 from evolver.records import Split
 from evolver.report import markdown_table, number
 from evolver.run import answers, block_of
-from evolver.worker import build_model, open_models
+from evolver.worker import build_model, choose_compute, open_models
 
 
 def evaluate(file: str, models: Sequence[str], split: Split) -> str:
@@ -32,6 +33,9 @@ def evaluate(file: str, models: Sequence[str], split: Split) -> str:
     config = load(file)
     try:
         opened, tasks = open_models(config), load_tasks(config)
+        config = settled(config, opened.base.headers)
+        if is_open(config):
+            config = computing(config, choose_compute(config).compute)
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from error
     torch.set_num_threads(config.evaluation.threads)

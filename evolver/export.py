@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from evolver import shards
 from evolver.merging.heads import Head
 from evolver.merging.materialise import Materialiser
 from evolver.records import Recipe, dump_recipe
-from evolver.storage import whole_folder
 
 # How configurations say the number of layers.
 DEPTH = ("num_hidden_layers", "n_layer", "num_layers")
@@ -26,30 +25,27 @@ COMPANIONS = ("generation_config.json", *TOKENIZER)
 
 
 def export(
-    recipe: Recipe, materialiser: Materialiser, target: Path, texts: Mapping[str, str],
+    recipe: Recipe, materialiser: Materialiser, folder: Path, texts: Mapping[str, str],
     shard_bytes: int = shards.SHARD_BYTES, tokenizer: Path | None = None,
-    finish: Callable[[Path], None] = lambda folder: None,
 ) -> None:  # fmt: skip
-    """Write the model of ``recipe`` to ``target``; an interrupted export leaves nothing under that name.
+    """Write the model of ``recipe`` into an empty folder, or one that it makes.
 
     Args:
         texts: further files by name: its README, its configuration for other tools.
         shard_bytes: how large a file of weights may become.
         tokenizer: the folder whose tokenizer and generation settings are copied; None: the base's.
-        finish: called with the folder before it gets its name.
     """
     base = materialiser.base
-    with whole_folder(target) as folder:
-        infos = {n: materialiser.info(recipe, n) for n in materialiser.names(recipe)}
-        shards.write(materialiser.stream(recipe), infos, folder, shard_bytes)
-        for name in COMPANIONS:
-            if ((tokenizer or base.path) / name).exists():
-                shutil.copyfile((tokenizer or base.path) / name, folder / name)
-        (folder / "config.json").write_text(json.dumps(configuration(recipe, materialiser), indent=2))
-        (folder / "recipe.json").write_text(dump_recipe(recipe))
-        for name, text in texts.items():
-            (folder / name).write_text(text)
-        finish(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    infos = {n: materialiser.info(recipe, n) for n in materialiser.names(recipe)}
+    shards.write(materialiser.stream(recipe), infos, folder, shard_bytes)
+    for name in COMPANIONS:
+        if ((tokenizer or base.path) / name).exists():
+            shutil.copyfile((tokenizer or base.path) / name, folder / name)
+    (folder / "config.json").write_text(json.dumps(configuration(recipe, materialiser), indent=2))
+    (folder / "recipe.json").write_text(dump_recipe(recipe))
+    for name, text in texts.items():
+        (folder / name).write_text(text)
 
 
 def write_heads(folder: Path, heads: Mapping[str, tuple[Path, Head]]) -> None:

@@ -27,6 +27,12 @@ def file_of_run(folder: Storage, name: str) -> str:
         raise BadInput(f"{folder.location}: there is no run; give the folder of one, such as results/demo.") from None
 
 
+def compute_of(folder: Storage) -> str | None:
+    """The dtype of a run's forward passes; None where the folder holds no run yet."""
+    model = (_frozen(folder) or {}).get("model")
+    return model.get("compute") if isinstance(model, dict) else None
+
+
 def extended(folder: Storage, candidates: int | None, items: int | None) -> str:
     """The configuration that a run was called with last, with another budget where one is given.
 
@@ -53,7 +59,7 @@ class RunFolder:
         self.location = storage.location
         self.owner = content_hash(identity)
         try:
-            frozen, names = self._frozen(), storage.names()
+            frozen, names = _frozen(storage), storage.names()
         except NotADirectoryError:
             raise BadInput(
                 f"{self.location}: there is a file of that name; choose another run name or remove it."
@@ -76,22 +82,18 @@ class RunFolder:
         """
         try:
             self.storage.write("config.yaml", configuration.encode())
-            self.storage.write(IDENTITY, json.dumps(self.identity, indent=1, sort_keys=True).encode())
+            self._found()
         except OSError as error:
             raise BadInput(
                 f"{self.location}: cannot be written ({error.strerror or error}); choose a folder that can."
             ) from error
 
-    def _frozen(self) -> Mapping[str, Any] | None:
+    def _found(self) -> None:
+        """Make the folder this run's, unless it is; of several that try at once, one succeeds."""
         try:
-            identity: dict[str, Any] = json.loads(self.storage.read(IDENTITY))
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise BadInput(
-                f"{self.location}/{IDENTITY}: cannot be read ({error}); restore it, or choose another run name."
-            ) from error
-        return identity
+            self.storage.create(IDENTITY, json.dumps(self.identity, indent=1, sort_keys=True).encode())
+        except FileExistsError:
+            self._compare(_frozen(self.storage) or {}, self.identity)
 
     def _compare(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         # The items follow from seed, tasks and data: name them only where nothing else differs.
@@ -103,3 +105,21 @@ class RunFolder:
                 f"{self.location}: the run was made with another configuration ({key}: {what}); "
                 "give the changed configuration another run name, or restore the key."
             )
+
+
+def _frozen(folder: Storage) -> Mapping[str, Any] | None:
+    """What makes the run in a folder what it is; None where there is none.
+
+    Raises BadInput where it cannot be read.
+    """
+    try:
+        identity = json.loads(folder.read(IDENTITY))
+        if not isinstance(identity, dict):
+            raise ValueError("it holds no mapping")
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise BadInput(
+            f"{folder.location}/{IDENTITY}: cannot be read ({error}); restore it, or choose another run name."
+        ) from error
+    return identity

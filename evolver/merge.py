@@ -19,6 +19,7 @@ from evolver.merging.vocabulary import Aligned, Vocabulary, extend_tokenizer, kn
 from evolver.merging.weights import Checkpoint, Source, digests
 from evolver.records import Expert
 from evolver.shards import SHARD_BYTES
+from evolver.storage import check_target, new_folder
 
 CARD = """---
 tags: [merge, evolver]
@@ -84,8 +85,7 @@ def merge(
 
     Raises BadInput for what cannot be merged, before anything is written.
     """
-    if target.exists() and any(target.iterdir()):
-        raise BadInput(f"{target}: is there already and not empty; name another folder.")
+    check_target(target)
     opened = open_file(path)
     chat_template = _chat_template(opened, str(path))
     known = digests(opened.sources)
@@ -104,7 +104,8 @@ def merge(
     text = Path(path).read_text()
     texts = {"README.md": CARD.format(name=target.name, text=text), mergekit_out.FILE: text}
 
-    def finish(folder: Path) -> None:
+    with new_folder(target) as folder:
+        export(recipe, materialiser, folder, texts, shard_bytes, _tokenizer_folder(opened))
         if not tokenizer:
             for name in TOKENIZER:
                 (folder / name).unlink(missing_ok=True)
@@ -113,8 +114,6 @@ def merge(
             extend_tokenizer(folder, opened.vocabulary, {r: s.path for r, s in opened.sources.items()})
         if chat_template is not None:
             (folder / chat.FILE).write_text(chat_template)
-
-    export(recipe, materialiser, target, texts, shard_bytes, _tokenizer_folder(opened), finish)
 
 
 def _tokenizer_folder(opened: Opened) -> Path:

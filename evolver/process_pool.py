@@ -13,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from evolver.errors import BadInput
 from evolver.messages import pack_candidate, pack_result, unpack_candidate, unpack_result
 from evolver.records import Candidate, Result, Split
+from evolver.threads import let_threads_sleep
 from evolver.worker import Plan, Worker
 
 READY = b"ready"
@@ -67,6 +68,7 @@ class ProcessPool:
     def _start(self) -> Connection:
         # Spawned: a forked process would inherit threads' locks without the threads. Not a daemon, which may have no
         # children: some engines are several processes.
+        let_threads_sleep()  # it inherits our environment, and reads it when it brings torch
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, self._plan, self._split))

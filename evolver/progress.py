@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: bars with the time left on a terminal, plain lines elsewhere."""
+"""What a person sees while a run goes: bars on a terminal, plain lines elsewhere, with the time left of the run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
+from evolver.pace import in_words
 from evolver.records import Candidate, Result
 
 # Without a terminal, one line at most so often, so that a long run does not fill a log.
@@ -28,7 +28,10 @@ class Display(Protocol):
 
     def say(self, line: str) -> None: ...
     def stage(self, name: str, total: int | None) -> None: ...
-    def result(self, candidate: Candidate, result: Result) -> None: ...
+    def result(self, candidate: Candidate, result: Result, left: float | None) -> None:
+        """Tell of a result, and of the seconds that the rest of the run will take, where somebody knows."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -54,19 +57,18 @@ class Lines:
 
     def __init__(self) -> None:
         self._done, self._total, self._best = 0, 0, float("-inf")
-        self._spoke = self._began = time.monotonic()
+        self._spoke = time.monotonic()
         self._name = ""
 
     def say(self, line: str) -> None:
         print(line, flush=True)
 
     def stage(self, name: str, total: int | None) -> None:
-        self._name, self._total, self._done, self._began = name, total or 0, 0, time.monotonic()
+        self._name, self._total, self._done = name, total or 0, 0
         self._best, self._spoke = float("-inf"), 0.0
 
-    def result(self, candidate: Candidate, result: Result) -> None:
+    def result(self, candidate: Candidate, result: Result, left: float | None) -> None:
         self._done += 1
-        self._began = time.monotonic() if self._done == 1 else self._began
         improved = result.score is not None and result.score > self._best
         if result.score is not None:
             self._best = max(self._best, result.score)
@@ -75,10 +77,7 @@ class Lines:
         if improved or last or result.status == "failed" or now - self._spoke >= QUIET_SECONDS:
             self._spoke = now
             of = f"/{self._total}" if self._total else ""
-            # Counted from the first result on, which may have had to wait for a model to be loaded.
-            pace = (now - self._began) / max(1, self._done - 1)
-            left = pace * (self._total - self._done)
-            eta = f", about {left:.0f} s left" if self._done > 1 and left > 1 else ""
+            eta = "" if left is None else f"; the whole run takes about {in_words(left)} more"
             print(f"{self._name} {self._done}{of}: {describe(candidate, result)}{eta}", flush=True)
 
     def close(self) -> None: ...
@@ -90,7 +89,7 @@ class Bars:
     def __init__(self) -> None:
         self._progress = Progress(
             TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(),
+            TextColumn("{task.fields[note]}"), console=Console(),
         )  # fmt: skip
         self._progress.start()
         self._task: TaskID | None = None
@@ -103,12 +102,14 @@ class Bars:
         self._best = float("-inf")
         self._task = self._progress.add_task(name, total=total, note="")
 
-    def result(self, candidate: Candidate, result: Result) -> None:
+    def result(self, candidate: Candidate, result: Result, left: float | None) -> None:
         if self._task is None:
             return
         if result.score is not None:
             self._best = max(self._best, result.score)
-        note = f"best {self._best:.4f}" if self._best > float("-inf") else ""
+        notes = [f"best {self._best:.4f}"] * (self._best > float("-inf"))
+        notes += [] if left is None else [f"about {in_words(left)} left in all"]
+        note = ", ".join(notes)
         self._progress.update(self._task, advance=1, note=note)
         if result.status == "failed":
             self.say(describe(candidate, result))

@@ -297,16 +297,19 @@ def _provenance(outcome: Outcome) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in outcome.about.versions.items())
     same = (
         "The same configuration gives the same candidates and the same winner, with one worker or many, interrupted or "
-        "not; in bfloat16 on a CPU this holds on processors that compute alike."
+        "not; sums of forward passes are rounded in the order of a processor, so this holds on processors that compute "
+        "alike."
     )
     if outcome.config.order == "arrival":
         same = (
             "Results were learnt as they came (`order: arrival`): called again in this folder, the run repeats itself "
             "from its ledger; in another one, other timing makes other candidates."
         )
+    compute = outcome.config.model.compute
+    passes = f"Forward passes ran in {compute}. " if compute != "auto" else ""
     return (
         "## How to reproduce\n\n"
-        f"`python evolve.py config.yaml` with the configuration beside this file, seed {outcome.config.seed}. "
+        f"`python evolve.py config.yaml` with the configuration beside this file, seed {outcome.config.seed}. {passes}"
         f"Versions: {versions}. {same}"
     )
 

@@ -18,13 +18,14 @@ import torch
 from evolver import __version__, loggers
 from evolver.about import About, Job, write_about
 from evolver.card import candidate_card, licence_of, model_card
-from evolver.config import FREE_KEYS, Config, check_section, expand, load, renamed
+from evolver.compute import Choice, is_open, refuse_compute, settled
+from evolver.config import FREE_KEYS, Config, check_section, computing, expand, load, renamed
 from evolver.errors import BadInput, nearest
 from evolver.estimates import Estimates, first_unjudged
 from evolver.evaluation.tasks import SplitScorer, Tasks, load_tasks
 from evolver.export import export, write_heads
 from evolver.flights import Pool
-from evolver.folder import RunFolder, file_of_run
+from evolver.folder import RunFolder, compute_of, file_of_run
 from evolver.history import History, history_of
 from evolver.ledger import Ledger, write_items
 from evolver.loggers import Tracked, Trackers
@@ -35,6 +36,7 @@ from evolver.merging.genome import Genome, genome
 from evolver.merging.placed import fixed_rules
 from evolver.merging.weights import Checkpoint
 from evolver.outcome import Outcome
+from evolver.pace import Pace, Remaining
 from evolver.progress import Display
 from evolver.records import Candidate, Expert, Merge, Recipe, Result, Rule, Split, dump_recipe
 from evolver.report import verdict, write_report
@@ -45,9 +47,20 @@ from evolver.search.halving import HalvingSettings
 from evolver.search.optuna_samplers import CoefficientSettings
 from evolver.search.plain import Listed
 from evolver.storage import Storage
-from evolver.worker import Opened, Plan, build_materialiser, build_model, check_memory, items_hash, open_models
+from evolver.threads import too_many
+from evolver.worker import (
+    Opened,
+    Plan,
+    build_materialiser,
+    build_model,
+    check_memory,
+    choose_compute,
+    items_hash,
+    open_models,
+)
 
 PoolMaker = Callable[[Plan, Split, Tasks], Pool]
+Chooser = Callable[[Config], Choice]
 SPLITS: tuple[Split, Split] = ("dev", "report")
 JUDGES = ("torch", "transformers", "lm-eval")
 PACKAGES = ("torch", "transformers", "lm-eval", "optuna", "safetensors", "numpy", "ray")
@@ -84,13 +97,17 @@ def prepare(file: str, name: str | None = None, weights: bool = True, device: st
     loggers.check(config, file)
     try:
         opened = open_models(config)
+        config = settled(config, opened.base.headers)
         if device:
             check_memory(config, opened, device)
+            if config.model.compute != "auto":
+                refuse_compute(config.model.compute, device)
         tasks = load_tasks(config)
         estimates = Estimates(tasks.scale("dev"), config.evaluation.block_items)
         _can_race(config, algorithm, estimates)
         workshop = _Workshop(config, opened, opened.digests() if weights else None)
         warnings = tuple(doubts(opened.base, opened.experts.values())) if weights else ()
+        warnings += tuple(filter(None, [too_many(config.evaluation.threads)]))
         setup = Setup(
             workshop.experts, workshop.base, config.seed, config.budget, workshop, estimates,
             config.evaluation.early_stopping, config.evaluation.racing is not None,
@@ -107,6 +124,15 @@ def prepare(file: str, name: str | None = None, weights: bool = True, device: st
     )
 
 
+def in_compute(prepared: Prepared, compute: str) -> Prepared:
+    """The same with ``model.compute`` settled, where the configuration leaves it open."""
+    if not is_open(prepared.config):
+        return prepared
+    config = computing(prepared.config, compute)
+    identity = {**prepared.identity, "model": {**prepared.identity["model"], "compute": compute}}
+    return replace(prepared, config=config, plan=replace(prepared.plan, config=config), identity=identity)
+
+
 def prepare_run(run: Storage) -> Prepared:
     """What a run that is in a folder stands on.
 
@@ -116,6 +142,8 @@ def prepare_run(run: Storage) -> Prepared:
         file = Path(folder) / "config.yaml"
         file.write_text(file_of_run(run, "config.yaml"))
         prepared = prepare(str(file))
+    if chosen := compute_of(run):
+        prepared = in_compute(prepared, chosen)
     RunFolder(run, prepared.identity)
     return prepared
 
@@ -142,7 +170,7 @@ def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
 
 def run(
     file: str, results: Storage, make_pool: PoolMaker, display: Display, device: str, name: str | None = None,
-    job: Job | None = None,
+    job: Job | None = None, choose: Chooser = choose_compute,
 ) -> Storage:  # fmt: skip
     """Run a configuration, or the rest of it, and return the run's folder.
 
@@ -154,10 +182,12 @@ def run(
         device: on which the exported winner is checked.
         name: of the run, instead of the configuration's.
         job: the Ray job that this is, if it is one.
+        choose: chooses the dtype of forward passes where workers are; a run is asked once for it.
 
     Raises BadInput for anything that the user has to mend.
     """
     prepared = prepare(file, name, device=device)
+    prepared = _in_chosen_compute(prepared, results.folder(prepared.config.run), device, choose, display)
     folder = RunFolder(results.folder(prepared.config.run), prepared.identity)
     listeners = loggers.build(prepared.config, file, folder.storage)
     # A pool that the cluster can never offer is refused here, before anything is written.
@@ -193,6 +223,25 @@ def run(
     return folder.storage
 
 
+def _in_chosen_compute(
+    prepared: Prepared, folder: Storage, device: str, choose: Chooser, display: Display
+) -> Prepared:  # fmt: skip
+    """With the dtype in which the run has computed so far or, at its beginning, the faster one where workers are."""
+    if not is_open(prepared.config):
+        return prepared
+    chosen = compute_of(folder)
+    try:
+        if chosen is None:
+            choice = choose(prepared.config)
+            display.say(f"forward passes run in {choice.compute}: {choice.why}")
+            chosen = choice.compute
+        prepared = in_compute(prepared, chosen)
+        check_memory(prepared.config, prepared.opened, device)
+    except BadInput as error:
+        raise BadInput(f"{prepared.file}: {error}") from error
+    return prepared
+
+
 def _about(prepared: Prepared, folder: RunFolder, job: Job | None) -> About:
     scales = {split: prepared.tasks.scale(split) for split in SPLITS}
     warnings = (*prepared.warnings, *prepared.tasks.warnings)
@@ -205,13 +254,15 @@ def _stages(
 ) -> Outcome:  # fmt: skip
     """Baselines, search, and the finalists on the report set."""
     pairs: list[tuple[Candidate, Result]] = []
+    plain = Listed(_baselines(prepared), "baseline")
+    pace = _pace(prepared, plain.total)
 
     def watch(candidate: Candidate, result: Result) -> None:
         pairs.append((candidate, result))
-        display.result(candidate, result)
+        pace.result(result)
+        display.result(candidate, result, pace.left())
         trackers.result(candidate, result)
 
-    plain = Listed(_baselines(prepared), "baseline")
     display.stage("baselines", plain.total)
     evolve(plain, pool, ledger, watch)
     for result in plain.results.values():
@@ -236,6 +287,19 @@ def _stages(
     return outcome
 
 
+def _pace(prepared: Prepared, baselines: int) -> Pace:
+    """What lies ahead of a run; at its end the exported winner is scored on the dev items once more."""
+    dev, report = (len(prepared.tasks.items.of(split)) for split in SPLITS)
+    finalists = len(prepared.experts) + len(("base", "average", "task_arithmetic", "winner"))
+    stages = {
+        "baseline": Remaining(baselines, dev),
+        "search": Remaining(prepared.search.total, dev, prepared.config.budget.items),
+        "report": Remaining(finalists, report, builds=True),
+        "check": Remaining(1, dev, builds=True),
+    }
+    return Pace(stages, prepared.config.pool.num_workers)
+
+
 def _guesses(prepared: Prepared) -> Guesses | None:
     """What is scored ahead by workers that would be idle."""
     search, config = prepared.search, prepared.config
@@ -253,9 +317,9 @@ def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Di
         display.say(f"writing the best model to {folder.location}/best")
         materialiser = build_materialiser(prepared.plan, prepared.opened)
         heads = {n: (prepared.opened.experts[n].path, h) for n, h in prepared.opened.heads.items()}
-        finish = partial(write_heads, heads=heads)
         with storage.whole_folder("best") as best:
-            export(winner.recipe, materialiser, best, texts(prepared, outcome), finish=finish)
+            export(winner.recipe, materialiser, best, texts(prepared, outcome))
+            write_heads(best, heads)
             agreement = score_again(prepared, best, outcome.best_dev.items, device)
         storage.write("best.json", json.dumps(agreement).encode())
         storage.write("recipe.json", text)  # last: only a folder that was checked counts as written

@@ -14,7 +14,8 @@ import torch
 if TYPE_CHECKING:
     from evolver.evaluation.launched import LaunchedModel
 
-from evolver.config import Config
+from evolver.compute import Choice, choose, is_open, refuse_compute, stored_dtype
+from evolver.config import Config, computing
 from evolver.errors import BadInput
 from evolver.evaluation.base import Scored
 from evolver.evaluation.course import Course, blocks
@@ -85,15 +86,25 @@ def open_models(config: Config) -> Opened:
 
 
 def check_memory(config: Config, opened: Opened, device: str) -> None:
-    """Raises BadInput where a device has no room for one model."""
-    base, dtype = opened.base, config.model.dtype
-    needed = base.size if dtype == "auto" else base.scalars * getattr(torch, dtype).itemsize
-    free = free_memory(device)
+    """Raises BadInput where a device has no room for one model, in the dtype in which it computes."""
+    base, compute = opened.base, config.model.compute
+    dtype = stored_dtype(config.model, base.headers) if compute == "auto" else compute
+    needed, free = base.scalars * getattr(torch, dtype).itemsize, free_memory(device)
     if needed > free:
         raise BadInput(
-            f"{base.key}: a model of {base.path} takes {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free on "
-            f"this machine ({device}); free some, write a smaller model.dtype, or use a machine with more."
+            f"{base.key}: a model of {base.path} takes {needed / GIB:.1f} GiB in {dtype}, and {free / GIB:.1f} GiB are "
+            f"free on this machine ({device}); free some, write a smaller model.dtype or model.compute, or use a "
+            "machine with more."
         )
+
+
+def choose_compute(config: Config, device: str | None = None) -> Choice:
+    """The dtype of forward passes that is faster here, for a configuration that leaves it open; by default on the
+    accelerator, if there is one.
+
+    Raises BadInput where there is no usable base.
+    """
+    return choose(config, open_base(config.model.base).headers, device or default_device())
 
 
 def _with_all_labels(base: Checkpoint, experts: Mapping[str, Source]) -> Opened:
@@ -172,6 +183,10 @@ class Worker:
         self.name = name
         torch.set_num_threads(config.evaluation.threads)
         device = device or default_device()
+        if is_open(config):
+            config = computing(config, choose_compute(config, device).compute)
+        elif config.model.compute != "auto":
+            refuse_compute(config.model.compute, device)
         opened = open_models(config)
         if opened.digests() != plan.digests:
             raise BadInput(

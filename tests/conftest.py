@@ -16,8 +16,11 @@ os.environ |= {
     "EVOLVER_CACHE": str(CACHES / "evolver"),
     "HF_HOME": str(CACHES / "hf"),
     "HF_HUB_OFFLINE": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
 }
+
+from evolver.threads import let_threads_sleep  # noqa: E402
+
+let_threads_sleep()
 
 import toys  # noqa: E402
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import toys
 import yaml
+from playwright.sync_api import Error, sync_playwright
 from safetensors.torch import load_file
 
 from evolver.history import read_history
@@ -74,9 +75,13 @@ def test_a_configuration_is_checked_without_reading_weights(file, monkeypatch, t
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = process("validate", file, cwd=tmp_path)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5  # three on an idle machine
+    # Three on an idle machine.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5 * toys.slowness()
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"{file}: 3 experts, 40 dev and 30 report items, 12 candidates: ready to run\n"
+    assert done.stdout == (
+        f"{file}: 3 experts, 40 dev and 30 report items, 12 candidates: ready to run\n"
+        "model.compute: auto is float32 on this machine: the weights are float32\n"
+    )
     assert list(tmp_path.iterdir()) == []
     broken = yaml.safe_load(file.read_text()) | {"sead": 1}
     (tmp_path / "broken.yaml").write_text(yaml.safe_dump(broken))
@@ -252,22 +257,19 @@ def test_a_coefficient_search_is_a_study_of_optuna_s(tuned, run, tmp_path):
 
 
 def test_optuna_s_dashboard_shows_the_study(tuned):
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if toys.CHROMIUM is None:
-        pytest.skip("there is no Chromium here")
-    port = str(toys.free_port())
+    path, port = toys.chromium(), str(toys.free_port())
     command = [str(Path(sys.executable).with_name("optuna-dashboard")), tuned[1], "--port", port]
     served = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        with sync_api.sync_playwright() as playwright:
-            page = playwright.chromium.launch(executable_path=toys.CHROMIUM, args=["--no-sandbox"]).new_page()
+        with sync_playwright() as playwright:
+            page = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"]).new_page()
             began = time.monotonic()
             while True:
                 try:
                     page.goto(f"http://127.0.0.1:{port}/dashboard/studies/1")
                     break
-                except sync_api.Error:
-                    assert time.monotonic() - began < 60
+                except Error:
+                    assert time.monotonic() - began < 600
                     time.sleep(0.5)
             page.wait_for_selector("text=Best Trial")
             page.wait_for_selector("text=lambda@outside")  # the importances are there

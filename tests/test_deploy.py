@@ -1,13 +1,13 @@
 """What cluster/deploy/ ships: files that their tools take, with tokens on and nothing open to the world.
 
-``KUBERAY_CRD=ray.io_rayjobs.yaml pytest tests/test_deploy.py`` validates against the operator's published schema.
+``make kuberay CRD=ray.io_rayjobs.yaml`` validates against the operator's published schema, a file or its address.
 """
 
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
+import fsspec
 import jsonschema
 import pytest
 import yaml
@@ -51,7 +51,9 @@ def test_the_ray_job_has_tokens_and_goes_on():
 
 @pytest.mark.skipif(CRD is None, reason="KUBERAY_CRD names no schema of the operator")
 def test_the_ray_job_is_one_to_the_operator():
-    (crd,) = [d for d in yaml.safe_load_all(Path(CRD).read_text()) if d and d["spec"]["names"]["kind"] == "RayJob"]
+    with fsspec.open(CRD, "rt") as file:
+        definitions = list(yaml.safe_load_all(file))
+    (crd,) = [d for d in definitions if d and d["spec"]["names"]["kind"] == "RayJob"]
     (schema,) = [v["schema"]["openAPIV3Schema"] for v in crd["spec"]["versions"] if v["name"] == "v1"]
     strict(schema["properties"]["spec"])
     assert [e.message for e in jsonschema.Draft202012Validator(schema).iter_errors(read("rayjob.yaml"))] == []

@@ -17,6 +17,7 @@ FENCES = {
         "evolver.merging",
         "evolver.evaluation",
         "evolver.worker",
+        "evolver.compute",
         "evolver.run",
         "evolver.shards",
         "evolver.merge",

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate
 
@@ -34,7 +35,7 @@ sys.path.insert(0, {tests!r})
 from toys import Path, Silent, run_here
 
 class Hangs(Silent):
-    def result(self, candidate, result):
+    def result(self, candidate, result, left):
         while candidate.stage == "search" and candidate.number == 4:
             time.sleep(1)
 
@@ -84,7 +85,7 @@ def followed(make_config, tmp_path_factory):
     return folder
 
 
-def until(true, seconds=120.0):
+def until(true, seconds=600.0):
     began = time.monotonic()
     while not true():
         assert time.monotonic() - began < seconds
@@ -322,6 +323,31 @@ def test_a_missing_package_is_said_before_anything_is_written(make_config, tmp_p
     assert not (tmp_path / "results").exists()
 
 
+def test_a_broken_package_is_said_before_anything_is_written(make_config, tmp_path, monkeypatch):
+    def broken():
+        raise ImportError("cannot import name 'x'")
+
+    monkeypatch.setitem(loggers.LOGGERS, "wandb", replace(loggers.LOGGERS["wandb"], load=broken))
+    file = make_config(tmp_path, {"loggers": {"wandb": {}}})
+    said = "loggers.wandb: its package cannot be imported (cannot import name 'x')", "leave the logger out"
+    toys.refused(lambda: run_here(file, tmp_path / "results"), *said)
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("name", loggers.LOGGERS)
+def test_packages_are_there_before_the_logger_has_a_thread(name, make_config, tmp_path):
+    code = (
+        "import sys; from evolver import loggers, config, storage; before = sys.argv[2] in sys.modules; "
+        "loggers.build(config.load(sys.argv[1]), 'x', storage.storage_at(sys.argv[3])); "
+        "print(before, sys.argv[2] in sys.modules)"
+    )
+    package = {"tensorboard": "torch.utils.tensorboard"}.get(name, name)
+    file = make_config(tmp_path, {"loggers": {name: {}}})
+    command = [sys.executable, "-c", code, str(file), package, str(tmp_path)]
+    done = subprocess.run(command, cwd=toys.ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["False", "True"], done.stderr
+
+
 def test_a_folder_is_no_package(tmp_path, monkeypatch):
     (tmp_path / "wandb_of_a_run").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
@@ -441,15 +467,13 @@ def test_a_tracker_that_hangs_is_not_waited_for(monkeypatch):
 
     class Hangs(Heard):
         def begin(self, run):
-            let_go.wait(60)
+            let_go.wait()
 
     said = []
-    began = time.monotonic()
     followers = Trackers({"hanging": Hangs()}, said.append)
     followers.begin(Tracked("id", "toy", {}, {}, {}))
     tell(followers, [(n, n) for n in range(20)])
-    followers.close()
-    assert time.monotonic() - began < 5
+    followers.close()  # were the tracker waited for, this would not end
     let_go.set()
     assert len(said) == 1
     assert "it is not done 0.2 s after the run" in said[0]

@@ -19,6 +19,8 @@ from cluster.crew import check_resources, resources_of
 from cluster.job import main, make_pool
 from cluster.pool import on_ray
 from cluster.shared import SharedPool
+from cluster.survey import choose_on_ray
+from evolver.compute import Choice
 from evolver.config import load
 from evolver.errors import BadInput
 from evolver.evaluation.course import Course
@@ -114,6 +116,14 @@ def undisturbed(ready, tmp_path_factory):
     return out
 
 
+def test_a_task_on_the_cluster_chooses_in_which_dtype_to_compute(ready):
+    prepared = ready("generational")
+    assert choose_on_ray(prepared.config) == Choice("float32", "the weights are float32")
+    gone = prepared.config.model.model_copy(update={"base": "/nowhere"})
+    with pytest.raises(BadInput, match="/nowhere"):
+        choose_on_ray(prepared.config.model_copy(update={"model": gone}))
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("name", SEARCHES)
 def test_any_number_of_workers_gives_the_same_run(ready, actors, undisturbed, tmp_path, name, workers):
@@ -139,7 +149,15 @@ def test_candidates_and_results_are_a_few_kilobytes(actors):
 def test_a_whole_run_is_the_same_run(make_config, tmp_path):
     changes = SEARCHES["generational"]
     here = toys.run_here(make_config(tmp_path, {**changes, "pool": {"kind": "local"}}), tmp_path / "here")
-    there = toys.run_here(make_config(tmp_path, {**changes, "pool": POOL}), tmp_path / "there", make_pool)
+
+    def complete(*arguments):
+        """The pool with all of its workers there, however long that takes on a busy machine."""
+        pool = make_pool(*arguments)
+        while pool._coming:
+            pool._hear(pool._events())
+        return pool
+
+    there = toys.run_here(make_config(tmp_path, {**changes, "pool": POOL}), tmp_path / "there", complete)
     assert toys.essence(there) == toys.essence(here)
     assert toys.winner(there) == toys.winner(here)
     workers = {r["worker"] for r in toys.rows(there).values() if not r["reused"]}
@@ -184,7 +202,7 @@ def fragile():
             if candidate.label.startswith("deadly"):
                 os._exit(1)
             if candidate.label == "hangs":
-                time.sleep(60)
+                time.sleep(10_000)  # were it waited for, the test would not end
             draw = random.Random(candidate.number)
             items = tuple(draw.random() for _ in range(300))
             tasks = {"toy": sum(items) / 300}
@@ -232,15 +250,13 @@ def test_a_candidate_that_kills_its_worker_fails_and_the_run_goes_on(fragile_poo
 
 
 def test_a_candidate_that_hangs_times_out(fragile_pool, tmp_path):
-    search, pool = labelled("fine", "hangs", "good"), fragile_pool(num_workers=1, timeout_s=1.0)
+    search, pool = labelled("fine", "hangs", "good"), fragile_pool(num_workers=1, timeout_s=5.0)
     ledger = Ledger(storage_at(tmp_path / "ledger"), "owner")
-    began = time.monotonic()
     evolve(search, pool, ledger, lambda candidate, result: None)
     ledger.close()
-    assert time.monotonic() - began < 30
     assert (search.results["fine"].status, search.results["good"].status) == ("ok", "ok")
     assert search.results["hangs"].status == "failed"
-    assert "timed out after 1 s" in search.results["hangs"].reason
+    assert "timed out after 5 s" in search.results["hangs"].reason
 
 
 def lineage(nodes):

@@ -1,7 +1,6 @@
 """Recipes: canonical form, identity, and the text that travels; results: what they answer."""
 
 import json
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -112,11 +111,9 @@ def test_the_text_grows_with_nodes_not_with_paths():
     one, two = A, B
     for seed in range(60):
         one, two = two, Cross(two, (one,), "evolver", 0.5, 0.5, seed)
-    began = time.perf_counter()
-    text = dump_recipe(two)
+    text = dump_recipe(two)  # path by path it would not end
     again = load_recipe(text)
     assert again.id == two.id
-    assert time.perf_counter() - began < 1.0
     assert len(text) < 10_000
     assert len(json.loads(text)) == 62
     assert len(repr(two)) < 100

@@ -190,7 +190,7 @@ def test_an_address_that_never_answers_is_said_at_once(monkeypatch):
     began = time.monotonic()
     with pytest.raises(OSError, match=r"127\.0\.0\.1:9"):
         storage_at("s3://bucket/runs").names()
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 600  # its own patience would be an hour
 
 
 def test_an_unknown_kind_of_address_is_one_sentence():
@@ -298,19 +298,18 @@ def hold(location, ready):
     time.sleep(600)
 
 
-def test_a_killed_process_of_this_machine_is_not_waited_for(tmp_path):
+def test_a_killed_process_of_this_machine_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease_module, "LEASE_SECONDS", 10_000.0)  # were it waited for, this would not end
     context = multiprocessing.get_context("spawn")
     ready = context.Event()
     holder = context.Process(target=hold, args=(str(tmp_path), ready))
     holder.start()
-    assert ready.wait(60)
+    assert ready.wait(600)
     with pytest.raises(BadInput, match=f"in use by process {holder.pid} on"):
         Ledger(storage_at(tmp_path), "me")
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
-    began = time.monotonic()
     Ledger(storage_at(tmp_path), "me").close()
-    assert time.monotonic() - began < 5
 
 
 # Whole runs.

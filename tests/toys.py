@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
+import os
 import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +33,8 @@ from evolver.worker import LocalPool, Plan
 ROOT = Path(__file__).parent.parent
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")
 THINGS = ("house", "river", "stone", "tree", "bird", "boat")
+# Of a processor, for the loop in slowness(): on an idle core of the machine where bounds were set.
+REFERENCE_SECONDS = 0.11
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LENGTH = 128  # positions of the toy models
 DROP = object()  # as a value: leave this key out
@@ -257,7 +262,7 @@ class Silent:
         self.lines.append(line)
 
     def stage(self, name: str, total: int | None) -> None: ...
-    def result(self, candidate: Candidate, result: Result) -> None: ...
+    def result(self, candidate: Candidate, result: Result, left: float | None) -> None: ...
     def close(self) -> None: ...
 
 
@@ -347,6 +352,21 @@ def refused(call: Callable[[], object], *said: object) -> None:
     assert "\n" not in str(caught.value)
     for part in said:
         assert str(part) in str(caught.value)
+
+
+@functools.cache
+def slowness() -> float:
+    """How many times as long as on the machine where bounds were set a processor takes here: at least once."""
+    began = time.process_time()
+    sum(n * n % 7 for n in range(2_000_000))
+    return max(1.0, (time.process_time() - began) / REFERENCE_SECONDS)
+
+
+def chromium() -> str:
+    """Chromium's path. Without one a test is skipped or, where ``make browser`` asks for it, fails."""
+    if CHROMIUM is None:
+        (pytest.fail if os.environ.get("EVOLVER_BROWSER") else pytest.skip)("there is no Chromium here")
+    return str(CHROMIUM)
 
 
 def free_port() -> int:

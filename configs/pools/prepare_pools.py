@@ -16,13 +16,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "demo")]
+sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("common", "pools", "demo-llm")]
 
 import emotion
 import glue
 import skills
 from bases import prepare_bases
-from prepare import TASKS, PrepareError, demo_folder, made_whole, normalise, to_yaml, write_if_changed
+from packages import cache_folder
+from prepare_llm import TASKS, llm_folder, to_yaml, write_if_changed
+from texts import normalise
+
+from evolver.errors import BadInput
+from evolver.storage import whole_folder
 
 Row = dict[str, Any]
 QUESTION = "Which emotion does this text express: " + ", ".join(emotion.LABELS) + "? Text: {{text}}"
@@ -37,7 +42,7 @@ POOLS: dict[str, set[str]] = {
 
 def pools_folder() -> Path:
     """Where the pools' bases, data and tasks live."""
-    return demo_folder().parent / "pools"
+    return cache_folder() / "pools"
 
 
 def prepare_emotion(data: Path, folder: Path) -> None:
@@ -70,7 +75,7 @@ def glue_key(row: Row) -> tuple[str, str]:
 
 
 def prepare_skills(data: Path, folder: Path) -> None:
-    """The demo's four skills."""
+    """The four skills of make demo-llm."""
     for name, rows in skills.training_rows(data).items():
         write_rows(folder / name / "train.jsonl", rows)
     write_rows(folder / "maths" / "test.jsonl", skills.written_maths())
@@ -127,8 +132,8 @@ def write_tasks(folder: Path) -> None:
     maths = folder / "data/skills/maths/test.jsonl"
     if maths.exists():
         write_if_changed(tasks / "written_maths.yaml", to_yaml(written_maths_task(maths)))
-        for task in TASKS:  # the demo's, so that one folder has all tasks of these skills
-            write_if_changed(tasks / f"{task.name}.yaml", to_yaml(task.config(demo_folder() / "tasks")))
+        for task in TASKS:  # those of make demo-llm, so that one folder has all tasks of these skills
+            write_if_changed(tasks / f"{task.name}.yaml", to_yaml(task.config(llm_folder() / "tasks")))
 
 
 def unique(rows: Iterable[Row]) -> list[Row]:
@@ -144,7 +149,7 @@ def is_test(text: str) -> bool:
 def write_rows(path: Path, rows: list[Row]) -> None:
     """Write items as JSON lines."""
     if not rows:
-        raise PrepareError(f"{path}: the raw data hold no items for it; is the folder complete?")
+        raise BadInput(f"{path}: the raw data hold no items for it; is the folder complete?")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
     print(f"{path.parent.name} {path.stem}: {len(rows)} items", flush=True)
@@ -155,7 +160,7 @@ def prepare(names: Iterable[str], data: Path, folder: Path) -> None:
     for name in names:
         target = folder / "data" / name
         if not target.is_dir():
-            with made_whole(target) as made:
+            with whole_folder(target) as made:
                 MAKERS[name](data, made)
         prepare_bases(folder, POOLS[name])
     write_tasks(folder)
@@ -172,7 +177,7 @@ def main() -> int:
     except FileNotFoundError as error:
         print(f"{error.filename} is missing; --data names the folder of the raw sets.", file=sys.stderr)
         return 2
-    except (PrepareError, OSError) as error:
+    except (BadInput, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     print(f"ready: {pools_folder()}")

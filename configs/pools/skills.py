@@ -1,4 +1,4 @@
-"""The demo's four skills as training items, and word problems whose answer is written."""
+"""The four skills of make demo-llm as training items, and word problems whose answer is written."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from prepare import TASKS, Task, demo_folder, normalise, unique
+from prepare_llm import TASKS, Task, llm_folder, unique
+from texts import normalise
 from train_experts import TRAINING_SETS, evaluation_keys, overlap_key
 
 Row = dict[str, Any]
@@ -31,7 +32,7 @@ def training_rows(data: Path) -> dict[str, list[Row]]:
 def written_maths() -> list[Row]:
     """The demo's evaluation problems without their choices."""
     task = next(t for t in TASKS if t.skill == "maths")
-    path = demo_folder() / "tasks" / f"{task.name}.jsonl"
+    path = llm_folder() / "tasks" / f"{task.name}.jsonl"
     items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [{"text": i["question"], "prompt": prompt(task, i), "answer": answer(i)} for i in items]
 

@@ -13,7 +13,7 @@ import psutil
 from evolver.about import Job, read_about
 from evolver.errors import BadInput
 from evolver.status import holder_of
-from evolver.storage import Storage, is_remote
+from evolver.storage import Storage, check_target, is_remote
 from evolver.storage.lease import machine
 
 
@@ -66,7 +66,7 @@ def resume_run(folder: Storage, jobs: Jobs, candidates: int | None) -> str:
 def export_candidate(folder: Storage, candidate: int | None) -> str:
     """Write a candidate's model, in a process of its own, beside the run's folder.
 
-    Raises BadInput for a run in an object store.
+    Raises BadInput for a run in an object store, or where it was exported before.
     """
     if is_remote(folder.location):
         raise BadInput(f"export it to where you want it: evolver export {folder.location} FOLDER")
@@ -74,6 +74,7 @@ def export_candidate(folder: Storage, candidate: int | None) -> str:
         raise BadInput(f"{candidate!r} is no candidate; give its number.")
     which = "best" if candidate is None else str(candidate)
     target = Path(folder.location).parent / f"{Path(folder.location).name}-export-{which}"
+    check_target(target)
     _start(["export", folder.location, str(target), *([] if candidate is None else ["--candidate", which])])
     return f"writes {target}"
 

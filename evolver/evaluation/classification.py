@@ -99,8 +99,13 @@ class ClassificationScorer:
     def __init__(self, model: LiveModel, questions: Sequence[Question], settings: Evaluation) -> None:
         self.model, self.settings, self.questions = model, settings, questions
         tokenise: Callable[..., Any] = model.tokenizer
-        self.rows = [tokenise(*q.texts, truncation=True) for q in questions]
-        self.whole = [len(tokenise(*q.texts, verbose=False)["input_ids"]) for q in questions]
+        whole = [tokenise(*q.texts, verbose=False) for q in questions]
+        self.whole = [len(row["input_ids"]) for row in whole]
+        most = model.tokenizer.model_max_length
+        self.rows = [
+            tokenise(*q.texts, truncation=True) if length > most else row
+            for q, row, length in zip(questions, whole, self.whole, strict=True)
+        ]
         self.pad = model.tokenizer.pad_token_id or 0
         self._ready: dict[tuple[int, ...], Batches[dict[str, Tensor]]] = {}
         for question in questions:

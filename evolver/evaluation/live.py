@@ -20,6 +20,7 @@ class LiveModel:
     """A Transformers model whose tensors are addressed by their names in the checkpoint.
 
     Args:
+        settings: of the model; ``compute`` is the dtype of its parameters.
         names: of the tensors that will be written.
         heads: classification heads by the expert that they are of, for ``use``.
         labels: of a classifier's head, where they are not those of the folder.
@@ -44,7 +45,7 @@ class LiveModel:
         self.device = torch.device(device)
         self.folder, self._heads, names = folder, heads or {}, list(names)
         self.module, loaded = kinds[settings.kind].from_pretrained(
-            folder, dtype=settings.dtype, use_safetensors=True, output_loading_info=True, **_labelled(labels)
+            folder, dtype=settings.compute, use_safetensors=True, output_loading_info=True, **_labelled(labels)
         )
         written = {*names, *(n for head in self._heads.values() for n in head)}
         missing = set(loaded["missing_keys"]) - written

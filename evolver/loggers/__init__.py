@@ -26,7 +26,7 @@ def check(config: Config, file: str) -> None:
 def build(config: Config, file: str, run: Storage) -> dict[str, Logger]:
     """The loggers of a configuration, by name; none has begun.
 
-    Raises BadInput for what ``check`` refuses, for a package that is missing, and for a folder that cannot be.
+    Raises BadInput for what ``check`` refuses, a package that is missing or broken, and a folder that cannot be.
     """
     check(config, file)
     place = Place(config.run, run.path if isinstance(run, LocalStorage) else None)
@@ -34,6 +34,13 @@ def build(config: Config, file: str, run: Storage) -> dict[str, Logger]:
     for name, settings in config.loggers.items():
         if not installed(name):
             raise BadInput(f"{file}: loggers.{name}: its package is missing; pip install 'evolver[{name}]'")
+        try:
+            LOGGERS[name].load()
+        except ImportError as error:
+            raise BadInput(
+                f"{file}: loggers.{name}: its package cannot be imported ({' '.join(str(error).split())[:200]}); "
+                f"install it anew by pip install 'evolver[{name}]', or leave the logger out."
+            ) from error
         try:
             built[name] = LOGGERS[name].build(LOGGERS[name].settings.model_validate(settings or {}), place)
         except BadInput as error:

@@ -37,10 +37,15 @@ class Tracked:
 class Logger(Protocol):
     """What passes a run on to one tracker.
 
-    Its methods are called one at a time, in a thread of its own: they may block, and whatever they raise turns this
-    logger off and nothing else. A run that goes on passes all of its results again, under the same steps; a logger
-    starts over or leaves out what its tracker has, so that the tracker shows every step once.
+    Its methods, but for ``load``, are called one at a time, in a thread of its own: they may block, and whatever they
+    raise turns this logger off and nothing else. A run that goes on passes all of its results again, under the same
+    steps; a logger starts over or leaves out what its tracker has, so that the tracker shows every step once.
     """
+
+    @staticmethod
+    def load() -> None:
+        """Import the tracker's package, before the run has threads: two that import at once may find half a module."""
+        ...
 
     def begin(self, run: Tracked) -> None:
         """Find the run in the tracker, or make it there."""
@@ -78,6 +83,7 @@ class Kind:
     name: str
     settings: type[Section]
     build: Callable[[Any, Place], Logger]
+    load: Callable[[], None]
 
 
 LOGGERS: dict[str, Kind] = {}
@@ -87,11 +93,11 @@ SettingsType = TypeVar("SettingsType", bound=Section)
 def logger(name: str, settings: type[SettingsType]) -> Callable[[Any], Any]:
     """Register a logger under ``name``; it is built as ``logger(settings, place)``, which may raise BadInput.
 
-    The package is imported no earlier than in ``begin``: it takes seconds, and only runs that use it should pay.
+    The package is imported no earlier than by ``load``: it takes seconds, and only runs that use it should pay.
     """
 
     def register(build: Any) -> Any:
-        LOGGERS[name] = Kind(name, settings, build)
+        LOGGERS[name] = Kind(name, settings, build, build.load)
         return build
 
     return register

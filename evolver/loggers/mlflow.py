@@ -51,9 +51,13 @@ class MlflowLogger:
         self._steps: set[int] = set()
         self._known: dict[str, float] = {}
 
-    def begin(self, run: Tracked) -> None:
+    @staticmethod
+    def load() -> None:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        import mlflow  # noqa: F401
+
+    def begin(self, run: Tracked) -> None:
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # how a local store is set up is no news of the run

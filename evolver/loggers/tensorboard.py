@@ -44,6 +44,10 @@ class TensorBoardLogger:
             self.folder = place.folder / "tensorboard"
         self._writer: Any = None
 
+    @staticmethod
+    def load() -> None:
+        import torch.utils.tensorboard  # noqa: F401
+
     def begin(self, run: Tracked) -> None:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams

@@ -43,9 +43,13 @@ class WandbLogger:
         self._run: Any = None
         self._next, self._code = 0, 1
 
-    def begin(self, run: Tracked) -> None:
+    @staticmethod
+    def load() -> None:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        import wandb  # noqa: F401
+
+    def begin(self, run: Tracked) -> None:
         import wandb
 
         online = (self.settings.mode or os.environ.get("WANDB_MODE", "online")) == "online"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from evolver.errors import BadInput
-from evolver.merging import gguf, gguf_keys
+from evolver.merging import gguf, gguf_keys, gguf_seal
 from evolver.merging.gguf_keys import ARCHITECTURES, FACTORS, INSTEAD, KEY
 from evolver.merging.gguf_words import add_words
 from evolver.merging.weights import HEAD, ROWS, TensorInfo
@@ -163,6 +163,7 @@ def _head_of_file(writer: Any, model: Model, config: Any, of_file: Any) -> None:
     writer.add_type("model")
     writer.add_name(model.name)
     writer.add_description(model.description)
+    writer.add_string(gguf_seal.KEY, gguf_seal.BLANK)
     writer.add_file_type(of_file)
     writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_vocab_size(rows)

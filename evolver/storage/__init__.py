@@ -12,9 +12,11 @@ from evolver.config import expand
 from evolver.storage.base import Storage, read_all
 from evolver.storage.local import LocalStorage, whole_file, whole_folder
 from evolver.storage.remote import RemoteStorage
+from evolver.storage.target import check_export, check_target, exported_folder, new_file, new_folder
 
 __all__ = [
-    "LocalStorage", "RemoteStorage", "Storage", "is_remote", "read_all", "storage_at", "whole_file", "whole_folder"
+    "LocalStorage", "RemoteStorage", "Storage", "check_export", "check_target", "exported_folder", "is_remote",
+    "new_file", "new_folder", "read_all", "storage_at", "whole_file", "whole_folder",
 ]  # fmt: skip
 
 

@@ -95,13 +95,18 @@ class LocalStorage:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of ``path`` when the block ends well, and vanishes when it does not."""
+def whole_folder(path: Path, ready: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """A temporary folder that takes the place of ``path`` when the block ends well, and vanishes when it does not.
+
+    Args:
+        ready: called just before; what it raises leaves ``path`` as it is.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         yield temporary
         temporary.chmod(0o755)
+        ready()
         old = temporary.with_name(temporary.name + ".old")
         if path.exists():
             os.replace(path, old)  # never a half-removed folder under the final name
@@ -112,7 +117,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, ready: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """The same for a file; its bytes are on the disk when it gets its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
@@ -120,6 +125,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        ready()
         os.replace(temporary, path)
         _sync_folder(path.parent)
     finally:

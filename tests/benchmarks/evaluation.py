@@ -33,7 +33,7 @@ from evolver.run import prepare
 from evolver.worker import Worker
 
 ROUNDS = 5
-CONFIG = "configs/demo.yaml"
+CONFIG = "configs/demo-llm.yaml"
 PAGE = Path("results/benchmarks/evaluation.md")
 TASKS = ("demo_commonsense", "demo_science", "demo_maths", "demo_sentiment")
 # Words of a context that four choices share; SmolLM2 reads about 1.3 tokens a word.
@@ -46,7 +46,7 @@ shares of the items that are scored until the decision: by exact early stopping 
 by the race, and by a sequential probability ratio test that is told the true difference, which no test can beat by
 much at a small error rate. *÷ racing, winners completed* counts that a winner is scored in full all the same, as it
 is the next incumbent. *wrong* is the observed error rate. Simulated: 500 duels, true differences normal around -3
-points with a deviation of 5; of a run: complete candidates of the demo's search, early stopping off, in the run's
+points with a deviation of 5; of a run: complete candidates of demo-llm's search, early stopping off, in the run's
 order of items and reshuffled. Three times fewer items at 5 % are reached with 1,000 items and candidates that agree
 with the incumbent on 95 % of them; with 240 items, or differences of one standard error and less, the oracle shows
 that there is not more to be had at this error rate."""
@@ -139,7 +139,7 @@ worker_tasks: dict[int, Any] = {}
 
 
 def worker_of(folder: Path, tasks: list[dict[str, Any]]) -> Worker:
-    """A worker with the demo's models on these tasks, holding an offspring."""
+    """A worker with demo-llm's models on these tasks, holding an offspring."""
     raw = yaml.safe_load(Path(CONFIG).read_text())
     own = folder / "tasks"
     raw["evaluation"] |= {"tasks": tasks, "include_path": str(own if own.is_dir() else tasks_folder())}
@@ -162,7 +162,7 @@ def evaluate(worker: Worker) -> None:
 
 
 def long_context_task(folder: Path) -> Path:
-    """A task whose four choices share a long context, made of the demo's own questions."""
+    """A task whose four choices share a long context, made of demo-llm's own questions."""
     rows = [json.loads(line) for line in (tasks_folder() / "demo_science.jsonl").read_text().splitlines()]
     story = " ".join(r["question"] for r in rows).split()
     own = folder / "long"
@@ -179,7 +179,7 @@ def long_context_task(folder: Path) -> Path:
 
 
 def tasks_folder() -> Path:
-    """Where the demo's tasks lie."""
+    """Where demo-llm's tasks lie."""
     from evolver.config import expand
 
     return Path(expand(yaml.safe_load(Path(CONFIG).read_text())["evaluation"]["include_path"]))
@@ -204,7 +204,7 @@ def output(script: str, *arguments: str) -> str:
 def write_page(rows: Sequence[Sequence[str]], less: str, peer: str) -> None:
     """The Markdown page."""
     setting = (
-        f"SmolLM2-135M-Instruct in bfloat16, the demo's tasks, {psutil.cpu_count()} cores, {platform.machine()}, "
+        f"SmolLM2-135M-Instruct in bfloat16, the tasks of demo-llm, {psutil.cpu_count()} cores, {platform.machine()}, "
         f"torch {torch.__version__}, {torch.get_num_threads()} threads. Made by `make benchmark-evaluation`."
     )
     parts = [

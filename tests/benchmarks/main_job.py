@@ -1,4 +1,4 @@
-"""Figures of the main job on the demo's real model: seconds of a candidate against copy and bare forward passes.
+"""Figures of the main job on demo-llm's real model: seconds of a candidate against copy and bare forward passes.
 
 Run by ``make benchmark``; writes results/benchmarks/main-job.md. Every ratio is of medians measured in one process, the
 compared parts taking turns, so that a change of the machine's speed meets both.
@@ -31,7 +31,7 @@ from evolver.run import Prepared, prepare
 from evolver.worker import Worker
 
 ROUNDS = 7
-CONFIG = "configs/demo.yaml"
+CONFIG = "configs/demo-llm.yaml"
 PAGE = Path("results/benchmarks/main-job.md")
 
 
@@ -154,7 +154,7 @@ def write_page(rows: list[list[str]], splits: list[list[str]], median: dict[str,
     """The Markdown page."""
     cores = f"{psutil.cpu_count()} cores, {platform.machine()}"
     setting = (
-        f"SmolLM2-135M-Instruct in bfloat16, {items} dev items of the demo, {cores}, torch {torch.__version__}, "
+        f"SmolLM2-135M-Instruct in bfloat16, {items} dev items of demo-llm, {cores}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads; medians of {ROUNDS} fresh candidates. Made by `make benchmark`."
     )
     limits = (

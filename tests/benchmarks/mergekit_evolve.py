@@ -2,7 +2,7 @@
 
 ``python tests/benchmarks/mergekit_evolve.py --peer ENVIRONMENT``, where ENVIRONMENT holds mergekit 0.1.4,
 transformers 4.57, lm-eval 0.4.9.1, datasets 3, cma 4.0, ray, wandb, pandas and a CPU build of torch. Both searches
-merge the same four fine-tunes of the demo by task arithmetic and score the same items of the same four tasks. What
+merge the same four fine-tunes of demo-llm by task arithmetic and score the same items of the same four tasks. What
 comes before a worker is warm is left out on both sides: the peer's first generation, our baselines and candidate 0.
 """
 
@@ -40,7 +40,7 @@ from evolver.ledger import read  # noqa: E402
 from evolver.report import markdown_table  # noqa: E402
 from evolver.storage import storage_at  # noqa: E402
 
-CONFIG = ROOT / "configs" / "demo.yaml"
+CONFIG = ROOT / "configs" / "demo-llm.yaml"
 ITEMS = 60  # of each task
 POPULATION = 3  # of the peer's CMA-ES: its first generation warms up and is not counted, so it is a small one
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -52,7 +52,7 @@ STRATEGY = ("--strategy", "pool", "--in-memory")
 SEARCHES: dict[str, tuple[dict[str, Any], bool]] = {
     "`cmaes`, every candidate scored in full": ({"algorithm": "cmaes", "method": "task_arithmetic"}, False),
     "`cmaes`, early stopping on": ({"algorithm": "cmaes", "method": "task_arithmetic"}, True),
-    "the demo's `evolver` with merger, early stopping on": ({}, True),
+    "demo-llm's `evolver` with merger, early stopping on": ({}, True),
 }
 
 
@@ -320,7 +320,7 @@ def page(peer: Path, size: tuple[int, int], figures: dict[str, Figure]) -> str:
         for name, f in figures.items()
     ]
     setting = (
-        f"SmolLM2-135M-Instruct in bfloat16, four fine-tunes, {4 * ITEMS} multiple-choice items of the demo's four "
+        f"SmolLM2-135M-Instruct in bfloat16, four fine-tunes, {4 * ITEMS} multiple-choice items of demo-llm's four "
         f"tasks (the same items), at least {size[0]} candidates of each search once its worker is warm, {size[1]} "
         f"threads on both sides, {psutil.cpu_count()} cores, {platform.machine()}. "
         f"Theirs: {peer_versions(peer)}. "

