@@ -242,12 +242,18 @@ def searches(name: Annotated[str | None, typer.Argument(help="one search, in ful
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    prepare: Annotated[
+        bool, typer.Option("--prepare", help="first compile what the first merge would compile")
+    ] = False,
+) -> None:
     """Say what this machine offers, what a run would use, and what is missing."""
-    from evolver.doctor import findings
+    from evolver import doctor as looking
 
+    if prepare:
+        typer.echo(looking.prepare())
     shown = Table("", "found", "to do")
-    for what, found, remedy in findings():
+    for what, found, remedy in looking.findings():
         shown.add_row(what, escape(found), escape(remedy))
     _console().print(shown)
 

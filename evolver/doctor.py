@@ -16,6 +16,7 @@ from evolver.compute import choose_for_any
 from evolver.config import expand
 from evolver.evaluation.live import default_device
 from evolver.loggers.base import installed
+from evolver.merging import native
 from evolver.threads import usable_cores, waiting
 
 GIB = 1 << 30
@@ -49,8 +50,7 @@ def findings() -> Iterator[Finding]:
     yield from _accelerator()
     choice = choose_for_any("bfloat16", default_device())
     yield "model.compute: auto", f"{choice.compute} for weights in bfloat16: {choice.why}", ""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    yield "compiler", compiler or "none", "" if compiler else "merging is slower without one: install gcc or clang"
+    yield from _compiled()
     yield from _cache()
     for module, (extra, purpose) in EXTRAS.items():
         found = installed(module)
@@ -63,6 +63,28 @@ def findings() -> Iterator[Finding]:
     yield "cluster", address or "none named; a run with pool.kind: ray starts one of its own", ""
     token = os.environ.get("RAY_AUTH_MODE") == "token"
     yield "Ray's tokens", "on" if token else "off", "" if token else "export RAY_AUTH_MODE=token before `ray start`"
+
+
+def _compiled() -> Iterator[Finding]:
+    """The compiler, and what merging has compiled with it."""
+    compiler, there = native.compiler(), native.library_file().exists()
+    lacking = "" if compiler or there else "merging is several times slower without one: install gcc or clang"
+    yield "compiler", compiler or "none", lacking
+    if there:
+        yield "compiled loops", f"{native.library_file()}", ""
+    elif compiler:
+        yield "compiled loops", "none yet", "made by the first merge in some seconds, or now: evolver doctor --prepare"
+
+
+def prepare() -> str:
+    """Compile what merging needs, once for this machine and this version; what was done, in a sentence.
+
+    Raises BadInput where that cannot be done.
+    """
+    seconds, file = native.prepare(), native.library_file()
+    if seconds:
+        return f"compiled the loops that merge on the CPU in {seconds:.1f} s: {file}"
+    return f"the loops that merge on the CPU are compiled already: {file}"
 
 
 def _accelerator() -> Iterator[Finding]:

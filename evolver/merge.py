@@ -32,8 +32,8 @@ A merge made by Evolver from this configuration:
 ```yaml
 {text}```
 """
-# Kernels cost some ten seconds each to compile, once on a machine; below so many scalars of all models, plain code is
-# sooner done. Random draws are slow in plain code.
+# A GPU's kernels cost some ten seconds each to compile, once on a machine; below so many scalars of all models, plain
+# code is sooner done. Random draws are slow in plain code.
 COMPILE_FROM, COMPILE_DRAWS_FROM = 10**10, 3 * 10**8
 
 
@@ -94,12 +94,10 @@ def merge(
             warn(doubt)
     nodes = {r: Expert(r, d) for r, d in known.items()}
     recipe = opened.configuration.recipe(nodes, opened.base.names(), seed)
-    scalars = len(known) * opened.base.scalars
     dtype = opened.configuration.dtype
-    draws = "seed" in opened.configuration.method.settings
     materialiser = Materialiser(
         opened.base, {known[r]: s for r, s in opened.sources.items()}, getattr(torch, dtype) if dtype else None,
-        device=device, kernels=Kernels(build=scalars >= (COMPILE_DRAWS_FROM if draws else COMPILE_FROM)),
+        device=device, kernels=None if device == "cpu" else _kernels(opened),
     )  # fmt: skip
     text = Path(path).read_text()
     texts = {"README.md": CARD.format(name=target.name, text=text), mergekit_out.FILE: text}
@@ -114,6 +112,12 @@ def merge(
             extend_tokenizer(folder, opened.vocabulary, {r: s.path for r, s in opened.sources.items()})
         if chat_template is not None:
             (folder / chat.FILE).write_text(chat_template)
+
+
+def _kernels(opened: Opened) -> Kernels:
+    draws = "seed" in opened.configuration.method.settings
+    scalars = len(opened.sources) * opened.base.scalars
+    return Kernels(build=scalars >= (COMPILE_DRAWS_FROM if draws else COMPILE_FROM))
 
 
 def _tokenizer_folder(opened: Opened) -> Path:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from evolver.errors import BadInput
 from evolver.merging import native, operators, order, random
 
 SIZES = [0, 1, 15, 16, 17, 1000, 50_000]
@@ -90,3 +91,40 @@ def test_a_cache_that_cannot_be_written_leaves_the_plain_code(tmp_path, monkeypa
     monkeypatch.setenv("EVOLVER_CACHE", str(tmp_path / "file"))  # no folder can be made in it, not even by root
     with pytest.warns(UserWarning, match="The loops in C were not compiled, the plain code runs"):
         assert native.library.__wrapped__() is None
+
+
+def test_preparing_compiles_once_and_says_why_it_cannot(tmp_path, monkeypatch):
+    monkeypatch.setenv("EVOLVER_CACHE", str(tmp_path / "cache"))
+    assert native.prepare() > 0
+    assert native.library_file().exists()
+    assert native.prepare() == 0
+    monkeypatch.setenv("EVOLVER_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "--no-such-flag"))
+    with pytest.raises(BadInput, match=r"^CC: .* does not compile the loops \(.*no-such-flag"):
+        native.prepare()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EVOLVER_CACHE", str(tmp_path / "file"))
+    with pytest.raises(BadInput, match=r"^EVOLVER_CACHE: .* name a folder that can be written"):
+        native.prepare()
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    with pytest.raises(BadInput, match=r"^CC: there is no C compiler"):
+        native.prepare()
+
+
+@pytest.mark.parametrize("size", [1, 2, 17, 5000])
+@pytest.mark.parametrize("kind", ["spread", "few values", "wide"])
+def test_the_score_of_a_rank(size, kind):
+    row = torch.rand(size, generator=torch.Generator().manual_seed(size))
+    row = {"spread": row, "few values": (row * 4).floor() - 0.0, "wide": (row * 200 - 100).exp()}[kind].numpy()
+    ordered = sorted(row.tolist())
+    for rank in {0, size // 3, size - 1}:
+        assert native.select_rank(native.library(), row, rank) == ordered[rank]
+
+
+@pytest.mark.parametrize("dtype", list(native.EXPONENTS), ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_number_that_is_none(dtype, value):
+    tensor = torch.full((100,), torch.finfo(dtype).max, dtype=dtype)
+    assert native.all_finite(native.library(), tensor)
+    tensor[77] = value
+    assert not native.all_finite(native.library(), tensor)

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 import warnings
 from collections.abc import Sequence
 from functools import cache
@@ -18,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from evolver.errors import BadInput
 from evolver.merging.machine import digest_of, kernel_folder, machine, make_kernel_folder
 
 SOURCES = [Path(__file__).with_name(name) for name in ("native.h", "native.c", "program.c")]
@@ -65,6 +67,26 @@ def library() -> ctypes.CDLL | None:
     loops.take.restype, loops.sum_of_runs.restype = ctypes.c_int64, ctypes.c_double
     loops.select_rank.restype = ctypes.c_float
     return loops
+
+
+def prepare() -> float:
+    """Compile the loops where they are not there yet; seconds that it took.
+
+    Raises BadInput where they cannot be compiled.
+    """
+    began, found, file = time.perf_counter(), compiler(), library_file()
+    if file.exists():
+        return 0.0
+    if found is None:
+        raise BadInput("CC: there is no C compiler on this machine; install gcc or clang, or name one in CC.")
+    try:
+        _compile(found, file)
+    except OSError as error:
+        raise BadInput(f"EVOLVER_CACHE: {error}; name a folder that can be written.") from None
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or "").strip().splitlines() or ["it says nothing"]
+        raise BadInput(f"CC: {found} does not compile the loops ({said[-1]}); name another compiler in CC.") from None
+    return time.perf_counter() - began
 
 
 def _compile(compiler: str, file: Path) -> None:

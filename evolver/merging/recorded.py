@@ -116,10 +116,12 @@ class Recorded:
         out = torch.empty(-(-self.size // 8), dtype=torch.uint8)
         first_kept = operators.first_kept(self.columns, mask.density, mask.epsilon, torch.device("cpu"))
         code, words = self.record.program.code([mask.sizes]), self.words[mask.stream]
-        blocks = -(-min(self.piece, self.size) // random.BLOCK)
+        # Some pieces at a time, so that threads seldom wait for each other.
+        stretch = min(max(1, STRETCH // self.piece) * self.piece, self.size)
+        blocks = -(-stretch // random.BLOCK)
         sizes, draws = torch.empty(2, blocks * random.BLOCK)
-        for start in range(0, self.size, self.piece):
-            size = min(self.piece, self.size - start)
+        for start in range(0, self.size, stretch):
+            size = min(stretch, self.size - start)
             loop.Run(code, size, [i[start:] for i in self.inputs], [sizes], self.words, start).run(self.loops)
             native.draws(self.loops, words, start // random.BLOCK, draws.view(blocks, random.HALVES, random.LANES))
             rows = [each[:size].view(-1, self.columns) for each in (sizes, draws)]
