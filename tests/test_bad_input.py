@@ -343,6 +343,7 @@ def test_chat_template_that_is_not_there(make_config, tmp_path, capsys):
     assert_one_sentence(code, err, ["evaluation.apply_chat_template", "no chat template", "write false"])
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -187,6 +187,7 @@ def test_importing_the_ground_floor_loads_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.whole
 def test_importing_a_run_does_not_load_ray():
     code = "import sys, evolver.run, cluster.job; print('ray' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

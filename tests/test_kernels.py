@@ -9,6 +9,8 @@ import torch
 
 from evolver.merging.kernels import OPTIONS, Kernels, can_compile
 
+pytestmark = pytest.mark.whole
+
 # Two, as what a compiler leaves behind in a process shows in the second one only.
 SCRIPT = """
 import torch
