@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from evolver.merging import crossing, random
+from evolver.merging import crossing, native, random
 from evolver.merging.crossing import STRATEGIES, cross
-from evolver.merging.kernels import Kernels, can_compile
 from evolver.merging.random import draws, threshold
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -98,14 +97,15 @@ def test_cross_leaves_its_inputs_alone():
     assert torch.equal(p, before[1])
 
 
-# The strategies that differ in kind: the released one, and the longest one.
-@pytest.mark.parametrize(("strategy", "dtype"), [("evolver", torch.bfloat16), ("rand/2", torch.float32)])
-def test_the_fused_kernel_gives_the_bits_of_the_plain_code(strategy, dtype):
-    if not can_compile(torch.device("cpu")):
-        pytest.fail("no C++ compiler: the fused kernel cannot be built here, so nothing would be tested")
-    x, *p = members(1 + partners(strategy), (70 * random.BLOCK + 191,), dtype)
-    fused = cross(strategy, x, p, 0.3, 0.5, 5, "w", Kernels())
-    assert torch.equal(cross(strategy, x, p, 0.3, 0.5, 5, "w"), fused)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_loop_in_c_gives_the_bits_of_the_plain_code(strategy, dtype, monkeypatch):
+    if native.library() is None:
+        pytest.fail("no C compiler: the loop cannot be built here, so nothing would be tested")
+    x, *p = members(1 + partners(strategy), (7 * random.BLOCK + 191,), dtype)
+    looped = cross(strategy, x, p, 0.3, 0.5, 5, "w")
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert torch.equal(cross(strategy, x, p, 0.3, 0.5, 5, "w"), looped)
 
 
 def test_blocks_made_in_one_go_are_the_pieces():

@@ -11,7 +11,6 @@ from evolver.errors import BadInput
 from evolver.merging import methods, order
 from evolver.merging.apply import apply
 from evolver.merging.genome import genome
-from evolver.merging.kernels import Kernels, can_compile
 from evolver.merging.methods import METHODS, Range, method, number
 from evolver.merging.pieces import Whole
 from evolver.records import Expert
@@ -157,17 +156,6 @@ def test_repeats_pieces_and_threads_change_no_bit(name, monkeypatch):
             assert torch.equal(merge(name, experts, base, **more), merged), more
         finally:
             torch.set_num_threads(threads)
-
-
-# One of every kind of question: none, sums, order statistics, maxima; and random draws.
-@pytest.mark.parametrize("name", ["linear", "task_arithmetic", "ties", "dare_ties", "della", "sce", "pcb"])
-def test_the_fused_kernels_give_the_bits_of_the_plain_code(name):
-    if not can_compile(torch.device("cpu")):
-        pytest.fail("no C++ compiler: the fused kernels cannot be built here, so nothing would be tested")
-    base, experts = experts_of(name, (300, 70))
-    more = list(variants(name))[min(1, len(list(variants(name))) - 1)]
-    fused = merge(name, experts, base, piece=8192, kernels=Kernels(), **more)
-    assert torch.equal(fused, merge(name, experts, base, **more))
 
 
 @EVERY

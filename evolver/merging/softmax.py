@@ -1,8 +1,8 @@
 """Softmax in float32 with the same bits on every processor: those that torch has where there is AVX-512.
 
-torch adds up a row in as many lanes as the processor has, and each order of additions rounds otherwise. Where a decision
-hangs on the last bits, as in Arcee Fusion, models merged on two machines would differ. Here the order is fixed, of 16
-lanes, and so is the exponential: reduced to ±ln 2 / 2 as Cody and Waite do it, then a polynomial of degree 6 with the
+torch adds up a row in as many lanes as the processor has, and each order of additions rounds otherwise. Where a
+decision hangs on the last bits, as in Arcee Fusion, models merged on two machines would differ. Here the order is
+fixed, of 16 lanes, and so is the exponential: reduced to ±ln 2 / 2 as Cody and Waite do it, then a polynomial with the
 coefficients of SLEEF (Shibata and Petrogalli 2020), which torch uses, and fused products and sums.
 """
 
@@ -28,7 +28,8 @@ def softmax(rows: Tensor) -> Tensor:
     while total.shape[-1] > 1:
         half = total.shape[-1] // 2
         total = total[:, :half] + total[:, half:]
-    return powers * (1.0 / total)
+    found: Tensor = powers * (1.0 / total)
+    return found
 
 
 def _exp(x: Tensor) -> Tensor:
