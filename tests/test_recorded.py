@@ -186,6 +186,7 @@ def digests(how, level):
     return json.loads(done.stdout)
 
 
+@pytest.mark.whole
 def test_every_method_has_the_same_bits_on_other_processors():
     """As far as torch can pass for one: its own operations are those of the level."""
     (_, here), *others = [digests("looped", "this one"), *(digests("plain", level) for level in LEVELS)]
