@@ -27,6 +27,8 @@ from evolver.records import Candidate
 from evolver.run import prepare
 from evolver.worker import Worker
 
+pytestmark = pytest.mark.whole
+
 COUNT = 70
 
 
@@ -135,7 +137,6 @@ def test_an_image_is_the_same_item_wherever_it_lies(configured, paths, parquet, 
     assert all(found == hashes[0] for found in hashes)
 
 
-@pytest.mark.whole
 def test_a_whole_search(configured, paths, tmp_path):
     folder = run_here(configured(paths, metric="macro_f1"), tmp_path / "results")
     assert not [r["reason"] for r in rows(folder).values() if r["status"] != "ok"]
