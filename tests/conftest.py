@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,14 @@ let_threads_sleep()
 import toys  # noqa: E402
 
 MakeConfig = Callable[..., Path]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Modules that are left out as a whole are not imported either: it takes longer than the fast tests."""
+    if collection_path.suffix != ".py" or "not whole" not in config.option.markexpr:
+        return None
+    marks = re.search(r"^pytestmark = (.*)$", collection_path.read_text(), re.MULTILINE)
+    return True if marks and "mark.whole" in marks[1] else None
 
 
 def pytest_unconfigure() -> None:

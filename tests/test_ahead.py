@@ -14,6 +14,8 @@ from evolver.records import Result
 from evolver.search.ahead import ahead
 from evolver.storage import storage_at
 
+pytestmark = pytest.mark.whole
+
 SEQUENTIAL = [n for n in ORDERED if n.startswith("evolver sequential")]
 ITEMS = 10
 

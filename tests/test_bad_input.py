@@ -255,6 +255,7 @@ def test_unreadable_configuration(name, tmp_path, capsys):
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.whole
 def test_folder_of_another_run(make_config, tmp_path, capsys):
     toys.run_here(make_config(tmp_path, {"budget.candidates": 1}), tmp_path / "results")
     code, err = call(make_config(tmp_path, {"search.Cr": 0.25}), tmp_path / "results", capsys)
@@ -343,6 +344,7 @@ def test_chat_template_that_is_not_there(make_config, tmp_path, capsys):
     assert_one_sentence(code, err, ["evaluation.apply_chat_template", "no chat template", "write false"])
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

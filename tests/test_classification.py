@@ -68,6 +68,7 @@ def texts(count=75):
     return [" ".join([str(n), *draw.choices(toys.COLOURS + toys.THINGS, k=draw.randint(1, 20))]) for n in range(count)]
 
 
+@pytest.mark.whole
 def test_whole_run_and_a_plain_loop_agree(classify, tmp_path):
     draw = random.Random(1)
     data = [{"text": t, "label": draw.choice(LABELS)} for t in texts()]
@@ -148,6 +149,7 @@ def test_a_metric_of_all_answers_keeps_the_answers(classify, encoders):
     assert worker.scale.score(kept) == pytest.approx(f1_score(right, kept, average="macro"))
 
 
+@pytest.mark.whole
 def test_a_whole_run_by_a_metric_of_all_answers(classify, tmp_path):
     data = [{"text": t, "label": random.Random(t).choice(LABELS)} for t in texts()]
     folder = run_here(classify(data, metric="mcc"), tmp_path / "results")

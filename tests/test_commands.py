@@ -23,6 +23,8 @@ from evolver.report import verdict
 from evolver.search import SEARCHES
 from evolver.storage import storage_at
 
+pytestmark = pytest.mark.whole
+
 CHANGES = {"budget.candidates": 12, "search.generations": 9}
 
 

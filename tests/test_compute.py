@@ -117,6 +117,7 @@ def go(file, folder, chooser):
     return Path(run(str(file), storage_at(folder), LocalPool, shown, "cpu", choose=chooser).location), shown.lines
 
 
+@pytest.mark.whole
 def test_a_run_computes_as_was_chosen_once(configured, narrow, tmp_path):
     log: list[str] = []
     folder, lines = go(configured(), tmp_path / "results", asked("float32", log))

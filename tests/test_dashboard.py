@@ -21,6 +21,8 @@ from evolver.dashboard.app import build
 from evolver.storage import storage_at
 from evolver.storage.lease import machine
 
+pytestmark = pytest.mark.whole
+
 
 class NoJobs:
     """The jobs of no cluster."""

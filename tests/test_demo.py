@@ -12,6 +12,8 @@ import yaml
 
 from evolver.records import load_recipe
 
+pytestmark = pytest.mark.whole
+
 ROOT = Path(__file__).parent.parent
 PREPARE = "configs/demo/prepare_demo.py"
 DOMAINS = ("tweets", "films", "products", "editorials")

@@ -17,6 +17,8 @@ from evolver.cli import app
 from evolver.ledger import answers
 from evolver.storage import storage_at
 
+pytestmark = pytest.mark.whole
+
 DOCS = toys.ROOT / "docs"
 PAGES = sorted([*DOCS.glob("*.md"), toys.ROOT / "README.md", *(toys.ROOT / "cluster").rglob("*.md"),
                 *(toys.ROOT / "configs").rglob("*.md")])  # fmt: skip

@@ -17,6 +17,8 @@ from evolver.merging import doubts as module
 from evolver.merging.doubts import FAR, doubts
 from evolver.merging.sources import open_base, open_expert
 
+pytestmark = pytest.mark.whole
+
 MLP = "model.layers.0.mlp.up_proj.weight"
 
 

@@ -32,6 +32,8 @@ from evolver.records import Candidate, load_recipe
 from evolver.run import prepare
 from evolver.worker import Worker
 
+pytestmark = pytest.mark.whole
+
 METRICS = {
     "toy": "acc",
     "pair": "acc_norm",

@@ -12,6 +12,8 @@ from evolver.records import Candidate, load_recipe
 from evolver.run import prepare
 from evolver.worker import LocalPool, Worker
 
+pytestmark = pytest.mark.whole
+
 # More items than the other toy runs have: a race needs some to save any.
 ITEMS = {"evaluation.tasks": [{"task": "toy", "dev": 80, "report": 30}], "evaluation.block_items": 4}
 RACING = ITEMS | {"evaluation.racing": 0.1, "budget.candidates": 18, "search.generations": 6}

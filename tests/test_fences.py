@@ -1,6 +1,7 @@
 """The house's fences: who may import what. Read from the source, so that nothing has to be imported."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,7 @@ def name_of(file):
 MODULES = modules()
 
 
+@functools.cache
 def imports(name, whole=True):
     """What a module imports, as dotted names; with ``whole`` also inside of functions."""
     tree = ast.parse(MODULES[name].read_text())
@@ -187,6 +189,7 @@ def test_importing_the_ground_floor_loads_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.whole
 def test_importing_a_run_does_not_load_ray():
     code = "import sys, evolver.run, cluster.job; print('ray' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

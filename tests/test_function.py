@@ -16,6 +16,8 @@ from evolver.records import Candidate
 from evolver.run import prepare
 from evolver.worker import Worker
 
+pytestmark = pytest.mark.whole
+
 LENGTHS = """
 from __future__ import annotations
 import dataclasses, sys

@@ -276,6 +276,7 @@ def test_mergekit_files_may_name_them(tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
+@pytest.mark.whole
 def test_a_run_may_name_them(make_config, tasks, tmp_path):
     """Base, experts and their tokenizer; only the toy tasks are of another origin."""
     words = list(pre_tokenizers.ByteLevel.alphabet())

@@ -20,6 +20,8 @@ from evolver.merging import gguf, gguf_keys, gguf_out
 from evolver.merging.weights import Checkpoint
 from evolver.storage import storage_at
 
+pytestmark = pytest.mark.whole
+
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SHAPE |= {"num_key_value_heads": 2, "max_position_embeddings": 256}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -295,6 +295,7 @@ def test_workers_change_nothing(tmp_path, kind):
         assert [(*ids([c]), c.limit, replace(r, worker="")) for c, r in other] == alone
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("of", [TPE, {"algorithm": "evolver", "mode": "generational"}])
 def test_killed_again_and_again_it_ends_the_same(tmp_path, of):
     changes = {"of": of, "estimate": "p-irt", "candidates": 12}

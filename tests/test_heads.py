@@ -84,6 +84,7 @@ def plain_answers(model, words, items, labels):
     return out
 
 
+@pytest.mark.whole
 def test_each_task_is_scored_with_its_own_head(configured, folders, tmp_path):
     file = configured("apart")
     folder = run_here(file, tmp_path / "results")
@@ -147,6 +148,7 @@ def test_a_union_has_all_labels_and_averages_over_those_who_know_them(configured
     torch.testing.assert_close(head[3], colour[0])
 
 
+@pytest.mark.whole
 def test_a_whole_run_over_the_union_of_labels(configured, tmp_path):
     file = configured("union")
     folder = run_here(file, tmp_path / "results")

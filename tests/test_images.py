@@ -27,6 +27,8 @@ from evolver.records import Candidate
 from evolver.run import prepare
 from evolver.worker import Worker
 
+pytestmark = pytest.mark.whole
+
 COUNT = 70
 
 

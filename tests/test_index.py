@@ -7,6 +7,8 @@ from lm_eval.tasks import TaskManager
 
 from evolver.evaluation.index import Index, manager_of, members
 
+pytestmark = pytest.mark.whole
+
 NAMES = (
     "arc_easy", "gsm8k", "glue", "super-glue-lm-eval-v1", "acp_bench", "adr_tasks", "bbh", "leaderboard",
     "AraDiCE_boolq_egy", "flan_held_in", "minerva_math", "mmlu_pro", "truthfulqa_mc2",

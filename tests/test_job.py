@@ -18,7 +18,7 @@ import toys
 import cluster.job as job_of
 from cluster.job import RAY_JOB, submission_id
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.whole]
 
 RAY = str(Path(sys.executable).with_name("ray"))
 # What docs/cluster.md has a person type: tokens on, a token, a head node, a job.

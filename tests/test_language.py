@@ -27,6 +27,8 @@ from evolver.records import Candidate, Cross, Merge, Rule
 from evolver.run import prepare
 from evolver.worker import Worker
 
+pytestmark = pytest.mark.whole
+
 METRICS = {
     "toy": "acc", "pair": "acc_norm", "echo": "exact_match", "last": "acc", "long": "acc", "free": "exact_match",
     "mutual": "acc_mutual_info", "shots": "acc",

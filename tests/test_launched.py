@@ -20,6 +20,8 @@ from evolver.records import Candidate
 from evolver.run import prepare
 from evolver.worker import Worker
 
+pytestmark = pytest.mark.whole
+
 TASKS = [
     {"task": "toy", "dev": 20, "report": 10},
     {"task": "echo", "metric": "exact_match", "dev": 15, "report": 10},

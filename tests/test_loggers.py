@@ -29,6 +29,8 @@ from evolver.loggers.trackers import Trackers, tracked
 from evolver.records import Candidate, Expert, Result
 from evolver.storage import storage_at
 
+pytestmark = pytest.mark.whole
+
 HANGING = """
 import sys, time
 sys.path.insert(0, {tests!r})

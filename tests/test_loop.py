@@ -194,6 +194,7 @@ def test_a_finished_run_is_answered_from_the_ledger(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("workers", [1, 3])
 def test_death_at_any_step_and_another_call(tmp_path, workers):
     """For each step of the run: die there, run again. The record is the same, and only what flew is scored again."""

@@ -42,6 +42,7 @@ def read(text, world, tmp_path):
     return mergekit.read(file).recipe(world[1], world[2].base.names())
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("case", cases(), ids=lambda c: c["name"])
 def test_what_is_written_is_read_as_the_same_model(case, world, tmp_path):
     folders, nodes, materialiser = world

@@ -18,6 +18,8 @@ from evolver.records import Candidate
 from evolver.run import prepare
 from evolver.worker import LocalPool
 
+pytestmark = pytest.mark.whole
+
 # The function knows the candidate by the sum of its weights, which the test writes down.
 JUDGE = """
 import json, multiprocessing, os, pathlib, time

@@ -12,6 +12,8 @@ from evolver.evaluation.metrics import CLASS, ENDLESS, JUDGED
 from evolver.evaluation.racing import Race, log_capital, shares
 from evolver.evaluation.scoring import Scale
 
+pytestmark = pytest.mark.whole
+
 DUELS = 400
 # How far the count of errors may be above its mean: once in a thousand seeds, a right program would fail.
 SLACK = 0.999

@@ -34,7 +34,7 @@ from evolver.search.plain import Listed
 from evolver.storage import storage_at
 from evolver.worker import LocalPool
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.whole]
 
 KILOBYTES_10 = 10_000
 POOL = {"kind": "ray", "num_workers": 2, "num_cpus": 0.5}

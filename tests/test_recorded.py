@@ -123,6 +123,7 @@ def test_a_mistake_in_a_method_is_shown_and_not_hidden():
         del METHODS["mistaken"]
 
 
+@pytest.mark.whole
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are of another processor")
 def test_code_for_an_older_processor_gives_the_same_bits(tmp_path, monkeypatch):
     here = {(name, n): bits(merge(name, e, b, **m)) for name in METHODS for n, (e, b, m) in enumerate(cases(name))}
@@ -186,6 +187,7 @@ def digests(how, level):
     return json.loads(done.stdout)
 
 
+@pytest.mark.whole
 def test_every_method_has_the_same_bits_on_other_processors():
     """As far as torch can pass for one: its own operations are those of the level."""
     (_, here), *others = [digests("looped", "this one"), *(digests("plain", level) for level in LEVELS)]

@@ -22,6 +22,8 @@ from evolver.run import prepare
 from evolver.storage import storage_at
 from evolver.worker import Worker
 
+pytestmark = pytest.mark.whole
+
 FILES = {
     "config.yaml",
     "identity.json",

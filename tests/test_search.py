@@ -168,6 +168,7 @@ def every_search(settings, **more):
     return build(settings, experts=experts_for(settings), **more)
 
 
+@pytest.mark.whole
 @EVERY
 @pytest.mark.parametrize("failing", [False, True], ids=["", "failing"])
 def test_workers_timing_and_failures_change_nothing(settings, failing):
@@ -205,6 +206,7 @@ def arriving(search, workers, order):
     return simulate(search, workers, order, reply=rank), {r.number: r for r in results}
 
 
+@pytest.mark.whole
 @EVERY_ORDERED
 @pytest.mark.parametrize("order", range(3))
 def test_a_replay_repeats_the_order_of_arrival(settings, order):

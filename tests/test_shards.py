@@ -46,6 +46,7 @@ def test_a_tensor_that_is_not_as_announced_is_an_error(tmp_path):
         shards.write([("a", TENSORS["a"].double())], {"a": INFOS["a"]}, tmp_path, 1000)
 
 
+@pytest.mark.whole
 def test_an_interrupted_merge_leaves_nothing_under_its_name(tmp_path):
     """Killed with -9 while the weights are being written."""
     script = f"""

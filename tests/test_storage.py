@@ -30,6 +30,8 @@ from evolver.storage import read_all, remote, storage_at
 from evolver.storage.lease import FILE, Lease
 from evolver.worker import LocalPool
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture(scope="module")
 def s3():

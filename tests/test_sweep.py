@@ -11,6 +11,8 @@ from cluster.sweep import gather, load_sweep, run_all
 from evolver.cli import app
 from evolver.errors import BadInput
 
+pytestmark = pytest.mark.whole
+
 SEARCH = [{"algorithm": "tpe", "startup": 2}, {"algorithm": "evolver", "mode": "generational", "generations": 1}]
 
 

@@ -111,6 +111,7 @@ def run(make_config, tmp_path_factory):
     return toys.run_here(config, tmp_path_factory.mktemp("results"))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("form", [[], ["--delta"], ["--lora", 2], ["--gguf", "f16"]])
 @pytest.mark.parametrize("force", [[], ["--force"]])
 def test_the_command_exports_over_nothing(run, tmp_path, form, force):
@@ -124,6 +125,7 @@ def test_the_command_exports_over_nothing(run, tmp_path, form, force):
         assert (tree(run.parent), tree(tmp_path)) == before
 
 
+@pytest.mark.whole
 def test_a_gguf_file_is_replaced_only_where_an_export_wrote_it(run, tmp_path):
     out = tmp_path / "merged.gguf"
     assert toys.evolver("export", run, out, "--gguf", "f16").code == 0

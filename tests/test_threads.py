@@ -13,6 +13,8 @@ from toys import ROOT, evolver
 from evolver import threads
 from evolver.threads import SHORT_SPIN, let_threads_sleep, too_many, usable_cores, waiting
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.mark.parametrize(
     ("given", "told"),

@@ -29,6 +29,8 @@ from evolver.training.settings import PoolConfig, load_pool
 from evolver.training.show import show
 from evolver.training.table import standard_error
 
+pytestmark = pytest.mark.whole
+
 LABELS = ["red", "green", "blue"]
 
 

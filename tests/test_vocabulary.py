@@ -122,6 +122,7 @@ def test_several_donors_give_their_mean(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.whole
 def test_the_merge_loads_in_a_new_process(world, tmp_path):
     _, out = merged(world, tmp_path, tokenizer_source="union")
     code = (

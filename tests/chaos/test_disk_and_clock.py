@@ -11,6 +11,8 @@ import pytest
 import toys
 from toys import all_rows, essence, rows, run_here, run_process
 
+pytestmark = pytest.mark.whole
+
 CHANGES = {"search.generations": 8, "budget.candidates": 28}
 
 

@@ -19,6 +19,8 @@ from toys import all_rows, command, essence, rows, run_here, run_process
 from evolver.ledger import Ledger
 from evolver.storage import storage_at
 
+pytestmark = pytest.mark.whole
+
 KILLS = int(os.environ.get("EVOLVER_KILLS", "2"))
 # Enough work that a good part of the moments fall into it, and not all into the imports before it.
 CHANGES = {

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.whole
+
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 

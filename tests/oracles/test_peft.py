@@ -14,6 +14,8 @@ from evolver.merging.apply import apply
 from evolver.merging.methods import METHODS
 from evolver.merging.pieces import Whole
 
+pytestmark = pytest.mark.whole
+
 DENSITY = 0.3
 WEIGHTS = (0.5, 0.8, 0.3)
 IDS = ("one", "two", "three")
