@@ -149,7 +149,7 @@ def merging(mergekit: str | None) -> str:
     sys.path.insert(0, str(ROOT))
     from merging import whole_commands  # beside this file
 
-    return whole_commands(mergekit)
+    return whole_commands(mergekit, ["linear", "task_arithmetic", "model_stock", "dare_ties", "ties", "della"])
 
 
 def checks(_: str | None) -> str:
@@ -220,7 +220,7 @@ def _kept() -> dict[str, str]:
     """The sections of the page that is there, by part."""
     text = PAGE.read_text() if PAGE.exists() else ""
     titles = {
-        "candidates": "## Seconds of a candidate", "demo": "## make demo", "merging": "## Whole commands",
+        "candidates": "## Seconds of a candidate", "demo": "## make demo", "merging": "## Whole command",
         "checks": "## Tests",
     }  # fmt: skip
     sections = [f"## {s.strip()}" for s in re.split(r"^## ", text, flags=re.MULTILINE)[1:]]
