@@ -36,6 +36,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if marks and "mark.whole" in marks[1] else None
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules of whole runs first: the short ones then fill what is left of the time of several workers."""
+    modules = {item: item.getparent(pytest.Module) for item in items}
+    items.sort(key=lambda item: (module := modules[item]) is None or module.get_closest_marker("whole") is None)
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(CACHES, ignore_errors=True)
 
