@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from evolver.merging import loop, native, random
+from evolver.merging.encoded import FLOAT, Code, Operation
 from evolver.merging.kernels import Kernels
-from evolver.merging.program import FLOAT, Code, Operation, Program, Traced
+from evolver.merging.program import Program, Traced
 
 
 def _evolver(x: Tensor, p: Sequence[Tensor], f: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 
 from evolver.errors import BadInput
 from evolver.merging import loop, native
-from evolver.merging.program import FLOAT, Code, Program
+from evolver.merging.encoded import FLOAT, Code
+from evolver.merging.program import Program
 from evolver.merging.weights import HEAD, PIECE, Checkpoint, Source, cached, digests, layer_of
 
 # A distance to the base, in norms of the base, that no fine-tune has: at equal norms an angle of 41°. Fine-tunes are

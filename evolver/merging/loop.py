@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evolver.merging import random
-from evolver.merging.program import RUN, Code
+from evolver.merging.encoded import RUN, Code
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.uint8: 4}
 

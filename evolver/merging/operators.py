@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from evolver.merging import native
-from evolver.merging.program import RUN, Traced
+from evolver.merging.encoded import RUN
+from evolver.merging.program import Traced
 from evolver.merging.random import LEVELS
 
 TINY = 1e-8

@@ -1,6 +1,6 @@
-/* Runs what program.py recorded of a merge method: a list of steps, each one operation on a run of scalars that lies in
-   a core's cache. Every operation is the one that torch does for the same tensors, rounded alone, so that the results
-   have the same bits; a loop over the list costs a few nanoseconds for each run. */
+/* Runs what program.py recorded of a merge method and encoded.py numbered: a list of steps, each one operation on a run
+   of scalars that lies in a core's cache. Every operation is the one that torch does for the same tensors, rounded
+   alone, so that the results have the same bits; a loop over the list costs a few nanoseconds for each run. */
 
 #include "native.h"
 
@@ -11,8 +11,8 @@
 enum { RUN = 512, ALIGNED = 64 };
 
 enum code {
-    LOAD, DRAW, FILL, ADD, SUB, MUL, DIV, MAXIMUM, MINIMUM, LESS, LESS_EQUAL, EQUAL, BOTH, EITHER, NOT, WHERE, SIGN, ABS, NUMBER,
-    WIDE, NARROW, WIDE_ADD, WIDE_SUB, WIDE_MUL, WIDE_DIV, SUM, SUM_FLOAT, SUM_PRODUCT, LARGEST, TAKE, STORE
+    LOAD, DRAW, FILL, ADD, SUB, MUL, DIV, MAXIMUM, MINIMUM, LESS, LESS_EQUAL, EQUAL, BOTH, EITHER, NOT, WHERE, SIGN, ABS,
+    NUMBER, WIDE, NARROW, WIDE_ADD, WIDE_SUB, WIDE_MUL, WIDE_DIV, SUM, SUM_FLOAT, SUM_PRODUCT, LARGEST, TAKE, STORE
 };
 enum kind { FLOAT32, BFLOAT16, FLOAT16, FLOAT64, BITS };
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from evolver.merging import loop, native, operators, order, random
+from evolver.merging.encoded import FLOAT, Operation
 from evolver.merging.here import Asked, Stack
-from evolver.merging.program import FLOAT, Operation, Program, RankMask, Reduced, Traced
+from evolver.merging.program import Program, RankMask, Reduced, Traced
 from evolver.merging.step import Step
 
 # Scores are taken out of so many scalars at a time, so that what is taken is held and not the whole tensor.
