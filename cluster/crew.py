@@ -73,9 +73,9 @@ class Crew(Protocol):
 class RayCrew:
     """Ray actors, each with the resources that the configuration gives a worker."""
 
-    def __init__(self, plan: Plan, split: Split, resources: dict[str, Any]) -> None:
+    def __init__(self, plan: Plan, split: Split, options: dict[str, Any]) -> None:
         self._plan, self._split = ray.put(plan), split  # once for all actors of a node
-        self._options = {**resources, "runtime_env": {"env_vars": waiting()}}
+        self._options = options
         self._actors: dict[int, Any] = {}
         self._where: dict[int, dict[str, Any]] = {}
         self._futures: dict[Any, int] = {}
@@ -143,6 +143,18 @@ class RayCrew:
         """Whether a worker's node went with it. Ray knows it only after a while, so the node is asked, too."""
         where = self._where.pop(worker, None)
         return where is not None and not any(n["NodeID"] == where["node"] and answers(n) for n in ray.nodes())
+
+
+def worker_options(config: Config) -> dict[str, Any]:
+    """What a worker is asked of Ray with, on the cluster that this process has joined: resources, and how its threads
+    wait.
+
+    Raises BadInput where no node could ever hold a worker.
+    """
+    nodes = nodes_of_cluster()
+    resources = resources_of(config, nodes)
+    check_resources(resources, nodes)
+    return {**resources, "runtime_env": {"env_vars": waiting()}}
 
 
 def resources_of(config: Config, nodes: Sequence[Mapping[str, float]]) -> dict[str, Any]:

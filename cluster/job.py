@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         device = device_of(load(given.config).pool)
         name = given.run or submission_id()
-        run(given.config, results_at(given.results), make_pool, shown, device, name, this_job(), choose)
+        run(given.config, results_at(given.results), make_pool, shown, device, name, this_job(), choose_for_workers)
         return 0
     except BadInput as error:
         shown.close()
@@ -90,7 +90,7 @@ def make_pool(plan: Plan, split: Split, tasks: Tasks) -> Pool:
     return SharedPool(pool, share, lambda candidate: Course(candidate, scale, block, alpha))
 
 
-def choose(config: Config) -> Choice:
+def choose_for_workers(config: Config) -> Choice:
     """The dtype of forward passes that is faster where the workers of a configuration are."""
     if not uses_ray(config.pool):
         return choose_compute(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, replace
 
-from cluster.crew import Answer, Crew, Event, Gone, RayCrew, Ready, check_resources, nodes_of_cluster, resources_of
+from cluster.crew import Answer, Crew, Event, Gone, RayCrew, Ready, worker_options
 from evolver.config import Pool as PoolSettings
 from evolver.errors import BadInput
 from evolver.messages import pack_candidate, unpack_result
@@ -154,7 +154,4 @@ def on_ray(plan: Plan, split: Split) -> CrewPool:
 
     Raises BadInput where no node could ever hold a worker, or no worker can be built.
     """
-    nodes = nodes_of_cluster()
-    resources = resources_of(plan.config, nodes)
-    check_resources(resources, nodes)
-    return CrewPool(RayCrew(plan, split, resources), plan.config.pool)
+    return CrewPool(RayCrew(plan, split, worker_options(plan.config)), plan.config.pool)

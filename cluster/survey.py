@@ -5,12 +5,11 @@ from __future__ import annotations
 import ray
 from ray.exceptions import RayError
 
-from cluster.crew import check_resources, nodes_of_cluster, resources_of
+from cluster.crew import worker_options
 from evolver.compute import Choice
 from evolver.config import Config
 from evolver.errors import BadInput
 from evolver.evaluation.live import default_device
-from evolver.threads import waiting
 from evolver.worker import choose_compute
 
 
@@ -19,21 +18,16 @@ def choose_on_ray(config: Config) -> Choice:
 
     Raises BadInput where no node could ever hold a worker, or the task cannot be carried out.
     """
-    nodes = nodes_of_cluster()
-    resources = resources_of(config, nodes)
-    check_resources(resources, nodes)
-    options = {**resources, "runtime_env": {"env_vars": waiting()}}
+    options = worker_options(config)
     try:
         found: Choice = ray.get(_chosen.options(**options).remote(config))
     except RayError as error:
         cause = getattr(error, "cause", None)
+        if isinstance(cause, BadInput):
+            raise cause from error
         said = " ".join(str(cause or error).split())[:300]
-        raise (
-            cause
-            if isinstance(cause, BadInput)
-            else BadInput(
-                f"pool: no worker could say in which dtype it computes faster ({said}); name one under model.compute."
-            )
+        raise BadInput(
+            f"pool: no worker could say in which dtype it computes faster ({said}); name one under model.compute."
         ) from error
     return found
 

@@ -73,9 +73,8 @@ def _check_place(target: Path) -> None:
 def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that becomes ``target`` when the block ends well; never over anything that is there.
 
-    Raises BadInput, as ``check_target`` does, before the block and after it.
+    Raises BadInput at its end, as ``check_target`` does, which the caller asks before any work is done.
     """
-    check_target(target)
     with whole_folder(target, ready=lambda: check_target(target)) as folder:
         yield folder
 
@@ -88,7 +87,6 @@ def check_export(target: Path, force: bool) -> None:
 @contextlib.contextmanager
 def exported_folder(target: Path, force: bool) -> Iterator[Path]:
     """The same for an export: it leaves a record, and with ``force`` it takes the place of an earlier export."""
-    check_export(target, force)
     with whole_folder(target, ready=lambda: check_export(target, force)) as folder:
         yield folder
         (folder / RECORD).write_text(json.dumps(_digests(folder), indent=1))
@@ -97,7 +95,6 @@ def exported_folder(target: Path, force: bool) -> Iterator[Path]:
 @contextlib.contextmanager
 def new_file(target: Path, exported: Exported | None = None) -> Iterator[Path]:
     """The same for one file; ``exported`` says whether one that is there may be replaced, None: it may not."""
-    check_target(target, "file", exported)
     with whole_file(target, ready=lambda: check_target(target, "file", exported)) as file:
         yield file
 
