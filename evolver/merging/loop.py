@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -78,12 +78,28 @@ class Run:
         scores = [torch.from_numpy(t[: c[-1]].copy()) for t, c in zip(taken, counts[0], strict=True)]
         return torch.from_numpy(counts[0, :, :-1].copy()).view(rows, 2, pairs).transpose(0, 1), scores
 
+    def mask_by_rank(self, loops: ctypes.CDLL, first_kept: Tensor, columns: int, words: Sequence[int]) -> Tensor:
+        """Which scalars stay by the rank in their rows of what the program makes of them; bits, uint8 (n / 8).
+
+        Args:
+            first_kept: see ``native.kept_by_rank``.
+            words: of the stream of draws.
+        """
+        bits = torch.empty(-(-self.size // 8), dtype=torch.uint8)
+        more = (first_kept.data_ptr(), ctypes.c_int64(columns), (ctypes.c_uint32 * 4)(*words), bits.data_ptr())
+        row = replace(self, targets=[torch.empty(0)])  # every thread has one of its own
+        row._call(
+            loops.mask_by_rank, np.empty((0, 0)), more=[ctypes.c_void_p(m) if isinstance(m, int) else m for m in more]
+        )
+        return bits
+
     def _call(
         self,
         function: Any,
         results: NDArray[Any],
         counts: NDArray[Any] | None = None,
         taken: Sequence[NDArray[Any]] = (),
+        more: Sequence[Any] = (),
     ) -> None:
         edges = [e.contiguous() for e in self.edges or ()]
         rows, pairs = edges[0].shape if edges else (0, 0)
@@ -105,7 +121,7 @@ class Run:
             *[e.data_ptr() for e in edges or [_NONE] * 3], rows, pairs,
             counts.ctypes.data, rows_of_taken, torch.get_num_threads(),
         )  # fmt: skip
-        if function(ctypes.byref(job)):
+        if function(ctypes.byref(job), *more):
             raise MemoryError("no memory for a run of scalars")
 
 

@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-enum { ROUNDS = 10, STRETCH = 1 << 14, BUCKETS = 1024, WIDE_ROW = 4096 };
+enum { ROUNDS = 10, STRETCH = 1 << 14, BUCKETS = 512, WIDE_ROW = 4096, DRAWS = 1 << 16 };
 
 /* Draws for one block of scalars, to out[HALVES][LANES]. words: k0, k1, c2, c3. */
 void draw_block(const uint32_t *words, uint64_t block, float *out)
@@ -118,58 +118,111 @@ static int32_t rank_of(uint32_t wanted, const uint32_t *row, int64_t width)
     return rank;
 }
 
-/* One row of kept_by_rank(). A count of scalars by their leading bits says between which ranks each one lies, and that
-   decides about nearly all of them; for the others the rank is counted, once for equal ones. bucket: [width]. */
-static void kept_in_row(const uint32_t *row, const float *draws, const int32_t *first_kept, int64_t width, uint8_t *kept,
-                        uint16_t *bucket)
+/* What draws say about ranks: draw d keeps the ranks from first_kept[d] on. Below `some` it keeps all of a row, from
+   `none` on none of it. */
+struct chances chances_of(const int32_t *first_kept, int64_t width)
 {
-    const int shift = width < WIDE_ROW ? 19 : 17, count = width < WIDE_ROW ? 256 : BUCKETS;
-    int32_t below[BUCKETS + 1] = {0}, rank[BUCKETS];
+    struct chances of = {first_kept, 0, DRAWS};
+    while (of.some < DRAWS && first_kept[of.some] == 0)
+        of.some++;
+    while (of.none > of.some && first_kept[of.none - 1] >= width)
+        of.none--;
+    return of;
+}
+
+/* Which scalars of a row have draws that their ranks decide about, to places[width]; of the others `kept` says all.
+   Returns how many. */
+static int64_t undecided(const float *draws, struct chances of, int64_t width, uint8_t *kept, int32_t *places)
+{
+    const float some = (float)of.some, none = (float)of.none;
+    int64_t count = 0, column = 0;
+#pragma omp simd
+    for (int64_t n = 0; n < width; n++)
+        kept[n] = draws[n] < some;
+#ifdef __AVX512F__
+    __m512i here = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    for (; column + 16 <= width; column += 16) {
+        const __m512 draw = _mm512_loadu_ps(draws + column);
+        const __mmask16 open = _mm512_cmp_ps_mask(draw, _mm512_set1_ps(some), _CMP_GE_OQ) &
+                               _mm512_cmp_ps_mask(draw, _mm512_set1_ps(none), _CMP_LT_OQ);
+        _mm512_storeu_si512(places + count, _mm512_maskz_compress_epi32(open, here));
+        count += __builtin_popcount(open);
+        here = _mm512_add_epi32(here, _mm512_set1_epi32(16));
+    }
+#endif
+    for (; column < width; column++) {
+        places[count] = (int32_t)column;
+        count += draws[column] >= some && draws[column] < none;
+    }
+    return count;
+}
+
+/* Which scalars of a row stay, each with the probability of its rank, the number of smaller ones. A count of scalars by
+   their leading bits says between which ranks each one lies, and that decides about nearly all that their draws do not
+   decide about; for the others the rank is counted, once for equal ones.
+   row (not negative), draws, kept: [width]; scratch: rank_scratch(width) bytes. */
+void kept_in_row(const float *sizes, const float *draws, struct chances of, int64_t width, uint8_t *kept, void *scratch)
+{
+    const uint32_t *row = (const uint32_t *)sizes;
+    int32_t *places = scratch;
+    uint16_t *bucket = (uint16_t *)(places + width + 16);
+    const int64_t open = undecided(draws, of, width, kept, places);
+    if (!open)
+        return;
+    const int shift = width < WIDE_ROW ? 19 : 17, count = width < WIDE_ROW ? BUCKETS / 4 : BUCKETS;
+    int32_t below[BUCKETS + 1], beside[BUCKETS + 1], rank[BUCKETS];
     uint32_t ranked[BUCKETS], top = 0;
 #pragma omp simd reduction(max : top)
     for (int64_t column = 0; column < width; column++)
         top = row[column] > top ? row[column] : top;
+    memset(below, 0, (size_t)(count + 1) * sizeof *below);
+    memset(beside, 0, (size_t)(count + 1) * sizeof *beside);
+    memset(ranked, 0xFF, (size_t)count * sizeof *ranked); /* the bits of no number */
     const int32_t lowest = (int32_t)(top >> shift) - (count - 1);
 #pragma omp simd
     for (int64_t column = 0; column < width; column++) {
         const int32_t place = (int32_t)(row[column] >> shift) - lowest;
         bucket[column] = (uint16_t)(place > 0 ? place : 0);
     }
-    for (int64_t column = 0; column < width; column++)
+    for (int64_t column = 0; column + 1 < width; column += 2) { /* two counts, so that equal neighbours do not wait */
         below[bucket[column] + 1]++;
+        beside[bucket[column + 1] + 1]++;
+    }
+    if (width % 2)
+        below[bucket[width - 1] + 1]++;
     for (int n = 0; n < count; n++)
-        below[n + 1] += below[n];
-    memset(ranked, 0xFF, (size_t)count * sizeof *ranked); /* the bits of no number */
-    for (int64_t column = 0; column < width; column++) {
-        const int of = bucket[column];
-        const int32_t first = first_kept[(int32_t)draws[column]], least = below[of], more = below[of + 1];
+        below[n + 1] += below[n] + beside[n + 1];
+    for (int64_t n = 0; n < open; n++) {
+        const int32_t column = places[n], bin = bucket[column], first = of.first_kept[(int32_t)draws[column]];
+        const int32_t least = below[bin], more = below[bin + 1];
         kept[column] = first <= least;
         if ((uint32_t)(first - least - 1) < (uint32_t)(more - least - 1)) { /* least < first < more, as one branch */
-            if (ranked[of] != row[column])
-                ranked[of] = row[column], rank[of] = rank_of(row[column], row, width);
-            kept[column] = first <= rank[of];
+            if (ranked[bin] != row[column])
+                ranked[bin] = row[column], rank[bin] = rank_of(row[column], row, width);
+            kept[column] = first <= rank[bin];
         }
     }
 }
 
-/* Which scalars of a row stay, each with the probability of its rank, the number of smaller ones: draw d says from which
-   rank on, first_kept[d] in [0, width].
-   sizes (not negative), draws, kept: [rows][width]. Returns 0, or 1 where there is no memory. */
+int64_t rank_scratch(int64_t width) { return (width + 16) * (int64_t)sizeof(int32_t) + width * (int64_t)sizeof(uint16_t); }
+
+/* kept_in_row() of many rows. sizes, draws, kept: [rows][width]. Returns 0, or 1 where there is no memory. */
 int kept_by_rank(const float *sizes, const float *draws, const int32_t *first_kept, int64_t rows, int64_t width,
                  uint8_t *kept)
 {
+    const struct chances of = chances_of(first_kept, width);
     int failed = 0;
 #pragma omp parallel reduction(| : failed)
     {
-        uint16_t *bucket = malloc((size_t)width * sizeof *bucket + 1);
-        failed = !bucket;
+        void *scratch = malloc((size_t)rank_scratch(width));
+        failed = !scratch;
 #pragma omp for schedule(dynamic, 8)
         for (int64_t row = 0; row < rows; row++) {
             const int64_t at = row * width;
-            if (bucket)
-                kept_in_row((const uint32_t *)sizes + at, draws + at, first_kept, width, kept + at, bucket);
+            if (scratch)
+                kept_in_row(sizes + at, draws + at, of, width, kept + at, scratch);
         }
-        free(bucket);
+        free(scratch);
     }
     return failed;
 }
@@ -177,13 +230,12 @@ int kept_by_rank(const float *sizes, const float *draws, const int32_t *first_ke
 /* Bools as bits, the first one's the lowest of its byte; bits: [(size + 7) / 8]. */
 void pack(const uint8_t *bools, int64_t size, uint8_t *bits)
 {
-#pragma omp parallel for
     for (int64_t byte = 0; byte < (size + 7) / 8; byte++) {
         const int64_t left = size - 8 * byte;
-        uint8_t out = 0;
-        for (int bit = 0; bit < (left < 8 ? left : 8); bit++)
-            out |= (uint8_t)(bools[8 * byte + bit] << bit);
-        bits[byte] = out;
+        uint64_t eight = 0;
+        memcpy(&eight, bools + 8 * byte, (size_t)(left < 8 ? left : 8));
+        /* The lowest bits of eight bytes, moved beside each other at the top. */
+        bits[byte] = (uint8_t)(eight * 0x0102040810204080u >> 56);
     }
 }
 

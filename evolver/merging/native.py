@@ -143,11 +143,6 @@ def kept_by_rank(loops: ctypes.CDLL, sizes: Tensor, draws: Tensor, first_kept: T
     return kept
 
 
-def pack(loops: ctypes.CDLL, bools: Tensor, bits: Tensor) -> None:
-    """Write bools (n) as bits to uint8 (n / 8, rounded up), the first one as the lowest bit of its byte."""
-    loops.pack(_at(bools), ctypes.c_int64(bools.numel()), _at(bits))
-
-
 def select_rank(loops: ctypes.CDLL, row: NDArray[np.float32], rank: int) -> float:
     """The score of a rank, 0 for the smallest, of a row of scores, which are not negative."""
     row, scratch = np.ascontiguousarray(row), np.empty(row.size, dtype=np.uint32)

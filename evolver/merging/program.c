@@ -74,9 +74,11 @@ static void load(const void *from, int32_t kind, int64_t at, int64_t n, float *t
         const uint8_t *of = (const uint8_t *)from + at / 8;
         int32_t *mask = (int32_t *)to;
         int64_t i = 0;
-        for (; i + 8 <= n; i += 8)
-            for (int bit = 0; bit < 8; bit++)
-                mask[i + bit] = -(int32_t)(of[i / 8] >> bit & 1);
+        for (; i + 32 <= n; i += 32) {
+            uint32_t word;
+            memcpy(&word, of + i / 8, sizeof word);
+            SIMD for (int bit = 0; bit < 32; bit++) mask[i + bit] = -(int32_t)(word >> bit & 1);
+        }
         for (; i < n; i++)
             mask[i] = -(int32_t)(of[i / 8] >> (i % 8) & 1);
     }
@@ -319,6 +321,53 @@ int run_program(const struct job *job)
                 run(job, &m, at, end - at < RUN ? end - at : RUN, job->counts + block * per_block);
         }
         free(m.floats), free(m.drawn), free(m.doubles);
+    }
+    return failed;
+}
+
+/* Which scalars stay by the rank of their size in their row, as bits. The program says the sizes by its last step, which
+   stores them; it draws nothing. words: of the stream of draws; bits: [(rows * width + 7) / 8]; draws start at scalar 0.
+   Returns 0, or 1 where there is no memory. */
+int mask_by_rank(const struct job *job, const int32_t *first_kept, int64_t width, const uint32_t *words, uint8_t *bits)
+{
+    enum { ROWS = 8 }; /* whole bytes of bits */
+    const struct chances of = chances_of(first_kept, width);
+    const int64_t rows = job->size / width, groups = (rows + ROWS - 1) / ROWS;
+    const int64_t at_once = 8 * BLOCK / (ROWS * width) + 1, slots = width / BLOCK + 2;
+    int failed = 0;
+#pragma omp parallel num_threads((int)job->threads) reduction(| : failed) if (groups > at_once)
+    {
+        const struct memory m = {aligned(job->floats * RUN * (int64_t)sizeof(float)), NULL,
+                                 aligned(job->doubles * RUN * (int64_t)sizeof(double))};
+        float *sizes = aligned(width * (int64_t)sizeof *sizes), *draws = aligned(slots * BLOCK * (int64_t)sizeof *draws);
+        uint8_t *kept = aligned(ROWS * width);
+        void *scratch = aligned(rank_scratch(width)), *targets[1];
+        int64_t drawn = -1, first = 0; /* blocks [first, drawn) lie in `draws` */
+        struct job mine = *job;
+        mine.targets = targets;
+        failed = !m.floats || !m.doubles || !sizes || !draws || !kept || !scratch;
+#pragma omp for schedule(dynamic, at_once)
+        for (int64_t group = 0; group < groups; group++) {
+            const int64_t start = group * ROWS, end = start + ROWS < rows ? start + ROWS : rows;
+            for (int64_t row = start; row < end && !failed; row++) {
+                const int64_t at = row * width, from = at / BLOCK, to = (at + width - 1) / BLOCK + 1;
+                if (from < first || from > drawn)
+                    first = drawn = from;
+                if (from > first) { /* the last block of the row before is the first one of this row */
+                    memmove(draws, draws + (from - first) * BLOCK, (size_t)((drawn - from) * BLOCK) * sizeof *draws);
+                    first = from;
+                }
+                for (; drawn < to; drawn++)
+                    draw_block(words, (uint64_t)drawn, draws + (drawn - first) * BLOCK);
+                targets[0] = (void *)((uintptr_t)sizes - (uintptr_t)at * sizeof *sizes);
+                for (int64_t n = 0; n < width; n += RUN)
+                    run(&mine, &m, at + n, width - n < RUN ? width - n : RUN, NULL);
+                kept_in_row(sizes, draws + (at - first * BLOCK), of, width, kept + (row - start) * width, scratch);
+            }
+            if (!failed)
+                pack(kept, (end - start) * width, bits + start * width / 8);
+        }
+        free(m.floats), free(m.doubles), free(sizes), free(draws), free(kept), free(scratch);
     }
     return failed;
 }

@@ -49,9 +49,12 @@ class Program:
         """What stands for a mask that is made before the program is run."""
         if self.operations[draws.number].name != "draw":
             raise Unknown("draws that were changed")
-        mask = RankMask(
-            Operation("store", FLOAT, (sizes.number,)), self.operations[draws.number].place, density, epsilon
-        )
+        size = Operation("store", FLOAT, (sizes.number,))
+        order: list[tuple[int | None, Operation]] = []
+        self._place(size, order, set())
+        if any(o.name == "draw" or (o.name == "load" and o.place >= self.inputs) for _, o in order):
+            raise Unknown("sizes that depend on chance or on another mask")
+        mask = RankMask(size, self.operations[draws.number].place, density, epsilon)
         if mask not in self.masks:
             self.masks.append(mask)
         return self.add("load", MASK, (), self.inputs + self.masks.index(mask))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evolver.merging import loop, native, operators, order, random
+from evolver.merging import loop, operators, order
 from evolver.merging.encoded import FLOAT, Operation
 from evolver.merging.here import Asked, Stack
 from evolver.merging.program import Program, RankMask, Reduced, Traced
@@ -113,22 +113,9 @@ class Recorded:
         self.sources = [*inputs, *(masks[m] for m in record.program.masks)]
 
     def _bits(self, mask: RankMask) -> Tensor:
-        """A mask that rows decide about, piece by piece."""
-        out = torch.empty(-(-self.size // 8), dtype=torch.uint8)
         first_kept = operators.first_kept(self.columns, mask.density, mask.epsilon, torch.device("cpu"))
-        code, words = self.record.program.code([mask.sizes]), self.words[mask.stream]
-        # Some pieces at a time, so that threads seldom wait for each other.
-        stretch = min(max(1, STRETCH // self.piece) * self.piece, self.size)
-        blocks = -(-stretch // random.BLOCK)
-        sizes, draws = torch.empty(2, blocks * random.BLOCK)
-        for start in range(0, self.size, stretch):
-            size = min(stretch, self.size - start)
-            loop.Run(code, size, [i[start:] for i in self.inputs], [sizes], self.words, start).run(self.loops)
-            native.draws(self.loops, words, start // random.BLOCK, draws.view(blocks, random.HALVES, random.LANES))
-            rows = [each[:size].view(-1, self.columns) for each in (sizes, draws)]
-            kept = native.kept_by_rank(self.loops, rows[0], rows[1], first_kept)
-            native.pack(self.loops, kept, out[start // 8 :])
-        return out
+        sizes = loop.Run(self.record.program.code([mask.sizes]), self.size, self.inputs)
+        return sizes.mask_by_rank(self.loops, first_kept, self.columns, self.words[mask.stream])
 
     def merge(self, out: Tensor) -> None:
         """Writes the merged tensor to ``out``, flat, of any floating dtype."""
