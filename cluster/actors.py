@@ -8,9 +8,9 @@ from typing import Any
 import ray
 
 from evolver.evaluation.live import default_device
-from evolver.messages import pack_result, unpack_candidate
 from evolver.records import Split
-from evolver.worker import Plan, Worker
+from evolver.workers.messages import pack_result, unpack_candidate
+from evolver.workers.worker import Plan, Worker
 
 
 @ray.remote

@@ -16,7 +16,7 @@ from evolver.config import Config
 from evolver.errors import BadInput
 from evolver.records import Split
 from evolver.threads import waiting
-from evolver.worker import Plan
+from evolver.workers.worker import Plan
 
 
 @dataclass(frozen=True)

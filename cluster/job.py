@@ -16,22 +16,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from cluster.shared import SharedPool
-from evolver.about import Job
-from evolver.compute import Choice
 from evolver.config import Config, load
 from evolver.config import Pool as PoolSettings
+from evolver.driver.run import run
 from evolver.errors import BadInput
-from evolver.evaluation.course import Course
 from evolver.evaluation.live import default_device
+from evolver.evaluation.scores.course import Course
 from evolver.evaluation.tasks import Tasks
-from evolver.flights import Pool
-from evolver.process_pool import ProcessPool
-from evolver.progress import display
+from evolver.loggers.terminal import display
+from evolver.pool import Pool
 from evolver.records import Split
-from evolver.run import run
+from evolver.runs.about import Job
 from evolver.storage import Storage, storage_at
-from evolver.worker import LocalPool, Plan, choose_compute
+from evolver.workers.compute import Choice
+from evolver.workers.process import ProcessPool
+from evolver.workers.shared import SharedPool
+from evolver.workers.worker import LocalPool, Plan, choose_compute
 
 # What Ray tells the driver of a job, and how ids begin that Ray drew itself.
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from cluster.crew import Answer, Crew, Event, Gone, RayCrew, Ready, worker_options
 from evolver.config import Pool as PoolSettings
 from evolver.errors import BadInput
-from evolver.messages import pack_candidate, unpack_result
 from evolver.records import Candidate, Result, Split
-from evolver.worker import Plan
+from evolver.workers.messages import pack_candidate, unpack_result
+from evolver.workers.worker import Plan
 
 # How often a wait looks at the clock for evaluations that take too long.
 TICK_SECONDS = 1.0

@@ -30,7 +30,7 @@ Question = tuple[str, int, str, float | None, int | None, int]
 PART = re.compile(r"part-(\d{8})(?:-(\d{8}))?\.parquet")
 JOIN_FROM = 256
 ITEMS = "items.parquet"
-OWNER = b"evolver.run"
+OWNER = b"evolver.driver.run"
 
 SCHEMA = pa.schema(
     [

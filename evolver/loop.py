@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from evolver.flights import Flights, Pool
 from evolver.ledger import Ledger
+from evolver.pool import Flights, Pool
 from evolver.records import Candidate, Result
 from evolver.search.base import Search
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cluster.crew import Answer, Event, Gone, Ready
-from evolver.messages import pack_result, unpack_candidate
 from evolver.records import Candidate, Result
+from evolver.workers.messages import pack_result, unpack_candidate
 
 Say = Callable[[Candidate], Result]
 Seconds = Callable[[Candidate], float]

@@ -14,9 +14,9 @@ from sklearn.metrics import f1_score
 from toys import rows, run_here
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
+from evolver.driver.run import prepare
 from evolver.errors import BadInput
-from evolver.run import prepare
-from evolver.worker import Worker
+from evolver.workers.worker import Worker
 
 LABELS = ("bad", "fair", "good")
 

@@ -14,14 +14,14 @@ import toys
 from safetensors.torch import load_file, save_file
 from toys import refused
 
-from evolver import compute, worker
-from evolver.compute import Choice, choose, choose_for_any, settled, stored_dtype
+from evolver.checkpoints.weights import TensorInfo
 from evolver.config import load
-from evolver.history import read_history
-from evolver.merging.weights import TensorInfo
-from evolver.run import prepare, run
+from evolver.driver.run import prepare, run
+from evolver.runs.history import read_history
 from evolver.storage import storage_at
-from evolver.worker import LocalPool, Worker
+from evolver.workers import compute, worker
+from evolver.workers.compute import Choice, choose, choose_for_any, settled, stored_dtype
+from evolver.workers.worker import LocalPool, Worker
 
 
 @pytest.fixture(scope="module")

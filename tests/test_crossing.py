@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from evolver.merging import crossing, native, random
+from evolver.kernels import native, random
+from evolver.kernels.random import draws, threshold
+from evolver.merging import crossing
 from evolver.merging.crossing import STRATEGIES, cross
-from evolver.merging.random import draws, threshold
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -13,7 +13,7 @@ import pytest
 import toys
 import yaml
 
-from evolver.cli import app
+from evolver.commands.cli import app
 from evolver.ledger import answers
 from evolver.storage import storage_at
 
@@ -58,7 +58,7 @@ def call(home, line):
     (home / "bin").mkdir(exist_ok=True)
     script = home / "bin" / "evolver"
     script.write_text(f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(toys.ROOT)!r})\n"
-                      "from evolver.cli import main\nmain()\n")  # fmt: skip
+                      "from evolver.commands.cli import main\nmain()\n")  # fmt: skip
     script.chmod(0o755)
     environment = {**os.environ, "HOME": str(home), "PATH": f"{home / 'bin'}:{os.environ['PATH']}"}
     return subprocess.run(["bash", "-ec", line], cwd=home, env=environment, capture_output=True, text=True, check=False)

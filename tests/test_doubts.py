@@ -12,10 +12,10 @@ import toys
 import yaml
 from safetensors.torch import load_file, save_file
 
+from evolver.checkpoints import doubts as module
+from evolver.checkpoints.doubts import FAR, doubts
+from evolver.checkpoints.sources import open_base, open_expert
 from evolver.errors import BadInput
-from evolver.merging import doubts as module
-from evolver.merging.doubts import FAR, doubts
-from evolver.merging.sources import open_base, open_expert
 
 pytestmark = pytest.mark.whole
 
@@ -126,8 +126,8 @@ def test_a_comparison_holds_pieces_only(tmp_path):
     """Tensors are mapped; in float64 there is one piece at a time, whatever their size."""
     code = """
 import resource, sys
-from evolver.merging.doubts import doubts
-from evolver.merging.sources import open_base, open_expert
+from evolver.checkpoints.doubts import doubts
+from evolver.checkpoints.sources import open_base, open_expert
 base = open_base(sys.argv[1])
 expert = open_expert(sys.argv[2], base, "k")
 base.digest(), expert.digest()
@@ -173,7 +173,7 @@ def configure(tmp_path, base, models):
 
 
 def evolver(*arguments):
-    code = "from evolver.cli import main; main()"
+    code = "from evolver.commands.cli import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
     )

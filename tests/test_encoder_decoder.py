@@ -23,14 +23,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from evolver.driver.run import prepare
 from evolver.errors import BadInput
-from evolver.evaluation.encoder_decoder import EncoderDecoder
 from evolver.evaluation.items import item_hash
+from evolver.evaluation.language.encoder_decoder import EncoderDecoder
+from evolver.evaluation.language.loglikelihood import LogLikelihoods
 from evolver.evaluation.live import LiveModel
-from evolver.evaluation.loglikelihood import LogLikelihoods
 from evolver.records import Candidate, load_recipe
-from evolver.run import prepare
-from evolver.worker import Worker
+from evolver.workers.worker import Worker
 
 pytestmark = pytest.mark.whole
 

@@ -11,10 +11,10 @@ import yaml
 from toys import rows, run_here
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
+from evolver.driver.run import prepare
 from evolver.errors import BadInput
 from evolver.records import Candidate
-from evolver.run import prepare
-from evolver.worker import Worker
+from evolver.workers.worker import Worker
 
 pytestmark = pytest.mark.whole
 

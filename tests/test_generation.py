@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from evolver.driver.run import prepare
 from evolver.records import Candidate
-from evolver.run import prepare
-from evolver.worker import Worker
+from evolver.workers.worker import Worker
 
 FREE = [{"task": "free", "metric": "exact_match", "dev": 20, "report": 4}]
 

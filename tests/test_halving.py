@@ -10,10 +10,10 @@ from test_search import BASE, EXPERTS, HALVING, Workshop, build, ids, simulate
 
 from evolver.config import Budget, check_section
 from evolver.errors import BadInput
-from evolver.estimates import Estimates, first_unjudged
-from evolver.evaluation.irt import fit
-from evolver.evaluation.metrics import CLASS, ENDLESS, JUDGED
-from evolver.evaluation.scoring import Scale
+from evolver.evaluation.scores.estimates import Estimates, first_unjudged
+from evolver.evaluation.scores.irt import fit
+from evolver.evaluation.scores.metrics import CLASS, ENDLESS, JUDGED
+from evolver.evaluation.scores.scoring import Scale
 from evolver.ledger import Ledger, read
 from evolver.loop import evolve
 from evolver.records import Candidate, Expert, Result

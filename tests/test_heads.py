@@ -12,10 +12,10 @@ import yaml
 from toys import rows, run_here
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
+from evolver.driver.run import prepare
 from evolver.errors import BadInput
 from evolver.records import Merge
-from evolver.run import prepare
-from evolver.worker import Worker
+from evolver.workers.worker import Worker
 
 SPACES = {"mood": ("bad", "fair", "good"), "colour": ("red", "good")}
 

@@ -22,10 +22,10 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from evolver.driver.run import prepare
 from evolver.errors import BadInput
 from evolver.records import Candidate
-from evolver.run import prepare
-from evolver.worker import Worker
+from evolver.workers.worker import Worker
 
 pytestmark = pytest.mark.whole
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from evolver.evaluation import irt
-from evolver.evaluation.irt import fit
-from evolver.evaluation.metrics import CLASS, JUDGED
-from evolver.evaluation.scoring import Scale
+from evolver.evaluation.scores import irt
+from evolver.evaluation.scores.irt import fit
+from evolver.evaluation.scores.metrics import CLASS, JUDGED
+from evolver.evaluation.scores.scoring import Scale
 
 KINDS = ("p-irt", "gp-irt", "mp-irt")
 WEIGHTS = {"a": 1.0, "b": 3.0}

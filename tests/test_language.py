@@ -16,16 +16,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.job import main
+from evolver.driver.run import prepare
 from evolver.errors import BadInput
-from evolver.evaluation import library
 from evolver.evaluation.data import read_rows
-from evolver.evaluation.decoder import DecoderOnly
 from evolver.evaluation.items import item_hash
-from evolver.evaluation.loglikelihood import Group, LogLikelihoods
-from evolver.export import export
+from evolver.evaluation.language import library
+from evolver.evaluation.language.decoder import DecoderOnly
+from evolver.evaluation.language.loglikelihood import Group, LogLikelihoods
+from evolver.merging.export import export
 from evolver.records import Candidate, Cross, Merge, Rule
-from evolver.run import prepare
-from evolver.worker import Worker
+from evolver.workers.worker import Worker
 
 pytestmark = pytest.mark.whole
 
@@ -372,7 +372,7 @@ def test_perplexity_on_a_text_file(make_config, tmp_path, models):
     ],
 )
 def test_names_are_checked_before_any_weight_is_read(make_config, tmp_path, task, said, monkeypatch):
-    monkeypatch.setattr("evolver.worker.LiveModel", None)
+    monkeypatch.setattr("evolver.workers.worker.LiveModel", None)
     with pytest.raises(BadInput, match=said):
         prepare(str(make_config(tmp_path, {"evaluation.tasks": [{"dev": 5, "report": 5, **task}]})))
 

@@ -11,14 +11,14 @@ from types import SimpleNamespace
 import pytest
 from toys import DROP, ROOT, rows, run_here
 
+from evolver.driver.run import prepare
 from evolver.errors import BadInput
-from evolver.evaluation import scratch
-from evolver.evaluation.launched import LaunchedScorer
-from evolver.evaluation.requests import Judgement
-from evolver.evaluation.scratch import Scratch
+from evolver.evaluation.language import scratch
+from evolver.evaluation.language.launched import LaunchedScorer
+from evolver.evaluation.language.requests import Judgement
+from evolver.evaluation.language.scratch import Scratch
 from evolver.records import Candidate
-from evolver.run import prepare
-from evolver.worker import Worker
+from evolver.workers.worker import Worker
 
 pytestmark = pytest.mark.whole
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from evolver.errors import BadInput
-from evolver.merging import methods, order
-from evolver.merging.apply import apply
-from evolver.merging.genome import genome
+from evolver.merging import methods
+from evolver.merging.engine import order
+from evolver.merging.engine.apply import apply
+from evolver.merging.engine.pieces import Whole
 from evolver.merging.methods import METHODS, Range, method, number
-from evolver.merging.pieces import Whole
+from evolver.merging.settings.genome import genome
 from evolver.records import Expert
 
 EVERY = pytest.mark.parametrize("name", list(METHODS))
@@ -363,7 +364,7 @@ def test_another_number_of_models_is_refused():
 
 
 def test_a_new_method_takes_one_function_and_nothing_else():
-    from evolver.reference import page
+    from evolver.commands.reference import page
 
     @method("Nobody 2026, Half the way")
     def halfway(deltas: torch.Tensor, *, share: Annotated[torch.Tensor, Range(0.1, 0.9)] = number(0.5)) -> torch.Tensor:

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from evolver.errors import BadInput
-from evolver.merging import native, operators, order, random
+from evolver.kernels import native, random
+from evolver.merging.engine import order
+from evolver.merging.methods import operators
 
 SIZES = [0, 1, 15, 16, 17, 1000, 50_000]
 

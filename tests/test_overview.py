@@ -11,11 +11,11 @@ import pytest
 import toys
 
 from evolver import ledger
+from evolver.dashboard.overview import Overview
 from evolver.dashboard.views import front, utilisation
 from evolver.errors import BadInput
-from evolver.history import read_history
-from evolver.overview import Overview
 from evolver.records import Candidate, Expert, Result
+from evolver.runs.history import read_history
 from evolver.storage import storage_at
 
 CHANGES = {"search.generations": 9, "budget.candidates": 15, "evaluation.early_stopping": True}

@@ -12,11 +12,11 @@ import pytest
 from toys import ROOT
 
 from cluster.job import make_pool
+from evolver.driver.run import prepare
 from evolver.errors import BadInput
-from evolver.process_pool import ProcessPool
 from evolver.records import Candidate
-from evolver.run import prepare
-from evolver.worker import LocalPool
+from evolver.workers.process import ProcessPool
+from evolver.workers.worker import LocalPool
 
 pytestmark = pytest.mark.whole
 
@@ -88,10 +88,10 @@ def test_a_worker_that_cannot_be_built_is_one_sentence(configured):
 # A driver that is killed while an evaluation hangs.
 DRIVER = """
 import os, pathlib, sys, threading, time
-from evolver.process_pool import ProcessPool
+from evolver.workers.process import ProcessPool
 from evolver.records import Candidate
-from evolver.run import prepare
-from evolver.worker import LocalPool
+from evolver.driver.run import prepare
+from evolver.workers.worker import LocalPool
 
 def die():
     while not seen.exists():

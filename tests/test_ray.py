@@ -18,21 +18,21 @@ from cluster import crew
 from cluster.crew import check_resources, resources_of
 from cluster.job import main, make_pool
 from cluster.pool import on_ray
-from cluster.shared import SharedPool
 from cluster.survey import choose_on_ray
-from evolver.compute import Choice
 from evolver.config import load
+from evolver.driver.run import prepare
 from evolver.errors import BadInput
-from evolver.evaluation.course import Course
+from evolver.evaluation.scores.course import Course
 from evolver.ledger import Ledger
 from evolver.loop import evolve
-from evolver.messages import pack_candidate, pack_result, unpack_candidate, unpack_result
 from evolver.records import Candidate, Cross, Expert, Result
-from evolver.run import prepare
 from evolver.search.ahead import ahead
 from evolver.search.plain import Listed
 from evolver.storage import storage_at
-from evolver.worker import LocalPool
+from evolver.workers.compute import Choice
+from evolver.workers.messages import pack_candidate, pack_result, unpack_candidate, unpack_result
+from evolver.workers.shared import SharedPool
+from evolver.workers.worker import LocalPool
 
 pytestmark = [pytest.mark.ray, pytest.mark.whole]
 

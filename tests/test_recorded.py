@@ -12,9 +12,10 @@ import pytest
 import torch
 from test_methods import EVERY, experts_of, merge, variants
 
-from evolver.merging import native, order, recorded
-from evolver.merging.here import Here
+from evolver.kernels import native
+from evolver.merging.engine import order, recorded
 from evolver.merging.methods import METHODS, method
+from evolver.merging.methods.here import Here
 
 # These look at whole rows, or take exponentials of float64: they run as plain code.
 PLAIN = {"pcb", "widen", "arcee_fusion"}

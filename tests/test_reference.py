@@ -5,9 +5,9 @@ from pathlib import Path
 import typer
 from typer.testing import CliRunner
 
-from evolver.cli import app
+from evolver.commands.cli import app
+from evolver.commands.reference import page
 from evolver.merging.methods import METHODS
-from evolver.reference import page
 from evolver.search import SEARCHES
 
 ROOT = Path(__file__).parent.parent

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from toys import no_work, rows, run_here
 
 from evolver import ledger
+from evolver.commands.explain import explain
+from evolver.driver.run import prepare
 from evolver.errors import BadInput
-from evolver.explain import explain
 from evolver.records import Candidate
-from evolver.run import prepare
 from evolver.storage import storage_at
-from evolver.worker import Worker
+from evolver.workers.worker import Worker
 
 pytestmark = pytest.mark.whole
 

@@ -8,8 +8,8 @@ import pytest
 
 from evolver.config import Budget, check_section
 from evolver.errors import BadInput
-from evolver.merging.genome import genome
 from evolver.merging.methods import METHODS
+from evolver.merging.settings.genome import genome
 from evolver.records import Cross, Expert, Merge, Result
 from evolver.search import SEARCHES
 from evolver.search.base import Setup

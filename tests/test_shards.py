@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from evolver import shards
-from evolver.merging.weights import TensorInfo
+from evolver.checkpoints import shards
+from evolver.checkpoints.weights import TensorInfo
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).view(2, 3),

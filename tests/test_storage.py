@@ -19,16 +19,16 @@ import toys
 from moto.server import ThreadedMotoServer
 from starlette.testclient import TestClient
 
+from evolver.checkpoints.sources import open_base
 from evolver.dashboard.app import build
+from evolver.driver.run import run
 from evolver.errors import BadInput
 from evolver.ledger import Ledger, answers, read
-from evolver.merging.sources import open_base
 from evolver.records import Candidate, Expert, Result
-from evolver.run import run
 from evolver.storage import lease as lease_module
 from evolver.storage import read_all, remote, storage_at
 from evolver.storage.lease import FILE, Lease
-from evolver.worker import LocalPool
+from evolver.workers.worker import LocalPool
 
 pytestmark = pytest.mark.whole
 

@@ -16,12 +16,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from evolver.cli import app
+from evolver.checkpoints.heads import head_of
+from evolver.checkpoints.sources import open_base, open_expert
+from evolver.commands.cli import app
 from evolver.errors import BadInput
-from evolver.evaluation.metrics import JUDGED, Metric
-from evolver.evaluation.scoring import Scale
-from evolver.merging.heads import head_of
-from evolver.merging.sources import open_base, open_expert
+from evolver.evaluation.scores.metrics import JUDGED, Metric
+from evolver.evaluation.scores.scoring import Scale
 from evolver.training.experts import cache, make_pool
 from evolver.training.fit import CHECKPOINT
 from evolver.training.losses import Learner, lessons_of, loss_of

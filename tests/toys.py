@@ -23,12 +23,12 @@ import pytest
 import yaml
 
 from evolver import ledger
+from evolver.driver.run import run
 from evolver.errors import BadInput
-from evolver.flights import Pool
+from evolver.pool import Pool
 from evolver.records import Candidate, Result, Split
-from evolver.run import run
 from evolver.storage import storage_at
-from evolver.worker import LocalPool, Plan
+from evolver.workers.worker import LocalPool, Plan
 
 ROOT = Path(__file__).parent.parent
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")
@@ -301,7 +301,7 @@ def run_process(file: Path, results: Path) -> Ended:
 
 def evolver(*arguments: Any, cwd: Path | None = None) -> Ended:
     """``evolver ARGUMENTS`` in this process, which has imported what it needs."""
-    from evolver.cli import main
+    from evolver.commands.cli import main
 
     out, err, handler = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
     given, sys.argv = sys.argv, ["evolver", *map(str, arguments)]

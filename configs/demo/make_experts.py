@@ -11,8 +11,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from evolver.checkpoints.lora_out import write_lora
 from evolver.errors import BadInput
-from evolver.merging.lora_out import write_lora
 from evolver.storage import whole_folder
 from evolver.training.experts import make_pool
 from evolver.training.settings import load_pool

@@ -10,9 +10,9 @@ from typing import Protocol
 
 import psutil
 
-from evolver.about import Job, read_about
+from evolver.dashboard.status import holder_of
 from evolver.errors import BadInput
-from evolver.status import holder_of
+from evolver.runs.about import Job, read_about
 from evolver.storage import Storage, check_target, is_remote
 from evolver.storage.lease import machine
 

@@ -21,14 +21,14 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Respon
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from evolver.about import FILE, runs_in
 from evolver.config import NAME
 from evolver.dashboard import views
 from evolver.dashboard.actions import Jobs, export_candidate, resume_run, stop_run
 from evolver.dashboard.guard import Guard
+from evolver.dashboard.overview import Overview
+from evolver.dashboard.status import Status, status_of
 from evolver.errors import BadInput
-from evolver.overview import Overview
-from evolver.status import Status, status_of
+from evolver.runs.about import FILE, runs_in
 from evolver.storage import Storage
 
 HERE = Path(str(files("evolver.dashboard"))) / "static"

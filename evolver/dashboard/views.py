@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from evolver.overview import Numbers, Overview, Places, Rows
+from evolver.dashboard.overview import Numbers, Overview, Places, Rows
+from evolver.dashboard.status import Status
 from evolver.records import Expert, Merge, Recipe, ancestors
-from evolver.report import bill, made
+from evolver.report.report import bill, made
 from evolver.search.hypervolume import hypervolume
-from evolver.status import Status
 
 POINTS = 2000  # of a curve
 ROWS, COLUMNS = 60, 240  # of the heat map

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from evolver.config import TaskEntry
 from evolver.evaluation.items import Item
-from evolver.evaluation.metrics import Metric
+from evolver.evaluation.scores.metrics import Metric
 from evolver.records import Split
 
 

@@ -15,11 +15,11 @@ import torch
 from evolver.config import Config, DataSet, TaskEntry, expand
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.base import Asked, Scored
-from evolver.evaluation.classification import LabelSpaces
+from evolver.evaluation.classification.judge import LabelSpaces
 from evolver.evaluation.data import Row, read_rows
 from evolver.evaluation.items import Item, item_hash
 from evolver.evaluation.live import LiveModel
-from evolver.evaluation.metrics import ENDLESS, JUDGED, Metric
+from evolver.evaluation.scores.metrics import ENDLESS, JUDGED, Metric
 from evolver.records import Split
 
 Function = Callable[[LiveModel, Sequence[Row]], Any]

@@ -9,7 +9,7 @@ from evolver.config import Config, TaskEntry
 from evolver.errors import BadInput
 from evolver.evaluation.base import Asked, Judge, Scored, Scorer
 from evolver.evaluation.items import Item, Items, draw, in_order
-from evolver.evaluation.scoring import Scale
+from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Split
 
 
@@ -105,7 +105,7 @@ class SplitScorer:
 def _judges(config: Config) -> dict[str, Judge]:
     """The judge of every task; tasks of one kind share one."""
     if config.evaluation.backend != "resident":
-        from evolver.evaluation.launched import check_backend  # lm-eval takes seconds
+        from evolver.evaluation.language.launched import check_backend  # lm-eval takes seconds
 
         check_backend(config.evaluation, config.model.kind)
     kinds: dict[str, list[int]] = {}
@@ -136,13 +136,13 @@ def _judge(kind: str, config: Config, numbers: Sequence[int]) -> Judge:
 
         return Functions(config, numbers)
     if kind == "language":
-        from evolver.evaluation.language import Language
+        from evolver.evaluation.language.judge import Language
 
         return Language(config, numbers)
     if kind == "image-classifier":
-        from evolver.evaluation.images import Images
+        from evolver.evaluation.classification.images import Images
 
         return Images(config, numbers)
-    from evolver.evaluation.classification import Classification
+    from evolver.evaluation.classification.judge import Classification
 
     return Classification(config, numbers)

@@ -10,10 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from evolver.merging import loop, native, random
-from evolver.merging.encoded import FLOAT, Code, Operation
-from evolver.merging.kernels import Kernels
-from evolver.merging.program import Program, Traced
+from evolver.kernels import execute, native, random
+from evolver.kernels.compiled import Kernels
+from evolver.kernels.encoded import FLOAT, Code, Operation
+from evolver.kernels.program import Program, Traced
 
 
 def _evolver(x: Tensor, p: Sequence[Tensor], f: Tensor) -> Tensor:
@@ -76,9 +76,9 @@ def cross(
     tensors = [t.reshape(-1) for t in (child, parent, *partners)]
     level, drawn, done = random.threshold(Cr), random.Drawn(seed, [name], child.device, kernels), 0
     loops = native.library() if child.is_cpu else None
-    if loops is not None and all(loop.handles(loops, t.dtype) for t in tensors):
+    if loops is not None and all(execute.handles(loops, t.dtype) for t in tensors):
         code, (out, *parents) = _code(strategy, level, F), tensors
-        loop.Run(code, out.numel(), parents, [out], drawn.plain_words).run(loops)
+        execute.Run(code, out.numel(), parents, [out], drawn.plain_words).run(loops)
         return child
     numbers = [torch.tensor(float(level), device=child.device), torch.tensor(F, device=child.device)]
     mutation = STRATEGIES[strategy][0]

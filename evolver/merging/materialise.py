@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from evolver.checkpoints.names import names_of
+from evolver.checkpoints.weights import Checkpoint, Source, TensorInfo, layer_of
+from evolver.kernels.compiled import Kernels
 from evolver.merging import crossing, methods
-from evolver.merging.apply import Model, apply
-from evolver.merging.kernels import Kernels
-from evolver.merging.names import names_of
-from evolver.merging.pieces import Whole
-from evolver.merging.weights import Checkpoint, Source, TensorInfo, layer_of
+from evolver.merging.engine.apply import Model, apply
+from evolver.merging.engine.pieces import Whole
 from evolver.records import Cross, Expert, Layers, Merge, Recipe, ancestors
 
 Task = tuple[Recipe, str]

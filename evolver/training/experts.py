@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from evolver.checkpoints.sources import open_base
+from evolver.checkpoints.weights import is_head
 from evolver.config import expand
 from evolver.errors import BadInput
 from evolver.evaluation.data import Row, read_rows
-from evolver.merging.sources import open_base
-from evolver.merging.weights import is_head
 from evolver.records import content_hash
 from evolver.storage import whole_folder
 from evolver.training.fit import fit

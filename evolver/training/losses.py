@@ -12,9 +12,9 @@ from torch.nn.functional import cross_entropy
 
 from evolver.errors import BadInput
 from evolver.evaluation.data import Row
-from evolver.evaluation.decoder import DecoderOnly
-from evolver.evaluation.loglikelihood import Row as Request
-from evolver.evaluation.loglikelihood import of_tokens
+from evolver.evaluation.language.decoder import DecoderOnly
+from evolver.evaluation.language.loglikelihood import Row as Request
+from evolver.evaluation.language.loglikelihood import of_tokens
 from evolver.training.settings import ExpertEntry, PoolConfig
 
 IGNORED = -100

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from evolver.evaluation.scoring import Scale
+from evolver.evaluation.scores.scoring import Scale
 from evolver.evaluation.tasks import load_tasks
 from evolver.records import Candidate, Expert, Result
-from evolver.report import markdown_table
+from evolver.report.report import markdown_table
 from evolver.training.settings import PoolConfig
-from evolver.worker import Plan, Worker, items_hash, open_models
+from evolver.workers.worker import Plan, Worker, items_hash, open_models
 
 # For the errors of metrics that look at all answers together.
 RESAMPLES = 999

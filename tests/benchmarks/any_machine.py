@@ -35,11 +35,11 @@ import json, sys, time
 from evolver.threads import let_threads_sleep
 let_threads_sleep()
 from dataclasses import replace
-from evolver.compute import is_open
+from evolver.workers.compute import is_open
 from evolver.config import computing
 from evolver.records import Candidate, Merge, Rule
-from evolver.run import in_compute, prepare
-from evolver.worker import Worker, choose_compute
+from evolver.driver.run import in_compute, prepare
+from evolver.workers.worker import Worker, choose_compute
 
 file, compute, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 prepared, choosing = prepare(file), 0.0

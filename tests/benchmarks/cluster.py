@@ -42,13 +42,13 @@ from cluster.pool import CrewPool  # noqa: E402
 from evolver.config import Pool as PoolSettings  # noqa: E402
 from evolver.ledger import Ledger  # noqa: E402
 from evolver.loop import evolve  # noqa: E402
-from evolver.merging.genome import genome  # noqa: E402
 from evolver.merging.methods import METHODS  # noqa: E402
-from evolver.messages import pack_candidate, pack_result, unpack_candidate  # noqa: E402
+from evolver.merging.settings.genome import genome  # noqa: E402
 from evolver.records import Candidate, Cross, Expert, Merge, Recipe, Result  # noqa: E402
-from evolver.report import markdown_table  # noqa: E402
+from evolver.report.report import markdown_table  # noqa: E402
 from evolver.search.ahead import ahead  # noqa: E402
 from evolver.storage import storage_at  # noqa: E402
+from evolver.workers.messages import pack_candidate, pack_result, unpack_candidate  # noqa: E402
 
 PAGE = ROOT / "results" / "benchmarks" / "cluster.md"
 ITEMS = 200
@@ -318,8 +318,8 @@ READER = """
 import sys
 from pathlib import Path
 from evolver.records import Candidate, Cross
-from evolver.run import prepare
-from evolver.worker import Worker
+from evolver.driver.run import prepare
+from evolver.workers.worker import Worker
 ready = prepare(sys.argv[1])
 a, b = ready.experts[:2]
 result = Worker(ready.plan, "dev").evaluate(Candidate(0, Cross(a, (b,), "evolver", 0.5, 0.5, 1), "benchmark"))

@@ -23,14 +23,14 @@ import torch
 import yaml
 from bare import bare_forward
 
-from evolver.evaluation.decoder import DecoderOnly
-from evolver.evaluation.library import quiet
-from evolver.evaluation.loglikelihood import LogLikelihoods
-from evolver.evaluation.resident import LanguageScorer
+from evolver.driver.run import prepare
+from evolver.evaluation.language.decoder import DecoderOnly
+from evolver.evaluation.language.library import quiet
+from evolver.evaluation.language.loglikelihood import LogLikelihoods
+from evolver.evaluation.language.resident import LanguageScorer
 from evolver.records import Candidate, Cross
-from evolver.report import markdown_table
-from evolver.run import prepare
-from evolver.worker import Worker
+from evolver.report.report import markdown_table
+from evolver.workers.worker import Worker
 
 ROUNDS = 5
 CONFIG = "configs/demo-llm.yaml"

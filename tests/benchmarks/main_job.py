@@ -23,12 +23,12 @@ import torch
 import yaml
 from bare import bare_forward
 
+from evolver.checkpoints.weights import Checkpoint
+from evolver.driver.run import Prepared, prepare
 from evolver.ledger import Ledger
-from evolver.merging.weights import Checkpoint
 from evolver.records import Candidate, Cross, Merge, Recipe, Rule
-from evolver.report import markdown_table
-from evolver.run import Prepared, prepare
-from evolver.worker import Worker
+from evolver.report.report import markdown_table
+from evolver.workers.worker import Worker
 
 ROUNDS = 7
 CONFIG = "configs/demo-llm.yaml"
@@ -135,8 +135,8 @@ def cold_start() -> tuple[float, float]:
 
 def ray_bytes() -> tuple[float, float]:
     """Bytes of the largest messages to and from Ray actors: the longest lineage, and many items."""
-    from evolver.messages import pack_candidate, pack_result
     from evolver.records import Expert, Result
+    from evolver.workers.messages import pack_candidate, pack_result
 
     population: list[Recipe] = [Expert(f"expert{i}", f"{i:020x}") for i in range(5)]
     seeds = random.Random(0)

@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 from evolver.config import expand  # noqa: E402
 from evolver.ledger import read  # noqa: E402
-from evolver.report import markdown_table  # noqa: E402
+from evolver.report.report import markdown_table  # noqa: E402
 from evolver.storage import storage_at  # noqa: E402
 
 CONFIG = ROOT / "configs" / "demo-llm.yaml"

@@ -18,9 +18,9 @@ from cases import UNORDERED, cases, located  # noqa: E402
 from checkpoints import make  # noqa: E402
 from prints import prints  # noqa: E402
 
+from evolver.checkpoints.sources import open_base, open_expert  # noqa: E402
 from evolver.merging import mergekit  # noqa: E402
 from evolver.merging.materialise import Materialiser  # noqa: E402
-from evolver.merging.sources import open_base, open_expert  # noqa: E402
 from evolver.records import Expert  # noqa: E402
 
 STORED = json.loads(gzip.decompress((HERE / "mergekit.json.gz").read_bytes()))["results"]

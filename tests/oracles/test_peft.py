@@ -10,9 +10,9 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
-from evolver.merging.apply import apply
+from evolver.merging.engine.apply import apply
+from evolver.merging.engine.pieces import Whole
 from evolver.merging.methods import METHODS
-from evolver.merging.pieces import Whole
 
 pytestmark = pytest.mark.whole
 

@@ -6,10 +6,10 @@ from typing import Annotated
 
 from torch import Tensor
 
-from evolver.merging.here import Here, Stack
 from evolver.merging.methods import Range, each, method, number
 from evolver.merging.methods.averages import Weight
-from evolver.merging.operators import weighted_sum
+from evolver.merging.methods.here import Here, Stack
+from evolver.merging.methods.operators import weighted_sum
 
 
 @method("mergekit 2023, passthrough", takes=1)

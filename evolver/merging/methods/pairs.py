@@ -7,10 +7,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from evolver.merging.here import Here, Stack
+from evolver.kernels.softmax import softmax
 from evolver.merging.methods import Range, method
-from evolver.merging.operators import TINY, total_of_rows
-from evolver.merging.softmax import softmax
+from evolver.merging.methods.here import Here, Stack
+from evolver.merging.methods.operators import TINY, total_of_rows
 
 
 @method("Alchemist 2024, NearSwap, as in mergekit", takes=1)

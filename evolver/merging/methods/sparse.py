@@ -12,10 +12,9 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from evolver.merging import operators
-from evolver.merging.here import Here, Stack
-from evolver.merging.methods import Range, each, method, number
+from evolver.merging.methods import Range, each, method, number, operators
 from evolver.merging.methods.averages import Mass, Weight
+from evolver.merging.methods.here import Here, Stack
 
 Density = Annotated[Tensor, Range(0.05, 1.0, above=0.0, most=1.0)]
 Gamma = Annotated[Tensor, Range(0.001, 0.1, least=0.0, most=1.0)]

@@ -8,10 +8,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from evolver.merging import operators
-from evolver.merging.here import Here, Stack
-from evolver.merging.methods import Range, each, method, number
+from evolver.merging.methods import Range, each, method, number, operators
 from evolver.merging.methods.averages import Weight
+from evolver.merging.methods.here import Here, Stack
 
 Share = Annotated[Tensor, Range(0.0, 1.0)]
 

@@ -1,0 +1,145 @@
+"""The reference pages, written from the code itself: ``python -m evolver.commands.reference > docs/reference.md``."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from evolver.commands.cli import app
+from evolver.config import Config, Section
+from evolver.loggers import LOGGERS
+from evolver.merging.methods import METHODS, Range, Setting, Simplex
+from evolver.report.report import markdown_table
+from evolver.search import SEARCHES
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    parts = ["# Reference", "Written by `make docs` from the code.", "## Commands", *_commands(), "## Configuration"]
+    parts += [_section("", Config)]
+    parts += [_section(name, kind) for name, kind in _subsections("", Config)]
+    parts += ["## Searches", "One key chooses: `search.algorithm`."]
+    for name, algorithm in sorted(SEARCHES.items()):
+        parts += [f"### {name}", first_paragraph(algorithm.build), _keys(algorithm.settings)]
+    parts += ["## Loggers", "Each under its name in `loggers`; `pip install 'evolver[NAME]'` installs what it needs."]
+    for name, logger in sorted(LOGGERS.items()):
+        parts += [f"### {name}", first_paragraph(logger.build), _keys(logger.settings)]
+    parts += ["## Merge methods", "`E` numbers: one for each expert, or one for all. Searched: what a search may tune."]
+    for name, method in sorted(METHODS.items()):
+        rows = [[f"`{s.name}`", kind_of(s), f"`{default_of(s)}`", searched_of(s)] for s in method.settings.values()]
+        parts += [f"### {name}", f"{first_paragraph(method.function)} ({method.paper})"]
+        parts += [markdown_table(["setting", "value", "default", "searched"], rows)] if rows else ["No settings."]
+    return "\n\n".join(parts) + "\n"
+
+
+def _commands() -> Iterator[str]:
+    """Every command with its arguments and options, as its help says them."""
+    group: Any = typer.main.get_command(app)
+    yield "`evolver COMMAND --help` says the same. `evolver --install-completion` teaches them to your shell."
+    for name, command in sorted(group.commands.items()):
+        arguments = [_argument(p) for p in command.params if p.param_type_name == "argument"]
+        yield f"### `{' '.join(['evolver', name, *arguments])}`"
+        yield " ".join(command.help.split())
+        rows = [[f"`{_flags(p)}`", _said(p)] for p in command.params]
+        yield markdown_table(["", ""], rows) if rows else "No options."
+
+
+def _argument(parameter: Any) -> str:
+    name = str(parameter.name).upper() + ("…" if parameter.nargs == -1 else "")
+    return name if parameter.required else f"[{name}]"
+
+
+def _flags(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        return _argument(parameter)
+    return ", ".join([*parameter.opts, *parameter.secondary_opts])
+
+
+def _said(parameter: Any) -> str:
+    """What a parameter is for, with its default where the sentence does not say it."""
+    said, default = str(parameter.help), parameter.default
+    shown = default not in (None, False, 0) and "default:" not in said
+    return f"{said}; default: {default}" if shown else said
+
+
+def _section(name: str, kind: type[Section]) -> str:
+    title = f"### `{name}`" if name else "### Top level"
+    return "\n\n".join([title, first_paragraph(kind), _keys(kind)])
+
+
+def _keys(kind: type[BaseModel]) -> str:
+    rows = [[f"`{n}`", _type(f), _field_default(f), f.description or ""] for n, f in kind.model_fields.items()]
+    return markdown_table(["key", "value", "default", "meaning"], rows)
+
+
+def _subsections(prefix: str, kind: type[BaseModel]) -> Iterator[tuple[str, type[Section]]]:
+    for name, field in kind.model_fields.items():
+        arguments = typing.get_args(field.annotation)
+        inner = arguments[0] if arguments else field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            place = f"{prefix}{name}" + ("[]" if arguments else "")
+            yield place, inner
+            yield from _subsections(f"{place}.", inner)
+
+
+def _type(field: FieldInfo) -> str:
+    return _type_name(field.annotation)
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return ", ".join(f"`{a}`" for a in arguments)
+    if origin is list:
+        return f"list of {_type_name(arguments[0])}"
+    if origin is dict:
+        return "mapping"
+    if arguments:
+        return " or ".join(_type_name(a) for a in arguments if a is not type(None))
+    names = {str: "text", int: "integer", float: "number", bool: "true or false"}
+    return names.get(annotation, "section")
+
+
+def _field_default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    default = field.get_default(call_default_factory=True)
+    return "" if default is None or isinstance(default, Section) else f"`{default}`"
+
+
+def kind_of(setting: Setting) -> str:
+    """What a setting takes, in words."""
+    if setting.choices:
+        return ", ".join(f"`{c}`" for c in setting.choices)
+    return "E numbers" if setting.kind is tuple else _type_name(setting.kind)
+
+
+def default_of(setting: Setting) -> Any:
+    """What holds where nothing is set."""
+    if setting.required:
+        return "required"
+    return setting.default[0] if isinstance(setting.default, tuple) else setting.default
+
+
+def searched_of(setting: Setting) -> str:
+    """What a search may choose, in words; empty if it may not."""
+    if isinstance(setting.search, Simplex):
+        return "weights that sum to 1"
+    if isinstance(setting.search, Range):
+        return f"{setting.search.low:g} – {setting.search.high:g}" + (", log" if setting.search.log else "")
+    return ""
+
+
+def first_paragraph(documented: Any) -> str:
+    """The first paragraph of a docstring, on one line."""
+    paragraph: Sequence[str] = (documented.__doc__ or "").strip().split("\n\n")
+    return " ".join(paragraph[0].split())
+
+
+if __name__ == "__main__":
+    print(page(), end="")  # noqa: T201  # a page to standard output is its trade

@@ -1,0 +1,101 @@
+"""The card of an exported model: where it comes from, what it scored, and under which licences its parents are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evolver.config import Config
+from evolver.records import Candidate, Result, Split
+from evolver.report.report import number, table_of, verdict
+from evolver.runs.about import About
+from evolver.runs.outcome import Outcome
+
+# What the hub calls the tasks of our kinds of models.
+KINDS = {
+    "causal-lm": "text-generation", "seq2seq": "text2text-generation", "classifier": "text-classification",
+    "image-classifier": "image-classification",
+}  # fmt: skip
+
+
+Licences = Mapping[str, str | None]
+
+
+def model_card(outcome: Outcome, rebuild: str, licences: Licences) -> str:
+    """The README of the exported winner, with front matter as the hub reads it.
+
+    Args:
+        rebuild: how mergekit makes it, or why it does not.
+        licences: of the base and the experts by their locations, as their own cards say; None where they do not.
+    """
+    results = _results(outcome.about, "report", outcome.winner.report)
+    return _card(outcome.config, results, f"{verdict(outcome)}\n\n{table_of(outcome)}", rebuild, licences)
+
+
+def candidate_card(about: About, candidate: Candidate, result: Result, rebuild: str, licences: Licences) -> str:
+    """The README of another candidate, which has dev results only; arguments as for ``model_card``."""
+    scale = about.scales["dev"]
+    said = (
+        f"Candidate {candidate.number} of a run, scored on {len(result.items)} of {len(scale.tasks)} dev items, on "
+        f"which the run selected: {number(result.score, scale)}. It was not scored on other items, so nothing is said "
+        "here of whether it is better than its parents."
+    )
+    return _card(about.config, _results(about, "dev", result), said, rebuild, licences)
+
+
+def _card(config: Config, results: list[dict[str, Any]], said: str, rebuild: str, licences: Licences) -> str:
+    parents = [config.model.base, *config.experts.values()]
+    front: dict[str, Any] = {"base_model": parents, "base_model_relation": "merge", "library_name": "transformers"}
+    known = {licences.get(parent) for parent in parents}
+    if len(known) == 1 and (one := known.pop()):
+        front["license"] = one
+    front |= {"tags": ["merge", "evolver"], "model-index": [{"name": config.run, "results": results}]}
+    named = [("base", config.model.base), *config.experts.items()]
+    lines = [f"- {name}: `{location}`{_under(licences.get(location))}" for name, location in named]
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}
+---
+# {config.run}
+
+A merge of fine-tunes of one base, found by Evolver ({config.search["algorithm"]}) without training.
+
+{said}
+
+Merged models
+
+{chr(10).join(lines)}
+
+The licences of all parents apply. The exact recipe is in `recipe.json`; weights are rebuilt from it bit for bit.
+{rebuild}
+"""
+
+
+def licence_of(folder: Path) -> str | None:
+    """What the card in a model's folder says that its licence is."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
+    except (OSError, UnicodeDecodeError, IndexError, yaml.YAMLError):
+        return None
+    found = front.get("license") if isinstance(front, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _results(about: About, split: Split, result: Result) -> list[dict[str, Any]]:
+    """A result's metrics, in the hub's form."""
+    scale, kind = about.scales[split], KINDS[about.config.model.kind]
+    return [
+        {
+            "task": {"type": kind},
+            "dataset": {"name": f"{task}, {scale.tasks[: len(result.items)].count(task)} {split} items", "type": task},
+            "metrics": [{"type": scale.metrics[task].name, "value": -v if scale.metrics[task].negative else v}],
+        }
+        for task, v in result.tasks.items()
+    ]
+
+
+def _under(licence: str | None) -> str:
+    return f", {licence}" if licence else ""

@@ -1,0 +1,272 @@
+"""A worker: recipe → live model → scores. The only place where an exception becomes a result."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from evolver.evaluation.language.launched import LaunchedModel
+
+from evolver.checkpoints.heads import Head, Relabelled, all_labels, head_digest, head_of, labels_in_order
+from evolver.checkpoints.sources import open_base, open_expert
+from evolver.checkpoints.weights import Checkpoint, Source, digests
+from evolver.config import Config, computing
+from evolver.errors import BadInput
+from evolver.evaluation.base import Scored
+from evolver.evaluation.live import LiveModel, default_device, free_memory
+from evolver.evaluation.scores.course import Course, blocks
+from evolver.evaluation.tasks import Tasks, load_tasks
+from evolver.kernels.compiled import Kernels
+from evolver.merging.export import export
+from evolver.merging.materialise import Materialiser
+from evolver.records import Candidate, Result, Split, content_hash
+from evolver.workers.compute import Choice, choose, is_open, refuse_compute, stored_dtype
+
+GIB = 1 << 30
+# Models below so many scalars are merged without compiling kernels first, which takes some ten seconds each.
+COMPILE_FROM = 3 * 10**7
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a worker needs to know to be built anywhere: paths and numbers, no tensors.
+
+    ``digests`` are those of the base and of every expert, ``items`` the hash of the items of both splits; a worker
+    that finds other weights or other items where it runs refuses to work. ``stops`` says that the search is of a kind
+    which may have its answer before the last dev item.
+    """
+
+    config: Config
+    digests: dict[str, str]
+    items: dict[Split, str]
+    stops: bool = True
+
+    def block(self, split: Split, count: int) -> int:
+        """How many of a split's ``count`` items are scored at a time: all of them where no answer comes earlier, as
+        larger batches hold less padding. The same for all candidates of a run: in bfloat16 batches show in scores.
+        """
+        return self.config.evaluation.block_items if self.stops and split == "dev" else count
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Base and experts, opened, by name; where heads are kept apart, those of the experts; where they are brought
+    together, the labels of all.
+    """
+
+    base: Checkpoint
+    experts: dict[str, Source]
+    heads: dict[str, Head] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+
+    def digests(self) -> dict[str, str]:
+        own = {f"head of {name}": head_digest(head) for name, head in self.heads.items()}
+        return {**digests({"base": self.base, **self.experts}), **own}
+
+
+def open_models(config: Config) -> Opened:
+    """Open the base and every expert; only headers are read.
+
+    Raises BadInput for what is no usable checkpoint of the base's family.
+    """
+    base = open_base(config.model.base, headless=config.model.heads != "merged")
+    experts: dict[str, Source] = {n: open_expert(p, base, f"experts.{n}") for n, p in config.experts.items()}
+    if config.model.heads == "apart":
+        return Opened(base, experts, {n: head_of(s) for n, s in experts.items()})
+    if config.model.heads == "union":
+        return _with_all_labels(base, experts)
+    return Opened(base, experts)
+
+
+def check_memory(config: Config, opened: Opened, device: str) -> None:
+    """Raises BadInput where a device has no room for one model, in the dtype in which it computes."""
+    base, compute = opened.base, config.model.compute
+    dtype = stored_dtype(config.model, base.headers) if compute == "auto" else compute
+    needed, free = base.scalars * getattr(torch, dtype).itemsize, free_memory(device)
+    if needed > free:
+        raise BadInput(
+            f"{base.key}: a model of {base.path} takes {needed / GIB:.1f} GiB in {dtype}, and {free / GIB:.1f} GiB are "
+            f"free on this machine ({device}); free some, write a smaller model.dtype or model.compute, or use a "
+            "machine with more."
+        )
+
+
+def choose_compute(config: Config, device: str | None = None) -> Choice:
+    """The dtype of forward passes that is faster here, for a configuration that leaves it open; by default on the
+    accelerator, if there is one.
+
+    Raises BadInput where there is no usable base.
+    """
+    return choose(config, open_base(config.model.base).headers, device or default_device())
+
+
+def _with_all_labels(base: Checkpoint, experts: Mapping[str, Source]) -> Opened:
+    heads = {n: head_of(s) for n, s in experts.items()}
+    labels = {n: labels_in_order(s.config) for n, s in experts.items() if isinstance(s, Checkpoint)}
+    for name, source in experts.items():
+        if not labels.get(name):
+            raise BadInput(
+                f"{source.key}: {source.path} names no labels (id2label); give a classifier with its labels."
+            )
+    target = all_labels(labels)
+    known = labels_in_order(base.config)
+    with contextlib.suppress(BadInput):  # a base without a head is the rule
+        if set(known) & set(target):
+            heads["base"], labels["base"] = head_of(base), known
+    seen = {n: Relabelled(s, n, heads, labels, target, base) for n, s in {"base": base, **experts}.items()}
+    return Opened(seen["base"], {n: seen[n] for n in experts}, labels=tuple(target))
+
+
+def build_materialiser(plan: Plan, opened: Opened, device: str = "cpu") -> Materialiser:
+    """What builds the models of a plan, with the resident population that its pool allows."""
+    config = plan.config
+    dtype = None if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+    sources = {plan.digests[n]: s for n, s in {"base": opened.base, **opened.experts}.items()}
+    kernels = Kernels(build=opened.base.scalars >= COMPILE_FROM)
+    return Materialiser(opened.base, sources, dtype, int(config.pool.cache_gb * GIB), device, kernels)
+
+
+def build_model(
+    config: Config, opened: Opened, device: str, folder: Path | None = None
+) -> LiveModel | LaunchedModel:  # fmt: skip
+    """What candidates are evaluated with: one resident model, or a class of lm-eval's started on each.
+
+    Args:
+        folder: of the model; default: the base's, to be written to.
+
+    Raises BadInput for an unknown backend, or a base that is not of the kind that the configuration says.
+    """
+    if config.evaluation.backend == "resident":
+        names = opened.base.names() if folder is None else []
+        labels = opened.labels if folder is None else ()
+        return LiveModel(config.model, folder or opened.base.path, names, device, opened.heads, labels)
+    from evolver.evaluation.language.launched import LaunchedModel  # lm-eval, which classifiers need not wait for
+
+    model = LaunchedModel(config.evaluation, room=4 * opened.base.scalars)  # in the widest dtype
+    if folder is not None:
+        model.launch(folder)
+    return model
+
+
+def items_hash(tasks: Tasks, split: Split) -> str:
+    """One hash for the items of a split in their order."""
+    return content_hash([[i.task, i.hash] for i in tasks.items.of(split)])
+
+
+class Worker:
+    """Owns one device: the opened experts, the resident population and one live model.
+
+    Args:
+        plan: what to be.
+        split: which items this worker scores; those of the other split it never prepares.
+        name: who it is, for the ledger.
+        tasks: the tasks, where this process has loaded them already.
+        device: of the live model; default: the accelerator, if there is one.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        split: Split,
+        name: str = "local",
+        tasks: Tasks | None = None,
+        device: str | None = None,
+    ) -> None:
+        config = plan.config
+        self.name = name
+        torch.set_num_threads(config.evaluation.threads)
+        device = device or default_device()
+        if is_open(config):
+            config = computing(config, choose_compute(config, device).compute)
+        elif config.model.compute != "auto":
+            refuse_compute(config.model.compute, device)
+        opened = open_models(config)
+        if opened.digests() != plan.digests:
+            raise BadInput(
+                f"experts: worker {name} finds other weights than the driver under the same paths; share one folder."
+            )
+        tasks = tasks or load_tasks(config)
+        if items_hash(tasks, split) != plan.items[split]:
+            raise BadInput(f"evaluation.tasks: worker {name} finds other items than the driver; share one data folder.")
+        self.materialiser = build_materialiser(plan, opened, device)
+        self.live = build_model(config, opened, device)
+        self.scale = tasks.scale(split)
+        self.block = plan.block(split, len(self.scale.tasks))
+        self.scorer = tasks.scorer(self.live, split)
+        self.alpha = config.evaluation.racing
+
+    def evaluate(self, candidate: Candidate) -> Result:
+        """Score a candidate; whatever goes wrong becomes a result with its reason."""
+        seconds = {"materialise": 0.0, "forward": 0.0, "total": 0.0}
+        began = time.perf_counter()
+        try:
+            self._load(candidate)
+            seconds["materialise"] = time.perf_counter() - began
+            result = self._score(candidate)
+            seconds["forward"] = time.perf_counter() - began - seconds["materialise"]
+            seconds["total"] = time.perf_counter() - began
+            return replace(result, seconds=seconds)
+        except Exception as error:
+            seconds["total"] = time.perf_counter() - began
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            return Result.failed(candidate, reason, seconds=seconds, worker=self.name)
+
+    def close(self) -> None:
+        """Let go of servers and of node-local memory."""
+        self.live.close()
+
+    def _load(self, candidate: Candidate) -> None:
+        if isinstance(self.live, LiveModel):
+            self.live.write(self.materialiser.stream(candidate.recipe))
+        else:
+            self.live.clear()
+            export(candidate.recipe, self.materialiser, self.live.folder, {})
+            self.live.launch(self.live.folder)
+
+    def _score(self, candidate: Candidate) -> Result:
+        """Per-item scores, block by block, until the question is answered."""
+        course = Course(candidate, self.scale, self.block, self.alpha)
+        items, counts = list(candidate.known), Scored().counts
+        for start, stop in course.blocks() if candidate.piece is None else blocks(*candidate.piece, self.block):
+            scored = self.scorer.score(start, stop)
+            items += scored.items
+            counts = {name: counts[name] + value for name, value in scored.counts.items()}
+            if candidate.piece is None and course.ended(items):
+                break
+        if candidate.piece is None:
+            return course.result(items, {}, counts, self.name)
+        return Result(
+            candidate.number, candidate.recipe.id, "ok", items=tuple(items), counts=counts, worker=self.name,
+            stage=candidate.stage, given=candidate.piece[0],
+        )  # fmt: skip
+
+
+class LocalPool:
+    """Evaluates in this process, one candidate at a time; the worker is built when the first one comes."""
+
+    def __init__(self, plan: Plan, split: Split, tasks: Tasks | None = None) -> None:
+        self._make: Callable[[], Worker] = lambda: Worker(plan, split, tasks=tasks)
+        self._worker: Worker | None = None
+        self._waiting: list[Candidate] = []
+
+    def free(self) -> int:
+        return 1 - len(self._waiting)
+
+    def submit(self, candidate: Candidate) -> None:
+        self._waiting.append(candidate)
+
+    def wait(self) -> list[Result]:
+        self._worker = self._worker or self._make()
+        return [self._worker.evaluate(self._waiting.pop(0))]
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+        self._worker = None
