@@ -10,7 +10,8 @@ import ray
 from evolver.evaluation.live import default_device
 from evolver.records import Split
 from evolver.workers.messages import pack_result, unpack_candidate
-from evolver.workers.worker import Plan, Worker
+from evolver.workers.plan import Plan
+from evolver.workers.worker import Worker
 
 
 @ray.remote

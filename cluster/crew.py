@@ -16,7 +16,7 @@ from evolver.config import Config
 from evolver.errors import BadInput
 from evolver.records import Split
 from evolver.threads import waiting
-from evolver.workers.worker import Plan
+from evolver.workers.plan import Plan
 
 
 @dataclass(frozen=True)

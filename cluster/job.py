@@ -29,9 +29,11 @@ from evolver.records import Split
 from evolver.runs.about import Job
 from evolver.storage import Storage, storage_at
 from evolver.workers.compute import Choice
+from evolver.workers.local import LocalPool
+from evolver.workers.plan import Plan
 from evolver.workers.process import ProcessPool
 from evolver.workers.shared import SharedPool
-from evolver.workers.worker import LocalPool, Plan, choose_compute
+from evolver.workers.worker import choose_compute
 
 # What Ray tells the driver of a job, and how ids begin that Ray drew itself.
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"

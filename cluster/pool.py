@@ -10,7 +10,7 @@ from evolver.config import Pool as PoolSettings
 from evolver.errors import BadInput
 from evolver.records import Candidate, Result, Split
 from evolver.workers.messages import pack_candidate, unpack_result
-from evolver.workers.worker import Plan
+from evolver.workers.plan import Plan
 
 # How often a wait looks at the clock for evaluations that take too long.
 TICK_SECONDS = 1.0

@@ -22,7 +22,7 @@ from pydantic import Field
 from evolver.config import NAME, Config, Section, check_section, read_mapping
 from evolver.errors import BadInput
 from evolver.records import content_hash
-from evolver.report.report import markdown_table
+from evolver.report.text import markdown_table
 from evolver.storage import storage_at
 
 POLL_SECONDS = 5.0

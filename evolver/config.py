@@ -6,7 +6,6 @@ stands; the algorithm that it names checks it against its own settings with ``ch
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -328,12 +327,6 @@ def check_section(kind: type[SectionType], raw: Mapping[str, Any], file: str, pr
         # A misspelt key is missing under its right name, too: its hint says more.
         first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         raise BadInput(f"{file}: {_sentence(kind, first, prefix)}") from None
-
-
-def expand(path: str) -> str:
-    """``path`` with ``~`` and environment variables filled in; unset variables of ours take their default."""
-    os.environ.setdefault("EVOLVER_CACHE", str(Path.home() / ".cache" / "evolver"))
-    return os.path.expandvars(os.path.expanduser(path))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -18,7 +18,7 @@ import yaml
 from playwright.sync_api import Error, sync_playwright
 from safetensors.torch import load_file
 
-from evolver.report.report import verdict
+from evolver.report.verdict import verdict
 from evolver.runs.history import read_history
 from evolver.search import SEARCHES
 from evolver.storage import storage_at
@@ -94,7 +94,7 @@ def test_a_configuration_is_checked_without_reading_weights(file, monkeypatch, t
 
 def test_validate_opens_headers_only(file, monkeypatch):
     from evolver.checkpoints.weights import Checkpoint
-    from evolver.driver.run import prepare
+    from evolver.driver.prepare import prepare
 
     def refuse(self):
         raise AssertionError("weights are read")

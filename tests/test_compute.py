@@ -16,12 +16,14 @@ from toys import refused
 
 from evolver.checkpoints.weights import TensorInfo
 from evolver.config import load
-from evolver.driver.run import prepare, run
+from evolver.driver.prepare import prepare
+from evolver.driver.run import run
 from evolver.runs.history import read_history
 from evolver.storage import storage_at
 from evolver.workers import compute, worker
 from evolver.workers.compute import Choice, choose, choose_for_any, settled, stored_dtype
-from evolver.workers.worker import LocalPool, Worker
+from evolver.workers.local import LocalPool
+from evolver.workers.worker import Worker
 
 
 @pytest.fixture(scope="module")

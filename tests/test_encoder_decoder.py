@@ -23,7 +23,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from evolver.driver.run import prepare
+from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.evaluation.items import item_hash
 from evolver.evaluation.language.encoder_decoder import EncoderDecoder

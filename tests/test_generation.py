@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evolver.driver.run import prepare
+from evolver.driver.prepare import prepare
 from evolver.records import Candidate
 from evolver.workers.worker import Worker
 

@@ -12,7 +12,7 @@ import yaml
 from toys import rows, run_here
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from evolver.driver.run import prepare
+from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.records import Merge
 from evolver.workers.worker import Worker

@@ -22,7 +22,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from evolver.driver.run import prepare
+from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.records import Candidate
 from evolver.workers.worker import Worker

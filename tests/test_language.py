@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.job import main
-from evolver.driver.run import prepare
+from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.evaluation.data import read_rows
 from evolver.evaluation.items import item_hash

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from toys import DROP, ROOT, rows, run_here
 
-from evolver.driver.run import prepare
+from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.evaluation.language import scratch
 from evolver.evaluation.language.launched import LaunchedScorer

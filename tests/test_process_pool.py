@@ -12,11 +12,11 @@ import pytest
 from toys import ROOT
 
 from cluster.job import make_pool
-from evolver.driver.run import prepare
+from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.records import Candidate
+from evolver.workers.local import LocalPool
 from evolver.workers.process import ProcessPool
-from evolver.workers.worker import LocalPool
 
 pytestmark = pytest.mark.whole
 
@@ -91,7 +91,7 @@ import os, pathlib, sys, threading, time
 from evolver.workers.process import ProcessPool
 from evolver.records import Candidate
 from evolver.driver.run import prepare
-from evolver.workers.worker import LocalPool
+from evolver.workers.local import LocalPool
 
 def die():
     while not seen.exists():

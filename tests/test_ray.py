@@ -20,7 +20,7 @@ from cluster.job import main, make_pool
 from cluster.pool import on_ray
 from cluster.survey import choose_on_ray
 from evolver.config import load
-from evolver.driver.run import prepare
+from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.evaluation.scores.course import Course
 from evolver.ledger import Ledger
@@ -30,9 +30,9 @@ from evolver.search.ahead import ahead
 from evolver.search.plain import Listed
 from evolver.storage import storage_at
 from evolver.workers.compute import Choice
+from evolver.workers.local import LocalPool
 from evolver.workers.messages import pack_candidate, pack_result, unpack_candidate, unpack_result
 from evolver.workers.shared import SharedPool
-from evolver.workers.worker import LocalPool
 
 pytestmark = [pytest.mark.ray, pytest.mark.whole]
 

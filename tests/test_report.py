@@ -13,7 +13,9 @@ from evolver.evaluation.scores.comparison import compare, interval
 from evolver.evaluation.scores.metrics import JUDGED, Metric, perplexity
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Cross, Expert, Result
-from evolver.report.report import markdown_table, verdict, write_report
+from evolver.report.report import write_report
+from evolver.report.text import markdown_table
+from evolver.report.verdict import verdict
 from evolver.runs.about import About
 from evolver.runs.outcome import Finalist, Outcome
 from evolver.storage import storage_at

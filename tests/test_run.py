@@ -16,7 +16,7 @@ from toys import no_work, rows, run_here
 
 from evolver import ledger
 from evolver.commands.explain import explain
-from evolver.driver.run import prepare
+from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.records import Candidate
 from evolver.storage import storage_at

@@ -28,7 +28,7 @@ from evolver.records import Candidate, Expert, Result
 from evolver.storage import lease as lease_module
 from evolver.storage import read_all, remote, storage_at
 from evolver.storage.lease import FILE, Lease
-from evolver.workers.worker import LocalPool
+from evolver.workers.local import LocalPool
 
 pytestmark = pytest.mark.whole
 

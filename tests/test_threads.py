@@ -74,7 +74,7 @@ def test_workers_elsewhere_have_heard_of_it(pool, make_config, tasks, tmp_path, 
     import ray
 
     from cluster.job import make_pool
-    from evolver.driver.run import prepare
+    from evolver.driver.prepare import prepare
     from evolver.records import Candidate
 
     for name in (*SHORT_SPIN, "OMP_WAIT_POLICY"):

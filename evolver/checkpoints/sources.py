@@ -9,10 +9,10 @@ from pathlib import Path
 from evolver.checkpoints.gguf import reader
 from evolver.checkpoints.lora import LoraAdapter
 from evolver.checkpoints.weights import HEAD, ROWS, TOKENS, Checkpoint
-from evolver.config import expand
 from evolver.errors import BadInput
 from evolver.storage import is_remote
 from evolver.storage.fetch import fetched
+from evolver.storage.paths import expand
 
 
 def open_base(location: str, key: str = "model.base", headless: bool = False) -> Checkpoint:

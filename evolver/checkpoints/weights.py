@@ -23,9 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from evolver.config import expand
 from evolver.errors import BadInput
 from evolver.kernels import native
+from evolver.storage.paths import expand
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {

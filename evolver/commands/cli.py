@@ -62,7 +62,7 @@ def validate(config: Annotated[Path, typer.Argument(help="the configuration of a
     """Check a configuration: all that can be known without reading weights."""
     from cluster.job import device_of
     from evolver.config import load
-    from evolver.driver.run import prepare
+    from evolver.driver.prepare import prepare
     from evolver.workers.worker import choose_compute
 
     given = load(config)
@@ -200,7 +200,7 @@ def study(
     out: Annotated[Path, typer.Argument(help="SQLite file to write")],
 ) -> None:
     """Write a coefficient search as an Optuna study: optuna-dashboard sqlite:///OUT shows it."""
-    from evolver.driver.run import prepare_run
+    from evolver.driver.prepare import prepare_run
     from evolver.runs.history import read_history
     from evolver.search.study import write_study
     from evolver.storage import storage_at
@@ -227,7 +227,7 @@ def evaluate(
 @app.command()
 def searches(name: Annotated[str | None, typer.Argument(help="one search, in full")] = None) -> None:
     """List the searches and their settings."""
-    from evolver.commands.reference import first_paragraph
+    from evolver.commands.words import first_paragraph
     from evolver.errors import nearest
     from evolver.search import SEARCHES
 
@@ -310,7 +310,7 @@ def explain(
 @app.command()
 def methods(name: Annotated[str | None, typer.Argument(help="one method, in full")] = None) -> None:
     """List the merge methods: settings, defaults, what a search may tune, paper."""
-    from evolver.commands.reference import default_of, first_paragraph, kind_of, searched_of
+    from evolver.commands.words import default_of, first_paragraph, kind_of, searched_of
     from evolver.merging.methods import METHODS, get
 
     console = _console()

@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from evolver.config import expand
 from evolver.evaluation.live import default_device
 from evolver.kernels import native
 from evolver.loggers.base import installed
+from evolver.storage.paths import expand
 from evolver.threads import usable_cores, waiting
 from evolver.workers.compute import choose_for_any
 

@@ -9,15 +9,17 @@ import torch
 
 from evolver.checkpoints.sources import open_base
 from evolver.config import computing, load
-from evolver.driver.run import answers, block_of
+from evolver.driver.check import answers
+from evolver.driver.prepare import block_of
 from evolver.errors import BadInput
 from evolver.evaluation.live import default_device
 from evolver.evaluation.scores.comparison import interval
 from evolver.evaluation.tasks import load_tasks
 from evolver.records import Split
-from evolver.report.report import markdown_table, number
+from evolver.report.text import markdown_table, number
 from evolver.workers.compute import is_open, settled
-from evolver.workers.worker import build_model, choose_compute, open_models
+from evolver.workers.opened import open_models
+from evolver.workers.worker import build_model, choose_compute
 
 
 def evaluate(file: str, models: Sequence[str], split: Split) -> str:

@@ -24,7 +24,7 @@ def explain(path: str | Path) -> list[Row]:
     Raises BadInput that names file and key.
     """
     if _is_run(path):
-        from evolver.driver.run import planned_merge  # it knows the searches and the evaluation, too: slow
+        from evolver.driver.prepare import planned_merge
 
         recipe, tuned, base = planned_merge(str(path))
         return _rows(recipe, base.names(), tuned)

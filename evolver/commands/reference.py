@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import typer
@@ -11,10 +11,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from evolver.commands.cli import app
+from evolver.commands.words import default_of, first_paragraph, kind_of, searched_of, type_name
 from evolver.config import Config, Section
 from evolver.loggers import LOGGERS
-from evolver.merging.methods import METHODS, Range, Setting, Simplex
-from evolver.report.report import markdown_table
+from evolver.merging.methods import METHODS
+from evolver.report.text import markdown_table
 from evolver.search import SEARCHES
 
 
@@ -88,21 +89,7 @@ def _subsections(prefix: str, kind: type[BaseModel]) -> Iterator[tuple[str, type
 
 
 def _type(field: FieldInfo) -> str:
-    return _type_name(field.annotation)
-
-
-def _type_name(annotation: Any) -> str:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Literal:
-        return ", ".join(f"`{a}`" for a in arguments)
-    if origin is list:
-        return f"list of {_type_name(arguments[0])}"
-    if origin is dict:
-        return "mapping"
-    if arguments:
-        return " or ".join(_type_name(a) for a in arguments if a is not type(None))
-    names = {str: "text", int: "integer", float: "number", bool: "true or false"}
-    return names.get(annotation, "section")
+    return type_name(field.annotation)
 
 
 def _field_default(field: FieldInfo) -> str:
@@ -110,35 +97,6 @@ def _field_default(field: FieldInfo) -> str:
         return "required"
     default = field.get_default(call_default_factory=True)
     return "" if default is None or isinstance(default, Section) else f"`{default}`"
-
-
-def kind_of(setting: Setting) -> str:
-    """What a setting takes, in words."""
-    if setting.choices:
-        return ", ".join(f"`{c}`" for c in setting.choices)
-    return "E numbers" if setting.kind is tuple else _type_name(setting.kind)
-
-
-def default_of(setting: Setting) -> Any:
-    """What holds where nothing is set."""
-    if setting.required:
-        return "required"
-    return setting.default[0] if isinstance(setting.default, tuple) else setting.default
-
-
-def searched_of(setting: Setting) -> str:
-    """What a search may choose, in words; empty if it may not."""
-    if isinstance(setting.search, Simplex):
-        return "weights that sum to 1"
-    if isinstance(setting.search, Range):
-        return f"{setting.search.low:g} – {setting.search.high:g}" + (", log" if setting.search.log else "")
-    return ""
-
-
-def first_paragraph(documented: Any) -> str:
-    """The first paragraph of a docstring, on one line."""
-    paragraph: Sequence[str] = (documented.__doc__ or "").strip().split("\n\n")
-    return " ".join(paragraph[0].split())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from evolver.dashboard.overview import Numbers, Overview, Places, Rows
 from evolver.dashboard.status import Status
 from evolver.records import Expert, Merge, Recipe, ancestors
-from evolver.report.report import bill, made
+from evolver.report.text import bill, made
 from evolver.search.hypervolume import hypervolume
 
 POINTS = 2000  # of a curve

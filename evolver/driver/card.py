@@ -9,10 +9,15 @@ from typing import Any
 import yaml
 
 from evolver.config import Config
-from evolver.records import Candidate, Result, Split
-from evolver.report.report import number, table_of, verdict
+from evolver.driver.prepare import Prepared
+from evolver.merging import mergekit
+from evolver.records import Candidate, Recipe, Result, Split
+from evolver.report.report import table_of
+from evolver.report.text import number
+from evolver.report.verdict import verdict
 from evolver.runs.about import About
 from evolver.runs.outcome import Outcome
+from evolver.storage.paths import expand
 
 # What the hub calls the tasks of our kinds of models.
 KINDS = {
@@ -99,3 +104,33 @@ def _results(about: About, split: Split, result: Result) -> list[dict[str, Any]]
 
 def _under(licence: str | None) -> str:
     return f", {licence}" if licence else ""
+
+
+def texts(prepared: Prepared, outcome: Outcome) -> dict[str, str]:
+    """The card of the best model and, where mergekit can make it, mergekit's configuration."""
+    rebuild, files = _rebuilt(prepared, outcome.winner.recipe)
+    return {"README.md": model_card(outcome, rebuild, _licences(prepared)), **files}
+
+
+def texts_of(prepared: Prepared, about: About, candidate: Candidate, result: Result) -> dict[str, str]:
+    """The same of any candidate."""
+    rebuild, files = _rebuilt(prepared, candidate.recipe)
+    return {"README.md": candidate_card(about, candidate, result, rebuild, _licences(prepared)), **files}
+
+
+def _rebuilt(prepared: Prepared, recipe: Recipe) -> tuple[str, dict[str, str]]:
+    """How mergekit makes a model, in words, and its configuration where it does."""
+    config, digests = prepared.config, prepared.plan.digests
+    locations = {digests[n]: str(expand(p)) for n, p in {"base": config.model.base, **config.experts}.items()}
+    dtype = None if config.model.dtype == "auto" else config.model.dtype
+    try:
+        text = mergekit.dump(recipe, locations, prepared.opened.base.names(), dtype)
+    except mergekit.Inexpressible as why:
+        return f"mergekit cannot make this model: {why}.", {}
+    return f"mergekit makes it, too: `mergekit-yaml {mergekit.FILE} OUT`.", {mergekit.FILE: text}
+
+
+def _licences(prepared: Prepared) -> dict[str, str | None]:
+    config, opened = prepared.config, prepared.opened
+    found = {config.model.base: licence_of(opened.base.path)}
+    return found | {location: licence_of(opened.experts[n].path) for n, location in config.experts.items()}

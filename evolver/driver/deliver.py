@@ -14,7 +14,9 @@ from evolver.checkpoints.gguf import seal as gguf_seal
 from evolver.checkpoints.gguf import writer as gguf_out
 from evolver.checkpoints.gguf.keys import KEY
 from evolver.checkpoints.lora_out import write_delta, write_lora
-from evolver.driver.run import Prepared, prepare_run, score_again, texts, texts_of
+from evolver.driver.card import texts, texts_of
+from evolver.driver.check import score_again
+from evolver.driver.prepare import Prepared, prepare_run
 from evolver.errors import BadInput
 from evolver.evaluation.live import default_device
 from evolver.merging.export import TOKENIZER, configuration, export

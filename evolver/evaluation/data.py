@@ -12,8 +12,9 @@ from typing import Any
 
 import pyarrow.parquet
 
-from evolver.config import DataSet, expand
+from evolver.config import DataSet
 from evolver.errors import BadInput
+from evolver.storage.paths import expand
 
 Row = dict[str, Any]
 # Characters of a passage of a text file.

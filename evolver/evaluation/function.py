@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from evolver.config import Config, DataSet, TaskEntry, expand
+from evolver.config import Config, DataSet, TaskEntry
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.base import Asked, Scored
 from evolver.evaluation.classification.judge import LabelSpaces
@@ -21,6 +21,7 @@ from evolver.evaluation.items import Item, item_hash
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.scores.metrics import ENDLESS, JUDGED, Metric
 from evolver.records import Split
+from evolver.storage.paths import expand
 
 Function = Callable[[LiveModel, Sequence[Row]], Any]
 # acc: between 0 and 1, so that one can stop early; mean: any numbers.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from evolver.config import expand
+from evolver.storage.paths import expand
 
 
 def kernel_folder() -> Path:

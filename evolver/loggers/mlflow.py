@@ -13,8 +13,9 @@ from typing import Any
 
 from pydantic import Field
 
-from evolver.config import Section, expand
+from evolver.config import Section
 from evolver.loggers.base import Place, Row, Tracked, flat, logger
+from evolver.storage.paths import expand
 
 # The tag by which a run is found again.
 ID = "evolver.id"

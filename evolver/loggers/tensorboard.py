@@ -8,10 +8,11 @@ from typing import Any
 
 from pydantic import Field
 
-from evolver.config import Section, expand
+from evolver.config import Section
 from evolver.errors import BadInput
 from evolver.loggers.base import Place, Row, Tracked, flat, logger
 from evolver.storage import is_remote
+from evolver.storage.paths import expand
 
 # By it our files are known among those of others.
 SUFFIX = ".evolver"

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from evolver.config import Section, expand
+from evolver.config import Section
 from evolver.loggers.base import Place, Row, Tracked, logger
+from evolver.storage.paths import expand
 
 # W&B would report its failures and its use home, and write into the run's own output.
 ENVIRONMENT = {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}

@@ -6,65 +6,29 @@ import csv
 import io
 import json
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import yaml
 
-from evolver.config import Pool
 from evolver.errors import BadInput
-from evolver.evaluation.scores.comparison import Comparison, compare, interval
-from evolver.evaluation.scores.metrics import Metric
+from evolver.evaluation.scores.comparison import compare, interval
 from evolver.evaluation.scores.scoring import Scale
-from evolver.records import Candidate, Cross, Expert, Merge, Recipe, Result, ancestors, dump_recipe
+from evolver.records import Candidate, Recipe, Result, ancestors, dump_recipe
 from evolver.report.curve import curve
 from evolver.report.html import page
+from evolver.report.text import bill, made, markdown_table, median, number, of_task, signed
+from evolver.report.verdict import verdict
 from evolver.runs.history import History, read_history, rows_of
 from evolver.runs.outcome import Finalist, Outcome
 from evolver.storage import Storage
 
-LEVEL = 0.05
 # What can be wrong with answers, by the name of its count.
 FLAWS = {
     "truncated": "the prompt was cut, or the answer met its limit before its end",
     "invalid": "no answer was found in what was written",
 }
-
-
-def verdict(outcome: Outcome) -> str:
-    """Two plain sentences: is the winner better than the best expert, and than the best plain merge, and how surely?"""
-    expert, plain = outcome.best_expert, outcome.best_plain
-    if None in (outcome.winner.report.score, expert.report.score, plain.report.score):
-        return "No verdict: the winner, an expert or a plain merge could not be scored on the report set."
-    scale = outcome.scales["report"]
-    against = compare(outcome.winner.report.items, expert.report.items, scale, outcome.config.seed)
-    numbers = _in_words(against, scale)
-    if against.difference <= 0:
-        first = f"No improvement: the winner does not beat the best expert, {expert.label} ({numbers})."
-    elif against.p >= LEVEL:
-        first = f"No clear improvement: the winner leads the best expert, {expert.label}, within noise ({numbers})."
-    else:
-        first = f"Improvement: the winner beats the best expert, {expert.label} ({numbers})."
-    return f"{first} {_against_plain(outcome)}"
-
-
-def _against_plain(outcome: Outcome) -> str:
-    """Whether the search was worth it: the winner against the best merge that needs no search."""
-    plain = outcome.best_plain
-    scale = outcome.scales["report"]
-    against = compare(outcome.winner.report.items, plain.report.items, scale, outcome.config.seed)
-    says = "beats" if against.difference > 0 and against.p < LEVEL else "is not clearly better than"
-    if against.difference < 0 and against.p < LEVEL:
-        says = "is worse than"
-    numbers = f"{_signed(against.difference, scale)} points, p = {against.p:.3g}"
-    return f"It {says} the best merge without a search, {plain.label} ({numbers})."
-
-
-def _in_words(c: Comparison, scale: Scale) -> str:
-    interval = f"95 % interval {_signed(c.low, scale)} to {_signed(c.high, scale)}"
-    return f"{_signed(c.difference, scale)} points on {len(scale.tasks)} report items, {interval}, p = {c.p:.3g}"
 
 
 def write_report(folder: Storage, outcome: Outcome, agreement: Mapping[str, int]) -> None:
@@ -181,7 +145,7 @@ def _row(finalist: Finalist, outcome: Outcome, flawed: Sequence[str]) -> list[st
     if finalist.report.score is None:
         return [name, dev, f"failed: {finalist.report.reason}", "", *["" for _ in (*scale.weights, *flawed)]]
     low, high = interval(finalist.report.items, scale, outcome.config.seed)
-    tasks = [_of_task(finalist.report.tasks.get(t), scale.metrics[t]) for t in scale.weights]
+    tasks = [of_task(finalist.report.tasks.get(t), scale.metrics[t]) for t in scale.weights]
     flaws = [f"{100 * finalist.report.counts.get(f, 0.0) / len(scale.tasks):.1f}" for f in flawed]
     between = f"{number(low, scale)} – {number(high, scale)}"
     return [name, dev, number(finalist.report.score, scale), between, *tasks, *flaws]
@@ -195,8 +159,8 @@ def _against_others(outcome: Outcome) -> str:
             continue
         c = compare(outcome.winner.report.items, other.report.items, outcome.scales["report"], outcome.config.seed)
         scale = outcome.scales["report"]
-        between = f"{_signed(c.low, scale)} – {_signed(c.high, scale)}"
-        rows.append([other.label, _signed(c.difference, scale), between, f"{c.p:.3g}"])
+        between = f"{signed(c.low, scale)} – {signed(c.high, scale)}"
+        rows.append([other.label, signed(c.difference, scale), between, f"{c.p:.3g}"])
     head = ["winner against", "points", "95 % interval", "p (paired permutation)"]
     return "## Paired tests on the report set\n\n" + markdown_table(head, rows)
 
@@ -218,15 +182,6 @@ def _lineage(recipe: Recipe) -> str:
     return "## Its lineage\n\n" + markdown_table(["model", "made by", "of"], rows)
 
 
-def made(node: Recipe) -> str:
-    """How a node of a recipe came to be, in words."""
-    if isinstance(node, Expert):
-        return f"given as {node.name}"
-    if isinstance(node, Cross):
-        return f"crossover ({node.strategy}, F {node.F:g}, Cr {node.Cr:g}, seed {node.seed})"
-    return f"merge ({node.method})" if isinstance(node, Merge) else "layers put together"
-
-
 def _cost(outcome: Outcome) -> str:
     results = [r for _, r in outcome.searched]
     fresh = [r for r in results if not r.reused and r.status == "ok"]
@@ -244,7 +199,7 @@ def _cost(outcome: Outcome) -> str:
         ["of these: materialising", f"{spent['materialise']:.1f}"],
         ["of these: scoring", f"{spent['forward']:.1f}"],
         ["of these: the rest", f"{spent['total'] - spent['materialise'] - spent['forward']:.1f}"],
-        ["seconds a candidate, median", f"{_median(r.seconds.get('total', 0.0) for r in fresh):.2f}"],
+        ["seconds a candidate, median", f"{median(r.seconds.get('total', 0.0) for r in fresh):.2f}"],
         *_ahead(outcome.wasted),
         *bill(outcome.config.pool, spent["total"] + math.fsum(r.seconds.get("total", 0.0) for r in outcome.wasted)),
     ]
@@ -258,14 +213,6 @@ def _ahead(wasted: Sequence[Result]) -> Iterable[list[str]]:
         yield ["candidates scored ahead on wrong guesses, beside the above", str(len(wasted))]
         yield ["their items", str(sum(r.cost for r in wasted))]
         yield ["their seconds", f"{math.fsum(r.seconds.get('total', 0.0) for r in wasted):.1f}"]
-
-
-def bill(pool: Pool, seconds: float) -> list[list[str]]:
-    """Energy and money, where the configuration says what an hour of a worker takes."""
-    hours = seconds / 3600
-    energy = [] if pool.watts is None else [["energy (kWh, estimated)", f"{pool.watts * hours / 1000:.4f}"]]
-    price = [] if pool.price_per_hour is None else [["price (estimated)", f"{pool.price_per_hour * hours:.4f}"]]
-    return energy + price
 
 
 def _less(searched: Sequence[tuple[Candidate, Result]], full: int, outcome: Outcome) -> str:
@@ -312,32 +259,3 @@ def _provenance(outcome: Outcome) -> str:
         f"`python evolve.py config.yaml` with the configuration beside this file, seed {outcome.config.seed}. {passes}"
         f"Versions: {versions}. {same}"
     )
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def number(value: float | None, scale: Scale) -> str:
-    """A score: in percent where all metrics are shares."""
-    if value is None:
-        return "–"
-    return f"{100 * value:.1f}" if scale.shares else f"{value:.4g}"
-
-
-def _signed(value: float, scale: Scale) -> str:
-    return f"{100 * value:+.1f}" if scale.shares else f"{value:+.4g}"
-
-
-def _of_task(value: float | None, metric: Metric) -> str:
-    """A task's metric, with the sign that the field gives it."""
-    if value is None:
-        return "–"
-    return f"{100 * value:.1f}" if metric.share else f"{-value if metric.negative else value:.4g}"
-
-
-def _median(values: Iterable[float]) -> float:
-    found = list(values)
-    return statistics.median(found) if found else 0.0

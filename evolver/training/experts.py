@@ -15,11 +15,11 @@ import torch
 
 from evolver.checkpoints.sources import open_base
 from evolver.checkpoints.weights import is_head
-from evolver.config import expand
 from evolver.errors import BadInput
 from evolver.evaluation.data import Row, read_rows
 from evolver.records import content_hash
 from evolver.storage import whole_folder
+from evolver.storage.paths import expand
 from evolver.training.fit import fit
 from evolver.training.losses import Learner, lessons_of, loss_of
 from evolver.training.settings import PoolConfig, Training

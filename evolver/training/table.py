@@ -11,9 +11,11 @@ import numpy as np
 from evolver.evaluation.scores.scoring import Scale
 from evolver.evaluation.tasks import load_tasks
 from evolver.records import Candidate, Expert, Result
-from evolver.report.report import markdown_table
+from evolver.report.text import markdown_table
 from evolver.training.settings import PoolConfig
-from evolver.workers.worker import Plan, Worker, items_hash, open_models
+from evolver.workers.opened import open_models
+from evolver.workers.plan import Plan, items_hash
+from evolver.workers.worker import Worker
 
 # For the errors of metrics that look at all answers together.
 RESAMPLES = 999

@@ -14,7 +14,8 @@ from evolver.errors import BadInput
 from evolver.records import Candidate, Result, Split
 from evolver.threads import let_threads_sleep
 from evolver.workers.messages import pack_candidate, pack_result, unpack_candidate, unpack_result
-from evolver.workers.worker import Plan, Worker
+from evolver.workers.plan import Plan
+from evolver.workers.worker import Worker
 
 READY = b"ready"
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,88 +12,23 @@ import torch
 if TYPE_CHECKING:
     from evolver.evaluation.language.launched import LaunchedModel
 
-from evolver.checkpoints.heads import Head, Relabelled, all_labels, head_digest, head_of, labels_in_order
-from evolver.checkpoints.sources import open_base, open_expert
-from evolver.checkpoints.weights import Checkpoint, Source, digests
+from evolver.checkpoints.sources import open_base
 from evolver.config import Config, computing
 from evolver.errors import BadInput
 from evolver.evaluation.base import Scored
-from evolver.evaluation.live import LiveModel, default_device, free_memory
+from evolver.evaluation.live import LiveModel, default_device
 from evolver.evaluation.scores.course import Course, blocks
 from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.kernels.compiled import Kernels
 from evolver.merging.export import export
 from evolver.merging.materialise import Materialiser
-from evolver.records import Candidate, Result, Split, content_hash
-from evolver.workers.compute import Choice, choose, is_open, refuse_compute, stored_dtype
+from evolver.records import Candidate, Result, Split
+from evolver.workers.compute import Choice, choose, is_open, refuse_compute
+from evolver.workers.opened import GIB, Opened, open_models
+from evolver.workers.plan import Plan, items_hash
 
-GIB = 1 << 30
 # Models below so many scalars are merged without compiling kernels first, which takes some ten seconds each.
 COMPILE_FROM = 3 * 10**7
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a worker needs to know to be built anywhere: paths and numbers, no tensors.
-
-    ``digests`` are those of the base and of every expert, ``items`` the hash of the items of both splits; a worker
-    that finds other weights or other items where it runs refuses to work. ``stops`` says that the search is of a kind
-    which may have its answer before the last dev item.
-    """
-
-    config: Config
-    digests: dict[str, str]
-    items: dict[Split, str]
-    stops: bool = True
-
-    def block(self, split: Split, count: int) -> int:
-        """How many of a split's ``count`` items are scored at a time: all of them where no answer comes earlier, as
-        larger batches hold less padding. The same for all candidates of a run: in bfloat16 batches show in scores.
-        """
-        return self.config.evaluation.block_items if self.stops and split == "dev" else count
-
-
-@dataclass(frozen=True)
-class Opened:
-    """Base and experts, opened, by name; where heads are kept apart, those of the experts; where they are brought
-    together, the labels of all.
-    """
-
-    base: Checkpoint
-    experts: dict[str, Source]
-    heads: dict[str, Head] = field(default_factory=dict)
-    labels: tuple[str, ...] = ()
-
-    def digests(self) -> dict[str, str]:
-        own = {f"head of {name}": head_digest(head) for name, head in self.heads.items()}
-        return {**digests({"base": self.base, **self.experts}), **own}
-
-
-def open_models(config: Config) -> Opened:
-    """Open the base and every expert; only headers are read.
-
-    Raises BadInput for what is no usable checkpoint of the base's family.
-    """
-    base = open_base(config.model.base, headless=config.model.heads != "merged")
-    experts: dict[str, Source] = {n: open_expert(p, base, f"experts.{n}") for n, p in config.experts.items()}
-    if config.model.heads == "apart":
-        return Opened(base, experts, {n: head_of(s) for n, s in experts.items()})
-    if config.model.heads == "union":
-        return _with_all_labels(base, experts)
-    return Opened(base, experts)
-
-
-def check_memory(config: Config, opened: Opened, device: str) -> None:
-    """Raises BadInput where a device has no room for one model, in the dtype in which it computes."""
-    base, compute = opened.base, config.model.compute
-    dtype = stored_dtype(config.model, base.headers) if compute == "auto" else compute
-    needed, free = base.scalars * getattr(torch, dtype).itemsize, free_memory(device)
-    if needed > free:
-        raise BadInput(
-            f"{base.key}: a model of {base.path} takes {needed / GIB:.1f} GiB in {dtype}, and {free / GIB:.1f} GiB are "
-            f"free on this machine ({device}); free some, write a smaller model.dtype or model.compute, or use a "
-            "machine with more."
-        )
 
 
 def choose_compute(config: Config, device: str | None = None) -> Choice:
@@ -105,23 +38,6 @@ def choose_compute(config: Config, device: str | None = None) -> Choice:
     Raises BadInput where there is no usable base.
     """
     return choose(config, open_base(config.model.base).headers, device or default_device())
-
-
-def _with_all_labels(base: Checkpoint, experts: Mapping[str, Source]) -> Opened:
-    heads = {n: head_of(s) for n, s in experts.items()}
-    labels = {n: labels_in_order(s.config) for n, s in experts.items() if isinstance(s, Checkpoint)}
-    for name, source in experts.items():
-        if not labels.get(name):
-            raise BadInput(
-                f"{source.key}: {source.path} names no labels (id2label); give a classifier with its labels."
-            )
-    target = all_labels(labels)
-    known = labels_in_order(base.config)
-    with contextlib.suppress(BadInput):  # a base without a head is the rule
-        if set(known) & set(target):
-            heads["base"], labels["base"] = head_of(base), known
-    seen = {n: Relabelled(s, n, heads, labels, target, base) for n, s in {"base": base, **experts}.items()}
-    return Opened(seen["base"], {n: seen[n] for n in experts}, labels=tuple(target))
 
 
 def build_materialiser(plan: Plan, opened: Opened, device: str = "cpu") -> Materialiser:
@@ -153,11 +69,6 @@ def build_model(
     if folder is not None:
         model.launch(folder)
     return model
-
-
-def items_hash(tasks: Tasks, split: Split) -> str:
-    """One hash for the items of a split in their order."""
-    return content_hash([[i.task, i.hash] for i in tasks.items.of(split)])
 
 
 class Worker:
@@ -246,27 +157,3 @@ class Worker:
             candidate.number, candidate.recipe.id, "ok", items=tuple(items), counts=counts, worker=self.name,
             stage=candidate.stage, given=candidate.piece[0],
         )  # fmt: skip
-
-
-class LocalPool:
-    """Evaluates in this process, one candidate at a time; the worker is built when the first one comes."""
-
-    def __init__(self, plan: Plan, split: Split, tasks: Tasks | None = None) -> None:
-        self._make: Callable[[], Worker] = lambda: Worker(plan, split, tasks=tasks)
-        self._worker: Worker | None = None
-        self._waiting: list[Candidate] = []
-
-    def free(self) -> int:
-        return 1 - len(self._waiting)
-
-    def submit(self, candidate: Candidate) -> None:
-        self._waiting.append(candidate)
-
-    def wait(self) -> list[Result]:
-        self._worker = self._worker or self._make()
-        return [self._worker.evaluate(self._waiting.pop(0))]
-
-    def close(self) -> None:
-        if self._worker is not None:
-            self._worker.close()
-        self._worker = None

@@ -45,7 +45,7 @@ from evolver.loop import evolve  # noqa: E402
 from evolver.merging.methods import METHODS  # noqa: E402
 from evolver.merging.settings.genome import genome  # noqa: E402
 from evolver.records import Candidate, Cross, Expert, Merge, Recipe, Result  # noqa: E402
-from evolver.report.report import markdown_table  # noqa: E402
+from evolver.report.text import markdown_table  # noqa: E402
 from evolver.search.ahead import ahead  # noqa: E402
 from evolver.storage import storage_at  # noqa: E402
 from evolver.workers.messages import pack_candidate, pack_result, unpack_candidate  # noqa: E402

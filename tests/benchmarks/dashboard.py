@@ -34,7 +34,7 @@ from evolver.dashboard.status import status_of
 from evolver.evaluation.scores.metrics import JUDGED
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Expert, Merge, Result, Rule
-from evolver.report.report import markdown_table
+from evolver.report.text import markdown_table
 from evolver.runs.about import About, write_about
 from evolver.storage import storage_at
 

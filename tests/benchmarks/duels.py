@@ -24,7 +24,7 @@ from evolver.evaluation.scores.metrics import JUDGED, Numbers  # noqa: E402
 from evolver.evaluation.scores.racing import Race, Verdict, log_capital, shares  # noqa: E402
 from evolver.evaluation.scores.scoring import Scale  # noqa: E402
 from evolver.ledger import read  # noqa: E402
-from evolver.report.report import markdown_table  # noqa: E402
+from evolver.report.text import markdown_table  # noqa: E402
 from evolver.storage import storage_at  # noqa: E402
 
 TASKS = 4

@@ -23,13 +23,13 @@ import torch
 import yaml
 from bare import bare_forward
 
-from evolver.driver.run import prepare
+from evolver.driver.prepare import prepare
 from evolver.evaluation.language.decoder import DecoderOnly
 from evolver.evaluation.language.library import quiet
 from evolver.evaluation.language.loglikelihood import LogLikelihoods
 from evolver.evaluation.language.resident import LanguageScorer
 from evolver.records import Candidate, Cross
-from evolver.report.report import markdown_table
+from evolver.report.text import markdown_table
 from evolver.workers.worker import Worker
 
 ROUNDS = 5
@@ -180,7 +180,7 @@ def long_context_task(folder: Path) -> Path:
 
 def tasks_folder() -> Path:
     """Where demo-llm's tasks lie."""
-    from evolver.config import expand
+    from evolver.storage.paths import expand
 
     return Path(expand(yaml.safe_load(Path(CONFIG).read_text())["evaluation"]["include_path"]))
 

@@ -24,10 +24,10 @@ import yaml
 from bare import bare_forward
 
 from evolver.checkpoints.weights import Checkpoint
-from evolver.driver.run import Prepared, prepare
+from evolver.driver.prepare import Prepared, prepare
 from evolver.ledger import Ledger
 from evolver.records import Candidate, Cross, Merge, Recipe, Rule
-from evolver.report.report import markdown_table
+from evolver.report.text import markdown_table
 from evolver.workers.worker import Worker
 
 ROUNDS = 7

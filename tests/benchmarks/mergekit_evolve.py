@@ -35,10 +35,10 @@ import yaml
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from evolver.config import expand  # noqa: E402
 from evolver.ledger import read  # noqa: E402
-from evolver.report.report import markdown_table  # noqa: E402
+from evolver.report.text import markdown_table  # noqa: E402
 from evolver.storage import storage_at  # noqa: E402
+from evolver.storage.paths import expand  # noqa: E402
 
 CONFIG = ROOT / "configs" / "demo-llm.yaml"
 ITEMS = 60  # of each task

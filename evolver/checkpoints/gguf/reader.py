@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from evolver.checkpoints.gguf.keys import ARCHITECTURES, FACTORS, scaling_in
-from evolver.config import expand
 from evolver.errors import BadInput
+from evolver.storage.paths import expand
 
 # Of what a conversion makes: folders that an older one made are not taken from the cache.
 VERSION = 2

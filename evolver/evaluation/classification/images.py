@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evolver.config import Config, DataSet, TaskEntry, expand
+from evolver.config import Config, DataSet, TaskEntry
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.base import Asked, Scored
 from evolver.evaluation.batches import Batches, by_length
@@ -20,6 +20,7 @@ from evolver.evaluation.items import Item, item_hash
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.scores.metrics import Metric
 from evolver.records import Split
+from evolver.storage.paths import expand
 
 # Images of a forward pass where no batch size is given.
 BATCH = 32

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evolver.config import Config, DataSet, Evaluation, TaskEntry, expand
+from evolver.config import Config, DataSet, Evaluation, TaskEntry
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.base import Asked, Scored
 from evolver.evaluation.batches import Batches, by_length
@@ -18,6 +18,7 @@ from evolver.evaluation.items import Item, item_hash
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.scores.metrics import CLASS, LABELS, VALUE, Metric
 from evolver.records import Split
+from evolver.storage.paths import expand
 
 Labels = Mapping[str, int]
 # Sets of labels are kept as the bits of a float64.

@@ -14,11 +14,12 @@ from lm_eval.api.task import Task
 from lm_eval.filters import build_filter_ensemble
 from lm_eval.tasks import TaskManager
 
-from evolver.config import Evaluation, TaskEntry, expand
+from evolver.config import Evaluation, TaskEntry
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.language.index import Index, manager_of
 from evolver.evaluation.scores import metrics
 from evolver.evaluation.scores.metrics import Metric
+from evolver.storage.paths import expand
 
 # Metrics whose items lie between 0 and 1, so that one can say what an unscored item could at most add.
 UNIT_METRICS = {"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match"}
