@@ -187,7 +187,7 @@ def test_explain_looks_inside(make_config, tmp_path):
 def test_races_that_cannot_be_held_are_refused_before_any_weight_is_read(
     make_config, tmp_path, monkeypatch, changes, says
 ):
-    monkeypatch.setattr("evolver.driver.prepare._Workshop", lambda *_: pytest.fail("weights are read"))
+    monkeypatch.setattr("evolver.driver.prepare.RecipeMaker", lambda *_: pytest.fail("weights are read"))
     with pytest.raises(BadInput) as refused:
         prepare(str(make_config(tmp_path, RACING | changes)))
     assert str(refused.value).startswith(f"{tmp_path / 'run.yaml'}: {says}")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_search import BASE, EXPERTS, HALVING, Workshop, build, ids, simulate
+from test_search import BASE, EXPERTS, HALVING, Maker, build, ids, simulate
 
 from evolver.config import Budget, check_section
 from evolver.errors import BadInput
@@ -46,7 +46,7 @@ def halving(estimates=None, experts=4, racing=False, **changes):
     settings = {"algorithm": "halving", "of": TPE, "first": 8, "eta": 2, "batch": 4, **changes}
     typed = check_section(SEARCHES["halving"].settings, settings, "f", "search.")
     setup = Setup(
-        EXPERTS[:experts], BASE, 0, Budget(**budget), Workshop(experts), estimates or Estimates(ONE, 4), True, racing
+        EXPERTS[:experts], BASE, 0, Budget(**budget), Maker(experts), estimates or Estimates(ONE, 4), True, racing
     )
     return SEARCHES["halving"].build(setup, typed)
 

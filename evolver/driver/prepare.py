@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,8 @@ from evolver.config import FREE_KEYS, Config, check_section, computing, load, re
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.scores.estimates import Estimates, first_unjudged
 from evolver.evaluation.tasks import Tasks, load_tasks
-from evolver.merging import methods
-from evolver.merging.settings.genome import Genome, genome
-from evolver.merging.settings.placed import fixed_rules
-from evolver.records import Expert, Merge, Recipe, Split
+from evolver.merging.settings.maker import RecipeMaker
+from evolver.records import Expert, Recipe, Split
 from evolver.runs.folder import RunFolder, compute_of, file_of_run
 from evolver.search import SEARCHES, Search
 from evolver.search.base import Setup
@@ -79,11 +77,11 @@ def prepare(file: str, name: str | None = None, weights: bool = True, device: st
         tasks = load_tasks(config)
         estimates = Estimates(tasks.scale("dev"), config.evaluation.block_items)
         _can_race(config, algorithm, estimates)
-        workshop = _Workshop(config, opened, opened.digests() if weights else None)
+        maker = RecipeMaker(list(config.experts), opened.base.names(), opened.digests() if weights else None)
         warnings = tuple(doubts(opened.base, opened.experts.values())) if weights else ()
         warnings += tuple(filter(None, [too_many(config.evaluation.threads)]))
         setup = Setup(
-            workshop.experts, workshop.base, config.seed, config.budget, workshop, estimates,
+            maker.experts, maker.base, config.seed, config.budget, maker, estimates,
             config.evaluation.early_stopping, config.evaluation.racing is not None,
             arrival=config.order == "arrival", tasks=tuple(tasks.scale("dev").weights),
         )  # fmt: skip
@@ -91,11 +89,9 @@ def prepare(file: str, name: str | None = None, weights: bool = True, device: st
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from error
     items: dict[Split, str] = {"dev": items_hash(tasks, "dev"), "report": items_hash(tasks, "report")}
-    plan = Plan(config, workshop.digests, items, _stops(algorithm, settings))
+    plan = Plan(config, maker.digests, items, _stops(algorithm, settings))
     identity = _identity(config, settings.model_dump(), plan)
-    return Prepared(
-        config, file, opened, tasks, plan, workshop.base, workshop.experts, estimates, search, identity, warnings
-    )
+    return Prepared(config, file, opened, tasks, plan, maker.base, maker.experts, estimates, search, identity, warnings)
 
 
 def in_compute(prepared: Prepared, compute: str) -> Prepared:
@@ -132,14 +128,14 @@ def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
     if isinstance(settings, HalvingSettings):
         _, settings = _named(settings.of, file, "search.of.")
     opened = open_models(config)
-    workshop = _Workshop(config, opened)
+    maker = RecipeMaker(list(config.experts), opened.base.names())
     if isinstance(settings, CoefficientSettings):
-        space = workshop.space(settings.method, settings.layer_groups, settings.tune, settings.settings)
+        space = maker.space(settings.method, settings.layer_groups, settings.tune, settings.settings)
         return space.decode(space.encode_equal(1.0)), space.tune, opened.base
     merger = getattr(settings, "merger", None)
     if merger is None:
         raise BadInput(f"{file}: search: this search merges by no method, so no settings are in force.")
-    return workshop.merger(merger)(workshop.experts), (), opened.base
+    return maker.merger(merger)(maker.experts), (), opened.base
 
 
 def block_of(config: Config, file: str, split: Split, count: int) -> int:
@@ -210,23 +206,3 @@ def _identity(config: Config, search: Mapping[str, Any], plan: Plan) -> dict[str
 def versions() -> dict[str, str]:
     """The versions of the packages that scores depend on."""
     return {p: importlib.metadata.version(p) for p in PACKAGES}
-
-
-class _Workshop:
-    """The making half, as the algorithms see it; without digests, names stand for them."""
-
-    def __init__(self, config: Config, opened: Opened, digests: dict[str, str] | None = None) -> None:
-        self.digests = digests or {n: n for n in ("base", *config.experts)}
-        self.base = Expert("base", self.digests["base"])
-        self.experts = tuple(Expert(n, self.digests[n]) for n in config.experts)
-        self._names = opened.base.names()
-
-    def space(self, method: str, groups: int, tune: Sequence[str] | None, settings: Mapping[str, Any]) -> Genome:
-        found = methods.get(method, "search.method")
-        return genome(found, self.experts, self.base, self._names, groups, tune, settings, "search")
-
-    def merger(self, settings: Mapping[str, Any]) -> Callable[[Sequence[Recipe]], Recipe]:
-        given = dict(settings)
-        method = methods.get(str(given.pop("method", "simple")), "search.merger.method")
-        rules = fixed_rules(method, given, [e.name for e in self.experts], self._names, "search.merger")
-        return lambda members: Merge(method.name, tuple(members), self.base, rules)

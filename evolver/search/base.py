@@ -45,7 +45,7 @@ class Space(Protocol):
     def encode_equal(self, mass: float) -> dict[str, float]: ...
 
 
-class Workshop(Protocol):
+class Maker(Protocol):
     """What the making half offers to algorithms, with bad settings refused as BadInput."""
 
     def space(self, method: str, groups: int, tune: Sequence[str] | None, settings: Mapping[str, Any]) -> Space: ...
@@ -100,7 +100,7 @@ class Setup:
     base: Expert
     seed: int
     budget: Budget
-    workshop: Workshop
+    maker: Maker
     estimator: Estimator
     early_stopping: bool = True
     racing: bool = False

@@ -139,7 +139,7 @@ class Merged(Ordered):
         self.size = len(setup.experts)
         super().__init__(setup, limit=1 + self.size * settings.generations)
         self.settings = settings
-        self.merge = setup.workshop.merger(settings.merger or {"method": "simple"})
+        self.merge = setup.maker.merger(settings.merger or {"method": "simple"})
         self.population: list[Recipe] = list(setup.experts)
         self.score = float("-inf")
         self.items: tuple[float, ...] = ()
