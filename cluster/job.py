@@ -17,11 +17,11 @@ from pathlib import Path
 from types import FrameType
 
 from evolver.config import Config, load
-from evolver.config import Pool as PoolSettings
+from evolver.config import PoolSettings as PoolSettings
 from evolver.driver.run import run
 from evolver.errors import BadInput
 from evolver.evaluation.live import default_device
-from evolver.evaluation.scores.course import Course
+from evolver.evaluation.scores.course import Evaluation
 from evolver.evaluation.tasks import Tasks
 from evolver.loggers.terminal import display
 from evolver.pool import Pool
@@ -47,7 +47,7 @@ class Stopped(BaseException):
     """Somebody asked the run to stop. Like KeyboardInterrupt no Exception, so that no worker takes it for a failure."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run_job(arguments: Sequence[str] | None = None) -> int:
     """Run the configuration that the command line names."""
     parser = argparse.ArgumentParser(prog="evolve.py", description="Search for the best merge of fine-tuned models.")
     parser.add_argument("config", help="YAML file of the run")
@@ -89,7 +89,7 @@ def make_pool(plan: Plan, split: Split, tasks: Tasks) -> Pool:
         return pool
     scale = tasks.scale(split)
     block, alpha = plan.block(split, len(scale.tasks)), plan.config.evaluation.racing
-    return SharedPool(pool, share, lambda candidate: Course(candidate, scale, block, alpha))
+    return SharedPool(pool, share, lambda candidate: Evaluation(candidate, scale, block, alpha))
 
 
 def choose_for_workers(config: Config) -> Choice:

@@ -29,7 +29,7 @@ class Section(BaseModel):
 SectionType = TypeVar("SectionType", bound=Section)
 
 
-class Model(Section):
+class ModelSettings(Section):
     """The common ancestor of the experts and the kind of model that it is."""
 
     base: str = Field(description="Hugging Face folder of the base, a GGUF file, or a hub id")
@@ -104,7 +104,7 @@ class TaskEntry(Section):
     )
 
 
-class Evaluation(Section):
+class EvaluationSettings(Section):
     """How candidates are scored. Everything here is part of the run's identity."""
 
     tasks: list[TaskEntry] = Field(min_length=1)
@@ -139,7 +139,7 @@ class Evaluation(Section):
     threads: int = Field(1, ge=1, description="CPU threads of one worker; results in bfloat16 depend on it")
 
     @model_validator(mode="after")
-    def _distinct_tasks(self) -> Evaluation:
+    def _distinct_tasks(self) -> EvaluationSettings:
         names = [t.task for t in self.tasks]
         for name in names:
             if names.count(name) > 1:
@@ -176,7 +176,7 @@ class Baselines(Section):
         return masses
 
 
-class Pool(Section):
+class PoolSettings(Section):
     """Where candidates are evaluated. Nothing here changes a result, so it may differ from call to call."""
 
     kind: Literal["auto", "local", "ray"] = Field("auto", description="auto: Ray inside a Ray job, else this process")
@@ -218,15 +218,15 @@ class Config(Section):
         "same run; arrival: as they come, so that no worker waits for a slow one, and timing makes the run. Resuming "
         "goes on exactly either way",
     )
-    model: Model
+    model: ModelSettings
     experts: dict[str, str] = Field(
         description="name → folder of a fine-tune or of a LoRA adapter, a GGUF file, or a hub id"
     )
     search: dict[str, Any] = Field(description="algorithm and its settings")
     budget: Budget
-    evaluation: Evaluation
+    evaluation: EvaluationSettings
     baselines: Baselines = Baselines()
-    pool: Pool = Pool()
+    pool: PoolSettings = PoolSettings()
     loggers: dict[str, dict[str, Any] | None] = Field(
         default_factory=dict, description="trackers that are told of every result: name → settings, of those below"
     )

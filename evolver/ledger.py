@@ -26,10 +26,10 @@ from evolver.storage import Storage, lease, read_all
 from evolver.storage.lease import Lease
 
 # Stage, number, recipe id, bar, limit, and how many items were known: the result depends on nothing else.
-Question = tuple[str, int, str, float | None, int | None, int]
+LedgerQuestion = tuple[str, int, str, float | None, int | None, int]
 PART = re.compile(r"part-(\d{8})(?:-(\d{8}))?\.parquet")
 JOIN_FROM = 256
-ITEMS = "items.parquet"
+ITEMS_FILE = "items.parquet"
 OWNER = b"evolver.driver.run"
 
 SCHEMA = pa.schema(
@@ -62,7 +62,7 @@ SCHEMA = pa.schema(
 )
 
 # Fields of a result that stand in a row as they are, and those that are mappings.
-PLAIN = ("status", "reason", "score", "bound", "complete", "reused", "raced", "given", "worker")
+PLAIN_FIELDS = ("status", "reason", "score", "bound", "complete", "reused", "raced", "given", "worker")
 MAPS = ("tasks", "seconds", "counts")
 
 
@@ -82,7 +82,7 @@ class Ledger:
         self.warnings: list[str] = []
         self._finished: dict[tuple[str, int], Result] = {}
         self._by_recipe: dict[tuple[str, Split], list[Result]] = {}
-        self._early: dict[Question, Result] = {}
+        self._early: dict[LedgerQuestion, Result] = {}
         self._ranks: dict[str, int] = {}
         self._lease = Lease(storage, say)
         self._parts: list[tuple[int, int, str]] = []
@@ -224,7 +224,7 @@ class Ledger:
             match = PART.fullmatch(name)
             if match:
                 yield int(match[1]), int(match[2] or match[1]), name
-            elif name not in {"lock", lease.FILE, "damaged"}:
+            elif name not in {"lock", lease.LEASE_FILE, "damaged"}:
                 self.warnings.append(f"{self._at(name)} is no part of the ledger and was left alone")
 
     def _set_aside(self, name: str, error: Exception) -> None:
@@ -236,7 +236,7 @@ class Ledger:
         return f"{self.storage.location}/{name}"
 
 
-def read(storage: Storage) -> pa.Table:
+def read_table(storage: Storage) -> pa.Table:
     """All rows of a ledger, for reports; a run may be writing meanwhile."""
     tables = read_parts(storage)
     return pa.concat_tables([t for t in tables.values() if t is not None]) if tables else SCHEMA.empty_table()
@@ -274,15 +274,15 @@ def write_items(run: Storage, items: Mapping[Split, Sequence[tuple[str, int, str
         for split, members in items.items()
         for place, (task, index, content) in enumerate(members)
     ]
-    run.write(ITEMS, _bytes(pa.Table.from_pylist(rows)))
+    run.write(ITEMS_FILE, _bytes(pa.Table.from_pylist(rows)))
 
 
-def answers(run: Storage) -> pa.Table:
+def answer_table(run: Storage) -> pa.Table:
     """Every answer of a run: one row for each candidate and item, with the item's hash."""
     items: dict[str, list[dict[str, Any]]] = {"dev": [], "report": []}
-    for row in _table(run.read(ITEMS)).to_pylist():
+    for row in _table(run.read(ITEMS_FILE)).to_pylist():
         items[row["split"]].append(row)
-    finished = [r for r in read(run.folder("ledger")).to_pylist() if r["event"] == "finished" and not r["reused"]]
+    finished = [r for r in read_table(run.folder("ledger")).to_pylist() if r["event"] == "finished" and not r["reused"]]
     rows = [
         {**{k: r[k] for k in ("stage", "number", "recipe_id")}, "task": i["task"], "hash": i["hash"], "answer": a}
         for r in finished
@@ -320,16 +320,16 @@ def _row(candidate: Candidate, result: Result | None) -> dict[str, Any]:
         "limit": candidate.limit,
     }
     if result:
-        row |= {name: getattr(result, name) for name in PLAIN} | {"items": list(result.items)}
+        row |= {name: getattr(result, name) for name in PLAIN_FIELDS} | {"items": list(result.items)}
         row |= {name: list(getattr(result, name).items()) for name in MAPS}
     return row
 
 
-def _question(candidate: Candidate, known: int) -> Question:
+def _question(candidate: Candidate, known: int) -> LedgerQuestion:
     return candidate.stage, candidate.number, candidate.recipe.id, candidate.bar, candidate.limit, known
 
 
-def _asked_in(row: Mapping[str, Any]) -> Question:
+def _asked_in(row: Mapping[str, Any]) -> LedgerQuestion:
     return row["stage"], row["number"], row["recipe_id"], row["bar"], row["limit"], row["given"]
 
 
@@ -343,7 +343,7 @@ def candidate_of(row: Mapping[str, Any]) -> Candidate:
 
 def result_of(row: Mapping[str, Any]) -> Result:
     """The result of a row that has one."""
-    same = ("number", "recipe_id", "stage", *PLAIN, *MAPS)
+    same = ("number", "recipe_id", "stage", *PLAIN_FIELDS, *MAPS)
     return Result(**{name: row[name] for name in same}, items=tuple(row["items"]))
 
 

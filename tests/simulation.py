@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cluster.crew import Answer, Event, Gone, Ready
+from cluster.crew import Answered, Event, Gone, Ready
 from evolver.records import Candidate, Result
 from evolver.workers.messages import pack_result, unpack_candidate
 
@@ -116,4 +116,4 @@ class SimulatedCrew:
             return None
         self.busy += took
         self.evaluated.append(candidate)
-        return Answer(worker, pack_result(self._say(candidate)))
+        return Answered(worker, pack_result(self._say(candidate)))

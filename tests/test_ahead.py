@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 from test_search import ORDERED, build, experts_for
 
-from evolver.ledger import Ledger, read
+from evolver.ledger import Ledger, read_table
 from evolver.loop import evolve
 from evolver.records import Result
 from evolver.search.ahead import ahead
@@ -98,7 +98,7 @@ def by_number(told):
 
 
 def finished(folder):
-    rows = [r for r in read(storage_at(folder)).to_pylist() if r["event"] == "finished"]
+    rows = [r for r in read_table(storage_at(folder)).to_pylist() if r["event"] == "finished"]
     return [tuple(str(r[k]) for k in ("number", "recipe_id", "score", "items", "reused", "bar", "given")) for r in rows]
 
 
@@ -140,7 +140,7 @@ def test_killed_again_and_again(tmp_path):
     seen, kills = [], 0
     while True:
         pool = Simulated(6, seconds=uneven, die_after=1 + kills % 5)
-        recorded = read(storage_at(tmp_path / "killed")).to_pylist() if (tmp_path / "killed").exists() else []
+        recorded = read_table(storage_at(tmp_path / "killed")).to_pylist() if (tmp_path / "killed").exists() else []
         known = {(r["number"], r["recipe_id"]) for r in recorded if r["event"] in ("finished", "guessed")}
         try:
             told, _ = run(tmp_path / "killed", settings, pool)
@@ -158,7 +158,7 @@ def test_what_was_guessed_wrong_is_told_apart(tmp_path):
     settings = ORDERED["evolver sequential evolver"]
     told, ledger = run(tmp_path, settings, Simulated(8, share=0.4))
     asked = {(c.number, c.recipe.id) for c, _ in told}
-    rows = [r for r in read(storage_at(tmp_path)).to_pylist() if r["event"] == "guessed"]
+    rows = [r for r in read_table(storage_at(tmp_path)).to_pylist() if r["event"] == "guessed"]
     wrong = {(r["number"], r["recipe_id"]) for r in rows} - asked
     assert wrong
     assert {(r.number, r.recipe_id) for r in ledger.wasted()} == wrong
@@ -169,7 +169,7 @@ def test_what_was_guessed_wrong_is_told_apart(tmp_path):
 
 def test_nothing_is_guessed_where_nothing_can_be_assumed(tmp_path):
     _, ledger = run(tmp_path, ORDERED["tpe"], Simulated(8))
-    assert all(r["event"] != "guessed" for r in read(storage_at(tmp_path)).to_pylist())
+    assert all(r["event"] != "guessed" for r in read_table(storage_at(tmp_path)).to_pylist())
     assert ledger.wasted() == []
 
 

@@ -20,7 +20,7 @@ from evolver.driver.prepare import prepare
 from evolver.driver.run import run
 from evolver.runs.history import read_history
 from evolver.storage import storage_at
-from evolver.workers import compute, worker
+from evolver.workers import compute, opened, worker
 from evolver.workers.compute import Choice, choose, choose_for_any, settled, stored_dtype
 from evolver.workers.local import LocalPool
 from evolver.workers.worker import Worker
@@ -98,7 +98,7 @@ def test_where_there_is_no_room_the_weights_dtype_is_kept(configured, monkeypatc
     base = prepare(str(configured()), weights=False).opened.base
     monkeypatch.setattr(compute, "free_memory", lambda _: 3 * base.scalars)
     assert worker.choose_compute(load(configured())).compute == "bfloat16"
-    monkeypatch.setattr(worker, "free_memory", lambda _: 3 * base.scalars)
+    monkeypatch.setattr(opened, "free_memory", lambda _: 3 * base.scalars)
     prepare(str(configured(compute="bfloat16")), weights=False, device="cpu")
     refused(
         lambda: prepare(str(configured(compute="float32")), weights=False, device="cpu"),

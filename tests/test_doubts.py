@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from evolver.checkpoints import doubts as module
-from evolver.checkpoints.doubts import FAR, doubts
+from evolver.checkpoints.doubts import FAR, suspicions
 from evolver.checkpoints.sources import open_base, open_expert
 from evolver.errors import BadInput
 
@@ -56,7 +56,7 @@ def base(tmp_path):
 
 
 def said(base, *folders):
-    return doubts(base, [open_expert(str(f), base, f"experts.{f.name}") for f in folders])
+    return suspicions(base, [open_expert(str(f), base, f"experts.{f.name}") for f in folders])
 
 
 def test_nothing_is_said_of_fine_tunes(tmp_path, base):

@@ -20,7 +20,7 @@ FENCES = {
         "evolver.merging",
         "evolver.evaluation",
         "evolver.workers",
-        "evolver.driver.run",
+        "evolver.driver.check",
         "evolver.commands",
         "evolver.training",
         "evolver.loggers.tensorboard",

@@ -229,7 +229,7 @@ def test_a_tensor_that_would_be_lost_is_refused(tmp_path):
     assert open_base(str(file)).names() == sorted(weights())
 
 
-@pytest.mark.parametrize("package", reader.NEEDS)
+@pytest.mark.parametrize("package", reader.NEEDED_PACKAGES)
 def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, package):
     file = write(tmp_path / "m.gguf", weights())
     installed = importlib.metadata.version

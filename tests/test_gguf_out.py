@@ -115,12 +115,14 @@ def made(tmp_path_factory):
 def source(folder, **config):
     checkpoint = Checkpoint(folder, "model")
     tensors = [(n, checkpoint.tensor(n)) for n in checkpoint.names()]
-    return writer.Model({**checkpoint.config, **config}, checkpoint.headers, tensors, folder, "toy", "made of air")
+    return writer.FileContent(
+        {**checkpoint.config, **config}, checkpoint.headers, tensors, folder, "toy", "made of air"
+    )
 
 
 def written(folder, kind, file):
     model = source(folder)
-    done = writer.write(model, kind, file)
+    done = writer.write_gguf(model, kind, file)
     writer.verify(file, done)
     return model, done
 
@@ -238,12 +240,12 @@ def test_a_matrix_that_cannot_be_cut_into_blocks_is_float16(made, tmp_path):
     name = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(Checkpoint(tmp_path / "m", "").tensor(name), rounded(dict(model.tensors)[name], "f16"))
     huge = [(n, t * 1e9 if n == name else t) for n, t in model.tensors]
-    model = writer.Model(model.config, model.infos, huge, model.tokenizer, "", "")
-    refused(lambda: writer.write(model, "q8_0", tmp_path / "x"), name, "is no f16", "write bf16 or f32")
+    model = writer.FileContent(model.config, model.infos, huge, model.tokenizer, "", "")
+    refused(lambda: writer.write_gguf(model, "q8_0", tmp_path / "x"), name, "is no f16", "write bf16 or f32")
 
 
 def test_a_window_is_where_the_file_ends(made, tmp_path):
-    done = writer.write(source(made("mistral"), sliding_window=100), "f16", tmp_path / "m.gguf")
+    done = writer.write_gguf(source(made("mistral"), sliding_window=100), "f16", tmp_path / "m.gguf")
     assert fields(tmp_path / "m.gguf")["llama.context_length"] == 100
     assert "takes 100 tokens" in done.notes[0]
 
@@ -263,7 +265,9 @@ def test_a_window_is_where_the_file_ends(made, tmp_path):
     ],
 )
 def test_what_a_file_cannot_hold_is_refused(made, tmp_path, change, said):
-    refused(lambda: writer.write(source(made("llama"), **change), "f16", tmp_path / "m"), "--gguf: ", said, "llama.cpp")
+    refused(
+        lambda: writer.write_gguf(source(made("llama"), **change), "f16", tmp_path / "m"), "--gguf: ", said, "llama.cpp"
+    )
 
 
 def broken(made, tmp_path, change):
@@ -300,13 +304,13 @@ def words_only(raw):
 )  # fmt: skip
 def test_a_tokenizer_that_would_become_another_is_refused(made, tmp_path, change, said):
     folder = broken(made, tmp_path, change)
-    refused(lambda: writer.write(source(folder), "f16", tmp_path / "m"), "--gguf: ", folder, said)
+    refused(lambda: writer.write_gguf(source(folder), "f16", tmp_path / "m"), "--gguf: ", folder, said)
 
 
 def test_a_model_without_a_tokenizer_is_refused(made, tmp_path):
     folder = broken(made, tmp_path, lambda raw: None)
     (folder / "tokenizer.json").unlink()
-    refused(lambda: writer.write(source(folder), "f16", tmp_path / "m"), folder, "no fast tokenizer", "save one")
+    refused(lambda: writer.write_gguf(source(folder), "f16", tmp_path / "m"), folder, "no fast tokenizer", "save one")
 
 
 def test_a_changed_bit_is_found(made, tmp_path):

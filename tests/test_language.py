@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluster.job import main
+from cluster.job import run_job
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.evaluation.data import read_rows
@@ -316,7 +316,7 @@ def test_the_test_set_of_a_benchmark_as_dev_set_is_flagged(make_config, tmp_path
 def test_what_was_flagged_is_said_before_the_run_and_stands_in_the_report(make_config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(library.Library, "is_test_set", lambda self, name: True)
     file = make_config(tmp_path, {"budget.candidates": 3})
-    assert main([str(file), "--results", str(tmp_path / "results")]) == 0
+    assert run_job([str(file), "--results", str(tmp_path / "results")]) == 0
     folder = tmp_path / "results" / "toy"
     assert "warning: the dev items of toy come from the test set of a public benchmark" in capsys.readouterr().out
     assert "> Warning: the dev items of toy come from the test set" in (folder / "report.md").read_text()

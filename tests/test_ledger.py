@@ -10,7 +10,7 @@ import pytest
 
 from evolver import ledger as module
 from evolver.errors import BadInput
-from evolver.ledger import Ledger, read
+from evolver.ledger import Ledger, read_table
 from evolver.records import Candidate, Cross, Expert, Result, dump_recipe
 from evolver.storage import local, storage_at
 
@@ -83,7 +83,7 @@ def test_the_rows_hold_the_whole_proposal(reopen):
     ledger = reopen()
     ledger.asked(candidate(7, bar=0.5))
     ledger.finished(candidate(7, bar=0.5), result(7))
-    rows = read(ledger.storage).to_pylist()
+    rows = read_table(ledger.storage).to_pylist()
     assert [r["event"] for r in rows] == ["asked", "finished"]
     for row in rows:
         assert row["number"] == 7
@@ -243,13 +243,13 @@ def test_small_parts_are_joined_and_hold_the_same(reopen, monkeypatch):
         "part-00000000-00000005.parquet", "part-00000006-00000011.parquet",
         "part-00000012.parquet", "part-00000013.parquet",
     ]  # fmt: skip
-    assert read(ledger.storage).num_rows == 14
+    assert read_table(ledger.storage).num_rows == 14
     again = reopen()
     assert again.results("search") == [result(k) for k in range(7)]
     assert again.warnings == []
     fill(again, range(7, 10))
     assert reopen().results("search") == [result(k) for k in range(10)]
-    rows = read(again.storage).to_pylist()
+    rows = read_table(again.storage).to_pylist()
     assert [r["number"] for r in rows] == [k for k in range(10) for _ in "af"]
 
 
@@ -262,7 +262,7 @@ def test_a_crash_between_joining_and_removing_loses_and_doubles_nothing(reopen, 
     assert parts(ledger.storage.path) == ["part-00000000-00000006.parquet"]
     for name, data in loose.items():
         (ledger.storage.path / name).write_bytes(data)
-    assert read(ledger.storage).num_rows == 7
+    assert read_table(ledger.storage).num_rows == 7
     again = reopen()
     assert again.results("search") == [result(k) for k in range(3)]
     assert parts(again.storage.path) == ["part-00000000-00000006.parquet"]
@@ -319,7 +319,7 @@ def test_a_result_is_on_disk_when_finished_returns(reopen):
 
 
 def test_reading_an_empty_ledger(reopen):
-    assert read(reopen().storage).num_rows == 0
+    assert read_table(reopen().storage).num_rows == 0
 
 
 def test_reading_while_a_run_writes(reopen, monkeypatch):
@@ -331,11 +331,11 @@ def test_reading_while_a_run_writes(reopen, monkeypatch):
     writer.start()
     counts = []
     while writer.is_alive() or not counts:
-        rows = read(ledger.storage).to_pylist()
+        rows = read_table(ledger.storage).to_pylist()
         assert [(r["number"], r["event"]) for r in rows] == [
             (k // 2, ("asked", "finished")[k % 2]) for k in range(len(rows))
         ]
         counts.append(len(rows))
     writer.join()
     assert counts == sorted(counts)
-    assert read(ledger.storage).num_rows == 120
+    assert read_table(ledger.storage).num_rows == 120

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from evolver.errors import BadInput
-from evolver.ledger import Ledger, read
+from evolver.ledger import Ledger, read_table
 from evolver.loop import evolve
 from evolver.records import Candidate, Cross, Expert, Result
 from evolver.storage import storage_at
@@ -147,7 +147,7 @@ def run(folder, workers=1, die_at=None, **script):
 
 def contents(folder):
     """What was finished, without the times."""
-    rows = [r for r in read(storage_at(folder)).to_pylist() if r["event"] == "finished"]
+    rows = [r for r in read_table(storage_at(folder)).to_pylist() if r["event"] == "finished"]
     keys = ("number", "recipe_id", "recipe", "score", "bound", "complete", "reused", "items", "status", "bar", "stage")
     return sorted(tuple(str(r[k]) for k in keys) for r in rows)
 
@@ -210,7 +210,9 @@ def test_death_at_any_step_and_another_call(tmp_path, workers):
             Spy(ledger, Script(script["seeds"], workers), first, die_at).run()
         ledger.close()
         kept = {
-            r["number"] for r in read(storage_at(folder)).to_pylist() if r["event"] == "finished" and not r["reused"]
+            r["number"]
+            for r in read_table(storage_at(folder)).to_pylist()
+            if r["event"] == "finished" and not r["reused"]
         }
         _, search, second = run(folder, **script)
         assert search.done

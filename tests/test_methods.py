@@ -11,7 +11,7 @@ from evolver.errors import BadInput
 from evolver.merging import methods
 from evolver.merging.engine import order
 from evolver.merging.engine.apply import apply
-from evolver.merging.engine.pieces import Whole
+from evolver.merging.engine.pieces import InputTensors
 from evolver.merging.methods import METHODS, Range, method, number
 from evolver.merging.settings.genome import genome
 from evolver.records import Expert
@@ -38,7 +38,7 @@ def merge(name, inputs, base, ids=None, piece=None, kernels=None, **given):
     known = METHODS[name].settings
     weight = {"weight": 1 / len(inputs)} if "weight" in known and "weight" not in given else {}
     values = METHODS[name].complete({**REQUIRED.get(name, {}), **weight, **given}, len(inputs), "here")
-    whole = Whole("model.layers.1.w", inputs, base, ids or [str(i) for i in range(len(inputs))], 1 / 3)
+    whole = InputTensors("model.layers.1.w", inputs, base, ids or [str(i) for i in range(len(inputs))], 1 / 3)
     return apply(METHODS[name], values, whole, piece=piece, kernels=kernels)
 
 
@@ -364,7 +364,7 @@ def test_another_number_of_models_is_refused():
 
 
 def test_a_new_method_takes_one_function_and_nothing_else():
-    from evolver.commands.reference import page
+    from evolver.commands.reference import reference_page
 
     @method("Nobody 2026, Half the way")
     def halfway(deltas: torch.Tensor, *, share: Annotated[torch.Tensor, Range(0.1, 0.9)] = number(0.5)) -> torch.Tensor:
@@ -385,6 +385,6 @@ def test_a_new_method_takes_one_function_and_nothing_else():
             "search",
         )
         assert [(k.name, k.low, k.high) for k in space.knobs] == [("share", 0.1, 0.9)]
-        assert "### halfway" in page()
+        assert "### halfway" in reference_page()
     finally:
         del METHODS["halfway"]

@@ -16,13 +16,13 @@ import toys
 
 from cluster import crew
 from cluster.crew import check_resources, resources_of
-from cluster.job import main, make_pool
+from cluster.job import make_pool, run_job
 from cluster.pool import on_ray
 from cluster.survey import choose_on_ray
 from evolver.config import load
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
-from evolver.evaluation.scores.course import Course
+from evolver.evaluation.scores.course import Evaluation
 from evolver.ledger import Ledger
 from evolver.loop import evolve
 from evolver.records import Candidate, Cross, Expert, Result
@@ -136,7 +136,7 @@ def test_workers_that_share_candidates_give_the_same_run(ready, actors, undistur
     prepared = ready(name)
     scale, block = prepared.tasks.scale("dev"), prepared.config.evaluation.block_items
     assert 2 * block < len(scale.tasks)
-    shared = SharedPool(actors, 2, lambda candidate: Course(candidate, scale, block, None))
+    shared = SharedPool(actors, 2, lambda candidate: Evaluation(candidate, scale, block, None))
     assert play(prepared.search, shared, tmp_path) == undisturbed[name]
 
 
@@ -305,7 +305,7 @@ def test_what_the_cluster_can_never_offer_is_refused(fragile_pool, settings, say
 def test_the_refusal_is_one_sentence(make_config, tmp_path, capsys):
     file = make_config(tmp_path, {"pool": {**POOL, "num_gpus": 4.0}})
     before = signal.getsignal(signal.SIGTERM)
-    code = main([str(file), "--results", str(tmp_path / "results")])
+    code = run_job([str(file), "--results", str(tmp_path / "results")])
     signal.signal(signal.SIGTERM, before)
     err = capsys.readouterr().err
     assert code == 2

@@ -15,7 +15,7 @@ from test_methods import EVERY, experts_of, merge, variants
 from evolver.kernels import native
 from evolver.merging.engine import order, recorded
 from evolver.merging.methods import METHODS, method
-from evolver.merging.methods.here import Here
+from evolver.merging.methods.here import PieceView
 
 # These look at whole rows, or take exponentials of float64: they run as plain code.
 PLAIN = {"pcb", "widen", "arcee_fusion"}
@@ -99,7 +99,7 @@ def test_the_loop_knows_what_the_method_does(name, monkeypatch):
 
 def test_a_method_that_does_what_the_loop_does_not_know_runs_as_plain_code():
     @method("Nobody 2026, Sines")
-    def sines(deltas, *, here: Here):
+    def sines(deltas, *, here: PieceView):
         return torch.sin(deltas[0]) * here.sum(lambda d, _: d[0].sort().values[:1].double().sum())
 
     try:

@@ -271,7 +271,7 @@ def test_every_answer_can_be_read_with_its_item(make_config, tmp_path):
     file = make_config(tmp_path, {"evaluation.early_stopping": False})
     folder = run_here(file, tmp_path / "results")
     items = prepare(str(file)).tasks.items
-    table = ledger.answers(storage_at(folder)).to_pylist()
+    table = ledger.answer_table(storage_at(folder)).to_pylist()
     winner = [r for r in rows(folder).values() if r["recipe"] == toys.winner(folder) and r["stage"] == "report"]
     found = [r for r in table if r["stage"] == "report" and r["number"] == winner[0]["number"]]
     assert [r["hash"] for r in found] == [i.hash for i in items.report]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from test_racing import even
 
-from evolver.evaluation.scores.course import Course
+from evolver.evaluation.scores.course import Evaluation
 from evolver.records import Candidate, Expert, Result
 from evolver.workers.shared import SharedPool
 
@@ -22,7 +22,7 @@ def answers(candidate):
 
 
 def course(candidate):
-    return Course(candidate, SCALE, BLOCK, 0.2)
+    return Evaluation(candidate, SCALE, BLOCK, 0.2)
 
 
 def alone(candidate):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from evolver.commands.merge import merge
+from evolver.commands.merge import merge_file
 from evolver.errors import BadInput
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -59,7 +59,7 @@ def merged(world, tmp_path, **more):
     config = {"merge_method": "task_arithmetic", "base_model": str(folder / "base"), "models": entries} | more
     file, out = tmp_path / "config.yml", tmp_path / "out"
     file.write_text(yaml.safe_dump(config).replace("FOLDER", str(folder)))
-    merge(file, out)
+    merge_file(file, out)
     weights = load_file(out / "model.safetensors")
     ids = AutoTokenizer.from_pretrained(out).get_vocab()
     rows = {t: weights[EMBEDDING][i] for t, i in ids.items()}

@@ -333,7 +333,7 @@ def rows(folder: Path, event: str = "finished") -> dict[tuple[str, int], dict[st
 
 
 def all_rows(folder: Path, event: str) -> list[dict[str, Any]]:
-    return [r for r in ledger.read(storage_at(folder / "ledger")).to_pylist() if r["event"] == event]
+    return [r for r in ledger.read_table(storage_at(folder / "ledger")).to_pylist() if r["event"] == event]
 
 
 def essence(folder: Path) -> dict[tuple[str, int], tuple[Any, ...]]:

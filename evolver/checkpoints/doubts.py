@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from evolver.checkpoints.weights import HEAD, PIECE, Checkpoint, Source, cached, digests, layer_of
+from evolver.checkpoints.weights import DIGEST_BYTES, HEAD, Checkpoint, Source, cached, digests, layer_of
 from evolver.errors import BadInput
 from evolver.kernels import execute, native
-from evolver.kernels.encoded import FLOAT, Code
+from evolver.kernels.encoded import FLOAT32, Code
 from evolver.kernels.program import Program
 
 # A distance to the base, in norms of the base, that no fine-tune has: at equal norms an angle of 41°. Fine-tunes are
@@ -22,7 +22,7 @@ from evolver.kernels.program import Program
 FAR = 0.7
 
 
-def doubts(base: Checkpoint, experts: Iterable[Source]) -> list[str]:
+def suspicions(base: Checkpoint, experts: Iterable[Source]) -> list[str]:
     """What is odd about the experts, a sentence each; nothing of it keeps them from being merged.
 
     Raises BadInput for values that are not finite.
@@ -71,7 +71,7 @@ def _distance(expert: Source, base: Checkpoint) -> float:
             found = execute.Run(code, ours.numel(), [ours, theirs], results=2).run(loops).sum(1)
             difference, norm = difference + float(found[0]), norm + float(found[1])
             continue
-        for piece, origin in zip(ours.split(PIECE), theirs.split(PIECE), strict=True):
+        for piece, origin in zip(ours.split(DIGEST_BYTES), theirs.split(DIGEST_BYTES), strict=True):
             difference += float((piece.double() - origin.double()).square_().sum())
             norm += float(origin.double().square_().sum())
     if not math.isfinite(difference):
@@ -88,7 +88,7 @@ def _is_narrow(loops: ctypes.CDLL, dtype: torch.dtype) -> bool:
 def _squares() -> Code:
     """Σ (θ - θ₀)² and Σ θ₀² for the loop in C."""
     program = Program(2)
-    ours, theirs = (program.add("load", FLOAT, (), n) for n in range(2))
+    ours, theirs = (program.add("load", FLOAT32, (), n) for n in range(2))
     (ours.double() - theirs.double()).square().total()
     theirs.double().square().total()
     return program.code(program.results)

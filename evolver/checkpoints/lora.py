@@ -19,7 +19,7 @@ from evolver.checkpoints.weights import (
     check_finite,
     is_head,
     layer_of,
-    open_file,
+    open_tensors,
     raw,
     read_json,
 )
@@ -58,7 +58,7 @@ class LoraAdapter:
         self.path, self.key, self.base = path, key, base
         self.config = read_json(path / "adapter_config.json", key)
         self._check_kind()
-        self._handle = open_file(path / ADAPTER, key)
+        self._handle = open_tensors(path / ADAPTER, key)
         self._shapes = {k: tuple(self._handle.get_slice(k).get_shape()) for k in sorted(self._handle.keys())}
         self._pairs, self._whole = self._find_pairs(), self._find_whole()
 

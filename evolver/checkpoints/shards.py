@@ -18,10 +18,10 @@ from torch import Tensor
 from evolver.checkpoints.weights import DTYPES, INDEX, WEIGHTS, TensorInfo
 
 SHARD_BYTES = 5 * 10**9
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
-def write(
+def write_shards(
     tensors: Iterable[tuple[str, Tensor]], infos: Mapping[str, TensorInfo], folder: Path, shard_bytes: int
 ) -> None:
     """Write a stream of tensors as one file, or as shards of at most ``shard_bytes`` with their index.
@@ -109,7 +109,7 @@ def _header(out: BinaryIO, infos: Mapping[str, TensorInfo]) -> None:
     at = 0
     for name, info in infos.items():
         end = at + size(info)
-        entries[name] = {"dtype": CODES[info.dtype], "shape": list(info.shape), "data_offsets": [at, end]}
+        entries[name] = {"dtype": DTYPE_CODES[info.dtype], "shape": list(info.shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from evolver.checkpoints.gguf import reader
 from evolver.checkpoints.lora import LoraAdapter
-from evolver.checkpoints.weights import HEAD, ROWS, TOKENS, Checkpoint
+from evolver.checkpoints.weights import HEAD, TOKEN_MATRICES, TOKENIZER_FILE, Checkpoint
 from evolver.errors import BadInput
 from evolver.storage import is_remote
 from evolver.storage.fetch import fetched
@@ -51,7 +51,7 @@ def _check_same_family(expert: Checkpoint, base: Checkpoint, key: str, same_toke
 
 
 def _check_same_tokens(expert: Checkpoint, base: Checkpoint, key: str) -> None:
-    ours_at, theirs_at = (c.path / TOKENS for c in (expert, base))
+    ours_at, theirs_at = (c.path / TOKENIZER_FILE for c in (expert, base))
     if not (ours_at.exists() and theirs_at.exists()):
         return
     if filecmp.cmp(ours_at, theirs_at, shallow=False):  # far sooner than parsing both
@@ -74,7 +74,7 @@ def _check_same_tensors(expert: Checkpoint, base: Checkpoint, key: str, same_tok
         if names:
             raise BadInput(f"{key}: {expert.path} {says} the tensor {min(names)}; only fine-tunes of the base merge.")
     for name, info in base.headers.items():
-        free = 0 if same_tokens or not name.endswith(ROWS) else 1  # the rows of tokens may differ in number
+        free = 0 if same_tokens or not name.endswith(TOKEN_MATRICES) else 1  # the rows of tokens may differ in number
         if expert.headers[name].shape[free:] != info.shape[free:]:
             raise BadInput(
                 f"{key}: {name} has shape {expert.headers[name].shape} in {expert.path} and {info.shape} in the base; "

@@ -33,14 +33,14 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
-TOKENS = "tokenizer.json"
+TOKENIZER_FILE = "tokenizer.json"
 HEAD = "lm_head.weight"
 # First parts of the names of what a classifier has on top of its body.
 CLASSIFIERS = ("classifier", "score", "pre_classifier", "classification_head", "logits_proj")
 # Scalars looked at together: their float64 copies stay in a core's cache, and torch starts no threads for them.
-PIECE = 1 << 15
+DIGEST_BYTES = 1 << 15
 # Tensors that have a row for each token.
-ROWS = (
+TOKEN_MATRICES = (
     "embed_tokens.weight", "tok_embeddings.weight", "word_embeddings.weight", "embed_in.weight", "wte.weight",
     "lm_head.weight", "embed_out.weight",
 )  # fmt: skip
@@ -94,7 +94,7 @@ class Checkpoint:
         self._files: dict[str, Any] = {}
         self._place: dict[str, str] = {}
         for file in _weight_files(path, key):
-            handle = open_file(path / file, key)
+            handle = open_tensors(path / file, key)
             self._files[file] = handle
             kept = [k for k in handle.keys() if not (headless and is_head(k))]  # noqa: SIM118  # it is no mapping
             self._place.update(dict.fromkeys(kept, file))
@@ -138,7 +138,7 @@ class Checkpoint:
     @cached_property
     def vocabulary(self) -> dict[str, int] | None:
         """Token → id, or None where the folder holds no fast tokenizer."""
-        file = self.path / TOKENS
+        file = self.path / TOKENIZER_FILE
         if not file.exists():
             return None
         raw = read_json(file, self.key)
@@ -176,7 +176,7 @@ def check_finite(tensor: Tensor, name: str, path: Path, key: str) -> None:
     if loops is not None:
         finite = native.all_finite(loops, tensor.contiguous())
     else:
-        finite = all(bool(piece.isfinite().all()) for piece in tensor.reshape(-1).split(PIECE))
+        finite = all(bool(piece.isfinite().all()) for piece in tensor.reshape(-1).split(DIGEST_BYTES))
     if not finite:
         raise BadInput(f"{key}: tensor {name} of {path} holds NaN or infinite values; it cannot be merged.")
 
@@ -200,7 +200,7 @@ def _weight_files(path: Path, key: str) -> list[str]:
     raise BadInput(f"{key}: {path} holds no {WEIGHTS}; give a Hugging Face model folder.")
 
 
-def open_file(file: Path, key: str) -> Any:
+def open_tensors(file: Path, key: str) -> Any:
     """A safetensors file, mapped.
 
     Raises BadInput that names ``key`` for one that is missing, truncated, another kind of file, or too large to map.

@@ -121,7 +121,7 @@ def dashboard(
     import uvicorn
 
     from cluster.jobs import RayJobs
-    from evolver.dashboard.app import build
+    from evolver.dashboard.app import build_app
     from evolver.storage import storage_at
 
     token = secrets.token_urlsafe(24)
@@ -129,7 +129,7 @@ def dashboard(
     address = f"{host}:{listener.getsockname()[1]}"
     typer.echo(f"http://{address}/?token={token}")
     hosts = frozenset({host, "127.0.0.1", "localhost"})
-    made = build(storage_at(results), token, RayJobs(), hosts)
+    made = build_app(storage_at(results), token, RayJobs(), hosts)
     server = uvicorn.Server(uvicorn.Config(made, log_level="warning"))
     server.run(sockets=[listener])
 
@@ -254,7 +254,7 @@ def doctor(
     from evolver.commands import doctor as looking
 
     if prepare:
-        typer.echo(looking.prepare())
+        typer.echo(looking.compile_ahead())
     shown = Table("", "found", "to do")
     for what, found, remedy in looking.findings():
         shown.add_row(what, escape(found), escape(remedy))
@@ -289,7 +289,7 @@ def merge(
         torch.set_num_threads(num_threads)
     if cuda and not torch.cuda.is_available():
         raise BadInput("--cuda: torch sees no GPU here; leave it out.")
-    merging.merge(
+    merging.merge_file(
         config, out, device="cuda" if cuda else "cpu", seed=random_seed, shard_bytes=_bytes(out_shard_size),
         tokenizer=copy_tokenizer, warn=lambda line: None if quiet else typer.echo(f"warning: {line}", err=True),
     )  # fmt: skip
@@ -338,14 +338,14 @@ def experts(
 ) -> None:
     """Train a pool of experts, or what is missing of it, and show what they are good at."""
     from evolver.storage import storage_at
-    from evolver.training.experts import locations, make_pool
+    from evolver.training.experts import locations, make_experts
     from evolver.training.settings import load_pool
     from evolver.training.show import show
     from evolver.training.table import measure as measured
 
     pool, shown = load_pool(config), show()
     try:
-        folders = make_pool(pool, shown)
+        folders = make_experts(pool, shown)
     finally:
         shown.close()
     for line in locations(folders):
@@ -390,7 +390,7 @@ def main() -> None:
 
 def _job(config: Path, results: str | None, name: str | None) -> int:
     """The main job, as ``evolve.py`` runs it; its exit status."""
-    from cluster.job import main as job
+    from cluster.job import run_job as job
 
     given = [*(["--results", results] if results else []), *(["--run", name] if name else [])]
     return job([str(config), *given])

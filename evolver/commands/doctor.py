@@ -19,10 +19,10 @@ from evolver.storage.paths import expand
 from evolver.threads import usable_cores, waiting
 from evolver.workers.compute import choose_for_any
 
-GIB = 1 << 30
+BYTES_PER_GIB = 1 << 30
 Finding = tuple[str, str, str]  # what, what is found, what to do about it or ""
 
-PACKAGES = ("torch", "transformers", "lm-eval", "optuna", "ray", "pyarrow", "safetensors")
+SHOWN_PACKAGES = ("torch", "transformers", "lm-eval", "optuna", "ray", "pyarrow", "safetensors")
 EXTRAS = {
     "gguf": ("gguf", "reading GGUF files"),
     "peft": ("experts", "training LoRA experts"),
@@ -37,14 +37,14 @@ EXTRAS = {
 def findings() -> Iterator[Finding]:
     """All that is looked at, one by one."""
     yield "python", platform.python_version(), ""
-    for package in PACKAGES:
+    for package in SHOWN_PACKAGES:
         yield package, importlib.metadata.version(package), ""
     yield "processor", f"{usable_cores()} of {os.cpu_count()} cores may be used, {platform.machine()}", ""
     yield "waiting threads", " ".join(f"{name}={value}" for name, value in waiting().items()), ""
     memory = psutil.virtual_memory()
-    few = memory.available < 2 * GIB
+    few = memory.available < 2 * BYTES_PER_GIB
     yield (
-        "memory", f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free",
+        "memory", f"{memory.available / BYTES_PER_GIB:.1f} of {memory.total / BYTES_PER_GIB:.1f} GiB free",
         "a model of 1B parameters takes 2 GiB in bfloat16, beside its experts' pages" if few else "",
     )  # fmt: skip
     yield from _accelerator()
@@ -76,12 +76,12 @@ def _compiled() -> Iterator[Finding]:
         yield "compiled loops", "none yet", "made by the first merge in some seconds, or now: evolver doctor --prepare"
 
 
-def prepare() -> str:
+def compile_ahead() -> str:
     """Compile what merging needs, once for this machine and this version; what was done, in a sentence.
 
     Raises BadInput where that cannot be done.
     """
-    seconds, file = native.prepare(), native.library_file()
+    seconds, file = native.compile_loops(), native.library_file()
     if seconds:
         return f"compiled the loops that merge on the CPU in {seconds:.1f} s: {file}"
     return f"the loops that merge on the CPU are compiled already: {file}"
@@ -101,4 +101,4 @@ def _cache() -> Iterator[Finding]:
     there = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(there).free
     problem = "" if os.access(there, os.W_OK) else "cannot be written: name another one by EVOLVER_CACHE"
-    yield "cache", f"{folder}, {free / GIB:.0f} GiB free", problem
+    yield "cache", f"{folder}, {free / BYTES_PER_GIB:.0f} GiB free", problem

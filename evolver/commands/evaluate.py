@@ -9,14 +9,14 @@ import torch
 
 from evolver.checkpoints.sources import open_base
 from evolver.config import computing, load
-from evolver.driver.check import answers
+from evolver.driver.check import answer_again
 from evolver.driver.prepare import block_of
 from evolver.errors import BadInput
 from evolver.evaluation.live import default_device
 from evolver.evaluation.scores.comparison import interval
 from evolver.evaluation.tasks import load_tasks
 from evolver.records import Split
-from evolver.report.text import markdown_table, number
+from evolver.report.text import markdown_table, score_text
 from evolver.workers.compute import is_open, settled
 from evolver.workers.opened import open_models
 from evolver.workers.worker import build_model, choose_compute
@@ -46,11 +46,11 @@ def evaluate(file: str, models: Sequence[str], split: Split) -> str:
     for model in models:
         folder: Path = open_base(model, "evolver evaluate").path
         live = build_model(config, opened, default_device(), folder)
-        items = answers(tasks.scorer(live, split), len(scale.tasks), block)
+        items = answer_again(tasks.scorer(live, split), len(scale.tasks), block)
         live.close()
         low, high = interval(items, scale, config.seed)
         found = scale.of_tasks(items)
-        between = f"{number(low, scale)} – {number(high, scale)}"
-        metrics = [number(found[task], scale) for task in scale.weights]
-        rows.append([model, number(scale.score(items), scale), between, *metrics])
+        between = f"{score_text(low, scale)} – {score_text(high, scale)}"
+        metrics = [score_text(found[task], scale) for task in scale.weights]
+        rows.append([model, score_text(scale.score(items), scale), between, *metrics])
     return markdown_table(["model", split, "95 % interval", *scale.weights], rows)

@@ -10,15 +10,15 @@ import yaml
 
 from evolver.checkpoints.names import names_of
 from evolver.checkpoints.weights import layer_of
-from evolver.commands.merge import open_file
+from evolver.commands.merge import open_merge
 from evolver.errors import BadInput
 from evolver.merging import methods
 from evolver.records import Expert, Layers, Merge, Recipe
 
-Row = tuple[str, str, Mapping[str, Any]]
+SettingRow = tuple[str, str, Mapping[str, Any]]
 
 
-def explain(path: str | Path) -> list[Row]:
+def explain(path: str | Path) -> list[SettingRow]:
     """For every tensor of the model that a file describes: its name, the method, and the settings in force.
 
     Raises BadInput that names file and key.
@@ -28,13 +28,13 @@ def explain(path: str | Path) -> list[Row]:
 
         recipe, tuned, base = planned_merge(str(path))
         return _rows(recipe, base.names(), tuned)
-    opened = open_file(path)
+    opened = open_merge(path)
     names = opened.base.names()
     nodes = {r: Expert(r, r) for r in opened.sources}
     return _rows(opened.configuration.recipe(nodes, names), names, ())
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[SettingRow]) -> str:
     """The rows of ``explain`` as text, one tensor a line."""
     width = max(len(name) for name, _, _ in rows)
     return "\n".join(f"{n:{width}}  {m}  {'  '.join(f'{k}={_short(v)}' for k, v in s.items())}" for n, m, s in rows)
@@ -48,7 +48,7 @@ def _is_run(path: str | Path) -> bool:
     return isinstance(raw, dict) and "search" in raw
 
 
-def _rows(recipe: Recipe, base: Sequence[str], tuned: Collection[str]) -> list[Row]:
+def _rows(recipe: Recipe, base: Sequence[str], tuned: Collection[str]) -> list[SettingRow]:
     return [(n, *_settings(recipe, n, tuned)) for n in names_of(recipe, base)]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from evolver.checkpoints.doubts import doubts
+from evolver.checkpoints.doubts import suspicions
 from evolver.checkpoints.shards import SHARD_BYTES
 from evolver.checkpoints.sources import open_base, open_expert
 from evolver.checkpoints.weights import Checkpoint, Source, digests
@@ -35,11 +35,11 @@ A merge made by Evolver from this configuration:
 """
 # A GPU's kernels cost some ten seconds each to compile, once on a machine; below so many scalars of all models, plain
 # code is sooner done. Random draws are slow in plain code.
-COMPILE_FROM, COMPILE_DRAWS_FROM = 10**10, 3 * 10**8
+GPU_COMPILE_FROM, COMPILE_DRAWS_FROM = 10**10, 3 * 10**8
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedFile:
     """A configuration with its models, opened, and seen through one vocabulary where theirs differ."""
 
     configuration: mergekit.Configuration
@@ -48,7 +48,7 @@ class Opened:
     vocabulary: Vocabulary | None = None
 
 
-def open_file(path: str | Path) -> Opened:
+def open_merge(path: str | Path) -> OpenedFile:
     """Read a mergekit file and open its models; of their weights only headers are read.
 
     Raises BadInput that names file and key.
@@ -59,19 +59,21 @@ def open_file(path: str | Path) -> Opened:
         raise BadInput(f"{path}: base_model: {configuration.origin} has an adapter; give a model without one.")
     base = open_base(location, f"{path}: base_model")
     same = configuration.tokenizer is None
-    opened = Opened(configuration, base, {r: _open(r, base, location, path, same) for r in configuration.references})
+    opened = OpenedFile(
+        configuration, base, {r: _open(r, base, location, path, same) for r in configuration.references}
+    )
     return opened if configuration.tokenizer is None else _aligned(opened, configuration.tokenizer, str(path))
 
 
-def _aligned(opened: Opened, tokenizer: mergekit.Tokenizer, file: str) -> Opened:
+def _aligned(opened: OpenedFile, tokenizer: mergekit.Tokenizer, file: str) -> OpenedFile:
     models, base = opened.sources, opened.configuration.origin
     known = {r: known_tokens(s) for r, s in models.items()}
     target = vocabulary(tokenizer.source, tokenizer.tokens, tokenizer.pad_to_multiple_of, known, base, file)
     seen = {r: Aligned(s, r, target, models, opened.base) for r, s in models.items()}
-    return Opened(opened.configuration, seen[base], dict(seen), target)
+    return OpenedFile(opened.configuration, seen[base], dict(seen), target)
 
 
-def merge(
+def merge_file(
     path: str | Path, target: Path, *, device: str = "cpu", seed: int = 0, shard_bytes: int = SHARD_BYTES,
     tokenizer: bool = True, warn: Callable[[str], None] = lambda _: None,
 ) -> None:  # fmt: skip
@@ -87,11 +89,11 @@ def merge(
     Raises BadInput for what cannot be merged, before anything is written.
     """
     check_target(target)
-    opened = open_file(path)
+    opened = open_merge(path)
     chat_template = _chat_template(opened, str(path))
     known = digests(opened.sources)
     if opened.vocabulary is None:  # else the models have no common shape to be compared in
-        for doubt in doubts(opened.base, [s for s in opened.sources.values() if s is not opened.base]):
+        for doubt in suspicions(opened.base, [s for s in opened.sources.values() if s is not opened.base]):
             warn(doubt)
     nodes = {r: Expert(r, d) for r, d in known.items()}
     recipe = opened.configuration.recipe(nodes, opened.base.names(), seed)
@@ -101,7 +103,7 @@ def merge(
         device=device, kernels=None if device == "cpu" else _kernels(opened),
     )  # fmt: skip
     text = Path(path).read_text()
-    texts = {"README.md": CARD.format(name=target.name, text=text), mergekit.FILE: text}
+    texts = {"README.md": CARD.format(name=target.name, text=text), mergekit.CONFIG_FILE: text}
 
     with new_folder(target) as folder:
         export(recipe, materialiser, folder, texts, shard_bytes, _tokenizer_folder(opened))
@@ -112,22 +114,22 @@ def merge(
         if opened.vocabulary is not None:
             extend_tokenizer(folder, opened.vocabulary, {r: s.path for r, s in opened.sources.items()})
         if chat_template is not None:
-            (folder / chat.FILE).write_text(chat_template)
+            (folder / chat.CHAT_FILE).write_text(chat_template)
 
 
-def _kernels(opened: Opened) -> Kernels:
+def _kernels(opened: OpenedFile) -> Kernels:
     draws = "seed" in opened.configuration.method.settings
     scalars = len(opened.sources) * opened.base.scalars
-    return Kernels(build=scalars >= (COMPILE_DRAWS_FROM if draws else COMPILE_FROM))
+    return Kernels(build=scalars >= (COMPILE_DRAWS_FROM if draws else GPU_COMPILE_FROM))
 
 
-def _tokenizer_folder(opened: Opened) -> Path:
+def _tokenizer_folder(opened: OpenedFile) -> Path:
     """The model whose tokenizer the merge gets, or that it is extended from."""
     chosen = opened.configuration.tokenizer
     return opened.sources[chosen.source].path if chosen and chosen.source in opened.sources else opened.base.path
 
 
-def _chat_template(opened: Opened, path: str) -> str | None:
+def _chat_template(opened: OpenedFile, path: str) -> str | None:
     wanted = opened.configuration.raw.chat_template
     folders = [s.path for s in opened.sources.values()]
     return None if wanted is None else chat.template(wanted, folders, f"{path}: chat_template")

@@ -19,7 +19,7 @@ from evolver.report.text import markdown_table
 from evolver.search import SEARCHES
 
 
-def page() -> str:
+def reference_page() -> str:
     """The whole page as Markdown."""
     parts = ["# Reference", "Written by `make docs` from the code.", "## Commands", *_commands(), "## Configuration"]
     parts += [_section("", Config)]
@@ -100,4 +100,4 @@ def _field_default(field: FieldInfo) -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")  # noqa: T201  # a page to standard output is its trade
+    print(reference_page(), end="")  # noqa: T201  # a page to standard output is its trade

@@ -18,7 +18,7 @@ from evolver.runs.about import read_about
 from evolver.storage import Storage
 
 # What is kept of a row as it stands there. The answers and the recipe, which are nearly all of it, are not.
-KEPT = (
+KEPT_COLUMNS = (
     "time", "number", "recipe_id", "label", "proposer", "limit", "status", "reason", "score", "complete", "reused",
     "worker",
 )  # fmt: skip
@@ -26,7 +26,7 @@ SECONDS = ("total", "materialise", "forward")
 PAIRS = 200  # candidates that are kept in full
 STAGES: tuple[Stage, ...] = ("baseline", "search", "report")
 
-Numbers = NDArray[np.float64]
+Column = NDArray[np.float64]
 Places = NDArray[np.int64]
 
 
@@ -47,9 +47,9 @@ class Rows:
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
-    def numbers(self, column: str) -> Numbers:
+    def numbers(self, column: str) -> Column:
         """A column as float64, NaN where there is nothing."""
-        found: Numbers = self.table[column].cast(pa.float64()).to_numpy()
+        found: Column = self.table[column].cast(pa.float64()).to_numpy()
         return found
 
     def texts(self, column: str) -> list[str]:
@@ -82,7 +82,7 @@ class Part:
     """
 
     finished: Mapping[Stage, pa.Table]
-    asked: Mapping[Stage, Numbers]
+    asked: Mapping[Stage, Column]
     guessed: int
     last: float
 
@@ -163,7 +163,7 @@ class Overview:
         try:
             part = ledger.read_part(self._ledger, name)
         except FileNotFoundError:  # it was joined with others meanwhile
-            part = ledger.read(self._ledger)
+            part = ledger.read_table(self._ledger)
         is_it = (pc.field("event") == "finished") & (pc.field("stage") == stage) & (pc.field("number") == number)
         found = part.filter(is_it).to_pylist(maps_as_pydicts="strict")[-1]
         return ledger.candidate_of(found), ledger.result_of(found)
@@ -192,7 +192,7 @@ def columns(table: pa.Table, part: str, tasks: Iterable[str]) -> pa.Table:
     size = pc.fill_null(pc.list_value_length(table["items"]), 0).cast(pa.float64())
     given = pc.fill_null(table["given"], 0).cast(pa.float64())
     fresh = pc.invert(pc.fill_null(table["reused"], False))
-    kept = {name: table[name] for name in KEPT}
+    kept = {name: table[name] for name in KEPT_COLUMNS}
     kept |= {"size": size, "cost": pc.multiply(pc.subtract(size, given), fresh.cast(pa.float64()))}
     kept |= {name: pc.map_lookup(table["seconds"], name, "first") for name in SECONDS}
     kept |= {f"task {name}": pc.map_lookup(table["tasks"], name, "first") for name in tasks}

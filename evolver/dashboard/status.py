@@ -12,7 +12,7 @@ from evolver.dashboard.overview import Overview
 from evolver.errors import BadInput
 from evolver.runs.about import Job, runs_in
 from evolver.storage import Storage
-from evolver.storage.lease import FILE, LEASE_SECONDS
+from evolver.storage.lease import LEASE_FILE, LEASE_SECONDS
 
 State = Literal["running", "stopped", "done", "unreadable"]
 
@@ -88,7 +88,7 @@ def _holder(held: Mapping[str, Any] | None, job: Job | None) -> str:
 def holder_of(ledger: Storage) -> dict[str, Any] | None:
     """Who has the lease, if it was renewed lately: ``host``, ``pid``."""
     try:
-        held: dict[str, Any] = json.loads(ledger.read(FILE))
+        held: dict[str, Any] = json.loads(ledger.read(LEASE_FILE))
     except (FileNotFoundError, ValueError):
         return None
     return None if time.time() - float(held.get("at", 0.0)) > 2 * LEASE_SECONDS else held

@@ -13,14 +13,14 @@ from evolver.driver.prepare import Prepared
 from evolver.merging import mergekit
 from evolver.records import Candidate, Recipe, Result, Split
 from evolver.report.report import table_of
-from evolver.report.text import number
+from evolver.report.text import score_text
 from evolver.report.verdict import verdict
 from evolver.runs.about import About
 from evolver.runs.outcome import Outcome
 from evolver.storage.paths import expand
 
 # What the hub calls the tasks of our kinds of models.
-KINDS = {
+HUB_TASKS = {
     "causal-lm": "text-generation", "seq2seq": "text2text-generation", "classifier": "text-classification",
     "image-classifier": "image-classification",
 }  # fmt: skip
@@ -45,8 +45,8 @@ def candidate_card(about: About, candidate: Candidate, result: Result, rebuild: 
     scale = about.scales["dev"]
     said = (
         f"Candidate {candidate.number} of a run, scored on {len(result.items)} of {len(scale.tasks)} dev items, on "
-        f"which the run selected: {number(result.score, scale)}. It was not scored on other items, so nothing is said "
-        "here of whether it is better than its parents."
+        f"which the run selected: {score_text(result.score, scale)}. It was not scored on other items, so nothing "
+        "is said here of whether it is better than its parents."
     )
     return _card(about.config, _results(about, "dev", result), said, rebuild, licences)
 
@@ -91,7 +91,7 @@ def licence_of(folder: Path) -> str | None:
 
 def _results(about: About, split: Split, result: Result) -> list[dict[str, Any]]:
     """A result's metrics, in the hub's form."""
-    scale, kind = about.scales[split], KINDS[about.config.model.kind]
+    scale, kind = about.scales[split], HUB_TASKS[about.config.model.kind]
     return [
         {
             "task": {"type": kind},
@@ -106,13 +106,13 @@ def _under(licence: str | None) -> str:
     return f", {licence}" if licence else ""
 
 
-def texts(prepared: Prepared, outcome: Outcome) -> dict[str, str]:
+def companion_files(prepared: Prepared, outcome: Outcome) -> dict[str, str]:
     """The card of the best model and, where mergekit can make it, mergekit's configuration."""
     rebuild, files = _rebuilt(prepared, outcome.winner.recipe)
     return {"README.md": model_card(outcome, rebuild, _licences(prepared)), **files}
 
 
-def texts_of(prepared: Prepared, about: About, candidate: Candidate, result: Result) -> dict[str, str]:
+def companion_files_of(prepared: Prepared, about: About, candidate: Candidate, result: Result) -> dict[str, str]:
     """The same of any candidate."""
     rebuild, files = _rebuilt(prepared, candidate.recipe)
     return {"README.md": candidate_card(about, candidate, result, rebuild, _licences(prepared)), **files}
@@ -127,7 +127,7 @@ def _rebuilt(prepared: Prepared, recipe: Recipe) -> tuple[str, dict[str, str]]:
         text = mergekit.dump(recipe, locations, prepared.opened.base.names(), dtype)
     except mergekit.Inexpressible as why:
         return f"mergekit cannot make this model: {why}.", {}
-    return f"mergekit makes it, too: `mergekit-yaml {mergekit.FILE} OUT`.", {mergekit.FILE: text}
+    return f"mergekit makes it, too: `mergekit-yaml {mergekit.CONFIG_FILE} OUT`.", {mergekit.CONFIG_FILE: text}
 
 
 def _licences(prepared: Prepared) -> dict[str, str | None]:

@@ -17,11 +17,11 @@ def score_again(prepared: Prepared, best: Path, recorded: Sequence[float], devic
     config = prepared.config
     torch.set_num_threads(config.evaluation.threads)
     live = build_model(config, prepared.opened, device, best)
-    fresh = answers(prepared.tasks.scorer(live, "dev"), len(recorded), prepared.plan.block("dev", len(recorded)))
+    fresh = answer_again(prepared.tasks.scorer(live, "dev"), len(recorded), prepared.plan.block("dev", len(recorded)))
     live.close()
     return {"items": len(recorded), "equal": sum(a == b for a, b in zip(recorded, fresh, strict=True))}
 
 
-def answers(scorer: SplitScorer, count: int, block: int) -> list[float]:
+def answer_again(scorer: SplitScorer, count: int, block: int) -> list[float]:
     """The answers to the first items, scored so many at a time as a run does: in bfloat16 batches show in scores."""
     return [v for s in range(0, count, block) for v in scorer.score(s, min(s + block, count)).items]

@@ -12,14 +12,14 @@ from typing import Any
 
 from evolver.checkpoints.gguf import seal as gguf_seal
 from evolver.checkpoints.gguf import writer as gguf_out
-from evolver.checkpoints.gguf.keys import KEY
+from evolver.checkpoints.gguf.keys import OPTION
 from evolver.checkpoints.lora_out import write_delta, write_lora
-from evolver.driver.card import texts, texts_of
+from evolver.driver.card import companion_files, companion_files_of
 from evolver.driver.check import score_again
 from evolver.driver.prepare import Prepared, prepare_run
 from evolver.errors import BadInput
 from evolver.evaluation.live import default_device
-from evolver.merging.export import TOKENIZER, configuration, export
+from evolver.merging.export import TOKENIZER, export, merged_config
 from evolver.records import Candidate, Recipe, Result
 from evolver.runs.history import History, read_history
 from evolver.storage import Storage, check_export, check_target, exported_folder, new_file
@@ -60,7 +60,11 @@ def deliver(run: Storage, out: Path, wanted: str | None, say: Warn, force: bool 
     prepared = prepare_run(run)
     outcome = history.outcome()
     best = history.best is not None and candidate.recipe.id == history.best[0].recipe.id
-    more = texts(prepared, outcome) if outcome and best else texts_of(prepared, history.about, candidate, result)
+    more = (
+        companion_files(prepared, outcome)
+        if outcome and best
+        else companion_files_of(prepared, history.about, candidate, result)
+    )
     with exported_folder(out, force) as folder:
         export(candidate.recipe, build_materialiser(prepared.plan, prepared.opened), folder, more)
     agreement = score_again(prepared, out, result.items, default_device())
@@ -113,14 +117,14 @@ def deliver_gguf(
     Raises BadInput for what such a file cannot hold, and where it cannot be written.
     """
     kind = kind.lower()
-    gguf_out.check(kind, out)
+    gguf_out.check_type(kind, out)
     replaced = gguf_seal.is_sealed if force else None
     check_target(out, "file", replaced)
     candidate, result = find(read_history(run), wanted)
     prepared = prepare_run(run)
     if prepared.config.model.kind != "causal-lm":
         raise BadInput(
-            f"{KEY}: such files are for models of the kind causal-lm, and those of this run are of "
+            f"{OPTION}: such files are for models of the kind causal-lm, and those of this run are of "
             f"{prepared.config.model.kind}; leave it out."
         )
     model = _model(prepared, candidate.recipe)
@@ -129,7 +133,7 @@ def deliver_gguf(
             new_file(out, replaced) as file,
             tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch,
         ):
-            written = gguf_out.write(model, kind, file)
+            written = gguf_out.write_gguf(model, kind, file)
             gguf_out.verify(file, written)
             folder = _read_back(prepared, model, file, Path(scratch) / "model")
             agreement = score_again(prepared, folder, result.items, default_device())
@@ -147,16 +151,16 @@ def deliver_gguf(
         say(f"{out}: {note}")
 
 
-def _model(prepared: Prepared, recipe: Recipe) -> gguf_out.Model:
+def _model(prepared: Prepared, recipe: Recipe) -> gguf_out.FileContent:
     materialiser = build_materialiser(prepared.plan, prepared.opened)
     infos = {name: materialiser.info(recipe, name) for name in materialiser.names(recipe)}
-    return gguf_out.Model(
-        configuration(recipe, materialiser), infos, materialiser.stream(recipe), prepared.opened.base.path,
+    return gguf_out.FileContent(
+        merged_config(recipe, materialiser), infos, materialiser.stream(recipe), prepared.opened.base.path,
         prepared.config.run, f"merged by evolver, recipe {recipe.id}",
     )  # fmt: skip
 
 
-def _read_back(prepared: Prepared, model: gguf_out.Model, file: Path, folder: Path) -> Path:
+def _read_back(prepared: Prepared, model: gguf_out.FileContent, file: Path, folder: Path) -> Path:
     """What Transformers makes of a file, in the run's dtype, and with the run's tokenizer: it knows the ways of cutting
     texts that files name in part only.
     """

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evolver import loggers
-from evolver.checkpoints.doubts import doubts
+from evolver.checkpoints.doubts import suspicions
 from evolver.checkpoints.weights import Checkpoint
 from evolver.config import FREE_KEYS, Config, check_section, computing, load, renamed
 from evolver.errors import BadInput, nearest
@@ -35,7 +35,7 @@ SPLITS: tuple[Split, Split] = ("dev", "report")
 JUDGES = ("torch", "transformers", "lm-eval")
 
 
-PACKAGES = ("torch", "transformers", "lm-eval", "optuna", "safetensors", "numpy", "ray")
+RECORDED_PACKAGES = ("torch", "transformers", "lm-eval", "optuna", "safetensors", "numpy", "ray")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def prepare(file: str, name: str | None = None, weights: bool = True, device: st
     """
     config = load(file) if name is None else renamed(load(file), name)
     algorithm, settings = _algorithm(config, file)
-    loggers.check(config, file)
+    loggers.check_loggers(config, file)
     try:
         opened = open_models(config)
         config = settled(config, opened.base.headers)
@@ -76,9 +76,9 @@ def prepare(file: str, name: str | None = None, weights: bool = True, device: st
                 refuse_compute(config.model.compute, device)
         tasks = load_tasks(config)
         estimates = Estimates(tasks.scale("dev"), config.evaluation.block_items)
-        _can_race(config, algorithm, estimates)
+        _refuse_racing(config, algorithm, estimates)
         maker = RecipeMaker(list(config.experts), opened.base.names(), opened.digests() if weights else None)
-        warnings = tuple(doubts(opened.base, opened.experts.values())) if weights else ()
+        warnings = tuple(suspicions(opened.base, opened.experts.values())) if weights else ()
         warnings += tuple(filter(None, [too_many(config.evaluation.threads)]))
         setup = Setup(
             maker.experts, maker.base, config.seed, config.budget, maker, estimates,
@@ -169,7 +169,7 @@ def _named(section: Mapping[str, Any], file: str, prefix: str) -> tuple[str, Any
     return name, check_section(SEARCHES[name].settings, section, file, prefix)
 
 
-def _can_race(config: Config, algorithm: str, estimates: Estimates) -> None:
+def _refuse_racing(config: Config, algorithm: str, estimates: Estimates) -> None:
     """Raises BadInput for a race that is asked for where none can be held."""
     if config.evaluation.racing is None:
         return
@@ -205,4 +205,4 @@ def _identity(config: Config, search: Mapping[str, Any], plan: Plan) -> dict[str
 
 def versions() -> dict[str, str]:
     """The versions of the packages that scores depend on."""
-    return {p: importlib.metadata.version(p) for p in PACKAGES}
+    return {p: importlib.metadata.version(p) for p in RECORDED_PACKAGES}

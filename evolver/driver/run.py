@@ -12,7 +12,7 @@ from pathlib import Path
 
 from evolver import __version__, loggers
 from evolver.config import Config
-from evolver.driver.card import texts
+from evolver.driver.card import companion_files
 from evolver.driver.check import score_again
 from evolver.driver.prepare import SPLITS, Prepared, in_compute, prepare, versions
 from evolver.errors import BadInput
@@ -65,7 +65,7 @@ def run(
     prepared = prepare(file, name, device=device)
     prepared = _in_chosen_compute(prepared, results.folder(prepared.config.run), device, choose, display)
     folder = RunFolder(results.folder(prepared.config.run), prepared.identity)
-    listeners = loggers.build(prepared.config, file, folder.storage)
+    listeners = loggers.build_loggers(prepared.config, file, folder.storage)
     # A pool that the cluster can never offer is refused here, before anything is written.
     try:
         pool = make_pool(prepared.plan, "dev", prepared.tasks)
@@ -194,7 +194,7 @@ def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Di
         materialiser = build_materialiser(prepared.plan, prepared.opened)
         heads = {n: (prepared.opened.experts[n].path, h) for n, h in prepared.opened.heads.items()}
         with storage.whole_folder("best") as best:
-            export(winner.recipe, materialiser, best, texts(prepared, outcome))
+            export(winner.recipe, materialiser, best, companion_files(prepared, outcome))
             write_heads(best, heads)
             agreement = score_again(prepared, best, outcome.best_dev.items, device)
         storage.write("best.json", json.dumps(agreement).encode())

@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from evolver.config import Model
+from evolver.config import ModelSettings
 from evolver.errors import BadInput
 
 
@@ -29,7 +29,7 @@ class LiveModel:
     """
 
     def __init__(
-        self, settings: Model, folder: Path, names: Iterable[str], device: str,
+        self, settings: ModelSettings, folder: Path, names: Iterable[str], device: str,
         heads: Mapping[str, Mapping[str, Tensor]] | None = None, labels: Sequence[str] = (),
     ) -> None:  # fmt: skip
         import transformers

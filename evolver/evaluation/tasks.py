@@ -7,7 +7,7 @@ from typing import Any
 
 from evolver.config import Config, TaskEntry
 from evolver.errors import BadInput
-from evolver.evaluation.base import Asked, Judge, Scored, Scorer
+from evolver.evaluation.base import AskedItem, Judge, Scored, Scorer
 from evolver.evaluation.items import Item, Items, draw, in_order
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Split
@@ -64,10 +64,10 @@ class Tasks:
                 parts.append((judge.scorer(model, [asked[p] for p in places], scored), places))
         return SplitScorer(parts)
 
-    def _asked(self, split: Split) -> list[Asked]:
-        return [Asked(self._owners[split, item], item) for item in self.items.of(split)]
+    def _asked(self, split: Split) -> list[AskedItem]:
+        return [AskedItem(self._owners[split, item], item) for item in self.items.of(split)]
 
-    def _right(self, asked: Asked, judged: bool) -> float:
+    def _right(self, asked: AskedItem, judged: bool) -> float:
         return 0.0 if judged else self.judges[asked.entry.task].right(asked)
 
     def _draw(self, number: int, entry: TaskEntry, seed: int) -> Items:

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evolver.kernels.machine import digest_of, kernel_folder, machine, make_kernel_folder
+from evolver.kernels.machine import digest_of, kernel_folder, make_kernel_folder, processor_of
 
-Function = Callable[..., tuple[Tensor, ...]]
+TensorFunction = Callable[..., tuple[Tensor, ...]]
 Kernel = Callable[[list[Tensor]], list[Tensor]]
 
 # A GPU's compiler would contract a product and a sum into one rounding, which the plain code does not.
@@ -48,7 +48,9 @@ class Kernels:
         self.build = build
         self._loaded: dict[str, Kernel | None] = {}
 
-    def get(self, function: Function, like: Sequence[Tensor], long: Sequence[bool], identity: str) -> Kernel | None:
+    def get(
+        self, function: TensorFunction, like: Sequence[Tensor], long: Sequence[bool], identity: str
+    ) -> Kernel | None:
         """``function`` as a kernel, or None where there is none (a CPU; no compiler; not compiled yet; it failed).
 
         Args:
@@ -65,9 +67,11 @@ class Kernels:
             self._loaded[key] = self._find(function, like, long, key)
         return self._loaded[key]
 
-    def _find(self, function: Function, like: Sequence[Tensor], long: Sequence[bool], key: str) -> Kernel | None:
+    def _find(self, function: TensorFunction, like: Sequence[Tensor], long: Sequence[bool], key: str) -> Kernel | None:
         device = like[0].device
-        name = hashlib.sha256(f"{key} {machine(device)} {sorted(OPTIONS.items())} {ingredients()}".encode()).hexdigest()
+        name = hashlib.sha256(
+            f"{key} {processor_of(device)} {sorted(OPTIONS.items())} {ingredients()}".encode()
+        ).hexdigest()
         file = kernel_folder() / f"{name[:32]}.pt2"
         if file.exists():
             try:
@@ -98,7 +102,7 @@ def can_compile(device: torch.device) -> bool:
 
 
 class _Module(torch.nn.Module):
-    def __init__(self, function: Function) -> None:
+    def __init__(self, function: TensorFunction) -> None:
         super().__init__()
         self.function = function
 
@@ -106,7 +110,7 @@ class _Module(torch.nn.Module):
         return self.function(*tensors)
 
 
-def _compile(function: Function, like: Sequence[Tensor], long: Sequence[bool], file: Path) -> None:
+def _compile(function: TensorFunction, like: Sequence[Tensor], long: Sequence[bool], file: Path) -> None:
     length = torch.export.Dim("length", min=LEAST)
     example = [_sized(t) if n else t for t, n in zip(like, long, strict=True)]
     shapes = [{0: length} if n else None for n in long]

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-FLOAT, WIDE, MASK = "float32", "float64", "mask"
+FLOAT32, FLOAT64, MASK = "float32", "float64", "mask"
 # Scalars of a run, whose sum is made by halves: RUN in program.c.
 RUN = 512
 # Names as in program.c, in its order.
-CODES = {
+OPERATION_CODES = {
     name: code
     for code, name in enumerate(
         "load draw fill add sub mul div maximum minimum less less_equal equal both either not where sign abs number "
@@ -73,7 +73,7 @@ def encoded(order: Sequence[tuple[int | None, Operation]]) -> Code:
     """Operations in the order in which they are run, with their numbers; results have none."""
     last = {n: at for at, (_, operation) in enumerate(order) for n in operation.needs}
     floats, doubles = _Registers(), _Registers()
-    banks = {FLOAT: floats, MASK: floats, WIDE: doubles}
+    banks = {FLOAT32: floats, MASK: floats, FLOAT64: doubles}
     kinds = {number: operation.kind for number, operation in order if number is not None}
     register: dict[int, int] = {}
     constants: dict[str, int] = {}
@@ -92,7 +92,7 @@ def encoded(order: Sequence[tuple[int | None, Operation]]) -> Code:
             given = [operation.place]
         elif operation.name == "draw":
             given = [draws.setdefault(operation.place, len(draws))]
-        rows.append([CODES[operation.name], operation.place if number is None else register[number], *given])
+        rows.append([OPERATION_CODES[operation.name], operation.place if number is None else register[number], *given])
     padded = np.array([row + [0] * (5 - len(row)) for row in rows], dtype=np.int32).reshape(-1, 5)
     numbers = np.array([float.fromhex(c) for c in constants])
     return Code(padded, numbers, tuple(draws), floats.count, doubles.count)

@@ -15,7 +15,7 @@ from torch import Tensor
 from evolver.kernels import random
 from evolver.kernels.encoded import RUN, Code
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.uint8: 4}
+KIND_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.uint8: 4}
 
 
 class _Job(ctypes.Structure):
@@ -36,7 +36,7 @@ class _Job(ctypes.Structure):
 
 def handles(loops: ctypes.CDLL, dtype: torch.dtype) -> bool:
     """Whether ``run`` reads and writes tensors of that dtype."""
-    return dtype in KINDS and (dtype != torch.float16 or bool(loops.has_float16()))
+    return dtype in KIND_NUMBERS and (dtype != torch.float16 or bool(loops.has_float16()))
 
 
 @dataclass
@@ -108,8 +108,10 @@ class Run:
         arrays = [
             np.array(n, dtype=t)
             for n, t in (
-                ([s.data_ptr() for s in self.sources], np.uint64), ([KINDS[s.dtype] for s in self.sources], np.int32),
-                ([t.data_ptr() for t in self.targets], np.uint64), ([KINDS[t.dtype] for t in self.targets], np.int32),
+                ([s.data_ptr() for s in self.sources], np.uint64),
+                ([KIND_NUMBERS[s.dtype] for s in self.sources], np.int32),
+                ([t.data_ptr() for t in self.targets], np.uint64),
+                ([KIND_NUMBERS[t.dtype] for t in self.targets], np.int32),
                 ([t.ctypes.data for t in taken], np.uint64),
             )
         ]  # fmt: skip

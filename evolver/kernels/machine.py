@@ -25,7 +25,7 @@ def make_kernel_folder() -> Path:
 
 
 @cache
-def machine(device: torch.device) -> str:
+def processor_of(device: torch.device) -> str:
     """What code was compiled for."""
     flags = ""
     if Path("/proc/cpuinfo").exists():

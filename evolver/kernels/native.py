@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evolver.errors import BadInput
-from evolver.kernels.machine import digest_of, kernel_folder, machine, make_kernel_folder
+from evolver.kernels.machine import digest_of, kernel_folder, make_kernel_folder, processor_of
 
 SOURCES = [Path(__file__).with_name(name) for name in ("native.h", "native.c", "program.c")]
 # Operations are not contracted or reordered: every one is rounded alone, as torch rounds it.
@@ -47,7 +47,7 @@ def compiler() -> str | None:
 
 def library_file() -> Path:
     """Where the compiled loops of this machine are kept: a name for each source, processor and set of options."""
-    key = f"{[digest_of(str(s)) for s in SOURCES]} {machine(torch.device('cpu'))} {BEST_FIRST} {FLAGS}"
+    key = f"{[digest_of(str(s)) for s in SOURCES]} {processor_of(torch.device('cpu'))} {BEST_FIRST} {FLAGS}"
     return kernel_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
 
 
@@ -69,7 +69,7 @@ def library() -> ctypes.CDLL | None:
     return loops
 
 
-def prepare() -> float:
+def compile_loops() -> float:
     """Compile the loops where they are not there yet; seconds that it took.
 
     Raises BadInput where they cannot be compiled.
@@ -101,7 +101,7 @@ def _compile(compiler: str, file: Path) -> None:
         os.replace(made, file)
 
 
-def draws(loops: ctypes.CDLL, words: Sequence[int], first: int, out: Tensor) -> None:
+def draw_blocks(loops: ctypes.CDLL, words: Sequence[int], first: int, out: Tensor) -> None:
     """``random.fill``: draws for whole blocks from block ``first`` on, to ``out``, float32 (blocks, HALVES, LANES).
 
     Args:
@@ -110,7 +110,7 @@ def draws(loops: ctypes.CDLL, words: Sequence[int], first: int, out: Tensor) -> 
     loops.draws((ctypes.c_uint32 * 4)(*words), ctypes.c_uint64(first), ctypes.c_int64(out.shape[0]), _at(out))
 
 
-def take(loops: ctypes.CDLL, scores: Tensor, lows: Tensor, highs: Tensor, single: Tensor) -> tuple[Tensor, Tensor]:
+def take_row(loops: ctypes.CDLL, scores: Tensor, lows: Tensor, highs: Tensor, single: Tensor) -> tuple[Tensor, Tensor]:
     """``order.take`` for one row of scores, float32 (n), and K pairs of edges, float32 (K) each.
 
     Args:
@@ -128,7 +128,7 @@ def take(loops: ctypes.CDLL, scores: Tensor, lows: Tensor, highs: Tensor, single
     return counts, out[:taken].clone()
 
 
-def kept_by_rank(loops: ctypes.CDLL, sizes: Tensor, draws: Tensor, first_kept: Tensor) -> Tensor:
+def kept_rows(loops: ctypes.CDLL, sizes: Tensor, draws: Tensor, first_kept: Tensor) -> Tensor:
     """``operators.kept_by_rank``: which scalars stay, bool (rows, columns).
 
     Args:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evolver.kernels.encoded import FLOAT, MASK, WIDE, Code, Operation, encoded
+from evolver.kernels.encoded import FLOAT32, FLOAT64, MASK, Code, Operation, encoded
 
 
 class Unknown(Exception):  # not an error: the plain code is to run
@@ -49,7 +49,7 @@ class Program:
         """What stands for a mask that is made before the program is run."""
         if self.operations[draws.number].name != "draw":
             raise Unknown("draws that were changed")
-        size = Operation("store", FLOAT, (sizes.number,))
+        size = Operation("store", FLOAT32, (sizes.number,))
         order: list[tuple[int | None, Operation]] = []
         self._place(size, order, set())
         if any(o.name == "draw" or (o.name == "load" and o.place >= self.inputs) for _, o in order):
@@ -64,11 +64,11 @@ class Program:
         operation = Operation(name, of.kind, (of.number,))
         made = self.operations[of.number]
         if name == "sum" and made.name == "wide":
-            operation = Operation("sum_float", FLOAT, made.operands)
+            operation = Operation("sum_float", FLOAT32, made.operands)
         elif name == "sum" and made.name == "wide_mul":
             factors = [self.operations[n] for n in made.needs]
             if len(factors) == 2 and all(f.name == "wide" for f in factors):
-                operation = Operation("sum_product", FLOAT, tuple(f.needs[0] for f in factors))
+                operation = Operation("sum_product", FLOAT32, tuple(f.needs[0] for f in factors))
         if operation not in self.results:
             self.results.append(operation)
         return Reduced(torch.tensor(self.results.index(operation)))
@@ -111,7 +111,7 @@ class RankMask:
     epsilon: float
 
 
-TYPES = {torch.float32: FLOAT, torch.float64: WIDE}
+TYPES = {torch.float32: FLOAT32, torch.float64: FLOAT64}
 
 
 class Traced:
@@ -124,7 +124,7 @@ class Traced:
 
     @property
     def dtype(self) -> torch.dtype:
-        return {FLOAT: torch.float32, WIDE: torch.float64, MASK: torch.bool}[self.kind]
+        return {FLOAT32: torch.float32, FLOAT64: torch.float64, MASK: torch.bool}[self.kind]
 
     def __getattr__(self, name: str) -> Any:
         raise Unknown(name)
@@ -145,11 +145,11 @@ class Traced:
     def _with(self, name: str, left: Any, right: Any) -> Traced:
         """An operation on two, of which at least one is recorded, in the wider of their types."""
         pair = [v for v in (left, right) if isinstance(v, Traced)]
-        kind = WIDE if any(v.kind == WIDE for v in pair) else FLOAT
-        if kind == WIDE and name not in ("add", "sub", "mul", "div"):
+        kind = FLOAT64 if any(v.kind == FLOAT64 for v in pair) else FLOAT32
+        if kind == FLOAT64 and name not in ("add", "sub", "mul", "div"):
             raise Unknown(f"{name} in float64")
         operands = [_operand(v, kind, pair[0].program) for v in (left, right)]
-        named = f"wide_{name}" if kind == WIDE else name
+        named = f"wide_{name}" if kind == FLOAT64 else name
         return pair[0].program.add(named, MASK if name in COMPARISONS else kind, operands)
 
     def __add__(self, other: Any) -> Traced:
@@ -211,40 +211,40 @@ class Traced:
         return self.program.add(name, MASK, [m.number for m in masks])
 
     def abs(self) -> Traced:
-        return self._only(FLOAT).program.add("abs", FLOAT, [self.number])
+        return self._only(FLOAT32).program.add("abs", FLOAT32, [self.number])
 
     def sign(self) -> Traced:
-        return self._only(FLOAT).program.add("sign", FLOAT, [self.number])
+        return self._only(FLOAT32).program.add("sign", FLOAT32, [self.number])
 
     def square(self) -> Traced:
         return self * self
 
     def float(self) -> Traced:
-        if self.kind == FLOAT:
+        if self.kind == FLOAT32:
             return self
-        return self.program.add("number" if self.kind == MASK else "narrow", FLOAT, [self.number])
+        return self.program.add("number" if self.kind == MASK else "narrow", FLOAT32, [self.number])
 
     def int(self) -> Traced:
         # Small whole numbers, as masks are counted; floats hold them exactly.
         return self._only(MASK).float()
 
     def double(self) -> Traced:
-        return self if self.kind == WIDE else self.program.add("wide", WIDE, [self.float().number])
+        return self if self.kind == FLOAT64 else self.program.add("wide", FLOAT64, [self.float().number])
 
     def to(self, like: Any) -> Traced:
         dtype = like.dtype if isinstance(like, Traced | Tensor) else like
         if dtype not in TYPES:
             raise Unknown(f"to {dtype}")
-        return self.float() if TYPES[dtype] == FLOAT else self.double()
+        return self.float() if TYPES[dtype] == FLOAT32 else self.double()
 
     def clamp(self, min: Any = None, max: Any = None) -> Traced:  # noqa: A002  # torch's names
-        out = self._only(FLOAT)
+        out = self._only(FLOAT32)
         # The bound comes first: of two zeros the second operand is taken, as by torch.
         out = out if min is None else self._with("maximum", min, out)
         return out if max is None else self._with("minimum", max, out)
 
     def amax(self) -> Reduced:
-        return self.program.result("largest", self._only(FLOAT))
+        return self.program.result("largest", self._only(FLOAT32))
 
     def total(self) -> Reduced:
         """Σ of all scalars in float64, as ``operators.total``."""
@@ -281,26 +281,26 @@ class Reduced:
 def _operand(value: Any, kind: str, program: Program) -> int | str:
     """The number of an operation, or a number written down as torch would round it beside tensors of that kind."""
     if isinstance(value, Traced):
-        return (value.double() if kind == WIDE else value._only(FLOAT)).number
+        return (value.double() if kind == FLOAT64 else value._only(FLOAT32)).number
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point() or (value.dim() and TYPES.get(value.dtype) != kind):
             raise Unknown("tensors of different shapes")
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Unknown(f"an operation with {value!r}")
-    return float.hex(float(np.float32(value)) if kind == FLOAT else float(value))
+    return float.hex(float(np.float32(value)) if kind == FLOAT32 else float(value))
 
 
 def _where(condition: Any, left: Any, right: Any) -> Traced:
     if not isinstance(condition, Traced):
         raise Unknown("a choice by a number")
     condition._only(MASK)
-    pair = [_operand(v, FLOAT, condition.program) for v in (left, right)]
-    return condition.program.add("where", FLOAT, [*pair, condition.number])
+    pair = [_operand(v, FLOAT32, condition.program) for v in (left, right)]
+    return condition.program.add("where", FLOAT32, [*pair, condition.number])
 
 
 def _zeros_like(like: Traced) -> Traced:
-    return like.program.add("fill", like._only(FLOAT).kind, [float.hex(0.0)])
+    return like.program.add("fill", like._only(FLOAT32).kind, [float.hex(0.0)])
 
 
 def _method(name: str) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ from evolver.kernels.compiled import Kernels
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
-ROUNDS = 10
+PHILOX_ROUNDS = 10
 LOW32 = 0xFFFFFFFF
 
 # A draw has 16 bits, so one call of Philox serves eight scalars. They do not lie side by side: each of the eight
@@ -41,7 +41,7 @@ def philox4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(ROUNDS):
+    for _ in range(PHILOX_ROUNDS):
         product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]  # 64 bits, wrapped: & LOW32 mends the sign
         c0, c1, c2, c3 = (
             ((product1 >> 32) & LOW32) ^ c1 ^ k0,
@@ -117,7 +117,7 @@ class Drawn:
         out = torch.empty((max(2, blocks) if on_gpu else blocks, HALVES, LANES), device=self.device)
         loops = None if on_gpu else native.library()
         if loops is not None:
-            native.draws(loops, self.plain_words[number], first, out)
+            native.draw_blocks(loops, self.plain_words[number], first, out)
             return out
         tensors = words, torch.tensor(first, device=self.device), out
         kernel = self.kernels.get(fill, tensors, [False, False, True], "draws") if on_gpu and self.kernels else None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LANES = 16
+SUM_LANES = 16
 # log2(e); ln 2 in two parts, of which products with small whole numbers are exact.
 LOG2E, LN2_HIGH, LN2_LOW = 1.4426950408889634, 0.693145751953125, 1.428606765330187e-06
 # Of s² to s⁷ in exp(s), highest first.
@@ -21,7 +21,7 @@ COEFFICIENTS = (0.00019852762, 0.0013930436, 0.008333361, 0.041666485, 0.1666666
 def softmax(rows: Tensor) -> Tensor:
     """Of every row of (rows, columns), float32."""
     powers = _exp(rows - rows.amax(-1, keepdim=True))
-    lanes = torch.nn.functional.pad(powers, (0, -powers.shape[-1] % LANES)).unflatten(-1, (-1, LANES))
+    lanes = torch.nn.functional.pad(powers, (0, -powers.shape[-1] % SUM_LANES)).unflatten(-1, (-1, SUM_LANES))
     total = lanes[:, 0]
     for run in lanes[:, 1:].unbind(1):
         total = total + run

@@ -40,7 +40,7 @@ def display() -> Display:
     return Bars() if sys.stdout.isatty() else Lines()
 
 
-def describe(candidate: Candidate, result: Result) -> str:
+def describe_result(candidate: Candidate, result: Result) -> str:
     """One line about one result."""
     what = candidate.label or f"{candidate.proposer} {candidate.number}"
     if result.status == "failed":
@@ -78,7 +78,7 @@ class Lines:
             self._spoke = now
             of = f"/{self._total}" if self._total else ""
             eta = "" if left is None else f"; the whole run takes about {in_words(left)} more"
-            print(f"{self._name} {self._done}{of}: {describe(candidate, result)}{eta}", flush=True)
+            print(f"{self._name} {self._done}{of}: {describe_result(candidate, result)}{eta}", flush=True)
 
     def close(self) -> None: ...
 
@@ -112,7 +112,7 @@ class Bars:
         note = ", ".join(notes)
         self._progress.update(self._task, advance=1, note=note)
         if result.status == "failed":
-            self.say(describe(candidate, result))
+            self.say(describe_result(candidate, result))
 
     def close(self) -> None:
         self._progress.stop()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from evolver.kernels import execute, native, random
 from evolver.kernels.compiled import Kernels
-from evolver.kernels.encoded import FLOAT, Code, Operation
+from evolver.kernels.encoded import FLOAT32, Code, Operation
 from evolver.kernels.program import Program, Traced
 
 
@@ -46,7 +46,7 @@ STRATEGIES: dict[str, tuple[Mutation, int]] = {
 }
 
 # Scalars of a piece: a few tensors' pieces stay in a core's cache.
-PIECE = 16 * random.BLOCK
+CROSSING_PIECE = 16 * random.BLOCK
 
 
 def cross(
@@ -94,10 +94,10 @@ def _code(strategy: str, level: int, f: float) -> Code:
     """Mutation and crossover for the loop in C."""
     mutation, partners = STRATEGIES[strategy]
     program = Program(partners + 1)
-    parents: list[Any] = [program.add("load", FLOAT, (), n) for n in range(partners + 1)]
-    draws: Any = program.add("draw", FLOAT)
+    parents: list[Any] = [program.add("load", FLOAT32, (), n) for n in range(partners + 1)]
+    draws: Any = program.add("draw", FLOAT32)
     child = _crossed(mutation, torch.tensor(float(level)), torch.tensor(f), draws, parents)
-    return program.code([Operation("store", FLOAT, (cast(Traced, child).number,))])
+    return program.code([Operation("store", FLOAT32, (cast(Traced, child).number,))])
 
 
 def _crossed(mutation: Mutation, level: Tensor, f: Tensor, draws: Tensor, parents: Sequence[Tensor]) -> Tensor:
@@ -112,8 +112,8 @@ def _piecewise(
 ) -> None:  # fmt: skip
     """In pieces, each after its draws."""
     step, kernel = _Piece(mutation), None
-    for start in range(0, tensors[0].numel(), PIECE):
-        pieces = [t[start : start + PIECE] for t in tensors]
+    for start in range(0, tensors[0].numel(), CROSSING_PIECE):
+        pieces = [t[start : start + CROSSING_PIECE] for t in tensors]
         given = [*numbers, *drawn.piece(done + start, pieces[0].shape), *pieces]
         if kernels and start == 0:
             kernel = kernels.get(step, given, [n >= len(numbers) for n in range(len(given))], identity)

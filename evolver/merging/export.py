@@ -38,11 +38,11 @@ def export(
     base = materialiser.base
     folder.mkdir(parents=True, exist_ok=True)
     infos = {n: materialiser.info(recipe, n) for n in materialiser.names(recipe)}
-    shards.write(materialiser.stream(recipe), infos, folder, shard_bytes)
+    shards.write_shards(materialiser.stream(recipe), infos, folder, shard_bytes)
     for name in COMPANIONS:
         if ((tokenizer or base.path) / name).exists():
             shutil.copyfile((tokenizer or base.path) / name, folder / name)
-    (folder / "config.json").write_text(json.dumps(configuration(recipe, materialiser), indent=2))
+    (folder / "config.json").write_text(json.dumps(merged_config(recipe, materialiser), indent=2))
     (folder / "recipe.json").write_text(dump_recipe(recipe))
     for name, text in texts.items():
         (folder / name).write_text(text)
@@ -71,7 +71,7 @@ def write_heads(folder: Path, heads: Mapping[str, tuple[Path, Head]]) -> None:
         shutil.copyfile(expert / "config.json", own / "config.json")
 
 
-def configuration(recipe: Recipe, materialiser: Materialiser) -> dict[str, Any]:
+def merged_config(recipe: Recipe, materialiser: Materialiser) -> dict[str, Any]:
     """The base's configuration, with the model's dtype and number of layers."""
     config = dict(materialiser.base.config)
     config.pop("_name_or_path", None)

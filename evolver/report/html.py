@@ -48,7 +48,7 @@ img {{ max-width: 100%; height: auto; }}
 """
 
 
-def page(text: str, title: str, read: Callable[[str], bytes]) -> str:
+def html_page(text: str, title: str, read: Callable[[str], bytes]) -> str:
     """A page of a Markdown text.
 
     Args:

@@ -17,8 +17,8 @@ from evolver.evaluation.scores.comparison import compare, interval
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Recipe, Result, ancestors, dump_recipe
 from evolver.report.curve import curve
-from evolver.report.html import page
-from evolver.report.text import bill, made, markdown_table, median, number, of_task, signed
+from evolver.report.html import html_page
+from evolver.report.text import cost_rows, describe_node, markdown_table, median_or_zero, of_task, score_text, signed
 from evolver.report.verdict import verdict
 from evolver.runs.history import History, read_history, rows_of
 from evolver.runs.outcome import Finalist, Outcome
@@ -51,7 +51,7 @@ def write_report(folder: Storage, outcome: Outcome, agreement: Mapping[str, int]
     ]
     text = "\n\n".join(s for s in sections if s) + "\n"
     folder.write("report.md", text.encode())
-    folder.write("report.html", page(text, outcome.config.run, folder.read).encode())
+    folder.write("report.html", html_page(text, outcome.config.run, folder.read).encode())
 
 
 def _question(outcome: Outcome) -> str:
@@ -141,14 +141,14 @@ def _headline(task: str, scale: Scale) -> str:
 
 def _row(finalist: Finalist, outcome: Outcome, flawed: Sequence[str]) -> list[str]:
     name, scale = f"**{finalist.label}**" if finalist.label == "winner" else finalist.label, outcome.scales["report"]
-    dev = number(finalist.dev.score, outcome.scales["dev"])
+    dev = score_text(finalist.dev.score, outcome.scales["dev"])
     if finalist.report.score is None:
         return [name, dev, f"failed: {finalist.report.reason}", "", *["" for _ in (*scale.weights, *flawed)]]
     low, high = interval(finalist.report.items, scale, outcome.config.seed)
     tasks = [of_task(finalist.report.tasks.get(t), scale.metrics[t]) for t in scale.weights]
     flaws = [f"{100 * finalist.report.counts.get(f, 0.0) / len(scale.tasks):.1f}" for f in flawed]
-    between = f"{number(low, scale)} – {number(high, scale)}"
-    return [name, dev, number(finalist.report.score, scale), between, *tasks, *flaws]
+    between = f"{score_text(low, scale)} – {score_text(high, scale)}"
+    return [name, dev, score_text(finalist.report.score, scale), between, *tasks, *flaws]
 
 
 def _against_others(outcome: Outcome) -> str:
@@ -178,7 +178,9 @@ def _winner_section(outcome: Outcome, agreement: Mapping[str, int]) -> str:
 
 def _lineage(recipe: Recipe) -> str:
     """Everything that the winner is made of, down to the experts; what is used stands above what uses it."""
-    rows = [[f"`{n.id[:8]}`", made(n), ", ".join(f"`{i.id[:8]}`" for i in n.inputs)] for n in ancestors(recipe)]
+    rows = [
+        [f"`{n.id[:8]}`", describe_node(n), ", ".join(f"`{i.id[:8]}`" for i in n.inputs)] for n in ancestors(recipe)
+    ]
     return "## Its lineage\n\n" + markdown_table(["model", "made by", "of"], rows)
 
 
@@ -199,15 +201,17 @@ def _cost(outcome: Outcome) -> str:
         ["of these: materialising", f"{spent['materialise']:.1f}"],
         ["of these: scoring", f"{spent['forward']:.1f}"],
         ["of these: the rest", f"{spent['total'] - spent['materialise'] - spent['forward']:.1f}"],
-        ["seconds a candidate, median", f"{median(r.seconds.get('total', 0.0) for r in fresh):.2f}"],
-        *_ahead(outcome.wasted),
-        *bill(outcome.config.pool, spent["total"] + math.fsum(r.seconds.get("total", 0.0) for r in outcome.wasted)),
+        ["seconds a candidate, median", f"{median_or_zero(r.seconds.get('total', 0.0) for r in fresh):.2f}"],
+        *_waste_rows(outcome.wasted),
+        *cost_rows(
+            outcome.config.pool, spent["total"] + math.fsum(r.seconds.get("total", 0.0) for r in outcome.wasted)
+        ),
     ]
-    parts = ["## What the search cost", markdown_table(["", ""], rows), _less(outcome.searched, full, outcome)]
+    parts = ["## What the search cost", markdown_table(["", ""], rows), _savings_table(outcome.searched, full, outcome)]
     return "\n\n".join(p for p in parts if p)
 
 
-def _ahead(wasted: Sequence[Result]) -> Iterable[list[str]]:
+def _waste_rows(wasted: Sequence[Result]) -> Iterable[list[str]]:
     """What running ahead cost beside the budget."""
     if wasted:
         yield ["candidates scored ahead on wrong guesses, beside the above", str(len(wasted))]
@@ -215,7 +219,7 @@ def _ahead(wasted: Sequence[Result]) -> Iterable[list[str]]:
         yield ["their seconds", f"{math.fsum(r.seconds.get('total', 0.0) for r in wasted):.1f}"]
 
 
-def _less(searched: Sequence[tuple[Candidate, Result]], full: int, outcome: Outcome) -> str:
+def _savings_table(searched: Sequence[tuple[Candidate, Result]], full: int, outcome: Outcome) -> str:
     """What each way of scoring less has saved, against scoring every item of every model once."""
     last: dict[str, tuple[Candidate, Result]] = {}  # of each model the evaluation that knows most
     for candidate, result in searched:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from evolver.config import Pool
+from evolver.config import PoolSettings
 from evolver.evaluation.scores.metrics import Metric
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Cross, Expert, Merge, Recipe
 
 
-def made(node: Recipe) -> str:
+def describe_node(node: Recipe) -> str:
     """How a node of a recipe came to be, in words."""
     if isinstance(node, Expert):
         return f"given as {node.name}"
@@ -20,7 +20,7 @@ def made(node: Recipe) -> str:
     return f"merge ({node.method})" if isinstance(node, Merge) else "layers put together"
 
 
-def bill(pool: Pool, seconds: float) -> list[list[str]]:
+def cost_rows(pool: PoolSettings, seconds: float) -> list[list[str]]:
     """Energy and money, where the configuration says what an hour of a worker takes."""
     hours = seconds / 3600
     energy = [] if pool.watts is None else [["energy (kWh, estimated)", f"{pool.watts * hours / 1000:.4f}"]]
@@ -34,7 +34,7 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def number(value: float | None, scale: Scale) -> str:
+def score_text(value: float | None, scale: Scale) -> str:
     """A score: in percent where all metrics are shares."""
     if value is None:
         return "–"
@@ -53,7 +53,7 @@ def of_task(value: float | None, metric: Metric) -> str:
     return f"{100 * value:.1f}" if metric.share else f"{-value if metric.negative else value:.4g}"
 
 
-def median(values: Iterable[float]) -> float:
+def median_or_zero(values: Iterable[float]) -> float:
     """The median; 0 of nothing."""
     found = list(values)
     return statistics.median(found) if found else 0.0

@@ -15,7 +15,7 @@ from evolver.records import Split
 from evolver.runs.folder import file_of_run
 from evolver.storage import Storage
 
-FILE = "about.json"
+ABOUT_FILE = "about.json"
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def write_about(folder: Storage, about: About) -> None:
         "scales": {split: scale.form() for split, scale in about.scales.items()},
         "job": asdict(about.job) if about.job else None,
     }
-    folder.write(FILE, json.dumps(form).encode())
+    folder.write(ABOUT_FILE, json.dumps(form).encode())
 
 
 def read_about(folder: Storage) -> About:
@@ -69,14 +69,14 @@ def read_about(folder: Storage) -> About:
 
     Raises BadInput where the folder is none of a run.
     """
-    raw, text = yaml.load(file_of_run(folder, "config.yaml"), Loader=Loader), file_of_run(folder, FILE)
+    raw, text = yaml.load(file_of_run(folder, "config.yaml"), Loader=Loader), file_of_run(folder, ABOUT_FILE)
     try:
         form = json.loads(text)
         scales: dict[Split, Scale] = {split: Scale.from_form(scale) for split, scale in form["scales"].items()}
         job = Job(**form["job"]) if form.get("job") else None
         versions, warnings, compute = form["versions"], tuple(form["warnings"]), form["compute"]
     except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{folder.location}/{FILE}: cannot be read ({error!r}); call the run again.") from error
+        raise BadInput(f"{folder.location}/{ABOUT_FILE}: cannot be read ({error!r}); call the run again.") from error
     config = check_section(Config, raw, f"{folder.location}/config.yaml")
     name = folder.location.rstrip("/").rpartition("/")[2]  # a run may have been called by another name than its file's
     config = config.model_copy(update={"run": name})
@@ -85,4 +85,4 @@ def read_about(folder: Storage) -> About:
 
 def runs_in(root: Storage) -> list[str]:
     """Names of the runs in a folder of all runs."""
-    return [name for name in root.names() if root.folder(name).exists(FILE)]
+    return [name for name in root.names() if root.folder(name).exists(ABOUT_FILE)]

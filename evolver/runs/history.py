@@ -78,7 +78,7 @@ def read_history(folder: Storage) -> History:
     Raises BadInput where the folder is none of a run.
     """
     about = read_about(folder)
-    rows = ledger.read(folder.folder("ledger")).to_pylist(maps_as_pydicts="strict")
+    rows = ledger.read_table(folder.folder("ledger")).to_pylist(maps_as_pydicts="strict")
     pairs = ((ledger.candidate_of(r), ledger.result_of(r)) for r in rows if r["event"] == "finished")
     return history_of(about, pairs, [ledger.result_of(r) for r in rows if r["event"] == "guessed"])
 

@@ -42,7 +42,7 @@ class EvolverSettings(Section):
 
 
 @algorithm("evolver", EvolverSettings, incumbent=True)
-def build(setup: Setup, settings: EvolverSettings) -> Ordered:
+def build_evolver(setup: Setup, settings: EvolverSettings) -> Ordered:
     """The form that the settings ask for."""
     if setup.together > 1 and settings.mode != "generational":
         raise BadInput(f"search.mode: {settings.mode} proposes candidates one by one, no batches; write generational.")

@@ -18,7 +18,7 @@ from evolver.workers.plan import Plan, items_hash
 from evolver.workers.worker import Worker
 
 # For the errors of metrics that look at all answers together.
-RESAMPLES = 999
+TABLE_RESAMPLES = 999
 
 
 def measure(pool: PoolConfig, folders: Mapping[str, Path]) -> str:
@@ -63,5 +63,5 @@ def standard_error(items: Sequence[float], scale: Scale, task: str) -> float:
     if metric.judged:
         return float(answers.std()) / math.sqrt(max(1, len(places) - 1))
     right = np.asarray([scale.right[p] for p in places])
-    drawn = np.random.default_rng(0).integers(len(places), size=(RESAMPLES, len(places)))
+    drawn = np.random.default_rng(0).integers(len(places), size=(TABLE_RESAMPLES, len(places)))
     return float(metric.of(answers[drawn], right[drawn]).std())

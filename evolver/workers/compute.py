@@ -19,18 +19,18 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from evolver.checkpoints.weights import TensorInfo
-from evolver.config import Config, Model, computing
+from evolver.config import Config, ModelSettings, computing
 from evolver.errors import BadInput
 from evolver.evaluation.live import free_memory
 
 Headers = Mapping[str, TensorInfo]
 Shape = tuple[int, int]
 
-NARROW, WIDE = ("bfloat16", "float16"), "float32"
+NARROW, COMPUTE_WIDE = ("bfloat16", "float16"), "float32"
 # How many shapes are timed, with matrices of so many scalars at most, and so many rows or operations a product.
 SHAPES, SCALARS, ROWS, OPERATIONS = 3, 1 << 22, 256, 10**9
 # How often at most, and after how many seconds no other time.
-ROUNDS, PATIENCE = 5, 0.3
+TIMING_ROUNDS, PATIENCE = 5, 0.3
 # A wider dtype has to be so much faster: it takes more memory.
 WORTH = 0.9
 # What stands for a model where there is none to look at: a layer of a model of this size.
@@ -45,7 +45,7 @@ class Choice:
     why: str
 
 
-def stored_dtype(settings: Model, headers: Headers) -> str:
+def stored_dtype(settings: ModelSettings, headers: Headers) -> str:
     """The dtype that a model's weights are rounded to; of several, the one of most scalars."""
     if settings.dtype != "auto":
         return settings.dtype
@@ -54,7 +54,7 @@ def stored_dtype(settings: Model, headers: Headers) -> str:
         if info.dtype.is_floating_point:
             scalars[info.dtype] += math.prod(info.shape)
     found = scalars.most_common(1)
-    return str(found[0][0]).removeprefix("torch.") if found else WIDE
+    return str(found[0][0]).removeprefix("torch.") if found else COMPUTE_WIDE
 
 
 def settled(config: Config, headers: Headers) -> Config:
@@ -71,7 +71,7 @@ def settled(config: Config, headers: Headers) -> Config:
             )
         return config
     if config.model.compute == "auto" and stored_dtype(config.model, headers) not in NARROW:
-        return computing(config, WIDE)
+        return computing(config, COMPUTE_WIDE)
     return config
 
 
@@ -91,9 +91,9 @@ def choose(config: Config, headers: Headers, device: str) -> Choice:
     torch.set_num_threads(config.evaluation.threads)
     own, scalars = stored_dtype(config.model, headers), sum(math.prod(i.shape) for i in headers.values())
     if own not in NARROW:
-        return Choice(WIDE, f"the weights are {own}")
+        return Choice(COMPUTE_WIDE, f"the weights are {own}")
     if scalars * 4 > free_memory(device):
-        return Choice(own, f"the weights' dtype, as there is no room here for the model in {WIDE}")
+        return Choice(own, f"the weights' dtype, as there is no room here for the model in {COMPUTE_WIDE}")
     return _choose(own, _shapes(headers), device)
 
 
@@ -109,18 +109,18 @@ def refuse_compute(compute: str, device: str) -> None:
     except (RuntimeError, NotImplementedError) as error:
         raise BadInput(
             f"model.compute: {device} cannot compute in {compute} ({' '.join(str(error).split())[:120]}); write "
-            f"{WIDE}, or auto."
+            f"{COMPUTE_WIDE}, or auto."
         ) from error
 
 
 def _choose(own: str, shapes: Mapping[Shape, float], device: str) -> Choice:
-    seconds = _timed([own, WIDE], shapes, device)
+    seconds = _timed([own, COMPUTE_WIDE], shapes, device)
     if own not in seconds:
-        return Choice(WIDE, f"{device} does not compute in {own}")
-    ratio = seconds[own] / seconds[WIDE]
+        return Choice(COMPUTE_WIDE, f"{device} does not compute in {own}")
+    ratio = seconds[own] / seconds[COMPUTE_WIDE]
     if 1 / ratio < WORTH:
-        return Choice(WIDE, f"{own} takes {ratio:.1f} times as long on this processor ({device})")
-    return Choice(own, f"{WIDE} takes {1 / ratio:.1f} times as long on this processor ({device})")
+        return Choice(COMPUTE_WIDE, f"{own} takes {ratio:.1f} times as long on this processor ({device})")
+    return Choice(own, f"{COMPUTE_WIDE} takes {1 / ratio:.1f} times as long on this processor ({device})")
 
 
 def _shapes(headers: Headers) -> dict[Shape, float]:
@@ -146,7 +146,7 @@ def _timed(dtypes: Sequence[str], shapes: Mapping[Shape, float], device: str) ->
             operands |= made
     seconds = dict.fromkeys(operands, math.inf)
     until = time.perf_counter() + PATIENCE
-    for turn in range(ROUNDS):
+    for turn in range(TIMING_ROUNDS):
         for key, each in operands.items():
             seconds[key] = min(seconds[key], each.multiply() * math.prod(key[1]) / math.prod(each.matrix.shape))
         if turn and time.perf_counter() > until:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from evolver.evaluation.scores.course import Course
+from evolver.evaluation.scores.course import Evaluation
 from evolver.pool import Pool
 from evolver.records import Candidate, Result
 
@@ -18,7 +18,7 @@ Key = tuple[str, int, str]
 class _Shared:
     """A candidate on its way in pieces: what has come, by first item, and the items that have been gone over."""
 
-    course: Course
+    course: Evaluation
     blocks: list[tuple[int, int]]
     items: list[float]
     come: dict[int, Result] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class SharedPool:
         course: of a candidate's evaluation.
     """
 
-    def __init__(self, pool: Pool, parts: int, course: Callable[[Candidate], Course]) -> None:
+    def __init__(self, pool: Pool, parts: int, course: Callable[[Candidate], Evaluation]) -> None:
         self._pool, self._parts, self._course = pool, parts, course
         self._shared: dict[Key, _Shared] = {}
 

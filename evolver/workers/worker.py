@@ -17,7 +17,7 @@ from evolver.config import Config, computing
 from evolver.errors import BadInput
 from evolver.evaluation.base import Scored
 from evolver.evaluation.live import LiveModel, default_device
-from evolver.evaluation.scores.course import Course, blocks
+from evolver.evaluation.scores.course import Evaluation, blocks
 from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.kernels.compiled import Kernels
 from evolver.merging.export import export
@@ -143,7 +143,7 @@ class Worker:
 
     def _score(self, candidate: Candidate) -> Result:
         """Per-item scores, block by block, until the question is answered."""
-        course = Course(candidate, self.scale, self.block, self.alpha)
+        course = Evaluation(candidate, self.scale, self.block, self.alpha)
         items, counts = list(candidate.known), Scored().counts
         for start, stop in course.blocks() if candidate.piece is None else blocks(*candidate.piece, self.block):
             scored = self.scorer.score(start, stop)

@@ -39,7 +39,7 @@ from test_search import BASE, build  # noqa: E402
 from cluster import crew  # noqa: E402
 from cluster.job import make_pool  # noqa: E402
 from cluster.pool import CrewPool  # noqa: E402
-from evolver.config import Pool as PoolSettings  # noqa: E402
+from evolver.config import PoolSettings as PoolSettings  # noqa: E402
 from evolver.ledger import Ledger  # noqa: E402
 from evolver.loop import evolve  # noqa: E402
 from evolver.merging.methods import METHODS  # noqa: E402

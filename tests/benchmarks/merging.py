@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from evolver.kernels import native, random  # noqa: E402
 from evolver.merging import crossing  # noqa: E402
 from evolver.merging.engine.apply import apply  # noqa: E402
-from evolver.merging.engine.pieces import Whole  # noqa: E402
+from evolver.merging.engine.pieces import InputTensors  # noqa: E402
 from evolver.merging.methods import METHODS  # noqa: E402
 
 EVOLVER = Path(sys.executable).parent / "evolver"
@@ -119,7 +119,7 @@ def merge(name: str, given: dict[str, object], count: int, all_models: Sequence[
     weight = {"weight": 1 / count} if "weight" in METHODS[name].settings else {}
     values = METHODS[name].complete({**weight, **given}, count, name)
     for tensor, origin in base.items():
-        apply(METHODS[name], values, Whole(tensor, [e[tensor] for e in experts], origin, list("abcde"[:count]), 0.5))  # fmt: skip  # noqa: E501
+        apply(METHODS[name], values, InputTensors(tensor, [e[tensor] for e in experts], origin, list("abcde"[:count]), 0.5))  # fmt: skip  # noqa: E501
 
 
 def offspring(all_models: Sequence[Model]) -> None:

@@ -62,6 +62,6 @@ def test_the_numbers_are_mergekits(case, world):
 
 
 def test_every_method_of_mergekit_is_among_the_cases():
-    assert {c["config"]["merge_method"] for c in cases()} == mergekit.NAMES
-    assert UNORDERED < mergekit.NAMES
-    assert len(mergekit.NAMES) == 20
+    assert {c["config"]["merge_method"] for c in cases()} == mergekit.MERGEKIT_NAMES
+    assert UNORDERED < mergekit.MERGEKIT_NAMES
+    assert len(mergekit.MERGEKIT_NAMES) == 20

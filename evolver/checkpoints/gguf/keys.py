@@ -10,7 +10,7 @@ import numpy as np
 
 from evolver.errors import BadInput
 
-KEY = "--gguf"
+OPTION = "--gguf"
 INSTEAD = "leave --gguf out, and make a file of the Hugging Face folder with llama.cpp's own script."
 # model_type → what its files are called. Transformers reads all of these back: that is how every file is checked.
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gpt2": "gpt2"}
@@ -29,7 +29,7 @@ ROPE = {
 }
 
 
-def configuration(raw: Mapping[str, Any]) -> Any:
+def file_config(raw: Mapping[str, Any]) -> Any:
     """The configuration with its architecture's defaults filled in.
 
     Raises BadInput for what a file cannot say.
@@ -38,17 +38,17 @@ def configuration(raw: Mapping[str, Any]) -> Any:
 
     if raw.get("model_type") not in ARCHITECTURES:
         raise BadInput(
-            f"{KEY}: a {raw.get('model_type')} model cannot be written, only {', '.join(ARCHITECTURES)}; {INSTEAD}"
+            f"{OPTION}: a {raw.get('model_type')} model cannot be written, only {', '.join(ARCHITECTURES)}; {INSTEAD}"
         )
     config = AutoConfig.for_model(**raw)
     for key, value in FIXED.items():
         if getattr(config, key, value) != value:
-            raise BadInput(f"{KEY}: no file can say that the model's {key} is {getattr(config, key)!r}; {INSTEAD}")
+            raise BadInput(f"{OPTION}: no file can say that the model's {key} is {getattr(config, key)!r}; {INSTEAD}")
     rope = scaling(config) or {"rope_type": "default"}
     more = {k for k, v in rope.items() if v is not None} - {"rope_type", "type", "rope_theta"}
     if not more <= ROPE.get(rope["rope_type"], set()):
         said = ", ".join(f"{k} {rope[k]}" for k in ("rope_type", *sorted(more)))
-        raise BadInput(f"{KEY}: no file can say that the model's rotary embedding has {said}; {INSTEAD}")
+        raise BadInput(f"{OPTION}: no file can say that the model's rotary embedding has {said}; {INSTEAD}")
     return config
 
 
@@ -65,7 +65,7 @@ def context(config: Any) -> int:
     return int(min(config.max_position_embeddings, getattr(config, "sliding_window", None) or math.inf))
 
 
-def describe(writer: Any, config: Any) -> None:
+def add_keys(writer: Any, config: Any) -> None:
     """Add the keys to a file."""
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)

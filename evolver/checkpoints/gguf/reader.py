@@ -20,13 +20,13 @@ from evolver.errors import BadInput
 from evolver.storage.paths import expand
 
 # Of what a conversion makes: folders that an older one made are not taken from the cache.
-VERSION = 2
-NEEDS = ("gguf", "protobuf", "sentencepiece")
+READER_VERSION = 2
+NEEDED_PACKAGES = ("gguf", "protobuf", "sentencepiece")
 # What floats of a file are kept as; the dequantised have fewer digits than bfloat16.
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+EXACT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Tables computed from the configuration: a file may hold them, a model does not.
 COMPUTED = "rope_"
-TOKENS = "tokenizer.ggml.tokens"
+TOKENS_KEY = "tokenizer.ggml.tokens"
 FILLER = re.compile(r"\[PAD(\d+)\]")
 
 
@@ -36,7 +36,7 @@ def folder_of(file: Path, key: str) -> Path:
     Raises BadInput that names ``key`` for a file that cannot be read or converted.
     """
     stat = file.stat()
-    identity = json.dumps([VERSION, str(file.resolve()), stat.st_size, stat.st_mtime_ns])
+    identity = json.dumps([READER_VERSION, str(file.resolve()), stat.st_size, stat.st_mtime_ns])
     target = Path(expand("$EVOLVER_CACHE")) / "gguf" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     if target.is_dir():
         return target
@@ -69,8 +69,8 @@ def convert(file: Path, target: Path, key: str, dtype: torch.dtype | None = None
     reader = _read(file, key)
     try:
         model, missing = _load(file, dtype or _dtype(reader))
-        if TOKENS in reader.fields:
-            _write_tokenizer(file, target, len(reader.fields[TOKENS].data))
+        if TOKENS_KEY in reader.fields:
+            _write_tokenizer(file, target, len(reader.fields[TOKENS_KEY].data))
         _restore_scaling(model.config, reader)
     except Exception as error:  # Transformers and its readers raise half a dozen kinds
         raise BadInput(
@@ -87,7 +87,7 @@ def check_packages(file: Path, key: str) -> None:
 
     Raises BadInput that names ``key`` where it is not.
     """
-    for name in NEEDS:
+    for name in NEEDED_PACKAGES:
         try:
             importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -131,7 +131,7 @@ def _dtype(reader: Any) -> torch.dtype:
     scalars: Counter[str] = Counter()
     for tensor in reader.tensors:
         scalars[tensor.tensor_type.name] += int(tensor.n_elements)
-    return DTYPES.get(max(scalars, key=lambda n: scalars[n], default=""), torch.bfloat16)
+    return EXACT_TYPES.get(max(scalars, key=lambda n: scalars[n], default=""), torch.bfloat16)
 
 
 def _restore_scaling(config: Any, reader: Any) -> None:

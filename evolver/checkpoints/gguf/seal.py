@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-KEY, BLANK = "evolver.sha256", "0" * 64
+SEAL_KEY, BLANK = "evolver.sha256", "0" * 64
 # The key stands among the first ones, long before the words of the vocabulary.
 WITHIN = 1 << 16
 
@@ -35,10 +35,10 @@ def _sealed(file: Path) -> tuple[int, str]:
     Raises ValueError where the file has no place for one.
     """
     with file.open("rb") as stream:
-        place = stream.read(WITHIN).find(KEY.encode())
+        place = stream.read(WITHIN).find(SEAL_KEY.encode())
         if place < 0:
-            raise ValueError(f"{file} has no {KEY}")
-        place += len(KEY) + 4 + 8  # behind the key: the value's type, and its length
+            raise ValueError(f"{file} has no {SEAL_KEY}")
+        place += len(SEAL_KEY) + 4 + 8  # behind the key: the value's type, and its length
         stream.seek(0)
         digest = hashlib.sha256(stream.read(place) + BLANK.encode())
         stream.seek(place + len(BLANK))

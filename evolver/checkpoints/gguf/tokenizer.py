@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evolver.checkpoints.gguf.keys import INSTEAD, KEY
+from evolver.checkpoints.gguf.keys import INSTEAD, OPTION
 from evolver.errors import BadInput
 
 SPACE = "▁"  # how SentencePiece writes one
@@ -49,11 +49,11 @@ def add_words(writer: Any, folder: Path, rows: int, config: Any) -> None:
     from transformers import AutoTokenizer
 
     if not (folder / "tokenizer.json").exists():
-        raise BadInput(f"{KEY}: {folder} has no fast tokenizer (tokenizer.json); save one there, and export again.")
+        raise BadInput(f"{OPTION}: {folder} has no fast tokenizer (tokenizer.json); save one there, and export again.")
     words = AutoTokenizer.from_pretrained(folder)
     raw = json.loads(words.backend_tokenizer.to_str())
     if raw["model"]["type"] != "BPE":
-        raise BadInput(f"{KEY}: the tokenizer of {folder} is a {raw['model']['type']}, no BPE; {INSTEAD}")
+        raise BadInput(f"{OPTION}: the tokenizer of {folder} is a {raw['model']['type']}, no BPE; {INSTEAD}")
     merges = [m.split(" ") if isinstance(m, str) else m for m in raw["model"]["merges"]]
     known = {i: t for t, i in words.get_vocab().items() if i < rows}
     tokens = [known.get(i, f"[PAD{i}]") for i in range(rows)]
@@ -81,8 +81,8 @@ def _family(raw: Mapping[str, Any], folder: Path) -> str:
         if definition == (normalizer[0] if normalizer else None, cuts, whole) and len(normalizer) < 2:
             return name
     raise BadInput(
-        f"{KEY}: the tokenizer of {folder} cuts texts as none of {', '.join(FAMILIES)} does, and a file can only name "
-        f"its way; {INSTEAD}"
+        f"{OPTION}: the tokenizer of {folder} cuts texts as none of {', '.join(FAMILIES)} does, and a file can only "
+        f"name its way; {INSTEAD}"
     )
 
 
@@ -99,7 +99,7 @@ def _has_space_prefix(raw: Mapping[str, Any], folder: Path) -> bool:
         "type": "Metaspace", "replacement": SPACE, "split": False,
     }:  # fmt: skip
         return bool(cuts["prepend_scheme"] != "never")
-    raise BadInput(f"{KEY}: the tokenizer of {folder} treats spaces unlike SentencePiece; {INSTEAD}")
+    raise BadInput(f"{OPTION}: the tokenizer of {folder} treats spaces unlike SentencePiece; {INSTEAD}")
 
 
 def _parts(step: Mapping[str, Any] | None, key: str) -> list[dict[str, Any]]:
@@ -154,7 +154,9 @@ def _add_ends(writer: Any, words: Any, folder: Path) -> None:
     bare, whole = words("a", add_special_tokens=False).input_ids, words("a").input_ids
     front, back = whole[:1] == bos != bare[:1], whole[-1:] == eos != bare[-1:]
     if whole != bos * front + bare + eos * back:
-        raise BadInput(f"{KEY}: the tokenizer of {folder} puts other tokens around a text than bos and eos; {INSTEAD}")
+        raise BadInput(
+            f"{OPTION}: the tokenizer of {folder} puts other tokens around a text than bos and eos; {INSTEAD}"
+        )
     writer.add_add_bos_token(front)
     writer.add_add_eos_token(back)
 

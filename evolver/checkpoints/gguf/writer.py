@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from evolver.checkpoints.gguf import keys, reader, seal
-from evolver.checkpoints.gguf.keys import ARCHITECTURES, FACTORS, INSTEAD, KEY
+from evolver.checkpoints.gguf.keys import ARCHITECTURES, FACTORS, INSTEAD, OPTION
 from evolver.checkpoints.gguf.tokenizer import add_words
-from evolver.checkpoints.weights import HEAD, ROWS, TensorInfo
+from evolver.checkpoints.weights import HEAD, TOKEN_MATRICES, TensorInfo
 from evolver.errors import BadInput
 
 Array = np.ndarray[Any, Any]
@@ -31,7 +31,7 @@ POSITIONS = "position_embd.weight"
 
 
 @dataclass(frozen=True)
-class Model:
+class FileContent:
     """What is written: configuration, shapes and tensors by their Hugging Face names, and the tokenizer's folder."""
 
     config: Mapping[str, Any]
@@ -43,7 +43,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """A tensor in the file: its name, type and shape there; of how many heads the rows are paired anew, or 0; whether
     it is turned.
     """
@@ -56,7 +56,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenFile:
     """A digest of every tensor of a file, by name, and what is not as its type says, a sentence each."""
 
     digests: Mapping[str, str]
@@ -82,20 +82,20 @@ def types() -> dict[str, tuple[Any, Any]]:
     return found
 
 
-def check(kind: str, file: Path) -> None:
+def check_type(kind: str, file: Path) -> None:
     """Whether a file of this type can be written at all.
 
     Raises BadInput for a missing package, and for a type that the package cannot compute.
     """
-    reader.check_packages(file, KEY)
+    reader.check_packages(file, OPTION)
     if kind not in types():
         raise BadInput(
-            f"{KEY}: the package gguf cannot compute {kind!r}; write one of {', '.join(types())}, and make others of "
-            "a bf16 file with llama.cpp's llama-quantize."
+            f"{OPTION}: the package gguf cannot compute {kind!r}; write one of {', '.join(types())}, and make others "
+            "of a bf16 file with llama.cpp's llama-quantize."
         )
 
 
-def write(model: Model, kind: str, file: Path) -> Written:
+def write_gguf(model: FileContent, kind: str, file: Path) -> WrittenFile:
     """Write the file.
 
     Norms, biases and position embeddings are float32 in files of any type; a matrix whose rows cannot be cut into the
@@ -106,7 +106,7 @@ def write(model: Model, kind: str, file: Path) -> Written:
     from gguf import GGUFWriter
     from gguf.quants import quant_shape_to_byte_shape, quantize
 
-    config, (of_tensors, of_file) = keys.configuration(model.config), types()[kind]
+    config, (of_tensors, of_file) = keys.file_config(model.config), types()[kind]
     places = _places(model.infos, config, of_tensors)
     digests = {}
     writer = GGUFWriter(file, ARCHITECTURES[config.model_type])
@@ -124,10 +124,10 @@ def write(model: Model, kind: str, file: Path) -> Written:
             digests[place.name] = _digest(place.kind, place.shape, data)
     finally:
         writer.close()
-    return Written(digests, tuple(_notes(places, config, of_tensors)))
+    return WrittenFile(digests, tuple(_notes(places, config, of_tensors)))
 
 
-def verify(file: Path, written: Written) -> None:
+def verify(file: Path, written: WrittenFile) -> None:
     """Read every tensor of a file anew.
 
     Raises BadInput where one is not what was meant.
@@ -141,7 +141,7 @@ def verify(file: Path, written: Written) -> None:
     }
     odd = min((n for n in meant.keys() | found.keys() if meant.get(n) != found.get(n)), default=None)
     if odd is not None:
-        raise BadInput(f"{KEY}: {odd} reads otherwise than it was written; check the disk, and export again.")
+        raise BadInput(f"{OPTION}: {odd} reads otherwise than it was written; check the disk, and export again.")
 
 
 def read_back(file: Path, folder: Path, dtype: torch.dtype) -> None:
@@ -150,28 +150,28 @@ def read_back(file: Path, folder: Path, dtype: torch.dtype) -> None:
     Raises BadInput where it cannot.
     """
     try:
-        reader.convert(file, folder, KEY, dtype)
+        reader.convert(file, folder, OPTION, dtype)
     except BadInput as error:
-        raise BadInput(f"{KEY}: Transformers does not read the file, so it cannot be checked; {INSTEAD}") from error
+        raise BadInput(f"{OPTION}: Transformers does not read the file, so it cannot be checked; {INSTEAD}") from error
 
 
-def _head_of_file(writer: Any, model: Model, config: Any, of_file: Any) -> None:
+def _head_of_file(writer: Any, model: FileContent, config: Any, of_file: Any) -> None:
     """All keys."""
     from gguf import GGML_QUANT_VERSION
 
-    rows = next(i.shape[0] for n, i in model.infos.items() if n.endswith(ROWS))
+    rows = next(i.shape[0] for n, i in model.infos.items() if n.endswith(TOKEN_MATRICES))
     writer.add_type("model")
     writer.add_name(model.name)
     writer.add_description(model.description)
-    writer.add_string(seal.KEY, seal.BLANK)
+    writer.add_string(seal.SEAL_KEY, seal.BLANK)
     writer.add_file_type(of_file)
     writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_vocab_size(rows)
-    keys.describe(writer, config)
+    keys.add_keys(writer, config)
     add_words(writer, model.tokenizer, rows, config)
 
 
-def _places(infos: Mapping[str, TensorInfo], config: Any, kind: Any) -> dict[str, Place]:
+def _places(infos: Mapping[str, TensorInfo], config: Any, kind: Any) -> dict[str, TensorPlace]:
     """Where each tensor goes, in the model's order; a tied head has no place of its own."""
     from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
 
@@ -182,16 +182,16 @@ def _places(infos: Mapping[str, TensorInfo], config: Any, kind: Any) -> dict[str
     heads = {"q_proj": config.num_attention_heads, "k_proj": getattr(config, "num_key_value_heads", 0)}
     places = {}
     if (factors := keys.rope_factors(config)) is not None:
-        places[FACTORS] = Place(FACTORS, GGMLQuantizationType.F32, factors.shape)
+        places[FACTORS] = TensorPlace(FACTORS, GGMLQuantizationType.F32, factors.shape)
     for name, info in infos.items():
         if name.endswith(BUFFERS) or (name == HEAD and config.tie_word_embeddings):
             continue
         if (their := theirs.get_name(name, try_suffixes=(".weight", ".bias"))) is None:
-            raise BadInput(f"{KEY}: {name} has no place in the file of a {config.model_type} model; {INSTEAD}")
+            raise BadInput(f"{OPTION}: {name} has no place in the file of a {config.model_type} model; {INSTEAD}")
         turned = config.model_type == "gpt2" and name.endswith(TURNED)
         shape = info.shape[::-1] if turned else info.shape
         paired = heads.get(name.split(".")[-2], 0) if architecture == "llama" else 0
-        places[name] = Place(their, _kind(their, shape, kind), shape, paired, turned)
+        places[name] = TensorPlace(their, _kind(their, shape, kind), shape, paired, turned)
     return places
 
 
@@ -204,7 +204,7 @@ def _kind(their: str, shape: tuple[int, ...], kind: Any) -> Any:
     return GGMLQuantizationType.F16 if shape[-1] % GGML_QUANT_SIZES[kind][0] else kind
 
 
-def _notes(places: Mapping[str, Place], config: Any, kind: Any) -> Iterator[str]:
+def _notes(places: Mapping[str, TensorPlace], config: Any, kind: Any) -> Iterator[str]:
     from gguf import GGML_QUANT_SIZES
 
     odd = sum(p.kind.name == "F16" != kind.name for p in places.values())
@@ -216,8 +216,8 @@ def _notes(places: Mapping[str, Place], config: Any, kind: Any) -> Iterator[str]
 
 
 def _arrays(
-    tensors: Iterable[tuple[str, Tensor]], places: Mapping[str, Place], config: Any
-) -> Iterator[tuple[Place, Array]]:
+    tensors: Iterable[tuple[str, Tensor]], places: Mapping[str, TensorPlace], config: Any
+) -> Iterator[tuple[TensorPlace, Array]]:
     """Every tensor of the file as float32, in the places' order."""
     if (factors := keys.rope_factors(config)) is not None:
         yield places[FACTORS], factors
@@ -228,7 +228,7 @@ def _arrays(
         largest = float(np.abs(array).max(initial=0))
         if not largest <= float(np.finfo(np.float16 if place.kind.name == "F16" else np.float32).max):
             raise BadInput(
-                f"{KEY}: {name} holds {largest:g}, which is no {place.kind.name.lower()}; write bf16 or f32."
+                f"{OPTION}: {name} holds {largest:g}, which is no {place.kind.name.lower()}; write bf16 or f32."
             )
         if place.heads:
             array = array.reshape(place.heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)

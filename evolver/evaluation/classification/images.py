@@ -12,9 +12,9 @@ from torch import Tensor
 
 from evolver.config import Config, DataSet, TaskEntry
 from evolver.errors import BadInput, nearest
-from evolver.evaluation.base import Asked, Scored
+from evolver.evaluation.base import AskedItem, Scored
 from evolver.evaluation.batches import Batches, by_length
-from evolver.evaluation.classification.judge import LabelSpaces, Question, by_head, named_metric, right_answer
+from evolver.evaluation.classification.judge import LabelSpaces, TextQuestion, by_head, named_metric, right_answer
 from evolver.evaluation.data import Row, read_rows
 from evolver.evaluation.items import Item, item_hash
 from evolver.evaluation.live import LiveModel
@@ -46,15 +46,15 @@ class Images:
     def metric(self, entry: TaskEntry) -> Metric:
         return named_metric(entry, self._keys[entry.task])
 
-    def right(self, asked: Asked) -> float:
+    def right(self, asked: AskedItem) -> float:
         return right_answer(self._row(asked)[asked.entry.label], self._spaces.of(asked.entry), asked.entry)
 
-    def scorer(self, model: LiveModel, asked: Sequence[Asked], scored: Iterable[Item]) -> ImageScorer:
-        questions = [Question(a.entry, (), self.right(a), self._spaces.head(a.entry)) for a in asked]
+    def scorer(self, model: LiveModel, asked: Sequence[AskedItem], scored: Iterable[Item]) -> ImageScorer:
+        questions = [TextQuestion(a.entry, (), self.right(a), self._spaces.head(a.entry)) for a in asked]
         images = [self._row(a)[a.entry.image] for a in asked]
         return ImageScorer(model, questions, images, self.settings.batch_size or BATCH)
 
-    def _row(self, asked: Asked) -> Row:
+    def _row(self, asked: AskedItem) -> Row:
         return self._rows[asked.item.task][asked.item.index]
 
     def _read(self, entry: TaskEntry, data: str | DataSet, key: str) -> list[Item]:
@@ -77,7 +77,7 @@ class Images:
 class ImageScorer:
     """Images of one size, side by side; each is decoded and scaled once."""
 
-    def __init__(self, model: LiveModel, questions: Sequence[Question], images: Sequence[bytes], most: int) -> None:
+    def __init__(self, model: LiveModel, questions: Sequence[TextQuestion], images: Sequence[bytes], most: int) -> None:
         self.model, self.questions, self._images, self._most = model, questions, images, most
         self._processor = _processor(model.folder)
         self._mode = "L" if getattr(model.module.config, "num_channels", 3) == 1 else "RGB"

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evolver.config import Config, DataSet, Evaluation, TaskEntry
+from evolver.config import Config, DataSet, EvaluationSettings, TaskEntry
 from evolver.errors import BadInput, nearest
-from evolver.evaluation.base import Asked, Scored
+from evolver.evaluation.base import AskedItem, Scored
 from evolver.evaluation.batches import Batches, by_length
 from evolver.evaluation.data import Row, read_rows
 from evolver.evaluation.items import Item, item_hash
@@ -45,16 +45,17 @@ class Classification:
     def metric(self, entry: TaskEntry) -> Metric:
         return named_metric(entry, self._keys[entry.task])
 
-    def right(self, asked: Asked) -> float:
+    def right(self, asked: AskedItem) -> float:
         return right_answer(self._row(asked)[asked.entry.label], self._spaces.of(asked.entry), asked.entry)
 
-    def scorer(self, model: LiveModel, asked: Sequence[Asked], scored: Iterable[Item]) -> ClassificationScorer:
+    def scorer(self, model: LiveModel, asked: Sequence[AskedItem], scored: Iterable[Item]) -> ClassificationScorer:
         questions = [
-            Question(a.entry, _texts(self._row(a), a.entry), self.right(a), self._spaces.head(a.entry)) for a in asked
+            TextQuestion(a.entry, _texts(self._row(a), a.entry), self.right(a), self._spaces.head(a.entry))
+            for a in asked
         ]
         return ClassificationScorer(model, questions, self.settings)
 
-    def _row(self, asked: Asked) -> Row:
+    def _row(self, asked: AskedItem) -> Row:
         return self._rows[asked.item.task][asked.item.index]
 
     def _read(self, entry: TaskEntry, data: str | DataSet, key: str) -> list[Item]:
@@ -70,7 +71,7 @@ class Classification:
 
 
 @dataclass(frozen=True)
-class Question:
+class TextQuestion:
     """One item: what is asked, the right answer, and whose head answers (None: the model's one)."""
 
     entry: TaskEntry
@@ -97,7 +98,7 @@ class Question:
 class ClassificationScorer:
     """One text (or a pair), one row of a forward pass."""
 
-    def __init__(self, model: LiveModel, questions: Sequence[Question], settings: Evaluation) -> None:
+    def __init__(self, model: LiveModel, questions: Sequence[TextQuestion], settings: EvaluationSettings) -> None:
         self.model, self.settings, self.questions = model, settings, questions
         tokenise: Callable[..., Any] = model.tokenizer
         whole = [tokenise(*q.texts, verbose=False) for q in questions]
@@ -144,7 +145,7 @@ class ClassificationScorer:
             for name in self.rows[batch[0]]
         }
 
-    def _check(self, asked: Question) -> None:
+    def _check(self, asked: TextQuestion) -> None:
         outputs = self.model.outputs(asked.head)
         if asked.metric.name in VALUE and outputs != 1:
             raise BadInput(
@@ -153,7 +154,7 @@ class ClassificationScorer:
 
 
 def by_head(
-    model: LiveModel, questions: Sequence[Question], places: Sequence[int], score: Callable[[Sequence[int]], Scored]
+    model: LiveModel, questions: Sequence[TextQuestion], places: Sequence[int], score: Callable[[Sequence[int]], Scored]
 ) -> Scored:
     """The answers of each head to its own questions."""
     out = Scored()

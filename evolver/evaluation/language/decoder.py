@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evolver.evaluation.language.loglikelihood import Answer, Row, Tokens, of_tokens, summed
+from evolver.evaluation.language.loglikelihood import Likelihood, Row, TokenIds, of_tokens, summed
 from evolver.evaluation.live import LiveModel
 
 # Rotary positions from position_ids and full attention in every layer: what packing relies on.
@@ -44,7 +44,7 @@ class DecoderOnly:
         settings = model.module.config
         self.shares = settings.model_type in PACKABLE and not getattr(settings, "sliding_window", None)
 
-    def cut(self, context: Tokens, continuation: Tokens) -> Tokens:
+    def cut(self, context: TokenIds, continuation: TokenIds) -> TokenIds:
         # As lm-eval does: what exceeds the model's length is cut off at the left.
         return context[max(0, len(context) + len(continuation) - self.max_length - 1) :]
 
@@ -75,7 +75,7 @@ class DecoderOnly:
         return Packed(ids, positions, parts, keep, row_, column, target, numbers[3], count)
 
     @torch.inference_mode()
-    def score(self, batch: Packed) -> list[Answer]:
+    def score(self, batch: Packed) -> list[Likelihood]:
         logits = self.model.module(**self.inputs(batch)).logits
         scores, misses = of_tokens(logits, batch.rows, batch.columns, batch.targets)
         return summed(scores, misses, batch.owner, batch.count)

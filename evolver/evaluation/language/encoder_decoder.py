@@ -16,7 +16,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from evolver.errors import BadInput
-from evolver.evaluation.language.loglikelihood import Answer, Row, Tokens, of_tokens, summed
+from evolver.evaluation.language.loglikelihood import Likelihood, Row, TokenIds, of_tokens, summed
 from evolver.evaluation.live import LiveModel
 
 
@@ -59,7 +59,7 @@ class EncoderDecoder:
                 "answer can be told; give tasks in which answers are written."
             )
 
-    def cut(self, context: Tokens, continuation: Tokens) -> Tokens:
+    def cut(self, context: TokenIds, continuation: TokenIds) -> TokenIds:
         return context[-self._longest :]
 
     def batch(self, rows: Sequence[Row]) -> Encoded:
@@ -72,7 +72,7 @@ class EncoderDecoder:
         return Encoded(*(t.to(self.model.device) for t in tensors))
 
     @torch.inference_mode()
-    def score(self, batch: Encoded) -> list[Answer]:
+    def score(self, batch: Encoded) -> list[Likelihood]:
         module = self.model.module
         encoded = module.get_encoder()(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
         start = torch.full_like(batch.ids[:, :1], module.config.decoder_start_token_id)
@@ -98,7 +98,7 @@ class EncoderDecoder:
         return logits
 
 
-def _padded(rows: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
+def _padded(rows: Sequence[TokenIds]) -> tuple[Tensor, Tensor]:
     """Rows (R, longest), zeros at the right, and their lengths (R,)."""
     lengths = [len(r) for r in rows]
     out = torch.zeros(len(rows), max(lengths), dtype=torch.int64)

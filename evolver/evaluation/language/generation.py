@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from evolver.config import Evaluation
+from evolver.config import EvaluationSettings
 from evolver.evaluation.batches import Batches, by_length
 from evolver.evaluation.language.tokens import Manner, Prompt, Tokens
 from evolver.evaluation.live import LiveModel
 
 
 @dataclass
-class Written:
+class WrittenText:
     """Texts of every prompt, as many as it asks for, and which of them met their limit before their end."""
 
     texts: dict[int, list[str]]
@@ -46,12 +46,12 @@ class Generations:
     whenever it is asked.
     """
 
-    def __init__(self, model: LiveModel, lm: Tokens, settings: Evaluation, seed: int) -> None:
+    def __init__(self, model: LiveModel, lm: Tokens, settings: EvaluationSettings, seed: int) -> None:
         self._model, self._lm, self._seed = model, lm, seed
         self._budget, self._most = settings.batch_tokens, settings.batch_size
         self._ready: dict[tuple[int, ...], list[Batches[_Batch]]] = {}
 
-    def __call__(self, prompts: Mapping[int, Prompt]) -> Written:
+    def __call__(self, prompts: Mapping[int, Prompt]) -> WrittenText:
         """The answers to every prompt.
 
         Raises FloatingPointError where the model's outputs are not finite.
@@ -59,7 +59,7 @@ class Generations:
         key = tuple(prompts)
         if key not in self._ready:
             self._ready[key] = list(self._batches(prompts))
-        out = Written({p: [] for p in prompts}, 0, {p for p, prompt in prompts.items() if prompt.truncated})
+        out = WrittenText({p: [] for p in prompts}, 0, {p for p, prompt in prompts.items() if prompt.truncated})
         for batches in self._ready[key]:
             for numbers, (texts, tokens, cut) in batches.run(self._write):
                 out.tokens += tokens

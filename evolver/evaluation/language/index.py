@@ -17,7 +17,7 @@ from lm_eval.tasks import TaskManager
 
 LIBRARY = Path(lm_eval.tasks.__file__).parent
 # A name, or a list of names below each other or in brackets.
-NAMES = re.compile(r"""^["']?(?:task|group|tag)["']?[ \t]*:[ \t]*(.*(?:\n[ \t]*-.*)*)""", re.MULTILINE)
+NAME_PATTERN = re.compile(r"""^["']?(?:task|group|tag)["']?[ \t]*:[ \t]*(.*(?:\n[ \t]*-.*)*)""", re.MULTILINE)
 INCLUDE = re.compile(r"""^["']?include["']?[ \t]*:[ \t]*(\S+)""", re.MULTILINE)
 
 
@@ -83,7 +83,7 @@ def _files(root: Path) -> Iterator[str]:
 
 
 def _names(text: str) -> Iterator[str]:
-    for said in NAMES.findall(text):
+    for said in NAME_PATTERN.findall(text):
         listed = said.strip().strip("[]")
         for word in re.split(r"\n[ \t]*-|,", listed) if said.strip().startswith(("-", "[")) else [said]:
             name = word.partition(" #")[0].strip().lstrip("- ").strip("'\"")

@@ -13,10 +13,10 @@ from lm_eval.api.instance import Instance
 
 from evolver.config import Config, TaskEntry
 from evolver.errors import BadInput
-from evolver.evaluation.base import Asked, Scorer
+from evolver.evaluation.base import AskedItem, Scorer
 from evolver.evaluation.items import Item, item_hash
 from evolver.evaluation.language.library import Library, Meaning
-from evolver.evaluation.language.requests import Prepared, build, right
+from evolver.evaluation.language.requests import PreparedRequests, build_requests, right
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.scores.metrics import Metric
 from evolver.records import Split
@@ -48,21 +48,21 @@ class Language:
     def metric(self, entry: TaskEntry) -> Metric:
         return self._meaning(entry).metric
 
-    def right(self, asked: Asked) -> float:
+    def right(self, asked: AskedItem) -> float:
         task = self.library.tasks[asked.item.task]
         document = self._documents[asked.item.task][asked.item.index]
         return right(task, document, asked.entry.metric, self._meaning(asked.entry))
 
-    def scorer(self, model: LiveModel | LaunchedModel, asked: Sequence[Asked], scored: Iterable[Item]) -> Scorer:
+    def scorer(self, model: LiveModel | LaunchedModel, asked: Sequence[AskedItem], scored: Iterable[Item]) -> Scorer:
         hashes = {i.hash for i in scored}
 
-        def prepare(lm: Any) -> list[Prepared]:
+        def prepare(lm: Any) -> list[PreparedRequests]:
             requests: dict[Item, list[Instance]] = {}
             for name in dict.fromkeys(a.item.task for a in asked):
                 items = [a.item for a in asked if a.item.task == name]
-                requests |= build(self.library.tasks[name], items, hashes, self.settings, lm, self.seed)
+                requests |= build_requests(self.library.tasks[name], items, hashes, self.settings, lm, self.seed)
             return [
-                Prepared(
+                PreparedRequests(
                     self.library.tasks[a.item.task], a.entry.metric, self._meaning(a.entry), requests[a.item]
                 )
                 for a in asked

@@ -21,22 +21,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from evolver.config import Evaluation
+from evolver.config import EvaluationSettings
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.base import Scored
 from evolver.evaluation.language.library import quiet
-from evolver.evaluation.language.requests import Prepared
+from evolver.evaluation.language.requests import PreparedRequests
 from evolver.evaluation.language.scratch import Scratch
 
 # How long a server may take until it answers, and until it has ended.
-PATIENCE_SECONDS = 600.0
-GRACE_SECONDS = 30.0
+START_SECONDS = 600.0
+SHUTDOWN_SECONDS = 30.0
 # Classes that talk to a server do not load the candidate themselves; some talk to other people's models only.
 REMOTE = ("local-completions", "local-chat-completions", "sglang-generate", "gguf", "ggml")
 ELSEWHERE = ("anthropic", "openai", "litellm", "textsynth", "watsonx", "dummy")
 HF = ("hf", "hf-auto", "huggingface")
 # Classes by the package that they need, and what to install for it.
-NEEDS = {
+BACKEND_PACKAGES = {
     "vllm": ("vllm", "'lm-eval[vllm]'"),
     "sglang": ("sglang", "sglang"),
     "openvino": ("optimum", "'lm-eval[optimum]'"),
@@ -59,7 +59,7 @@ class LaunchedModel:
     Raises BadInput where the backend's package or the server's program is missing here.
     """
 
-    def __init__(self, settings: Evaluation, room: int) -> None:
+    def __init__(self, settings: EvaluationSettings, room: int) -> None:
         _check_installed(settings)
         self._settings = settings
         self._scratch = Scratch(room)
@@ -113,7 +113,7 @@ class LaunchedModel:
             server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         self._server = server
         self._scratch.watch(server.pid)
-        until = time.monotonic() + PATIENCE_SECONDS
+        until = time.monotonic() + START_SECONDS
         while time.monotonic() < until:
             if server.poll() is not None:
                 said = log.read_text(errors="replace").strip().splitlines()
@@ -121,15 +121,15 @@ class LaunchedModel:
             if _answers(port):
                 return
             time.sleep(0.2)
-        raise RuntimeError(f"the server did not answer on port {port} within {PATIENCE_SECONDS:.0f} s")
+        raise RuntimeError(f"the server did not answer on port {port} within {START_SECONDS:.0f} s")
 
 
 class LaunchedScorer:
     """Scores the launched model on items; prompts are built when the first one is there, by its tokenizer."""
 
-    def __init__(self, model: LaunchedModel, prepare: Callable[[Any], Sequence[Prepared]]) -> None:
+    def __init__(self, model: LaunchedModel, prepare: Callable[[Any], Sequence[PreparedRequests]]) -> None:
         self._model, self._prepare = model, prepare
-        self._prepared: Sequence[Prepared] | None = None
+        self._prepared: Sequence[PreparedRequests] | None = None
 
     def score(self, places: Sequence[int]) -> Scored:
         with quiet():
@@ -140,7 +140,7 @@ class LaunchedScorer:
                 self._ask(kind, {p: i for p, i in chosen.items() if i.kind == kind}, out)
         return out
 
-    def _ask(self, kind: str, items: Mapping[int, Prepared], out: Scored) -> None:
+    def _ask(self, kind: str, items: Mapping[int, PreparedRequests], out: Scored) -> None:
         asked = [[r] * _times(r) for i in items.values() for r in i.requests]
         said = iter(getattr(self._model.lm, kind)([r for repeats in asked for r in repeats]))
         for place, item in items.items():
@@ -150,7 +150,7 @@ class LaunchedScorer:
             out.invalid += judgement.invalid
 
 
-def check_backend(settings: Evaluation, kind: str) -> None:
+def check_backend(settings: EvaluationSettings, kind: str) -> None:
     """Raises BadInput for a model type that lm-eval does not know, or that would not score the candidate as it is.
 
     Args:
@@ -174,8 +174,8 @@ def check_backend(settings: Evaluation, kind: str) -> None:
         )
 
 
-def _check_installed(settings: Evaluation) -> None:
-    package, install = NEEDS.get(settings.backend, ("lm_eval", ""))
+def _check_installed(settings: EvaluationSettings) -> None:
+    package, install = BACKEND_PACKAGES.get(settings.backend, ("lm_eval", ""))
     if find_spec(package) is None:
         raise BadInput(f"evaluation.backend: {settings.backend} needs {package}; run `pip install {install}`.")
     program = shlex.split(settings.serve or "true")[0]
@@ -200,7 +200,7 @@ def _end(server: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):  # it has ended, and all of its processes
         os.killpg(server.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(timeout=GRACE_SECONDS)
+            server.wait(timeout=SHUTDOWN_SECONDS)
         os.killpg(server.pid, signal.SIGKILL)
     server.wait()
 

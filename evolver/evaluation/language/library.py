@@ -14,7 +14,7 @@ from lm_eval.api.task import Task
 from lm_eval.filters import build_filter_ensemble
 from lm_eval.tasks import TaskManager
 
-from evolver.config import Evaluation, TaskEntry
+from evolver.config import EvaluationSettings, TaskEntry
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.language.index import Index, manager_of
 from evolver.evaluation.scores import metrics
@@ -54,7 +54,7 @@ MEANINGS: dict[str, tuple[Meaning | None, Meaning | None]] = {
     "mean": (Meaning(metrics.ENDLESS), Meaning(metrics.ERRORS)),
     "nanmean": (Meaning(metrics.ENDLESS), Meaning(metrics.ERRORS)),
     "median": (
-        Meaning(Metric("median", metrics.median, None)),
+        Meaning(Metric("median", metrics.median_item, None)),
         Meaning(Metric("median", metrics.opposite, None, negative=True)),
     ),
     "perplexity": (None, Meaning(Metric("perplexity", metrics.perplexity, -1.0, negative=True))),
@@ -82,7 +82,7 @@ class Library:
     text, and tasks that run code where that is not allowed.
     """
 
-    def __init__(self, settings: Evaluation, entries: Mapping[int, TaskEntry]) -> None:
+    def __init__(self, settings: EvaluationSettings, entries: Mapping[int, TaskEntry]) -> None:
         self.settings = settings
         self.tasks: dict[str, Task] = {}
         self.members: dict[str, list[str]] = {}

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from evolver.evaluation.batches import Batches, by_length
 
-Tokens = tuple[int, ...]
-Answer = tuple[float, bool]
+TokenIds = tuple[int, ...]
+Likelihood = tuple[float, bool]
 
 # Rows of the vocabulary that are normalised at a time on a CPU: what stays in its cache.
 CACHED_ROWS = 16
@@ -26,7 +26,7 @@ CACHED_ROWS = 16
 class Group:
     """The requests of one item: (context, continuation) in tokens. ``rolling``: they are windows of one text."""
 
-    pairs: tuple[tuple[Tokens, Tokens], ...]
+    pairs: tuple[tuple[TokenIds, TokenIds], ...]
     rolling: bool = False
 
 
@@ -34,8 +34,8 @@ class Group:
 class Row:
     """What shares one context: continuations, each with the requests (group, number) that it answers."""
 
-    context: Tokens
-    continuations: tuple[Tokens, ...]
+    context: TokenIds
+    continuations: tuple[TokenIds, ...]
     places: tuple[tuple[tuple[int, int], ...], ...]
 
     @property
@@ -48,7 +48,7 @@ class Row:
 class Likelihoods:
     """Answers (log-likelihood, whether greedy decoding would say the same) to the requests of every group."""
 
-    answers: dict[int, list[Answer]]
+    answers: dict[int, list[Likelihood]]
     tokens: int = 0
     truncated: set[int] = field(default_factory=set)
 
@@ -63,13 +63,13 @@ class Forward(Protocol[BatchType]):
     max_length: int
     shares: bool
 
-    def cut(self, context: Tokens, continuation: Tokens) -> Tokens:
+    def cut(self, context: TokenIds, continuation: TokenIds) -> TokenIds:
         """The end of the context that fits beside the continuation."""
         ...
 
     def batch(self, rows: Sequence[Row]) -> BatchType: ...
 
-    def score(self, batch: BatchType) -> list[Answer]:
+    def score(self, batch: BatchType) -> list[Likelihood]:
         """The answer to every continuation, row by row."""
         ...
 
@@ -95,7 +95,7 @@ class LogLikelihoods(Generic[BatchType]):
         if key not in self._ready:  # the same items come with every candidate: build their tensors once
             self._ready[key] = self._prepare(groups)
         rows, batches, truncated = self._ready[key]
-        found: dict[tuple[int, int], Answer] = {}
+        found: dict[tuple[int, int], Likelihood] = {}
         for numbers, answers in batches.run(self._forward.score):
             places = [p for n in numbers for p in rows[n].places]
             for members, answer in zip(places, answers, strict=True):
@@ -105,7 +105,7 @@ class LogLikelihoods(Generic[BatchType]):
 
     def _prepare(self, groups: Mapping[int, Group]) -> tuple[list[Row], Batches[BatchType], set[int]]:
         truncated: set[int] = set()
-        shared: dict[Tokens, dict[Tokens, list[tuple[int, int]]]] = {}
+        shared: dict[TokenIds, dict[TokenIds, list[tuple[int, int]]]] = {}
         for number, group in groups.items():
             for request, (context, continuation) in enumerate(group.pairs):
                 kept = self._forward.cut(context, continuation)
@@ -116,10 +116,10 @@ class LogLikelihoods(Generic[BatchType]):
         keys = by_length({i: row.read for i, row in enumerate(rows)}, self._budget, self._most)
         return rows, Batches(keys, lambda numbers: self._forward.batch([rows[n] for n in numbers])), truncated
 
-    def _rows(self, context: Tokens, members: Mapping[Tokens, list[tuple[int, int]]]) -> Iterator[Row]:
+    def _rows(self, context: TokenIds, members: Mapping[TokenIds, list[tuple[int, int]]]) -> Iterator[Row]:
         """Rows of as many continuations as the model's length, and the budget, have room for."""
         room = min(self._forward.max_length, max(self._budget, len(context) + 1)) if self._forward.shares else 0
-        held: list[Tokens] = []
+        held: list[TokenIds] = []
         size = len(context)
         for continuation in members:
             if held and size + len(continuation) - 1 > room:
@@ -130,7 +130,7 @@ class LogLikelihoods(Generic[BatchType]):
         yield _row(context, held, members)
 
 
-def _row(context: Tokens, held: Sequence[Tokens], members: Mapping[Tokens, list[tuple[int, int]]]) -> Row:
+def _row(context: TokenIds, held: Sequence[TokenIds], members: Mapping[TokenIds, list[tuple[int, int]]]) -> Row:
     return Row(context, tuple(held), tuple(tuple(members[c]) for c in held))
 
 
@@ -154,7 +154,7 @@ def of_tokens(logits: Tensor, rows: Tensor, columns: Tensor, targets: Tensor) ->
     return found, torch.cat(likeliest)[which] != targets
 
 
-def summed(scores: Tensor, misses: Tensor, owner: Tensor, count: int) -> list[Answer]:
+def summed(scores: Tensor, misses: Tensor, owner: Tensor, count: int) -> list[Likelihood]:
     """Answers to ``count`` continuations from their tokens; ``owner`` (M,) says whose each token is."""
     sums = torch.zeros(count, dtype=torch.float64).index_add_(0, owner, scores.double().cpu())
     wrong = torch.zeros(count, dtype=torch.int64).index_add_(0, owner, misses.long().cpu())

@@ -8,7 +8,7 @@ from evolver.config import DataSet
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.data import read_rows
 
-METRICS = {
+PASSAGE_METRICS = {
     "word_perplexity": "weighted_perplexity",
     "byte_perplexity": "weighted_perplexity",
     "bits_per_byte": "bits_per_byte",
@@ -39,5 +39,5 @@ def passages(name: str, data: str | DataSet, column: str, key: str) -> dict[str,
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
         "doc_to_target": "text",
-        "metric_list": [{"metric": m, "aggregation": a, "higher_is_better": False} for m, a in METRICS.items()],
+        "metric_list": [{"metric": m, "aggregation": a, "higher_is_better": False} for m, a in PASSAGE_METRICS.items()],
     }

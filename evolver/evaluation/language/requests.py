@@ -9,7 +9,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 
-from evolver.config import Evaluation
+from evolver.config import EvaluationSettings
 from evolver.errors import BadInput
 from evolver.evaluation.items import Item, item_hash
 from evolver.evaluation.language.library import Meaning, filters, metric_name, quiet
@@ -26,7 +26,7 @@ class Judgement:
     invalid: bool
 
 
-class Prepared:
+class PreparedRequests:
     """One item, ready to be scored: its requests, and how lm-eval turns their answers into a number."""
 
     def __init__(self, task: Task, metric: str, meaning: Meaning, requests: Sequence[Instance]) -> None:
@@ -65,8 +65,8 @@ def right(task: Task, document: Any, metric: str, meaning: Meaning) -> float:
     return meaning.right(task.process_results(document, answers)[metric_name(metric)[0]])
 
 
-def build(
-    task: Task, items: Sequence[Item], scored: Collection[str], settings: Evaluation, lm: Any, seed: int
+def build_requests(
+    task: Task, items: Sequence[Item], scored: Collection[str], settings: EvaluationSettings, lm: Any, seed: int
 ) -> dict[Item, list[Instance]]:
     """The requests of a task's items.
 

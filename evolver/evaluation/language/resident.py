@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from evolver.config import Evaluation
+from evolver.config import EvaluationSettings
 from evolver.evaluation.base import Scored
 from evolver.evaluation.language.decoder import DecoderOnly
 from evolver.evaluation.language.encoder_decoder import EncoderDecoder
 from evolver.evaluation.language.generation import Generations
 from evolver.evaluation.language.library import quiet
 from evolver.evaluation.language.loglikelihood import Forward, Likelihoods, LogLikelihoods
-from evolver.evaluation.language.requests import Prepared
+from evolver.evaluation.language.requests import PreparedRequests
 from evolver.evaluation.language.tokens import Tokens
 from evolver.evaluation.live import LiveModel
 
 
 def resident(
-    model: LiveModel, prepare: Callable[[Any], list[Prepared]], settings: Evaluation, seed: int
+    model: LiveModel, prepare: Callable[[Any], list[PreparedRequests]], settings: EvaluationSettings, seed: int
 ) -> LanguageScorer:  # fmt: skip
     """A scorer of the resident model.
 
@@ -34,7 +34,12 @@ class LanguageScorer:
     """Scores the live model on prepared items."""
 
     def __init__(
-        self, model: LiveModel, lm: Tokens, prepared: Sequence[Prepared], settings: Evaluation, seed: int
+        self,
+        model: LiveModel,
+        lm: Tokens,
+        prepared: Sequence[PreparedRequests],
+        settings: EvaluationSettings,
+        seed: int,
     ) -> None:
         self.prepared, self.lm = prepared, lm
         kind = EncoderDecoder if model.module.config.is_encoder_decoder else DecoderOnly

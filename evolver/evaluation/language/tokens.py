@@ -14,7 +14,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 
 from evolver.evaluation.language.library import quiet
 from evolver.evaluation.language.loglikelihood import Group
-from evolver.evaluation.language.loglikelihood import Tokens as Ids
+from evolver.evaluation.language.loglikelihood import TokenIds as Ids
 
 
 @dataclass(frozen=True)

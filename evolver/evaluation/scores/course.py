@@ -17,7 +17,7 @@ def blocks(start: int, stop: int, size: int) -> list[tuple[int, int]]:
     return [(first, min(stop, first + size)) for first in range(start, stop, size)]
 
 
-class Course:
+class Evaluation:
     """The course of a candidate's evaluation.
 
     Args:

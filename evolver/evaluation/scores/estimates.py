@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from evolver.errors import BadInput
-from evolver.evaluation.scores.irt import ItemModel, Kind, fit
+from evolver.evaluation.scores.irt import EstimateKind, ItemModel, fit_items
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Result
 
@@ -61,8 +61,8 @@ class Estimates:
             return self._mean(items)
         if self._model is None:
             # In an order of their own, so that the order in which results came cannot show in a sum.
-            self._model = fit([self._complete[i].items for i in sorted(self._complete)], self.items)
-        return round(self._model.estimate(items, self.scale, cast(Kind, kind)), DIGITS)
+            self._model = fit_items([self._complete[i].items for i in sorted(self._complete)], self.items)
+        return round(self._model.estimate(items, self.scale, cast(EstimateKind, kind)), DIGITS)
 
     def _mean(self, items: Sequence[float]) -> float:
         found = self.scale.of_tasks(items)

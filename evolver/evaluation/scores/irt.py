@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from evolver.evaluation.scores.metrics import Numbers
 from evolver.evaluation.scores.scoring import Scale
 
-Kind = Literal["p-irt", "gp-irt", "mp-irt"]
+EstimateKind = Literal["p-irt", "gp-irt", "mp-irt"]
 
 # Standard deviations of the priors: log discriminations around 0, difficulties around that of the mean answer. That of
 # abilities is 1, around 0, which sets the scale.
@@ -54,7 +54,7 @@ class ItemModel:
         return float(self._abilities(_row(items, len(self.difficulty))[None, : len(items)], mean, spread)[0])
 
     def estimate(
-        self, items: Sequence[float], scale: Scale, kind: Kind = "p-irt", experts: Sequence[float] = ()
+        self, items: Sequence[float], scale: Scale, kind: EstimateKind = "p-irt", experts: Sequence[float] = ()
     ) -> float:
         """An estimate of the score of all items; that score itself where none is left.
 
@@ -116,7 +116,7 @@ class ItemModel:
         return found
 
 
-def fit(answers: Sequence[Sequence[float]], count: int) -> ItemModel:
+def fit_items(answers: Sequence[Sequence[float]], count: int) -> ItemModel:
     """The most probable item model after the answers of M models to ``count`` items, or to the first of them each.
 
     Maximises Σ y · log p + (1 - y) · log(1 - p) + log priors, where p = σ(α_i · θ_m - β_i) (tinyBenchmarks, equation

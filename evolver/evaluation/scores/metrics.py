@@ -100,7 +100,7 @@ def binary_f1(answers: Numbers, right: Numbers) -> Numbers:
     return _divided(2 * (given & wanted).sum(-1), given.sum(-1) + wanted.sum(-1))
 
 
-def median(answers: Numbers, _: Numbers) -> Numbers:
+def median_item(answers: Numbers, _: Numbers) -> Numbers:
     """The upper median, (R)."""
     middle: Numbers = np.sort(answers, -1)[..., answers.shape[-1] // 2]
     return middle
@@ -126,7 +126,7 @@ def bits_per_byte(answers: Numbers, right: Numbers) -> Numbers:
 
 def opposite(answers: Numbers, right: Numbers) -> Numbers:
     """The negative of the median, (R)."""
-    return -median(answers, right)
+    return -median_item(answers, right)
 
 
 JUDGED = Metric("mean", mean, judged=True)
@@ -141,7 +141,7 @@ VALUE = {"pearson": Metric("pearson", pearson)}
 
 def _functions() -> dict[str, Callable[[Numbers, Numbers], Numbers]]:
     known = (
-        mean, macro_f1, mcc, pearson, labels_f1, binary_f1, median, perplexity, weighted_perplexity, bits_per_byte,
+        mean, macro_f1, mcc, pearson, labels_f1, binary_f1, median_item, perplexity, weighted_perplexity, bits_per_byte,
         opposite,
     )  # fmt: skip
     return {function.__name__: function for function in known}

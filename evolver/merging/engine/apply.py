@@ -11,29 +11,29 @@ from torch import Tensor
 
 from evolver.kernels.compiled import Kernels
 from evolver.merging.engine import order
-from evolver.merging.engine.pieces import Pieces, Whole
+from evolver.merging.engine.pieces import InputTensors, Pieces
 from evolver.merging.methods import Method
-from evolver.merging.methods.here import Asked, Stack
+from evolver.merging.methods.here import NeedsAnswer, Stack
 from evolver.records import Value
 
 
 @dataclass
-class Model:
+class AllTensors:
     """All floating tensors that a merge goes over, for what a method asks of the model as a whole.
 
     ``tensors`` yields them afresh every time; nothing of them is kept.
     """
 
     size: int
-    tensors: Callable[[], Iterable[Whole]]
+    tensors: Callable[[], Iterable[InputTensors]]
     known: dict[str, Tensor] = field(default_factory=dict)
 
 
 def apply(
     method: Method,
     values: Mapping[str, Value],
-    whole: Whole,
-    model: Model | None = None,
+    whole: InputTensors,
+    model: AllTensors | None = None,
     kernels: Kernels | None = None,
     piece: int | None = None,
 ) -> Tensor:
@@ -52,7 +52,7 @@ def apply(
     return pieces.merge(known).view(whole.base.shape)
 
 
-def _answer(pieces: Pieces, asked: Asked, known: Sequence[Tensor], model: Model | None) -> Tensor:
+def _answer(pieces: Pieces, asked: NeedsAnswer, known: Sequence[Tensor], model: AllTensors | None) -> Tensor:
     if asked.kind != "order":
         return pieces.sum(known) if asked.kind == "sum" else pieces.maximum(known)
     assert asked.counts is not None  # every question of order has them
@@ -71,7 +71,7 @@ class _OfModel:
     """A method on every tensor of a model; afresh each time."""
 
     pieces: Pieces
-    model: Model
+    model: AllTensors
 
     def __iter__(self) -> Iterator[Pieces]:
         return (self.pieces.of(whole) for whole in self.model.tensors())

@@ -29,9 +29,9 @@ FEW = 1 << 24
 SHIFTS = (19, 9, 0)
 
 
-Place = tuple[int, int]
+RankRange = tuple[int, int]
 Floats = npt.NDArray[np.float32]
-Found = dict[Place, float]
+Found = dict[RankRange, float]
 
 
 class Taken(NamedTuple):
@@ -60,7 +60,7 @@ def take(scores: Sequence[Tensor], edges: Tensor) -> Taken:
         lows, highs = pairs.unbind(1)
         single = hold_one_value(pairs)
         if loops is not None and row.is_cpu:
-            of_row, out = native.take(loops, row, lows, highs, single)
+            of_row, out = native.take_row(loops, row, lows, highs, single)
         else:
             over = row > highs[:, None]
             inside = (row > lows[:, None]) & ~over
@@ -107,7 +107,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _direct(rows: Sequence[Floats], ranks: Sequence[Sequence[int]], wanted: Sequence[Place]) -> Found:
+def _direct(rows: Sequence[Floats], ranks: Sequence[Sequence[int]], wanted: Sequence[RankRange]) -> Found:
     found: Found = {}
     for c, row in enumerate(rows):
         mine = [k for of, k in wanted if of == c]
@@ -115,7 +115,7 @@ def _direct(rows: Sequence[Floats], ranks: Sequence[Sequence[int]], wanted: Sequ
     return found
 
 
-def _between(scores: Scores, ranks: Sequence[Sequence[int]], wanted: Sequence[Place]) -> Found:
+def _between(scores: Scores, ranks: Sequence[Sequence[int]], wanted: Sequence[RankRange]) -> Found:
     """What one pass finds between edges that a sample suggests."""
     edges = _edges(scores.sample(max(SAMPLE, scores.size // ONE_IN)), ranks, scores.size)
     above, inside = torch.zeros((2, *edges.shape[:2]), dtype=torch.int64)
@@ -181,7 +181,7 @@ class _Search:
     shift: int = 31
 
 
-def _counted(scores: Scores, ranks: Sequence[Sequence[int]], wanted: Sequence[Place]) -> Found:
+def _counted(scores: Scores, ranks: Sequence[Sequence[int]], wanted: Sequence[RankRange]) -> Found:
     """By counting scores by their bits, from the upper ones down: three passes, whatever the scores."""
     searches = {(c, k): _Search(c, ranks[c][k]) for c, k in wanted}
     if searches:

@@ -18,23 +18,23 @@ from evolver.kernels.compiled import Kernel, Kernels
 from evolver.kernels.program import RankMask
 from evolver.merging.engine import order
 from evolver.merging.engine.recorded import Recorded, record
-from evolver.merging.engine.step import Probed, Step
+from evolver.merging.engine.step import Probe, Step
 from evolver.merging.methods import Method
-from evolver.merging.methods.here import Asked, Stack
+from evolver.merging.methods.here import NeedsAnswer, Stack
 from evolver.records import Value
 
 # Scalars of a piece: those of a few experts stay in a core's cache.
 PIECE, GPU_PIECE = 1 << 18, 1 << 26
 # A sample takes so many neighbours at a time: memory is read by lines of a cache.
-RUN = 8
+RUN_ROWS = 8
 # Smaller tensors are done before a kernel is found.
 FUSE_FROM = 1 << 13
 
-Said = TypeVar("Said")
+SaidOnce = TypeVar("SaidOnce")
 
 
 @dataclass
-class Whole:
+class InputTensors:
     """One tensor of every input.
 
     Args:
@@ -95,7 +95,12 @@ class Pieces:
     """One tensor in pieces, and the calls of a method on them."""
 
     def __init__(
-        self, method: Method, values: Mapping[str, Value], whole: Whole, kernels: Kernels | None, piece: int | None
+        self,
+        method: Method,
+        values: Mapping[str, Value],
+        whole: InputTensors,
+        kernels: Kernels | None,
+        piece: int | None,
     ) -> None:
         self.method, self.values, self.whole, self.piece = method, values, whole, piece
         base = whole.base
@@ -107,33 +112,33 @@ class Pieces:
         self.numbers = dict(sorted(numbers.items()))
         self.depth = None if whole.depth is None else torch.tensor(whole.depth, dtype=torch.float64)
         self._given, self.kernels = kernels, kernels if self.size >= FUSE_FROM else None
-        self.probed = Probed([], None)
+        self.probed = Probe([], None)
         self.step = self._rows_of(piece or self._usual())
         self.memory: dict[int, list[NDArray[np.uint8]]] = {}
         self._loops: dict[int, Recorded | None] = {}
         self._masks: dict[RankMask, Tensor] = {}
 
-    def of(self, whole: Whole) -> Pieces:
+    def of(self, whole: InputTensors) -> Pieces:
         """The same method on another tensor."""
         other = Pieces(self.method, self.values, whole, self._given, self.piece)
         other.probed = self.probed
         return other
 
-    def question(self, known: Sequence[Tensor]) -> Asked | None:
+    def question(self, known: Sequence[Tensor]) -> NeedsAnswer | None:
         """What the method has to know next; None if it knows enough."""
         if not self.method.asks:
             return None
         recorded = self._recorded(known)
         return self._probe(known) if recorded is None else recorded.record.asked
 
-    def _probe(self, known: Sequence[Tensor]) -> Asked | None:
+    def _probe(self, known: Sequence[Tensor]) -> NeedsAnswer | None:
         """The next question, found by a call on a few scalars, and notes on what the method has drawn and made."""
         few = [f[: 1 if self.method.rows else 8] for f in self.flats]
         zeros = [torch.zeros(few[0].shape, device=self.device)] * len(self.whole.inputs)
-        self.probed = Probed(zeros, self.depth)
+        self.probed = Probe(zeros, self.depth)
         try:
             self._step(known, False).merged([*few, *known, *self.numbers.values()], self.probed)
-        except Asked as asked:
+        except NeedsAnswer as asked:
             return asked
         return None
 
@@ -177,11 +182,13 @@ class Pieces:
         there = edges.to(self.device)
         return self._run(known, lambda scores: order.take(scores, there))
 
-    def _run(self, known: Sequence[Tensor], hear: Callable[[Stack], Said], out: Tensor | None = None) -> Iterator[Said]:
+    def _run(
+        self, known: Sequence[Tensor], hear: Callable[[Stack], SaidOnce], out: Tensor | None = None
+    ) -> Iterator[SaidOnce]:
         step = self._step(known, out is not None)
         kernel = self._kernel(step, known, out)
 
-        def work(start: int) -> Said:
+        def work(start: int) -> SaidOnce:
             inputs, end = self._cut(start, out)
             piece, fixed = _Piece(self, start, inputs[0].shape), [*known, *self.numbers.values()]
             if kernel and inputs[0].numel() > 1:
@@ -247,14 +254,14 @@ class Pieces:
     def sample(self, known: Sequence[Tensor], count: int) -> Sequence[Tensor]:
         """What about ``count`` scalars from all over the tensor say to the next question."""
         length = self.flats[0].shape[0]
-        run = 1 if self.method.rows else max(1, min(RUN, length))
+        run = 1 if self.method.rows else max(1, min(RUN_ROWS, length))
         places = order.spread(max(1, count // (self.columns * run)), length // run).to(self.device)
         runs = [f[: length // run * run].unflatten(0, (-1, run)) for f in self.flats]
         picked = [r.index_select(0, places).flatten(0, 1) for r in runs]
         none = [torch.zeros(picked[0].shape, device=self.device)] * len(self.whole.inputs)
         if recorded := self._recorded(known):
             return recorded.scores([p.reshape(-1) for p in picked])
-        blind = Probed(none, self.depth)  # questions of order come before draws, so any will do
+        blind = Probe(none, self.depth)  # questions of order come before draws, so any will do
         return self._step(known, False)(*picked, *known, *self.numbers.values(), sources=blind)
 
     def _step(self, known: Sequence[Tensor], merges: bool) -> Step:

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from evolver.kernels import execute
-from evolver.kernels.encoded import FLOAT, Operation
+from evolver.kernels.encoded import FLOAT32, Operation
 from evolver.kernels.program import Program, RankMask, Reduced, Traced
 from evolver.merging.engine import order
 from evolver.merging.engine.step import Step
 from evolver.merging.methods import operators
-from evolver.merging.methods.here import Asked, Stack
+from evolver.merging.methods.here import NeedsAnswer, Stack
 
 # Scores are taken out of so many scalars at a time, so that what is taken is held and not the whole tensor.
 STRETCH = 1 << 22
 # Records that are kept: tensors that are merged alike share one.
-KEPT = 256
+KEPT_RECORDS = 256
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Record:
     """
 
     program: Program
-    asked: Asked | None = None
+    asked: NeedsAnswer | None = None
     merged: Traced | None = None
     seed: int | None = None
 
@@ -55,7 +55,7 @@ class _Sources:
 
     def draws(self, seed: int) -> Any:
         self.record.seed = seed
-        return [self.record.program.add("draw", FLOAT, (), n) for n in range(self.experts)]
+        return [self.record.program.add("draw", FLOAT32, (), n) for n in range(self.experts)]
 
     def once(self, make: Callable[[], Stack]) -> Any:
         return make()
@@ -70,20 +70,20 @@ def record(step: Step, known: Sequence[Tensor], numbers: Sequence[Tensor], place
     key = (step.method.function, step.identity, step.flags.get("seed"), tuple(given))
     if key not in _records:
         _records[key] = _recorded(step, known, numbers, place)
-        if len(_records) > KEPT:
+        if len(_records) > KEPT_RECORDS:
             _records.popitem(last=False)
     return _records[key]
 
 
 def _recorded(step: Step, known: Sequence[Tensor], numbers: Sequence[Tensor], place: Tensor | None) -> Record | None:
     out = Record(Program(step.experts + 1))
-    tensors: list[Any] = [out.program.add("load", FLOAT, (), n) for n in range(step.experts + 1)]
+    tensors: list[Any] = [out.program.add("load", FLOAT32, (), n) for n in range(step.experts + 1)]
     try:
         merged = step.merged([*tensors, *known, *numbers], _Sources(out, step.experts, place))
         if not isinstance(merged, Traced):
             return None
         out.merged = merged.float()
-    except Asked as asked:
+    except NeedsAnswer as asked:
         if not all(isinstance(v, Traced | Reduced) for v in asked.value):
             return None
         out.asked = asked
@@ -147,7 +147,7 @@ class Recorded:
     def taken(self, edges: Tensor) -> Iterator[order.Taken]:
         """As ``order.take``, of a stretch at a time."""
         lows, highs = edges.unbind(2)
-        sinks = [Operation("take", FLOAT, (row.number,)) for row in self._scores()]
+        sinks = [Operation("take", FLOAT32, (row.number,)) for row in self._scores()]
         for start in range(0, self.size, STRETCH):
             size = min(STRETCH, self.size - start)
             # Bits stand eight in a byte.
@@ -157,13 +157,13 @@ class Recorded:
             yield order.Taken(above, inside, scores)
 
     def _store(self, rows: Sequence[Traced], targets: Sequence[Tensor], sources: Sequence[Tensor], size: int) -> None:
-        sinks = [Operation("store", FLOAT, (row.number,)) for row in rows]
+        sinks = [Operation("store", FLOAT32, (row.number,)) for row in rows]
         self._run(sinks, sources, size, targets=targets).run(self.loops)
 
     def _run(self, sinks: Sequence[Operation], sources: Sequence[Tensor], size: int, **more: Any) -> execute.Run:
         return execute.Run(self.record.program.code(sinks), size, sources, words=self.words, **more)
 
-    def _asked(self) -> Asked:
+    def _asked(self) -> NeedsAnswer:
         assert self.record.asked is not None
         return self.record.asked
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from evolver.kernels.compiled import identity_of
 from evolver.kernels.machine import digest_of
 from evolver.merging.methods import Method
-from evolver.merging.methods.here import Asked, Here, Sources, Stack
+from evolver.merging.methods.here import NeedsAnswer, PieceSource, PieceView, Stack
 
 
 @dataclass(frozen=True)
@@ -35,25 +35,25 @@ class Step:
     vector: bool
     merges: bool
 
-    def __call__(self, *tensors: Tensor, sources: Sources | None = None) -> tuple[Tensor, ...]:
+    def __call__(self, *tensors: Tensor, sources: PieceSource | None = None) -> tuple[Tensor, ...]:
         """Writes the merged piece, in its dtype; or returns what the piece says to the next question.
 
         ``sources`` know the depth and make the rest; without them all that is among the tensors.
         """
         try:
             merged = self.merged(tensors, sources)
-        except Asked as asked:
+        except NeedsAnswer as asked:
             return tuple(asked.value)
         tensors[-1].copy_(merged)
         return ()
 
-    def merged(self, tensors: Sequence[Tensor], sources: Sources | None = None) -> Tensor:
+    def merged(self, tensors: Sequence[Tensor], sources: PieceSource | None = None) -> Tensor:
         """The merged piece, float32. Raises Asked for what the method has to know first."""
         rest = iter(tensors)
         inputs, base = [next(rest).float() for _ in range(self.experts)], next(rest)
         known = [next(rest) for _ in range(self.known)]
         numbers = {n: next(rest) for n in self.numbers}
-        handed = sources or Handed(
+        handed = sources or Given(
             [next(rest) for _ in range(self.draws)],
             [next(rest) for _ in range(self.made)],
             next(rest) if self.depth else None,
@@ -61,7 +61,7 @@ class Step:
         origin = base.float()
         if self.method.on_deltas:
             inputs = [i - origin for i in inputs]
-        here = Here(inputs, origin, known, handed, self.vector)
+        here = PieceView(inputs, origin, known, handed, self.vector)
         given = {**numbers, **self.flags, **({"here": here} if self.method.asks else {})}
         merged = self.method.function(inputs, **given)
         return origin + merged if self.method.on_deltas else merged
@@ -76,7 +76,7 @@ class Step:
 
 
 @dataclass
-class Handed:
+class Given:
     """What a kernel is handed."""
 
     given: Stack
@@ -94,7 +94,7 @@ class Handed:
 
 
 @dataclass
-class Probed:
+class Probe:
     """Stands in where a method is called to see what it asks for: draws nothing, and takes notes."""
 
     zeros: Stack

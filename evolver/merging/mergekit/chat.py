@@ -9,7 +9,7 @@ from pathlib import Path
 
 from evolver.errors import BadInput
 
-FILE = "chat_template.jinja"
+CHAT_FILE = "chat_template.jinja"
 # The two formats that are simple enough to be written down from their descriptions.
 NAMED = {
     "chatml": (
@@ -42,8 +42,8 @@ def template(wanted: str, models: Sequence[Path], place: str) -> str | None:
 
 
 def _of(model: Path) -> str | None:
-    if (model / FILE).exists():
-        return (model / FILE).read_text()
+    if (model / CHAT_FILE).exists():
+        return (model / CHAT_FILE).read_text()
     config = model / "tokenizer_config.json"
     found = json.loads(config.read_text()).get("chat_template") if config.exists() else None
     return found if isinstance(found, str) else None

@@ -25,22 +25,22 @@ WEIGHTED = {
     "linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs",
     "breadcrumbs_ties", "nuslerp", "multislerp",
 }  # fmt: skip
-NAMES = WEIGHTED | {
+MERGEKIT_NAMES = WEIGHTED | {
     "slerp", "karcher", "model_stock", "sce", "ram", "ramplus_tl", "nearswap", "arcee_fusion", "passthrough",
 }  # fmt: skip
 # The base is one of the two models, and the other one is moved away from it.
 PAIRED = {"slerp", "nearswap", "arcee_fusion"}
 # To these a base model is one more model to merge.
-PLAIN = {"linear", "karcher"}
+WITHOUT_BASE = {"linear", "karcher"}
 # Its settings are those of its only model.
 LONE = {"passthrough"}
 # With a base model, these work on task vectors.
 OPTIONAL_BASE = {"nuslerp", "multislerp"}
 # It changes mergekit's memory, not its result.
-IGNORED = {"int8_mask"}
+IGNORED_KEYS = {"int8_mask"}
 
 
-class Source(Section):
+class TokenSource(Section):
     """A model of a slice."""
 
     model: Any
@@ -51,7 +51,7 @@ class Source(Section):
 class Slice(Section):
     """Layers that are merged together."""
 
-    sources: list[Source] = Field(min_length=1)
+    sources: list[TokenSource] = Field(min_length=1)
     base_model: Any = None
     parameters: Parameters = Field(default_factory=dict)
 
@@ -75,7 +75,7 @@ class File(Section):
     """A whole configuration."""
 
     merge_method: str
-    models: list[Source] | None = None
+    models: list[TokenSource] | None = None
     slices: list[Slice] | None = None
     base_model: Any = None
     parameters: Parameters = Field(default_factory=dict)
@@ -168,12 +168,12 @@ class Configuration:
         usual = group.sources[0].layer_range or [0, _depth(names)]
         ranges = {r: (found[r].layer_range if r in found else None) or usual for r in {*inputs, base}}
         cut = {r: _cut(nodes[r], span, names) for r, span in ranges.items()}
-        placed = self._placed([found.get(r, Source(model=r)) for r in inputs], group, seed)
+        placed = self._placed([found.get(r, TokenSource(model=r)) for r in inputs], group, seed)
         lone = self.method.name in LONE
         rules = placed.rules(spots(names, usual, [ranges[r] for r in inputs], group.at, lone))
         return Merge(self.method.name, tuple(cut[r] for r in inputs), cut[base], rules)
 
-    def _placed(self, models: Sequence[Source], group: _Group, seed: int) -> Placed:
+    def _placed(self, models: Sequence[TokenSource], group: _Group, seed: int) -> Placed:
         """The parameters of one merge, which may differ from tensor to tensor."""
         settings, where = self.method.settings, f"{self.file}: {group.place}"
         for given in group.scopes:
@@ -200,12 +200,12 @@ class Configuration:
         return Placed(self.method, mine, ours | fixed, where)
 
     def _check_known(self, given: Parameters, where: str) -> None:
-        known = {*self.method.settings, *IGNORED}
+        known = {*self.method.settings, *IGNORED_KEYS}
         for key in given:
             if key not in known:
                 raise BadInput(f"{where}: {self.method.name} has no {key!r}; {nearest(key, known)}")
 
-    def _inputs(self, found: Mapping[str, Source], group: _Group) -> list[str]:
+    def _inputs(self, found: Mapping[str, TokenSource], group: _Group) -> list[str]:
         """Which models the method merges, in its order."""
         listed, name, place = list(found), self.method.name, group.place
         base = reference(group.base) if group.base else None
@@ -214,7 +214,7 @@ class Configuration:
             if base is None or len(others) != 1:
                 raise BadInput(f"{self.file}: {place}: {name} takes base_model and one other model.")
             return [base, *others] if name == "slerp" else others
-        if name in PLAIN and not group.cut and base is not None and base not in listed:
+        if name in WITHOUT_BASE and not group.cut and base is not None and base not in listed:
             listed.append(base)
         if self.method.on_deltas or name in {*OPTIONAL_BASE, "model_stock"}:
             if base is None and name not in OPTIONAL_BASE:
@@ -242,7 +242,7 @@ class Configuration:
             raise BadInput(f"{self.file}: {place}: its sources have different numbers of layers; give them the same.")
         return lengths.pop()
 
-    def _sources(self) -> list[Source]:
+    def _sources(self) -> list[TokenSource]:
         return self.raw.models or [s for part in self.raw.slices or [] for s in part.sources]
 
     def _bases(self) -> list[str]:
@@ -262,7 +262,7 @@ class _Group:
     """
 
     place: str
-    sources: Sequence[Source]
+    sources: Sequence[TokenSource]
     scopes: tuple[Parameters, ...]
     base: Any
     cut: bool

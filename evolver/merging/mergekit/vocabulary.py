@@ -19,13 +19,13 @@ import torch
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
-from evolver.checkpoints.weights import ROWS, Checkpoint, Source, TensorInfo
+from evolver.checkpoints.weights import TOKEN_MATRICES, Checkpoint, Source, TensorInfo
 from evolver.errors import BadInput, nearest
 from evolver.merging.mergekit.reader import TokenEntry, reference
 
-FILE = "tokenizer.json"
+TOKENIZER_JSON = "tokenizer.json"
 Ids = Mapping[str, int]
-Row = tuple[str, int]  # a model, and the place in its matrices
+TokenRow = tuple[str, int]  # a model, and the place in its matrices
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Vocabulary:
     ids: Ids
     size: int
     own: Mapping[str, Tensor]
-    others: Mapping[int, tuple[Row, ...]]
+    others: Mapping[int, tuple[TokenRow, ...]]
 
     @property
     def digest(self) -> str:
@@ -89,13 +89,13 @@ def vocabulary(
     return Vocabulary(ids, size, own, {i: rows for i, rows in others.items() if lacking[i]})
 
 
-def _usual(token: str, models: Mapping[str, Ids], base: str) -> tuple[Row, ...]:
+def _usual(token: str, models: Mapping[str, Ids], base: str) -> tuple[TokenRow, ...]:
     if token in models[base]:
         return ((base, models[base][token]),)
     return tuple((m, known[token]) for m, known in models.items() if token in known)
 
 
-def _configured(source: Any, token: str, models: Mapping[str, Ids], place: str) -> tuple[Row, ...]:
+def _configured(source: Any, token: str, models: Mapping[str, Ids], place: str) -> tuple[TokenRow, ...]:
     if isinstance(source, dict) and source.get("kind") == "zero":
         return ()
     form = source if isinstance(source, dict) and source.get("kind") == "model_token" else {"model": source}
@@ -130,7 +130,7 @@ class Aligned(Checkpoint):
     def headers(self) -> dict[str, TensorInfo]:  # derived here, read from files there
         size = self.target.size
         found = self.base.headers.items()
-        return {n: TensorInfo((size, *i.shape[1:]), i.dtype) if n.endswith(ROWS) else i for n, i in found}
+        return {n: TensorInfo((size, *i.shape[1:]), i.dtype) if n.endswith(TOKEN_MATRICES) else i for n, i in found}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -141,7 +141,7 @@ class Aligned(Checkpoint):
 
     def tensor(self, name: str) -> Tensor:
         own = self.inner.tensor(name)
-        if not name.endswith(ROWS):
+        if not name.endswith(TOKEN_MATRICES):
             return own
         rows = self.target.own[self.name]
         has = rows >= 0
@@ -176,9 +176,10 @@ def known_tokens(source: Source) -> Ids:
     tokens = checkpoint.vocabulary
     if tokens is None:
         raise BadInput(
-            f"{source.key}: {checkpoint.path} has no {FILE}, so its rows have no tokens; save a fast tokenizer."
+            f"{source.key}: {checkpoint.path} has no {TOKENIZER_JSON}, so its rows have no tokens; save a fast "
+            "tokenizer."
         )
-    rows = min(i.shape[0] for n, i in checkpoint.headers.items() if n.endswith(ROWS))
+    rows = min(i.shape[0] for n, i in checkpoint.headers.items() if n.endswith(TOKEN_MATRICES))
     return {t: i for t, i in tokens.items() if i < rows}
 
 
@@ -187,8 +188,8 @@ def extend_tokenizer(folder: Path, target: Vocabulary, donors: Mapping[str, Path
 
     Raises BadInput where the tokenizer numbers them otherwise.
     """
-    special = {t["content"] for d in donors.values() for t in _added(d / FILE) if t.get("special")}
-    tokenizer = Tokenizer.from_file(str(folder / FILE))
+    special = {t["content"] for d in donors.values() for t in _added(d / TOKENIZER_JSON) if t.get("special")}
+    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_JSON))
     known = tokenizer.get_vocab()
     new = sorted(target.ids.keys() - known.keys(), key=target.ids.__getitem__)
     for token in new:
@@ -199,7 +200,7 @@ def extend_tokenizer(folder: Path, target: Vocabulary, donors: Mapping[str, Path
                 f"{target.ids[token]}, as its vocabulary has gaps; choose a model as tokenizer_source."
             )
     if new:
-        tokenizer.save(str(folder / FILE))
+        tokenizer.save(str(folder / TOKENIZER_JSON))
 
 
 def _added(file: Path) -> list[dict[str, Any]]:

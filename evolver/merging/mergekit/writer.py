@@ -11,12 +11,12 @@ import yaml
 
 from evolver.checkpoints.names import names_of
 from evolver.checkpoints.weights import LAYER, layer_of
-from evolver.merging.mergekit.reader import LONE, NAMES, PAIRED, WEIGHTED, Parameters, spots
+from evolver.merging.mergekit.reader import LONE, MERGEKIT_NAMES, PAIRED, WEIGHTED, Parameters, spots
 from evolver.merging.methods import METHODS, Method
 from evolver.records import Cross, Expert, Layers, Merge, Recipe, Value, ancestors
 
 # Its usual name beside a model.
-FILE = "mergekit_config.yml"
+CONFIG_FILE = "mergekit_config.yml"
 # Settings of ours that mergekit's methods do not have: they must stand at what mergekit does.
 OURS = ("elect", "sign", "trim_scope", "filter_wise")
 RANDOM = "# mergekit draws other random numbers: it makes a merge of this kind, not this very one.\n"
@@ -124,7 +124,7 @@ class _Document:
         return out
 
     def _head(self, node: Merge) -> dict[str, Any]:
-        if node.method not in NAMES:
+        if node.method not in MERGEKIT_NAMES:
             raise Inexpressible(f"it has no method {node.method}")
         return {"merge_method": node.method} | ({"base_model": self._base(node)} if _is_based(node) else {})
 

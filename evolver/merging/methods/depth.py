@@ -8,7 +8,7 @@ from torch import Tensor
 
 from evolver.merging.methods import Range, each, method, number
 from evolver.merging.methods.averages import Weight
-from evolver.merging.methods.here import Here, Stack
+from evolver.merging.methods.here import PieceView, Stack
 from evolver.merging.methods.operators import weighted_sum
 
 
@@ -22,7 +22,7 @@ def passthrough(models: Stack, *, scale: Annotated[Tensor, Range(0.5, 1.5)] = nu
 def lines(
     deltas: Stack,
     *,
-    here: Here,
+    here: PieceView,
     weight: Weight = each(1.0),
     alpha: Annotated[Tensor, Range(0.0, 1.5)] = number(1.0),
     beta: Annotated[Tensor, Range(-0.5, 2.0)] = number(0.0),

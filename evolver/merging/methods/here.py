@@ -13,19 +13,19 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-Kind = Literal["sum", "maximum", "order"]
+AnswerKind = Literal["sum", "maximum", "order"]
 Counts = Callable[[int], Sequence[Sequence[int]]]
 Stack = Sequence[Tensor]
 
 
-class Asked(Exception):  # not an error: the way out of a call that needs to know more
+class NeedsAnswer(Exception):  # not an error: the way out of a call that needs to know more
     """A question about the whole tensor, with what this piece says to it: one tensor, or C of them for an order."""
 
-    def __init__(self, kind: Kind, value: Stack, counts: Counts | None = None, scope: str = "tensor") -> None:
+    def __init__(self, kind: AnswerKind, value: Stack, counts: Counts | None = None, scope: str = "tensor") -> None:
         self.kind, self.value, self.counts, self.scope = kind, value, counts, scope
 
 
-class Sources(Protocol):
+class PieceSource(Protocol):
     """Where a piece lies, its draws, and what a method wants made once for it."""
 
     def depth(self) -> Tensor | None: ...
@@ -34,7 +34,7 @@ class Sources(Protocol):
 
 
 @dataclass
-class Here:
+class PieceView:
     """A piece of a tensor, and the way to ask about the whole of it.
 
     Args:
@@ -48,7 +48,7 @@ class Here:
     inputs: Stack
     base: Tensor
     known: Sequence[Tensor]
-    sources: Sources
+    sources: PieceSource
     vector: bool
     asked: int = 0
 
@@ -70,18 +70,18 @@ class Here:
         """
         return self.sources.once(make)
 
-    def sum(self, what: Callable[[Stack, Here], Tensor]) -> Tensor:
+    def sum(self, what: Callable[[Stack, PieceView], Tensor]) -> Tensor:
         """Σ of ``what(inputs, here)`` over all pieces of the tensor, float64.
 
         ``what`` sums over its piece itself, best in float64, so that the cut in pieces is not seen in the result.
         """
         return self._answer("sum", lambda: [what(self.inputs, self)])
 
-    def maximum(self, what: Callable[[Stack, Here], Tensor]) -> Tensor:
+    def maximum(self, what: Callable[[Stack, PieceView], Tensor]) -> Tensor:
         """The largest of ``what(inputs, here)``, elementwise over all pieces of the tensor."""
         return self._answer("maximum", lambda: [what(self.inputs, self)])
 
-    def kth_largest(self, scores: Callable[[Stack, Here], Stack], counts: Counts, scope: str = "tensor") -> Tensor:
+    def kth_largest(self, scores: Callable[[Stack, PieceView], Stack], counts: Counts, scope: str = "tensor") -> Tensor:
         """Order statistics of non-negative scores, exact, over the whole tensor or (``scope: global``) the model.
 
         Args:
@@ -95,9 +95,9 @@ class Here:
         return self._answer("order", lambda: scores(self.inputs, self), counts, scope)
 
     def _answer(
-        self, kind: Kind, what: Callable[[], Stack], counts: Counts | None = None, scope: str = "tensor"
+        self, kind: AnswerKind, what: Callable[[], Stack], counts: Counts | None = None, scope: str = "tensor"
     ) -> Tensor:
         self.asked += 1
         if self.asked > len(self.known):
-            raise Asked(kind, what(), counts, scope)
+            raise NeedsAnswer(kind, what(), counts, scope)
         return self.known[self.asked - 1]

@@ -130,7 +130,7 @@ def kept_by_rank(delta: Tensor, draws: Tensor, density: Tensor, epsilon: Tensor)
     sizes = delta.abs()
     loops = native.library() if delta.device.type == "cpu" else None
     if loops is not None:
-        return native.kept_by_rank(loops, sizes, draws, chances)
+        return native.kept_rows(loops, sizes, draws, chances)
     ordered = _sorted_rows(sizes)
     before = torch.empty(rows, width + 1, device=delta.device)
     before[:, 0], before[:, -1] = -1.0, torch.inf  # rank 0 is everyone's, rank ``width`` no one's

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from evolver.kernels.softmax import softmax
 from evolver.merging.methods import Range, method
-from evolver.merging.methods.here import Here, Stack
+from evolver.merging.methods.here import PieceView, Stack
 from evolver.merging.methods.operators import TINY, total_of_rows
 
 
@@ -20,7 +20,7 @@ def nearswap(deltas: Stack, *, t: Annotated[Tensor, Range(1e-5, 1e-2, log=True, 
 
 
 @method("Arcee 2024, Arcee Fusion, as in mergekit", rows=True, takes=1)
-def arcee_fusion(models: Stack, *, here: Here) -> Tensor:
+def arcee_fusion(models: Stack, *, here: PieceView) -> Tensor:
     """The base, with the scalars of one model whose change is an outlier of importance.
 
     Importance is |τ| times the divergence KL(softmax of the model's row ‖ softmax of the base's); outliers lie at or
@@ -35,7 +35,7 @@ def arcee_fusion(models: Stack, *, here: Here) -> Tensor:
     return here.base + torch.where(important, models[0] - here.base, 0.0)
 
 
-def _importance(models: Stack, here: Here) -> Stack:
+def _importance(models: Stack, here: PieceView) -> Stack:
     ours, theirs = (softmax(x) + TINY for x in (models[0], here.base))
     # In float64, as float32's logarithms and sums differ in the last bit from one processor to another.
     divergence = total_of_rows(ours * torch.log((ours / theirs).double()).float())[:, None].float()

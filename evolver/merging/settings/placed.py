@@ -17,7 +17,7 @@ from evolver.merging.methods import Method, Setting
 from evolver.merging.settings.rules import rules_of
 from evolver.records import Rule, Value
 
-Given = Mapping[str, Any]
+GivenSettings = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Placed:
     """
 
     method: Method
-    each: Sequence[Given]
-    shared: Given
+    each: Sequence[GivenSettings]
+    shared: GivenSettings
     where: str
 
     def rules(self, spots: Iterable[Spot]) -> tuple[Rule, ...]:
@@ -74,7 +74,7 @@ class Placed:
         return self.method.check(out, len(self.each), self.where)
 
 
-def over(scopes: Iterable[Given]) -> dict[str, Any]:
+def over(scopes: Iterable[GivenSettings]) -> dict[str, Any]:
     """The settings of several places, the nearest first: where one says nothing about a tensor, the next one counts."""
     out: dict[str, Any] = {}
     for scope in scopes:
@@ -84,7 +84,12 @@ def over(scopes: Iterable[Given]) -> dict[str, Any]:
 
 
 def fixed_rules(
-    method: Method, given: Given, experts: Sequence[str], names: Sequence[str], place: str, tuned: Given | None = None
+    method: Method,
+    given: GivenSettings,
+    experts: Sequence[str],
+    names: Sequence[str],
+    place: str,
+    tuned: GivenSettings | None = None,
 ) -> tuple[Rule, ...]:
     """The settings of a run configuration as rules, checked, with defaults.
 
@@ -120,7 +125,7 @@ def depth(layer: int | None, layers: int) -> float:
     return 1.0 if layers == 1 else layer / (layers - 1)
 
 
-def _by_expert(given: Given, experts: Sequence[str], place: str) -> list[dict[str, Any]]:
+def _by_expert(given: GivenSettings, experts: Sequence[str], place: str) -> list[dict[str, Any]]:
     each: list[dict[str, Any]] = [{} for _ in experts]
     for key, value in given.items():
         values = value if isinstance(value, dict) else dict.fromkeys(experts, value)

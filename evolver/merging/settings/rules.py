@@ -10,7 +10,7 @@ from evolver.checkpoints.weights import LAYER, layer_of
 from evolver.records import Place, Rule, Value
 
 # A later stage is more particular, and its rules win: all tensors, a layer, a part of a layer, one tensor.
-Said = tuple[int, Place, Value]
+SaidValue = tuple[int, Place, Value]
 
 
 def rules_of(values: Mapping[str, Mapping[str, Value]]) -> tuple[Rule, ...]:
@@ -28,7 +28,7 @@ def rules_of(values: Mapping[str, Mapping[str, Value]]) -> tuple[Rule, ...]:
     return tuple(Rule.of(given, place) for (_, place), given in ordered)
 
 
-def _said(values: Mapping[str, Value]) -> Iterator[Said]:
+def _said(values: Mapping[str, Value]) -> Iterator[SaidValue]:
     """The rules of one setting."""
     usual = Counter(values.values()).most_common(1)[0][0]
     yield 0, Place(), usual
