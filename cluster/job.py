@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from evolver.config import Config, load
-from evolver.config import PoolSettings as PoolSettings
+from evolver.config import Config, ConfigText, PoolSettings, config_at
 from evolver.driver.run import run
 from evolver.errors import BadInput
 from evolver.evaluation.live import default_device
@@ -54,12 +53,27 @@ def run_job(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run", help="name of the run (default: the id of the Ray job, if you chose one; else `run:`)")
     parser.add_argument("--results", help=RESULTS)
     given = parser.parse_args(arguments)
+    try:
+        config = config_at(given.config)
+    except BadInput as error:
+        print(error, file=sys.stderr)
+        return 2
+    return drive(config, given.results, given.run)
+
+
+def drive(given: ConfigText, results: str | None, name: str | None) -> int:
+    """Run a configuration, or the rest of it, and tell on the terminal how it goes; the exit status.
+
+    Args:
+        results: folder of all runs; default: see ``results_at``.
+        name: of the run; default: the id of the Ray job, if somebody chose one, else the configuration's.
+    """
     signal.signal(signal.SIGTERM, _stop)
     shown = display()
     try:
-        device = device_of(load(given.config).pool)
-        name = given.run or submission_id()
-        run(given.config, results_at(given.results), make_pool, shown, device, name, this_job(), choose_for_workers)
+        device, job = device_of(given.parsed().pool), this_job()
+        name = name or submission_id()
+        run(given, results_at(results), make_pool, shown, device, name, job, choose_for_workers)
         return 0
     except BadInput as error:
         shown.close()

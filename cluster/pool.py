@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 from cluster.crew import Answered, Crew, Event, Gone, RayCrew, Ready, worker_options
-from evolver.config import PoolSettings as PoolSettings
+from evolver.config import PoolSettings
 from evolver.errors import BadInput
 from evolver.records import Candidate, Result, Split
 from evolver.workers.messages import pack_candidate, unpack_result

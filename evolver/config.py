@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -275,30 +276,56 @@ WORDING = {
 FREE_KEYS = ("run", "pool", "budget", "loggers")
 
 
+@dataclass(frozen=True)
+class ConfigText:
+    """A configuration as its author wrote it.
+
+    Attributes:
+        text: YAML.
+        origin: the place that messages name: a file of the user's, or the copy in a run's folder.
+    """
+
+    text: str
+    origin: str
+
+    def parsed(self) -> Config:
+        """The configuration.
+
+        Raises BadInput for what is no YAML, an unknown key (naming the nearest known one) or a wrong type.
+        """
+        return check_section(Config, self.mapping(Config.model_fields), self.origin)
+
+    def mapping(self, keys: Iterable[str]) -> dict[str, Any]:
+        """The mapping that the text holds; ``keys`` are those that it may have, for the message.
+
+        Raises BadInput for text that holds no mapping.
+        """
+        try:
+            raw = yaml.load(self.text, Loader=Loader)
+        except yaml.YAMLError as error:
+            raise BadInput(f"{self.origin}: not valid YAML: {' '.join(str(error).split())}; mend the file.") from error
+        if not isinstance(raw, dict):
+            raise BadInput(f"{self.origin}: the configuration must be a mapping with the keys {', '.join(keys)}.")
+        return raw
+
+
+def config_at(path: str | Path) -> ConfigText:
+    """The configuration in a file, as it stands there.
+
+    Raises BadInput for an unreadable file.
+    """
+    try:
+        return ConfigText(Path(path).read_text(), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: the configuration cannot be read ({error}); give the path of a YAML file.") from error
+
+
 def load(path: str | Path) -> Config:
-    """Read a configuration.
+    """The configuration in a file.
 
     Raises BadInput for an unreadable file, an unknown key (naming the nearest known one) or a wrong type.
     """
-    return check_section(Config, read_mapping(path, Config.model_fields), str(path))
-
-
-def read_mapping(path: str | Path, keys: Iterable[str]) -> dict[str, Any]:
-    """The mapping in a YAML file; ``keys`` are those that it may have, for the message.
-
-    Raises BadInput for an unreadable file, or one that holds no mapping.
-    """
-    try:
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: the configuration cannot be read ({error}); give the path of a YAML file.") from error
-    try:
-        raw = yaml.load(text, Loader=Loader)
-    except yaml.YAMLError as error:
-        raise BadInput(f"{path}: not valid YAML: {' '.join(str(error).split())}; mend the file.") from error
-    if not isinstance(raw, dict):
-        raise BadInput(f"{path}: the configuration must be a mapping with the keys {', '.join(keys)}.")
-    return raw
+    return config_at(path).parsed()
 
 
 def renamed(config: Config, run: str) -> Config:
@@ -330,13 +357,36 @@ def check_section(kind: type[SectionType], raw: Mapping[str, Any], file: str, pr
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The keys, dotted, in which two nested mappings differ, with both values."""
+    """The keys, dotted, in which two nested mappings differ, with both values; None for a value that is not there."""
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            yield from differences(a, b, f"{prefix}{key}.")
+        if isinstance(b, Mapping) and (isinstance(a, Mapping) or key not in old):
+            yield from differences(a or {}, b, f"{prefix}{key}.")
+        elif a != b and (pairs := _sections(a, b)):
+            for n, (one, other) in enumerate(pairs):
+                yield from differences(one, other, f"{prefix}{key}[{n}].")
         elif a != b:
             yield f"{prefix}{key}", a, b
+
+
+def _sections(a: Any, b: Any) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """The pairs that two lists make which hold equally many mappings."""
+    if not (isinstance(a, list) and isinstance(b, list) and len(a) == len(b)):
+        return []
+    return list(zip(a, b, strict=True)) if all(isinstance(one, Mapping) for one in (*a, *b)) else []
+
+
+def default_of(kind: type[BaseModel], key: str) -> Any:
+    """The default of a key, dotted, of a section; None where it has none, or where there is no such key."""
+    first, _, rest = key.partition(".")
+    name = first.partition("[")[0]
+    if name not in kind.model_fields:
+        return None
+    if rest:
+        inner = _inner(kind, name)
+        return default_of(inner, rest) if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+    field = kind.model_fields[name]
+    return None if field.is_required() else field.get_default(call_default_factory=True)
 
 
 class Loader(yaml.SafeLoader):

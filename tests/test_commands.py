@@ -18,6 +18,7 @@ import yaml
 from playwright.sync_api import Error, sync_playwright
 from safetensors.torch import load_file
 
+from evolver.config import config_at
 from evolver.report.verdict import verdict
 from evolver.runs.history import read_history
 from evolver.search import SEARCHES
@@ -100,7 +101,7 @@ def test_validate_opens_headers_only(file, monkeypatch):
         raise AssertionError("weights are read")
 
     monkeypatch.setattr(Checkpoint, "digest", refuse)
-    assert prepare(str(file), weights=False).search.total == 12
+    assert prepare(config_at(file), weights=False).search.total == 12
 
 
 def test_status_of_all_runs(run):

@@ -126,13 +126,13 @@ def test_a_comparison_holds_pieces_only(tmp_path):
     """Tensors are mapped; in float64 there is one piece at a time, whatever their size."""
     code = """
 import resource, sys
-from evolver.checkpoints.doubts import doubts
+from evolver.checkpoints.doubts import suspicions
 from evolver.checkpoints.sources import open_base, open_expert
 base = open_base(sys.argv[1])
 expert = open_expert(sys.argv[2], base, "k")
 base.digest(), expert.digest()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-doubts(base, [expert])
+suspicions(base, [expert])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     large = {"model.embed_tokens.weight": torch.ones(6000, 5000, dtype=torch.bfloat16)}  # in float64 240 MB

@@ -23,6 +23,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from evolver.config import config_at
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.evaluation.items import item_hash
@@ -98,7 +99,7 @@ def configured(experts, tasks, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ready(configured):
-    return prepare(str(configured()))
+    return prepare(config_at(configured()))
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +189,7 @@ def test_a_whole_search(configured, tmp_path):
     assert not [r["reason"] for r in rows(folder).values() if r["status"] != "ok"]
     count = sum(DEV[n] for n in names)
     assert json.loads((folder / "best.json").read_text()) == {"items": count, "equal": count}
-    ready = prepare(str(file))
+    ready = prepare(config_at(file))
     worker = Worker(ready.plan, "dev", tasks=ready.tasks)
     worker.live.write(worker.materialiser.stream(load_recipe((folder / "recipe.json").read_text())))
     assert_says_the_same(worker.live.module, AutoModelForSeq2SeqLM.from_pretrained(folder / "best").eval())

@@ -253,7 +253,7 @@ def test_what_is_known_from_elsewhere_costs_nothing_and_is_told_as_it_is(tmp_pat
     for number, expert in enumerate(EXPERTS):
         candidate = Candidate(number, expert, "baseline", stage="baseline")
         result = replace(Pool().evaluate(candidate), stage="baseline")
-        ledger.finished(candidate, result)
+        ledger.write_result(candidate, result)
         estimates.learn(result)
     ledger.close()
     search = halving(estimates, of={"algorithm": "evolver", "mode": "generational"}, candidates=8)

@@ -276,10 +276,10 @@ class WandbAnswers(BaseHTTPRequestHandler):
 
 ONLINE = """
 import sys
-from evolver.loggers.base import Place, Tracked
+from evolver.loggers.base import RunPlace, Tracked
 from evolver.loggers.wandb import WandbLogger, WandbSettings
 
-logger = WandbLogger(WandbSettings(mode="online", folder=sys.argv[1]), Place("toy", None))
+logger = WandbLogger(WandbSettings(mode="online", folder=sys.argv[1]), RunPlace("toy", None))
 logger.begin(Tracked("id", "toy", {}, {}, {}))
 logger.results([(step, {"search/items": 10 * step, "search/candidate": step}) for step in range(int(sys.argv[2]))])
 logger.close()
@@ -340,7 +340,7 @@ def test_a_broken_package_is_said_before_anything_is_written(make_config, tmp_pa
 def test_packages_are_there_before_the_logger_has_a_thread(name, make_config, tmp_path):
     code = (
         "import sys; from evolver import loggers, config, storage; before = sys.argv[2] in sys.modules; "
-        "loggers.build(config.load(sys.argv[1]), 'x', storage.storage_at(sys.argv[3])); "
+        "loggers.build_loggers(config.load(sys.argv[1]), 'x', storage.storage_at(sys.argv[3])); "
         "print(before, sys.argv[2] in sys.modules)"
     )
     package = {"tensorboard": "torch.utils.tensorboard"}.get(name, name)

@@ -87,14 +87,14 @@ class Spy:
             raise KeyboardInterrupt(f"step {len(self.steps)}: {name}")
         self.steps.append((name, number))
 
-    def asked(self, candidate):
+    def write_asked(self, candidate):
         self.step("before asked", candidate.number)
-        self.ledger.asked(candidate)
+        self.ledger.write_asked(candidate)
         self.step("asked", candidate.number)
 
-    def finished(self, candidate, result):
+    def write_result(self, candidate, result):
         self.step("before finished", candidate.number)
-        recorded = self.ledger.finished(candidate, result)
+        recorded = self.ledger.write_result(candidate, result)
         self.step("finished", candidate.number)
         return recorded
 
@@ -131,7 +131,7 @@ class _Of:
         return getattr(self._spy if own and name in SPIED else self._part, name)
 
 
-SPIED = {"asked", "finished", "tell", "submit", "wait"}
+SPIED = {"write_asked", "write_result", "tell", "submit", "wait"}
 
 
 def run(folder, workers=1, die_at=None, **script):

@@ -19,7 +19,7 @@ from cluster.crew import check_resources, resources_of
 from cluster.job import make_pool, run_job
 from cluster.pool import on_ray
 from cluster.survey import choose_on_ray
-from evolver.config import load
+from evolver.config import config_at, load
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.evaluation.scores.course import Evaluation
@@ -58,7 +58,7 @@ def ready(make_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ray")
 
     def prepared(name):
-        return prepare(str(make_config(folder, {**SEARCHES[name], "pool": POOL})))
+        return prepare(config_at(make_config(folder, {**SEARCHES[name], "pool": POOL})))
 
     return prepared
 

@@ -152,7 +152,7 @@ def numbers(shape, generator):
 torch.randn = lambda shape, generator: numbers(shape, generator)  # torch's own are not the same everywhere
 from test_recorded import settings
 from test_methods import experts_of, merge
-from evolver.merging import native
+from evolver.kernels import native
 from evolver.merging.crossing import STRATEGIES, cross
 from evolver.merging.methods import METHODS
 

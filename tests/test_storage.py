@@ -20,6 +20,7 @@ from moto.server import ThreadedMotoServer
 from starlette.testclient import TestClient
 
 from evolver.checkpoints.sources import open_base
+from evolver.config import config_at
 from evolver.dashboard.app import build_app
 from evolver.driver.run import run
 from evolver.errors import BadInput
@@ -270,11 +271,11 @@ def taken_over(storage):
 def test_a_driver_that_was_taken_for_dead_writes_nothing_more(storage):
     """It finds out by its lease, within a beat."""
     ledger = Ledger(storage, "me")
-    ledger.finished(candidate(0), result(0))
+    ledger.write_result(candidate(0), result(0))
     taken_over(storage)
     time.sleep(1.0)
     with pytest.raises(BadInput, match="in use by process 3 on node-9"):
-        ledger.finished(candidate(1), result(1))
+        ledger.write_result(candidate(1), result(1))
     assert read_table(storage).num_rows == 1
     ledger.close()
     assert LEASE_FILE in storage.names()  # it is the other one's
@@ -283,14 +284,14 @@ def test_a_driver_that_was_taken_for_dead_writes_nothing_more(storage):
 def test_of_two_drivers_that_write_one_is_too_late(storage):
     """A frozen one has no beat to find out by: what the other one wrote under its number stops it."""
     frozen = Ledger(storage, "me")
-    frozen.finished(candidate(0), result(0))
+    frozen.write_result(candidate(0), result(0))
     frozen._lease._end.set()
     taken_over(storage)
     storage.create("part-00000001.parquet", storage.read("part-00000000.parquet"))
     with pytest.raises(BadInput, match="in use by process 3 on node-9"):
-        frozen.finished(candidate(1), result(1))
+        frozen.write_result(candidate(1), result(1))
     assert storage.names().count("part-00000001.parquet") == 1
-    assert frozen.recorded(candidate(1)) is None
+    assert frozen.answer(candidate(1)) is None
     frozen.close()
 
 
@@ -351,7 +352,7 @@ def test_a_run_on_an_object_store_is_the_same_run_and_goes_on_after_a_kill(confi
     assert LEASE_FILE in ledger.names()
     before = finished(there)
     monkeypatch.setattr(lease_module, "LEASE_SECONDS", 1.0)
-    run(str(config), there, LocalPool, toys.Silent(), "cpu")
+    run(config_at(config), there, LocalPool, toys.Silent(), "cpu")
     assert finished(there) == finished(here)
     assert set(before) <= set(finished(there))
     made = there.folder("toy")

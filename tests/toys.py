@@ -23,6 +23,7 @@ import pytest
 import yaml
 
 from evolver import ledger
+from evolver.config import config_at
 from evolver.driver.run import run
 from evolver.errors import BadInput
 from evolver.pool import Pool
@@ -278,7 +279,7 @@ def run_here(
     file: Path, results: Path, make_pool: Callable[..., Pool] = LocalPool, display: Silent | None = None
 ) -> Path:
     """A whole run in this process; returns its folder."""
-    return Path(run(str(file), storage_at(results), make_pool, display or Silent(), "cpu").location)
+    return Path(run(config_at(file), storage_at(results), make_pool, display or Silent(), "cpu").location)
 
 
 def no_work(plan: Plan, split: Split, tasks: Any) -> Pool:

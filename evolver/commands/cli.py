@@ -44,30 +44,26 @@ def resume(
     items: Annotated[int | None, typer.Option(min=1, help="another budget of scored items")] = None,
 ) -> None:
     """Go on with a run, from its folder alone; with another budget where one is given."""
-    import tempfile
-
-    from evolver.runs.folder import extended
+    from cluster.job import drive
+    from evolver.runs.folder import config_of_run
     from evolver.storage import storage_at
 
     place, _, name = folder.rstrip("/").rpartition("/")
-    text = extended(storage_at(folder), candidates, items)
-    with tempfile.TemporaryDirectory() as temporary:
-        file = Path(temporary) / "config.yaml"
-        file.write_text(text)
-        raise typer.Exit(_job(file, place or ".", name))
+    raise typer.Exit(drive(config_of_run(storage_at(folder), candidates, items), place or ".", name))
 
 
 @app.command()
 def validate(config: Annotated[Path, typer.Argument(help="the configuration of a run")]) -> None:
     """Check a configuration: all that can be known without reading weights."""
     from cluster.job import device_of
-    from evolver.config import load
+    from evolver.config import config_at
     from evolver.driver.prepare import prepare
     from evolver.workers.worker import choose_compute
 
-    given = load(config)
+    written = config_at(config)
+    given = written.parsed()
     device = device_of(given.pool)
-    prepared = prepare(str(config), weights=False, device=device)
+    prepared = prepare(written, weights=False, device=device)
     for warning in (*prepared.warnings, *prepared.tasks.warnings):
         typer.echo(f"warning: {warning}", err=True)
     sizes = {split: len(prepared.tasks.items.of(split)) for split in ("dev", "report")}

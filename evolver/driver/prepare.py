@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import importlib.metadata
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from evolver import loggers
 from evolver.checkpoints.doubts import suspicions
 from evolver.checkpoints.weights import Checkpoint
-from evolver.config import FREE_KEYS, Config, check_section, computing, load, renamed
+from evolver.config import FREE_KEYS, Config, ConfigText, check_section, computing, default_of, load, renamed
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.scores.estimates import Estimates, first_unjudged
 from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.merging.settings.maker import RecipeMaker
 from evolver.records import Expert, Recipe, Split
-from evolver.runs.folder import RunFolder, compute_of, file_of_run
+from evolver.runs.folder import RunFolder, compute_of, config_of_run
 from evolver.search import SEARCHES, Search
 from evolver.search.base import Setup
 from evolver.search.halving import HalvingSettings
@@ -55,7 +53,9 @@ class Prepared:
     warnings: tuple[str, ...]
 
 
-def prepare(file: str, name: str | None = None, weights: bool = True, device: str | None = None) -> Prepared:
+def prepare(
+    given: ConfigText, name: str | None = None, weights: bool = True, device: str | None = None
+) -> Prepared:  # fmt: skip
     """Check a configuration: all that can be known from headers and task files, before any candidate is built.
 
     Args:
@@ -64,7 +64,8 @@ def prepare(file: str, name: str | None = None, weights: bool = True, device: st
 
     Raises BadInput, one sentence with file, key and remedy.
     """
-    config = load(file) if name is None else renamed(load(file), name)
+    config, file = given.parsed(), given.origin
+    config = config if name is None else renamed(config, name)
     algorithm, settings = _algorithm(config, file)
     loggers.check_loggers(config, file)
     try:
@@ -108,14 +109,25 @@ def prepare_run(run: Storage) -> Prepared:
 
     Raises BadInput where it is not there any more, or has other weights or items now.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.yaml"
-        file.write_text(file_of_run(run, "config.yaml"))
-        prepared = prepare(str(file))
+    prepared = prepare(config_of_run(run))
     if chosen := compute_of(run):
         prepared = in_compute(prepared, chosen)
-    RunFolder(run, prepared.identity)
+    folder_of(prepared, run)
     return prepared
+
+
+def folder_of(prepared: Prepared, run: Storage) -> RunFolder:
+    """The run's folder.
+
+    Raises BadInput where it holds a run of another configuration, or cannot be read.
+    """
+    sections = {"search": SEARCHES[str(prepared.identity["search"]["algorithm"])].settings}
+
+    def default(key: str) -> Any:
+        section, _, rest = key.partition(".")
+        return default_of(sections[section], rest) if section in sections else default_of(Config, key)
+
+    return RunFolder(run, prepared.identity, default)
 
 
 def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:

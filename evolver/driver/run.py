@@ -8,13 +8,12 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from evolver import __version__, loggers
-from evolver.config import Config
+from evolver.config import Config, ConfigText
 from evolver.driver.card import companion_files
 from evolver.driver.check import score_again
-from evolver.driver.prepare import SPLITS, Prepared, in_compute, prepare, versions
+from evolver.driver.prepare import SPLITS, Prepared, folder_of, in_compute, prepare, versions
 from evolver.errors import BadInput
 from evolver.evaluation.tasks import Tasks
 from evolver.ledger import Ledger, write_items
@@ -29,10 +28,9 @@ from evolver.report.report import write_report
 from evolver.report.verdict import verdict
 from evolver.runs.about import About, Job, write_about
 from evolver.runs.folder import RunFolder, compute_of
-from evolver.runs.history import History, history_of
+from evolver.runs.history import History, read_history
 from evolver.runs.outcome import Outcome
-from evolver.search.ahead import ahead
-from evolver.search.base import Ordered
+from evolver.search.ahead import Guessable, ahead
 from evolver.search.plain import Listed
 from evolver.storage import Storage
 from evolver.workers.compute import Choice, is_open
@@ -45,13 +43,13 @@ Chooser = Callable[[Config], Choice]
 
 
 def run(
-    file: str, results: Storage, make_pool: PoolMaker, display: Display, device: str, name: str | None = None,
+    given: ConfigText, results: Storage, make_pool: PoolMaker, display: Display, device: str, name: str | None = None,
     job: Job | None = None, choose: Chooser = choose_compute,
 ) -> Storage:  # fmt: skip
     """Run a configuration, or the rest of it, and return the run's folder.
 
     Args:
-        file: the configuration.
+        given: the configuration.
         results: folder of all runs.
         make_pool: makes the pool of a split.
         display: where to tell how it goes.
@@ -62,17 +60,17 @@ def run(
 
     Raises BadInput for anything that the user has to mend.
     """
-    prepared = prepare(file, name, device=device)
+    prepared = prepare(given, name, device=device)
     prepared = _in_chosen_compute(prepared, results.folder(prepared.config.run), device, choose, display)
-    folder = RunFolder(results.folder(prepared.config.run), prepared.identity)
-    listeners = loggers.build_loggers(prepared.config, file, folder.storage)
+    folder = folder_of(prepared, results.folder(prepared.config.run))
+    listeners = loggers.build_loggers(prepared.config, given.origin, folder.storage)
     # A pool that the cluster can never offer is refused here, before anything is written.
     try:
         pool = make_pool(prepared.plan, "dev", prepared.tasks)
     except BadInput as error:
-        raise BadInput(f"{file}: {error}") from error
+        raise BadInput(f"{given.origin}: {error}") from error
     try:
-        folder.create(Path(file).read_text())
+        folder.create(given.text)
         write_items(
             folder.storage, {s: [(i.task, i.index, i.hash) for i in prepared.tasks.items.of(s)] for s in SPLITS}
         )
@@ -86,7 +84,7 @@ def run(
                 display.say(f"warning: {warning}")
             if listeners:
                 trackers.begin(_tracked(prepared, folder))
-            outcome = _stages(prepared, about, ledger, pool, make_pool, display, trackers)
+            outcome = _stages(prepared, folder, ledger, pool, make_pool, display, trackers)
             _finish(prepared, folder, outcome, display, device)
             trackers.finish(folder.storage)
     except OSError as error:
@@ -125,16 +123,14 @@ def _about(prepared: Prepared, folder: RunFolder, job: Job | None) -> About:
 
 
 def _stages(
-    prepared: Prepared, about: About, ledger: Ledger, pool: Pool, make_pool: PoolMaker, display: Display,
+    prepared: Prepared, folder: RunFolder, ledger: Ledger, pool: Pool, make_pool: PoolMaker, display: Display,
     trackers: Trackers,
 ) -> Outcome:  # fmt: skip
     """Baselines, search, and the finalists on the report set."""
-    pairs: list[tuple[Candidate, Result]] = []
     plain = Listed(_baselines(prepared), "baseline")
     pace = _pace(prepared, plain.total)
 
     def watch(candidate: Candidate, result: Result) -> None:
-        pairs.append((candidate, result))
         pace.result(result)
         display.result(candidate, result, pace.left())
         trackers.result(candidate, result)
@@ -146,7 +142,7 @@ def _stages(
     display.stage("search", prepared.search.total)
     evolve(prepared.search, pool, ledger, watch, _guesses(prepared))
     pool.close()  # its resources are the next one's
-    winner = _winner(history_of(about, pairs))
+    winner = _winner(read_history(folder.storage))
     finalists = _finalists(prepared, plain, winner)
     # Each winner has a number of its own: a raised budget may bring another one.
     fixed = len(finalists) - 1
@@ -157,7 +153,7 @@ def _stages(
         evolve(listed, pool, ledger, watch)
     finally:
         pool.close()
-    outcome = history_of(about, pairs, ledger.wasted()).outcome()
+    outcome = read_history(folder.storage).outcome()
     if outcome is None:
         raise RuntimeError("all finalists are scored and there is no outcome")
     return outcome
@@ -179,7 +175,7 @@ def _pace(prepared: Prepared, baselines: int) -> Pace:
 def _guesses(prepared: Prepared) -> Guesses | None:
     """What is scored ahead by workers that would be idle."""
     search, config = prepared.search, prepared.config
-    if not (config.pool.ahead and config.order == "exact" and isinstance(search, Ordered)):
+    if not (config.pool.ahead and config.order == "exact" and isinstance(search, Guessable)):
         return None
     return partial(ahead, search)
 

@@ -148,7 +148,7 @@ class Materialiser:
 
     def _merge(self, node: Merge, name: str, below: list[Tensor]) -> Tensor:
         method = methods.METHODS[node.method]
-        values = method.complete(node.settings(name, layer_of(name)), len(node.inputs), node.method)
+        values = method.in_force(node.settings(name, layer_of(name)), len(node.inputs))
         if node.id not in self._models:
             self._models[node.id] = self._model(node)
         return apply(method, values, self._whole(node, name, below), self._models[node.id], self.kernels)

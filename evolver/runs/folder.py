@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import yaml
 
-from evolver.config import Loader, differences
+from evolver.config import Config, ConfigText, differences
 from evolver.errors import BadInput
 from evolver.records import content_hash
 from evolver.storage import Storage
 
 IDENTITY = "identity.json"
+Default = Callable[[str], Any]
 
 
 def file_of_run(folder: Storage, name: str) -> str:
@@ -33,31 +35,39 @@ def compute_of(folder: Storage) -> str | None:
     return model.get("compute") if isinstance(model, dict) else None
 
 
-def extended(folder: Storage, candidates: int | None, items: int | None) -> str:
+def config_of_run(folder: Storage, candidates: int | None = None, items: int | None = None) -> ConfigText:
     """The configuration that a run was called with last, with another budget where one is given.
 
     Raises BadInput where the folder holds no run.
     """
-    text = file_of_run(folder, "config.yaml")
-    given = {k: v for k, v in {"candidates": candidates, "items": items}.items() if v is not None}
-    if not given:
-        return text
-    config = yaml.load(text, Loader=Loader)
-    config["budget"] = {**config["budget"], **given}
-    return str(yaml.safe_dump(config, sort_keys=False))
+    found = ConfigText(file_of_run(folder, "config.yaml"), f"{folder.location}/config.yaml")
+    budget = {k: v for k, v in {"candidates": candidates, "items": items}.items() if v is not None}
+    if not budget:
+        return found
+    config = found.mapping(Config.model_fields)
+    config["budget"] = {**config["budget"], **budget}
+    return replace(found, text=yaml.safe_dump(config, sort_keys=False))
 
 
 class RunFolder:
     """``results/<run>/``. Nothing is written before ``create``.
 
+    A run that was made before there was some key is one in which the key has its default.
+
+    Args:
+        identity: what makes two calls the same run.
+        default: of a key of the configuration, dotted.
+
+    Attributes:
+        owner: the name of the run's identity as it was when the folder was made, under which its ledger is written.
+
     Raises BadInput where the folder holds a run of another configuration, naming the key that differs, or cannot be
     read.
     """
 
-    def __init__(self, storage: Storage, identity: Mapping[str, Any]) -> None:
-        self.storage, self.identity = storage, identity
+    def __init__(self, storage: Storage, identity: Mapping[str, Any], default: Default = lambda key: None) -> None:
+        self.storage, self.identity, self._default = storage, identity, default
         self.location = storage.location
-        self.owner = content_hash(identity)
         try:
             frozen, names = _frozen(storage), storage.names()
         except NotADirectoryError:
@@ -68,6 +78,7 @@ class RunFolder:
             raise BadInput(
                 f"{self.location}: cannot be read ({error.strerror or error}); check the address and the rights."
             ) from error
+        self.owner = content_hash(identity if frozen is None else frozen)
         if frozen is not None:
             self._compare(frozen, identity)
         elif names:
@@ -97,7 +108,8 @@ class RunFolder:
 
     def _compare(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         # The items follow from seed, tasks and data: name them only where nothing else differs.
-        changed = min(differences(old, new), key=lambda d: d[0].startswith("items."), default=None)
+        found = (d for d in differences(old, new) if not (d[1] is None and d[2] == self._default(d[0])))
+        changed = min(found, key=lambda d: d[0].startswith("items."), default=None)
         if changed:
             key, was, now = changed
             what = "other weights" if key.startswith(("experts.", "model.base")) else f"{was!r} → {now!r}"

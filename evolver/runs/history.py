@@ -45,6 +45,12 @@ class History:
         best = max(complete, key=lambda row: row[:2], default=None)
         return None if best is None else best[2:]
 
+    @property
+    def wasted(self) -> tuple[Result, ...]:
+        """Results of guesses that were wrong: the search has not asked for them, up to now."""
+        asked = {(r.number, r.recipe_id) for _, r in self.stages["search"]}
+        return tuple(r for r in self.guessed if (r.number, r.recipe_id) not in asked and r.stage == "search")
+
     def outcome(self) -> Outcome | None:
         """What the report says; None before the finalists are scored."""
         best, dev = self.best, {c.label: r for c, r in self.stages["baseline"]}
@@ -55,10 +61,7 @@ class History:
             return None
         rows = [Finalist(label, c.recipe, dev[label], r) for label, (c, r) in report.items()]
         last = Finalist("winner", best[0].recipe, best[1], winner[-1][1])
-        searched = self.stages["search"]
-        asked = {(r.number, r.recipe_id) for _, r in searched}
-        wasted = tuple(r for r in self.guessed if (r.number, r.recipe_id) not in asked and r.stage == "search")
-        return Outcome(self.about, (*rows, last), best[0], searched, wasted)
+        return Outcome(self.about, (*rows, last), best[0], self.stages["search"], self.wasted)
 
 
 def history_of(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from evolver.config import NAME, Budget, Config, EvaluationSettings, ModelSettings, Section, check_section, read_mapping
+from evolver.config import NAME, Budget, Config, EvaluationSettings, ModelSettings, Section, check_section, config_at
 
 
 class Training(Section):
@@ -94,7 +94,7 @@ def load_pool(path: str | Path) -> PoolConfig:
 
     Raises BadInput for an unreadable file, an unknown key or a wrong type.
     """
-    raw = read_mapping(path, PoolConfig.model_fields)
+    raw = config_at(path).mapping(PoolConfig.model_fields)
     config = check_section(PoolConfig, raw, str(path))
     for name, entry in config.experts.items():
         check_section(Training, {**config.train, **entry.train}, str(path), f"experts.{name}.train.")

@@ -23,6 +23,7 @@ import torch
 import yaml
 from bare import bare_forward
 
+from evolver.config import config_at
 from evolver.driver.prepare import prepare
 from evolver.evaluation.language.decoder import DecoderOnly
 from evolver.evaluation.language.library import quiet
@@ -146,7 +147,7 @@ def worker_of(folder: Path, tasks: list[dict[str, Any]]) -> Worker:
     raw["evaluation"]["block_items"] = 10_000
     config = folder / f"{len(worker_tasks)}.yaml"
     config.write_text(yaml.safe_dump(raw))
-    ready = prepare(str(config))
+    ready = prepare(config_at(config))
     worker = Worker(ready.plan, "dev", tasks=ready.tasks)
     child = Cross(ready.experts[0], (ready.experts[1],), "evolver", 0.5, 0.5, 1)
     result = worker.evaluate(Candidate(0, child, "benchmark"))

@@ -24,6 +24,7 @@ import yaml
 from bare import bare_forward
 
 from evolver.checkpoints.weights import Checkpoint
+from evolver.config import config_at
 from evolver.driver.prepare import Prepared, prepare
 from evolver.ledger import Ledger
 from evolver.records import Candidate, Cross, Merge, Recipe, Rule
@@ -37,7 +38,7 @@ PAGE = Path("results/benchmarks/main-job.md")
 
 def main() -> None:
     """Measure, print, and write the page."""
-    prepared = prepare(CONFIG)
+    prepared = prepare(config_at(CONFIG))
     first, peak = cold_start()
     worker = Worker(prepared.plan, "dev", tasks=prepared.tasks)
     rows, splits = [], []
@@ -82,7 +83,7 @@ def candidate_seconds(worker: Worker, recipes: list[Recipe]) -> dict[str, float]
         if result.status != "ok":
             raise SystemExit(f"a candidate failed: {result.reason}")
         seconds = dict(result.seconds)
-        seconds["total"] += timed(lambda c=candidate, r=result: (ledger.asked(c), ledger.finished(c, r)))
+        seconds["total"] += timed(lambda c=candidate, r=result: (ledger.write_asked(c), ledger.write_result(c, r)))
         seconds["overhead"] = seconds["total"] - seconds["materialise"] - seconds["forward"]
         seconds["copy"] = timed(lambda: copy_model(worker))
         seconds["bare forward"] = timed(bare_forward(worker))

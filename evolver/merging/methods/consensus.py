@@ -42,13 +42,13 @@ def sce(deltas: Stack, *, here: PieceView, select_topk: Top = number(1.0)) -> Te
     return operators.disjoint_sum(kept, weight, kept, operators.elected_sign(kept, "mass"), True)
 
 
-@method("Yuan et al. 2025, Reinforced agent merging (RAM)")
+@method("Yuan et al. 2025, Reinforced agent merging (RAM)", identity={"epsilon": 0.0})
 def ram(deltas: Stack, *, epsilon: Small = number(1e-5)) -> Tensor:
     """Scalars that one expert moved by more than ε keep its full delta; where several moved, the average of theirs."""
     return _ram(deltas, epsilon, torch.ones(len(deltas), device=deltas[0].device))
 
 
-@method("Yuan et al. 2025, Reinforced agent merging (RAM+)")
+@method("Yuan et al. 2025, Reinforced agent merging (RAM+)", identity={"epsilon": 0.0, "r": 0.0})
 def ramplus_tl(
     deltas: Stack,
     *,
@@ -70,7 +70,7 @@ def ramplus_tl(
     return _ram(deltas, epsilon, 1 + r * torch.minimum(ratio.clamp(min=0), alpha.to(ratio)))
 
 
-@method("Wang et al. 2024, Localizing task information (TALL masks, Consensus)")
+@method("Wang et al. 2024, Localizing task information (TALL masks, Consensus)", identity={"agree": 1})
 def consensus(
     deltas: Stack,
     *,
@@ -88,7 +88,7 @@ def consensus(
     return lambda_ * torch.where(votes >= agree, merged, 0.0)
 
 
-@method("He et al. 2024, Localize-and-Stitch (dataless form)")
+@method("He et al. 2024, Localize-and-Stitch (dataless form)", identity={"density": 1.0})
 def localize_and_stitch(
     deltas: Stack, *, here: PieceView, density: Top = number(0.1), scope: Literal["global", "tensor"] = "global"
 ) -> Tensor:
@@ -103,7 +103,8 @@ def localize_and_stitch(
     return kept / count.clamp(min=1)
 
 
-@method("Du et al. 2024, Parameter competition balancing (PCB-Merging)")
+# The scalar of the smallest balance is always dropped.
+@method("Du et al. 2024, Parameter competition balancing (PCB-Merging)", identity=None)
 def pcb(
     deltas: Stack,
     *,
@@ -152,7 +153,7 @@ def emr_max(deltas: Stack, *, lambda_: Annotated[Tensor, Range(0.1, 1.0)] = numb
     return lambda_ * sign * best
 
 
-@method("Yu et al. 2024, Extend model merging to pre-trained models (WIDEN)", rows=True)
+@method("Yu et al. 2024, Extend model merging to pre-trained models (WIDEN)", rows=True, identity={"ratio": 0.0})
 def widen(
     models: Stack,
     *,

@@ -12,7 +12,7 @@ from evolver.merging.methods.here import PieceView, Stack
 from evolver.merging.methods.operators import weighted_sum
 
 
-@method("mergekit 2023, passthrough", takes=1)
+@method("mergekit 2023, passthrough", takes=1, symmetric=False)
 def passthrough(models: Stack, *, scale: Annotated[Tensor, Range(0.5, 1.5)] = number(1.0)) -> Tensor:
     """One model as it is, times ``scale``."""
     return models[0] * scale

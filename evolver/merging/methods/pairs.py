@@ -13,13 +13,13 @@ from evolver.merging.methods.here import PieceView, Stack
 from evolver.merging.methods.operators import TINY, total_of_rows
 
 
-@method("Alchemist 2024, NearSwap, as in mergekit", takes=1)
+@method("Alchemist 2024, NearSwap, as in mergekit", takes=1, symmetric=False, identity=None)
 def nearswap(deltas: Stack, *, t: Annotated[Tensor, Range(1e-5, 1e-2, log=True, least=0.0)]) -> Tensor:
     """The base, moved towards one model by at most t in every scalar: a delta of 3 with t = 2 becomes 2."""
     return torch.minimum(torch.maximum(deltas[0], -t.float()), t.float())
 
 
-@method("Arcee 2024, Arcee Fusion, as in mergekit", rows=True, takes=1)
+@method("Arcee 2024, Arcee Fusion, as in mergekit", rows=True, takes=1, symmetric=False, identity=None)
 def arcee_fusion(models: Stack, *, here: PieceView) -> Tensor:
     """The base, with the scalars of one model whose change is an outlier of importance.
 

@@ -15,7 +15,7 @@ from evolver.merging.methods.here import PieceView, Stack
 Share = Annotated[Tensor, Range(0.0, 1.0)]
 
 
-@method("Shoemake 1985, Animating rotation with quaternion curves", takes=2)
+@method("Shoemake 1985, Animating rotation with quaternion curves", takes=2, symmetric=False)
 def slerp(models: Stack, *, here: PieceView, t: Share) -> Tensor:
     """From the first of two models (t = 0) to the second (t = 1) along the arc between them.
 
@@ -26,7 +26,7 @@ def slerp(models: Stack, *, here: PieceView, t: Share) -> Tensor:
     return models[0] * first.float() + models[1] * second.float()
 
 
-@method("Shoemake 1985, as mergekit's NuSLERP", rows=True, takes=2)
+@method("Shoemake 1985, as mergekit's NuSLERP", rows=True, takes=2, symmetric=False)
 def nuslerp(
     models: Stack,
     *,
@@ -108,7 +108,7 @@ def karcher(
     return _on_sphere(models, here, False, mean, norms, (w * norms).sum())
 
 
-@method("Jang et al. 2024, Model Stock", rows=True)
+@method("Jang et al. 2024, Model Stock", rows=True, least=2)
 def model_stock(models: Stack, *, here: PieceView, filter_wise: bool = False) -> Tensor:
     """Between the base and the average of the models, the nearer to the average the more their deltas agree.
 
