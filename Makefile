@@ -44,7 +44,7 @@ kuberay: $(VENV)/.dev ## KubeRay's manifest against the operator's published sch
 	KUBERAY_CRD=$(CRD) $(BIN)/python -m pytest tests/test_deploy.py
 
 docs: $(VENV)/.dev ## write docs/reference.md from the code
-	$(BIN)/python -m evolver.reference > docs/reference.md
+	$(BIN)/python -m evolver.commands.reference > docs/reference.md
 
 prove: $(VENV)/.dev ## the slow proofs: kills by the dozen, nodes that are cut off and lost, two machines by hand, the language model's demo
 	EVOLVER_KILLS=20 $(BIN)/python -m pytest tests/chaos

@@ -5,13 +5,13 @@ import sys
 from evolver.threads import let_threads_sleep
 
 
-def main() -> int:
+def start() -> int:
     """The main job."""
     let_threads_sleep()
-    from cluster.job import main as job  # it brings torch, which reads how threads wait
+    from cluster.job import run_job as job  # it brings torch, which reads how threads wait
 
     return job()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start())

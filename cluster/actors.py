@@ -8,9 +8,10 @@ from typing import Any
 import ray
 
 from evolver.evaluation.live import default_device
-from evolver.messages import pack_result, unpack_candidate
 from evolver.records import Split
-from evolver.worker import Plan, Worker
+from evolver.workers.messages import pack_result, unpack_candidate
+from evolver.workers.plan import Plan
+from evolver.workers.worker import Worker
 
 
 @ray.remote

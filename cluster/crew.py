@@ -11,12 +11,12 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.actors import PopulationWorker
-from cluster.pulse import Pulse, answers
+from cluster.pulse import Pulse, is_alive
 from evolver.config import Config
 from evolver.errors import BadInput
 from evolver.records import Split
 from evolver.threads import waiting
-from evolver.worker import Plan
+from evolver.workers.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Answered:
     """What a worker says of its candidate."""
 
     worker: int
@@ -43,7 +43,7 @@ class Gone:
     lost: bool = False
 
 
-Event = Ready | Answer | Gone
+Event = Ready | Answered | Gone
 
 
 class Crew(Protocol):
@@ -135,14 +135,14 @@ class RayCrew:
                 raise _unbuildable(error) from error
             return Gone(worker, " ".join(str(error).split())[:200], self._lost(worker))
         if isinstance(said, bytes):
-            return Answer(worker, said)
+            return Answered(worker, said)
         self._where[worker] = said
         return Ready(worker)
 
     def _lost(self, worker: int) -> bool:
         """Whether a worker's node went with it. Ray knows it only after a while, so the node is asked, too."""
         where = self._where.pop(worker, None)
-        return where is not None and not any(n["NodeID"] == where["node"] and answers(n) for n in ray.nodes())
+        return where is not None and not any(n["NodeID"] == where["node"] and is_alive(n) for n in ray.nodes())
 
 
 def worker_options(config: Config) -> dict[str, Any]:

@@ -16,22 +16,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from cluster.shared import SharedPool
-from evolver.about import Job
-from evolver.compute import Choice
-from evolver.config import Config, load
-from evolver.config import Pool as PoolSettings
+from evolver.config import Config, ConfigText, PoolSettings, config_at
+from evolver.driver.run import run
 from evolver.errors import BadInput
-from evolver.evaluation.course import Course
 from evolver.evaluation.live import default_device
+from evolver.evaluation.scores.course import Evaluation
 from evolver.evaluation.tasks import Tasks
-from evolver.flights import Pool
-from evolver.process_pool import ProcessPool
-from evolver.progress import display
+from evolver.loggers.terminal import display
+from evolver.pool import Pool
 from evolver.records import Split
-from evolver.run import run
+from evolver.runs.about import Job
 from evolver.storage import Storage, storage_at
-from evolver.worker import LocalPool, Plan, choose_compute
+from evolver.workers.compute import Choice
+from evolver.workers.local import LocalPool
+from evolver.workers.plan import Plan
+from evolver.workers.process import ProcessPool
+from evolver.workers.shared import SharedPool
+from evolver.workers.worker import choose_compute
 
 # What Ray tells the driver of a job, and how ids begin that Ray drew itself.
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -45,19 +46,34 @@ class Stopped(BaseException):
     """Somebody asked the run to stop. Like KeyboardInterrupt no Exception, so that no worker takes it for a failure."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run_job(arguments: Sequence[str] | None = None) -> int:
     """Run the configuration that the command line names."""
     parser = argparse.ArgumentParser(prog="evolve.py", description="Search for the best merge of fine-tuned models.")
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("--run", help="name of the run (default: the id of the Ray job, if you chose one; else `run:`)")
     parser.add_argument("--results", help=RESULTS)
     given = parser.parse_args(arguments)
+    try:
+        config = config_at(given.config)
+    except BadInput as error:
+        print(error, file=sys.stderr)
+        return 2
+    return drive(config, given.results, given.run)
+
+
+def drive(given: ConfigText, results: str | None, name: str | None) -> int:
+    """Run a configuration, or the rest of it, and tell on the terminal how it goes; the exit status.
+
+    Args:
+        results: folder of all runs; default: see ``results_at``.
+        name: of the run; default: the id of the Ray job, if somebody chose one, else the configuration's.
+    """
     signal.signal(signal.SIGTERM, _stop)
     shown = display()
     try:
-        device = device_of(load(given.config).pool)
-        name = given.run or submission_id()
-        run(given.config, results_at(given.results), make_pool, shown, device, name, this_job(), choose_for_workers)
+        device, job = device_of(given.parsed().pool), this_job()
+        name = name or submission_id()
+        run(given, results_at(results), make_pool, shown, device, name, job, choose_for_workers)
         return 0
     except BadInput as error:
         shown.close()
@@ -87,7 +103,7 @@ def make_pool(plan: Plan, split: Split, tasks: Tasks) -> Pool:
         return pool
     scale = tasks.scale(split)
     block, alpha = plan.block(split, len(scale.tasks)), plan.config.evaluation.racing
-    return SharedPool(pool, share, lambda candidate: Course(candidate, scale, block, alpha))
+    return SharedPool(pool, share, lambda candidate: Evaluation(candidate, scale, block, alpha))
 
 
 def choose_for_workers(config: Config) -> Choice:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from evolver.about import Job
 from evolver.errors import BadInput
+from evolver.runs.about import Job
 
 WAIT_SECONDS = 10.0
 JOB_WAITS, JOB_FAILED = "PENDING", "FAILED"  # in Ray's words

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, replace
 
-from cluster.crew import Answer, Crew, Event, Gone, RayCrew, Ready, worker_options
-from evolver.config import Pool as PoolSettings
+from cluster.crew import Answered, Crew, Event, Gone, RayCrew, Ready, worker_options
+from evolver.config import PoolSettings
 from evolver.errors import BadInput
-from evolver.messages import pack_candidate, unpack_result
 from evolver.records import Candidate, Result, Split
-from evolver.worker import Plan
+from evolver.workers.messages import pack_candidate, unpack_result
+from evolver.workers.plan import Plan
 
 # How often a wait looks at the clock for evaluations that take too long.
 TICK_SECONDS = 1.0
 # How long nobody may be ready before we say that something is wrong.
-PATIENCE_SECONDS = 600.0
+PLACE_SECONDS = 600.0
 # So many workers may die one after the other before any is ready.
 STILLBORN = 5
 # So many nodes may be lost under one candidate; then it may be what takes them down.
@@ -81,9 +81,9 @@ class CrewPool:
             events = list(self._crew.wait(TICK_SECONDS))
             if events or self._busy:
                 return events
-            if self._crew.now() - began > PATIENCE_SECONDS:
+            if self._crew.now() - began > PLACE_SECONDS:
                 raise BadInput(
-                    f"pool: no worker was ready within {PATIENCE_SECONDS:.0f} s; is the cluster busy with other jobs?"
+                    f"pool: no worker was ready within {PLACE_SECONDS:.0f} s; is the cluster busy with other jobs?"
                 )
 
     def _hear(self, events: list[Event]) -> None:
@@ -92,12 +92,12 @@ class CrewPool:
                 self._coming.discard(event.worker)
                 self._stillborn = 0
                 self._idle.append(event.worker)
-            elif isinstance(event, Answer):
+            elif isinstance(event, Answered):
                 self._land(event)
             else:
                 self._lose(event)
 
-    def _land(self, event: Answer) -> None:
+    def _land(self, event: Answered) -> None:
         del self._busy[event.worker]
         self._idle.append(event.worker)
         self.bytes_received += len(event.message)

@@ -11,13 +11,13 @@ from typing import Any
 import ray
 
 # A node is asked so often, and taken for lost when it has not answered so many times in a row.
-BEAT_SECONDS = 5.0
+PULSE_SECONDS = 5.0
 MISSES = 3
 CONNECT_SECONDS = 2.0
-AT_ONCE = 32
+PULSES_AT_ONCE = 32
 
 
-def answers(node: Mapping[str, Any]) -> bool:
+def is_alive(node: Mapping[str, Any]) -> bool:
     """Whether the daemon of a node, as ``ray.nodes()`` describes it, can be reached."""
     if not node["Alive"]:
         return False
@@ -45,8 +45,8 @@ class Pulse:
         self._end.set()
 
     def _beat(self) -> None:
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            while not self._end.wait(BEAT_SECONDS) and ray.is_initialized():
+        with ThreadPoolExecutor(PULSES_AT_ONCE) as pool:
+            while not self._end.wait(PULSE_SECONDS) and ray.is_initialized():
                 nodes = ray.nodes()
-                for node, well in zip(nodes, pool.map(answers, nodes), strict=True):
+                for node, well in zip(nodes, pool.map(is_alive, nodes), strict=True):
                     self._misses[node["NodeID"]] = 0 if well else self._misses.get(node["NodeID"], 0) + 1

@@ -6,11 +6,11 @@ import ray
 from ray.exceptions import RayError
 
 from cluster.crew import worker_options
-from evolver.compute import Choice
 from evolver.config import Config
 from evolver.errors import BadInput
 from evolver.evaluation.live import default_device
-from evolver.worker import choose_compute
+from evolver.workers.compute import Choice
+from evolver.workers.worker import choose_compute
 
 
 def choose_on_ray(config: Config) -> Choice:

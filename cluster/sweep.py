@@ -19,10 +19,10 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from evolver.config import NAME, Config, Section, check_section, read_mapping
+from evolver.config import NAME, Config, Section, check_section, config_at
 from evolver.errors import BadInput
 from evolver.records import content_hash
-from evolver.report import markdown_table
+from evolver.report.text import markdown_table
 from evolver.storage import storage_at
 
 POLL_SECONDS = 5.0
@@ -60,8 +60,8 @@ def load_sweep(file: Path) -> Sweep:
 
     Raises BadInput that names file and key.
     """
-    settings = check_section(SweepSettings, read_mapping(file, SweepSettings.model_fields), str(file))
-    base = read_mapping(file.parent / settings.config, Config.model_fields)
+    settings = check_section(SweepSettings, config_at(file).mapping(SweepSettings.model_fields), str(file))
+    base = config_at(file.parent / settings.config).mapping(Config.model_fields)
     for key, listed in settings.vary.items():
         if not listed:
             raise BadInput(f"{file}: vary.{key}: there are no values; list some.")

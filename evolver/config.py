@@ -6,9 +6,9 @@ stands; the algorithm that it names checks it against its own settings with ``ch
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -30,7 +30,7 @@ class Section(BaseModel):
 SectionType = TypeVar("SectionType", bound=Section)
 
 
-class Model(Section):
+class ModelSettings(Section):
     """The common ancestor of the experts and the kind of model that it is."""
 
     base: str = Field(description="Hugging Face folder of the base, a GGUF file, or a hub id")
@@ -105,7 +105,7 @@ class TaskEntry(Section):
     )
 
 
-class Evaluation(Section):
+class EvaluationSettings(Section):
     """How candidates are scored. Everything here is part of the run's identity."""
 
     tasks: list[TaskEntry] = Field(min_length=1)
@@ -140,7 +140,7 @@ class Evaluation(Section):
     threads: int = Field(1, ge=1, description="CPU threads of one worker; results in bfloat16 depend on it")
 
     @model_validator(mode="after")
-    def _distinct_tasks(self) -> Evaluation:
+    def _distinct_tasks(self) -> EvaluationSettings:
         names = [t.task for t in self.tasks]
         for name in names:
             if names.count(name) > 1:
@@ -177,7 +177,7 @@ class Baselines(Section):
         return masses
 
 
-class Pool(Section):
+class PoolSettings(Section):
     """Where candidates are evaluated. Nothing here changes a result, so it may differ from call to call."""
 
     kind: Literal["auto", "local", "ray"] = Field("auto", description="auto: Ray inside a Ray job, else this process")
@@ -219,15 +219,15 @@ class Config(Section):
         "same run; arrival: as they come, so that no worker waits for a slow one, and timing makes the run. Resuming "
         "goes on exactly either way",
     )
-    model: Model
+    model: ModelSettings
     experts: dict[str, str] = Field(
         description="name → folder of a fine-tune or of a LoRA adapter, a GGUF file, or a hub id"
     )
     search: dict[str, Any] = Field(description="algorithm and its settings")
     budget: Budget
-    evaluation: Evaluation
+    evaluation: EvaluationSettings
     baselines: Baselines = Baselines()
-    pool: Pool = Pool()
+    pool: PoolSettings = PoolSettings()
     loggers: dict[str, dict[str, Any] | None] = Field(
         default_factory=dict, description="trackers that are told of every result: name → settings, of those below"
     )
@@ -276,30 +276,56 @@ WORDING = {
 FREE_KEYS = ("run", "pool", "budget", "loggers")
 
 
+@dataclass(frozen=True)
+class ConfigText:
+    """A configuration as its author wrote it.
+
+    Attributes:
+        text: YAML.
+        origin: the place that messages name: a file of the user's, or the copy in a run's folder.
+    """
+
+    text: str
+    origin: str
+
+    def parsed(self) -> Config:
+        """The configuration.
+
+        Raises BadInput for what is no YAML, an unknown key (naming the nearest known one) or a wrong type.
+        """
+        return check_section(Config, self.mapping(Config.model_fields), self.origin)
+
+    def mapping(self, keys: Iterable[str]) -> dict[str, Any]:
+        """The mapping that the text holds; ``keys`` are those that it may have, for the message.
+
+        Raises BadInput for text that holds no mapping.
+        """
+        try:
+            raw = yaml.load(self.text, Loader=Loader)
+        except yaml.YAMLError as error:
+            raise BadInput(f"{self.origin}: not valid YAML: {' '.join(str(error).split())}; mend the file.") from error
+        if not isinstance(raw, dict):
+            raise BadInput(f"{self.origin}: the configuration must be a mapping with the keys {', '.join(keys)}.")
+        return raw
+
+
+def config_at(path: str | Path) -> ConfigText:
+    """The configuration in a file, as it stands there.
+
+    Raises BadInput for an unreadable file.
+    """
+    try:
+        return ConfigText(Path(path).read_text(), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: the configuration cannot be read ({error}); give the path of a YAML file.") from error
+
+
 def load(path: str | Path) -> Config:
-    """Read a configuration.
+    """The configuration in a file.
 
     Raises BadInput for an unreadable file, an unknown key (naming the nearest known one) or a wrong type.
     """
-    return check_section(Config, read_mapping(path, Config.model_fields), str(path))
-
-
-def read_mapping(path: str | Path, keys: Iterable[str]) -> dict[str, Any]:
-    """The mapping in a YAML file; ``keys`` are those that it may have, for the message.
-
-    Raises BadInput for an unreadable file, or one that holds no mapping.
-    """
-    try:
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: the configuration cannot be read ({error}); give the path of a YAML file.") from error
-    try:
-        raw = yaml.load(text, Loader=Loader)
-    except yaml.YAMLError as error:
-        raise BadInput(f"{path}: not valid YAML: {' '.join(str(error).split())}; mend the file.") from error
-    if not isinstance(raw, dict):
-        raise BadInput(f"{path}: the configuration must be a mapping with the keys {', '.join(keys)}.")
-    return raw
+    return config_at(path).parsed()
 
 
 def renamed(config: Config, run: str) -> Config:
@@ -330,20 +356,37 @@ def check_section(kind: type[SectionType], raw: Mapping[str, Any], file: str, pr
         raise BadInput(f"{file}: {_sentence(kind, first, prefix)}") from None
 
 
-def expand(path: str) -> str:
-    """``path`` with ``~`` and environment variables filled in; unset variables of ours take their default."""
-    os.environ.setdefault("EVOLVER_CACHE", str(Path.home() / ".cache" / "evolver"))
-    return os.path.expandvars(os.path.expanduser(path))
-
-
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The keys, dotted, in which two nested mappings differ, with both values."""
+    """The keys, dotted, in which two nested mappings differ, with both values; None for a value that is not there."""
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            yield from differences(a, b, f"{prefix}{key}.")
+        if isinstance(b, Mapping) and (isinstance(a, Mapping) or key not in old):
+            yield from differences(a or {}, b, f"{prefix}{key}.")
+        elif a != b and (pairs := _sections(a, b)):
+            for n, (one, other) in enumerate(pairs):
+                yield from differences(one, other, f"{prefix}{key}[{n}].")
         elif a != b:
             yield f"{prefix}{key}", a, b
+
+
+def _sections(a: Any, b: Any) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """The pairs that two lists make which hold equally many mappings."""
+    if not (isinstance(a, list) and isinstance(b, list) and len(a) == len(b)):
+        return []
+    return list(zip(a, b, strict=True)) if all(isinstance(one, Mapping) for one in (*a, *b)) else []
+
+
+def default_of(kind: type[BaseModel], key: str) -> Any:
+    """The default of a key, dotted, of a section; None where it has none, or where there is no such key."""
+    first, _, rest = key.partition(".")
+    name = first.partition("[")[0]
+    if name not in kind.model_fields:
+        return None
+    if rest:
+        inner = _inner(kind, name)
+        return default_of(inner, rest) if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+    field = kind.model_fields[name]
+    return None if field.is_required() else field.get_default(call_default_factory=True)
 
 
 class Loader(yaml.SafeLoader):

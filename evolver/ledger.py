@@ -14,7 +14,7 @@ import io
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 import pyarrow as pa
@@ -26,10 +26,10 @@ from evolver.storage import Storage, lease, read_all
 from evolver.storage.lease import Lease
 
 # Stage, number, recipe id, bar, limit, and how many items were known: the result depends on nothing else.
-Question = tuple[str, int, str, float | None, int | None, int]
+LedgerQuestion = tuple[str, int, str, float | None, int | None, int]
 PART = re.compile(r"part-(\d{8})(?:-(\d{8}))?\.parquet")
 JOIN_FROM = 256
-ITEMS = "items.parquet"
+ITEMS_FILE = "items.parquet"
 OWNER = b"evolver.run"
 
 SCHEMA = pa.schema(
@@ -61,8 +61,12 @@ SCHEMA = pa.schema(
     ]
 )
 
+# A table of 2026-11 has these columns; whoever adds one adds it to SCHEMA, and what older tables lack is its default.
+OLDEST = ("event", "time", "stage", "number", "recipe_id", "recipe")
+DEFAULTS = {f.name: f.default for kind in (Candidate, Result) for f in fields(kind) if f.default is not MISSING}
+
 # Fields of a result that stand in a row as they are, and those that are mappings.
-PLAIN = ("status", "reason", "score", "bound", "complete", "reused", "raced", "given", "worker")
+PLAIN_FIELDS = ("status", "reason", "score", "bound", "complete", "reused", "raced", "given", "worker")
 MAPS = ("tasks", "seconds", "counts")
 
 
@@ -82,7 +86,7 @@ class Ledger:
         self.warnings: list[str] = []
         self._finished: dict[tuple[str, int], Result] = {}
         self._by_recipe: dict[tuple[str, Split], list[Result]] = {}
-        self._early: dict[Question, Result] = {}
+        self._guessed: dict[LedgerQuestion, Result] = {}
         self._ranks: dict[str, int] = {}
         self._lease = Lease(storage, say)
         self._parts: list[tuple[int, int, str]] = []
@@ -93,7 +97,7 @@ class Ledger:
                 if row["event"] == "finished":
                     self._index(result_of(row))
                 elif row["event"] == "guessed":
-                    self._early[_asked_in(row)] = result_of(row)
+                    self._guessed[_asked_in(row)] = result_of(row)
         except BaseException:
             self.close()
             raise
@@ -102,11 +106,49 @@ class Ledger:
         """Let another process in."""
         self._lease.close()
 
-    def recorded(self, candidate: Candidate) -> Result | None:
-        """What this very candidate scored, if it has finished.
+    def answer(self, candidate: Candidate) -> Result | None:
+        """What answers a candidate's question without an evaluation, if anything does.
 
-        Raises BadInput where the ledger holds another recipe under its number: it was written by another search.
+        That is, in this order: what this very candidate scored before; an earlier result of the same recipe on the
+        same items; and what this very candidate scored when it was only guessed, with the same items known.
         """
+        own = self._finished.get((candidate.stage, candidate.number))
+        if own is not None and own.recipe_id == candidate.recipe.id:
+            return own
+        for result in self._by_recipe.get((candidate.recipe.id, candidate.split), []):
+            if result.answers(candidate):
+                return replace(result, number=candidate.number, stage=candidate.stage, reused=True)
+        return self._guessed.get(_question(candidate, len(self.with_known_items(candidate).known)))
+
+    def with_known_items(self, candidate: Candidate) -> Candidate:
+        """The candidate with the longest first part of its items that is known of its recipe."""
+        found = self._by_recipe.get((candidate.recipe.id, candidate.split), [])
+        return replace(candidate, known=max((r.items for r in found), key=len, default=()))
+
+    def write_asked(self, candidate: Candidate) -> None:
+        """Record that a candidate was sent out.
+
+        Raises BadInput where the ledger holds another recipe under its number: another search wrote it.
+        """
+        self._recorded(candidate)
+        self._append([_row(candidate, None)])
+
+    def write_result(self, candidate: Candidate, result: Result) -> Result:
+        """Record a candidate's result, unless it is recorded; it is on disk when this returns, with its rank.
+
+        Raises BadInput where the ledger holds another recipe under its number: another search wrote it.
+        """
+        if (recorded := self._recorded(candidate)) is not None:
+            return recorded
+        self._append([_row(candidate, result)])
+        return self._index(result)
+
+    def write_guess(self, candidate: Candidate, result: Result) -> None:
+        """Record the result of a candidate that no search has asked for yet."""
+        self._append([_row(candidate, result) | {"event": "guessed"}])
+        self._guessed[_question(candidate, result.given)] = result
+
+    def _recorded(self, candidate: Candidate) -> Result | None:
         result = self._finished.get((candidate.stage, candidate.number))
         if result is not None and result.recipe_id != candidate.recipe.id:
             raise BadInput(
@@ -115,41 +157,6 @@ class Ledger:
                 "start one of another name."
             )
         return result
-
-    def known(self, candidate: Candidate) -> Result | None:
-        """An earlier result of the same recipe on the same items, if it answers the candidate's question."""
-        for result in self._by_recipe.get((candidate.recipe.id, candidate.split), []):
-            if result.answers(candidate):
-                return replace(result, number=candidate.number, stage=candidate.stage, reused=True)
-        return None
-
-    def prepared(self, candidate: Candidate) -> Candidate:
-        """The candidate with the longest first part of its items that is known of its recipe."""
-        found = self._by_recipe.get((candidate.recipe.id, candidate.split), [])
-        return replace(candidate, known=max((r.items for r in found), key=len, default=()))
-
-    def early(self, candidate: Candidate) -> Result | None:
-        """What this very candidate scored when it was only guessed, with the same items known."""
-        return self._early.get(_question(candidate, len(self.prepared(candidate).known)))
-
-    def wasted(self) -> list[Result]:
-        """Results of guesses that were wrong: no search has asked for them, up to now."""
-        asked = {(r.stage, r.number, r.recipe_id) for r in self._finished.values()}
-        return [r for r in self._early.values() if (r.stage, r.number, r.recipe_id) not in asked]
-
-    def asked(self, candidate: Candidate) -> None:
-        """Record that a candidate was sent out."""
-        self._append([_row(candidate, None)])
-
-    def finished(self, candidate: Candidate, result: Result) -> Result:
-        """Record a result; it is on disk when this returns, with its rank."""
-        self._append([_row(candidate, result)])
-        return self._index(result)
-
-    def guessed(self, candidate: Candidate, result: Result) -> None:
-        """Record the result of a candidate that no search has asked for yet."""
-        self._append([_row(candidate, result) | {"event": "guessed"}])
-        self._early[_question(candidate, result.given)] = result
 
     def results(self, stage: str) -> list[Result]:
         """The results of a stage by number."""
@@ -208,9 +215,10 @@ class Ledger:
             except (pa.ArrowException, OSError, ValueError) as error:
                 self._set_aside(name, error)
                 continue
-            if (table.schema.metadata or {}).get(OWNER) != self.owner.encode() or not SCHEMA.equals(table.schema):
+            if (table.schema.metadata or {}).get(OWNER) != self.owner.encode():
                 self.warnings.append(f"{self._at(name)} belongs to another run and was left alone")
                 continue
+            table = with_all_columns(table, self._at(name))
             if self._parts and end <= self._parts[-1][1]:
                 self.storage.remove(name)  # joined already; the crash came before it was removed
                 continue
@@ -224,7 +232,7 @@ class Ledger:
             match = PART.fullmatch(name)
             if match:
                 yield int(match[1]), int(match[2] or match[1]), name
-            elif name not in {"lock", lease.FILE, "damaged"}:
+            elif name not in {"lock", lease.LEASE_FILE, "damaged"}:
                 self.warnings.append(f"{self._at(name)} is no part of the ledger and was left alone")
 
     def _set_aside(self, name: str, error: Exception) -> None:
@@ -236,7 +244,32 @@ class Ledger:
         return f"{self.storage.location}/{name}"
 
 
-def read(storage: Storage) -> pa.Table:
+def with_all_columns(table: pa.Table, file: str) -> pa.Table:
+    """A table of this or an earlier version with the columns of this one: those that it lacks hold their defaults.
+
+    Raises BadInput where a newer version wrote it, or something else did.
+    """
+    new = [name for name in table.column_names if name not in SCHEMA.names]
+    if new:
+        raise BadInput(
+            f"{file}: it has columns that this version does not know ({', '.join(new)}); a newer version of Evolver "
+            "wrote it: go on with that one."
+        )
+    for field in SCHEMA:
+        if field.name in table.column_names:
+            if table.schema.field(field.name).type != field.type:
+                raise BadInput(f"{file}: its column {field.name} is no {field.type}; restore it from a copy.")
+        elif field.name in OLDEST:
+            raise BadInput(
+                f"{file}: it has no column {field.name}, so it is no part of a ledger; restore it from a copy."
+            )
+        else:
+            default = [] if pa.types.is_nested(field.type) else DEFAULTS.get(field.name)
+            table = table.append_column(field, pa.array([default] * len(table), field.type))
+    return table.select(SCHEMA.names)
+
+
+def read_table(storage: Storage) -> pa.Table:
     """All rows of a ledger, for reports; a run may be writing meanwhile."""
     tables = read_parts(storage)
     return pa.concat_tables([t for t in tables.values() if t is not None]) if tables else SCHEMA.empty_table()
@@ -253,7 +286,8 @@ def read_parts(storage: Storage, known: Collection[str] = ()) -> dict[str, pa.Ta
                 end = -negative_end
         new = [n for n in names if n not in known]
         with contextlib.suppress(FileNotFoundError):  # parts were joined meanwhile: look again
-            tables = dict(zip(new, (_table(data) for data in read_all(storage, new)), strict=True))
+            data = zip(new, read_all(storage, new), strict=True)
+            tables = {n: with_all_columns(_table(d), f"{storage.location}/{n}") for n, d in data}
             return {n: tables.get(n) for n in names}
 
 
@@ -262,7 +296,7 @@ def read_part(storage: Storage, name: str) -> pa.Table:
 
     Raises FileNotFoundError where it is not there any more, as small ones are joined.
     """
-    return _table(storage.read(name))
+    return with_all_columns(_table(storage.read(name)), f"{storage.location}/{name}")
 
 
 def write_items(run: Storage, items: Mapping[Split, Sequence[tuple[str, int, str]]]) -> None:
@@ -274,15 +308,15 @@ def write_items(run: Storage, items: Mapping[Split, Sequence[tuple[str, int, str
         for split, members in items.items()
         for place, (task, index, content) in enumerate(members)
     ]
-    run.write(ITEMS, _bytes(pa.Table.from_pylist(rows)))
+    run.write(ITEMS_FILE, _bytes(pa.Table.from_pylist(rows)))
 
 
-def answers(run: Storage) -> pa.Table:
+def answer_table(run: Storage) -> pa.Table:
     """Every answer of a run: one row for each candidate and item, with the item's hash."""
     items: dict[str, list[dict[str, Any]]] = {"dev": [], "report": []}
-    for row in _table(run.read(ITEMS)).to_pylist():
+    for row in _table(run.read(ITEMS_FILE)).to_pylist():
         items[row["split"]].append(row)
-    finished = [r for r in read(run.folder("ledger")).to_pylist() if r["event"] == "finished" and not r["reused"]]
+    finished = [r for r in read_table(run.folder("ledger")).to_pylist() if r["event"] == "finished" and not r["reused"]]
     rows = [
         {**{k: r[k] for k in ("stage", "number", "recipe_id")}, "task": i["task"], "hash": i["hash"], "answer": a}
         for r in finished
@@ -320,16 +354,16 @@ def _row(candidate: Candidate, result: Result | None) -> dict[str, Any]:
         "limit": candidate.limit,
     }
     if result:
-        row |= {name: getattr(result, name) for name in PLAIN} | {"items": list(result.items)}
+        row |= {name: getattr(result, name) for name in PLAIN_FIELDS} | {"items": list(result.items)}
         row |= {name: list(getattr(result, name).items()) for name in MAPS}
     return row
 
 
-def _question(candidate: Candidate, known: int) -> Question:
+def _question(candidate: Candidate, known: int) -> LedgerQuestion:
     return candidate.stage, candidate.number, candidate.recipe.id, candidate.bar, candidate.limit, known
 
 
-def _asked_in(row: Mapping[str, Any]) -> Question:
+def _asked_in(row: Mapping[str, Any]) -> LedgerQuestion:
     return row["stage"], row["number"], row["recipe_id"], row["bar"], row["limit"], row["given"]
 
 
@@ -343,7 +377,7 @@ def candidate_of(row: Mapping[str, Any]) -> Candidate:
 
 def result_of(row: Mapping[str, Any]) -> Result:
     """The result of a row that has one."""
-    same = ("number", "recipe_id", "stage", *PLAIN, *MAPS)
+    same = ("number", "recipe_id", "stage", *PLAIN_FIELDS, *MAPS)
     return Result(**{name: row[name] for name in same}, items=tuple(row["items"]))
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from evolver.flights import Flights, Pool
 from evolver.ledger import Ledger
+from evolver.pool import Flights, Pool
 from evolver.records import Candidate, Result
 from evolver.search.base import Search
 
@@ -24,31 +24,23 @@ def evolve(search: Search, pool: Pool, ledger: Ledger, watch: Watch, guesses: Gu
     flights = Flights(pool)
     followers: dict[str, list[Candidate]] = {}
 
-    def settle(candidate: Candidate, result: Result, recorded: bool = False) -> None:
-        if not recorded:
-            result = ledger.finished(candidate, result)
+    def settle(candidate: Candidate, result: Result) -> None:
+        result = ledger.write_result(candidate, result)
         search.tell(result)
         watch(candidate, result)
 
     def dispatch(candidate: Candidate) -> None:
-        if recorded := ledger.recorded(candidate):
-            settle(candidate, recorded, recorded=True)
-        elif known := ledger.known(candidate):
-            settle(candidate, known)
-        elif early := ledger.early(candidate):
-            settle(candidate, early)
-        elif flights.holds(candidate := ledger.prepared(candidate)):
+        if answer := ledger.answer(candidate):
+            settle(candidate, answer)
+        elif flights.holds(candidate := ledger.with_known_items(candidate)):
             followers.setdefault(candidate.recipe.id, []).append(candidate)
         else:
-            ledger.asked(candidate)
+            ledger.write_asked(candidate)
             flights.send(candidate)
 
-    def there(candidate: Candidate) -> Result | None:
-        return ledger.known(candidate) or ledger.early(candidate)
-
     def run_ahead(guesses: Guesses) -> None:
-        for candidate in guesses(there):
-            if there(candidate) is None and not flights.guess(ledger.prepared(candidate)):
+        for candidate in guesses(ledger.answer):
+            if ledger.answer(candidate) is None and not flights.guess(ledger.with_known_items(candidate)):
                 break
 
     while not search.done:
@@ -63,7 +55,7 @@ def evolve(search: Search, pool: Pool, ledger: Ledger, watch: Watch, guesses: Gu
             run_ahead(guesses)
         for candidate, result, guessed in flights.land():
             if guessed:
-                ledger.guessed(candidate, result)
+                ledger.write_guess(candidate, result)
             else:
                 settle(candidate, result)
             for follower in followers.pop(result.recipe_id, []):

@@ -8,9 +8,9 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cluster.crew import Answer, Event, Gone, Ready
-from evolver.messages import pack_result, unpack_candidate
+from cluster.crew import Answered, Event, Gone, Ready
 from evolver.records import Candidate, Result
+from evolver.workers.messages import pack_result, unpack_candidate
 
 Say = Callable[[Candidate], Result]
 Seconds = Callable[[Candidate], float]
@@ -116,4 +116,4 @@ class SimulatedCrew:
             return None
         self.busy += took
         self.evaluated.append(candidate)
-        return Answer(worker, pack_result(self._say(candidate)))
+        return Answered(worker, pack_result(self._say(candidate)))

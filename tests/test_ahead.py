@@ -8,10 +8,11 @@ from functools import partial
 import pytest
 from test_search import ORDERED, build, experts_for
 
-from evolver.ledger import Ledger, read
+from evolver.ledger import Ledger, read_table, result_of
 from evolver.loop import evolve
 from evolver.records import Result
-from evolver.search.ahead import ahead
+from evolver.runs.history import history_of
+from evolver.search.ahead import Guessable, ahead
 from evolver.storage import storage_at
 
 pytestmark = pytest.mark.whole
@@ -86,11 +87,16 @@ def run(folder, settings, pool, guessing=True, arrival=False, **budget):
     search = build(settings, experts=experts_for(settings), arrival=arrival, **budget)
     ledger = Ledger(storage_at(folder), "me")
     try:
-        guesses = partial(ahead, search) if guessing else None
+        guesses = partial(ahead, search) if guessing and isinstance(search, Guessable) else None
         evolve(search, pool, ledger, lambda c, r: told.append((c, r)), guesses)
     finally:
         ledger.close()
     return told, ledger
+
+
+def history(folder, told):
+    rows = read_table(storage_at(folder)).to_pylist(maps_as_pydicts="strict")
+    return history_of(None, told, [result_of(r) for r in rows if r["event"] == "guessed"])
 
 
 def by_number(told):
@@ -98,7 +104,7 @@ def by_number(told):
 
 
 def finished(folder):
-    rows = [r for r in read(storage_at(folder)).to_pylist() if r["event"] == "finished"]
+    rows = [r for r in read_table(storage_at(folder)).to_pylist() if r["event"] == "finished"]
     return [tuple(str(r[k]) for k in ("number", "recipe_id", "score", "items", "reused", "bar", "given")) for r in rows]
 
 
@@ -126,10 +132,10 @@ def test_eight_workers_are_worth_four_and_more(tmp_path, merger):
     took = {}
     for workers in (1, 8):
         pool = Simulated(workers)
-        told, ledger = run(tmp_path / str(workers), settings, pool, candidates=400)
+        told, _ = run(tmp_path / str(workers), settings, pool, candidates=400)
         took[workers] = pool.now
     assert took[1] / took[8] >= 4
-    wasted = ledger.wasted()
+    wasted = history(tmp_path / "8", told).wasted
     assert 0 < len(wasted) <= len(pool.scored) - len([r for _, r in told if not r.reused])
 
 
@@ -140,7 +146,7 @@ def test_killed_again_and_again(tmp_path):
     seen, kills = [], 0
     while True:
         pool = Simulated(6, seconds=uneven, die_after=1 + kills % 5)
-        recorded = read(storage_at(tmp_path / "killed")).to_pylist() if (tmp_path / "killed").exists() else []
+        recorded = read_table(storage_at(tmp_path / "killed")).to_pylist() if (tmp_path / "killed").exists() else []
         known = {(r["number"], r["recipe_id"]) for r in recorded if r["event"] in ("finished", "guessed")}
         try:
             told, _ = run(tmp_path / "killed", settings, pool)
@@ -156,21 +162,18 @@ def test_killed_again_and_again(tmp_path):
 
 def test_what_was_guessed_wrong_is_told_apart(tmp_path):
     settings = ORDERED["evolver sequential evolver"]
-    told, ledger = run(tmp_path, settings, Simulated(8, share=0.4))
+    told, _ = run(tmp_path, settings, Simulated(8, share=0.4))
     asked = {(c.number, c.recipe.id) for c, _ in told}
-    rows = [r for r in read(storage_at(tmp_path)).to_pylist() if r["event"] == "guessed"]
+    rows = [r for r in read_table(storage_at(tmp_path)).to_pylist() if r["event"] == "guessed"]
     wrong = {(r["number"], r["recipe_id"]) for r in rows} - asked
     assert wrong
-    assert {(r.number, r.recipe_id) for r in ledger.wasted()} == wrong
-    again = Ledger(storage_at(tmp_path), "me")
-    assert {(r.number, r.recipe_id) for r in again.wasted()} == wrong
-    again.close()
+    assert {(r.number, r.recipe_id) for r in history(tmp_path, told).wasted} == wrong
 
 
 def test_nothing_is_guessed_where_nothing_can_be_assumed(tmp_path):
-    _, ledger = run(tmp_path, ORDERED["tpe"], Simulated(8))
-    assert all(r["event"] != "guessed" for r in read(storage_at(tmp_path)).to_pylist())
-    assert ledger.wasted() == []
+    told, _ = run(tmp_path, ORDERED["tpe"], Simulated(8))
+    assert all(r["event"] != "guessed" for r in read_table(storage_at(tmp_path)).to_pylist())
+    assert history(tmp_path, told).wasted == ()
 
 
 @pytest.mark.parametrize("name", ["tpe 4", "evolver steady evolver", "evolver steady merger evolver"])
@@ -189,3 +192,26 @@ def test_results_by_arrival_go_on_exactly(tmp_path, name):
     assert arrived != sorted(arrived) == list(range(40))
     again, _ = run(tmp_path, settings, Simulated(1, die_after=0), guessing=False, arrival=True)
     assert by_number(again) == by_number(told)
+
+
+@pytest.mark.parametrize("name", ["tpe", "cmaes", "nsga2"])
+def test_what_stands_on_a_study_cannot_be_guessed(name):
+    """A copy would share the study: what is asked of the copy would change what the original asks for."""
+    assert not isinstance(build(ORDERED[name]), Guessable)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in ORDERED if isinstance(build(ORDERED[n], experts=experts_for(ORDERED[n])), Guessable)]
+)
+def test_a_twin_leaves_the_original_as_it_is(name):
+    one, other = (build(ORDERED[name], experts=experts_for(ORDERED[name]), candidates=30) for _ in range(2))
+    while not one.done:
+        twin = one.twin()
+        for candidate in twin.ask(3):
+            twin.tell(scored(candidate, 0.5))
+        asked = one.ask(2)
+        assert asked == other.ask(2)
+        for candidate in asked:
+            for search in (one, other):
+                search.tell(scored(candidate, 0.5))
+    assert other.done

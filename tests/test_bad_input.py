@@ -14,7 +14,7 @@ import toys
 import yaml
 from toys import DROP
 
-from cluster.job import main
+from cluster.job import run_job
 
 SECONDS = 5.0  # of a processor: what else a machine does is not ours
 
@@ -207,7 +207,7 @@ TABLE = {
 def call(file, results, capsys):
     capsys.readouterr()
     began = time.process_time()
-    code = main([str(file), "--results", str(results)])
+    code = run_job([str(file), "--results", str(results)])
     assert time.process_time() - began < SECONDS * toys.slowness()
     return code, capsys.readouterr().err
 

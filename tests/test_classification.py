@@ -14,9 +14,10 @@ from sklearn.metrics import f1_score
 from toys import rows, run_here
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
+from evolver.config import config_at
+from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
-from evolver.run import prepare
-from evolver.worker import Worker
+from evolver.workers.worker import Worker
 
 LABELS = ("bad", "fair", "good")
 
@@ -78,7 +79,7 @@ def test_whole_run_and_a_plain_loop_agree(classify, tmp_path):
     best = AutoModelForSequenceClassification.from_pretrained(folder / "best").eval()
     words = AutoTokenizer.from_pretrained(folder / "best")
     expected = []
-    for item in prepare(str(file)).tasks.items.dev:
+    for item in prepare(config_at(file)).tasks.items.dev:
         row = data[item.index]
         with torch.inference_mode():
             logits = best(torch.tensor([words(row["text"])["input_ids"]])).logits[0]
@@ -101,7 +102,7 @@ def test_labels_as_words_and_as_numbers_mean_the_same(classify):
     counted = [{"text": t, "label": n} for t, n in zip(texts(), numbers, strict=True)]
     golds = []
     for data in (said, counted):
-        ready = prepare(str(classify(data)))
+        ready = prepare(config_at(classify(data)))
         scorer = Worker(ready.plan, "dev", tasks=ready.tasks).scorer
         golds.append({i.index: a.right for i, a in zip(ready.tasks.items.dev, questions(scorer), strict=True)})
     shared = golds[0].keys() & golds[1].keys()
@@ -130,7 +131,7 @@ def test_base_without_a_head_is_refused(classify, models, tmp_path):
 
 def said(file, words_of, base):
     """What the scorer keeps of every dev item, and the logits that a plain loop over single items finds."""
-    ready = prepare(str(file))
+    ready = prepare(config_at(file))
     worker = Worker(ready.plan, "dev", tasks=ready.tasks)
     model, words = AutoModelForSequenceClassification.from_pretrained(base).eval(), AutoTokenizer.from_pretrained(base)
     logits = []
@@ -203,7 +204,7 @@ def test_a_number_each(classify, encoders, tmp_path):
 
 
 def test_a_number_is_not_asked_of_a_model_that_names_classes(classify):
-    ready = prepare(str(classify([{"text": t, "label": 0.5} for t in texts()], metric="pearson")))
+    ready = prepare(config_at(classify([{"text": t, "label": 0.5} for t in texts()], metric="pearson")))
     with pytest.raises(BadInput, match=r"^evaluation: mood wants a number, and the model names one of 3 labels\."):
         Worker(ready.plan, "dev", tasks=ready.tasks)
 
@@ -220,5 +221,5 @@ def test_a_number_is_not_asked_of_a_model_that_names_classes(classify):
 def test_unusable_data_are_refused(classify, changes, says):
     data = [{"text": t, "label": 0} for t in texts()]
     with pytest.raises(BadInput) as refused:
-        prepare(str(classify(data, **changes)))
+        prepare(config_at(classify(data, **changes)))
     assert says in str(refused.value)

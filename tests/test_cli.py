@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent / "oracles"))
 
 from checkpoints import make
 
-from evolver.cli import app
+from evolver.commands.cli import app
 from evolver.merging.methods import METHODS
 
 

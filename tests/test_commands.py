@@ -18,8 +18,9 @@ import yaml
 from playwright.sync_api import Error, sync_playwright
 from safetensors.torch import load_file
 
-from evolver.history import read_history
-from evolver.report import verdict
+from evolver.config import config_at
+from evolver.report.verdict import verdict
+from evolver.runs.history import read_history
 from evolver.search import SEARCHES
 from evolver.storage import storage_at
 
@@ -29,7 +30,7 @@ CHANGES = {"budget.candidates": 12, "search.generations": 9}
 
 
 def process(*arguments, cwd=toys.ROOT):
-    call = "import sys; sys.path.insert(0, sys.argv.pop(1)); from evolver.cli import main; main()"
+    call = "import sys; sys.path.insert(0, sys.argv.pop(1)); from evolver.commands.cli import main; main()"
     command = [sys.executable, "-c", call, str(toys.ROOT), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
@@ -93,14 +94,14 @@ def test_a_configuration_is_checked_without_reading_weights(file, monkeypatch, t
 
 
 def test_validate_opens_headers_only(file, monkeypatch):
-    from evolver.merging.weights import Checkpoint
-    from evolver.run import prepare
+    from evolver.checkpoints.weights import Checkpoint
+    from evolver.driver.prepare import prepare
 
     def refuse(self):
         raise AssertionError("weights are read")
 
     monkeypatch.setattr(Checkpoint, "digest", refuse)
-    assert prepare(str(file), weights=False).search.total == 12
+    assert prepare(config_at(file), weights=False).search.total == 12
 
 
 def test_status_of_all_runs(run):

@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from evolver.evaluation.comparison import compare, interval
-from evolver.evaluation.metrics import CLASS, JUDGED, VALUE
-from evolver.evaluation.scoring import Scale
+from evolver.evaluation.scores.comparison import compare, interval
+from evolver.evaluation.scores.metrics import CLASS, JUDGED, VALUE
+from evolver.evaluation.scores.scoring import Scale
 
 
 def scale(right, metric="macro_f1"):

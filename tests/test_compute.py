@@ -14,14 +14,16 @@ import toys
 from safetensors.torch import load_file, save_file
 from toys import refused
 
-from evolver import compute, worker
-from evolver.compute import Choice, choose, choose_for_any, settled, stored_dtype
-from evolver.config import load
-from evolver.history import read_history
-from evolver.merging.weights import TensorInfo
-from evolver.run import prepare, run
+from evolver.checkpoints.weights import TensorInfo
+from evolver.config import config_at, load
+from evolver.driver.prepare import prepare
+from evolver.driver.run import run
+from evolver.runs.history import read_history
 from evolver.storage import storage_at
-from evolver.worker import LocalPool, Worker
+from evolver.workers import compute, opened, worker
+from evolver.workers.compute import Choice, choose, choose_for_any, settled, stored_dtype
+from evolver.workers.local import LocalPool
+from evolver.workers.worker import Worker
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,7 @@ def test_no_narrower_dtype_than_that_of_the_weights(models, make_config, tmp_pat
     headers = {"w": TensorInfo((8, 8), torch.float32), "steps": TensorInfo((100, 100), torch.int64)}
     assert settled(config, headers).model.compute == "float32"
     assert choose(config, headers, "cpu") == Choice("float32", "the weights are float32")
-    assert prepare(str(make_config(tmp_path))).identity["model"]["compute"] == "float32"
+    assert prepare(config_at(make_config(tmp_path))).identity["model"]["compute"] == "float32"
     mixed = {"norm": TensorInfo((8,), torch.float32), "w": TensorInfo((8, 8), torch.bfloat16)}
     assert stored_dtype(config.model, mixed) == "bfloat16"
     assert stored_dtype(config.model.model_copy(update={"dtype": "float16"}), mixed) == "float16"
@@ -93,13 +95,13 @@ def test_no_narrower_dtype_than_that_of_the_weights(models, make_config, tmp_pat
 
 def test_where_there_is_no_room_the_weights_dtype_is_kept(configured, monkeypatch):
     took({"bfloat16": 9.0, "float32": 1.0}, monkeypatch)
-    base = prepare(str(configured()), weights=False).opened.base
+    base = prepare(config_at(configured()), weights=False).opened.base
     monkeypatch.setattr(compute, "free_memory", lambda _: 3 * base.scalars)
     assert worker.choose_compute(load(configured())).compute == "bfloat16"
-    monkeypatch.setattr(worker, "free_memory", lambda _: 3 * base.scalars)
-    prepare(str(configured(compute="bfloat16")), weights=False, device="cpu")
+    monkeypatch.setattr(opened, "free_memory", lambda _: 3 * base.scalars)
+    prepare(config_at(configured(compute="bfloat16")), weights=False, device="cpu")
     refused(
-        lambda: prepare(str(configured(compute="float32")), weights=False, device="cpu"),
+        lambda: prepare(config_at(configured(compute="float32")), weights=False, device="cpu"),
         "GiB in float32", "model.compute",
     )  # fmt: skip
 
@@ -114,7 +116,7 @@ def asked(answer, log):
 
 def go(file, folder, chooser):
     shown = toys.Silent()
-    return Path(run(str(file), storage_at(folder), LocalPool, shown, "cpu", choose=chooser).location), shown.lines
+    return Path(run(config_at(file), storage_at(folder), LocalPool, shown, "cpu", choose=chooser).location), shown.lines
 
 
 @pytest.mark.whole
@@ -146,7 +148,7 @@ def test_scores_are_those_of_the_rounded_weights_in_that_dtype(configured, tmp_p
 
     scores = {}
     for chosen in ("float32", "bfloat16"):
-        ready = prepare(str(configured(compute=chosen)))
+        ready = prepare(config_at(configured(compute=chosen)))
         mine = Worker(ready.plan, "dev", tasks=ready.tasks)
         assert {p.dtype for p in mine.live.module.parameters()} == {getattr(torch, chosen)}
         mine.live.write(mine.materialiser.stream(ready.experts[0]))
@@ -178,8 +180,10 @@ def test_a_dtype_that_the_device_lacks_is_refused_before_anything_is_written(
 
 def test_other_classes_compute_as_they_do(make_config, tmp_path):
     changes = {"evaluation.backend": "hf", "model.compute": "float32"}
-    refused(lambda: prepare(str(make_config(tmp_path, changes))), "model.compute: hf computes as it does")
-    assert prepare(str(make_config(tmp_path, {"evaluation.backend": "hf"}))).identity["model"]["compute"] == "auto"
+    refused(lambda: prepare(config_at(make_config(tmp_path, changes))), "model.compute: hf computes as it does")
+    assert (
+        prepare(config_at(make_config(tmp_path, {"evaluation.backend": "hf"}))).identity["model"]["compute"] == "auto"
+    )
 
 
 def test_validate_says_what_it_would_be(configured, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from evolver.config import Pool, check_section, differences, load
+from evolver.config import PoolSettings, check_section, differences, load
 from evolver.errors import BadInput, nearest
 
 GOOD = """
@@ -130,7 +130,7 @@ def test_unreadable_files_are_refused(tmp_path):
 
 def test_a_section_is_named_with_its_prefix():
     with pytest.raises(BadInput, match=r"^f\.yaml: search\.num_worker: unknown key; did you mean 'num_workers'"):
-        check_section(Pool, {"num_worker": 1}, "f.yaml", "search.")
+        check_section(PoolSettings, {"num_worker": 1}, "f.yaml", "search.")
 
 
 def test_yaml_is_safe(complaint):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from evolver.merging import crossing, native, random
+from evolver.kernels import native, random
+from evolver.kernels.random import draws, threshold
+from evolver.merging import crossing
 from evolver.merging.crossing import STRATEGIES, cross
-from evolver.merging.random import draws, threshold
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -63,7 +64,7 @@ def test_cross_of_an_empty_tensor_is_empty():
 def test_the_size_of_the_pieces_changes_nothing(monkeypatch):
     x, p = members(2, (5 * 8192 + 17,))
     whole = cross("evolver", x, [p], 0.5, 0.5, 1, "w")
-    monkeypatch.setattr(crossing, "PIECE", 8192)
+    monkeypatch.setattr(crossing, "CROSSING_PIECE", 8192)
     assert torch.equal(cross("evolver", x, [p], 0.5, 0.5, 1, "w"), whole)
 
 

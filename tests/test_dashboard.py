@@ -17,9 +17,9 @@ import toys
 from playwright.sync_api import sync_playwright
 from starlette.testclient import TestClient
 
-from evolver.dashboard.app import build
+from evolver.dashboard.app import build_app
 from evolver.storage import storage_at
-from evolver.storage.lease import machine
+from evolver.storage.lease import this_machine
 
 pytestmark = pytest.mark.whole
 
@@ -58,7 +58,7 @@ def results(make_config, tmp_path_factory):
 
 
 def client(results, **given):
-    return TestClient(build(storage_at(results), "secret", JOBS), base_url=HERE, follow_redirects=False, **given)
+    return TestClient(build_app(storage_at(results), "secret", JOBS), base_url=HERE, follow_redirects=False, **given)
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_only_the_process_that_has_the_run_is_stopped(results, inside):
     """Another one may have its number by now, on this machine or elsewhere."""
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     lease = results / "toy" / "ledger" / "lease.json"
-    here = {"host": socket.gethostname(), "machine": machine(), "pid": bystander.pid, "token": "x"}
+    here = {"host": socket.gethostname(), "machine": this_machine(), "pid": bystander.pid, "token": "x"}
 
     def stop(**holder):
         lease.write_text(json.dumps({**here, **holder}))

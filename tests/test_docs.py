@@ -13,8 +13,8 @@ import pytest
 import toys
 import yaml
 
-from evolver.cli import app
-from evolver.ledger import answers
+from evolver.commands.cli import app
+from evolver.ledger import answer_table
 from evolver.storage import storage_at
 
 pytestmark = pytest.mark.whole
@@ -58,7 +58,7 @@ def call(home, line):
     (home / "bin").mkdir(exist_ok=True)
     script = home / "bin" / "evolver"
     script.write_text(f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(toys.ROOT)!r})\n"
-                      "from evolver.cli import main\nmain()\n")  # fmt: skip
+                      "from evolver.commands.cli import main\nmain()\n")  # fmt: skip
     script.chmod(0o755)
     environment = {**os.environ, "HOME": str(home), "PATH": f"{home / 'bin'}:{os.environ['PATH']}"}
     return subprocess.run(["bash", "-ec", line], cwd=home, env=environment, capture_output=True, text=True, check=False)
@@ -82,7 +82,7 @@ def test_the_tutorial_as_typed(home, monkeypatch):
     assert (home / "adapter" / "adapter_model.safetensors").exists()
     assert (home / "merged.gguf").read_bytes()[:4] == b"GGUF"
     assert (home / "results" / "first" / "report.html").exists()
-    assert answers(storage_at(home / "results" / "first")).num_rows > 0
+    assert answer_table(storage_at(home / "results" / "first")).num_rows > 0
     listing = (DOCS / "runs.md").read_text().split("| in a run's folder")[1].split("\n\n")[0]
     listed = re.findall(r"`([\w.]+/?)`", listing)
     there = {p.name for p in (home / "results" / "first").iterdir()} - {"candidates.csv"}

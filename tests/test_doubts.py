@@ -12,10 +12,10 @@ import toys
 import yaml
 from safetensors.torch import load_file, save_file
 
+from evolver.checkpoints import doubts as module
+from evolver.checkpoints.doubts import FAR, suspicions
+from evolver.checkpoints.sources import open_base, open_expert
 from evolver.errors import BadInput
-from evolver.merging import doubts as module
-from evolver.merging.doubts import FAR, doubts
-from evolver.merging.sources import open_base, open_expert
 
 pytestmark = pytest.mark.whole
 
@@ -56,7 +56,7 @@ def base(tmp_path):
 
 
 def said(base, *folders):
-    return doubts(base, [open_expert(str(f), base, f"experts.{f.name}") for f in folders])
+    return suspicions(base, [open_expert(str(f), base, f"experts.{f.name}") for f in folders])
 
 
 def test_nothing_is_said_of_fine_tunes(tmp_path, base):
@@ -126,13 +126,13 @@ def test_a_comparison_holds_pieces_only(tmp_path):
     """Tensors are mapped; in float64 there is one piece at a time, whatever their size."""
     code = """
 import resource, sys
-from evolver.merging.doubts import doubts
-from evolver.merging.sources import open_base, open_expert
+from evolver.checkpoints.doubts import suspicions
+from evolver.checkpoints.sources import open_base, open_expert
 base = open_base(sys.argv[1])
 expert = open_expert(sys.argv[2], base, "k")
 base.digest(), expert.digest()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-doubts(base, [expert])
+suspicions(base, [expert])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     large = {"model.embed_tokens.weight": torch.ones(6000, 5000, dtype=torch.bfloat16)}  # in float64 240 MB
@@ -173,7 +173,7 @@ def configure(tmp_path, base, models):
 
 
 def evolver(*arguments):
-    code = "from evolver.cli import main; main()"
+    code = "from evolver.commands.cli import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
     )

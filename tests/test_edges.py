@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 from test_methods import REQUIRED, TAKES
 
+from evolver.checkpoints.sources import open_base, open_expert
 from evolver.merging.materialise import Materialiser
 from evolver.merging.methods import METHODS
-from evolver.merging.sources import open_base, open_expert
 from evolver.records import Expert, Merge, Rule
 
 NAMES = ("base", "a", "b", "c")

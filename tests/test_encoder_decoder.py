@@ -23,14 +23,15 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from evolver.config import config_at
+from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
-from evolver.evaluation.encoder_decoder import EncoderDecoder
 from evolver.evaluation.items import item_hash
+from evolver.evaluation.language.encoder_decoder import EncoderDecoder
+from evolver.evaluation.language.loglikelihood import LogLikelihoods
 from evolver.evaluation.live import LiveModel
-from evolver.evaluation.loglikelihood import LogLikelihoods
 from evolver.records import Candidate, load_recipe
-from evolver.run import prepare
-from evolver.worker import Worker
+from evolver.workers.worker import Worker
 
 pytestmark = pytest.mark.whole
 
@@ -98,7 +99,7 @@ def configured(experts, tasks, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ready(configured):
-    return prepare(str(configured()))
+    return prepare(config_at(configured()))
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +189,7 @@ def test_a_whole_search(configured, tmp_path):
     assert not [r["reason"] for r in rows(folder).values() if r["status"] != "ok"]
     count = sum(DEV[n] for n in names)
     assert json.loads((folder / "best.json").read_text()) == {"items": count, "equal": count}
-    ready = prepare(str(file))
+    ready = prepare(config_at(file))
     worker = Worker(ready.plan, "dev", tasks=ready.tasks)
     worker.live.write(worker.materialiser.stream(load_recipe((folder / "recipe.json").read_text())))
     assert_says_the_same(worker.live.module, AutoModelForSeq2SeqLM.from_pretrained(folder / "best").eval())

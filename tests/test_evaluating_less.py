@@ -6,11 +6,13 @@ import pytest
 import toys
 from toys import rows, run_here
 
+from evolver.commands.explain import explain
+from evolver.config import config_at
+from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
-from evolver.explain import explain
 from evolver.records import Candidate, load_recipe
-from evolver.run import prepare
-from evolver.worker import LocalPool, Worker
+from evolver.workers.local import LocalPool
+from evolver.workers.worker import Worker
 
 pytestmark = pytest.mark.whole
 
@@ -92,7 +94,7 @@ def test_races_save_items(race):
 def test_those_that_a_race_rejects_are_not_better(race):
     """Scored in full afterwards. At a rate of 0.1, of some 15 duels at most one is decided wrongly here."""
     file, raced, _ = race
-    ready = prepare(str(file))
+    ready = prepare(config_at(file))
     worker = Worker(ready.plan, "dev", tasks=ready.tasks)
     rejected = [r for r in searched(raced).values() if r["raced"]]
     assert rejected
@@ -164,7 +166,7 @@ def test_a_halved_run_goes_on_with_a_raised_budget(make_config, tmp_path):
 def test_what_a_setting_leaves_out_is_the_same_run(make_config, tmp_path):
     file = make_config(tmp_path, HALVED["tpe"])
     spelt = make_config(tmp_path, {**HALVED["tpe"], "search": HALVING | {"of": {**HALVING["of"], "in_flight": 1}}}, "2")
-    assert prepare(str(file)).identity == prepare(str(spelt)).identity
+    assert prepare(config_at(file)).identity == prepare(config_at(spelt)).identity
 
 
 def test_explain_looks_inside(make_config, tmp_path):
@@ -186,9 +188,9 @@ def test_explain_looks_inside(make_config, tmp_path):
 def test_races_that_cannot_be_held_are_refused_before_any_weight_is_read(
     make_config, tmp_path, monkeypatch, changes, says
 ):
-    monkeypatch.setattr("evolver.run._Workshop", lambda *_: pytest.fail("weights are read"))
+    monkeypatch.setattr("evolver.driver.prepare.RecipeMaker", lambda *_: pytest.fail("weights are read"))
     with pytest.raises(BadInput) as refused:
-        prepare(str(make_config(tmp_path, RACING | changes)))
+        prepare(config_at(make_config(tmp_path, RACING | changes)))
     assert str(refused.value).startswith(f"{tmp_path / 'run.yaml'}: {says}")
 
 
@@ -203,4 +205,4 @@ def test_races_that_cannot_be_held_are_refused_before_any_weight_is_read(
 )
 def test_halving_that_cannot_work_is_refused(make_config, tmp_path, changes, says):
     with pytest.raises(BadInput, match=says):
-        prepare(str(make_config(tmp_path, ITEMS | {"search": HALVING | changes})))
+        prepare(config_at(make_config(tmp_path, ITEMS | {"search": HALVING | changes})))

@@ -11,10 +11,11 @@ import yaml
 from toys import rows, run_here
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
+from evolver.config import config_at
+from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.records import Candidate
-from evolver.run import prepare
-from evolver.worker import Worker
+from evolver.workers.worker import Worker
 
 pytestmark = pytest.mark.whole
 
@@ -72,7 +73,7 @@ def configured(make_config, tasks, tmp_path):
 
 
 def test_it_judges_the_rows_of_its_data(configured, tasks):
-    ready = prepare(str(configured()))
+    ready = prepare(config_at(configured()))
     result = Worker(ready.plan, "dev", tasks=ready.tasks).evaluate(Candidate(0, ready.experts[0], "test"))
     data = [json.loads(line) for line in (tasks / "toy.jsonl").read_text().splitlines()]
     words = AutoTokenizer.from_pretrained(ready.opened.base.path)
@@ -101,7 +102,7 @@ def test_a_whole_run_on_a_function_that_looks_at_the_model(configured, tmp_path)
     ],
 )
 def test_what_goes_wrong_is_a_failed_result_and_the_worker_goes_on(configured, name, said):
-    ready = prepare(str(configured(name)))
+    ready = prepare(config_at(configured(name)))
     worker = Worker(ready.plan, "dev", tasks=ready.tasks)
     for number in range(2):
         result = worker.evaluate(Candidate(number, ready.experts[number], "test"))
@@ -109,7 +110,7 @@ def test_what_goes_wrong_is_a_failed_result_and_the_worker_goes_on(configured, n
 
 
 def test_what_a_function_leaves_behind_does_not_meet_the_next_candidate(configured):
-    ready = prepare(str(configured("untidy")))
+    ready = prepare(config_at(configured("untidy")))
     worker = Worker(ready.plan, "dev", tasks=ready.tasks)
     first, second = (worker.evaluate(Candidate(n, ready.experts[0], "test")) for n in range(2))
     assert first.status == "ok", first.reason
@@ -121,7 +122,7 @@ def test_code_that_cannot_be_run_is_one_sentence(configured, tmp_path):
     file = configured()
     (tmp_path / "mine.py").write_text("raise SystemExit(3)")
     with pytest.raises(BadInput, match=r"function: .*mine.py cannot be run \(SystemExit: 3\); mend it"):
-        prepare(str(file))
+        prepare(config_at(file))
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ def test_it_judges_classifiers_each_with_its_head(classifiers, tasks, tmp_path, 
         "evaluation": {"tasks": [{"task": "mine", "head": "b", **task}]},
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
-    ready = prepare(str(tmp_path / "run.yaml"))
+    ready = prepare(config_at(tmp_path / "run.yaml"))
     result = Worker(ready.plan, "dev", tasks=ready.tasks).evaluate(Candidate(0, ready.experts[0], "test"))
     assert result.status == "ok", result.reason
     model = AutoModelForSequenceClassification.from_pretrained(classifiers / "a").eval()
@@ -185,16 +186,16 @@ def test_it_judges_classifiers_each_with_its_head(classifiers, tasks, tmp_path, 
 )
 def test_bad_settings_are_one_sentence(configured, changes, said):
     with pytest.raises(BadInput, match=said):
-        prepare(str(configured(**changes)))
+        prepare(config_at(configured(**changes)))
 
 
 @pytest.mark.parametrize(("name", "said"), [("scor", "did you mean 'score'"), ("word", "has no function 'word'")])
 def test_a_name_that_is_no_function(configured, name, said):
     with pytest.raises(BadInput, match=said):
-        prepare(str(configured(name)))
+        prepare(config_at(configured(name)))
 
 
 def test_another_function_is_another_run(configured, tmp_path):
-    first = prepare(str(configured())).identity["items"]
+    first = prepare(config_at(configured())).identity["items"]
     (tmp_path / "mine.py").write_text(LENGTHS.replace("% 2", "% 3 == 0"))
-    assert prepare(str(configured())).identity["items"] != first
+    assert prepare(config_at(configured())).identity["items"] != first

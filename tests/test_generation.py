@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from evolver.config import config_at
+from evolver.driver.prepare import prepare
 from evolver.records import Candidate
-from evolver.run import prepare
-from evolver.worker import Worker
+from evolver.workers.worker import Worker
 
 FREE = [{"task": "free", "metric": "exact_match", "dev": 20, "report": 4}]
 
@@ -18,7 +19,7 @@ FREE = [{"task": "free", "metric": "exact_match", "dev": 20, "report": 4}]
 @pytest.fixture
 def worker(make_config, tmp_path):
     def make(**changes):
-        ready = prepare(str(make_config(tmp_path, {"evaluation.tasks": FREE, **changes})))
+        ready = prepare(config_at(make_config(tmp_path, {"evaluation.tasks": FREE, **changes})))
         return ready.experts, Worker(ready.plan, "dev", tasks=ready.tasks)
 
     return make

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evolver.errors import BadInput
-from evolver.merging.genome import HIGH_U, LOW_U, genome
 from evolver.merging.methods import METHODS, Range, Simplex
+from evolver.merging.settings.genome import HIGH_U, LOW_U, genome
 from evolver.records import Expert
 
 BASE = Expert("base", "00")

@@ -14,10 +14,10 @@ from tokenizers import pre_tokenizers
 from toys import refused
 from typer.testing import CliRunner
 
-from evolver.cli import app
-from evolver.merging import gguf
-from evolver.merging.sources import open_base, open_expert
-from evolver.merging.weights import Checkpoint
+from evolver.checkpoints.gguf import reader
+from evolver.checkpoints.sources import open_base, open_expert
+from evolver.checkpoints.weights import Checkpoint
+from evolver.commands.cli import app
 
 WIDTH, INNER, LAYERS, HEADS, KV_HEADS = 16, 24, 2, 4, 2
 WORDS = ["<s>", "</s>", *"abcdefgh", "ab", "cd"]
@@ -151,7 +151,7 @@ def test_a_file_is_converted_once(tmp_path, monkeypatch):
     first = open_base(str(file)).path
     before = conversions()
     assert first.name in before
-    monkeypatch.setattr(gguf, "convert", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(reader, "convert", lambda *_: pytest.fail("converted again"))
     assert open_base(str(file)).path == first
     assert open_base(str(tmp_path)).path == first  # the folder that holds nothing else
     monkeypatch.undo()
@@ -165,7 +165,7 @@ def test_a_file_is_converted_once(tmp_path, monkeypatch):
 def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
     file = write(tmp_path / "m.gguf", weights())
     before = conversions()
-    monkeypatch.setattr(gguf, "_clean_config", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(reader, "_clean_config", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         open_base(str(file))
     assert conversions() == before
@@ -229,7 +229,7 @@ def test_a_tensor_that_would_be_lost_is_refused(tmp_path):
     assert open_base(str(file)).names() == sorted(weights())
 
 
-@pytest.mark.parametrize("package", gguf.NEEDS)
+@pytest.mark.parametrize("package", reader.NEEDED_PACKAGES)
 def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, package):
     file = write(tmp_path / "m.gguf", weights())
     installed = importlib.metadata.version

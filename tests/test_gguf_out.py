@@ -13,11 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from typer.testing import CliRunner
 
-from evolver import deliver
-from evolver.cli import app
-from evolver.history import read_history
-from evolver.merging import gguf, gguf_keys, gguf_out
-from evolver.merging.weights import Checkpoint
+from evolver.checkpoints.gguf import keys, reader, writer
+from evolver.checkpoints.weights import Checkpoint
+from evolver.commands.cli import app
+from evolver.driver import deliver
+from evolver.runs.history import read_history
 from evolver.storage import storage_at
 
 pytestmark = pytest.mark.whole
@@ -115,13 +115,15 @@ def made(tmp_path_factory):
 def source(folder, **config):
     checkpoint = Checkpoint(folder, "model")
     tensors = [(n, checkpoint.tensor(n)) for n in checkpoint.names()]
-    return gguf_out.Model({**checkpoint.config, **config}, checkpoint.headers, tensors, folder, "toy", "made of air")
+    return writer.FileContent(
+        {**checkpoint.config, **config}, checkpoint.headers, tensors, folder, "toy", "made of air"
+    )
 
 
 def written(folder, kind, file):
     model = source(folder)
-    done = gguf_out.write(model, kind, file)
-    gguf_out.verify(file, done)
+    done = writer.write_gguf(model, kind, file)
+    writer.verify(file, done)
     return model, done
 
 
@@ -148,7 +150,7 @@ def step(tensor):
 def test_transformers_reads_what_was_written(made, kind, tmp_path):
     for kept in ("f32", "f16", "bf16", "q8_0") if kind == "llama" else ("f32", "q8_0"):
         model, _ = written(made(kind), kept, file := tmp_path / f"{kept}.gguf")
-        gguf_out.read_back(file, tmp_path / kept, torch.float32)
+        writer.read_back(file, tmp_path / kept, torch.float32)
         found = Checkpoint(tmp_path / kept, "file")
         assert found.names() == [n for n, _ in model.tensors]
         for name, tensor in model.tensors:
@@ -157,10 +159,10 @@ def test_transformers_reads_what_was_written(made, kind, tmp_path):
                 assert torch.equal(found.tensor(name), rounded(tensor, "f32" if whole else kept)), name
                 continue
             ours, theirs = tensor, found.tensor(name)
-            if model.config["model_type"] == "gpt2" and name.endswith(gguf_out.TURNED):
+            if model.config["model_type"] == "gpt2" and name.endswith(writer.TURNED):
                 ours, theirs = ours.T, theirs.T
             assert bool(((ours - theirs).abs() <= step(ours)).all()), name
-        assert gguf_keys.scaling(AutoConfig.from_pretrained(tmp_path / kept)) == gguf_keys.scaling(
+        assert keys.scaling(AutoConfig.from_pretrained(tmp_path / kept)) == keys.scaling(
             AutoConfig.from_pretrained(made(kind))
         )
     ids = torch.arange(3, 90)[None]
@@ -215,7 +217,7 @@ def test_llama_3_s_frequencies_are_transformers(head):
     config = AutoConfig.for_model(**raw)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 5e5 ** -(torch.arange(0, head, 2) / head)
-    assert torch.allclose(plain / torch.from_numpy(gguf_keys.rope_factors(config)), scaled, rtol=1e-5)
+    assert torch.allclose(plain / torch.from_numpy(keys.rope_factors(config)), scaled, rtol=1e-5)
 
 
 @pytest.mark.parametrize("old", [2048, 8192])
@@ -223,10 +225,10 @@ def test_llama_3_s_frequencies_are_transformers(head):
 def test_llama_3_s_settings_follow_from_its_frequencies(old, head):
     rope = {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": old}
     raw = {"model_type": "llama", **SHAPE, "head_dim": head, "max_position_embeddings": 16384, "rope_parameters": rope}
-    factors = gguf_keys.rope_factors(AutoConfig.for_model(**raw))
-    assert gguf_keys.scaling_in({"rope.freq_base": 5e5}, factors) == rope
+    factors = keys.rope_factors(AutoConfig.for_model(**raw))
+    assert keys.scaling_in({"rope.freq_base": 5e5}, factors) == rope
     with pytest.raises(ValueError, match="not those of Llama 3"):
-        gguf_keys.scaling_in({"rope.freq_base": 5e5}, factors * 1.01)
+        keys.scaling_in({"rope.freq_base": 5e5}, factors * 1.01)
 
 
 def test_a_matrix_that_cannot_be_cut_into_blocks_is_float16(made, tmp_path):
@@ -234,16 +236,16 @@ def test_a_matrix_that_cannot_be_cut_into_blocks_is_float16(made, tmp_path):
     KINDS["narrow"] = ("gpt-2", raw)
     model, done = written(made("narrow"), "q8_0", tmp_path / "m.gguf")
     assert done.notes == ("2 matrices are f16: their rows cannot be cut into blocks of 32, as q8_0 is",)
-    gguf_out.read_back(tmp_path / "m.gguf", tmp_path / "m", torch.float32)
+    writer.read_back(tmp_path / "m.gguf", tmp_path / "m", torch.float32)
     name = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(Checkpoint(tmp_path / "m", "").tensor(name), rounded(dict(model.tensors)[name], "f16"))
     huge = [(n, t * 1e9 if n == name else t) for n, t in model.tensors]
-    model = gguf_out.Model(model.config, model.infos, huge, model.tokenizer, "", "")
-    refused(lambda: gguf_out.write(model, "q8_0", tmp_path / "x"), name, "is no f16", "write bf16 or f32")
+    model = writer.FileContent(model.config, model.infos, huge, model.tokenizer, "", "")
+    refused(lambda: writer.write_gguf(model, "q8_0", tmp_path / "x"), name, "is no f16", "write bf16 or f32")
 
 
 def test_a_window_is_where_the_file_ends(made, tmp_path):
-    done = gguf_out.write(source(made("mistral"), sliding_window=100), "f16", tmp_path / "m.gguf")
+    done = writer.write_gguf(source(made("mistral"), sliding_window=100), "f16", tmp_path / "m.gguf")
     assert fields(tmp_path / "m.gguf")["llama.context_length"] == 100
     assert "takes 100 tokens" in done.notes[0]
 
@@ -264,7 +266,7 @@ def test_a_window_is_where_the_file_ends(made, tmp_path):
 )
 def test_what_a_file_cannot_hold_is_refused(made, tmp_path, change, said):
     refused(
-        lambda: gguf_out.write(source(made("llama"), **change), "f16", tmp_path / "m"), "--gguf: ", said, "llama.cpp"
+        lambda: writer.write_gguf(source(made("llama"), **change), "f16", tmp_path / "m"), "--gguf: ", said, "llama.cpp"
     )
 
 
@@ -302,13 +304,13 @@ def words_only(raw):
 )  # fmt: skip
 def test_a_tokenizer_that_would_become_another_is_refused(made, tmp_path, change, said):
     folder = broken(made, tmp_path, change)
-    refused(lambda: gguf_out.write(source(folder), "f16", tmp_path / "m"), "--gguf: ", folder, said)
+    refused(lambda: writer.write_gguf(source(folder), "f16", tmp_path / "m"), "--gguf: ", folder, said)
 
 
 def test_a_model_without_a_tokenizer_is_refused(made, tmp_path):
     folder = broken(made, tmp_path, lambda raw: None)
     (folder / "tokenizer.json").unlink()
-    refused(lambda: gguf_out.write(source(folder), "f16", tmp_path / "m"), folder, "no fast tokenizer", "save one")
+    refused(lambda: writer.write_gguf(source(folder), "f16", tmp_path / "m"), folder, "no fast tokenizer", "save one")
 
 
 def test_a_changed_bit_is_found(made, tmp_path):
@@ -316,11 +318,11 @@ def test_a_changed_bit_is_found(made, tmp_path):
     content = bytearray((tmp_path / "m.gguf").read_bytes())
     content[-100] ^= 1
     (tmp_path / "m.gguf").write_bytes(content)
-    refused(lambda: gguf_out.verify(tmp_path / "m.gguf", done), "reads otherwise than it was written", "check the disk")
+    refused(lambda: writer.verify(tmp_path / "m.gguf", done), "reads otherwise than it was written", "check the disk")
 
 
 def test_the_types_are_those_of_the_package():
-    assert list(gguf_out.types()) == ["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+    assert list(writer.types()) == ["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +352,7 @@ def test_in_float32_it_is_the_exported_model(run, tmp_path):
     out = tmp_path / "out.gguf"
     (line,) = deliver_one(run, out, "F32")
     assert line.endswith("it gives the ledger's answers on 40 of 40 dev items")
-    gguf.convert(out, tmp_path / "back", "x")
+    reader.convert(out, tmp_path / "back", "x")
     one, two = Checkpoint(tmp_path / "back", ""), Checkpoint(run / "best", "")
     assert one.names() == two.names()
     assert all(torch.equal(one.tensor(n), two.tensor(n)) for n in one.names())
@@ -365,7 +367,7 @@ def test_what_is_interrupted_leaves_nothing(run, tmp_path, monkeypatch, stage):
         raise KeyboardInterrupt
 
     out = tmp_path / "out.gguf"
-    monkeypatch.setattr(gguf_out, stage if stage != "write" else "_digest", interrupt)
+    monkeypatch.setattr(writer, stage if stage != "write" else "_digest", interrupt)
     with pytest.raises(KeyboardInterrupt):
         deliver_one(run, out)
     assert list(tmp_path.iterdir()) == []
@@ -377,7 +379,7 @@ def test_bad_input_is_one_sentence(run, tmp_path, monkeypatch):
     refused(lambda: deliver_one(run, tmp_path), tmp_path, "is no file", "name the file")
     monkeypatch.setattr("shutil.copyfile", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     refused(lambda: deliver_one(run, out), out, "No space left on device", "make room")
-    monkeypatch.setattr(gguf_keys, "ARCHITECTURES", {"gpt2": "gpt2"})
+    monkeypatch.setattr(keys, "ARCHITECTURES", {"gpt2": "gpt2"})
     refused(lambda: deliver_one(run, out), "a llama model cannot be written, only gpt2", "leave --gguf out")
     prepared = deliver.prepare_run(storage_at(run))
     model = prepared.config.model.model_copy(update={"kind": "classifier"})

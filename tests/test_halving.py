@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_search import BASE, EXPERTS, HALVING, Workshop, build, ids, simulate
+from test_search import BASE, EXPERTS, HALVING, Maker, build, ids, simulate
 
 from evolver.config import Budget, check_section
 from evolver.errors import BadInput
-from evolver.estimates import Estimates, first_unjudged
-from evolver.evaluation.irt import fit
-from evolver.evaluation.metrics import CLASS, ENDLESS, JUDGED
-from evolver.evaluation.scoring import Scale
-from evolver.ledger import Ledger, read
+from evolver.evaluation.scores.estimates import Estimates, first_unjudged
+from evolver.evaluation.scores.irt import fit_items
+from evolver.evaluation.scores.metrics import CLASS, ENDLESS, JUDGED
+from evolver.evaluation.scores.scoring import Scale
+from evolver.ledger import Ledger, read_table
 from evolver.loop import evolve
 from evolver.records import Candidate, Expert, Result
 from evolver.search import SEARCHES
@@ -46,7 +46,7 @@ def halving(estimates=None, experts=4, racing=False, **changes):
     settings = {"algorithm": "halving", "of": TPE, "first": 8, "eta": 2, "batch": 4, **changes}
     typed = check_section(SEARCHES["halving"].settings, settings, "f", "search.")
     setup = Setup(
-        EXPERTS[:experts], BASE, 0, Budget(**budget), Workshop(experts), estimates or Estimates(ONE, 4), True, racing
+        EXPERTS[:experts], BASE, 0, Budget(**budget), Maker(experts), estimates or Estimates(ONE, 4), True, racing
     )
     return SEARCHES["halving"].build(setup, typed)
 
@@ -235,7 +235,7 @@ def test_the_search_inside_hears_scores_and_estimates(tmp_path, kind):
     told = [t.value for t in search.inner.study.trials]
     assert len(told) == 20
     for batch in range(5):
-        model = fit([row for _, row in sorted(known.items())], COUNT)
+        model = fit_items([row for _, row in sorted(known.items())], COUNT)
         part = seen[7 * batch : 7 * batch + 7]
         last = {c.recipe.id: r for c, r in part}
         for place, (c, _) in enumerate(part[:4]):
@@ -243,7 +243,7 @@ def test_the_search_inside_hears_scores_and_estimates(tmp_path, kind):
             wanted = np.mean(result.items) if kind == "mean" else model.estimate(result.items, ONE, kind)
             assert told[4 * batch + place] == pytest.approx(result.score if result.complete else wanted, abs=1e-6)
         known |= {i: r.items for i, r in last.items() if r.complete}
-    ledger = [r for r in read(storage_at(tmp_path)).to_pylist() if r["event"] == "finished"]
+    ledger = [r for r in read_table(storage_at(tmp_path)).to_pylist() if r["event"] == "finished"]
     assert all((r["score"] is not None) == r["complete"] == (len(r["items"]) == COUNT) for r in ledger)
 
 
@@ -253,7 +253,7 @@ def test_what_is_known_from_elsewhere_costs_nothing_and_is_told_as_it_is(tmp_pat
     for number, expert in enumerate(EXPERTS):
         candidate = Candidate(number, expert, "baseline", stage="baseline")
         result = replace(Pool().evaluate(candidate), stage="baseline")
-        ledger.finished(candidate, result)
+        ledger.write_result(candidate, result)
         estimates.learn(result)
     ledger.close()
     search = halving(estimates, of={"algorithm": "evolver", "mode": "generational"}, candidates=8)
@@ -352,7 +352,7 @@ def test_the_order_of_what_was_learnt_does_not_show():
         of.learn(Result(0, "none", "failed"))
         found.add(of.estimate("p-irt", answers(BASE)[:9]))
     assert len(found) == 1
-    assert found == {round(fit([answers(e) for e in EXPERTS], COUNT).estimate(answers(BASE)[:9], ONE), 6)}
+    assert found == {round(fit_items([answers(e) for e in EXPERTS], COUNT).estimate(answers(BASE)[:9], ONE), 6)}
 
 
 def test_estimates_of_items_that_are_not_judged_alone_are_refused():

@@ -12,10 +12,11 @@ import yaml
 from toys import rows, run_here
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
+from evolver.config import config_at
+from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.records import Merge
-from evolver.run import prepare
-from evolver.worker import Worker
+from evolver.workers.worker import Worker
 
 SPACES = {"mood": ("bad", "fair", "good"), "colour": ("red", "good")}
 
@@ -89,7 +90,7 @@ def test_each_task_is_scored_with_its_own_head(configured, folders, tmp_path):
     file = configured("apart")
     folder = run_here(file, tmp_path / "results")
     assert json.loads((folder / "best.json").read_text()) == {"items": 80, "equal": 80}
-    items = prepare(str(file)).tasks.items.dev
+    items = prepare(config_at(file)).tasks.items.dev
     data = {t: [json.loads(line) for line in (tmp_path / f"{t}.jsonl").read_text().splitlines()] for t in SPACES}
     found = next(r for r in rows(folder).values() if r["recipe"] == toys.winner(folder) and r["stage"] != "report")
     for task, labels in SPACES.items():
@@ -119,22 +120,22 @@ def test_a_head_can_be_borrowed(configured, tmp_path):
 def test_a_head_of_nobody_is_refused(configured):
     file = configured("apart", head="colur")
     with pytest.raises(BadInput, match=r"evaluation.tasks\[0\].head: 'colur' is no expert; did you mean 'colour'"):
-        prepare(str(file))
+        prepare(config_at(file))
 
 
 def test_heads_belong_to_the_identity_of_a_run(configured, folders, tmp_path):
-    ready = prepare(str(configured("apart")))
+    ready = prepare(config_at(configured("apart")))
     assert set(ready.identity["heads"]) == {"head of mood", "head of colour"}
     assert "classifier.weight" not in ready.opened.base.names()
 
 
 def test_different_heads_cannot_be_merged_as_they_stand(configured):
     with pytest.raises(BadInput, match=r"experts.mood: classifier.* has shape"):
-        prepare(str(configured("merged")))
+        prepare(config_at(configured("merged")))
 
 
 def test_a_union_has_all_labels_and_averages_over_those_who_know_them(configured, folders):
-    ready = prepare(str(configured("union")))
+    ready = prepare(config_at(configured("union")))
     worker = Worker(ready.plan, "dev", tasks=ready.tasks)
     average = Merge("simple", ready.experts, ready.base)
     merged = dict(worker.materialiser.stream(average))
@@ -156,7 +157,7 @@ def test_a_whole_run_over_the_union_of_labels(configured, tmp_path):
     best = AutoModelForSequenceClassification.from_pretrained(folder / "best").eval()
     assert best.config.label2id == {"bad": 0, "fair": 1, "good": 2, "red": 3}
     words, labels = AutoTokenizer.from_pretrained(folder / "best"), list(best.config.label2id)
-    items = prepare(str(file)).tasks.items.dev
+    items = prepare(config_at(file)).tasks.items.dev
     data = {t: [json.loads(line) for line in (tmp_path / f"{t}.jsonl").read_text().splitlines()] for t in SPACES}
     found = next(r for r in rows(folder).values() if r["recipe"] == toys.winner(folder) and r["stage"] != "report")
     pairs = [(i, data[i.task.partition(":")[0]][i.index]) for i in items]
@@ -169,4 +170,4 @@ def test_a_language_model_has_no_heads(configured):
     raw["model"]["kind"] = "causal-lm"
     file.write_text(yaml.safe_dump(raw, sort_keys=False))
     with pytest.raises(BadInput, match="a causal-lm has no classification heads; write merged"):
-        prepare(str(file))
+        prepare(config_at(file))

@@ -22,10 +22,11 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from evolver.config import config_at
+from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.records import Candidate
-from evolver.run import prepare
-from evolver.worker import Worker
+from evolver.workers.worker import Worker
 
 pytestmark = pytest.mark.whole
 
@@ -115,7 +116,7 @@ def saved(dataset, tmp_path):
 
 @pytest.mark.parametrize("kind", ["paths", "parquet", "dataset", "saved"])
 def test_answers_are_those_of_a_plain_loop(configured, experts, kind, request):
-    ready = prepare(str(configured(request.getfixturevalue(kind))))
+    ready = prepare(config_at(configured(request.getfixturevalue(kind))))
     result = Worker(ready.plan, "dev", tasks=ready.tasks).evaluate(Candidate(0, ready.experts[0], "test"))
     assert result.status == "ok", result.reason
     model = AutoModelForImageClassification.from_pretrained(experts / "a").eval()
@@ -132,7 +133,7 @@ def test_answers_are_those_of_a_plain_loop(configured, experts, kind, request):
 
 def test_an_image_is_the_same_item_wherever_it_lies(configured, paths, parquet, dataset, saved):
     kinds = (paths, parquet, dataset, saved)
-    hashes = [sorted(i.hash for i in prepare(str(configured(data))).tasks.items.dev) for data in kinds]
+    hashes = [sorted(i.hash for i in prepare(config_at(configured(data))).tasks.items.dev) for data in kinds]
     assert len(set(hashes[0])) == 30
     assert all(found == hashes[0] for found in hashes)
 
@@ -148,13 +149,13 @@ def test_a_whole_search(configured, paths, tmp_path):
 def test_an_image_that_is_not_there_is_named(configured, tmp_path):
     (tmp_path / "digits.jsonl").write_text(json.dumps({"image": "gone.png", "label": 1}))
     with pytest.raises(BadInput, match=r"evaluation.tasks\[0\].data: the image gone.png cannot be read"):
-        prepare(str(configured(str(tmp_path / "digits.jsonl"))))
+        prepare(config_at(configured(str(tmp_path / "digits.jsonl"))))
 
 
 def test_a_broken_image_is_named(configured, paths, tmp_path):
     (tmp_path / "4.png").write_bytes(b"no image")
     with pytest.raises(BadInput, match=r"evaluation.tasks\[0\].data: the image of row 5 is of no known format"):
-        prepare(str(configured(paths)))
+        prepare(config_at(configured(paths)))
 
 
 def test_a_model_without_an_image_processor_is_one_sentence(configured, experts, paths, tmp_path):
@@ -162,6 +163,6 @@ def test_a_model_without_an_image_processor_is_one_sentence(configured, experts,
     (tmp_path / "base" / "preprocessor_config.json").unlink()
     file = configured(paths)
     file.write_text(file.read_text().replace(str(experts / "base"), str(tmp_path / "base")))
-    ready = prepare(str(file))
+    ready = prepare(config_at(file))
     with pytest.raises(BadInput, match="has no image processor that can be read"):
         Worker(ready.plan, "dev", tasks=ready.tasks)

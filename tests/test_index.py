@@ -5,7 +5,7 @@ import logging
 import pytest
 from lm_eval.tasks import TaskManager
 
-from evolver.evaluation.index import Index, manager_of, members
+from evolver.evaluation.language.index import Index, manager_of, members
 
 pytestmark = pytest.mark.whole
 

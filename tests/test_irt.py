@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from evolver.evaluation import irt
-from evolver.evaluation.irt import fit
-from evolver.evaluation.metrics import CLASS, JUDGED
-from evolver.evaluation.scoring import Scale
+from evolver.evaluation.scores import irt
+from evolver.evaluation.scores.irt import fit_items
+from evolver.evaluation.scores.metrics import CLASS, JUDGED
+from evolver.evaluation.scores.scoring import Scale
 
 KINDS = ("p-irt", "gp-irt", "mp-irt")
 WEIGHTS = {"a": 1.0, "b": 3.0}
@@ -42,7 +42,7 @@ def test_estimates_rank_new_models_better_than_the_items_seen_do(kind):
     of, ours, theirs, errors = scale(240), [], [], []
     for seed in range(5):
         _, answers = simulated(80, 240, seed)
-        model = fit(answers[:40], 240)
+        model = fit_items(answers[:40], 240)
         experts = [model.ability(row) for row in answers[:4]]
         truth = [of.score(row) for row in answers[40:]]
         found = [model.estimate(row[:36], of, kind, experts) for row in answers[40:]]
@@ -58,7 +58,7 @@ def test_estimates_rank_new_models_better_than_the_items_seen_do(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_estimate_of_all_items_is_their_score(kind):
     of, (_, answers) = scale(60), simulated(12, 60, 1)
-    model = fit(answers[:10], 60)
+    model = fit_items(answers[:10], 60)
     for row in answers:
         assert model.estimate(row, of, kind, [0.5, -0.2]) == of.score(row)
 
@@ -66,13 +66,13 @@ def test_the_estimate_of_all_items_is_their_score(kind):
 def test_no_item_seen_gives_the_average_model():
     """Without an answer the ability is the prior's mean; an easy task is expected to be answered well."""
     of, (_, answers) = scale(90), simulated(50, 90, 2)
-    found = fit(answers, 90).estimate([], of)
+    found = fit_items(answers, 90).estimate([], of)
     assert found == pytest.approx(np.mean([of.score(row) for row in answers]), abs=0.03)
 
 
 def test_parameters_are_recovered():
     abilities, answers = simulated(200, 300, 3)
-    model = fit(answers, 300)
+    model = fit_items(answers, 300)
     found = [model.ability(row) for row in answers]
     assert stats.spearmanr(found, abilities).statistic > 0.95
     rates = np.mean(answers, axis=0)
@@ -90,7 +90,7 @@ def test_the_gradient_is_that_of_the_loss():
 
 def test_an_ability_is_where_the_posterior_is_highest():
     _, answers = simulated(30, 80, 5)
-    model = fit(answers, 80)
+    model = fit_items(answers, 80)
     row = np.array(answers[3][:25])
     a, b = model.discrimination[:25], model.difficulty[:25]
 
@@ -105,7 +105,7 @@ def test_an_ability_is_where_the_posterior_is_highest():
 def test_models_that_were_asked_the_first_items_only_count_with_those():
     """Items that none was asked are expected to be as hard as the others on average, and first answers still teach."""
     _, answers = simulated(40, 60, 6)
-    whole, part = fit(answers, 60), fit([row[:30] for row in answers], 60)
+    whole, part = fit_items(answers, 60), fit_items([row[:30] for row in answers], 60)
     assert np.ptp(part.difficulty[30:]) == pytest.approx(0, abs=1e-4)
     assert stats.spearmanr(part.difficulty[:30], whole.difficulty[:30]).statistic > 0.99
 
@@ -114,7 +114,7 @@ def test_graded_answers_are_fractions_of_right_ones():
     """A model that scores 0.5 everywhere is as able as one that gets every other of equal items right."""
     model = irt.ItemModel(np.ones(40), np.zeros(40), np.zeros((1, 40)))
     assert model.ability([0.5] * 40) == pytest.approx(model.ability([0.0, 1.0] * 20), abs=1e-9)
-    assert fit([[0.5, 0.25], [0.75, 1.0]], 2).discrimination.shape == (2,)
+    assert fit_items([[0.5, 0.25], [0.75, 1.0]], 2).discrimination.shape == (2,)
 
 
 def test_a_blend_leans_on_the_items_seen_where_the_model_is_wrong():
@@ -130,25 +130,25 @@ def test_a_blend_leans_on_the_items_seen_where_the_model_is_wrong():
 
 def test_able_experts_let_expect_an_able_merge():
     of, (_, answers) = scale(60), simulated(20, 60, 7)
-    model = fit(answers, 60)
+    model = fit_items(answers, 60)
     weak, strong = (model.estimate(answers[0][:6], of, "mp-irt", [t, t]) for t in (-1.0, 1.0))
     assert weak < strong
 
 
 def test_the_same_answers_give_the_same_model():
     _, answers = simulated(12, 50, 8)
-    one, two = fit(answers, 50), fit(answers, 50)
+    one, two = fit_items(answers, 50), fit_items(answers, 50)
     assert np.array_equal(one.difficulty, two.difficulty)
     assert np.array_equal(one.discrimination, two.discrimination)
 
 
 def test_what_cannot_be_estimated_is_refused():
-    model = fit([[0.0, 1.0], [1.0, 1.0]], 2)
+    model = fit_items([[0.0, 1.0], [1.0, 1.0]], 2)
     of = Scale(("t",) * 2, {"t": 1.0}, {"t": JUDGED})
     with pytest.raises(ValueError, match="no models"):
-        fit([], 2)
+        fit_items([], 2)
     with pytest.raises(ValueError, match="3 items of 2"):
-        fit([[0.0, 1.0, 1.0]], 2)
+        fit_items([[0.0, 1.0, 1.0]], 2)
     with pytest.raises(ValueError, match="between 0 and 1"):
         model.ability([1.5])
     with pytest.raises(ValueError, match="mp-irt needs"):

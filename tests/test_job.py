@@ -181,9 +181,9 @@ def test_a_signal_inside_of_compiled_code_is_a_signal(raised, code, make_config,
     given = [str(make_config(tmp_path)), "--results", str(tmp_path)]
     if code is None:
         with pytest.raises(SystemError):
-            job_of.main(given)
+            job_of.run_job(given)
     else:
-        assert job_of.main(given) == code
+        assert job_of.run_job(given) == code
 
 
 def test_a_job_that_cannot_run_says_why_and_fails(job, make_config, tmp_path):

@@ -2,8 +2,8 @@
 
 import torch
 
-from evolver.merging import kernels
-from evolver.merging.kernels import OPTIONS, Kernels, can_compile
+from evolver.kernels import compiled
+from evolver.kernels.compiled import OPTIONS, Kernels, can_compile
 
 
 def test_a_cpu_has_none():
@@ -20,14 +20,14 @@ def test_options_are_what_the_exactness_of_kernels_rests_on():
 
 def test_a_kernel_is_made_anew_where_what_it_is_made_of_changes(tmp_path, monkeypatch):
     """And not where any other file does."""
-    before = kernels.ingredients.__wrapped__()
-    for name in kernels.INGREDIENTS:
-        source = (kernels.Path(kernels.__file__).with_name(name)).read_text()
-        (tmp_path / name).write_text(source)
-    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "kernels.py"))
-    assert kernels.ingredients.__wrapped__() == before
+    before = compiled.ingredients.__wrapped__()
+    for name in compiled.INGREDIENTS:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text((compiled.PACKAGE / name).read_text())
+    monkeypatch.setattr(compiled, "PACKAGE", tmp_path)
+    assert compiled.ingredients.__wrapped__() == before
     (tmp_path / "weights.py").write_text("changed")
-    assert kernels.ingredients.__wrapped__() == before
-    (tmp_path / "operators.py").write_text("changed")
-    kernels.digest_of.cache_clear()
-    assert kernels.ingredients.__wrapped__() != before
+    assert compiled.ingredients.__wrapped__() == before
+    (tmp_path / "merging" / "methods" / "operators.py").write_text("changed")
+    compiled.digest_of.cache_clear()
+    assert compiled.ingredients.__wrapped__() != before

@@ -15,17 +15,18 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluster.job import main
+from cluster.job import run_job
+from evolver.config import config_at
+from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
-from evolver.evaluation import library
 from evolver.evaluation.data import read_rows
-from evolver.evaluation.decoder import DecoderOnly
 from evolver.evaluation.items import item_hash
-from evolver.evaluation.loglikelihood import Group, LogLikelihoods
-from evolver.export import export
+from evolver.evaluation.language import library
+from evolver.evaluation.language.decoder import DecoderOnly
+from evolver.evaluation.language.loglikelihood import Group, LogLikelihoods
+from evolver.merging.export import export
 from evolver.records import Candidate, Cross, Merge, Rule
-from evolver.run import prepare
-from evolver.worker import Worker
+from evolver.workers.worker import Worker
 
 pytestmark = pytest.mark.whole
 
@@ -48,7 +49,7 @@ def entries(names):
 
 @pytest.fixture(scope="module")
 def prepared(make_config, tmp_path_factory):
-    return prepare(str(make_config(tmp_path_factory.mktemp("language"), {"evaluation.tasks": entries(ALL)})))
+    return prepare(config_at(make_config(tmp_path_factory.mktemp("language"), {"evaluation.tasks": entries(ALL)})))
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +201,7 @@ def test_a_broken_model_fails_and_the_next_one_is_scored(make_config, models, tm
     tensors = load_file(tmp_path / "broken" / "model.safetensors")
     tensors["model.norm.weight"].fill_(3e38)  # finite weights whose outputs are not
     save_file(tensors, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
-    ready = prepare(str(make_config(tmp_path, {"experts.a": str(tmp_path / "broken")})))
+    ready = prepare(config_at(make_config(tmp_path, {"experts.a": str(tmp_path / "broken")})))
     worker = Worker(ready.plan, "dev", tasks=ready.tasks)
     broken, sound, _ = ready.experts
     first = worker.evaluate(Candidate(0, sound, "test"))
@@ -225,7 +226,7 @@ def test_examples_in_the_prompt_are_drawn_as_lm_eval_draws_them(prepared, writte
 
 def test_no_scored_item_is_an_example_in_a_prompt(make_config, tmp_path):
     """This task has no examples of its own: lm-eval would take them from the very items that the report scores."""
-    ready = prepare(str(make_config(tmp_path, {"evaluation.num_fewshot": 2})))
+    ready = prepare(config_at(make_config(tmp_path, {"evaluation.num_fewshot": 2})))
     part = language(Worker(ready.plan, "dev", tasks=ready.tasks).scorer)
     documents = list(ready.tasks.judges["toy"].library.tasks["toy"].eval_docs)
     scored = {documents[i.index]["question"] for s in ("dev", "report") for i in ready.tasks.items.of(s)}
@@ -240,7 +241,7 @@ def test_no_scored_item_is_an_example_in_a_prompt(make_config, tmp_path):
 
 def test_too_few_examples_beside_the_scored_items(make_config, tmp_path):
     task = [{"task": "toy", "dev": 80, "report": 28}]
-    ready = prepare(str(make_config(tmp_path, {"evaluation.num_fewshot": 2, "evaluation.tasks": task})))
+    ready = prepare(config_at(make_config(tmp_path, {"evaluation.num_fewshot": 2, "evaluation.tasks": task})))
     with pytest.raises(BadInput, match=r"num_fewshot: toy has 2 examples beside the items that are scored and 2"):
         Worker(ready.plan, "dev", tasks=ready.tasks)
 
@@ -306,7 +307,7 @@ def test_cut_and_empty_answers_are_counted(prepared, written, recipe, judged):
 def test_the_test_set_of_a_benchmark_as_dev_set_is_flagged(make_config, tmp_path, capsys, path, has_test, flagged):
     file = make_config(tmp_path, {"budget.candidates": 3})
     path = str(tmp_path) if path == "LOCAL" else path
-    ready = prepare(str(file))
+    ready = prepare(config_at(file))
     judge = ready.tasks.judges["toy"]
     config = SimpleNamespace(dataset_path=path, custom_dataset=None)
     judge.library.tasks["toy"] = SimpleNamespace(config=config, has_test_docs=lambda: has_test)
@@ -316,7 +317,7 @@ def test_the_test_set_of_a_benchmark_as_dev_set_is_flagged(make_config, tmp_path
 def test_what_was_flagged_is_said_before_the_run_and_stands_in_the_report(make_config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(library.Library, "is_test_set", lambda self, name: True)
     file = make_config(tmp_path, {"budget.candidates": 3})
-    assert main([str(file), "--results", str(tmp_path / "results")]) == 0
+    assert run_job([str(file), "--results", str(tmp_path / "results")]) == 0
     folder = tmp_path / "results" / "toy"
     assert "warning: the dev items of toy come from the test set of a public benchmark" in capsys.readouterr().out
     assert "> Warning: the dev items of toy come from the test set" in (folder / "report.md").read_text()
@@ -334,7 +335,7 @@ def test_batch_size_is_the_most_rows(written, groups, rows):
 
 def test_a_group_is_its_tasks_together(make_config, tmp_path):
     task = [{"task": "both", "dev": 50, "report": 60}]
-    ready = prepare(str(make_config(tmp_path, {"evaluation.tasks": task})))
+    ready = prepare(config_at(make_config(tmp_path, {"evaluation.tasks": task})))
     assert {i.task for i in ready.tasks.items.dev} == {"toy", "pair"}
     assert set(ready.tasks.scale("dev").tasks) == {"both"}
     assert len(Worker(ready.plan, "dev", tasks=ready.tasks).scorer.score(0, 50).items) == 50
@@ -343,14 +344,14 @@ def test_a_group_is_its_tasks_together(make_config, tmp_path):
 def test_a_task_named_beside_its_group_is_refused(make_config, tmp_path):
     tasks = [{"task": "both", "dev": 50, "report": 60}, {"task": "toy", "dev": 50, "report": 20}]
     with pytest.raises(BadInput, match=r"evaluation.tasks\[1\].task: toy and both both hold toy"):
-        prepare(str(make_config(tmp_path, {"evaluation.tasks": tasks})))
+        prepare(config_at(make_config(tmp_path, {"evaluation.tasks": tasks})))
 
 
 def test_perplexity_on_a_text_file(make_config, tmp_path, models):
     text = "\n\n".join(f"the red house {n} and the green river are old friends " * 6 for n in range(60))
     (tmp_path / "book.txt").write_text(text)
     task = [{"task": "book", "data": str(tmp_path / "book.txt"), "metric": "bits_per_byte", "dev": 6, "report": 4}]
-    ready = prepare(str(make_config(tmp_path, {"evaluation.tasks": task})))
+    ready = prepare(config_at(make_config(tmp_path, {"evaluation.tasks": task})))
     worker = Worker(ready.plan, "dev", tasks=ready.tasks)
     result = worker.evaluate(Candidate(0, ready.experts[0], "test"))
     module = AutoModelForCausalLM.from_pretrained(models / "a", dtype=torch.float32)
@@ -372,9 +373,9 @@ def test_perplexity_on_a_text_file(make_config, tmp_path, models):
     ],
 )
 def test_names_are_checked_before_any_weight_is_read(make_config, tmp_path, task, said, monkeypatch):
-    monkeypatch.setattr("evolver.worker.LiveModel", None)
+    monkeypatch.setattr("evolver.workers.worker.LiveModel", None)
     with pytest.raises(BadInput, match=said):
-        prepare(str(make_config(tmp_path, {"evaluation.tasks": [{"dev": 5, "report": 5, **task}]})))
+        prepare(config_at(make_config(tmp_path, {"evaluation.tasks": [{"dev": 5, "report": 5, **task}]})))
 
 
 def test_own_tasks_do_not_wait_for_the_index_of_lm_eval(make_config, tmp_path, monkeypatch):
@@ -383,4 +384,4 @@ def test_own_tasks_do_not_wait_for_the_index_of_lm_eval(make_config, tmp_path, m
         return TaskManager(include_path=include_path, include_defaults=include_defaults)
 
     monkeypatch.setattr(library, "TaskManager", only_own)
-    assert len(prepare(str(make_config(tmp_path))).tasks.items.dev) == 40
+    assert len(prepare(config_at(make_config(tmp_path))).tasks.items.dev) == 40

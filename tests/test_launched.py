@@ -11,14 +11,15 @@ from types import SimpleNamespace
 import pytest
 from toys import DROP, ROOT, rows, run_here
 
+from evolver.config import config_at
+from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
-from evolver.evaluation import scratch
-from evolver.evaluation.launched import LaunchedScorer
-from evolver.evaluation.requests import Judgement
-from evolver.evaluation.scratch import Scratch
+from evolver.evaluation.language import scratch
+from evolver.evaluation.language.launched import LaunchedScorer
+from evolver.evaluation.language.requests import Judgement
+from evolver.evaluation.language.scratch import Scratch
 from evolver.records import Candidate
-from evolver.run import prepare
-from evolver.worker import Worker
+from evolver.workers.worker import Worker
 
 pytestmark = pytest.mark.whole
 
@@ -62,7 +63,7 @@ http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 # Makes a folder and starts a server with a child of its own, then dies without a word.
 KILLED = """
 import os, pathlib, subprocess, sys
-from evolver.evaluation import scratch
+from evolver.evaluation.language import scratch
 scratch.MEMORY = pathlib.Path(sys.argv[1])
 held = scratch.Scratch(0)
 server = subprocess.Popen(["sh", "-c", "sleep 600 & sleep 600"], start_new_session=True)
@@ -125,7 +126,7 @@ def test_what_nobody_could_remove_is_swept_and_what_is_in_use_stays(memory):
 def test_lm_evals_own_class_gives_the_same_scores(make_config, tmp_path):
     results = {}
     for name, changes in (("resident", {}), ("hf", HF)):
-        ready = prepare(str(make_config(tmp_path, {"evaluation.tasks": TASKS, **changes}, f"{name}.yaml")))
+        ready = prepare(config_at(make_config(tmp_path, {"evaluation.tasks": TASKS, **changes}, f"{name}.yaml")))
         worker = Worker(ready.plan, "dev", tasks=ready.tasks)
         found = [worker.evaluate(Candidate(n, e, "test")) for n, e in enumerate(ready.experts)]
         worker.close()
@@ -167,7 +168,7 @@ def served(make_config, tmp_path):
 
 
 def test_a_server_is_started_for_each_candidate_and_stopped(served, memory, tmp_path):
-    ready = prepare(str(served))
+    ready = prepare(config_at(served))
     worker = Worker(ready.plan, "dev", tasks=ready.tasks)
     results = [worker.evaluate(Candidate(n, e, "test")) for n, e in enumerate(ready.experts[:2])]
     server = worker.live._server
@@ -185,7 +186,7 @@ def test_a_server_is_started_for_each_candidate_and_stopped(served, memory, tmp_
 
 
 def test_a_server_that_ends_is_a_failed_result_with_its_last_words(served, tmp_path):
-    ready = prepare(str(served))
+    ready = prepare(config_at(served))
     worker = Worker(ready.plan, "dev", tasks=ready.tasks)
     (tmp_path / "die").touch()
     dead = worker.evaluate(Candidate(0, ready.experts[0], "test"))
@@ -212,7 +213,7 @@ def test_a_server_that_ends_is_a_failed_result_with_its_last_words(served, tmp_p
 )
 def test_backends_are_checked(make_config, tmp_path, changes, said):
     with pytest.raises(BadInput, match=said):
-        prepare(str(make_config(tmp_path, changes)))
+        prepare(config_at(make_config(tmp_path, changes)))
 
 
 def test_what_is_no_task_of_lm_eval_stays_with_the_resident_model(make_config, tasks, tmp_path):
@@ -220,7 +221,7 @@ def test_what_is_no_task_of_lm_eval_stays_with_the_resident_model(make_config, t
     task = {"task": "mine", "function": f"{tmp_path / 'mine.py'}:score", "data": str(tasks / "toy.jsonl")}
     file = make_config(tmp_path, {"evaluation.tasks": [{**task, "dev": 4, "report": 4}], "evaluation.backend": "hf"})
     with pytest.raises(BadInput, match=r"evaluation\.backend: mine is no task of lm-eval; write resident"):
-        prepare(str(file))
+        prepare(config_at(file))
 
 
 @pytest.mark.parametrize(
@@ -234,7 +235,7 @@ def test_what_is_no_task_of_lm_eval_stays_with_the_resident_model(make_config, t
     ],
 )
 def test_what_is_not_installed_is_one_sentence(make_config, memory, tmp_path, changes, said):
-    ready = prepare(str(make_config(tmp_path, {"evaluation.tasks": TASKS[:1], **changes})))
+    ready = prepare(config_at(make_config(tmp_path, {"evaluation.tasks": TASKS[:1], **changes})))
     with pytest.raises(BadInput) as caught:
         Worker(ready.plan, "dev", tasks=ready.tasks)
     assert str(caught.value) == said

@@ -1,16 +1,19 @@
 """The ledger: nothing that was written is lost or read twice, whatever lies in the folder."""
 
+import contextlib
 import errno
 import os
+import shutil
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from evolver import ledger as module
 from evolver.errors import BadInput
-from evolver.ledger import Ledger, read
+from evolver.ledger import OLDEST, Ledger, read_table, result_of
 from evolver.records import Candidate, Cross, Expert, Result, dump_recipe
 from evolver.storage import local, storage_at
 
@@ -52,8 +55,8 @@ def reopen(tmp_path):
 
 def fill(ledger, numbers):
     for k in numbers:
-        ledger.asked(candidate(k))
-        ledger.finished(candidate(k), result(k))
+        ledger.write_asked(candidate(k))
+        ledger.write_result(candidate(k), result(k))
 
 
 def parts(folder):
@@ -70,8 +73,8 @@ def test_every_field_of_a_result_comes_back(reopen):
     ]
     ledger = reopen()
     for r in results:
-        ledger.asked(candidate(r.number, bar=0.5))
-        ledger.finished(candidate(r.number, bar=0.5), r)
+        ledger.write_asked(candidate(r.number, bar=0.5))
+        ledger.write_result(candidate(r.number, bar=0.5), r)
     assert ledger.results("search") == results
     again = reopen()
     assert again.results("search") == results
@@ -81,9 +84,9 @@ def test_every_field_of_a_result_comes_back(reopen):
 
 def test_the_rows_hold_the_whole_proposal(reopen):
     ledger = reopen()
-    ledger.asked(candidate(7, bar=0.5))
-    ledger.finished(candidate(7, bar=0.5), result(7))
-    rows = read(ledger.storage).to_pylist()
+    ledger.write_asked(candidate(7, bar=0.5))
+    ledger.write_result(candidate(7, bar=0.5), result(7))
+    rows = read_table(ledger.storage).to_pylist()
     assert [r["event"] for r in rows] == ["asked", "finished"]
     for row in rows:
         assert row["number"] == 7
@@ -96,47 +99,49 @@ def test_the_rows_hold_the_whole_proposal(reopen):
 
 
 def test_a_candidate_that_was_asked_only_is_not_recorded(reopen):
-    reopen().asked(candidate(0))
+    reopen().write_asked(candidate(0))
     again = reopen()
-    assert again.recorded(candidate(0)) is None
-    assert again.known(candidate(0)) is None
+    assert again.answer(candidate(0)) is None
 
 
 def test_stages_have_numbers_of_their_own(reopen):
     ledger = reopen()
-    ledger.finished(candidate(0, "baseline"), result(0, "baseline"))
-    ledger.finished(Candidate(0, recipe(1), "evolver"), Result(0, recipe(1).id, "ok", 0.5, 0.5, True))
+    ledger.write_result(candidate(0, "baseline"), result(0, "baseline"))
+    ledger.write_result(Candidate(0, recipe(1), "evolver"), Result(0, recipe(1).id, "ok", 0.5, 0.5, True))
     again = reopen()
-    assert again.recorded(candidate(0, "baseline")).score == 0.0
+    assert again.answer(candidate(0, "baseline")).score == 0.0
     assert again.results("search")[0].score == 0.5
     assert len(again.results("baseline")) == 1
 
 
 def test_a_known_recipe_is_one_of_the_same_items(reopen):
     ledger = reopen()
-    ledger.finished(candidate(0, "baseline"), result(0, "baseline"))
+    ledger.write_result(candidate(0, "baseline"), result(0, "baseline"))
     known = replace(result(0, "baseline"), number=9, stage="search", reused=True)
-    assert ledger.known(Candidate(9, recipe(0), "evolver")) == known
-    assert ledger.known(Candidate(9, recipe(0), "report", stage="report")) is None
-    assert reopen().known(Candidate(9, recipe(0), "evolver")) == known
+    assert ledger.answer(Candidate(9, recipe(0), "evolver")) == known
+    assert ledger.answer(Candidate(9, recipe(0), "report", stage="report")) is None
+    assert reopen().answer(Candidate(9, recipe(0), "evolver")) == known
 
 
 def test_a_partial_result_answers_where_it_decides(reopen):
     ledger = reopen()
     partial = Result(0, recipe(0).id, "ok", None, 0.5, False, (0.0, 1.0))
-    ledger.finished(candidate(0, bar=0.5), partial)
+    ledger.write_result(candidate(0, bar=0.5), partial)
     for one in (ledger, reopen()):
-        assert one.known(candidate(1)) is None
-        assert one.known(Candidate(1, recipe(0), "x", bar=0.5)) == replace(partial, number=1, reused=True)
-        assert one.known(Candidate(1, recipe(0), "x", bar=0.4)) is None
-        assert one.known(Candidate(1, recipe(0), "x")) is None
+        assert one.answer(candidate(1)) is None
+        assert one.answer(Candidate(1, recipe(0), "x", bar=0.5)) == replace(partial, number=1, reused=True)
+        assert one.answer(Candidate(1, recipe(0), "x", bar=0.4)) is None
+        assert one.answer(Candidate(1, recipe(0), "x")) is None
 
 
 def test_another_recipe_under_the_same_number_is_refused(reopen):
     ledger = reopen()
     fill(ledger, [0])
     with pytest.raises(BadInput, match=r"candidate 0 of stage search is \w+ in the ledger"):
-        ledger.recorded(Candidate(0, recipe(5), "evolver"))
+        ledger.write_asked(Candidate(0, recipe(5), "evolver"))
+    with pytest.raises(BadInput, match=r"candidate 0 of stage search is \w+ in the ledger"):
+        ledger.write_result(Candidate(0, recipe(5), "evolver"), result(5))
+    assert ledger.answer(Candidate(0, recipe(5), "evolver")) is None
 
 
 def test_a_second_opener_is_refused_with_the_pid_of_the_first(reopen, tmp_path):
@@ -159,7 +164,7 @@ def test_a_damaged_part_is_set_aside(reopen, keep):
     assert victim.name in again.warnings[0]
     assert "damaged" in again.warnings[0]
     assert (again.storage.path / "damaged" / victim.name).exists()
-    again.finished(candidate(1), result(1))
+    again.write_result(candidate(1), result(1))
     last = reopen()
     assert [r.number for r in last.results("search")] == [0, 1, 2]
     assert last.warnings == []
@@ -194,7 +199,7 @@ def test_garbage_under_the_name_of_a_part_is_set_aside(reopen, tmp_path):
 
 def foreign_part(tmp_path, name, folder):
     other = Ledger(storage_at(tmp_path / "other"), "somebody else")
-    other.finished(candidate(5), result(5))
+    other.write_result(candidate(5), result(5))
     other.close()
     os.replace(tmp_path / "other" / "part-00000000.parquet", folder / name)
 
@@ -243,13 +248,13 @@ def test_small_parts_are_joined_and_hold_the_same(reopen, monkeypatch):
         "part-00000000-00000005.parquet", "part-00000006-00000011.parquet",
         "part-00000012.parquet", "part-00000013.parquet",
     ]  # fmt: skip
-    assert read(ledger.storage).num_rows == 14
+    assert read_table(ledger.storage).num_rows == 14
     again = reopen()
     assert again.results("search") == [result(k) for k in range(7)]
     assert again.warnings == []
     fill(again, range(7, 10))
     assert reopen().results("search") == [result(k) for k in range(10)]
-    rows = read(again.storage).to_pylist()
+    rows = read_table(again.storage).to_pylist()
     assert [r["number"] for r in rows] == [k for k in range(10) for _ in "af"]
 
 
@@ -258,11 +263,11 @@ def test_a_crash_between_joining_and_removing_loses_and_doubles_nothing(reopen, 
     fill(ledger, range(3))
     loose = {n: (ledger.storage.path / n).read_bytes() for n in parts(ledger.storage.path)}
     monkeypatch.setattr(module, "JOIN_FROM", 7)
-    ledger.asked(candidate(3))  # joins
+    ledger.write_asked(candidate(3))  # joins
     assert parts(ledger.storage.path) == ["part-00000000-00000006.parquet"]
     for name, data in loose.items():
         (ledger.storage.path / name).write_bytes(data)
-    assert read(ledger.storage).num_rows == 7
+    assert read_table(ledger.storage).num_rows == 7
     again = reopen()
     assert again.results("search") == [result(k) for k in range(3)]
     assert parts(again.storage.path) == ["part-00000000-00000006.parquet"]
@@ -288,8 +293,8 @@ def test_a_full_disk_loses_nothing_that_was_finished(reopen, monkeypatch, step):
     with monkeypatch.context() as patch:
         patch.setattr(os, step, full_disk)
         with pytest.raises(BadInput, match=r"No space left.*nothing finished so far is lost: make room"):
-            ledger.finished(candidate(2), result(2))
-    assert ledger.recorded(candidate(2)) is None
+            ledger.write_result(candidate(2), result(2))
+    assert ledger.answer(candidate(2)) is None
     assert not list(ledger.storage.path.glob(".part*"))
     again = reopen()
     assert again.results("search") == [result(0), result(1)]
@@ -306,20 +311,20 @@ def test_a_full_disk_while_joining_loses_nothing(reopen, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "link", lambda a, b: full_disk() if b.name.count("-") == 2 else link(a, b))
         with pytest.raises(BadInput, match="No space left"):
-            ledger.finished(candidate(2), result(2))
+            ledger.write_result(candidate(2), result(2))
     assert reopen().results("search") == [result(k) for k in range(3)]
 
 
 def test_a_result_is_on_disk_when_finished_returns(reopen):
     ledger = reopen()
     for k in range(3):
-        ledger.finished(candidate(k), result(k))
+        ledger.write_result(candidate(k), result(k))
         newest = ledger.storage.path / parts(ledger.storage.path)[-1]
         assert pq.read_table(newest)["number"].to_pylist() == [k]
 
 
 def test_reading_an_empty_ledger(reopen):
-    assert read(reopen().storage).num_rows == 0
+    assert read_table(reopen().storage).num_rows == 0
 
 
 def test_reading_while_a_run_writes(reopen, monkeypatch):
@@ -331,11 +336,74 @@ def test_reading_while_a_run_writes(reopen, monkeypatch):
     writer.start()
     counts = []
     while writer.is_alive() or not counts:
-        rows = read(ledger.storage).to_pylist()
+        rows = read_table(ledger.storage).to_pylist()
         assert [(r["number"], r["event"]) for r in rows] == [
             (k // 2, ("asked", "finished")[k % 2]) for k in range(len(rows))
         ]
         counts.append(len(rows))
     writer.join()
     assert counts == sorted(counts)
-    assert read(ledger.storage).num_rows == 120
+    assert read_table(ledger.storage).num_rows == 120
+
+
+OLD = Path(__file__).parent / "old" / "ledger"  # written by the code of 2026-11-28
+
+
+@pytest.fixture
+def old(tmp_path):
+    shutil.copytree(OLD, tmp_path / "old")
+    return storage_at(tmp_path / "old")
+
+
+def test_an_old_ledger_opens_and_goes_on(old):
+    before = read_table(old).to_pylist()
+    with contextlib.closing(Ledger(old, "the owner of 2026-11")) as ledger:
+        assert ledger.warnings == []
+        assert [(r.number, r.score, r.tasks) for r in ledger.results("search")] == [
+            (0, 0.5, {"t": 0.5}), (1, 0.625, {"t": 0.625}), (2, 0.75, {"t": 0.75}), (4, None, {}),
+        ]  # fmt: skip
+        ledger.write_result(candidate(9), result(9))
+    after = read_table(old).to_pylist()
+    assert after[:-1] == before != []
+    assert after[-1]["number"] == 9
+    with contextlib.closing(Ledger(old, "the owner of 2026-11")) as ledger:
+        assert ledger.warnings == []
+        assert ledger.answer(candidate(9)) == result(9)
+
+
+def without(storage, *columns):
+    """As a version wrote it that did not know these columns yet."""
+    for name in storage.names():
+        table = pq.read_table(f"{storage.location}/{name}")
+        pq.write_table(table.drop_columns(list(columns)), f"{storage.location}/{name}")
+
+
+def test_a_column_that_is_missing_holds_its_default(old):
+    before = read_table(old).to_pylist(maps_as_pydicts="strict")
+    columns = {"raced": False, "given": 0, "counts": {}, "limit": None, "label": "", "parents": [], "reused": False}
+    without(old, *columns)
+    with contextlib.closing(Ledger(old, "the owner of 2026-11")) as ledger:
+        assert ledger.warnings == []
+        assert len(ledger.results("search")) == 4
+        ledger.write_result(candidate(9), result(9))
+    after = read_table(old).to_pylist(maps_as_pydicts="strict")[:-1]
+    assert after == [row | columns for row in before]
+    assert all(result_of(row).counts == {} for row in after if row["event"] == "finished")
+
+
+@pytest.mark.parametrize("column", OLDEST)
+def test_a_table_without_what_every_ledger_has_is_none(old, column):
+    without(old, column)
+    with pytest.raises(
+        BadInput, match=rf"part-[\d-]+\.parquet: it has no column {column}, so it is no part of a ledger"
+    ):
+        Ledger(old, "the owner of 2026-11")
+
+
+def test_a_ledger_of_a_newer_version_is_left_to_it(old):
+    name = next(iter(old.names()))
+    table = pq.read_table(f"{old.location}/{name}")
+    pq.write_table(table.append_column("energy", [table["score"]]), f"{old.location}/{name}")
+    for reading in (lambda: Ledger(old, "the owner of 2026-11"), lambda: read_table(old)):
+        with pytest.raises(BadInput, match=r"columns that this version does not know \(energy\); a newer version"):
+            reading()

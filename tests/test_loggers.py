@@ -23,7 +23,7 @@ from evolver import loggers
 from evolver.config import load
 from evolver.errors import BadInput
 from evolver.loggers import trackers
-from evolver.loggers.base import Place, Tracked, flat, installed
+from evolver.loggers.base import RunPlace, Tracked, flat, installed
 from evolver.loggers.mlflow import MlflowLogger, MlflowSettings
 from evolver.loggers.trackers import Trackers, tracked
 from evolver.records import Candidate, Expert, Result
@@ -170,7 +170,7 @@ def test_mlflow_says_that_a_run_was_stopped(tmp_path):
     settings = MlflowSettings(uri=f"sqlite:///{tmp_path}/mlflow.db")
 
     def call(steps):
-        logger = MlflowLogger(settings, Place("toy", None))
+        logger = MlflowLogger(settings, RunPlace("toy", None))
         logger.begin(Tracked("id", "toy", {"seed": 1}, {"budget": {"candidates": steps}}, {}))
         (run,) = client.search_runs([client.get_experiment_by_name("evolver").experiment_id])
         assert run.info.status == "RUNNING"
@@ -276,10 +276,10 @@ class WandbAnswers(BaseHTTPRequestHandler):
 
 ONLINE = """
 import sys
-from evolver.loggers.base import Place, Tracked
+from evolver.loggers.base import RunPlace, Tracked
 from evolver.loggers.wandb import WandbLogger, WandbSettings
 
-logger = WandbLogger(WandbSettings(mode="online", folder=sys.argv[1]), Place("toy", None))
+logger = WandbLogger(WandbSettings(mode="online", folder=sys.argv[1]), RunPlace("toy", None))
 logger.begin(Tracked("id", "toy", {}, {}, {}))
 logger.results([(step, {"search/items": 10 * step, "search/candidate": step}) for step in range(int(sys.argv[2]))])
 logger.close()
@@ -340,7 +340,7 @@ def test_a_broken_package_is_said_before_anything_is_written(make_config, tmp_pa
 def test_packages_are_there_before_the_logger_has_a_thread(name, make_config, tmp_path):
     code = (
         "import sys; from evolver import loggers, config, storage; before = sys.argv[2] in sys.modules; "
-        "loggers.build(config.load(sys.argv[1]), 'x', storage.storage_at(sys.argv[3])); "
+        "loggers.build_loggers(config.load(sys.argv[1]), 'x', storage.storage_at(sys.argv[3])); "
         "print(before, sys.argv[2] in sys.modules)"
     )
     package = {"tensorboard": "torch.utils.tensorboard"}.get(name, name)
@@ -360,9 +360,9 @@ def test_a_folder_is_no_package(tmp_path, monkeypatch):
 def test_tensorboard_wants_a_folder_where_the_run_has_none_here(make_config, tmp_path):
     far = storage_at("memory://runs/toy")
     with pytest.raises(BadInput, match=r"loggers\.tensorboard\.folder: missing, .* give a folder"):
-        loggers.build(load(make_config(tmp_path, {"loggers": {"tensorboard": {}}})), "run.yaml", far)
+        loggers.build_loggers(load(make_config(tmp_path, {"loggers": {"tensorboard": {}}})), "run.yaml", far)
     near = load(make_config(tmp_path, {"loggers": {"tensorboard": {"folder": str(tmp_path / "events")}}}))
-    assert loggers.build(near, "run.yaml", far)["tensorboard"].folder == tmp_path / "events" / "toy"
+    assert loggers.build_loggers(near, "run.yaml", far)["tensorboard"].folder == tmp_path / "events" / "toy"
 
 
 def test_every_folder_is_a_run_of_its_own(make_config, tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from evolver.errors import BadInput
-from evolver.ledger import Ledger, read
+from evolver.ledger import Ledger, read_table
 from evolver.loop import evolve
 from evolver.records import Candidate, Cross, Expert, Result
 from evolver.storage import storage_at
@@ -87,14 +87,14 @@ class Spy:
             raise KeyboardInterrupt(f"step {len(self.steps)}: {name}")
         self.steps.append((name, number))
 
-    def asked(self, candidate):
+    def write_asked(self, candidate):
         self.step("before asked", candidate.number)
-        self.ledger.asked(candidate)
+        self.ledger.write_asked(candidate)
         self.step("asked", candidate.number)
 
-    def finished(self, candidate, result):
+    def write_result(self, candidate, result):
         self.step("before finished", candidate.number)
-        recorded = self.ledger.finished(candidate, result)
+        recorded = self.ledger.write_result(candidate, result)
         self.step("finished", candidate.number)
         return recorded
 
@@ -131,7 +131,7 @@ class _Of:
         return getattr(self._spy if own and name in SPIED else self._part, name)
 
 
-SPIED = {"asked", "finished", "tell", "submit", "wait"}
+SPIED = {"write_asked", "write_result", "tell", "submit", "wait"}
 
 
 def run(folder, workers=1, die_at=None, **script):
@@ -147,7 +147,7 @@ def run(folder, workers=1, die_at=None, **script):
 
 def contents(folder):
     """What was finished, without the times."""
-    rows = [r for r in read(storage_at(folder)).to_pylist() if r["event"] == "finished"]
+    rows = [r for r in read_table(storage_at(folder)).to_pylist() if r["event"] == "finished"]
     keys = ("number", "recipe_id", "recipe", "score", "bound", "complete", "reused", "items", "status", "bar", "stage")
     return sorted(tuple(str(r[k]) for k in keys) for r in rows)
 
@@ -210,7 +210,9 @@ def test_death_at_any_step_and_another_call(tmp_path, workers):
             Spy(ledger, Script(script["seeds"], workers), first, die_at).run()
         ledger.close()
         kept = {
-            r["number"] for r in read(storage_at(folder)).to_pylist() if r["event"] == "finished" and not r["reused"]
+            r["number"]
+            for r in read_table(storage_at(folder)).to_pylist()
+            if r["event"] == "finished" and not r["reused"]
         }
         _, search, second = run(folder, **script)
         assert search.done

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from evolver.checkpoints.sources import open_base, open_expert
 from evolver.errors import BadInput
-from evolver.merging.sources import open_base, open_expert
 
 CLOSE = 1e-6
 

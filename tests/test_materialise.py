@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from evolver.merging import crossing, methods, pieces
-from evolver.merging.lora import LoraAdapter
+from evolver.checkpoints.lora import LoraAdapter
+from evolver.checkpoints.weights import Checkpoint
+from evolver.merging import crossing, methods
+from evolver.merging.engine import pieces
 from evolver.merging.materialise import Materialiser
-from evolver.merging.weights import Checkpoint
 from evolver.records import Cross, Expert, Layers, Merge, Place, Rule
 
 NAMES = {

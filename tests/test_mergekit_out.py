@@ -13,11 +13,11 @@ from cases import cases, located
 from checkpoints import make
 from prints import prints
 
+from evolver.checkpoints.sources import open_base, open_expert
 from evolver.errors import BadInput
 from evolver.merging import mergekit
 from evolver.merging.materialise import Materialiser
-from evolver.merging.mergekit_out import RANDOM, Inexpressible, dump
-from evolver.merging.sources import open_base, open_expert
+from evolver.merging.mergekit.writer import RANDOM, Inexpressible, dump
 from evolver.records import Cross, Expert, Layers, Merge, Place, Rule
 
 

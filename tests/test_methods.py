@@ -8,21 +8,20 @@ import pytest
 import torch
 
 from evolver.errors import BadInput
-from evolver.merging import methods, order
-from evolver.merging.apply import apply
-from evolver.merging.genome import genome
+from evolver.merging import methods
+from evolver.merging.engine import order
+from evolver.merging.engine.apply import apply
+from evolver.merging.engine.pieces import InputTensors
 from evolver.merging.methods import METHODS, Range, method, number
-from evolver.merging.pieces import Whole
+from evolver.merging.settings.genome import genome
 from evolver.records import Expert
 
 EVERY = pytest.mark.parametrize("name", list(METHODS))
 SHAPES = [(), (1,), (33,), (70, 50), (3, 4, 5)]
 # How many models a method takes, where that is not any number; and settings without a default.
-TAKES = {"slerp": 2, "nuslerp": 2, "nearswap": 1, "arcee_fusion": 1, "passthrough": 1}
+TAKES = {name: found.takes for name, found in METHODS.items() if found.takes}
 REQUIRED = {"slerp": {"t": 0.3}, "nearswap": {"t": 0.005}}
 RANDOM = {"dare_linear", "dare_ties", "della", "della_linear"}
-# These weigh experts or scalars by what they find, so that experts are never plainly averaged.
-IN_ORDER = {"slerp", "nuslerp", "passthrough", "nearswap", "arcee_fusion"}
 
 
 def experts_of(name, shape=(70, 50), count=3, dtype=torch.float32):
@@ -37,7 +36,7 @@ def merge(name, inputs, base, ids=None, piece=None, kernels=None, **given):
     known = METHODS[name].settings
     weight = {"weight": 1 / len(inputs)} if "weight" in known and "weight" not in given else {}
     values = METHODS[name].complete({**REQUIRED.get(name, {}), **weight, **given}, len(inputs), "here")
-    whole = Whole("model.layers.1.w", inputs, base, ids or [str(i) for i in range(len(inputs))], 1 / 3)
+    whole = InputTensors("model.layers.1.w", inputs, base, ids or [str(i) for i in range(len(inputs))], 1 / 3)
     return apply(METHODS[name], values, whole, piece=piece, kernels=kernels)
 
 
@@ -66,50 +65,43 @@ def test_experts_that_moved_nowhere_give_the_base(name):
         assert torch.allclose(merged, base, atol=1e-7), more
 
 
-@EVERY
+def without_mass(name):
+    """Settings at which no delta counts; none for methods that weigh the deltas by themselves."""
+    known = METHODS[name].settings
+    return {k: 0.0 for k in ("lambda", "weight") if k in known} if METHODS[name].on_deltas else {}
+
+
+@pytest.mark.parametrize("name", filter(without_mass, METHODS))
 def test_no_mass_gives_the_base(name):
     base, experts = experts_of(name)
-    zeros = {"lambda": 0.0, "weight": 0.0, "t": 0.0} if METHODS[name].on_deltas or name == "slerp" else {"lambda": 0.0}
-    given = {k: v for k, v in zeros.items() if k in METHODS[name].settings}
-    if name == "slerp":
-        experts[0] = base
-    if given:
-        assert torch.equal(merge(name, experts, base, **given), base)
+    assert torch.equal(merge(name, experts, base, **without_mass(name)), base)
 
 
-@EVERY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.identity is not None])
 def test_one_expert_at_mass_one_is_that_expert(name, dtype):
     """In bfloat16 to the bit; in float32 up to the rounding of base + (expert - base)."""
-    base, experts = experts_of(name, dtype=dtype)
-    one = experts[:1] if name not in ("slerp", "nuslerp", "model_stock") else experts[:1] * 2
-    given = (
-        {"epsilon": 0.0} if name.startswith("ram") else {"lambda": 1.0} if "lambda" in METHODS[name].settings else {}
-    )
-    if name in ("nearswap", "arcee_fusion"):
-        pytest.skip("moves a part of the way by definition")
-    if name in ("localize_and_stitch", "pcb"):
-        given["density"] = 1.0
-    if name == "consensus":
-        given["agree"] = 1
-    if name == "pcb":
-        pytest.skip("drops the scalar of the smallest balance")
-    if name == "ramplus_tl":
-        given["r"] = 0.0
-    if name == "widen":
-        given["ratio"] = 0.0  # all columns count as important, none by its share
-        base[0, 0] = experts[0][0, 0]
-    merged = merge(name, one, base, **given)
-    near = torch.allclose(merged, one[0], atol=1e-7) if dtype == torch.float32 else torch.equal(merged, one[0])
-    if name == "widen":  # the least moved column has rank 0, which is not above any ratio
-        near = ((merged - one[0]).abs() < 1e-6).float().mean() > 0.95
-    assert near
+    found = METHODS[name]
+    base, (one, *_) = experts_of(name, dtype=dtype)
+    mass = {"lambda": 1.0} if "lambda" in found.settings else {}
+    merged = merge(name, [one] * (found.takes or found.least), base, **mass, **found.identity)
+    assert torch.allclose(merged, one, atol=1e-7) if dtype == torch.float32 else torch.equal(merged, one)
 
 
-@EVERY
+def test_too_few_models_are_refused():
+    with pytest.raises(BadInput, match=r"^here: model_stock takes 2 models and more, not 1"):
+        METHODS["model_stock"].complete({}, 1, "here")
+
+
+def test_a_checked_recipe_is_not_checked_again(monkeypatch):
+    checked = METHODS["ties"].complete({"density": 0.3, "weight": 0.5}, 3, "here")
+    monkeypatch.setattr(methods, "_checked", lambda *_: pytest.fail("checked again"))
+    assert METHODS["ties"].in_force(checked, 3) == checked
+    assert METHODS["ties"].in_force({"density": checked["density"], "weight": checked["weight"]}, 3) == checked
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.symmetric])
 def test_the_order_of_the_experts_does_not_matter(name):
-    if name in IN_ORDER:
-        pytest.skip("its models have different parts")
     base, experts = experts_of(name)
     weights, names = [0.2, 0.3, 0.5], ["a", "b", "c"]
     for more in variants(name):
@@ -363,7 +355,7 @@ def test_another_number_of_models_is_refused():
 
 
 def test_a_new_method_takes_one_function_and_nothing_else():
-    from evolver.reference import page
+    from evolver.commands.reference import reference_page
 
     @method("Nobody 2026, Half the way")
     def halfway(deltas: torch.Tensor, *, share: Annotated[torch.Tensor, Range(0.1, 0.9)] = number(0.5)) -> torch.Tensor:
@@ -384,6 +376,6 @@ def test_a_new_method_takes_one_function_and_nothing_else():
             "search",
         )
         assert [(k.name, k.low, k.high) for k in space.knobs] == [("share", 0.1, 0.9)]
-        assert "### halfway" in page()
+        assert "### halfway" in reference_page()
     finally:
         del METHODS["halfway"]

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from sklearn import metrics as learned
 
-from evolver.evaluation.metrics import CLASS, LABELS, VALUE
+from evolver.evaluation.scores.metrics import CLASS, LABELS, VALUE
 
 ROUNDS = 5
 

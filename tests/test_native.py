@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from evolver.errors import BadInput
-from evolver.merging import native, operators, order, random
+from evolver.kernels import native, random
+from evolver.merging.engine import order
+from evolver.merging.methods import operators
 
 SIZES = [0, 1, 15, 16, 17, 1000, 50_000]
 
@@ -95,20 +97,20 @@ def test_a_cache_that_cannot_be_written_leaves_the_plain_code(tmp_path, monkeypa
 
 def test_preparing_compiles_once_and_says_why_it_cannot(tmp_path, monkeypatch):
     monkeypatch.setenv("EVOLVER_CACHE", str(tmp_path / "cache"))
-    assert native.prepare() > 0
+    assert native.compile_loops() > 0
     assert native.library_file().exists()
-    assert native.prepare() == 0
+    assert native.compile_loops() == 0
     monkeypatch.setenv("EVOLVER_CACHE", str(tmp_path / "other"))
     monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "--no-such-flag"))
     with pytest.raises(BadInput, match=r"^CC: .* does not compile the loops \(.*no-such-flag"):
-        native.prepare()
+        native.compile_loops()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EVOLVER_CACHE", str(tmp_path / "file"))
     with pytest.raises(BadInput, match=r"^EVOLVER_CACHE: .* name a folder that can be written"):
-        native.prepare()
+        native.compile_loops()
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
     with pytest.raises(BadInput, match=r"^CC: there is no C compiler"):
-        native.prepare()
+        native.compile_loops()
 
 
 @pytest.mark.parametrize("size", [1, 2, 17, 5000])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from evolver.merging import operators
-from evolver.merging.random import LEVELS
+from evolver.kernels.random import LEVELS
+from evolver.merging.methods import operators
 
 T = torch.tensor
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from evolver.merging import order
+from evolver.merging.engine import order
 
 
 def wanted(row, rank):

@@ -11,11 +11,11 @@ import pytest
 import toys
 
 from evolver import ledger
+from evolver.dashboard.overview import Overview
 from evolver.dashboard.views import front, utilisation
 from evolver.errors import BadInput
-from evolver.history import read_history
-from evolver.overview import Overview
 from evolver.records import Candidate, Expert, Result
+from evolver.runs.history import read_history
 from evolver.storage import storage_at
 
 CHANGES = {"search.generations": 9, "budget.candidates": 15, "evaluation.early_stopping": True}
@@ -77,13 +77,13 @@ def test_parts_that_are_joined_while_somebody_looks(run, tmp_path, monkeypatch):
     candidates = [Candidate(k, Expert(f"m{k}", str(k)), "tpe") for k in range(5)]
     with contextlib.closing(ledger.Ledger(storage.folder("ledger"), "owner")) as writing:
         for c in candidates[:4]:
-            writing.asked(c)
+            writing.write_asked(c)
         overview = Overview(storage)
         assert overview.flying == 4
         results = [Result(c.number, c.recipe.id, "ok", 0.5, complete=True, items=(1.0, 0.0)) for c in candidates]
-        writing.finished(candidates[0], results[0])
+        writing.write_result(candidates[0], results[0])
         overview.refresh()
-        writing.finished(candidates[1], results[1])  # the sixth row: they become one part
+        writing.write_result(candidates[1], results[1])  # the sixth row: they become one part
         assert len(storage.folder("ledger").names()) < 6
         assert overview.pair("search", 0)[1] == results[0]  # from where it is now
         overview.refresh()

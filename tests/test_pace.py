@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from evolver.pace import Pace, Remaining, in_words
+from evolver.loggers.pace import Pace, Remaining, in_words
 from evolver.records import Result
 
 START, EACH, ITEM = 3.0, 0.2, 0.01  # seconds: to build a worker, to build a candidate, to score an item

@@ -5,8 +5,8 @@ import random
 import pytest
 from simulation import SimulatedCrew, lognormal
 
-from cluster.pool import LOSSES, PATIENCE_SECONDS, STILLBORN, CrewPool
-from evolver.config import Pool as Settings
+from cluster.pool import LOSSES, PLACE_SECONDS, STILLBORN, CrewPool
+from evolver.config import PoolSettings as Settings
 from evolver.errors import BadInput
 from evolver.records import Candidate, Expert, Result
 
@@ -105,7 +105,7 @@ def test_workers_leave_while_it_runs():
 
 
 def test_nobody_ready_in_time_is_said():
-    with pytest.raises(BadInput, match=f"no worker was ready within {PATIENCE_SECONDS:.0f} s"):
+    with pytest.raises(BadInput, match=f"no worker was ready within {PLACE_SECONDS:.0f} s"):
         CrewPool(SimulatedCrew(fine, places=[]), Settings(num_workers=2))
 
 

@@ -12,11 +12,12 @@ import pytest
 from toys import ROOT
 
 from cluster.job import make_pool
+from evolver.config import config_at
+from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
-from evolver.process_pool import ProcessPool
 from evolver.records import Candidate
-from evolver.run import prepare
-from evolver.worker import LocalPool
+from evolver.workers.local import LocalPool
+from evolver.workers.process import ProcessPool
 
 pytestmark = pytest.mark.whole
 
@@ -55,7 +56,7 @@ def evaluate(pool, candidate):
 
 
 def test_what_hangs_is_killed_what_dies_is_tried_again_and_the_next_one_is_scored(configured, tmp_path):
-    ready = prepare(str(configured))
+    ready = prepare(config_at(configured))
     pool = ProcessPool(ready.plan, "dev")
     try:
         candidates = [Candidate(n, e, "test") for n, e in enumerate(ready.experts)]
@@ -76,7 +77,7 @@ def test_what_hangs_is_killed_what_dies_is_tried_again_and_the_next_one_is_score
 
 
 def test_a_worker_that_cannot_be_built_is_one_sentence(configured):
-    ready = prepare(str(configured))
+    ready = prepare(config_at(configured))
     ready.plan.digests["base"] = "another"
     pool = ProcessPool(ready.plan, "dev")
     pool.submit(Candidate(0, ready.experts[0], "test"))
@@ -88,10 +89,10 @@ def test_a_worker_that_cannot_be_built_is_one_sentence(configured):
 # A driver that is killed while an evaluation hangs.
 DRIVER = """
 import os, pathlib, sys, threading, time
-from evolver.process_pool import ProcessPool
+from evolver.workers.process import ProcessPool
 from evolver.records import Candidate
-from evolver.run import prepare
-from evolver.worker import LocalPool
+from evolver.driver.run import prepare
+from evolver.workers.local import LocalPool
 
 def die():
     while not seen.exists():
@@ -135,5 +136,5 @@ def _alive(pid):
 
 def test_a_local_worker_has_a_process_of_its_own_where_there_is_a_timeout(configured, make_config, tmp_path):
     for file, kind in ((configured, ProcessPool), (make_config(tmp_path, name="plain.yaml"), LocalPool)):
-        ready = prepare(str(file))
+        ready = prepare(config_at(file))
         assert type(make_pool(ready.plan, "dev", ready.tasks)) is kind

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from evolver.evaluation.metrics import CLASS, ENDLESS, JUDGED
-from evolver.evaluation.racing import Race, log_capital, shares
-from evolver.evaluation.scoring import Scale
+from evolver.evaluation.scores.metrics import CLASS, ENDLESS, JUDGED
+from evolver.evaluation.scores.racing import Race, log_capital, shares
+from evolver.evaluation.scores.scoring import Scale
 
 pytestmark = pytest.mark.whole
 

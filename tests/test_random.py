@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evolver.merging import random
-from evolver.merging.random import BLOCK, HALVES, LANES, draws, philox4x32, threshold
+from evolver.kernels import random
+from evolver.kernels.random import BLOCK, HALVES, LANES, draws, philox4x32, threshold
 
 
 def philox(counter, key):

@@ -16,23 +16,23 @@ import toys
 
 from cluster import crew
 from cluster.crew import check_resources, resources_of
-from cluster.job import main, make_pool
+from cluster.job import make_pool, run_job
 from cluster.pool import on_ray
-from cluster.shared import SharedPool
 from cluster.survey import choose_on_ray
-from evolver.compute import Choice
-from evolver.config import load
+from evolver.config import config_at, load
+from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
-from evolver.evaluation.course import Course
+from evolver.evaluation.scores.course import Evaluation
 from evolver.ledger import Ledger
 from evolver.loop import evolve
-from evolver.messages import pack_candidate, pack_result, unpack_candidate, unpack_result
 from evolver.records import Candidate, Cross, Expert, Result
-from evolver.run import prepare
 from evolver.search.ahead import ahead
 from evolver.search.plain import Listed
 from evolver.storage import storage_at
-from evolver.worker import LocalPool
+from evolver.workers.compute import Choice
+from evolver.workers.local import LocalPool
+from evolver.workers.messages import pack_candidate, pack_result, unpack_candidate, unpack_result
+from evolver.workers.shared import SharedPool
 
 pytestmark = [pytest.mark.ray, pytest.mark.whole]
 
@@ -58,7 +58,7 @@ def ready(make_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ray")
 
     def prepared(name):
-        return prepare(str(make_config(folder, {**SEARCHES[name], "pool": POOL})))
+        return prepare(config_at(make_config(folder, {**SEARCHES[name], "pool": POOL})))
 
     return prepared
 
@@ -136,7 +136,7 @@ def test_workers_that_share_candidates_give_the_same_run(ready, actors, undistur
     prepared = ready(name)
     scale, block = prepared.tasks.scale("dev"), prepared.config.evaluation.block_items
     assert 2 * block < len(scale.tasks)
-    shared = SharedPool(actors, 2, lambda candidate: Course(candidate, scale, block, None))
+    shared = SharedPool(actors, 2, lambda candidate: Evaluation(candidate, scale, block, None))
     assert play(prepared.search, shared, tmp_path) == undisturbed[name]
 
 
@@ -305,7 +305,7 @@ def test_what_the_cluster_can_never_offer_is_refused(fragile_pool, settings, say
 def test_the_refusal_is_one_sentence(make_config, tmp_path, capsys):
     file = make_config(tmp_path, {"pool": {**POOL, "num_gpus": 4.0}})
     before = signal.getsignal(signal.SIGTERM)
-    code = main([str(file), "--results", str(tmp_path / "results")])
+    code = run_job([str(file), "--results", str(tmp_path / "results")])
     signal.signal(signal.SIGTERM, before)
     err = capsys.readouterr().err
     assert code == 2

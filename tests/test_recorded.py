@@ -12,9 +12,10 @@ import pytest
 import torch
 from test_methods import EVERY, experts_of, merge, variants
 
-from evolver.merging import native, order, recorded
-from evolver.merging.here import Here
+from evolver.kernels import native
+from evolver.merging.engine import order, recorded
 from evolver.merging.methods import METHODS, method
+from evolver.merging.methods.here import PieceView
 
 # These look at whole rows, or take exponentials of float64: they run as plain code.
 PLAIN = {"pcb", "widen", "arcee_fusion"}
@@ -98,7 +99,7 @@ def test_the_loop_knows_what_the_method_does(name, monkeypatch):
 
 def test_a_method_that_does_what_the_loop_does_not_know_runs_as_plain_code():
     @method("Nobody 2026, Sines")
-    def sines(deltas, *, here: Here):
+    def sines(deltas, *, here: PieceView):
         return torch.sin(deltas[0]) * here.sum(lambda d, _: d[0].sort().values[:1].double().sum())
 
     try:
@@ -151,7 +152,7 @@ def numbers(shape, generator):
 torch.randn = lambda shape, generator: numbers(shape, generator)  # torch's own are not the same everywhere
 from test_recorded import settings
 from test_methods import experts_of, merge
-from evolver.merging import native
+from evolver.kernels import native
 from evolver.merging.crossing import STRATEGIES, cross
 from evolver.merging.methods import METHODS
 

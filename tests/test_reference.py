@@ -5,20 +5,20 @@ from pathlib import Path
 import typer
 from typer.testing import CliRunner
 
-from evolver.cli import app
+from evolver.commands.cli import app
+from evolver.commands.reference import reference_page
 from evolver.merging.methods import METHODS
-from evolver.reference import page
 from evolver.search import SEARCHES
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_the_reference_is_current():
-    assert (ROOT / "docs/reference.md").read_text() == page(), "run: make docs"
+    assert (ROOT / "docs/reference.md").read_text() == reference_page(), "run: make docs"
 
 
 def test_the_reference_names_every_method_and_search_with_its_settings():
-    text = page()
+    text = reference_page()
     for name in (*METHODS, *SEARCHES):
         assert f"### {name}\n" in text
     assert "| `density` | E numbers | `1.0` | 0.05 – 1 |" in text
@@ -38,4 +38,4 @@ def test_every_command_has_a_page_of_help():
         assert len(said.output.splitlines()) < 50, name
         assert command.help
         assert all(p.help for p in command.params), name
-        assert f"### `evolver {name}" in page()
+        assert f"### `evolver {name}" in reference_page()

@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 import yaml
 
-from evolver.about import About
-from evolver.card import licence_of, model_card
 from evolver.config import Config
-from evolver.evaluation.comparison import compare, interval
-from evolver.evaluation.metrics import JUDGED, Metric, perplexity
-from evolver.evaluation.scoring import Scale
-from evolver.outcome import Finalist, Outcome
+from evolver.driver.card import licence_of, model_card
+from evolver.evaluation.scores.comparison import compare, interval
+from evolver.evaluation.scores.metrics import JUDGED, Metric, perplexity
+from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Cross, Expert, Result
-from evolver.report import markdown_table, verdict, write_report
+from evolver.report.report import write_report
+from evolver.report.text import markdown_table
+from evolver.report.verdict import verdict
+from evolver.runs.about import About
+from evolver.runs.outcome import Finalist, Outcome
 from evolver.storage import storage_at
 
 A, B = Expert("a", "aa"), Expert("b", "bb")

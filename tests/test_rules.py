@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from evolver.merging.rules import rules_of
-from evolver.merging.weights import layer_of
+from evolver.checkpoints.weights import layer_of
+from evolver.merging.settings.rules import rules_of
 from evolver.records import Expert, Merge
 
 LLAMA = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"] + [

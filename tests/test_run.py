@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from toys import no_work, rows, run_here
 
 from evolver import ledger
+from evolver.commands.explain import explain
+from evolver.config import config_at
+from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
-from evolver.explain import explain
 from evolver.records import Candidate
-from evolver.run import prepare
 from evolver.storage import storage_at
-from evolver.worker import Worker
+from evolver.workers.worker import Worker
 
 pytestmark = pytest.mark.whole
 
@@ -89,7 +90,7 @@ def test_known_recipes_cost_nothing(done):
 
 
 def test_dev_and_report_items_are_disjoint(done):
-    items = prepare(str(done[0])).tasks.items
+    items = prepare(config_at(done[0])).tasks.items
     dev, report = ({i.hash for i in split} for split in (items.dev, items.report))
     assert (len(dev), len(report), len(dev & report)) == (40, 30, 0)
 
@@ -119,7 +120,7 @@ print(json.dumps(out["results"]["toy"]["acc,none"]))
 
 def test_best_scores_the_same_for_anybody(done, tasks):
     folder = done[2]
-    chosen = json.dumps(sorted(i.index for i in prepare(str(done[0])).tasks.items.dev))
+    chosen = json.dumps(sorted(i.index for i in prepare(config_at(done[0])).tasks.items.dev))
     command = [sys.executable, "-c", FRESH, str(folder / "best"), str(tasks), chosen]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     recorded = max(r["score"] for r in rows(folder).values() if r["stage"] == "search" and r["score"] is not None)
@@ -166,8 +167,11 @@ def test_another_configuration_is_refused(done, make_config, tmp_path, changes, 
 
 
 def test_free_keys_do_not_make_another_run(copied, make_config, tmp_path):
+    before = prepare(config_at(make_config(tmp_path))).identity
     file = make_config(tmp_path, {"pool": {"cache_gb": 0.5, "timeout_s": 9.0}})
-    run_here(file, copied[1], no_work)
+    assert prepare(config_at(file)).identity == before
+    recorded = rows(copied[2])
+    assert rows(run_here(file, copied[1], no_work)) == recorded != {}
 
 
 def test_an_expert_that_changed_on_disk_is_refused(copied, make_config, models, tmp_path):
@@ -243,7 +247,7 @@ def test_early_stopping_decides_the_same(make_config, tmp_path, mode):
     ],
 )
 def test_items_are_scored_at_once_where_no_answer_comes_earlier(make_config, tmp_path, search, early, blocks):
-    prepared = prepare(str(make_config(tmp_path, {"search": search, "evaluation.early_stopping": early})))
+    prepared = prepare(config_at(make_config(tmp_path, {"search": search, "evaluation.early_stopping": early})))
     for split, expected in (("dev", blocks), ("report", [len(prepared.tasks.items.report)])):
         worker = Worker(prepared.plan, split, tasks=prepared.tasks)
         worker.scorer = Mock(wraps=worker.scorer)
@@ -270,8 +274,8 @@ def test_explain_shows_what_a_search_tunes_and_what_it_leaves(make_config, tmp_p
 def test_every_answer_can_be_read_with_its_item(make_config, tmp_path):
     file = make_config(tmp_path, {"evaluation.early_stopping": False})
     folder = run_here(file, tmp_path / "results")
-    items = prepare(str(file)).tasks.items
-    table = ledger.answers(storage_at(folder)).to_pylist()
+    items = prepare(config_at(file)).tasks.items
+    table = ledger.answer_table(storage_at(folder)).to_pylist()
     winner = [r for r in rows(folder).values() if r["recipe"] == toys.winner(folder) and r["stage"] == "report"]
     found = [r for r in table if r["stage"] == "report" and r["number"] == winner[0]["number"]]
     assert [r["hash"] for r in found] == [i.hash for i in items.report]

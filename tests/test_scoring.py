@@ -12,10 +12,10 @@ from evolver.errors import BadInput
 from evolver.evaluation.base import Scored
 from evolver.evaluation.batches import by_length
 from evolver.evaluation.items import Item, draw, in_order, item_hash
-from evolver.evaluation.metrics import ENDLESS, JUDGED
-from evolver.evaluation.scoring import Scale
+from evolver.evaluation.scores.metrics import ENDLESS, JUDGED
+from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Expert
-from evolver.worker import Worker
+from evolver.workers.worker import Worker
 
 ITEM = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1))
 

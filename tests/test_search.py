@@ -8,8 +8,8 @@ import pytest
 
 from evolver.config import Budget, check_section
 from evolver.errors import BadInput
-from evolver.merging.genome import genome
 from evolver.merging.methods import METHODS
+from evolver.merging.settings.genome import genome
 from evolver.records import Cross, Expert, Merge, Result
 from evolver.search import SEARCHES
 from evolver.search.base import Setup
@@ -22,7 +22,7 @@ EXPERTS = tuple(Expert(n, 2 * n) for n in "abcdef")
 
 
 @dataclass(frozen=True)
-class Workshop:
+class Maker:
     """The making half, without models."""
 
     count: int
@@ -66,7 +66,7 @@ def build(settings, seed=0, experts=4, early_stopping=True, racing=False, arriva
     typed = check_section(found.settings, settings, "f", "search.")
     budget = Budget(**(budget or {"candidates": 30}))
     setup = Setup(
-        EXPERTS[:experts], BASE, seed, budget, Workshop(experts), Means(), early_stopping, racing, arrival=arrival,
+        EXPERTS[:experts], BASE, seed, budget, Maker(experts), Means(), early_stopping, racing, arrival=arrival,
         tasks=TASKS,
     )  # fmt: skip
     return found.build(setup, typed)

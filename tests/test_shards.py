@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from evolver import shards
-from evolver.merging.weights import TensorInfo
+from evolver.checkpoints import shards
+from evolver.checkpoints.weights import TensorInfo
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).view(2, 3),
@@ -25,14 +25,14 @@ INFOS = {n: TensorInfo(tuple(t.shape), t.dtype) for n, t in TENSORS.items()}
 
 
 def test_one_file(tmp_path):
-    shards.write(iter(TENSORS.items()), INFOS, tmp_path, 1000)
+    shards.write_shards(iter(TENSORS.items()), INFOS, tmp_path, 1000)
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
     read = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(read[n], t) and read[n].dtype == t.dtype for n, t in TENSORS.items())
 
 
 def test_shards_and_their_index(tmp_path):
-    shards.write(iter(TENSORS.items()), INFOS, tmp_path, 24)
+    shards.write_shards(iter(TENSORS.items()), INFOS, tmp_path, 24)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 24 + 4 + 8 + 3
     assert set(index["weight_map"]) == set(TENSORS)
@@ -43,7 +43,7 @@ def test_shards_and_their_index(tmp_path):
 
 def test_a_tensor_that_is_not_as_announced_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="a was announced"):
-        shards.write([("a", TENSORS["a"].double())], {"a": INFOS["a"]}, tmp_path, 1000)
+        shards.write_shards([("a", TENSORS["a"].double())], {"a": INFOS["a"]}, tmp_path, 1000)
 
 
 @pytest.mark.whole

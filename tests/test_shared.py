@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from test_racing import even
 
-from cluster.shared import SharedPool
-from evolver.evaluation.course import Course
+from evolver.evaluation.scores.course import Evaluation
 from evolver.records import Candidate, Expert, Result
+from evolver.workers.shared import SharedPool
 
 COUNT, BLOCK = 60, 8
 SCALE = even(COUNT)
@@ -22,7 +22,7 @@ def answers(candidate):
 
 
 def course(candidate):
-    return Course(candidate, SCALE, BLOCK, 0.2)
+    return Evaluation(candidate, SCALE, BLOCK, 0.2)
 
 
 def alone(candidate):

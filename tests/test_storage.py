@@ -19,16 +19,17 @@ import toys
 from moto.server import ThreadedMotoServer
 from starlette.testclient import TestClient
 
-from evolver.dashboard.app import build
+from evolver.checkpoints.sources import open_base
+from evolver.config import config_at
+from evolver.dashboard.app import build_app
+from evolver.driver.run import run
 from evolver.errors import BadInput
-from evolver.ledger import Ledger, answers, read
-from evolver.merging.sources import open_base
+from evolver.ledger import Ledger, answer_table, read_table
 from evolver.records import Candidate, Expert, Result
-from evolver.run import run
 from evolver.storage import lease as lease_module
 from evolver.storage import read_all, remote, storage_at
-from evolver.storage.lease import FILE, Lease
-from evolver.worker import LocalPool
+from evolver.storage.lease import LEASE_FILE, Lease
+from evolver.workers.local import LocalPool
 
 pytestmark = pytest.mark.whole
 
@@ -216,14 +217,14 @@ def test_a_second_holder_is_told_who_the_first_is(storage):
     with pytest.raises(BadInput, match=rf"in use by process {os.getpid()} on \S+; wait for it, or stop it first"):
         Lease(storage_at(storage.location))
     first.close()
-    assert FILE not in storage.names()
+    assert LEASE_FILE not in storage.names()
     Lease(storage).close()
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_holder_of_another_machine_is_waited_for_as_long_as_its_lease(storage):
     gone = {"host": "spot-7", "pid": 12, "machine": "another", "token": "t", "beat": 41}
-    storage.write(FILE, json.dumps(gone).encode())
+    storage.write(LEASE_FILE, json.dumps(gone).encode())
     said, began = [], time.monotonic()
     lease = Lease(storage, said.append)
     assert time.monotonic() - began >= 1.5
@@ -239,9 +240,9 @@ def test_a_holder_of_another_machine_that_lives_keeps_it(storage):
     def live():
         while not ended.wait(0.2):
             held["beat"] += 1
-            storage.write(FILE, json.dumps(held).encode())
+            storage.write(LEASE_FILE, json.dumps(held).encode())
 
-    storage.write(FILE, json.dumps(held).encode())
+    storage.write(LEASE_FILE, json.dumps(held).encode())
     holder = threading.Thread(target=live)
     holder.start()
     try:
@@ -263,34 +264,34 @@ def result(k):
 def taken_over(storage):
     """The lease of another driver, which took ours for ended."""
     other = {"host": "node-9", "pid": 3, "machine": "another", "token": "other", "beat": 1}
-    storage.write(FILE, json.dumps(other).encode())
+    storage.write(LEASE_FILE, json.dumps(other).encode())
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_driver_that_was_taken_for_dead_writes_nothing_more(storage):
     """It finds out by its lease, within a beat."""
     ledger = Ledger(storage, "me")
-    ledger.finished(candidate(0), result(0))
+    ledger.write_result(candidate(0), result(0))
     taken_over(storage)
     time.sleep(1.0)
     with pytest.raises(BadInput, match="in use by process 3 on node-9"):
-        ledger.finished(candidate(1), result(1))
-    assert read(storage).num_rows == 1
+        ledger.write_result(candidate(1), result(1))
+    assert read_table(storage).num_rows == 1
     ledger.close()
-    assert FILE in storage.names()  # it is the other one's
+    assert LEASE_FILE in storage.names()  # it is the other one's
 
 
 def test_of_two_drivers_that_write_one_is_too_late(storage):
     """A frozen one has no beat to find out by: what the other one wrote under its number stops it."""
     frozen = Ledger(storage, "me")
-    frozen.finished(candidate(0), result(0))
+    frozen.write_result(candidate(0), result(0))
     frozen._lease._end.set()
     taken_over(storage)
     storage.create("part-00000001.parquet", storage.read("part-00000000.parquet"))
     with pytest.raises(BadInput, match="in use by process 3 on node-9"):
-        frozen.finished(candidate(1), result(1))
+        frozen.write_result(candidate(1), result(1))
     assert storage.names().count("part-00000001.parquet") == 1
-    assert frozen.recorded(candidate(1)) is None
+    assert frozen.answer(candidate(1)) is None
     frozen.close()
 
 
@@ -327,7 +328,7 @@ def finished(storage):
     keys = ("stage", "number", "recipe_id", "status", "score", "items")
     return sorted(
         tuple(str(row[k]) for k in keys)
-        for row in read(storage.folder("toy").folder("ledger")).to_pylist()
+        for row in read_table(storage.folder("toy").folder("ledger")).to_pylist()
         if row["event"] == "finished"
     )
 
@@ -348,24 +349,24 @@ def test_a_run_on_an_object_store_is_the_same_run_and_goes_on_after_a_kill(confi
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    assert FILE in ledger.names()
+    assert LEASE_FILE in ledger.names()
     before = finished(there)
     monkeypatch.setattr(lease_module, "LEASE_SECONDS", 1.0)
-    run(str(config), there, LocalPool, toys.Silent(), "cpu")
+    run(config_at(config), there, LocalPool, toys.Silent(), "cpu")
     assert finished(there) == finished(here)
     assert set(before) <= set(finished(there))
     made = there.folder("toy")
     assert made.read("recipe.json") == here.folder("toy").read("recipe.json")
     assert made.read("report.md").startswith(b"# toy")
     assert {"config.json", "model.safetensors", "README.md"} <= set(made.folder("best").names())
-    assert answers(made).num_rows == answers(here.folder("toy")).num_rows
-    assert FILE not in ledger.names()
+    assert answer_table(made).num_rows == answer_table(here.folder("toy")).num_rows
+    assert LEASE_FILE not in ledger.names()
     assert_seen(there)
 
 
 def assert_seen(results):
     """The dashboard shows a finished run of an object store, and says how its model is taken."""
-    with TestClient(build(results, "secret", None), base_url="http://127.0.0.1") as browser:
+    with TestClient(build_app(results, "secret", None), base_url="http://127.0.0.1") as browser:
         browser.get("/?token=secret")
         (row,) = browser.get("/api/runs").json()
         assert (row["name"], row["state"]) == ("toy", "done")

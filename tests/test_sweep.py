@@ -8,7 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from cluster.sweep import gather, load_sweep, run_all
-from evolver.cli import app
+from evolver.commands.cli import app
 from evolver.errors import BadInput
 
 pytestmark = pytest.mark.whole

@@ -11,6 +11,7 @@ import pytest
 from toys import ROOT, evolver
 
 from evolver import threads
+from evolver.config import config_at
 from evolver.threads import SHORT_SPIN, let_threads_sleep, too_many, usable_cores, waiting
 
 pytestmark = pytest.mark.whole
@@ -74,14 +75,16 @@ def test_workers_elsewhere_have_heard_of_it(pool, make_config, tasks, tmp_path, 
     import ray
 
     from cluster.job import make_pool
+    from evolver.driver.prepare import prepare
     from evolver.records import Candidate
-    from evolver.run import prepare
 
     for name in (*SHORT_SPIN, "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "mine.py").write_text(JUDGE)
     task = {"task": "mine", "function": f"{tmp_path / 'mine.py'}:score", "data": str(tasks / "toy.jsonl")}
-    ready = prepare(str(make_config(tmp_path, {"evaluation.tasks": [{**task, "dev": 4, "report": 4}], "pool": pool})))
+    ready = prepare(
+        config_at(make_config(tmp_path, {"evaluation.tasks": [{**task, "dev": 4, "report": 4}], "pool": pool}))
+    )
     made = make_pool(ready.plan, "dev", ready.tasks)
     try:
         made.submit(Candidate(0, ready.base, "test"))

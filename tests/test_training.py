@@ -16,13 +16,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from evolver.cli import app
+from evolver.checkpoints.heads import head_of
+from evolver.checkpoints.sources import open_base, open_expert
+from evolver.commands.cli import app
 from evolver.errors import BadInput
-from evolver.evaluation.metrics import JUDGED, Metric
-from evolver.evaluation.scoring import Scale
-from evolver.merging.heads import head_of
-from evolver.merging.sources import open_base, open_expert
-from evolver.training.experts import cache, make_pool
+from evolver.evaluation.scores.metrics import JUDGED, Metric
+from evolver.evaluation.scores.scoring import Scale
+from evolver.training.experts import cache, make_experts
 from evolver.training.fit import CHECKPOINT
 from evolver.training.losses import Learner, lessons_of, loss_of
 from evolver.training.settings import PoolConfig, load_pool
@@ -53,7 +53,7 @@ class Silent:
 def learnt(raw):
     """The folders of a pool, whose training has to halve the loss."""
     seen = Silent()
-    folders = make_pool(PoolConfig.model_validate(raw), seen)
+    folders = make_experts(PoolConfig.model_validate(raw), seen)
     losses = [loss for step, loss in seen.steps if isinstance(step, int)]
     assert sum(losses[-4:]) < sum(losses[:4]) / 2
     return folders
@@ -107,7 +107,7 @@ def classifiers(encoder, tmp_path, **changes):
 
 def test_experts_of_one_label_space_share_their_head(encoder, tmp_path):
     pool, seen = PoolConfig.model_validate(classifiers(encoder, tmp_path)), Silent()
-    folders = make_pool(pool, seen)
+    folders = make_experts(pool, seen)
     weights = {n: load_file(f / "model.safetensors") for n, f in folders.items()}
     assert weights["base"].keys() == weights["one"].keys() == weights["two"].keys()
     assert weights["base"]["classifier.weight"].shape == (3, 32)
@@ -122,20 +122,20 @@ def test_experts_of_one_label_space_share_their_head(encoder, tmp_path):
 
 def test_an_expert_is_trained_once_for_its_content(encoder, tmp_path):
     raw = classifiers(encoder, tmp_path)
-    make_pool(PoolConfig.model_validate(raw), Silent())
+    make_experts(PoolConfig.model_validate(raw), Silent())
     again = Silent()
-    make_pool(PoolConfig.model_validate(raw), again)
+    make_experts(PoolConfig.model_validate(raw), again)
     assert again.steps == []
     write(tmp_path / "two.jsonl", rows(9))
     other = Silent()
-    make_pool(PoolConfig.model_validate(raw), other)
+    make_experts(PoolConfig.model_validate(raw), other)
     assert [s[0] for s in other.steps if isinstance(s[0], str)] == ["two"]
 
 
 @pytest.mark.parametrize("killed_at", [3, 7, 11])
 def test_a_killed_training_ends_with_the_same_weights(encoder, tmp_path, killed_at):
     pool = PoolConfig.model_validate(classifiers(encoder, tmp_path))
-    whole = {n: load_file(f / "model.safetensors") for n, f in make_pool(pool, Silent()).items()}
+    whole = {n: load_file(f / "model.safetensors") for n, f in make_experts(pool, Silent()).items()}
     for folder in cache().iterdir():
         if folder.name != "toys" and (folder / "training.json").exists():
             (folder / "model.safetensors").unlink()
@@ -147,9 +147,9 @@ def test_a_killed_training_ends_with_the_same_weights(encoder, tmp_path, killed_
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        make_pool(pool, Killed())
+        make_experts(pool, Killed())
     rest = Silent()
-    folders = make_pool(pool, rest)
+    folders = make_experts(pool, rest)
     assert rest.steps[1][0] == killed_at // 5 * 5 + (0 if killed_at % 5 == 0 and killed_at else 1)
     again = load_file(folders["one"] / "model.safetensors")
     assert all(torch.equal(again[n], t) for n, t in whole["one"].items())
@@ -159,7 +159,7 @@ def test_a_killed_training_ends_with_the_same_weights(encoder, tmp_path, killed_
 def test_a_kill_while_a_checkpoint_is_written_costs_no_more_than_its_steps(encoder, tmp_path, monkeypatch):
     raw = classifiers(encoder, tmp_path)
     whole = {
-        n: load_file(f / "model.safetensors") for n, f in make_pool(PoolConfig.model_validate(raw), Silent()).items()
+        n: load_file(f / "model.safetensors") for n, f in make_experts(PoolConfig.model_validate(raw), Silent()).items()
     }
     monkeypatch.setenv("EVOLVER_CACHE", str(tmp_path / "other"))
     replace, seen = os.replace, []
@@ -171,9 +171,9 @@ def test_a_kill_while_a_checkpoint_is_written_costs_no_more_than_its_steps(encod
 
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        make_pool(PoolConfig.model_validate(raw), Silent())
+        make_experts(PoolConfig.model_validate(raw), Silent())
     rest = Silent()
-    again = load_file(make_pool(PoolConfig.model_validate(raw), rest)["one"] / "model.safetensors")
+    again = load_file(make_experts(PoolConfig.model_validate(raw), rest)["one"] / "model.safetensors")
     assert rest.steps[1][0] == 6
     assert all(torch.equal(again[n], t) for n, t in whole["one"].items())
 
@@ -209,7 +209,7 @@ def test_heads_of_their_own(encoder, tmp_path):
 @pytest.mark.parametrize("labels", [LABELS, None])
 def test_an_adapter_is_an_expert_of_its_base(encoder, tmp_path, labels):
     raw = classifiers(encoder, tmp_path, labels=labels)
-    folders = make_pool(PoolConfig.model_validate({**raw, "train": {**raw["train"], "method": "lora"}}), Silent())
+    folders = make_experts(PoolConfig.model_validate({**raw, "train": {**raw["train"], "method": "lora"}}), Silent())
     base = open_base(str(folders["base"]), headless=labels is None)
     expert = open_expert(str(folders["one"]), base, "experts.one")
     moved = {n for n in base.names() if not torch.equal(base.tensor(n), expert.tensor(n))}
@@ -221,7 +221,7 @@ def test_an_adapter_is_an_expert_of_its_base(encoder, tmp_path, labels):
 def test_what_is_frozen_stays(encoder, tmp_path):
     raw = classifiers(encoder, tmp_path)
     raw["train"]["freeze"] = ["embeddings"]
-    folders = make_pool(PoolConfig.model_validate(raw), Silent())
+    folders = make_experts(PoolConfig.model_validate(raw), Silent())
     base, one = (load_file(folders[n] / "model.safetensors") for n in ("base", "one"))
     still = {n for n in base if torch.equal(base[n], one[n])}
     assert {n for n in base if "embeddings" in n} <= still
@@ -233,7 +233,7 @@ def test_what_cannot_be_frozen_is_named(encoder, tmp_path, freeze, said):
     raw = classifiers(encoder, tmp_path)
     raw["train"]["freeze"] = [freeze]
     with pytest.raises(BadInput, match=f"train.freeze: .*{said}"):
-        make_pool(PoolConfig.model_validate(raw), Silent())
+        make_experts(PoolConfig.model_validate(raw), Silent())
 
 
 def test_an_encoder_decoder_learns_to_say_its_labels(tmp_path):
@@ -346,14 +346,14 @@ def test_rows_that_cannot_be_learnt_from_are_named(encoder, tmp_path):
     raw = classifiers(encoder, tmp_path)
     write(tmp_path / "one.jsonl", [{"text": "the red boat", "label": "purple"}])
     with pytest.raises(BadInput, match=r"experts.one.data: row 1 cannot be learnt from"):
-        make_pool(PoolConfig.model_validate(raw), Silent())
+        make_experts(PoolConfig.model_validate(raw), Silent())
 
 
 def test_rows_without_a_label_are_named(encoder, tmp_path):
     raw = classifiers(encoder, tmp_path, labels=None)
     raw["experts"]["one"]["label"] = "colour"
     with pytest.raises(BadInput, match=r"experts.one.label: row 1 of the data has no 'colour'"):
-        make_pool(PoolConfig.model_validate(raw), Silent())
+        make_experts(PoolConfig.model_validate(raw), Silent())
 
 
 def test_what_is_missing_for_adapters_is_named(encoder, tmp_path, monkeypatch):
@@ -361,4 +361,4 @@ def test_what_is_missing_for_adapters_is_named(encoder, tmp_path, monkeypatch):
     raw = classifiers(encoder, tmp_path)
     raw["train"]["method"] = "lora"
     with pytest.raises(BadInput, match=r"lora needs peft; run pip install 'evolver\[experts\]'"):
-        make_pool(PoolConfig.model_validate(raw), Silent())
+        make_experts(PoolConfig.model_validate(raw), Silent())

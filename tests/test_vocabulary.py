@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from evolver.commands.merge import merge_file
 from evolver.errors import BadInput
-from evolver.merge import merge
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Rows are constant: a model's number plus its token's place in hundredths.
@@ -59,7 +59,7 @@ def merged(world, tmp_path, **more):
     config = {"merge_method": "task_arithmetic", "base_model": str(folder / "base"), "models": entries} | more
     file, out = tmp_path / "config.yml", tmp_path / "out"
     file.write_text(yaml.safe_dump(config).replace("FOLDER", str(folder)))
-    merge(file, out)
+    merge_file(file, out)
     weights = load_file(out / "model.safetensors")
     ids = AutoTokenizer.from_pretrained(out).get_vocab()
     rows = {t: weights[EMBEDDING][i] for t, i in ids.items()}
@@ -111,7 +111,7 @@ def test_tokens_can_be_configured(world, tmp_path):
 
 def test_several_donors_give_their_mean(tmp_path):
     """The base lacks x; e1 and e2 have it at different places; e3 lacks it, and gets their mean."""
-    from evolver.merging.vocabulary import vocabulary
+    from evolver.merging.mergekit.vocabulary import vocabulary
 
     known = {"base": {"a": 0}, "e1": {"a": 0, "x": 1}, "e2": {"x": 0, "a": 1}, "e3": {"a": 0}}
     target = vocabulary("union", {}, None, known, "base", "file")

@@ -23,12 +23,14 @@ import pytest
 import yaml
 
 from evolver import ledger
+from evolver.config import config_at
+from evolver.driver.run import run
 from evolver.errors import BadInput
-from evolver.flights import Pool
+from evolver.pool import Pool
 from evolver.records import Candidate, Result, Split
-from evolver.run import run
 from evolver.storage import storage_at
-from evolver.worker import LocalPool, Plan
+from evolver.workers.local import LocalPool
+from evolver.workers.plan import Plan
 
 ROOT = Path(__file__).parent.parent
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")
@@ -277,7 +279,7 @@ def run_here(
     file: Path, results: Path, make_pool: Callable[..., Pool] = LocalPool, display: Silent | None = None
 ) -> Path:
     """A whole run in this process; returns its folder."""
-    return Path(run(str(file), storage_at(results), make_pool, display or Silent(), "cpu").location)
+    return Path(run(config_at(file), storage_at(results), make_pool, display or Silent(), "cpu").location)
 
 
 def no_work(plan: Plan, split: Split, tasks: Any) -> Pool:
@@ -301,7 +303,7 @@ def run_process(file: Path, results: Path) -> Ended:
 
 def evolver(*arguments: Any, cwd: Path | None = None) -> Ended:
     """``evolver ARGUMENTS`` in this process, which has imported what it needs."""
-    from evolver.cli import main
+    from evolver.commands.cli import main
 
     out, err, handler = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
     given, sys.argv = sys.argv, ["evolver", *map(str, arguments)]
@@ -332,7 +334,7 @@ def rows(folder: Path, event: str = "finished") -> dict[tuple[str, int], dict[st
 
 
 def all_rows(folder: Path, event: str) -> list[dict[str, Any]]:
-    return [r for r in ledger.read(storage_at(folder / "ledger")).to_pylist() if r["event"] == event]
+    return [r for r in ledger.read_table(storage_at(folder / "ledger")).to_pylist() if r["event"] == event]
 
 
 def essence(folder: Path) -> dict[tuple[str, int], tuple[Any, ...]]:

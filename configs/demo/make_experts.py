@@ -11,10 +11,10 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from evolver.checkpoints.lora_out import write_lora
 from evolver.errors import BadInput
-from evolver.merging.lora_out import write_lora
 from evolver.storage import whole_folder
-from evolver.training.experts import make_pool
+from evolver.training.experts import make_experts
 from evolver.training.settings import load_pool
 from evolver.training.show import show
 from evolver.training.table import measure
@@ -40,7 +40,7 @@ def main() -> int:
     """Train what is missing, pack it, and print a table of what the packed experts are good at."""
     try:
         pool, told = load_pool(HERE / "experts.yaml"), show()
-        folders = make_pool(pool, told)
+        folders = make_experts(pool, told)
         told.close()
         packed = {name: EXPERTS / name for name in pool.experts}
         for name, target in packed.items():

@@ -17,7 +17,7 @@ import torch
 
 from evolver.config import TaskEntry
 from evolver.evaluation.data import read_rows
-from evolver.report import markdown_table
+from evolver.report.text import markdown_table
 from evolver.training.experts import cache
 from evolver.training.settings import PoolConfig, load_pool
 

@@ -10,11 +10,11 @@ from typing import Protocol
 
 import psutil
 
-from evolver.about import Job, read_about
+from evolver.dashboard.status import holder_of
 from evolver.errors import BadInput
-from evolver.status import holder_of
+from evolver.runs.about import Job, read_about
 from evolver.storage import Storage, check_target, is_remote
-from evolver.storage.lease import machine
+from evolver.storage.lease import this_machine
 
 
 class Jobs(Protocol):
@@ -39,7 +39,7 @@ def stop_run(folder: Storage, jobs: Jobs) -> str:
         raise BadInput("nobody runs it.")
     if job := read_about(folder).job:
         jobs.stop(job)
-    elif held["host"] == socket.gethostname() and held["machine"] == machine():
+    elif held["host"] == socket.gethostname() and held["machine"] == this_machine():
         _terminate(int(held["pid"]), float(held["at"]))
     else:
         raise BadInput(f"process {held['pid']} on {held['host']} runs it; stop it there.")

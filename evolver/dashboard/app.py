@@ -21,14 +21,14 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Respon
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from evolver.about import FILE, runs_in
 from evolver.config import NAME
 from evolver.dashboard import views
 from evolver.dashboard.actions import Jobs, export_candidate, resume_run, stop_run
 from evolver.dashboard.guard import Guard
+from evolver.dashboard.overview import Overview
+from evolver.dashboard.status import Status, status_of
 from evolver.errors import BadInput
-from evolver.overview import Overview
-from evolver.status import Status, status_of
+from evolver.runs.about import ABOUT_FILE, runs_in
 from evolver.storage import Storage
 
 HERE = Path(str(files("evolver.dashboard"))) / "static"
@@ -47,7 +47,7 @@ class Runs:
 
     def folder(self, name: str) -> Storage:
         """Raises BadInput for a name that is no run's."""
-        if not re.fullmatch(NAME, name) or not self.root.folder(name).exists(FILE):
+        if not re.fullmatch(NAME, name) or not self.root.folder(name).exists(ABOUT_FILE):
             raise BadInput(f"{self.root.location}: there is no run {name}.")
         return self.root.folder(name)
 
@@ -70,7 +70,7 @@ class Runs:
             return Status(name, "unreadable", verdict=str(error))
 
 
-def build(
+def build_app(
     root: Storage, token: str, jobs: Jobs, hosts: frozenset[str] = frozenset({"127.0.0.1", "localhost"})
 ) -> Starlette:  # fmt: skip
     """The application over a folder of runs."""

@@ -11,14 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from evolver.overview import Numbers, Overview, Places, Rows
+from evolver.dashboard.overview import Column, Overview, Places, Rows
+from evolver.dashboard.status import Status
 from evolver.records import Expert, Merge, Recipe, ancestors
-from evolver.report import bill, made
+from evolver.report.text import cost_rows, describe_node
 from evolver.search.hypervolume import hypervolume
-from evolver.status import Status
 
 POINTS = 2000  # of a curve
-ROWS, COLUMNS = 60, 240  # of the heat map
+HEAT_ROWS, COLUMNS = 60, 240  # of the heat map
 NODES = 200  # of a lineage
 BINS = 120  # of time
 LISTED = 200  # candidates, failures
@@ -32,7 +32,7 @@ def details(run: Overview, status: Status) -> dict[str, Any]:
     best = None if search.best is None else run.pair("search", search.best)[0]
     return {
         "status": asdict(status),
-        "curve": curve(search),
+        "curve": curve_points(search),
         "plain": {n: s for n, s in zip(plain.texts("label"), plain.numbers("score").tolist(), strict=True) if s == s},
         "tasks": tasks(run),
         "heat": heat(run),
@@ -47,7 +47,7 @@ def details(run: Overview, status: Status) -> dict[str, Any]:
     }
 
 
-def curve(search: Rows) -> dict[str, list[Any]]:
+def curve_points(search: Rows) -> dict[str, list[Any]]:
     """Items scored against the best dev score so far, and the scores of those that were scored in full."""
     scores = search.numbers("score")
     best = np.maximum.accumulate(np.where(np.isnan(scores), -np.inf, scores)) if len(scores) else scores
@@ -74,8 +74,8 @@ def tasks(run: Overview) -> dict[str, Any]:
 def heat(run: Overview) -> dict[str, Any]:
     """Answers of experts and leading candidates, by item; items side by side are averaged where there are many."""
     search, plain = run.rows("search"), run.rows("baseline")
-    leaders = search.whole[np.argsort(-search.numbers("score")[search.whole], kind="stable")][: ROWS // 2]
-    pairs = [run.pair("baseline", int(k)) for k in plain.whole[: ROWS // 2]]
+    leaders = search.whole[np.argsort(-search.numbers("score")[search.whole], kind="stable")][: HEAT_ROWS // 2]
+    pairs = [run.pair("baseline", int(k)) for k in plain.whole[: HEAT_ROWS // 2]]
     pairs += [run.pair("search", int(k)) for k in leaders]
     if not pairs:
         return {"models": [], "items": []}
@@ -95,7 +95,9 @@ def lineage(recipe: Recipe) -> dict[str, Any]:
     kept = {n.id for n in nodes[-NODES:]} | {n.id for n in nodes if isinstance(n, Expert)}
     shown = [n for n in nodes if n.id in kept]
     return {
-        "nodes": [{"id": n.id, "label": _label(n), "made": made(n), "depth": depth.get(n.id, 0)} for n in shown],
+        "nodes": [
+            {"id": n.id, "label": _label(n), "made": describe_node(n), "depth": depth.get(n.id, 0)} for n in shown
+        ],
         "edges": [[i.id, n.id] for n in shown for i in n.inputs if i.id in kept],
     }
 
@@ -121,7 +123,7 @@ def pareto(run: Overview) -> dict[str, Any]:
     return {"tasks": names, "front": points(on), "others": points(others), "volume": volume, "whole": whole}
 
 
-def front(values: Numbers, at_most: int = FRONT) -> tuple[Places, bool]:
+def front(values: Column, at_most: int = FRONT) -> tuple[Places, bool]:
     """The rows of ``values`` (rows, columns) that no other row reaches in every column and exceeds in one, those of the
     largest sums where they are many; and whether these are all.
     """
@@ -149,7 +151,7 @@ def cost(run: Overview) -> dict[str, Any]:
     workers = dict(zip(grouped["worker"].to_pylist(), grouped["total_sum"].to_pylist(), strict=True))
     return {
         "workers": {w or "": s or 0.0 for w, s in workers.items()}, "seconds": seconds, "flying": run.flying,
-        "guessed": run.guessed, "bill": bill(run.about.config.pool, seconds["total"]),
+        "guessed": run.guessed, "bill": cost_rows(run.about.config.pool, seconds["total"]),
     }  # fmt: skip
 
 
@@ -232,6 +234,6 @@ def _fresh(rows: Rows) -> pa.Table:
     return rows.table.filter(pa.array(~rows.flags("reused")))
 
 
-def _plain(values: Numbers) -> list[float | None]:
+def _plain(values: Column) -> list[float | None]:
     """For JSON, which knows no infinity."""
     return [v if np.isfinite(v) else None for v in values.tolist()]

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 
 from evolver.config import TaskEntry
 from evolver.evaluation.items import Item
-from evolver.evaluation.metrics import Metric
+from evolver.evaluation.scores.metrics import Metric
 from evolver.records import Split
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedItem:
     """One item of one task, as the configuration asks for it."""
 
     entry: TaskEntry
@@ -76,11 +76,11 @@ class Judge(Protocol):
 
     def metric(self, entry: TaskEntry) -> Metric: ...
 
-    def right(self, asked: Asked) -> float:
+    def right(self, asked: AskedItem) -> float:
         """The right answer, for metrics that look at all answers together."""
         ...
 
-    def scorer(self, model: Any, asked: Sequence[Asked], scored: Iterable[Item]) -> Scorer:
+    def scorer(self, model: Any, asked: Sequence[AskedItem], scored: Iterable[Item]) -> Scorer:
         """A scorer of ``asked``.
 
         Args:

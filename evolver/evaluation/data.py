@@ -12,8 +12,9 @@ from typing import Any
 
 import pyarrow.parquet
 
-from evolver.config import DataSet, expand
+from evolver.config import DataSet
 from evolver.errors import BadInput
+from evolver.storage.paths import expand
 
 Row = dict[str, Any]
 # Characters of a passage of a text file.
@@ -32,10 +33,10 @@ def read_rows(data: str | DataSet, key: str) -> list[Row]:
     if isinstance(data, DataSet):
         return _of_library(data, key)
     path = Path(expand(data))
-    if path.suffix not in READERS:
-        raise BadInput(f"{key}: {path} is of no known kind; give one of {', '.join(READERS)}, or path and split.")
+    if path.suffix not in FORMATS:
+        raise BadInput(f"{key}: {path} is of no known kind; give one of {', '.join(FORMATS)}, or path and split.")
     try:
-        rows = READERS[path.suffix](path)
+        rows = FORMATS[path.suffix](path)
     except (OSError, ValueError, csv.Error, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{key}: {path} cannot be read ({reason}); give a {path.suffix[1:].upper()} file.") from error
@@ -117,7 +118,7 @@ def _text(path: Path) -> list[Row]:
     return [{"text": "\n\n".join(passage)} for passage in found if passage]
 
 
-READERS: dict[str, Callable[[Path], list[Row]]] = {
+FORMATS: dict[str, Callable[[Path], list[Row]]] = {
     ".jsonl": _jsonl, ".json": _json, ".csv": _separated(","), ".tsv": _separated("\t"), ".parquet": _parquet,
     ".txt": _text,
 }  # fmt: skip

@@ -12,19 +12,20 @@ from typing import Any
 
 import torch
 
-from evolver.config import Config, DataSet, TaskEntry, expand
+from evolver.config import Config, DataSet, TaskEntry
 from evolver.errors import BadInput, nearest
-from evolver.evaluation.base import Asked, Scored
-from evolver.evaluation.classification import LabelSpaces
+from evolver.evaluation.base import AskedItem, Scored
+from evolver.evaluation.classification.judge import LabelSpaces
 from evolver.evaluation.data import Row, read_rows
 from evolver.evaluation.items import Item, item_hash
 from evolver.evaluation.live import LiveModel
-from evolver.evaluation.metrics import ENDLESS, JUDGED, Metric
+from evolver.evaluation.scores.metrics import ENDLESS, JUDGED, Metric
 from evolver.records import Split
+from evolver.storage.paths import expand
 
-Function = Callable[[LiveModel, Sequence[Row]], Any]
+ScoreFunction = Callable[[LiveModel, Sequence[Row]], Any]
 # acc: between 0 and 1, so that one can stop early; mean: any numbers.
-METRICS = {"acc": JUDGED, "mean": ENDLESS}
+FUNCTION_METRICS = {"acc": JUDGED, "mean": ENDLESS}
 
 
 class Functions:
@@ -52,15 +53,15 @@ class Functions:
         return self._read(entry, entry.data, f"{key}.data")
 
     def metric(self, entry: TaskEntry) -> Metric:
-        if entry.metric not in METRICS:
+        if entry.metric not in FUNCTION_METRICS:
             key = self._keys[entry.task]
-            raise BadInput(f"{key}.metric: unknown metric {entry.metric!r}; {nearest(entry.metric, METRICS)}")
-        return METRICS[entry.metric]
+            raise BadInput(f"{key}.metric: unknown metric {entry.metric!r}; {nearest(entry.metric, FUNCTION_METRICS)}")
+        return FUNCTION_METRICS[entry.metric]
 
-    def right(self, asked: Asked) -> float:
+    def right(self, asked: AskedItem) -> float:
         return 0.0  # judged item by item, always
 
-    def scorer(self, model: LiveModel, asked: Sequence[Asked], scored: Iterable[Item]) -> FunctionScorer:
+    def scorer(self, model: LiveModel, asked: Sequence[AskedItem], scored: Iterable[Item]) -> FunctionScorer:
         rows = [self._rows[a.item.task][a.item.index] for a in asked]
         heads = {a.entry.task: self._spaces.head(a.entry) for a in asked}
         return FunctionScorer(model, self._functions, heads, [a.entry for a in asked], rows, self._seed)
@@ -77,7 +78,7 @@ class FunctionScorer:
     """Calls the functions on blocks of rows."""
 
     def __init__(
-        self, model: LiveModel, functions: Mapping[str, Function], heads: Mapping[str, str | None],
+        self, model: LiveModel, functions: Mapping[str, ScoreFunction], heads: Mapping[str, str | None],
         entries: Sequence[TaskEntry], rows: Sequence[Row], seed: int,
     ) -> None:  # fmt: skip
         self._model, self._functions, self._heads = model, functions, heads
@@ -122,7 +123,7 @@ def _numbers(said: Any, entry: TaskEntry, count: int) -> list[float]:
     return values
 
 
-def _load(spelled: str, key: str) -> Function:
+def _load(spelled: str, key: str) -> ScoreFunction:
     path, name = _path(spelled), spelled.rpartition(":")[2]
     unique = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:8]
     spec = importlib.util.spec_from_file_location(f"evolver_user_{unique}_{path.stem}", path)
@@ -138,7 +139,7 @@ def _load(spelled: str, key: str) -> Function:
         raise BadInput(
             f"{key}: {path} has no function {name!r}; {nearest(name, [n for n in vars(module) if n[0] != '_'])}"
         )
-    function: Function = found
+    function: ScoreFunction = found
     return function
 
 

@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from evolver.config import Model
+from evolver.config import ModelSettings
 from evolver.errors import BadInput
 
 
@@ -29,7 +29,7 @@ class LiveModel:
     """
 
     def __init__(
-        self, settings: Model, folder: Path, names: Iterable[str], device: str,
+        self, settings: ModelSettings, folder: Path, names: Iterable[str], device: str,
         heads: Mapping[str, Mapping[str, Tensor]] | None = None, labels: Sequence[str] = (),
     ) -> None:  # fmt: skip
         import transformers
@@ -67,10 +67,24 @@ class LiveModel:
         return transformers.AutoTokenizer.from_pretrained(self.folder)
 
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Overwrite the parameters; nothing else of the model changes."""
+        """Overwrite the parameters; nothing else of the model changes.
+
+        Raises ValueError where they are not exactly the model's: the last candidate's would stay in place of what is
+        missing. The next candidate overwrites whatever was written.
+        """
+        left = set(self._places)
         with torch.no_grad():
             for name, tensor in tensors:
+                if name not in left:
+                    raise ValueError(
+                        f"the model has no tensor {name}, or it came twice; the recipe is of another depth"
+                    )
                 self._places[name].copy_(tensor)
+                left.discard(name)
+        if left:
+            raise ValueError(
+                f"{len(left)} tensors of the model are missing, such as {min(left)}; the recipe is of another depth"
+            )
 
     def close(self) -> None:
         """Nothing outlives the process."""

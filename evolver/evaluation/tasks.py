@@ -7,9 +7,9 @@ from typing import Any
 
 from evolver.config import Config, TaskEntry
 from evolver.errors import BadInput
-from evolver.evaluation.base import Asked, Judge, Scored, Scorer
+from evolver.evaluation.base import AskedItem, Judge, Scored, Scorer
 from evolver.evaluation.items import Item, Items, draw, in_order
-from evolver.evaluation.scoring import Scale
+from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Split
 
 
@@ -64,10 +64,10 @@ class Tasks:
                 parts.append((judge.scorer(model, [asked[p] for p in places], scored), places))
         return SplitScorer(parts)
 
-    def _asked(self, split: Split) -> list[Asked]:
-        return [Asked(self._owners[split, item], item) for item in self.items.of(split)]
+    def _asked(self, split: Split) -> list[AskedItem]:
+        return [AskedItem(self._owners[split, item], item) for item in self.items.of(split)]
 
-    def _right(self, asked: Asked, judged: bool) -> float:
+    def _right(self, asked: AskedItem, judged: bool) -> float:
         return 0.0 if judged else self.judges[asked.entry.task].right(asked)
 
     def _draw(self, number: int, entry: TaskEntry, seed: int) -> Items:
@@ -105,7 +105,7 @@ class SplitScorer:
 def _judges(config: Config) -> dict[str, Judge]:
     """The judge of every task; tasks of one kind share one."""
     if config.evaluation.backend != "resident":
-        from evolver.evaluation.launched import check_backend  # lm-eval takes seconds
+        from evolver.evaluation.language.launched import check_backend  # lm-eval takes seconds
 
         check_backend(config.evaluation, config.model.kind)
     kinds: dict[str, list[int]] = {}
@@ -136,13 +136,13 @@ def _judge(kind: str, config: Config, numbers: Sequence[int]) -> Judge:
 
         return Functions(config, numbers)
     if kind == "language":
-        from evolver.evaluation.language import Language
+        from evolver.evaluation.language.judge import Language
 
         return Language(config, numbers)
     if kind == "image-classifier":
-        from evolver.evaluation.images import Images
+        from evolver.evaluation.classification.images import Images
 
         return Images(config, numbers)
-    from evolver.evaluation.classification import Classification
+    from evolver.evaluation.classification.judge import Classification
 
     return Classification(config, numbers)

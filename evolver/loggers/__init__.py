@@ -5,14 +5,14 @@ from __future__ import annotations
 from evolver.config import Config, check_section
 from evolver.errors import BadInput, nearest
 from evolver.loggers import mlflow, tensorboard, wandb
-from evolver.loggers.base import LOGGERS, Logger, Place, Tracked, installed
+from evolver.loggers.base import LOGGERS, Logger, RunPlace, Tracked, installed
 from evolver.loggers.trackers import Trackers, tracked
 from evolver.storage import LocalStorage, Storage
 
 __all__ = ["LOGGERS", "Logger", "Tracked", "Trackers", "build", "check", "mlflow", "tensorboard", "tracked", "wandb"]
 
 
-def check(config: Config, file: str) -> None:
+def check_loggers(config: Config, file: str) -> None:
     """Check what a configuration says of loggers, whatever is installed here.
 
     Raises BadInput for a logger that there is none of, or one of its keys.
@@ -23,13 +23,13 @@ def check(config: Config, file: str) -> None:
         check_section(LOGGERS[name].settings, settings or {}, file, f"loggers.{name}.")
 
 
-def build(config: Config, file: str, run: Storage) -> dict[str, Logger]:
+def build_loggers(config: Config, file: str, run: Storage) -> dict[str, Logger]:
     """The loggers of a configuration, by name; none has begun.
 
     Raises BadInput for what ``check`` refuses, a package that is missing or broken, and a folder that cannot be.
     """
-    check(config, file)
-    place = Place(config.run, run.path if isinstance(run, LocalStorage) else None)
+    check_loggers(config, file)
+    place = RunPlace(config.run, run.path if isinstance(run, LocalStorage) else None)
     built: dict[str, Logger] = {}
     for name, settings in config.loggers.items():
         if not installed(name):

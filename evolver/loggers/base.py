@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 from evolver.config import Section
 
 Plain = bool | int | float | str
-Row = tuple[int, Mapping[str, float]]
+LoggedRow = tuple[int, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Logger(Protocol):
         """Find the run in the tracker, or make it there."""
         ...
 
-    def results(self, rows: Sequence[Row]) -> None:
+    def results(self, rows: Sequence[LoggedRow]) -> None:
         """Results of the search, as many as wait for it: of each its step, from 0 up, and its numbers."""
         ...
 
@@ -69,7 +69,7 @@ class Logger(Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
+class RunPlace:
     """Where a run is called: its name, and its folder where that lies on this machine."""
 
     name: str
@@ -77,27 +77,27 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Kind:
+class LoggerKind:
     """A registered logger. Its name is also that of the package that it needs, and of the extra that installs it."""
 
     name: str
     settings: type[Section]
-    build: Callable[[Any, Place], Logger]
+    build: Callable[[Any, RunPlace], Logger]
     load: Callable[[], None]
 
 
-LOGGERS: dict[str, Kind] = {}
-SettingsType = TypeVar("SettingsType", bound=Section)
+LOGGERS: dict[str, LoggerKind] = {}
+LoggerSettings = TypeVar("LoggerSettings", bound=Section)
 
 
-def logger(name: str, settings: type[SettingsType]) -> Callable[[Any], Any]:
+def logger(name: str, settings: type[LoggerSettings]) -> Callable[[Any], Any]:
     """Register a logger under ``name``; it is built as ``logger(settings, place)``, which may raise BadInput.
 
     The package is imported no earlier than by ``load``: it takes seconds, and only runs that use it should pay.
     """
 
     def register(build: Any) -> Any:
-        LOGGERS[name] = Kind(name, settings, build, build.load)
+        LOGGERS[name] = LoggerKind(name, settings, build, build.load)
         return build
 
     return register

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 
-from evolver.loggers.base import Logger, Row
+from evolver.loggers.base import LoggedRow, Logger
 
 Call = Callable[[Logger], None]
 
@@ -29,7 +29,7 @@ class Courier:
         self.name, self.error = name, ""
         self._logger = logger
         self._calls: SimpleQueue[Call | None] = SimpleQueue()
-        self._rows: deque[Row] = deque()
+        self._rows: deque[LoggedRow] = deque()
         # A daemon: a tracker that never answers keeps no process from ending.
         self._thread = threading.Thread(target=self._work, name=f"evolver-{name}", daemon=True)
         self._thread.start()
@@ -38,7 +38,7 @@ class Courier:
         """Have the logger called soon, after all that was sent before."""
         self._calls.put(call)
 
-    def tell(self, row: Row) -> None:
+    def tell(self, row: LoggedRow) -> None:
         """Have the logger told of a result. What comes while it is busy, it is told at once: a replay in few calls."""
         self._rows.append(row)
         self._calls.put(self._bring)

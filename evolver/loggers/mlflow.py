@@ -13,22 +13,23 @@ from typing import Any
 
 from pydantic import Field
 
-from evolver.config import Section, expand
-from evolver.loggers.base import Place, Row, Tracked, flat, logger
+from evolver.config import Section
+from evolver.loggers.base import LoggedRow, RunPlace, Tracked, flat, logger
+from evolver.storage.paths import expand
 
 # The tag by which a run is found again.
 ID = "evolver.id"
 # Logged at every step: those where it is are done.
 MARK = "search/items"
 # MLflow would send its usage statistics, print into the run's output, and wait minutes for a server that is gone.
-ENVIRONMENT = {
+MLFLOW_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
 }
 # What MLflow takes in one call: metrics, and parameters or tags.
-METRICS_AT_ONCE, AT_ONCE = 1000, 100
+METRICS_AT_ONCE, METRICS_AT_ONCE = 1000, 100
 
 
 class MlflowSettings(Section):
@@ -44,7 +45,7 @@ class MlflowSettings(Section):
 class MlflowLogger:
     """A run of MLflow, found again by a tag; what a later call may change of the configuration stands in tags."""
 
-    def __init__(self, settings: MlflowSettings, place: Place) -> None:
+    def __init__(self, settings: MlflowSettings, place: RunPlace) -> None:
         self.settings = settings
         self._client: Any = None
         self._run, self._status = "", "KILLED"
@@ -53,7 +54,7 @@ class MlflowLogger:
 
     @staticmethod
     def load() -> None:
-        for name, value in ENVIRONMENT.items():
+        for name, value in MLFLOW_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         import mlflow  # noqa: F401
 
@@ -70,7 +71,7 @@ class MlflowLogger:
         self._steps = {m.step for m in self._client.get_metric_history(self._run, MARK)} if found else set()
         self._describe(run, told.data.params)
 
-    def results(self, rows: Sequence[Row]) -> None:
+    def results(self, rows: Sequence[LoggedRow]) -> None:
         self._log([(step, values) for step, values in rows if step not in self._steps])
 
     def summary(self, values: Mapping[str, float]) -> None:
@@ -108,11 +109,11 @@ class MlflowLogger:
         settings = {_name(key): str(value) for key, value in flat(run.settings).items()}
         params = [Param(key, value) for key, value in settings.items() if key not in logged]
         tags = [RunTag(_name(k), str(v)) for k, v in {**flat(run.changing), **run.facts}.items()]
-        for first in range(0, max(len(params), len(tags)), AT_ONCE):
-            part = slice(first, first + AT_ONCE)
+        for first in range(0, max(len(params), len(tags)), METRICS_AT_ONCE):
+            part = slice(first, first + METRICS_AT_ONCE)
             self._client.log_batch(self._run, params=params[part], tags=tags[part])
 
-    def _log(self, rows: Sequence[Row]) -> None:
+    def _log(self, rows: Sequence[LoggedRow]) -> None:
         """A row is never cut in two, so that a step is there as a whole or not at all."""
         from mlflow.entities import Metric
 

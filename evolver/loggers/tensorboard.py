@@ -8,14 +8,15 @@ from typing import Any
 
 from pydantic import Field
 
-from evolver.config import Section, expand
+from evolver.config import Section
 from evolver.errors import BadInput
-from evolver.loggers.base import Place, Row, Tracked, flat, logger
+from evolver.loggers.base import LoggedRow, RunPlace, Tracked, flat, logger
 from evolver.storage import is_remote
+from evolver.storage.paths import expand
 
 # By it our files are known among those of others.
 SUFFIX = ".evolver"
-ITEMS, BEST = "search/items", "search/best"
+ITEMS_TAG, BEST = "search/items", "search/best"
 
 
 class TensorBoardSettings(Section):
@@ -33,7 +34,7 @@ class TensorBoardLogger:
     The best score stands there twice, by steps and by scored items, as TensorBoard draws everything over steps.
     """
 
-    def __init__(self, settings: TensorBoardSettings, place: Place) -> None:
+    def __init__(self, settings: TensorBoardSettings, place: RunPlace) -> None:
         if settings.folder is None and place.folder is None:
             raise BadInput("folder: missing, as the run's folder is not on this machine; give a folder that is.")
         if settings.folder is not None and is_remote(settings.folder):
@@ -62,12 +63,12 @@ class TensorBoardLogger:
         rows = "\n".join(f"| {key} | {value} |" for key, value in (settings | dict(run.facts)).items())
         self._writer.add_text("run", f"| {run.name} | |\n| --- | --- |\n{rows}", 0)
 
-    def results(self, rows: Sequence[Row]) -> None:
+    def results(self, rows: Sequence[LoggedRow]) -> None:
         for step, values in rows:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
             if BEST in values:
-                self._writer.add_scalar(f"{BEST}_by_items", values[BEST], int(values[ITEMS]))
+                self._writer.add_scalar(f"{BEST}_by_items", values[BEST], int(values[ITEMS_TAG]))
 
     def summary(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():

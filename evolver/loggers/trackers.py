@@ -16,7 +16,7 @@ from evolver.records import Candidate, Result, content_hash
 from evolver.storage import Storage
 
 # In the run's folder: the id under which trackers know it.
-FILE = "loggers.json"
+TRACKED_FILE = "loggers.json"
 SUMMARY = "summary.json"
 ARTIFACTS = ("report.md", "report.html", "curve.png", "recipe.json", SUMMARY)
 # How long a run that has ended, or was stopped, waits for trackers that are behind.
@@ -134,10 +134,10 @@ def tracked(config: Config, search: Mapping[str, Any], run: Storage, facts: Mapp
     Raises OSError where that cannot be.
     """
     try:
-        drawn = run.read(FILE).decode()
+        drawn = run.read(TRACKED_FILE).decode()
     except FileNotFoundError:
         drawn = json.dumps({"id": uuid.uuid4().hex})
-        run.write(FILE, drawn.encode())
+        run.write(TRACKED_FILE, drawn.encode())
     # With the name in it, a copy of a folder under another name is a run of its own.
     identity = content_hash([drawn, config.run])
     settings = {**config.model_dump(mode="json", exclude=set(FREE_KEYS)), "search": dict(search)}

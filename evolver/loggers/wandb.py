@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from evolver.config import Section, expand
-from evolver.loggers.base import Place, Row, Tracked, logger
+from evolver.config import Section
+from evolver.loggers.base import LoggedRow, RunPlace, Tracked, logger
+from evolver.storage.paths import expand
 
 # W&B would report its failures and its use home, and write into the run's own output.
-ENVIRONMENT = {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
+WANDB_ENVIRONMENT = {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
 INIT_SECONDS = 30.0
 FINISH_SECONDS = 20.0  # W&B waits so long for uploads at its end; less than a run waits for its loggers
 
@@ -38,14 +39,14 @@ class WandbLogger:
     the server has of it.
     """
 
-    def __init__(self, settings: WandbSettings, place: Place) -> None:
+    def __init__(self, settings: WandbSettings, place: RunPlace) -> None:
         self.settings = settings
         self._run: Any = None
         self._next, self._code = 0, 1
 
     @staticmethod
     def load() -> None:
-        for name, value in ENVIRONMENT.items():
+        for name, value in WANDB_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         import wandb  # noqa: F401
 
@@ -76,7 +77,7 @@ class WandbLogger:
         self._run.config.update({**run.settings, **run.changing, "facts": dict(run.facts)}, allow_val_change=True)
         self._run.define_metric("*", step_metric="search/items")
 
-    def results(self, rows: Sequence[Row]) -> None:
+    def results(self, rows: Sequence[LoggedRow]) -> None:
         for step, values in rows:
             if step >= self._next:
                 self._run.log(dict(values), step=step)

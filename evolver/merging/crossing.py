@@ -10,10 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from evolver.merging import loop, native, random
-from evolver.merging.encoded import FLOAT, Code, Operation
-from evolver.merging.kernels import Kernels
-from evolver.merging.program import Program, Traced
+from evolver.kernels import execute, native, random
+from evolver.kernels.compiled import Kernels
+from evolver.kernels.encoded import FLOAT32, Code, Operation
+from evolver.kernels.program import Program, Traced
 
 
 def _evolver(x: Tensor, p: Sequence[Tensor], f: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ STRATEGIES: dict[str, tuple[Mutation, int]] = {
 }
 
 # Scalars of a piece: a few tensors' pieces stay in a core's cache.
-PIECE = 16 * random.BLOCK
+CROSSING_PIECE = 16 * random.BLOCK
 
 
 def cross(
@@ -76,9 +76,9 @@ def cross(
     tensors = [t.reshape(-1) for t in (child, parent, *partners)]
     level, drawn, done = random.threshold(Cr), random.Drawn(seed, [name], child.device, kernels), 0
     loops = native.library() if child.is_cpu else None
-    if loops is not None and all(loop.handles(loops, t.dtype) for t in tensors):
+    if loops is not None and all(execute.handles(loops, t.dtype) for t in tensors):
         code, (out, *parents) = _code(strategy, level, F), tensors
-        loop.Run(code, out.numel(), parents, [out], drawn.plain_words).run(loops)
+        execute.Run(code, out.numel(), parents, [out], drawn.plain_words).run(loops)
         return child
     numbers = [torch.tensor(float(level), device=child.device), torch.tensor(F, device=child.device)]
     mutation = STRATEGIES[strategy][0]
@@ -94,10 +94,10 @@ def _code(strategy: str, level: int, f: float) -> Code:
     """Mutation and crossover for the loop in C."""
     mutation, partners = STRATEGIES[strategy]
     program = Program(partners + 1)
-    parents: list[Any] = [program.add("load", FLOAT, (), n) for n in range(partners + 1)]
-    draws: Any = program.add("draw", FLOAT)
+    parents: list[Any] = [program.add("load", FLOAT32, (), n) for n in range(partners + 1)]
+    draws: Any = program.add("draw", FLOAT32)
     child = _crossed(mutation, torch.tensor(float(level)), torch.tensor(f), draws, parents)
-    return program.code([Operation("store", FLOAT, (cast(Traced, child).number,))])
+    return program.code([Operation("store", FLOAT32, (cast(Traced, child).number,))])
 
 
 def _crossed(mutation: Mutation, level: Tensor, f: Tensor, draws: Tensor, parents: Sequence[Tensor]) -> Tensor:
@@ -112,8 +112,8 @@ def _piecewise(
 ) -> None:  # fmt: skip
     """In pieces, each after its draws."""
     step, kernel = _Piece(mutation), None
-    for start in range(0, tensors[0].numel(), PIECE):
-        pieces = [t[start : start + PIECE] for t in tensors]
+    for start in range(0, tensors[0].numel(), CROSSING_PIECE):
+        pieces = [t[start : start + CROSSING_PIECE] for t in tensors]
         given = [*numbers, *drawn.piece(done + start, pieces[0].shape), *pieces]
         if kernels and start == 0:
             kernel = kernels.get(step, given, [n >= len(numbers) for n in range(len(given))], identity)

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from evolver.checkpoints.names import names_of
+from evolver.checkpoints.weights import Checkpoint, Source, TensorInfo, layer_of
+from evolver.kernels.compiled import Kernels
 from evolver.merging import crossing, methods
-from evolver.merging.apply import Model, apply
-from evolver.merging.kernels import Kernels
-from evolver.merging.names import names_of
-from evolver.merging.pieces import Whole
-from evolver.merging.weights import Checkpoint, Source, TensorInfo, layer_of
+from evolver.merging.engine.apply import AllTensors, apply
+from evolver.merging.engine.pieces import InputTensors
 from evolver.records import Cross, Expert, Layers, Merge, Recipe, ancestors
 
 Task = tuple[Recipe, str]
@@ -48,7 +48,7 @@ class Materialiser:
         self.device = torch.device(device)
         self._slots = cache_bytes // max(1, sum(self._bytes(n) for n in base.names()))
         self._resident: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
-        self._models: dict[str, Model] = {}
+        self._models: dict[str, AllTensors] = {}
 
     def names(self, recipe: Recipe) -> list[str]:
         """The names of the model's tensors, in the base's order."""
@@ -148,21 +148,21 @@ class Materialiser:
 
     def _merge(self, node: Merge, name: str, below: list[Tensor]) -> Tensor:
         method = methods.METHODS[node.method]
-        values = method.complete(node.settings(name, layer_of(name)), len(node.inputs), node.method)
+        values = method.in_force(node.settings(name, layer_of(name)), len(node.inputs))
         if node.id not in self._models:
             self._models[node.id] = self._model(node)
         return apply(method, values, self._whole(node, name, below), self._models[node.id], self.kernels)
 
-    def _whole(self, node: Merge, name: str, below: list[Tensor]) -> Whole:
+    def _whole(self, node: Merge, name: str, below: list[Tensor]) -> InputTensors:
         *inputs, base = below
         layer = layer_of(name)
         depth = None if layer is None else layer / max(1, self.base.layers - 1)
-        return Whole(name, inputs, base, [i.id for i in node.inputs], depth)
+        return InputTensors(name, inputs, base, [i.id for i in node.inputs], depth)
 
-    def _model(self, node: Merge) -> Model:
+    def _model(self, node: Merge) -> AllTensors:
         """All tensors that a merge goes over, read afresh for statistics of the model as a whole."""
 
-        def tensors() -> Iterator[Whole]:
+        def tensors() -> Iterator[InputTensors]:
             for name in self.names(node):
                 below = [self._run(self._tasks(n, name), {}) for n in node.below]
                 if below[-1].is_floating_point():
@@ -170,7 +170,7 @@ class Materialiser:
 
         headers = self.base.headers
         sizes = (math.prod(headers[n].shape) for n in self.base.names() if headers[n].dtype.is_floating_point)
-        return Model(sum(sizes), tensors)
+        return AllTensors(sum(sizes), tensors)
 
     def _bytes(self, name: str) -> int:
         return self._dtype_of(name).itemsize * math.prod(self.base.headers[name].shape)

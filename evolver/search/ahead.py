@@ -7,16 +7,19 @@ wrong, the work is thrown away. What the search sees is the same either way.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 from evolver.records import Candidate, Result
+from evolver.search.base import Ordered
 
 Known = Callable[[Candidate], Result | None]
 
 
+@runtime_checkable
 class Guessable(Protocol):
-    """A search whose next candidates can be guessed."""
+    """A search whose next candidates can be guessed. Only searches that can be copied and left as they are have it."""
 
     @property
     def done(self) -> bool: ...
@@ -35,6 +38,31 @@ class Guessable(Protocol):
     def assume(self, candidate: Candidate) -> Result | None:
         """What a pending candidate will most likely come to; None where there is no telling."""
         ...
+
+
+class RunsAhead(Ordered):
+    """A search in order that can be guessed: its state is what its own lists and mappings hold, changed in none of
+    their members. One that stands on somebody else's state, as on a study of Optuna's, cannot be copied so.
+    """
+
+    def twin(self) -> Self:
+        """A copy in the same state; what is told to it leaves this one as it is.
+
+        Lists and mappings are copied, what they hold is shared: an algorithm changes none of it in place.
+        """
+        twin = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, list | dict):
+                setattr(twin, name, value.copy())
+        return twin
+
+    def pending(self) -> list[Candidate]:
+        """What was asked for and not told, in order; where results are learnt in the order of their candidates."""
+        return [c for c in self._asked[self._learnt :] if c.number not in self._told]
+
+    def assume(self, candidate: Candidate) -> Result | None:
+        """What a pending candidate will most likely come to; None where there is no telling."""
+        raise NotImplementedError  # every algorithm says its own
 
 
 def ahead(search: Guessable, known: Known) -> Iterator[Candidate]:

@@ -10,10 +10,9 @@ Laws, which the tests hold every search to:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from evolver.config import Budget, Section
 from evolver.records import Candidate, Expert, Knob, Recipe, Result
@@ -45,7 +44,7 @@ class Space(Protocol):
     def encode_equal(self, mass: float) -> dict[str, float]: ...
 
 
-class Workshop(Protocol):
+class Maker(Protocol):
     """What the making half offers to algorithms, with bad settings refused as BadInput."""
 
     def space(self, method: str, groups: int, tune: Sequence[str] | None, settings: Mapping[str, Any]) -> Space: ...
@@ -100,7 +99,7 @@ class Setup:
     base: Expert
     seed: int
     budget: Budget
-    workshop: Workshop
+    maker: Maker
     estimator: Estimator
     early_stopping: bool = True
     racing: bool = False
@@ -188,25 +187,6 @@ class Ordered:
         self._told[self._place(result)] = result
         if self._spent():
             self._learn_up_to(len(self._asked))  # nothing more will be asked: whatever comes may be learnt
-
-    def twin(self) -> Self:
-        """A copy in the same state; what is told to it leaves this one as it is.
-
-        Lists and mappings are copied, what they hold is shared: an algorithm changes none of it in place.
-        """
-        twin = copy.copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, list | dict):
-                setattr(twin, name, value.copy())
-        return twin
-
-    def pending(self) -> list[Candidate]:
-        """What was asked for and not told, in order; where results are learnt in the order of their candidates."""
-        return [c for c in self._asked[self._learnt :] if c.number not in self._told]
-
-    def assume(self, candidate: Candidate) -> Result | None:
-        """What a pending candidate will most likely come to; None, as here, where there is no telling."""
-        return None
 
     def _learn_up_to(self, count: int) -> bool:
         while self._learnt < count and self._learnt in self._told:

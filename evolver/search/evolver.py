@@ -21,6 +21,7 @@ from pydantic import Field
 from evolver.config import Section
 from evolver.errors import BadInput
 from evolver.records import Candidate, Cross, Recipe, Result
+from evolver.search.ahead import RunsAhead
 from evolver.search.base import Ordered, Setup, algorithm
 
 Strategy = Literal["evolver", "rand/1", "best/1", "current-to-best/1", "rand/2"]
@@ -42,7 +43,7 @@ class EvolverSettings(Section):
 
 
 @algorithm("evolver", EvolverSettings, incumbent=True)
-def build(setup: Setup, settings: EvolverSettings) -> Ordered:
+def build_evolver(setup: Setup, settings: EvolverSettings) -> Ordered:
     """The form that the settings ask for."""
     if setup.together > 1 and settings.mode != "generational":
         raise BadInput(f"search.mode: {settings.mode} proposes candidates one by one, no batches; write generational.")
@@ -84,7 +85,7 @@ def _rejected(candidate: Candidate) -> Result:
     return Result(candidate.number, candidate.recipe.id, "ok", bound=candidate.bar, stage=candidate.stage)
 
 
-class Alone(Ordered):
+class Alone(RunsAhead):
     """Stand-alone: N scores of the experts first, then every member is challenged once a generation."""
 
     def __init__(self, setup: Setup, settings: EvolverSettings) -> None:
@@ -132,14 +133,14 @@ class Alone(Ordered):
         return None if at_random or self.settings.strategy != "evolver" else best
 
 
-class Merged(Ordered):
+class Merged(RunsAhead):
     """With a merger: one score for the whole population, the dev score of its merge."""
 
     def __init__(self, setup: Setup, settings: EvolverSettings) -> None:
         self.size = len(setup.experts)
         super().__init__(setup, limit=1 + self.size * settings.generations)
         self.settings = settings
-        self.merge = setup.workshop.merger(settings.merger or {"method": "simple"})
+        self.merge = setup.maker.merger(settings.merger or {"method": "simple"})
         self.population: list[Recipe] = list(setup.experts)
         self.score = float("-inf")
         self.items: tuple[float, ...] = ()

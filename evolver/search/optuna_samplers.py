@@ -159,7 +159,7 @@ def default_population(dimensions: int) -> int:
 
 
 def _space(setup: Setup, settings: CoefficientSettings) -> Space:
-    return setup.workshop.space(settings.method, settings.layer_groups, settings.tune, settings.settings)
+    return setup.maker.space(settings.method, settings.layer_groups, settings.tune, settings.settings)
 
 
 def _distribution(knob: Knob) -> optuna.distributions.FloatDistribution:

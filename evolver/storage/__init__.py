@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from evolver.config import expand
 from evolver.storage.base import Storage, read_all
 from evolver.storage.local import LocalStorage, whole_file, whole_folder
+from evolver.storage.paths import expand
 from evolver.storage.remote import RemoteStorage
 from evolver.storage.target import check_export, check_target, exported_folder, new_file, new_folder
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-READERS = 16
+READERS_AT_ONCE = 16
 
 
 class Storage(Protocol):
@@ -65,5 +65,5 @@ def read_all(storage: Storage, names: Sequence[str]) -> list[bytes | OSError]:
         except OSError as error:
             return error
 
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPoolExecutor(READERS_AT_ONCE) as pool:
         return list(pool.map(read, names))

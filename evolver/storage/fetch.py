@@ -8,9 +8,9 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from evolver.config import expand
 from evolver.errors import BadInput
 from evolver.storage.local import whole_folder
+from evolver.storage.paths import expand
 from evolver.storage.remote import file_system
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from evolver.errors import BadInput
 from evolver.storage.base import Storage
 
-FILE = "lease.json"
+LEASE_FILE = "lease.json"
 BEAT_SECONDS = 5.0
 LEASE_SECONDS = 30.0
 
@@ -38,7 +38,7 @@ class Lease:
 
     def __init__(self, storage: Storage, say: Callable[[str], None] = lambda line: None) -> None:
         self._storage = storage
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "machine": machine(), "token": uuid.uuid4().hex}
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "machine": this_machine(), "token": uuid.uuid4().hex}
         self._holder: dict[str, Any] = {**me, "beat": 0, "at": time.time()}
         try:
             self._unlock = storage.lock()
@@ -73,7 +73,7 @@ class Lease:
         self._end.set()
         self._thread.join()
         if (self._read() or {}).get("token") == self._holder["token"]:
-            self._storage.remove(FILE)
+            self._storage.remove(LEASE_FILE)
         self._let_in()
 
     def _take(self, say: Callable[[str], None]) -> None:
@@ -81,7 +81,7 @@ class Lease:
         held = self._read()
         if held is None:
             try:
-                self._storage.create(FILE, data)
+                self._storage.create(LEASE_FILE, data)
                 return
             except FileExistsError:
                 held = self._read()
@@ -89,7 +89,7 @@ class Lease:
         if held and not (self._unlock and held.get("machine") == self._holder["machine"]):
             say(f"the run was in use by {_name(held)}; going on in {LEASE_SECONDS:.0f} s, if that one is gone")
             self._outlast(held)
-        self._storage.write(FILE, data)
+        self._storage.write(LEASE_FILE, data)
 
     def _outlast(self, held: dict[str, Any]) -> None:
         until = time.monotonic() + LEASE_SECONDS
@@ -109,13 +109,13 @@ class Lease:
                     self._lost = now
                     return
                 self._holder |= {"beat": self._holder["beat"] + 1, "at": time.time()}  # for those who only look
-                self._storage.write(FILE, json.dumps(self._holder).encode())
+                self._storage.write(LEASE_FILE, json.dumps(self._holder).encode())
             except OSError:  # it may come back; if another driver comes first, the next part tells
                 continue
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            held = json.loads(self._storage.read(FILE))
+            held = json.loads(self._storage.read(LEASE_FILE))
         except (FileNotFoundError, ValueError):
             return None
         return held if isinstance(held, dict) and "token" in held else None
@@ -133,7 +133,7 @@ def _name(holder: dict[str, Any]) -> str:
     return f"process {holder.get('pid')} on {holder.get('host')}"
 
 
-def machine() -> str:
+def this_machine() -> str:
     """What the processes that see each other's locks have in common, and no others."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

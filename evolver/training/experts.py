@@ -13,24 +13,24 @@ from typing import Any
 
 import torch
 
-from evolver.config import expand
+from evolver.checkpoints.sources import open_base
+from evolver.checkpoints.weights import is_head
 from evolver.errors import BadInput
 from evolver.evaluation.data import Row, read_rows
-from evolver.merging.sources import open_base
-from evolver.merging.weights import is_head
 from evolver.records import content_hash
 from evolver.storage import whole_folder
+from evolver.storage.paths import expand
 from evolver.training.fit import fit
 from evolver.training.losses import Learner, lessons_of, loss_of
 from evolver.training.settings import PoolConfig, Training
 from evolver.training.show import Show
 
 # Part of an expert's identity: raise it when the training changes.
-VERSION = 1
+TRAINING_VERSION = 1
 LINEAR = "all-linear"
 
 
-def make_pool(pool: PoolConfig, show: Show) -> dict[str, Path]:
+def make_experts(pool: PoolConfig, show: Show) -> dict[str, Path]:
     """Train what is missing, and return the folders of the base and of every expert by name.
 
     Raises BadInput for data or models that cannot be read, or where peft is wanted and missing.
@@ -52,7 +52,7 @@ def _base(pool: PoolConfig) -> Path:
     origin = open_base(pool.base, "base")
     if pool.kind != "classifier":
         return _linked(pool, "base", origin.path)
-    key = content_hash([VERSION, origin.digest(), pool.labels, pool.seed])
+    key = content_hash([TRAINING_VERSION, origin.digest(), pool.labels, pool.seed])
     target = cache() / key
     if not target.exists():
         with whole_folder(target) as folder:
@@ -70,7 +70,9 @@ def _expert(pool: PoolConfig, name: str, base: Path, show: Show) -> Path:
     labels = pool.labels or (_own_labels(rows, entry.label, f"experts.{name}") if pool.own_heads else [])
     read = [pool.kind, pool.template, labels, entry.text, entry.text_pair, entry.label]
     contents = [hashlib.sha256(Path(expand(file)).read_bytes()).hexdigest() for file in entry.files]
-    key = content_hash([VERSION, open_base(str(base), "base").digest(), settings.model_dump(), seed, contents, read])
+    key = content_hash(
+        [TRAINING_VERSION, open_base(str(base), "base").digest(), settings.model_dump(), seed, contents, read]
+    )
     target = cache() / key
     if target.exists():
         show.say(f"{name}: there already ({target})")

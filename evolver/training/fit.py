@@ -20,11 +20,11 @@ from evolver.training.settings import Training
 
 CHECKPOINT = "checkpoint.safetensors"
 FAST_BF16 = {"avx512_bf16", "amx_bf16"}
-Watch = Callable[[int, float], None]
+StepWatch = Callable[[int, float], None]
 
 
 def fit(
-    learner: Learner, loss: Loss, lessons: Sequence[Any], settings: Training, seed: int, scratch: Path, watch: Watch
+    learner: Learner, loss: Loss, lessons: Sequence[Any], settings: Training, seed: int, scratch: Path, watch: StepWatch
 ) -> None:
     """Train the parameters that ask for it, from the last checkpoint in ``scratch`` on.
 

@@ -12,12 +12,12 @@ from torch.nn.functional import cross_entropy
 
 from evolver.errors import BadInput
 from evolver.evaluation.data import Row
-from evolver.evaluation.decoder import DecoderOnly
-from evolver.evaluation.loglikelihood import Row as Request
-from evolver.evaluation.loglikelihood import of_tokens
+from evolver.evaluation.language.decoder import DecoderOnly
+from evolver.evaluation.language.loglikelihood import Row as Request
+from evolver.evaluation.language.loglikelihood import of_tokens
 from evolver.training.settings import ExpertEntry, PoolConfig
 
-IGNORED = -100
+IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Said:
 
     def __call__(self, learner: Learner, lessons: Sequence[tuple[list[int], list[int]]]) -> Tensor:
         ids, mask = padded([read for read, _ in lessons], self.tokenizer.pad_token_id or 0)
-        labels, _ = padded([said for _, said in lessons], IGNORED)
+        labels, _ = padded([said for _, said in lessons], IGNORED_LABEL)
         device = learner.device
         loss: Tensor = learner.module(
             input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device)

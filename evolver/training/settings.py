@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from evolver.config import NAME, Budget, Config, Evaluation, Model, Section, check_section, read_mapping
+from evolver.config import NAME, Budget, Config, EvaluationSettings, ModelSettings, Section, check_section, config_at
 
 
 class Training(Section):
@@ -54,7 +54,7 @@ class PoolConfig(Section):
     template: str = Field("{text}", description="seq2seq: what the text is asked in")
     train: dict[str, Any] = Field(description="settings of the training")
     experts: dict[str, ExpertEntry] = Field(min_length=1)
-    evaluation: Evaluation
+    evaluation: EvaluationSettings
 
     @field_validator("template")
     @classmethod
@@ -81,7 +81,7 @@ class PoolConfig(Section):
 
         Raises BadInput where no run can have these experts and tasks.
         """
-        model = Model(base=folders["base"], kind=self.kind, heads="apart" if self.own_heads else "merged")
+        model = ModelSettings(base=folders["base"], kind=self.kind, heads="apart" if self.own_heads else "merged")
         raw = {
             "run": self.pool, "seed": self.seed, "model": model, "experts": {n: folders[n] for n in self.experts},
             "search": {"algorithm": "none"}, "budget": Budget(candidates=1), "evaluation": self.evaluation,
@@ -94,7 +94,7 @@ def load_pool(path: str | Path) -> PoolConfig:
 
     Raises BadInput for an unreadable file, an unknown key or a wrong type.
     """
-    raw = read_mapping(path, PoolConfig.model_fields)
+    raw = config_at(path).mapping(PoolConfig.model_fields)
     config = check_section(PoolConfig, raw, str(path))
     for name, entry in config.experts.items():
         check_section(Training, {**config.train, **entry.train}, str(path), f"experts.{name}.train.")

@@ -8,7 +8,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-QUIET_SECONDS = 10.0
+SHOW_SECONDS = 10.0
 
 
 class Show(Protocol):
@@ -40,7 +40,7 @@ class _Lines:
     def step(self, step: int, loss: float) -> None:
         now = time.monotonic()
         self._first = self._first or step
-        if now - self._spoke >= QUIET_SECONDS or step == self._steps:
+        if now - self._spoke >= SHOW_SECONDS or step == self._steps:
             self._spoke = now
             left = (now - self._began) / (step - self._first + 1) * (self._steps - step)
             self.say(f"{self._name}: step {step} of {self._steps}, loss {loss:.3f}, about {left:.0f} s left")

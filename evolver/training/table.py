@@ -8,15 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from evolver.evaluation.scoring import Scale
+from evolver.evaluation.scores.scoring import Scale
 from evolver.evaluation.tasks import load_tasks
 from evolver.records import Candidate, Expert, Result
-from evolver.report import markdown_table
+from evolver.report.text import markdown_table
 from evolver.training.settings import PoolConfig
-from evolver.worker import Plan, Worker, items_hash, open_models
+from evolver.workers.opened import open_models
+from evolver.workers.plan import Plan, items_hash
+from evolver.workers.worker import Worker
 
 # For the errors of metrics that look at all answers together.
-RESAMPLES = 999
+TABLE_RESAMPLES = 999
 
 
 def measure(pool: PoolConfig, folders: Mapping[str, Path]) -> str:
@@ -61,5 +63,5 @@ def standard_error(items: Sequence[float], scale: Scale, task: str) -> float:
     if metric.judged:
         return float(answers.std()) / math.sqrt(max(1, len(places) - 1))
     right = np.asarray([scale.right[p] for p in places])
-    drawn = np.random.default_rng(0).integers(len(places), size=(RESAMPLES, len(places)))
+    drawn = np.random.default_rng(0).integers(len(places), size=(TABLE_RESAMPLES, len(places)))
     return float(metric.of(answers[drawn], right[drawn]).std())

@@ -35,14 +35,14 @@ import json, sys, time
 from evolver.threads import let_threads_sleep
 let_threads_sleep()
 from dataclasses import replace
-from evolver.compute import is_open
-from evolver.config import computing
+from evolver.workers.compute import is_open
+from evolver.config import computing, config_at
 from evolver.records import Candidate, Merge, Rule
-from evolver.run import in_compute, prepare
-from evolver.worker import Worker, choose_compute
+from evolver.driver.prepare import in_compute, prepare
+from evolver.workers.worker import Worker, choose_compute
 
 file, compute, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
-prepared, choosing = prepare(file), 0.0
+prepared, choosing = prepare(config_at(file)), 0.0
 if is_open(prepared.config):
     began = time.perf_counter()
     chosen = choose_compute(prepared.config).compute

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from evolver.evaluation.decoder import DecoderOnly
-from evolver.evaluation.resident import LanguageScorer
-from evolver.worker import Worker
+from evolver.evaluation.language.decoder import DecoderOnly
+from evolver.evaluation.language.resident import LanguageScorer
+from evolver.workers.worker import Worker
 
 
 def bare_forward(worker: Worker) -> Callable[[], None]:

@@ -39,16 +39,16 @@ from test_search import BASE, build  # noqa: E402
 from cluster import crew  # noqa: E402
 from cluster.job import make_pool  # noqa: E402
 from cluster.pool import CrewPool  # noqa: E402
-from evolver.config import Pool as PoolSettings  # noqa: E402
-from evolver.ledger import Ledger  # noqa: E402
+from evolver.config import PoolSettings  # noqa: E402
+from evolver.ledger import Ledger, read_table  # noqa: E402
 from evolver.loop import evolve  # noqa: E402
-from evolver.merging.genome import genome  # noqa: E402
 from evolver.merging.methods import METHODS  # noqa: E402
-from evolver.messages import pack_candidate, pack_result, unpack_candidate  # noqa: E402
+from evolver.merging.settings.genome import genome  # noqa: E402
 from evolver.records import Candidate, Cross, Expert, Merge, Recipe, Result  # noqa: E402
-from evolver.report import markdown_table  # noqa: E402
+from evolver.report.text import markdown_table  # noqa: E402
 from evolver.search.ahead import ahead  # noqa: E402
 from evolver.storage import storage_at  # noqa: E402
+from evolver.workers.messages import pack_candidate, pack_result, unpack_candidate  # noqa: E402
 
 PAGE = ROOT / "results" / "benchmarks" / "cluster.md"
 ITEMS = 200
@@ -112,7 +112,11 @@ def simulate(
         evolve(search, pool, ledger, lambda c, r: None, partial(ahead, search) if guessing else None)
         wall = time.perf_counter() - began - (crew.seconds - before)
         size = sum(f.stat().st_size for f in folder.rglob("part-*"))
-        wasted = len(ledger.wasted())
+        rows = read_table(ledger.storage).to_pylist()
+        asked, guessed = (
+            {(r["number"], r["recipe_id"]) for r in rows if r["event"] == e} for e in ("finished", "guessed")
+        )
+        wasted = len(guessed - asked)
     told = candidates + wasted
     return {
         "utilisation": crew.busy / (workers * crew.time), "time": crew.time, "wasted": wasted, "driver": wall / told,
@@ -318,9 +322,10 @@ READER = """
 import sys
 from pathlib import Path
 from evolver.records import Candidate, Cross
-from evolver.run import prepare
-from evolver.worker import Worker
-ready = prepare(sys.argv[1])
+from evolver.config import config_at
+from evolver.driver.prepare import prepare
+from evolver.workers.worker import Worker
+ready = prepare(config_at(sys.argv[1]))
 a, b = ready.experts[:2]
 result = Worker(ready.plan, "dev").evaluate(Candidate(0, Cross(a, (b,), "evolver", 0.5, 0.5, 1), "benchmark"))
 assert result.status == "ok", result.reason

@@ -27,15 +27,15 @@ import pyarrow.parquet as pq
 from playwright.sync_api import Browser, Error, Page, sync_playwright
 
 from evolver import ledger
-from evolver.about import About, write_about
 from evolver.config import Config
 from evolver.dashboard import views
-from evolver.evaluation.metrics import JUDGED
-from evolver.evaluation.scoring import Scale
-from evolver.overview import Overview
+from evolver.dashboard.overview import Overview
+from evolver.dashboard.status import status_of
+from evolver.evaluation.scores.metrics import JUDGED
+from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Expert, Merge, Result, Rule
-from evolver.report import markdown_table
-from evolver.status import status_of
+from evolver.report.text import markdown_table
+from evolver.runs.about import About, write_about
 from evolver.storage import storage_at
 
 PAGE = Path("results/benchmarks/dashboard.md")

@@ -20,11 +20,11 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from evolver.evaluation.metrics import JUDGED, Numbers  # noqa: E402
-from evolver.evaluation.racing import Race, Verdict, log_capital, shares  # noqa: E402
-from evolver.evaluation.scoring import Scale  # noqa: E402
-from evolver.ledger import read  # noqa: E402
-from evolver.report import markdown_table  # noqa: E402
+from evolver.evaluation.scores.metrics import JUDGED, Numbers  # noqa: E402
+from evolver.evaluation.scores.racing import Race, Verdict, log_capital, shares  # noqa: E402
+from evolver.evaluation.scores.scoring import Scale  # noqa: E402
+from evolver.ledger import read_table  # noqa: E402
+from evolver.report.text import markdown_table  # noqa: E402
 from evolver.storage import storage_at  # noqa: E402
 
 TASKS = 4
@@ -132,7 +132,7 @@ def equal_tasks(count: int) -> Scale:
 def completed(ledger: Path) -> list[Numbers]:
     """The answers of a run's completely scored candidates in the order in which they were scored."""
     found: dict[str, tuple[float, list[float]]] = {}
-    for row in read(storage_at(ledger)).to_pylist():
+    for row in read_table(storage_at(ledger)).to_pylist():
         if row["event"] == "finished" and row["complete"] and row["stage"] != "report":
             found.setdefault(row["recipe_id"], (row["score"], row["items"]))
     if any(abs(score - statistics.fmean(items)) > 1e-9 for score, items in found.values()):

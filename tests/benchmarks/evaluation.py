@@ -23,14 +23,15 @@ import torch
 import yaml
 from bare import bare_forward
 
-from evolver.evaluation.decoder import DecoderOnly
-from evolver.evaluation.library import quiet
-from evolver.evaluation.loglikelihood import LogLikelihoods
-from evolver.evaluation.resident import LanguageScorer
+from evolver.config import config_at
+from evolver.driver.prepare import prepare
+from evolver.evaluation.language.decoder import DecoderOnly
+from evolver.evaluation.language.library import quiet
+from evolver.evaluation.language.loglikelihood import LogLikelihoods
+from evolver.evaluation.language.resident import LanguageScorer
 from evolver.records import Candidate, Cross
-from evolver.report import markdown_table
-from evolver.run import prepare
-from evolver.worker import Worker
+from evolver.report.text import markdown_table
+from evolver.workers.worker import Worker
 
 ROUNDS = 5
 CONFIG = "configs/demo-llm.yaml"
@@ -146,7 +147,7 @@ def worker_of(folder: Path, tasks: list[dict[str, Any]]) -> Worker:
     raw["evaluation"]["block_items"] = 10_000
     config = folder / f"{len(worker_tasks)}.yaml"
     config.write_text(yaml.safe_dump(raw))
-    ready = prepare(str(config))
+    ready = prepare(config_at(config))
     worker = Worker(ready.plan, "dev", tasks=ready.tasks)
     child = Cross(ready.experts[0], (ready.experts[1],), "evolver", 0.5, 0.5, 1)
     result = worker.evaluate(Candidate(0, child, "benchmark"))
@@ -180,7 +181,7 @@ def long_context_task(folder: Path) -> Path:
 
 def tasks_folder() -> Path:
     """Where demo-llm's tasks lie."""
-    from evolver.config import expand
+    from evolver.storage.paths import expand
 
     return Path(expand(yaml.safe_load(Path(CONFIG).read_text())["evaluation"]["include_path"]))
 

@@ -17,10 +17,10 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from evolver.evaluation.decoder import DecoderOnly  # noqa: E402
-from evolver.evaluation.loglikelihood import Group, LogLikelihoods  # noqa: E402
+from evolver.evaluation.language.decoder import DecoderOnly  # noqa: E402
+from evolver.evaluation.language.loglikelihood import Group, LogLikelihoods  # noqa: E402
+from evolver.kernels.compiled import Kernels  # noqa: E402
 from evolver.merging import crossing  # noqa: E402
-from evolver.merging.kernels import Kernels  # noqa: E402
 
 KERNELS = Kernels()
 

@@ -23,12 +23,13 @@ import torch
 import yaml
 from bare import bare_forward
 
+from evolver.checkpoints.weights import Checkpoint
+from evolver.config import config_at
+from evolver.driver.prepare import Prepared, prepare
 from evolver.ledger import Ledger
-from evolver.merging.weights import Checkpoint
 from evolver.records import Candidate, Cross, Merge, Recipe, Rule
-from evolver.report import markdown_table
-from evolver.run import Prepared, prepare
-from evolver.worker import Worker
+from evolver.report.text import markdown_table
+from evolver.workers.worker import Worker
 
 ROUNDS = 7
 CONFIG = "configs/demo-llm.yaml"
@@ -37,7 +38,7 @@ PAGE = Path("results/benchmarks/main-job.md")
 
 def main() -> None:
     """Measure, print, and write the page."""
-    prepared = prepare(CONFIG)
+    prepared = prepare(config_at(CONFIG))
     first, peak = cold_start()
     worker = Worker(prepared.plan, "dev", tasks=prepared.tasks)
     rows, splits = [], []
@@ -82,7 +83,7 @@ def candidate_seconds(worker: Worker, recipes: list[Recipe]) -> dict[str, float]
         if result.status != "ok":
             raise SystemExit(f"a candidate failed: {result.reason}")
         seconds = dict(result.seconds)
-        seconds["total"] += timed(lambda c=candidate, r=result: (ledger.asked(c), ledger.finished(c, r)))
+        seconds["total"] += timed(lambda c=candidate, r=result: (ledger.write_asked(c), ledger.write_result(c, r)))
         seconds["overhead"] = seconds["total"] - seconds["materialise"] - seconds["forward"]
         seconds["copy"] = timed(lambda: copy_model(worker))
         seconds["bare forward"] = timed(bare_forward(worker))
@@ -135,8 +136,8 @@ def cold_start() -> tuple[float, float]:
 
 def ray_bytes() -> tuple[float, float]:
     """Bytes of the largest messages to and from Ray actors: the longest lineage, and many items."""
-    from evolver.messages import pack_candidate, pack_result
     from evolver.records import Expert, Result
+    from evolver.workers.messages import pack_candidate, pack_result
 
     population: list[Recipe] = [Expert(f"expert{i}", f"{i:020x}") for i in range(5)]
     seeds = random.Random(0)

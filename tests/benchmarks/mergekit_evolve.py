@@ -35,10 +35,10 @@ import yaml
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from evolver.config import expand  # noqa: E402
-from evolver.ledger import read  # noqa: E402
-from evolver.report import markdown_table  # noqa: E402
+from evolver.ledger import read_table  # noqa: E402
+from evolver.report.text import markdown_table  # noqa: E402
 from evolver.storage import storage_at  # noqa: E402
+from evolver.storage.paths import expand  # noqa: E402
 
 CONFIG = ROOT / "configs" / "demo-llm.yaml"
 ITEMS = 60  # of each task
@@ -304,7 +304,7 @@ def our_run(world: World, name: str, count: int, threads: int) -> Figure:
         )
         if done.returncode:
             raise SystemExit(f"our run failed:\n{done.stdout[-2000:]}")
-        rows = read(storage_at(folder).folder("peer").folder("ledger")).to_pylist()
+        rows = read_table(storage_at(folder).folder("peer").folder("ledger")).to_pylist()
     found = [r for r in rows if r["stage"] == "search" and r["event"] == "finished"]
     found.sort(key=lambda r: r["time"])
     if any(r["status"] != "ok" or r["reused"] for r in found[1:]):

@@ -26,10 +26,11 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from evolver.merging import crossing, native, random  # noqa: E402
-from evolver.merging.apply import apply  # noqa: E402
+from evolver.kernels import native, random  # noqa: E402
+from evolver.merging import crossing  # noqa: E402
+from evolver.merging.engine.apply import apply  # noqa: E402
+from evolver.merging.engine.pieces import InputTensors  # noqa: E402
 from evolver.merging.methods import METHODS  # noqa: E402
-from evolver.merging.pieces import Whole  # noqa: E402
 
 EVOLVER = Path(sys.executable).parent / "evolver"
 PAGE = ROOT / "results" / "benchmarks" / "merging.md"
@@ -118,7 +119,7 @@ def merge(name: str, given: dict[str, object], count: int, all_models: Sequence[
     weight = {"weight": 1 / count} if "weight" in METHODS[name].settings else {}
     values = METHODS[name].complete({**weight, **given}, count, name)
     for tensor, origin in base.items():
-        apply(METHODS[name], values, Whole(tensor, [e[tensor] for e in experts], origin, list("abcde"[:count]), 0.5))  # fmt: skip  # noqa: E501
+        apply(METHODS[name], values, InputTensors(tensor, [e[tensor] for e in experts], origin, list("abcde"[:count]), 0.5))  # fmt: skip  # noqa: E501
 
 
 def offspring(all_models: Sequence[Model]) -> None:
@@ -323,7 +324,7 @@ def memory() -> list[list[str]]:
             save_file(model, place / "model.safetensors", metadata={"format": "pt"})
             (place / "config.json").write_text(json.dumps(CONFIG | wide))
         paths = [str(folder / n) for n in ("base", *(f"e{i}" for i in range(EXPERTS)))]
-        idle = peak_mb([sys.executable, "-c", "import evolver.cli, time; time.sleep(1)"])
+        idle = peak_mb([sys.executable, "-c", "import evolver.commands.cli, time; time.sleep(1)"])
         for name, given in [("linear", {}), ("ties", {"density": 0.2}), ("dare_linear", {"density": 0.5}), ("sce", {"select_topk": 0.3})]:  # fmt: skip  # noqa: E501
             file = folder / f"{name}.yml"
             file.write_text(yaml.safe_dump(configuration(name, given, EXPERTS, paths)))

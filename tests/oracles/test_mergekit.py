@@ -18,9 +18,9 @@ from cases import UNORDERED, cases, located  # noqa: E402
 from checkpoints import make  # noqa: E402
 from prints import prints  # noqa: E402
 
+from evolver.checkpoints.sources import open_base, open_expert  # noqa: E402
 from evolver.merging import mergekit  # noqa: E402
 from evolver.merging.materialise import Materialiser  # noqa: E402
-from evolver.merging.sources import open_base, open_expert  # noqa: E402
 from evolver.records import Expert  # noqa: E402
 
 STORED = json.loads(gzip.decompress((HERE / "mergekit.json.gz").read_bytes()))["results"]
@@ -62,6 +62,6 @@ def test_the_numbers_are_mergekits(case, world):
 
 
 def test_every_method_of_mergekit_is_among_the_cases():
-    assert {c["config"]["merge_method"] for c in cases()} == mergekit.NAMES
-    assert UNORDERED < mergekit.NAMES
-    assert len(mergekit.NAMES) == 20
+    assert {c["config"]["merge_method"] for c in cases()} == mergekit.MERGEKIT_NAMES
+    assert UNORDERED < mergekit.MERGEKIT_NAMES
+    assert len(mergekit.MERGEKIT_NAMES) == 20

@@ -10,9 +10,9 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
-from evolver.merging.apply import apply
+from evolver.merging.engine.apply import apply
+from evolver.merging.engine.pieces import InputTensors
 from evolver.merging.methods import METHODS
-from evolver.merging.pieces import Whole
 
 pytestmark = pytest.mark.whole
 
@@ -34,7 +34,7 @@ def ours(name, vectors, weight=WEIGHTS, density=DENSITY, ids=IDS, **settings):
     numbers = {"weight": tuple(weight)} | ({} if density is None else {"density": (density,) * len(vectors)})
     method = METHODS[name]
     values = method.complete(numbers | settings, len(vectors), name)
-    return apply(method, values, Whole("model.layers.0.mlp.up_proj.weight", vectors, base, ids))
+    return apply(method, values, InputTensors("model.layers.0.mlp.up_proj.weight", vectors, base, ids))
 
 
 def assert_close(found, wanted):

@@ -15,6 +15,7 @@ import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -76,8 +77,23 @@ class Method:
     on_deltas: bool
     rows: bool
     takes: int | None
+    least: int
     asks: bool
+    symmetric: bool
+    identity: Mapping[str, Any] | None
     settings: Mapping[str, Setting]
+
+    def in_force(self, checked: Mapping[str, Value], experts: int) -> dict[str, Value]:
+        """The settings of a recipe, which were checked when it was composed, with defaults for what it leaves open."""
+        out: dict[str, Value] = {}
+        for setting in self.settings.values():
+            value = checked.get(setting.name, setting.default)
+            if setting.kind is tuple:
+                value = value if isinstance(value, tuple) else (float(value),)
+                out[setting.name] = value * experts if len(value) == 1 else value
+            else:
+                out[setting.name] = float(value) if setting.kind is float else value
+        return out
 
     def complete(self, given: Mapping[str, Any], experts: int, place: str) -> dict[str, Value]:
         """``given`` checked, defaults filled in, one weight an expert.
@@ -101,6 +117,8 @@ class Method:
                 raise BadInput(f"{place}: {self.name} has no setting {key!r}; {nearest(key, self.settings)}")
         if self.takes not in (None, experts):
             raise BadInput(f"{place}: {self.name} takes {self.takes} models, not {experts}.")
+        if experts < self.least:
+            raise BadInput(f"{place}: {self.name} takes {self.least} models and more, not {experts}.")
         return {k: _checked(self.settings[k], v, experts, place) for k, v in given.items()}
 
     def handed(self, values: Mapping[str, Value], device: torch.device) -> tuple[dict[str, Tensor], dict[str, Value]]:
@@ -124,14 +142,21 @@ def each(value: float) -> Tensor:
 
 
 def method(
-    paper: str, rows: bool = False, takes: int | None = None
+    paper: str,
+    rows: bool = False,
+    takes: int | None = None,
+    least: int = 1,
+    symmetric: bool = True,
+    identity: Mapping[str, Any] | None = MappingProxyType({}),
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a merge method under its function's name.
 
     Args:
         paper: where it was published.
         rows: the method looks at whole rows; its pieces are (rows, columns), a vector being one row.
-        takes: how many models it merges; None: any number.
+        takes: how many models it merges; None: any number from ``least`` on.
+        symmetric: the order of the models does not matter.
+        identity: settings, beside a mass of one, with which copies of one model give that model; None: there are none.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -149,6 +174,9 @@ def method(
             on_deltas=next(iter(parameters)) == "deltas",
             rows=rows,
             takes=takes,
+            least=least,
+            symmetric=symmetric,
+            identity=identity,
             asks="here" in parameters,
             settings=settings,
         )

@@ -6,9 +6,9 @@ from typing import Annotated
 
 from torch import Tensor
 
-from evolver.merging.here import Stack
 from evolver.merging.methods import Range, Simplex, each, method, number
-from evolver.merging.operators import total_of, weighted_sum
+from evolver.merging.methods.here import Stack
+from evolver.merging.methods.operators import total_of, weighted_sum
 
 Weight = Annotated[Tensor, Simplex()]
 Mass = Annotated[Tensor, Range(0.2, 3.0, log=True)]

@@ -7,17 +7,16 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from evolver.merging import operators
-from evolver.merging.here import Here, Stack
-from evolver.merging.methods import Range, each, method, number
+from evolver.merging.methods import Range, each, method, number, operators
 from evolver.merging.methods.averages import Mass, Weight
+from evolver.merging.methods.here import PieceView, Stack
 
 Small = Annotated[Tensor, Range(1e-7, 1e-3, log=True, least=0.0)]
 Top = Annotated[Tensor, Range(0.05, 1.0, above=0.0, most=1.0)]
 
 
 @method("Wan et al. 2024, FuseChat (SCE)")
-def sce(deltas: Stack, *, here: Here, select_topk: Top = number(1.0)) -> Tensor:
+def sce(deltas: Stack, *, here: PieceView, select_topk: Top = number(1.0)) -> Tensor:
     """Select the scalars on which the experts differ most, weigh experts by their energy there, erase minority signs.
 
     Of the scalars with any variance the ``select_topk`` with the most stay; where nothing has variance, all do.
@@ -43,24 +42,24 @@ def sce(deltas: Stack, *, here: Here, select_topk: Top = number(1.0)) -> Tensor:
     return operators.disjoint_sum(kept, weight, kept, operators.elected_sign(kept, "mass"), True)
 
 
-@method("Yuan et al. 2025, Reinforced agent merging (RAM)")
+@method("Yuan et al. 2025, Reinforced agent merging (RAM)", identity={"epsilon": 0.0})
 def ram(deltas: Stack, *, epsilon: Small = number(1e-5)) -> Tensor:
     """Scalars that one expert moved by more than ε keep its full delta; where several moved, the average of theirs."""
     return _ram(deltas, epsilon, torch.ones(len(deltas), device=deltas[0].device))
 
 
-@method("Yuan et al. 2025, Reinforced agent merging (RAM+)")
+@method("Yuan et al. 2025, Reinforced agent merging (RAM+)", identity={"epsilon": 0.0, "r": 0.0})
 def ramplus_tl(
     deltas: Stack,
     *,
-    here: Here,
+    here: PieceView,
     epsilon: Small = number(1e-5),
     r: Annotated[Tensor, Range(0.0, 1.0)] = number(0.1),
     alpha: Annotated[Tensor, Range(0.0, 2.0)] = number(0.2),
 ) -> Tensor:
     """As ``ram``; what one expert alone moved is enlarged by 1 + r·clip(shared ÷ unique, 0, α), counted per tensor."""
 
-    def counts(d: Stack, _: Here) -> Tensor:
+    def counts(d: Stack, _: PieceView) -> Tensor:
         active = [x.abs() > epsilon for x in d]
         alone = operators.total_of([a.int() for a in active]) == 1
         shared = torch.stack([operators.total((a & ~alone).float()) for a in active])
@@ -71,7 +70,7 @@ def ramplus_tl(
     return _ram(deltas, epsilon, 1 + r * torch.minimum(ratio.clamp(min=0), alpha.to(ratio)))
 
 
-@method("Wang et al. 2024, Localizing task information (TALL masks, Consensus)")
+@method("Wang et al. 2024, Localizing task information (TALL masks, Consensus)", identity={"agree": 1})
 def consensus(
     deltas: Stack,
     *,
@@ -89,9 +88,9 @@ def consensus(
     return lambda_ * torch.where(votes >= agree, merged, 0.0)
 
 
-@method("He et al. 2024, Localize-and-Stitch (dataless form)")
+@method("He et al. 2024, Localize-and-Stitch (dataless form)", identity={"density": 1.0})
 def localize_and_stitch(
-    deltas: Stack, *, here: Here, density: Top = number(0.1), scope: Literal["global", "tensor"] = "global"
+    deltas: Stack, *, here: PieceView, density: Top = number(0.1), scope: Literal["global", "tensor"] = "global"
 ) -> Tensor:
     """Keep the largest ``density`` of each task vector, over the whole model; average where several keep a scalar."""
 
@@ -104,11 +103,12 @@ def localize_and_stitch(
     return kept / count.clamp(min=1)
 
 
-@method("Du et al. 2024, Parameter competition balancing (PCB-Merging)")
+# The scalar of the smallest balance is always dropped.
+@method("Du et al. 2024, Parameter competition balancing (PCB-Merging)", identity=None)
 def pcb(
     deltas: Stack,
     *,
-    here: Here,
+    here: PieceView,
     weight: Weight = each(1.0),
     density: Top = number(0.1),
     lambda_: Annotated[Tensor, Range(0.5, 2.2)] = number(1.2),
@@ -153,11 +153,11 @@ def emr_max(deltas: Stack, *, lambda_: Annotated[Tensor, Range(0.1, 1.0)] = numb
     return lambda_ * sign * best
 
 
-@method("Yu et al. 2024, Extend model merging to pre-trained models (WIDEN)", rows=True)
+@method("Yu et al. 2024, Extend model merging to pre-trained models (WIDEN)", rows=True, identity={"ratio": 0.0})
 def widen(
     models: Stack,
     *,
-    here: Here,
+    here: PieceView,
     ratio: Annotated[Tensor, Range(0.5, 1.5, least=0.0)] = number(1.0),
     calibration: Annotated[Tensor, Range(0.3, 1.2)] = number(1.0),
     lambda_: Mass = number(1.0),
@@ -173,14 +173,14 @@ def widen(
     return here.base + lambda_ * operators.total_of(moves)
 
 
-def _columns(models: Stack, here: Here) -> Tensor:
+def _columns(models: Stack, here: PieceView) -> Tensor:
     """Squares of every expert's columns, their products with the base's, and the base's squares: (2E + 1, columns)."""
     wide, base = [m.double() for m in models], here.base.double()
     squares, products = [w.square() for w in wide], [w * base for w in wide]
     return torch.stack([operators.halved(x) for x in (*squares, *products, base.square())])
 
 
-def _moved(here: Here) -> tuple[Tensor, Tensor]:
+def _moved(here: PieceView) -> tuple[Tensor, Tensor]:
     """How far the columns moved in magnitude and in direction, (E, columns) each."""
     count = len(here.inputs)
     if here.vector:

@@ -6,13 +6,13 @@ from typing import Annotated
 
 from torch import Tensor
 
-from evolver.merging.here import Here, Stack
 from evolver.merging.methods import Range, each, method, number
 from evolver.merging.methods.averages import Weight
-from evolver.merging.operators import weighted_sum
+from evolver.merging.methods.here import PieceView, Stack
+from evolver.merging.methods.operators import weighted_sum
 
 
-@method("mergekit 2023, passthrough", takes=1)
+@method("mergekit 2023, passthrough", takes=1, symmetric=False)
 def passthrough(models: Stack, *, scale: Annotated[Tensor, Range(0.5, 1.5)] = number(1.0)) -> Tensor:
     """One model as it is, times ``scale``."""
     return models[0] * scale
@@ -22,7 +22,7 @@ def passthrough(models: Stack, *, scale: Annotated[Tensor, Range(0.5, 1.5)] = nu
 def lines(
     deltas: Stack,
     *,
-    here: Here,
+    here: PieceView,
     weight: Weight = each(1.0),
     alpha: Annotated[Tensor, Range(0.0, 1.5)] = number(1.0),
     beta: Annotated[Tensor, Range(-0.5, 2.0)] = number(0.0),

@@ -7,20 +7,20 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from evolver.merging.here import Here, Stack
+from evolver.kernels.softmax import softmax
 from evolver.merging.methods import Range, method
-from evolver.merging.operators import TINY, total_of_rows
-from evolver.merging.softmax import softmax
+from evolver.merging.methods.here import PieceView, Stack
+from evolver.merging.methods.operators import TINY, total_of_rows
 
 
-@method("Alchemist 2024, NearSwap, as in mergekit", takes=1)
+@method("Alchemist 2024, NearSwap, as in mergekit", takes=1, symmetric=False, identity=None)
 def nearswap(deltas: Stack, *, t: Annotated[Tensor, Range(1e-5, 1e-2, log=True, least=0.0)]) -> Tensor:
     """The base, moved towards one model by at most t in every scalar: a delta of 3 with t = 2 becomes 2."""
     return torch.minimum(torch.maximum(deltas[0], -t.float()), t.float())
 
 
-@method("Arcee 2024, Arcee Fusion, as in mergekit", rows=True, takes=1)
-def arcee_fusion(models: Stack, *, here: Here) -> Tensor:
+@method("Arcee 2024, Arcee Fusion, as in mergekit", rows=True, takes=1, symmetric=False, identity=None)
+def arcee_fusion(models: Stack, *, here: PieceView) -> Tensor:
     """The base, with the scalars of one model whose change is an outlier of importance.
 
     Importance is |τ| times the divergence KL(softmax of the model's row ‖ softmax of the base's); outliers lie at or
@@ -35,7 +35,7 @@ def arcee_fusion(models: Stack, *, here: Here) -> Tensor:
     return here.base + torch.where(important, models[0] - here.base, 0.0)
 
 
-def _importance(models: Stack, here: Here) -> Stack:
+def _importance(models: Stack, here: PieceView) -> Stack:
     ours, theirs = (softmax(x) + TINY for x in (models[0], here.base))
     # In float64, as float32's logarithms and sums differ in the last bit from one processor to another.
     divergence = total_of_rows(ours * torch.log((ours / theirs).double()).float())[:, None].float()

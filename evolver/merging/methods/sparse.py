@@ -12,10 +12,9 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from evolver.merging import operators
-from evolver.merging.here import Here, Stack
-from evolver.merging.methods import Range, each, method, number
+from evolver.merging.methods import Range, each, method, number, operators
 from evolver.merging.methods.averages import Mass, Weight
+from evolver.merging.methods.here import PieceView, Stack
 
 Density = Annotated[Tensor, Range(0.05, 1.0, above=0.0, most=1.0)]
 Gamma = Annotated[Tensor, Range(0.001, 0.1, least=0.0, most=1.0)]
@@ -25,14 +24,14 @@ Rescale = Literal["none", "l1", "l2", "linf", "inv_p"]
 Scope = Literal["tensor", "global"]
 Elect = Literal["weighted", "raw"]
 Sign = Literal["mass", "count"]
-Thin = Callable[[Stack, Here], list[Tensor]]
+Thin = Callable[[Stack, PieceView], list[Tensor]]
 
 
 @method("Yadav et al. 2023, TIES-Merging")
 def ties(
     deltas: Stack,
     *,
-    here: Here,
+    here: PieceView,
     weight: Weight = each(1.0),
     density: Density = each(1.0),
     lambda_: Mass = number(1.0),
@@ -57,7 +56,7 @@ def ties(
 def dare_linear(
     deltas: Stack,
     *,
-    here: Here,
+    here: PieceView,
     weight: Weight = each(1.0),
     density: Density = each(1.0),
     lambda_: Mass = number(1.0),
@@ -78,7 +77,7 @@ def dare_linear(
 def dare_ties(
     deltas: Stack,
     *,
-    here: Here,
+    here: PieceView,
     weight: Weight = each(1.0),
     density: Density = each(1.0),
     lambda_: Mass = number(1.0),
@@ -97,7 +96,7 @@ def dare_ties(
 def della_linear(
     deltas: Stack,
     *,
-    here: Here,
+    here: PieceView,
     weight: Weight = each(1.0),
     density: Density = each(1.0),
     epsilon: Epsilon = each(0.15),
@@ -119,7 +118,7 @@ def della_linear(
 def della(
     deltas: Stack,
     *,
-    here: Here,
+    here: PieceView,
     weight: Weight = each(1.0),
     density: Density = each(1.0),
     epsilon: Epsilon = each(0.15),
@@ -139,7 +138,7 @@ def della(
 def breadcrumbs(
     deltas: Stack,
     *,
-    here: Here,
+    here: PieceView,
     weight: Weight = each(1.0),
     density: Density = each(1.0),
     gamma: Gamma = each(0.01),
@@ -159,7 +158,7 @@ def breadcrumbs(
 def breadcrumbs_ties(
     deltas: Stack,
     *,
-    here: Here,
+    here: PieceView,
     weight: Weight = each(1.0),
     density: Density = each(1.0),
     gamma: Gamma = each(0.01),
@@ -174,7 +173,7 @@ def breadcrumbs_ties(
     return _disjoint(kept, weight, lambda_, normalize, elect, sign)
 
 
-def _magnitudes(deltas: Stack, _: Here) -> Stack:
+def _magnitudes(deltas: Stack, _: PieceView) -> Stack:
     return [d.abs() for d in deltas]
 
 
@@ -190,7 +189,7 @@ def _disjoint(kept: Stack, weight: Tensor, lambda_: Tensor, normalize: bool, ele
     return lambda_ * operators.disjoint_sum(kept, weight, votes, elected, normalize)
 
 
-def _match_norm(deltas: Stack, here: Here, thin: Thin, norm: str) -> Stack:
+def _match_norm(deltas: Stack, here: PieceView, thin: Thin, norm: str) -> Stack:
     """The thinned deltas; each expert's norm over the whole tensor restored, where one is named."""
     if norm == "none":
         return thin(deltas, here)
@@ -213,8 +212,8 @@ def _largest_size(delta: Tensor) -> Tensor:
     return delta.abs().amax()
 
 
-def _dare(deltas: Stack, here: Here, density: Tensor, rescale: str, seed: int) -> Stack:
-    def thin(d: Stack, h: Here) -> list[Tensor]:
+def _dare(deltas: Stack, here: PieceView, density: Tensor, rescale: str, seed: int) -> Stack:
+    def thin(d: Stack, h: PieceView) -> list[Tensor]:
         return list(map(operators.drop, d, h.draws(seed), density.unbind(0)))
 
     if rescale == "inv_p":
@@ -222,13 +221,13 @@ def _dare(deltas: Stack, here: Here, density: Tensor, rescale: str, seed: int) -
     return _match_norm(deltas, here, thin, rescale)
 
 
-def _della(deltas: Stack, here: Here, density: Tensor, epsilon: Tensor, rescale: str, seed: int) -> Stack:
+def _della(deltas: Stack, here: PieceView, density: Tensor, epsilon: Tensor, rescale: str, seed: int) -> Stack:
     room = torch.minimum(epsilon, torch.minimum(density, 1 - density)).unbind(0)
 
-    def masks(d: Stack, h: Here) -> Stack:
+    def masks(d: Stack, h: PieceView) -> Stack:
         return list(map(operators.kept_by_rank, d, h.draws(seed), density.unbind(0), room))
 
-    def thin(d: Stack, h: Here) -> list[Tensor]:
+    def thin(d: Stack, h: PieceView) -> list[Tensor]:
         return _masked(d, h.once(lambda: masks(d, h)))
 
     def masks_and_chances() -> Stack:
@@ -249,14 +248,14 @@ def _masked(deltas: Stack, masks: Stack) -> list[Tensor]:
     return [d * m.float() + 0.0 for d, m in zip(deltas, masks, strict=True)]
 
 
-def _breadcrumbs(deltas: Stack, here: Here, density: Tensor, gamma: Tensor, rescale: str) -> Stack:
+def _breadcrumbs(deltas: Stack, here: PieceView, density: Tensor, gamma: Tensor, rescale: str) -> Stack:
     def ranks(size: int) -> Sequence[Sequence[int]]:
         pairs = zip(density.tolist(), gamma.tolist(), strict=True)
         return [_between(d, g, size) for d, g in pairs]
 
     cuts = here.kth_largest(_magnitudes, ranks).unbind(0)  # E of (2)
 
-    def thin(d: Stack, _: Here) -> list[Tensor]:
+    def thin(d: Stack, _: PieceView) -> list[Tensor]:
         return [operators.clip_outliers(operators.trim(x, c[1]), c[0]) for x, c in zip(d, cuts, strict=True)]
 
     return _match_norm(deltas, here, thin, rescale)

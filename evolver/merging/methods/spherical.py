@@ -8,16 +8,15 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from evolver.merging import operators
-from evolver.merging.here import Here, Stack
-from evolver.merging.methods import Range, each, method, number
+from evolver.merging.methods import Range, each, method, number, operators
 from evolver.merging.methods.averages import Weight
+from evolver.merging.methods.here import PieceView, Stack
 
 Share = Annotated[Tensor, Range(0.0, 1.0)]
 
 
-@method("Shoemake 1985, Animating rotation with quaternion curves", takes=2)
-def slerp(models: Stack, *, here: Here, t: Share) -> Tensor:
+@method("Shoemake 1985, Animating rotation with quaternion curves", takes=2, symmetric=False)
+def slerp(models: Stack, *, here: PieceView, t: Share) -> Tensor:
     """From the first of two models (t = 0) to the second (t = 1) along the arc between them.
 
     Of (1, 0) and (0, 1) at t = 0.5 it is (0.7071, 0.7071). Where |cos| > 0.9995 the way is straight.
@@ -27,11 +26,11 @@ def slerp(models: Stack, *, here: Here, t: Share) -> Tensor:
     return models[0] * first.float() + models[1] * second.float()
 
 
-@method("Shoemake 1985, as mergekit's NuSLERP", rows=True, takes=2)
+@method("Shoemake 1985, as mergekit's NuSLERP", rows=True, takes=2, symmetric=False)
 def nuslerp(
     models: Stack,
     *,
-    here: Here,
+    here: PieceView,
     weight: Weight = each(1.0),
     nuslerp_flatten: bool = True,
     nuslerp_row_wise: bool = False,
@@ -48,7 +47,7 @@ def nuslerp(
     origin = here.base if task_vectors else torch.zeros_like(here.base)
     whole = nuslerp_flatten or here.vector
 
-    def products(m: Stack, h: Here) -> Tensor:
+    def products(m: Stack, h: PieceView) -> Tensor:
         a, b = ((x - h.base if task_vectors else x).double() for x in m)
         pairs = (a * a, a * b, b * b)
         if whole:
@@ -69,7 +68,7 @@ def nuslerp(
 def multislerp(
     models: Stack,
     *,
-    here: Here,
+    here: PieceView,
     weight: Weight = each(1.0),
     normalize_weights: bool = True,
     task_vectors: bool = False,
@@ -89,7 +88,7 @@ def multislerp(
 
 @method("Karcher 1977, Riemannian center of mass and mollifier smoothing")
 def karcher(
-    models: Stack, *, here: Here, weight: Weight = each(1.0), max_iter: int = 10, tol: Tensor = number(1e-5)
+    models: Stack, *, here: PieceView, weight: Weight = each(1.0), max_iter: int = 10, tol: Tensor = number(1e-5)
 ) -> Tensor:
     """The weighted mean on the sphere, iterated until a step is shorter than ``tol``, times the mean norm.
 
@@ -109,8 +108,8 @@ def karcher(
     return _on_sphere(models, here, False, mean, norms, (w * norms).sum())
 
 
-@method("Jang et al. 2024, Model Stock", rows=True)
-def model_stock(models: Stack, *, here: Here, filter_wise: bool = False) -> Tensor:
+@method("Jang et al. 2024, Model Stock", rows=True, least=2)
+def model_stock(models: Stack, *, here: PieceView, filter_wise: bool = False) -> Tensor:
     """Between the base and the average of the models, the nearer to the average the more their deltas agree.
 
     t = N c / (1 + (N - 1) c) with c the mean cosine of two deltas (equation 5): orthogonal deltas give the base,
@@ -118,7 +117,7 @@ def model_stock(models: Stack, *, here: Here, filter_wise: bool = False) -> Tens
     """
     count = len(models)
 
-    def products(m: Stack, h: Here, summed: Callable[[Tensor], Tensor] = operators.total) -> Tensor:
+    def products(m: Stack, h: PieceView, summed: Callable[[Tensor], Tensor] = operators.total) -> Tensor:
         return operators.gram([d - h.base for d in m], summed)
 
     # Rows are whole within a piece.
@@ -152,7 +151,9 @@ def _step(mean: Tensor, tangent: Tensor, cosine: Tensor) -> Tensor:
     )
 
 
-def _on_sphere(models: Stack, here: Here, task_vectors: bool, mean: Tensor, norms: Tensor, radius: Tensor) -> Tensor:
+def _on_sphere(
+    models: Stack, here: PieceView, task_vectors: bool, mean: Tensor, norms: Tensor, radius: Tensor
+) -> Tensor:
     factors = radius * mean / torch.where(norms > 0, norms, 1.0)
     if not task_vectors:
         return operators.weighted_sum(models, factors, False)

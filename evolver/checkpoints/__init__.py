@@ -1,0 +1,1 @@
+"""Models on disk: each format in and out, side by side."""

@@ -1,0 +1,103 @@
+"""What is odd about experts: twins, copies of the base, strangers to it, heads of their own."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from evolver.checkpoints.weights import DIGEST_BYTES, HEAD, Checkpoint, Source, cached, digests, layer_of
+from evolver.errors import BadInput
+from evolver.kernels import execute, native
+from evolver.kernels.encoded import FLOAT32, Code
+from evolver.kernels.program import Program
+
+# A distance to the base, in norms of the base, that no fine-tune has: at equal norms an angle of 41°. Fine-tunes are
+# at 0.0001 to 0.1, training on with much new data may reach a few tenths, an unrelated model has a right angle: 1.4.
+FAR = 0.7
+
+
+def suspicions(base: Checkpoint, experts: Iterable[Source]) -> list[str]:
+    """What is odd about the experts, a sentence each; nothing of it keeps them from being merged.
+
+    Raises BadInput for values that are not finite.
+    """
+    sources = {str(n): s for n, s in enumerate(experts)}
+    known, first, out = digests(sources), dict[str, Source](), []
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        surveys = list(pool.map(lambda s: _survey(s, base), sources.values()))
+    for (number, source), (distance, own_head) in zip(sources.items(), surveys, strict=True):
+        which = f"{source.key} ({source.path})"
+        twin = first.setdefault(known[number], source)
+        if twin is not source:
+            out.append(f"{which} is the same model as {twin.key} ({twin.path}), which therefore counts twice.")
+        if distance == 0:
+            out.append(f"{which} equals the base ({base.path}) in every floating tensor, so it adds nothing.")
+        if distance > FAR:
+            out.append(
+                f"{which} is {distance:.2f} norms of the base away from the base ({base.path}), where fine-tunes are "
+                "at 0.1 or less and unrelated models at 1.4; check that it was trained from this base."
+            )
+        if own_head:
+            out.append(
+                f"{which} has a head of its own, which is left out: the base ({base.path}) ties its to the embedding."
+            )
+    return out
+
+
+def _survey(expert: Source, base: Checkpoint) -> tuple[float, bool]:
+    """‖θ - θ₀‖ / ‖θ₀‖ over all floating tensors, and whether there is a head that the base does not have."""
+
+    def compute() -> str:
+        return json.dumps([_distance(expert, base), _has_own_head(expert, base)])
+
+    distance, own_head = json.loads(
+        cached("surveys-headless" if base.headless else "surveys", [*base.files(), *expert.files()], compute)
+    )
+    return distance, own_head
+
+
+def _distance(expert: Source, base: Checkpoint) -> float:
+    loops, code = native.library(), _squares()
+    difference = norm = 0.0
+    for name in (n for n, i in base.headers.items() if i.dtype.is_floating_point):
+        ours, theirs = (t.contiguous().reshape(-1) for t in (expert.tensor(name), base.tensor(name)))
+        if loops is not None and all(_is_narrow(loops, t.dtype) for t in (ours, theirs)):
+            found = execute.Run(code, ours.numel(), [ours, theirs], results=2).run(loops).sum(1)
+            difference, norm = difference + float(found[0]), norm + float(found[1])
+            continue
+        for piece, origin in zip(ours.split(DIGEST_BYTES), theirs.split(DIGEST_BYTES), strict=True):
+            difference += float((piece.double() - origin.double()).square_().sum())
+            norm += float(origin.double().square_().sum())
+    if not math.isfinite(difference):
+        raise BadInput(
+            f"{expert.key}: {expert.path} makes weights of its base that are not finite; it cannot be merged."
+        )
+    return math.sqrt(difference / norm) if norm else float(difference > 0)
+
+
+def _is_narrow(loops: ctypes.CDLL, dtype: torch.dtype) -> bool:
+    return dtype != torch.float64 and execute.handles(loops, dtype)
+
+
+def _squares() -> Code:
+    """Σ (θ - θ₀)² and Σ θ₀² for the loop in C."""
+    program = Program(2)
+    ours, theirs = (program.add("load", FLOAT32, (), n) for n in range(2))
+    (ours.double() - theirs.double()).square().total()
+    theirs.double().square().total()
+    return program.code(program.results)
+
+
+def _has_own_head(expert: Source, base: Checkpoint) -> bool:
+    """Whether a head that the base lacks is more than the embedding under its second name."""
+    for name in (n for n in expert.names() if n.endswith(HEAD) and n not in base.headers):
+        head = expert.tensor(name)
+        outside = [n for n, i in base.headers.items() if layer_of(n) is None and i.shape == head.shape]
+        return not any(torch.equal(head, expert.tensor(n)) for n in outside)
+    return False

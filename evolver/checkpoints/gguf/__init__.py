@@ -1,0 +1,1 @@
+"""GGUF files of llama.cpp: read as checkpoints, and written of models."""

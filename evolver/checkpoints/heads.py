@@ -1,0 +1,134 @@
+"""Classification heads that are not merged as they stand: kept apart, or brought into one space of labels.
+
+Apart: the models are merged without their heads, and each task is scored with the head of one expert. Union: every
+model is seen with a head over all labels, whose rows are matched by label, not by place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evolver.checkpoints.lora import LoraAdapter
+from evolver.checkpoints.weights import Checkpoint, Source, TensorInfo, is_head
+from evolver.errors import BadInput
+
+Head = dict[str, Tensor]
+
+
+def head_of(source: Source) -> Head:
+    """The tensors of a model's own head.
+
+    Raises BadInput where it has none.
+    """
+    found = source.saved(is_head) if isinstance(source, LoraAdapter) else _saved(source)
+    if not found:
+        raise BadInput(f"{source.key}: {source.path} holds no classification head; give a classifier.")
+    return found
+
+
+def head_digest(head: Head) -> str:
+    """80 bits of the SHA-256 of a head's names, shapes and bytes."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(head.items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:20]
+
+
+def labels_in_order(config: Mapping[str, Any]) -> list[str]:
+    """The labels of a classifier's configuration by their number; empty where it names none."""
+    found = config.get("id2label") or {}
+    return [str(found[k]) for k in sorted(found, key=int)]
+
+
+def all_labels(experts: Mapping[str, Sequence[str]]) -> list[str]:
+    """The labels of all experts, each once, in the order in which they are met."""
+    return list(dict.fromkeys(label for labels in experts.values() for label in labels))
+
+
+class Relabelled(Checkpoint):
+    """A classifier seen with a head over all labels.
+
+    A row of a label that the model lacks is the base's where the base has it, else the mean of the experts' that do:
+    then it adds nothing to a mean of heads, as each label's row is averaged over the models that know it.
+
+    Args:
+        inner: the model, seen without its head.
+        name: by which ``heads`` and ``labels`` know it.
+        heads: of every model by name; the base may have none.
+        labels: of every model by name, in the order of its head's rows.
+        target: all labels.
+    """
+
+    def __init__(
+        self, inner: Source, name: str, heads: Mapping[str, Head], labels: Mapping[str, Sequence[str]],
+        target: Sequence[str], base: Checkpoint,
+    ) -> None:  # fmt: skip
+        self.path, self.key = inner.path, inner.key
+        self.inner, self.name, self.heads, self.labels, self.target, self.base = (
+            inner,
+            name,
+            heads,
+            labels,
+            target,
+            base,
+        )
+
+    @cached_property
+    def headers(self) -> dict[str, TensorInfo]:
+        some = next(h for n, h in self.heads.items() if n != "base")
+        shapes = {n: TensorInfo(self._shape(t), t.dtype) for n, t in some.items()}
+        return dict(sorted({**self.base.headers, **shapes}.items()))
+
+    @property
+    def config(self) -> dict[str, Any]:  # derived here, read from files there
+        ids = {str(i): label for i, label in enumerate(self.target)}
+        return {**self.base.config, "id2label": ids, "label2id": {label: int(i) for i, label in ids.items()}}
+
+    def files(self) -> list[Path]:
+        return self.inner.files()
+
+    def tensor(self, name: str) -> Tensor:
+        if not is_head(name):
+            return self.inner.tensor(name)
+        info = self.headers[name]
+        if info.shape[:1] != (len(self.target),):  # a layer of the head below its rows
+            own = self.heads.get(self.name, {}).get(name)
+            return own if own is not None else self._mean([h[name] for h in self.heads.values() if name in h], info)
+        return torch.stack([self._row(name, label, info) for label in self.target])
+
+    def digest(self) -> str:
+        parts = [
+            self.inner.digest(),
+            self.name,
+            json.dumps([list(self.target), {k: list(v) for k, v in self.labels.items()}]),
+        ]
+        parts += [f"{n} {head_digest(h)}" for n, h in sorted(self.heads.items())]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:20]
+
+    def _row(self, name: str, label: str, info: TensorInfo) -> Tensor:
+        for model in (self.name, "base"):
+            if label in self.labels.get(model, ()) and name in self.heads.get(model, {}):
+                return self.heads[model][name][list(self.labels[model]).index(label)].to(info.dtype)
+        knowing = [m for m, known in self.labels.items() if label in known and name in self.heads.get(m, {})]
+        return self._mean([self.heads[m][name][list(self.labels[m]).index(label)] for m in knowing], info)
+
+    def _mean(self, tensors: Sequence[Tensor], info: TensorInfo) -> Tensor:
+        return torch.stack([t.float() for t in tensors]).mean(0).to(info.dtype)
+
+    def _shape(self, tensor: Tensor) -> tuple[int, ...]:
+        rows = {len(known) for known in self.labels.values()}
+        return (len(self.target), *tensor.shape[1:]) if tensor.shape[0] in rows else tuple(tensor.shape)
+
+
+def _saved(source: Source) -> Head:
+    whole = Checkpoint(source.path, source.key)
+    return {n: whole.tensor(n) for n in whole.names() if is_head(n)}

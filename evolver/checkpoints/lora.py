@@ -1,0 +1,205 @@
+"""LoRA adapters, read as deltas on their base."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from evolver.checkpoints.weights import (
+    HEAD,
+    Checkpoint,
+    cached,
+    check_finite,
+    is_head,
+    layer_of,
+    open_tensors,
+    raw,
+    read_json,
+)
+from evolver.errors import BadInput
+
+ADAPTER = "adapter_model.safetensors"
+# Matrices of an adapter, and how PEFT marks a layer that it has wrapped.
+MATRIX = re.compile(r"(.+)(\.lora_[AB]\.weight|\.lora_embedding_[AB])")
+OF_LAYER, BASE_LAYER = ".lora_A.", ".base_layer."
+# Options of PEFT that make an adapter more than B A, and beginnings of training that change the base itself.
+NO_DELTA = (
+    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config",
+    "alora_invocation_tokens", "layer_replication", "target_parameters", "trainable_token_indices",
+)  # fmt: skip
+MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A delta B A: the keys of its matrices, its rank, and whether the base holds the transpose."""
+
+    a: str
+    b: str
+    rank: int
+    transposed: bool
+
+
+class LoraAdapter:
+    """A PEFT folder, read as base + scale · B A (Hu et al. 2022, equation 3), with rank-stabilised scaling.
+
+    Tensors that were trained whole (``modules_to_save``, biases, embeddings) take the place of the base's. Raises
+    BadInput for adapters that are more than that (such as DoRA), naming the reason.
+    """
+
+    def __init__(self, path: Path, key: str, base: Checkpoint) -> None:
+        self.path, self.key, self.base = path, key, base
+        self.config = read_json(path / "adapter_config.json", key)
+        self._check_kind()
+        self._handle = open_tensors(path / ADAPTER, key)
+        self._shapes = {k: tuple(self._handle.get_slice(k).get_shape()) for k in sorted(self._handle.keys())}
+        self._pairs, self._whole = self._find_pairs(), self._find_whole()
+
+    def names(self) -> list[str]:
+        return self.base.names()
+
+    def tensor(self, name: str) -> Tensor:
+        origin = self.base.tensor(name)
+        start = self._handle.get_tensor(self._whole[name]) if name in self._whole else origin
+        if name not in self._pairs:
+            kept: Tensor = start.to(origin.dtype)
+            return kept
+        pair = self._pairs[name]
+        a, b = (self._handle.get_tensor(k).float() for k in (pair.a, pair.b))
+        delta = self._scale(name, pair.rank) * (b @ a)
+        merged: Tensor = (start.float() + (delta.T if pair.transposed else delta)).to(origin.dtype)
+        return merged
+
+    def digest(self) -> str:
+        return cached("digests-headless" if self.base.headless else "digests", self.files(), self._digest)
+
+    def saved(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        """Tensors that were trained whole, by the name that they would have in the base."""
+        found = {_plain_name(k): k for k in self._shapes if not MATRIX.fullmatch(k)}
+        return {n: self._handle.get_tensor(k) for n, k in found.items() if wanted(n)}
+
+    def files(self) -> list[Path]:
+        return [self.path / ADAPTER, self.path / "adapter_config.json", *self.base.files()]
+
+    def _digest(self) -> str:
+        sha = hashlib.sha256(self.base.digest().encode())
+        for name, pair in sorted(self._pairs.items()):
+            sha.update(f"{name} {self._scale(name, pair.rank)!r} {pair.transposed}\n".encode())
+            self._add(pair.a, sha)
+            self._add(pair.b, sha)
+        for name, key in sorted(self._whole.items()):
+            sha.update(f"{name} whole\n".encode())
+            self._add(key, sha)
+        return sha.hexdigest()[:20]
+
+    def _add(self, key: str, sha: Any) -> None:
+        tensor = self._handle.get_tensor(key)
+        check_finite(tensor, key, self.path, self.key)
+        sha.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(raw(tensor))
+
+    def _check_kind(self) -> None:
+        used = [o for o in NO_DELTA if self.config.get(o)]
+        start = str(self.config.get("init_lora_weights"))
+        if used or start.lower().startswith(MOVES_THE_BASE):
+            raise BadInput(
+                f"{self.key}: the adapter {self.path} uses {[*used, start][0]}, which is no low-rank delta of the "
+                "base; merge it into its base with PEFT (merge_and_unload) and give that folder."
+            )
+
+    def _find_pairs(self) -> dict[str, LowRank]:
+        """The low-rank deltas by the name of the tensor that they change."""
+        found: dict[str, tuple[str, str]] = {}
+        for key in self._shapes:
+            match = MATRIX.fullmatch(key)
+            if match and not self._is_tied_twin(f"{match[1]}.weight"):
+                pair = (match[1] + match[2].replace("B", "A"), match[1] + match[2].replace("A", "B"))
+                if not set(pair) <= self._shapes.keys():
+                    raise BadInput(f"{self.key}: the adapter {self.path} holds {key} without its pair; copy it again.")
+                found[_plain_name(f"{match[1]}.weight")] = pair
+        if not found:
+            raise BadInput(f"{self.key}: the adapter {self.path} holds no LoRA matrices.")
+        ways = {n: self._orientations(n, a, b) for n, (a, b) in found.items()}
+        # PEFT writes down the orientation of the layer that it met last, so one that shows by its shape says more.
+        square = bool(self.config.get("fan_in_fan_out")) or any(
+            w == {True} and OF_LAYER in found[n][0] for n, w in ways.items()
+        )
+        return {
+            n: LowRank(a, b, self._shapes[a][0], square if len(ways[n]) == 2 else True in ways[n])
+            for n, (a, b) in found.items()
+        }
+
+    def _orientations(self, name: str, a: str, b: str) -> set[bool]:
+        """Which of B A (False) and its transpose (True) has the shape of the base's tensor."""
+        first, second = self._shapes[a], self._shapes[b]
+        delta = (*second[:1], *first[1:])
+        if name not in self.base.headers or second[1:] != first[:1]:
+            raise self._misfit(name, delta)
+        possible = (False, True) if OF_LAYER in a else (True,)  # the matrices of embeddings are always transposed
+        ways = {way for way in possible if self.base.headers[name].shape == (delta[::-1] if way else delta)}
+        if not ways:
+            raise self._misfit(name, delta)
+        return ways
+
+    def _find_whole(self) -> dict[str, str]:
+        """The keys of tensors that take the place of the base's, by their names."""
+        keys = [k for k in self._shapes if not MATRIX.fullmatch(k) and not self._is_tied_twin(k)]
+        whole = {_plain_name(k): k for k in keys}
+        if self.base.headless:
+            whole = {n: k for n, k in whole.items() if not is_head(n)}
+        for name, key in whole.items():
+            if name not in self.base.headers:
+                raise BadInput(
+                    f"{self.key}: the adapter {self.path} holds {key}, which is no LoRA matrix of a layer and no "
+                    f"tensor of the base {self.base.path}; merge it into its base with PEFT and give that folder."
+                )
+            if self.base.headers[name].shape != self._shapes[key]:
+                raise self._misfit(name, self._shapes[key])
+            if BASE_LAYER not in key and self._is_tied_embedding(name) and not self.config.get("ensure_weight_tying"):
+                raise BadInput(
+                    f"{self.key}: the adapter {self.path} trains {name} without the head, which the base ties to it; "
+                    "train it anew with ensure_weight_tying."
+                )
+        return whole
+
+    def _is_tied_twin(self, key: str) -> bool:
+        """Whether PEFT stored for the head what it stored for the embedding that the head is tied to."""
+        name = _plain_name(MATRIX.sub(r"\1.weight", key))
+        return bool(self.config.get("ensure_weight_tying")) and HEAD in name and name not in self.base.headers
+
+    def _is_tied_embedding(self, name: str) -> bool:
+        config, shape = self.base.config, self.base.headers[name].shape
+        is_language_model = any("LM" in a for a in config.get("architectures") or [])
+        tied = is_language_model and config.get("tie_word_embeddings", True)
+        return bool(tied) and layer_of(name) is None and len(shape) == 2 and shape[0] == config.get("vocab_size")
+
+    def _misfit(self, name: str, shape: tuple[int, ...]) -> BadInput:
+        return BadInput(
+            f"{self.key}: the adapter {self.path} changes {name} of shape {shape}, which the base {self.base.path} "
+            "does not have; give the base that it was trained on."
+        )
+
+    def _scale(self, name: str, rank: int) -> float:
+        module = name.removesuffix(".weight")
+        alpha = _pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8))
+        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """PEFT's rule: a pattern is for every module whose dotted name ends in it."""
+    for pattern, value in (patterns or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            return value
+    return default
+
+
+def _plain_name(key: str) -> str:
+    """The base's name of a tensor of an adapter."""
+    return key.removeprefix("base_model.model.").replace(BASE_LAYER, ".")

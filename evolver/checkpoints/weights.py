@@ -1,0 +1,250 @@
+"""Checkpoints, opened lazily: safetensors folders by memory map.
+
+Only headers are read until a tensor is asked for. A checkpoint is identified by the digest of its tensors (names,
+shapes, dtypes, bytes), not by its path or by how it is cut into files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from evolver.errors import BadInput
+from evolver.kernels import native
+from evolver.storage.paths import expand
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+TOKENIZER_FILE = "tokenizer.json"
+HEAD = "lm_head.weight"
+# First parts of the names of what a classifier has on top of its body.
+CLASSIFIERS = ("classifier", "score", "pre_classifier", "classification_head", "logits_proj")
+# Scalars looked at together: their float64 copies stay in a core's cache, and torch starts no threads for them.
+DIGEST_BYTES = 1 << 15
+# Tensors that have a row for each token.
+TOKEN_MATRICES = (
+    "embed_tokens.weight", "tok_embeddings.weight", "word_embeddings.weight", "embed_in.weight", "wte.weight",
+    "lm_head.weight", "embed_out.weight",
+)  # fmt: skip
+LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What the header says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Source(Protocol):
+    """A model whose tensors can be had one at a time; ``key`` is where the user named it."""
+
+    path: Path
+    key: str
+
+    def files(self) -> list[Path]: ...
+    def names(self) -> list[str]: ...
+    def tensor(self, name: str) -> Tensor: ...
+    def digest(self) -> str: ...
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a tensor belongs to, or None for embeddings, final norm and head."""
+    match = LAYER.search(name)
+    return int(match.group(1)) if match else None
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor belongs to a classification head."""
+    return name.split(".")[0] in CLASSIFIERS
+
+
+class Checkpoint:
+    """A Hugging Face folder with ``model.safetensors`` or shards and their index.
+
+    Args:
+        headless: see the model without its classification head.
+
+    Raises BadInput where the folder is no checkpoint, or a file of it is truncated or not safetensors.
+    """
+
+    headless = False
+
+    def __init__(self, path: Path, key: str, headless: bool = False) -> None:
+        self.path, self.key, self.headless = path, key, headless
+        self._files: dict[str, Any] = {}
+        self._place: dict[str, str] = {}
+        for file in _weight_files(path, key):
+            handle = open_tensors(path / file, key)
+            self._files[file] = handle
+            kept = [k for k in handle.keys() if not (headless and is_head(k))]  # noqa: SIM118  # it is no mapping
+            self._place.update(dict.fromkeys(kept, file))
+
+    @cached_property
+    def headers(self) -> dict[str, TensorInfo]:
+        return {n: self._info(n) for n in sorted(self._place)}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return read_json(self.path / "config.json", self.key)
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(i.dtype.itemsize * math.prod(i.shape) for i in self.headers.values())
+
+    @cached_property
+    def scalars(self) -> int:
+        """The number of scalars of all tensors."""
+        return sum(math.prod(i.shape) for i in self.headers.values())
+
+    def names(self) -> list[str]:
+        return list(self.headers)
+
+    def tensor(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[self._place[name]].get_tensor(name)
+        return tensor
+
+    def files(self) -> list[Path]:
+        return [self.path / f for f in self._files]
+
+    def digest(self) -> str:
+        return cached("digests-headless" if self.headless else "digests", self.files(), self._digest)
+
+    @cached_property
+    def layers(self) -> int:
+        """The number of layers."""
+        return 1 + max((layer_of(n) or 0 for n in self.headers), default=0)
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int] | None:
+        """Token → id, or None where the folder holds no fast tokenizer."""
+        file = self.path / TOKENIZER_FILE
+        if not file.exists():
+            return None
+        raw = read_json(file, self.key)
+        vocab = raw.get("model", {}).get("vocab", {})
+        tokens = dict(vocab) if isinstance(vocab, dict) else {t[0]: i for i, t in enumerate(vocab)}
+        tokens.update({t["content"]: t["id"] for t in raw.get("added_tokens", [])})
+        return tokens
+
+    def _info(self, name: str) -> TensorInfo:
+        piece = self._files[self._place[name]].get_slice(name)
+        dtype = piece.get_dtype()
+        if dtype not in DTYPES:
+            raise BadInput(f"{self.key}: tensor {name} of {self.path} has dtype {dtype}; dequantise the model first.")
+        return TensorInfo(tuple(piece.get_shape()), DTYPES[dtype])
+
+    def _digest(self) -> str:
+        sha = hashlib.sha256()
+        for name, info in self.headers.items():
+            tensor = self.tensor(name)
+            check_finite(tensor, name, self.path, self.key)
+            sha.update(f"{name} {info.dtype} {info.shape}\n".encode())
+            sha.update(raw(tensor))
+        return sha.hexdigest()[:20]
+
+
+def digests(sources: Mapping[str, Source]) -> dict[str, str]:
+    """The digest of every source, read in parallel."""
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        return dict(zip(sources, pool.map(lambda s: s.digest(), sources.values()), strict=True))
+
+
+def check_finite(tensor: Tensor, name: str, path: Path, key: str) -> None:
+    """Raises BadInput for NaN or infinite values; a tensor is looked at in pieces, so that memory stays small."""
+    loops = native.library() if tensor.dtype in native.EXPONENTS else None
+    if loops is not None:
+        finite = native.all_finite(loops, tensor.contiguous())
+    else:
+        finite = all(bool(piece.isfinite().all()) for piece in tensor.reshape(-1).split(DIGEST_BYTES))
+    if not finite:
+        raise BadInput(f"{key}: tensor {name} of {path} holds NaN or infinite values; it cannot be merged.")
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, not copied."""
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _weight_files(path: Path, key: str) -> list[str]:
+    if not (path / "config.json").exists():
+        raise BadInput(f"{key}: {path} is not a checkpoint (no config.json); give a Hugging Face model folder.")
+    if (path / INDEX).exists():
+        index = read_json(path / INDEX, key)
+        return sorted(set(index.get("weight_map", {}).values()))
+    if (path / WEIGHTS).exists():
+        return [WEIGHTS]
+    pickled = next((p.name for p in path.glob("*.bin")), None)
+    if pickled:
+        raise BadInput(f"{key}: {path / pickled} is a pickle, which can run code; save the model as safetensors.")
+    raise BadInput(f"{key}: {path} holds no {WEIGHTS}; give a Hugging Face model folder.")
+
+
+def open_tensors(file: Path, key: str) -> Any:
+    """A safetensors file, mapped.
+
+    Raises BadInput that names ``key`` for one that is missing, truncated, another kind of file, or too large to map.
+    """
+    try:
+        return safe_open(str(file), framework="pt").__enter__()
+    except FileNotFoundError:
+        raise BadInput(f"{key}: {file} is missing; the folder is incomplete, copy it again.") from None
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{key}: {file} is truncated or not safetensors ({error}); copy it again.") from None
+    except RuntimeError as error:  # torch maps the file, and a system may refuse more than its memory at a time
+        raise BadInput(
+            f"{key}: {file} cannot be mapped ({str(error).rpartition(': ')[2]}); save the model in smaller shards, or "
+            "use a machine with more memory."
+        ) from None
+
+
+def read_json(file: Path, key: str) -> dict[str, Any]:
+    """The object in a JSON file of a model.
+
+    Raises BadInput that names ``key`` where there is none.
+    """
+    try:
+        raw = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{key}: {file} cannot be read ({error}); copy the model again.") from None
+    if not isinstance(raw, dict):
+        raise BadInput(f"{key}: {file} is not the JSON object that belongs there; copy the model again.")
+    return raw
+
+
+def cached(kind: str, files: Sequence[Path], compute: Callable[[], str]) -> str:
+    """What costs a read of the weights is remembered for files that have not changed since."""
+    stats = [(str(f.resolve()), s.st_size, s.st_mtime_ns) for f in files for s in (f.stat(),)]
+    cache = Path(expand("$EVOLVER_CACHE")) / kind / hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:32]
+    try:
+        return cache.read_text()
+    except OSError:
+        found = compute()
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=cache.parent, delete=False) as temporary:
+            temporary.write(found)
+        os.replace(temporary.name, cache)
+    except OSError:
+        pass  # a read-only home costs time, not correctness
+    return found

@@ -1,0 +1,56 @@
+"""Score any model on a configuration's tasks, as the final scoring of a run does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from evolver.checkpoints.sources import open_base
+from evolver.config import computing, load
+from evolver.driver.check import answer_again
+from evolver.driver.prepare import block_of
+from evolver.errors import BadInput
+from evolver.evaluation.live import default_device
+from evolver.evaluation.scores.comparison import interval
+from evolver.evaluation.tasks import load_tasks
+from evolver.records import Split
+from evolver.report.text import markdown_table, score_text
+from evolver.workers.compute import is_open, settled
+from evolver.workers.opened import open_models
+from evolver.workers.worker import build_model, choose_compute
+
+
+def evaluate(file: str, models: Sequence[str], split: Split) -> str:
+    """A table of models, their scores with 95 % intervals, and their metrics per task.
+
+    Args:
+        file: the configuration whose tasks, items and base are meant.
+        models: folders, hub ids or URIs of models of the base's architecture.
+        split: which items.
+
+    Raises BadInput.
+    """
+    config = load(file)
+    try:
+        opened, tasks = open_models(config), load_tasks(config)
+        config = settled(config, opened.base.headers)
+        if is_open(config):
+            config = computing(config, choose_compute(config).compute)
+    except BadInput as error:
+        raise BadInput(f"{file}: {error}") from error
+    torch.set_num_threads(config.evaluation.threads)
+    scale, rows = tasks.scale(split), []
+    block = block_of(config, file, split, len(scale.tasks))
+    for model in models:
+        folder: Path = open_base(model, "evolver evaluate").path
+        live = build_model(config, opened, default_device(), folder)
+        items = answer_again(tasks.scorer(live, split), len(scale.tasks), block)
+        live.close()
+        low, high = interval(items, scale, config.seed)
+        found = scale.of_tasks(items)
+        between = f"{score_text(low, scale)} – {score_text(high, scale)}"
+        metrics = [score_text(found[task], scale) for task in scale.weights]
+        rows.append([model, score_text(scale.score(items), scale), between, *metrics])
+    return markdown_table(["model", split, "95 % interval", *scale.weights], rows)

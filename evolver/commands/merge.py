@@ -1,0 +1,146 @@
+"""One merge from a mergekit file: what ``mergekit-yaml`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from evolver.checkpoints.doubts import suspicions
+from evolver.checkpoints.shards import SHARD_BYTES
+from evolver.checkpoints.sources import open_base, open_expert
+from evolver.checkpoints.weights import Checkpoint, Source, digests
+from evolver.errors import BadInput
+from evolver.kernels.compiled import Kernels
+from evolver.merging import mergekit
+from evolver.merging.export import TOKENIZER, export
+from evolver.merging.materialise import Materialiser
+from evolver.merging.mergekit import chat
+from evolver.merging.mergekit.vocabulary import Aligned, Vocabulary, extend_tokenizer, known_tokens, vocabulary
+from evolver.records import Expert
+from evolver.storage import check_target, new_folder
+
+CARD = """---
+tags: [merge, evolver]
+---
+
+# {name}
+
+A merge made by Evolver from this configuration:
+
+```yaml
+{text}```
+"""
+# A GPU's kernels cost some ten seconds each to compile, once on a machine; below so many scalars of all models, plain
+# code is sooner done. Random draws are slow in plain code.
+GPU_COMPILE_FROM, COMPILE_DRAWS_FROM = 10**10, 3 * 10**8
+
+
+@dataclass(frozen=True)
+class OpenedFile:
+    """A configuration with its models, opened, and seen through one vocabulary where theirs differ."""
+
+    configuration: mergekit.Configuration
+    base: Checkpoint
+    sources: dict[str, Source]
+    vocabulary: Vocabulary | None = None
+
+
+def open_merge(path: str | Path) -> OpenedFile:
+    """Read a mergekit file and open its models; of their weights only headers are read.
+
+    Raises BadInput that names file and key.
+    """
+    configuration = mergekit.read(path)
+    location, _, adapter = configuration.origin.partition("+")
+    if adapter:
+        raise BadInput(f"{path}: base_model: {configuration.origin} has an adapter; give a model without one.")
+    base = open_base(location, f"{path}: base_model")
+    same = configuration.tokenizer is None
+    opened = OpenedFile(
+        configuration, base, {r: _open(r, base, location, path, same) for r in configuration.references}
+    )
+    return opened if configuration.tokenizer is None else _aligned(opened, configuration.tokenizer, str(path))
+
+
+def _aligned(opened: OpenedFile, tokenizer: mergekit.Tokenizer, file: str) -> OpenedFile:
+    models, base = opened.sources, opened.configuration.origin
+    known = {r: known_tokens(s) for r, s in models.items()}
+    target = vocabulary(tokenizer.source, tokenizer.tokens, tokenizer.pad_to_multiple_of, known, base, file)
+    seen = {r: Aligned(s, r, target, models, opened.base) for r, s in models.items()}
+    return OpenedFile(opened.configuration, seen[base], dict(seen), target)
+
+
+def merge_file(
+    path: str | Path, target: Path, *, device: str = "cpu", seed: int = 0, shard_bytes: int = SHARD_BYTES,
+    tokenizer: bool = True, warn: Callable[[str], None] = lambda _: None,
+) -> None:  # fmt: skip
+    """Merge as the file says and write a Hugging Face folder; an interrupted merge leaves nothing under its name.
+
+    Args:
+        device: where to compute.
+        seed: of methods that draw at random.
+        shard_bytes: how large a file of weights may become.
+        tokenizer: write a tokenizer.
+        warn: told, a line each, what is odd about the models.
+
+    Raises BadInput for what cannot be merged, before anything is written.
+    """
+    check_target(target)
+    opened = open_merge(path)
+    chat_template = _chat_template(opened, str(path))
+    known = digests(opened.sources)
+    if opened.vocabulary is None:  # else the models have no common shape to be compared in
+        for doubt in suspicions(opened.base, [s for s in opened.sources.values() if s is not opened.base]):
+            warn(doubt)
+    nodes = {r: Expert(r, d) for r, d in known.items()}
+    recipe = opened.configuration.recipe(nodes, opened.base.names(), seed)
+    dtype = opened.configuration.dtype
+    materialiser = Materialiser(
+        opened.base, {known[r]: s for r, s in opened.sources.items()}, getattr(torch, dtype) if dtype else None,
+        device=device, kernels=None if device == "cpu" else _kernels(opened),
+    )  # fmt: skip
+    text = Path(path).read_text()
+    texts = {"README.md": CARD.format(name=target.name, text=text), mergekit.CONFIG_FILE: text}
+
+    with new_folder(target) as folder:
+        export(recipe, materialiser, folder, texts, shard_bytes, _tokenizer_folder(opened))
+        if not tokenizer:
+            for name in TOKENIZER:
+                (folder / name).unlink(missing_ok=True)
+            return
+        if opened.vocabulary is not None:
+            extend_tokenizer(folder, opened.vocabulary, {r: s.path for r, s in opened.sources.items()})
+        if chat_template is not None:
+            (folder / chat.CHAT_FILE).write_text(chat_template)
+
+
+def _kernels(opened: OpenedFile) -> Kernels:
+    draws = "seed" in opened.configuration.method.settings
+    scalars = len(opened.sources) * opened.base.scalars
+    return Kernels(build=scalars >= (COMPILE_DRAWS_FROM if draws else GPU_COMPILE_FROM))
+
+
+def _tokenizer_folder(opened: OpenedFile) -> Path:
+    """The model whose tokenizer the merge gets, or that it is extended from."""
+    chosen = opened.configuration.tokenizer
+    return opened.sources[chosen.source].path if chosen and chosen.source in opened.sources else opened.base.path
+
+
+def _chat_template(opened: OpenedFile, path: str) -> str | None:
+    wanted = opened.configuration.raw.chat_template
+    folders = [s.path for s in opened.sources.values()]
+    return None if wanted is None else chat.template(wanted, folders, f"{path}: chat_template")
+
+
+def _open(reference: str, base: Checkpoint, base_location: str, path: str | Path, same_tokens: bool) -> Source:
+    location, _, adapter = reference.partition("+")
+    key = f"{path}: {reference}"
+    if not adapter:
+        return base if location == base_location else open_expert(location, base, key, same_tokens)
+    own = base if location == base_location else open_expert(location, base, key, same_tokens)
+    if not isinstance(own, Checkpoint):
+        raise BadInput(f"{key}: {location} is an adapter itself; give the model that {adapter} was trained on.")
+    return open_expert(adapter, own, key)

@@ -1,0 +1,53 @@
+"""What a setting takes, in words, as the reference and the command line say it."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from evolver.merging.methods import Range, Setting, Simplex
+
+
+def type_name(annotation: Any) -> str:
+    """What a value of a type is called."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return ", ".join(f"`{a}`" for a in arguments)
+    if origin is list:
+        return f"list of {type_name(arguments[0])}"
+    if origin is dict:
+        return "mapping"
+    if arguments:
+        return " or ".join(type_name(a) for a in arguments if a is not type(None))
+    names = {str: "text", int: "integer", float: "number", bool: "true or false"}
+    return names.get(annotation, "section")
+
+
+def kind_of(setting: Setting) -> str:
+    """What a setting takes, in words."""
+    if setting.choices:
+        return ", ".join(f"`{c}`" for c in setting.choices)
+    return "E numbers" if setting.kind is tuple else type_name(setting.kind)
+
+
+def default_of(setting: Setting) -> Any:
+    """What holds where nothing is set."""
+    if setting.required:
+        return "required"
+    return setting.default[0] if isinstance(setting.default, tuple) else setting.default
+
+
+def searched_of(setting: Setting) -> str:
+    """What a search may choose, in words; empty if it may not."""
+    if isinstance(setting.search, Simplex):
+        return "weights that sum to 1"
+    if isinstance(setting.search, Range):
+        return f"{setting.search.low:g} – {setting.search.high:g}" + (", log" if setting.search.log else "")
+    return ""
+
+
+def first_paragraph(documented: Any) -> str:
+    """The first paragraph of a docstring, on one line."""
+    paragraph: Sequence[str] = (documented.__doc__ or "").strip().split("\n\n")
+    return " ".join(paragraph[0].split())

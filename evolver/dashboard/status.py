@@ -1,0 +1,94 @@
+"""How far the runs of a folder have come, as their folders tell: nothing is asked of the processes behind them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from evolver.dashboard.overview import Overview
+from evolver.errors import BadInput
+from evolver.runs.about import Job, runs_in
+from evolver.storage import Storage
+from evolver.storage.lease import LEASE_FILE, LEASE_SECONDS
+
+State = Literal["running", "stopped", "done", "unreadable"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """One run.
+
+    Attributes:
+        best: dev score of the best candidate; ``expert`` that of the best expert.
+        spent: candidates, items; ``budget`` what they may come to, where it is limited.
+        age: seconds since the last result, by this machine's clock.
+        holder: who runs it, where somebody does.
+    """
+
+    name: str
+    state: State
+    algorithm: str = ""
+    best: float | None = None
+    expert: float | None = None
+    spent: tuple[int, int] = (0, 0)
+    budget: tuple[int | None, int | None] = (None, None)
+    failed: int = 0
+    workers: int = 0
+    age: float | None = None
+    holder: str = ""
+    verdict: str = ""
+
+
+def status_of(run: Overview, name: str) -> Status:
+    """The status of a run as it was when it was looked at last."""
+    search, plain, config = run.rows("search"), run.rows("baseline"), run.about.config
+    scores = search.numbers("score")
+    expert = [s for label, s in zip(plain.texts("label"), plain.numbers("score"), strict=True)
+              if label in config.experts and s == s]  # fmt: skip
+    summary = json.loads(run.folder.read("summary.json")) if run.folder.exists("summary.json") else {}
+    held = holder_of(run.folder.folder("ledger"))
+    # A run that was called again with a larger budget has an end behind it, and is not done.
+    done = summary.get("budget") == config.budget.model_dump() and summary["candidates"] == len(search)
+    return Status(
+        name,
+        "running" if held else "done" if done else "stopped",
+        str(config.search["algorithm"]),
+        None if search.best is None else float(scores[search.best]),
+        max(expert, default=None),
+        (len(search), int(search.numbers("cost").sum())),
+        (config.budget.candidates, config.budget.items),
+        search.texts("status").count("failed"),
+        len(set(search.texts("worker")) - {""}),
+        time.time() - run.last if run.last else None,
+        _holder(held, run.about.job),
+        str(summary.get("verdict", "")),
+    )
+
+
+def statuses(root: Storage) -> list[Status]:
+    """All runs of a folder, by name."""
+    found = []
+    for name in runs_in(root):
+        try:
+            found.append(status_of(Overview(root.folder(name)), name))
+        except BadInput as error:
+            found.append(Status(name, "unreadable", verdict=str(error)))
+    return found
+
+
+def _holder(held: Mapping[str, Any] | None, job: Job | None) -> str:
+    if held is None:
+        return ""
+    return f"job {job.id}, on {held['host']}" if job else f"process {held['pid']} on {held['host']}"
+
+
+def holder_of(ledger: Storage) -> dict[str, Any] | None:
+    """Who has the lease, if it was renewed lately: ``host``, ``pid``."""
+    try:
+        held: dict[str, Any] = json.loads(ledger.read(LEASE_FILE))
+    except (FileNotFoundError, ValueError):
+        return None
+    return None if time.time() - float(held.get("at", 0.0)) > 2 * LEASE_SECONDS else held

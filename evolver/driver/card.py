@@ -1,0 +1,136 @@
+"""The card of an exported model: where it comes from, what it scored, and under which licences its parents are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evolver.config import Config
+from evolver.driver.prepare import Prepared
+from evolver.merging import mergekit
+from evolver.records import Candidate, Recipe, Result, Split
+from evolver.report.report import table_of
+from evolver.report.text import score_text
+from evolver.report.verdict import verdict
+from evolver.runs.about import About
+from evolver.runs.outcome import Outcome
+from evolver.storage.paths import expand
+
+# What the hub calls the tasks of our kinds of models.
+HUB_TASKS = {
+    "causal-lm": "text-generation", "seq2seq": "text2text-generation", "classifier": "text-classification",
+    "image-classifier": "image-classification",
+}  # fmt: skip
+
+
+Licences = Mapping[str, str | None]
+
+
+def model_card(outcome: Outcome, rebuild: str, licences: Licences) -> str:
+    """The README of the exported winner, with front matter as the hub reads it.
+
+    Args:
+        rebuild: how mergekit makes it, or why it does not.
+        licences: of the base and the experts by their locations, as their own cards say; None where they do not.
+    """
+    results = _results(outcome.about, "report", outcome.winner.report)
+    return _card(outcome.config, results, f"{verdict(outcome)}\n\n{table_of(outcome)}", rebuild, licences)
+
+
+def candidate_card(about: About, candidate: Candidate, result: Result, rebuild: str, licences: Licences) -> str:
+    """The README of another candidate, which has dev results only; arguments as for ``model_card``."""
+    scale = about.scales["dev"]
+    said = (
+        f"Candidate {candidate.number} of a run, scored on {len(result.items)} of {len(scale.tasks)} dev items, on "
+        f"which the run selected: {score_text(result.score, scale)}. It was not scored on other items, so nothing "
+        "is said here of whether it is better than its parents."
+    )
+    return _card(about.config, _results(about, "dev", result), said, rebuild, licences)
+
+
+def _card(config: Config, results: list[dict[str, Any]], said: str, rebuild: str, licences: Licences) -> str:
+    parents = [config.model.base, *config.experts.values()]
+    front: dict[str, Any] = {"base_model": parents, "base_model_relation": "merge", "library_name": "transformers"}
+    known = {licences.get(parent) for parent in parents}
+    if len(known) == 1 and (one := known.pop()):
+        front["license"] = one
+    front |= {"tags": ["merge", "evolver"], "model-index": [{"name": config.run, "results": results}]}
+    named = [("base", config.model.base), *config.experts.items()]
+    lines = [f"- {name}: `{location}`{_under(licences.get(location))}" for name, location in named]
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}
+---
+# {config.run}
+
+A merge of fine-tunes of one base, found by Evolver ({config.search["algorithm"]}) without training.
+
+{said}
+
+Merged models
+
+{chr(10).join(lines)}
+
+The licences of all parents apply. The exact recipe is in `recipe.json`; weights are rebuilt from it bit for bit.
+{rebuild}
+"""
+
+
+def licence_of(folder: Path) -> str | None:
+    """What the card in a model's folder says that its licence is."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
+    except (OSError, UnicodeDecodeError, IndexError, yaml.YAMLError):
+        return None
+    found = front.get("license") if isinstance(front, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _results(about: About, split: Split, result: Result) -> list[dict[str, Any]]:
+    """A result's metrics, in the hub's form."""
+    scale, kind = about.scales[split], HUB_TASKS[about.config.model.kind]
+    return [
+        {
+            "task": {"type": kind},
+            "dataset": {"name": f"{task}, {scale.tasks[: len(result.items)].count(task)} {split} items", "type": task},
+            "metrics": [{"type": scale.metrics[task].name, "value": -v if scale.metrics[task].negative else v}],
+        }
+        for task, v in result.tasks.items()
+    ]
+
+
+def _under(licence: str | None) -> str:
+    return f", {licence}" if licence else ""
+
+
+def companion_files(prepared: Prepared, outcome: Outcome) -> dict[str, str]:
+    """The card of the best model and, where mergekit can make it, mergekit's configuration."""
+    rebuild, files = _rebuilt(prepared, outcome.winner.recipe)
+    return {"README.md": model_card(outcome, rebuild, _licences(prepared)), **files}
+
+
+def companion_files_of(prepared: Prepared, about: About, candidate: Candidate, result: Result) -> dict[str, str]:
+    """The same of any candidate."""
+    rebuild, files = _rebuilt(prepared, candidate.recipe)
+    return {"README.md": candidate_card(about, candidate, result, rebuild, _licences(prepared)), **files}
+
+
+def _rebuilt(prepared: Prepared, recipe: Recipe) -> tuple[str, dict[str, str]]:
+    """How mergekit makes a model, in words, and its configuration where it does."""
+    config, digests = prepared.config, prepared.plan.digests
+    locations = {digests[n]: str(expand(p)) for n, p in {"base": config.model.base, **config.experts}.items()}
+    dtype = None if config.model.dtype == "auto" else config.model.dtype
+    try:
+        text = mergekit.dump(recipe, locations, prepared.opened.base.names(), dtype)
+    except mergekit.Inexpressible as why:
+        return f"mergekit cannot make this model: {why}.", {}
+    return f"mergekit makes it, too: `mergekit-yaml {mergekit.CONFIG_FILE} OUT`.", {mergekit.CONFIG_FILE: text}
+
+
+def _licences(prepared: Prepared) -> dict[str, str | None]:
+    config, opened = prepared.config, prepared.opened
+    found = {config.model.base: licence_of(opened.base.path)}
+    return found | {location: licence_of(opened.experts[n].path) for n, location in config.experts.items()}

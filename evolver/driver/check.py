@@ -1,0 +1,27 @@
+"""An exported model, scored anew as it lies on disk: its answers are those that the ledger holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from evolver.driver.prepare import Prepared
+from evolver.evaluation.tasks import SplitScorer
+from evolver.workers.worker import build_model
+
+
+def score_again(prepared: Prepared, best: Path, recorded: Sequence[float], device: str) -> dict[str, int]:
+    """Load an exported folder as any user would and score it on the first dev items: do they say what was recorded?"""
+    config = prepared.config
+    torch.set_num_threads(config.evaluation.threads)
+    live = build_model(config, prepared.opened, device, best)
+    fresh = answer_again(prepared.tasks.scorer(live, "dev"), len(recorded), prepared.plan.block("dev", len(recorded)))
+    live.close()
+    return {"items": len(recorded), "equal": sum(a == b for a, b in zip(recorded, fresh, strict=True))}
+
+
+def answer_again(scorer: SplitScorer, count: int, block: int) -> list[float]:
+    """The answers to the first items, scored so many at a time as a run does: in bfloat16 batches show in scores."""
+    return [v for s in range(0, count, block) for v in scorer.score(s, min(s + block, count)).items]

@@ -1,0 +1,184 @@
+"""Any candidate of a run as files to take along: a Hugging Face folder, a LoRA adapter, a delta against the base, or
+one GGUF file.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from evolver.checkpoints.gguf import seal as gguf_seal
+from evolver.checkpoints.gguf import writer as gguf_out
+from evolver.checkpoints.gguf.keys import OPTION
+from evolver.checkpoints.lora_out import write_delta, write_lora
+from evolver.driver.card import companion_files, companion_files_of
+from evolver.driver.check import score_again
+from evolver.driver.prepare import Prepared, prepare_run
+from evolver.errors import BadInput
+from evolver.evaluation.live import default_device
+from evolver.merging.export import TOKENIZER, export, merged_config
+from evolver.records import Candidate, Recipe, Result
+from evolver.runs.history import History, read_history
+from evolver.storage import Storage, check_export, check_target, exported_folder, new_file
+from evolver.workers.worker import build_materialiser
+
+Warn = Callable[[str], None]
+
+
+def find(history: History, wanted: str | None) -> tuple[Candidate, Result]:
+    """A candidate of the search by its number or the beginning of its recipe's id; default: the best one.
+
+    Raises BadInput where there is none, or several.
+    """
+    if wanted is None:
+        if history.best is None:
+            raise BadInput("evolver export: the run has no candidate with a score yet; go on with it first.")
+        return history.best
+    searched = history.stages["search"]
+    numbered = [(c, r) for c, r in searched if wanted == str(c.number)]
+    found = numbered or [(c, r) for c, r in searched if c.recipe.id.startswith(wanted)]
+    if len({c.recipe.id for c, _ in found}) != 1:
+        many = "several candidates of this run go" if found else "no candidate of this run goes"
+        raise BadInput(f"--candidate: {many} by {wanted!r}; give a number, or more of a recipe's id.")
+    return max(found, key=lambda pair: len(pair[1].items))
+
+
+def deliver(run: Storage, out: Path, wanted: str | None, say: Warn, force: bool = False) -> None:
+    """Write a candidate as a Hugging Face folder, and check it: loaded anew, it has to give the ledger's answers.
+
+    Args:
+        force: take the place of an earlier export.
+
+    Raises BadInput for a run whose models or data are not there any more, and where something else is at ``out``.
+    """
+    check_export(out, force)
+    history = read_history(run)
+    candidate, result = find(history, wanted)
+    prepared = prepare_run(run)
+    outcome = history.outcome()
+    best = history.best is not None and candidate.recipe.id == history.best[0].recipe.id
+    more = (
+        companion_files(prepared, outcome)
+        if outcome and best
+        else companion_files_of(prepared, history.about, candidate, result)
+    )
+    with exported_folder(out, force) as folder:
+        export(candidate.recipe, build_materialiser(prepared.plan, prepared.opened), folder, more)
+    agreement = score_again(prepared, out, result.items, default_device())
+    say(f"{out}: loaded anew, it gives the ledger's answers on {agreement['equal']} of {agreement['items']} dev items")
+
+
+def deliver_delta(run: Storage, out: Path, wanted: str | None, say: Warn, force: bool = False) -> None:
+    """Write a candidate as its difference to the base, tensor by tensor in float32, in one safetensors file.
+
+    Tensors without a difference are left out.
+    """
+    check_export(out, force)
+    recipe, prepared = _chosen(run, wanted)
+    base = prepared.config.model.base
+    with exported_folder(out, force) as folder:
+        count = write_delta(
+            _of_base(prepared), _stream(prepared, recipe), folder, {"base_model": base, "recipe": recipe.id}
+        )  # fmt: skip
+    say(f"{out}: {count} tensors that differ from those of {base}")
+
+
+def deliver_lora(
+    run: Storage, out: Path, wanted: str | None, rank: int | None, energy: float | None, say: Warn,
+    force: bool = False,
+) -> None:  # fmt: skip
+    """Write a candidate as a LoRA adapter of the base, of a rank, or of the ranks that keep a share of the difference.
+
+    Raises BadInput where both or none are given, or no adapter can hold the model.
+    """
+    if (rank is None) == (energy is None):
+        raise BadInput("--lora, --energy: give a rank, or the share of the difference to keep, not both.")
+    check_export(out, force)
+    recipe, prepared = _chosen(run, wanted)
+    tied = bool(prepared.opened.base.config.get("tie_word_embeddings"))
+    model, base = _stream(prepared, recipe), prepared.config.model.base
+    with exported_folder(out, force) as folder:
+        made = write_lora(_of_base(prepared), model, folder, base, tied, rank, energy)
+    beside = f", {made.whole} tensors whole" if made.whole else ""
+    say(f"{out}: rank {made.rank}{beside}; holds {100 * made.share:.1f} % of the squared difference to the base")
+
+
+def deliver_gguf(
+    run: Storage, out: Path, wanted: str | None, kind: str, say: Warn, force: bool = False
+) -> None:  # fmt: skip
+    """Write a candidate as one GGUF file of a type such as ``q8_0``.
+
+    Before it gets its name, every tensor of it is read anew, and what Transformers makes of it is asked for the
+    ledger's answers, of which a narrow type may cost some.
+
+    Raises BadInput for what such a file cannot hold, and where it cannot be written.
+    """
+    kind = kind.lower()
+    gguf_out.check_type(kind, out)
+    replaced = gguf_seal.is_sealed if force else None
+    check_target(out, "file", replaced)
+    candidate, result = find(read_history(run), wanted)
+    prepared = prepare_run(run)
+    if prepared.config.model.kind != "causal-lm":
+        raise BadInput(
+            f"{OPTION}: such files are for models of the kind causal-lm, and those of this run are of "
+            f"{prepared.config.model.kind}; leave it out."
+        )
+    model = _model(prepared, candidate.recipe)
+    try:
+        with (
+            new_file(out, replaced) as file,
+            tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch,
+        ):
+            written = gguf_out.write_gguf(model, kind, file)
+            gguf_out.verify(file, written)
+            folder = _read_back(prepared, model, file, Path(scratch) / "model")
+            agreement = score_again(prepared, folder, result.items, default_device())
+            gguf_seal.seal(file)
+    except OSError as error:
+        raise BadInput(
+            f"{error.filename or out}: cannot be read or written ({error.strerror or error}); make room or mend the "
+            "rights, and export again."
+        ) from error
+    say(
+        f"{out}: {len(written.digests)} tensors as {kind}, each read anew; loaded by Transformers, it gives the "
+        f"ledger's answers on {agreement['equal']} of {agreement['items']} dev items"
+    )
+    for note in written.notes:
+        say(f"{out}: {note}")
+
+
+def _model(prepared: Prepared, recipe: Recipe) -> gguf_out.FileContent:
+    materialiser = build_materialiser(prepared.plan, prepared.opened)
+    infos = {name: materialiser.info(recipe, name) for name in materialiser.names(recipe)}
+    return gguf_out.FileContent(
+        merged_config(recipe, materialiser), infos, materialiser.stream(recipe), prepared.opened.base.path,
+        prepared.config.run, f"merged by evolver, recipe {recipe.id}",
+    )  # fmt: skip
+
+
+def _read_back(prepared: Prepared, model: gguf_out.FileContent, file: Path, folder: Path) -> Path:
+    """What Transformers makes of a file, in the run's dtype, and with the run's tokenizer: it knows the ways of cutting
+    texts that files name in part only.
+    """
+    dtype = next(info.dtype for info in model.infos.values() if info.dtype.is_floating_point)
+    gguf_out.read_back(file, folder, dtype)
+    for name in TOKENIZER:
+        if (prepared.opened.base.path / name).exists():
+            shutil.copyfile(prepared.opened.base.path / name, folder / name)
+    return folder
+
+
+def _chosen(run: Storage, wanted: str | None) -> tuple[Recipe, Prepared]:
+    return find(read_history(run), wanted)[0].recipe, prepare_run(run)
+
+
+def _of_base(prepared: Prepared) -> dict[str, Any]:
+    return {name: tensor.clone() for name, tensor in _stream(prepared, prepared.base)}
+
+
+def _stream(prepared: Prepared, recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    return build_materialiser(prepared.plan, prepared.opened).stream(recipe)

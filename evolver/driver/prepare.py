@@ -1,0 +1,220 @@
+"""A configuration, checked, with everything opened that a run stands on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from evolver import loggers
+from evolver.checkpoints.doubts import suspicions
+from evolver.checkpoints.weights import Checkpoint
+from evolver.config import FREE_KEYS, Config, ConfigText, check_section, computing, default_of, load, renamed
+from evolver.errors import BadInput, nearest
+from evolver.evaluation.scores.estimates import Estimates, first_unjudged
+from evolver.evaluation.tasks import Tasks, load_tasks
+from evolver.merging.settings.maker import RecipeMaker
+from evolver.records import Expert, Recipe, Split
+from evolver.runs.folder import RunFolder, compute_of, config_of_run
+from evolver.search import SEARCHES, Search
+from evolver.search.base import Setup
+from evolver.search.halving import HalvingSettings
+from evolver.search.optuna_samplers import CoefficientSettings
+from evolver.storage import Storage
+from evolver.threads import too_many
+from evolver.workers.compute import is_open, refuse_compute, settled
+from evolver.workers.opened import Opened, check_memory, open_models
+from evolver.workers.plan import Plan, items_hash
+
+SPLITS: tuple[Split, Split] = ("dev", "report")
+
+
+JUDGES = ("torch", "transformers", "lm-eval")
+
+
+RECORDED_PACKAGES = ("torch", "transformers", "lm-eval", "optuna", "safetensors", "numpy", "ray")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked configuration with everything opened that a run stands on."""
+
+    config: Config
+    file: str
+    opened: Opened
+    tasks: Tasks
+    plan: Plan
+    base: Expert
+    experts: tuple[Expert, ...]
+    estimates: Estimates
+    search: Search
+    identity: Mapping[str, Any]
+    warnings: tuple[str, ...]
+
+
+def prepare(
+    given: ConfigText, name: str | None = None, weights: bool = True, device: str | None = None
+) -> Prepared:  # fmt: skip
+    """Check a configuration: all that can be known from headers and task files, before any candidate is built.
+
+    Args:
+        weights: whether base and experts are read for their digests, without which nothing can be run.
+        device: on which a model has to find room; None: not here.
+
+    Raises BadInput, one sentence with file, key and remedy.
+    """
+    config, file = given.parsed(), given.origin
+    config = config if name is None else renamed(config, name)
+    algorithm, settings = _algorithm(config, file)
+    loggers.check_loggers(config, file)
+    try:
+        opened = open_models(config)
+        config = settled(config, opened.base.headers)
+        if device:
+            check_memory(config, opened, device)
+            if config.model.compute != "auto":
+                refuse_compute(config.model.compute, device)
+        tasks = load_tasks(config)
+        estimates = Estimates(tasks.scale("dev"), config.evaluation.block_items)
+        _refuse_racing(config, algorithm, estimates)
+        maker = RecipeMaker(list(config.experts), opened.base.names(), opened.digests() if weights else None)
+        warnings = tuple(suspicions(opened.base, opened.experts.values())) if weights else ()
+        warnings += tuple(filter(None, [too_many(config.evaluation.threads)]))
+        setup = Setup(
+            maker.experts, maker.base, config.seed, config.budget, maker, estimates,
+            config.evaluation.early_stopping, config.evaluation.racing is not None,
+            arrival=config.order == "arrival", tasks=tuple(tasks.scale("dev").weights),
+        )  # fmt: skip
+        search = SEARCHES[algorithm].build(setup, settings)
+    except BadInput as error:
+        raise BadInput(f"{file}: {error}") from error
+    items: dict[Split, str] = {"dev": items_hash(tasks, "dev"), "report": items_hash(tasks, "report")}
+    plan = Plan(config, maker.digests, items, _stops(algorithm, settings))
+    identity = _identity(config, settings.model_dump(), plan)
+    return Prepared(config, file, opened, tasks, plan, maker.base, maker.experts, estimates, search, identity, warnings)
+
+
+def in_compute(prepared: Prepared, compute: str) -> Prepared:
+    """The same with ``model.compute`` settled, where the configuration leaves it open."""
+    if not is_open(prepared.config):
+        return prepared
+    config = computing(prepared.config, compute)
+    identity = {**prepared.identity, "model": {**prepared.identity["model"], "compute": compute}}
+    return replace(prepared, config=config, plan=replace(prepared.plan, config=config), identity=identity)
+
+
+def prepare_run(run: Storage) -> Prepared:
+    """What a run that is in a folder stands on.
+
+    Raises BadInput where it is not there any more, or has other weights or items now.
+    """
+    prepared = prepare(config_of_run(run))
+    if chosen := compute_of(run):
+        prepared = in_compute(prepared, chosen)
+    folder_of(prepared, run)
+    return prepared
+
+
+def folder_of(prepared: Prepared, run: Storage) -> RunFolder:
+    """The run's folder.
+
+    Raises BadInput where it holds a run of another configuration, or cannot be read.
+    """
+    sections = {"search": SEARCHES[str(prepared.identity["search"]["algorithm"])].settings}
+
+    def default(key: str) -> Any:
+        section, _, rest = key.partition(".")
+        return default_of(sections[section], rest) if section in sections else default_of(Config, key)
+
+    return RunFolder(run, prepared.identity, default)
+
+
+def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
+    """The merge that a configuration's search makes, what it tunes of it (its numbers here are examples), the base.
+
+    Raises BadInput, for a search that makes none, too.
+    """
+    config = load(file)
+    _, settings = _algorithm(config, file)
+    if isinstance(settings, HalvingSettings):
+        _, settings = _named(settings.of, file, "search.of.")
+    opened = open_models(config)
+    maker = RecipeMaker(list(config.experts), opened.base.names())
+    if isinstance(settings, CoefficientSettings):
+        space = maker.space(settings.method, settings.layer_groups, settings.tune, settings.settings)
+        return space.decode(space.encode_equal(1.0)), space.tune, opened.base
+    merger = getattr(settings, "merger", None)
+    if merger is None:
+        raise BadInput(f"{file}: search: this search merges by no method, so no settings are in force.")
+    return maker.merger(merger)(maker.experts), (), opened.base
+
+
+def block_of(config: Config, file: str, split: Split, count: int) -> int:
+    """How many of a split's items the workers of a configuration score at a time.
+
+    Raises BadInput for a search that is none.
+    """
+    return Plan(config, {}, {}, _stops(*_algorithm(config, file))).block(split, count)
+
+
+def _stops(algorithm: str, settings: Any) -> bool:
+    """Whether a search may have its answer before the last item. Not asked: early_stopping. Switched on or off, the
+    same batches give the same decisions.
+    """
+    return isinstance(settings, HalvingSettings) or SEARCHES[algorithm].incumbent
+
+
+def _algorithm(config: Config, file: str) -> tuple[str, Any]:
+    """The search and its settings, with those of the search inside of it filled in."""
+    name, settings = _named(config.search, file, "search.")
+    if isinstance(settings, HalvingSettings):
+        _, inside = _named(settings.of, file, "search.of.")
+        settings = settings.model_copy(update={"of": inside.model_dump()})
+    return name, settings
+
+
+def _named(section: Mapping[str, Any], file: str, prefix: str) -> tuple[str, Any]:
+    name = section.get("algorithm")
+    if not isinstance(name, str) or name not in SEARCHES:
+        raise BadInput(f"{file}: {prefix}algorithm: unknown search {name!r}; {nearest(str(name), SEARCHES)}")
+    return name, check_section(SEARCHES[name].settings, section, file, prefix)
+
+
+def _refuse_racing(config: Config, algorithm: str, estimates: Estimates) -> None:
+    """Raises BadInput for a race that is asked for where none can be held."""
+    if config.evaluation.racing is None:
+        return
+    if not SEARCHES[algorithm].incumbent:
+        able = ", ".join(n for n, a in SEARCHES.items() if a.incumbent)
+        raise BadInput(
+            f"evaluation.racing: {algorithm} holds its candidates against no incumbent; leave racing out, or search "
+            f"with {able}."
+        )
+    if not config.evaluation.early_stopping:
+        raise BadInput("evaluation.racing: a race stops early; leave it out, or write early_stopping: true.")
+    task = first_unjudged(estimates.scale)
+    if task is not None:
+        raise BadInput(
+            f"evaluation.racing: the items of {task} are not judged one by one, from 0 to 1; leave racing out, or "
+            "choose another metric."
+        )
+
+
+def _identity(config: Config, search: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """What makes two calls the same run: contents of models and items, not where they lie."""
+    identity: dict[str, Any] = config.model_dump(mode="json", exclude=set(FREE_KEYS))
+    identity["search"] = dict(search)
+    identity["model"]["base"] = plan.digests["base"]
+    identity["experts"] = {n: plan.digests[n] for n in config.experts}
+    identity["heads"] = {n: d for n, d in plan.digests.items() if n.startswith("head of ")}
+    identity["items"] = dict(plan.items)
+    identity["evaluation"].pop("include_path")
+    # Scores of different releases must not be mixed: a forward pass or a prompt may have changed between them.
+    identity["versions"] = {p: versions()[p] for p in JUDGES}
+    return identity
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that scores depend on."""
+    return {p: importlib.metadata.version(p) for p in RECORDED_PACKAGES}

@@ -1,0 +1,233 @@
+"""A run from end to end: puts the parts together, and goes on where an earlier call of it stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from evolver import __version__, loggers
+from evolver.config import Config, ConfigText
+from evolver.driver.card import companion_files
+from evolver.driver.check import score_again
+from evolver.driver.prepare import SPLITS, Prepared, folder_of, in_compute, prepare, versions
+from evolver.errors import BadInput
+from evolver.evaluation.tasks import Tasks
+from evolver.ledger import Ledger, write_items
+from evolver.loggers import Tracked, Trackers
+from evolver.loggers.pace import Pace, Remaining
+from evolver.loggers.terminal import Display
+from evolver.loop import Guesses, evolve
+from evolver.merging.export import export, write_heads
+from evolver.pool import Pool
+from evolver.records import Candidate, Merge, Recipe, Result, Rule, Split, dump_recipe
+from evolver.report.report import write_report
+from evolver.report.verdict import verdict
+from evolver.runs.about import About, Job, write_about
+from evolver.runs.folder import RunFolder, compute_of
+from evolver.runs.history import History, read_history
+from evolver.runs.outcome import Outcome
+from evolver.search.ahead import Guessable, ahead
+from evolver.search.plain import Listed
+from evolver.storage import Storage
+from evolver.workers.compute import Choice, is_open
+from evolver.workers.opened import check_memory
+from evolver.workers.plan import Plan
+from evolver.workers.worker import build_materialiser, choose_compute
+
+PoolMaker = Callable[[Plan, Split, Tasks], Pool]
+Chooser = Callable[[Config], Choice]
+
+
+def run(
+    given: ConfigText, results: Storage, make_pool: PoolMaker, display: Display, device: str, name: str | None = None,
+    job: Job | None = None, choose: Chooser = choose_compute,
+) -> Storage:  # fmt: skip
+    """Run a configuration, or the rest of it, and return the run's folder.
+
+    Args:
+        given: the configuration.
+        results: folder of all runs.
+        make_pool: makes the pool of a split.
+        display: where to tell how it goes.
+        device: on which the exported winner is checked.
+        name: of the run, instead of the configuration's.
+        job: the Ray job that this is, if it is one.
+        choose: chooses the dtype of forward passes where workers are; a run is asked once for it.
+
+    Raises BadInput for anything that the user has to mend.
+    """
+    prepared = prepare(given, name, device=device)
+    prepared = _in_chosen_compute(prepared, results.folder(prepared.config.run), device, choose, display)
+    folder = folder_of(prepared, results.folder(prepared.config.run))
+    listeners = loggers.build_loggers(prepared.config, given.origin, folder.storage)
+    # A pool that the cluster can never offer is refused here, before anything is written.
+    try:
+        pool = make_pool(prepared.plan, "dev", prepared.tasks)
+    except BadInput as error:
+        raise BadInput(f"{given.origin}: {error}") from error
+    try:
+        folder.create(given.text)
+        write_items(
+            folder.storage, {s: [(i.task, i.index, i.hash) for i in prepared.tasks.items.of(s)] for s in SPLITS}
+        )
+        about = _about(prepared, folder, job)
+        write_about(folder.storage, about)
+        with (
+            contextlib.closing(Ledger(folder.storage.folder("ledger"), folder.owner, display.say)) as ledger,
+            contextlib.closing(Trackers(listeners, display.say)) as trackers,
+        ):
+            for warning in (*about.warnings, *ledger.warnings):
+                display.say(f"warning: {warning}")
+            if listeners:
+                trackers.begin(_tracked(prepared, folder))
+            outcome = _stages(prepared, folder, ledger, pool, make_pool, display, trackers)
+            _finish(prepared, folder, outcome, display, device)
+            trackers.finish(folder.storage)
+    except OSError as error:
+        raise BadInput(
+            f"{error.filename or folder.location}: cannot be read or written ({error.strerror or error}); all "
+            "scores are kept: make room or mend the rights, and run the same command again."
+        ) from error
+    finally:
+        pool.close()
+    return folder.storage
+
+
+def _in_chosen_compute(
+    prepared: Prepared, folder: Storage, device: str, choose: Chooser, display: Display
+) -> Prepared:  # fmt: skip
+    """With the dtype in which the run has computed so far or, at its beginning, the faster one where workers are."""
+    if not is_open(prepared.config):
+        return prepared
+    chosen = compute_of(folder)
+    try:
+        if chosen is None:
+            choice = choose(prepared.config)
+            display.say(f"forward passes run in {choice.compute}: {choice.why}")
+            chosen = choice.compute
+        prepared = in_compute(prepared, chosen)
+        check_memory(prepared.config, prepared.opened, device)
+    except BadInput as error:
+        raise BadInput(f"{prepared.file}: {error}") from error
+    return prepared
+
+
+def _about(prepared: Prepared, folder: RunFolder, job: Job | None) -> About:
+    scales = {split: prepared.tasks.scale(split) for split in SPLITS}
+    warnings = (*prepared.warnings, *prepared.tasks.warnings)
+    return About(prepared.config, scales, versions(), warnings, job and replace(job, location=folder.location))
+
+
+def _stages(
+    prepared: Prepared, folder: RunFolder, ledger: Ledger, pool: Pool, make_pool: PoolMaker, display: Display,
+    trackers: Trackers,
+) -> Outcome:  # fmt: skip
+    """Baselines, search, and the finalists on the report set."""
+    plain = Listed(_baselines(prepared), "baseline")
+    pace = _pace(prepared, plain.total)
+
+    def watch(candidate: Candidate, result: Result) -> None:
+        pace.result(result)
+        display.result(candidate, result, pace.left())
+        trackers.result(candidate, result)
+
+    display.stage("baselines", plain.total)
+    evolve(plain, pool, ledger, watch)
+    for result in plain.results.values():
+        prepared.estimates.learn(result)
+    display.stage("search", prepared.search.total)
+    evolve(prepared.search, pool, ledger, watch, _guesses(prepared))
+    pool.close()  # its resources are the next one's
+    winner = _winner(read_history(folder.storage))
+    finalists = _finalists(prepared, plain, winner)
+    # Each winner has a number of its own: a raised budget may bring another one.
+    fixed = len(finalists) - 1
+    listed = Listed(finalists, "report", [*range(fixed), fixed + winner.number])
+    pool = make_pool(prepared.plan, "report", prepared.tasks)
+    try:
+        display.stage("report", listed.total)
+        evolve(listed, pool, ledger, watch)
+    finally:
+        pool.close()
+    outcome = read_history(folder.storage).outcome()
+    if outcome is None:
+        raise RuntimeError("all finalists are scored and there is no outcome")
+    return outcome
+
+
+def _pace(prepared: Prepared, baselines: int) -> Pace:
+    """What lies ahead of a run; at its end the exported winner is scored on the dev items once more."""
+    dev, report = (len(prepared.tasks.items.of(split)) for split in SPLITS)
+    finalists = len(prepared.experts) + len(("base", "average", "task_arithmetic", "winner"))
+    stages = {
+        "baseline": Remaining(baselines, dev),
+        "search": Remaining(prepared.search.total, dev, prepared.config.budget.items),
+        "report": Remaining(finalists, report, builds=True),
+        "check": Remaining(1, dev, builds=True),
+    }
+    return Pace(stages, prepared.config.pool.num_workers)
+
+
+def _guesses(prepared: Prepared) -> Guesses | None:
+    """What is scored ahead by workers that would be idle."""
+    search, config = prepared.search, prepared.config
+    if not (config.pool.ahead and config.order == "exact" and isinstance(search, Guessable)):
+        return None
+    return partial(ahead, search)
+
+
+def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Display, device: str) -> None:
+    """Write the best model, check it by loading and scoring it anew, and write the report."""
+    storage, winner = folder.storage, outcome.winner
+    text = dump_recipe(winner.recipe).encode()
+    whole = all(storage.exists(name) for name in ("best", "best.json", "recipe.json"))
+    if not (whole and storage.read("recipe.json") == text):
+        display.say(f"writing the best model to {folder.location}/best")
+        materialiser = build_materialiser(prepared.plan, prepared.opened)
+        heads = {n: (prepared.opened.experts[n].path, h) for n, h in prepared.opened.heads.items()}
+        with storage.whole_folder("best") as best:
+            export(winner.recipe, materialiser, best, companion_files(prepared, outcome))
+            write_heads(best, heads)
+            agreement = score_again(prepared, best, outcome.best_dev.items, device)
+        storage.write("best.json", json.dumps(agreement).encode())
+        storage.write("recipe.json", text)  # last: only a folder that was checked counts as written
+    write_report(storage, outcome, json.loads(storage.read("best.json")))
+    display.say(verdict(outcome))
+    display.say(f"report: {folder.location}/report.md")
+
+
+def _tracked(prepared: Prepared, folder: RunFolder) -> Tracked:
+    """What the loggers are told of a run."""
+    facts = {"evolver": __version__, **versions(), "configuration": folder.owner}
+    return loggers.tracked(prepared.config, prepared.identity["search"], folder.storage, facts)
+
+
+def _baselines(prepared: Prepared) -> list[tuple[str, Recipe]]:
+    """Base, experts, simple average, and task arithmetic with equal weights at every mass of the configuration."""
+    experts, base = prepared.experts, prepared.base
+    out: list[tuple[str, Recipe]] = [("base", base), *((e.name, e) for e in experts)]
+    out.append(("average", Merge("simple", experts, base)))
+    for mass in prepared.config.baselines.masses:
+        values = {"weight": (1.0 / len(experts),) * len(experts), "lambda": mass, "normalize": False}
+        out.append((f"task_arithmetic@{mass:g}", Merge("task_arithmetic", experts, base, (Rule.of(values),))))
+    return out
+
+
+def _winner(history: History) -> Candidate:
+    """The best candidate of the search on the dev set."""
+    if history.best is None:
+        reasons = sorted({r.reason for _, r in history.stages["search"] if r.status == "failed"})
+        raise BadInput(f"search: no candidate could be scored ({reasons[0] if reasons else 'none was proposed'}).")
+    return history.best[0]
+
+
+def _finalists(prepared: Prepared, plain: Listed, winner: Candidate) -> list[tuple[str, Recipe]]:
+    """What is scored on the report set: base, every expert, average, task arithmetic as tuned on dev, the winner."""
+    recipes = dict(_baselines(prepared))
+    tuned = [n for n in recipes if n.startswith("task_arithmetic@")]
+    best = max(tuned, key=lambda n: -math.inf if (score := plain.results[n].score) is None else score)
+    return [*((n, r) for n, r in recipes.items() if n not in tuned or n == best), ("winner", winner.recipe)]

@@ -1,0 +1,1 @@
+"""The evaluation of classifiers of texts and of images."""

@@ -1,0 +1,157 @@
+"""Image classifiers, scored on images and labels."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evolver.config import Config, DataSet, TaskEntry
+from evolver.errors import BadInput, nearest
+from evolver.evaluation.base import AskedItem, Scored
+from evolver.evaluation.batches import Batches, by_length
+from evolver.evaluation.classification.judge import LabelSpaces, TextQuestion, by_head, named_metric, right_answer
+from evolver.evaluation.data import Row, read_rows
+from evolver.evaluation.items import Item, item_hash
+from evolver.evaluation.live import LiveModel
+from evolver.evaluation.scores.metrics import Metric
+from evolver.records import Split
+from evolver.storage.paths import expand
+
+# Images of a forward pass where no batch size is given.
+BATCH = 32
+
+
+class Images:
+    """The judge of data sets of images: files by path, or the images of a Parquet file or a data set."""
+
+    def __init__(self, config: Config, numbers: Sequence[int]) -> None:
+        self.settings, self._spaces = config.evaluation, LabelSpaces(config)
+        self._keys = {config.evaluation.tasks[n].task: f"evaluation.tasks[{n}]" for n in numbers}
+        self._rows: dict[str, list[Row]] = {}
+        self.warnings: list[str] = []
+
+    def items(self, entry: TaskEntry, split: Split) -> list[Item] | None:
+        key = self._keys[entry.task]
+        if split == "report":
+            return self._read(entry, entry.report_data, f"{key}.report_data") if entry.report_data else None
+        if entry.data is None:
+            raise BadInput(f"{key}.data: missing; give the file or the data set of {entry.task}.")
+        return self._read(entry, entry.data, f"{key}.data")
+
+    def metric(self, entry: TaskEntry) -> Metric:
+        return named_metric(entry, self._keys[entry.task])
+
+    def right(self, asked: AskedItem) -> float:
+        return right_answer(self._row(asked)[asked.entry.label], self._spaces.of(asked.entry), asked.entry)
+
+    def scorer(self, model: LiveModel, asked: Sequence[AskedItem], scored: Iterable[Item]) -> ImageScorer:
+        questions = [TextQuestion(a.entry, (), self.right(a), self._spaces.head(a.entry)) for a in asked]
+        images = [self._row(a)[a.entry.image] for a in asked]
+        return ImageScorer(model, questions, images, self.settings.batch_size or BATCH)
+
+    def _row(self, asked: AskedItem) -> Row:
+        return self._rows[asked.item.task][asked.item.index]
+
+    def _read(self, entry: TaskEntry, data: str | DataSet, key: str) -> list[Item]:
+        rows = read_rows(data, key)
+        for number, row in enumerate(rows, 1):
+            for column in (entry.image, entry.label):
+                if row.get(column) is None:
+                    raise BadInput(f"{key}: row {number} lacks the key {column!r}; {nearest(column, map(str, row))}")
+        folder = Path(expand(data)).parent if isinstance(data, str) else Path()
+        name = f"{entry.task}:{data if isinstance(data, str) else data.spelled}"
+        self._rows[name] = [{**row, entry.image: _encoded(row[entry.image], folder, key)} for row in rows]
+        for number, row in enumerate(self._rows[name], 1):
+            _check(row[entry.image], f"{key}: the image of row {number}")
+        return [
+            Item(name, i, item_hash([row[entry.image].hex(), row[entry.label]]))
+            for i, row in enumerate(self._rows[name])
+        ]
+
+
+class ImageScorer:
+    """Images of one size, side by side; each is decoded and scaled once."""
+
+    def __init__(self, model: LiveModel, questions: Sequence[TextQuestion], images: Sequence[bytes], most: int) -> None:
+        self.model, self.questions, self._images, self._most = model, questions, images, most
+        self._processor = _processor(model.folder)
+        self._mode = "L" if getattr(model.module.config, "num_channels", 3) == 1 else "RGB"
+        self._ready: dict[tuple[int, ...], Batches[Tensor]] = {}
+
+    def score(self, places: Sequence[int]) -> Scored:
+        return by_head(self.model, self.questions, places, self._score)
+
+    def _score(self, places: Sequence[int]) -> Scored:
+        key = tuple(places)
+        if key not in self._ready:
+            keys = by_length(dict.fromkeys(places, 1), self._most)
+            self._ready[key] = Batches(keys, self._pixels)
+        out = Scored(tokens=len(places))
+        for numbers, logits in self._ready[key].run(self._forward):
+            out.answers.update({p: self.questions[p].answer(row) for p, row in zip(numbers, logits, strict=True)})
+        return out
+
+    @torch.inference_mode()
+    def _forward(self, pixels: Tensor) -> Tensor:
+        """Logits (rows, labels)."""
+        there = pixels.to(self.model.device, self.model.module.dtype)
+        logits: Tensor = self.model.module(pixel_values=there).logits.float()
+        if not torch.isfinite(logits).all():
+            raise FloatingPointError("the model's outputs are not finite")
+        return logits.cpu()
+
+    def _pixels(self, places: Sequence[int]) -> Tensor:
+        """(rows, channels, height, width), kept beside the device: there may be many."""
+        from PIL import Image
+
+        images = [Image.open(io.BytesIO(self._images[p])).convert(self._mode) for p in places]
+        pixels: Tensor = self._processor(images=images, return_tensors="pt")["pixel_values"]
+        return pixels
+
+
+def _processor(folder: Path) -> Any:
+    """What scales images for the model; where torchvision is missing, Transformers takes the one of Pillow."""
+    import transformers
+
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"model.base: {folder} has no image processor that can be read; save it there (preprocessor_config.json)."
+        ) from error
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"model.base: the image processor of {folder} needs another package: {reason}") from error
+
+
+def _check(image: bytes, what: str) -> None:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        Image.open(io.BytesIO(image))  # reads its head only
+    except UnidentifiedImageError as error:
+        raise BadInput(f"{what} is of no known format, or broken; give PNG, JPEG and their like.") from error
+
+
+def _encoded(image: Any, folder: Path, key: str) -> bytes:
+    """An image's file: of a path, of what a data set holds (bytes, or an image of PIL's)."""
+    if isinstance(image, dict) and image.get("bytes"):
+        return bytes(image["bytes"])
+    if isinstance(image, bytes):
+        return image
+    path = image.get("path") if isinstance(image, dict) else image
+    if isinstance(path, str):
+        try:
+            return (folder / expand(path)).read_bytes()
+        except OSError as error:
+            raise BadInput(f"{key}: the image {path} cannot be read ({error.strerror}); mend the path.") from error
+    if hasattr(image, "save"):
+        file = io.BytesIO()
+        image.save(file, format="PNG")
+        return file.getvalue()
+    raise BadInput(f"{key}: an image is a {type(image).__name__}; give paths of image files, or encoded images.")

@@ -1,0 +1,254 @@
+"""Encoder classifiers, scored on texts and labels: one class each, a set of labels each, or a number each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evolver.config import Config, DataSet, EvaluationSettings, TaskEntry
+from evolver.errors import BadInput, nearest
+from evolver.evaluation.base import AskedItem, Scored
+from evolver.evaluation.batches import Batches, by_length
+from evolver.evaluation.data import Row, read_rows
+from evolver.evaluation.items import Item, item_hash
+from evolver.evaluation.live import LiveModel
+from evolver.evaluation.scores.metrics import CLASS, LABELS, VALUE, Metric
+from evolver.records import Split
+from evolver.storage.paths import expand
+
+Labels = Mapping[str, int]
+# Sets of labels are kept as the bits of a float64.
+MOST_LABELS = 52
+
+
+class Classification:
+    """The judge of data sets of texts and labels, one each (or one for dev and one for report)."""
+
+    def __init__(self, config: Config, numbers: Sequence[int]) -> None:
+        self.settings, self._spaces = config.evaluation, LabelSpaces(config)
+        self._keys = {config.evaluation.tasks[n].task: f"evaluation.tasks[{n}]" for n in numbers}
+        self._rows: dict[str, list[Row]] = {}
+        self.warnings: list[str] = []
+
+    def items(self, entry: TaskEntry, split: Split) -> list[Item] | None:
+        key = self._keys[entry.task]
+        if split == "report":
+            return self._read(entry, entry.report_data, f"{key}.report_data") if entry.report_data else None
+        if entry.data is None:
+            raise BadInput(f"{key}.data: missing; give the file or the data set of {entry.task}.")
+        return self._read(entry, entry.data, f"{key}.data")
+
+    def metric(self, entry: TaskEntry) -> Metric:
+        return named_metric(entry, self._keys[entry.task])
+
+    def right(self, asked: AskedItem) -> float:
+        return right_answer(self._row(asked)[asked.entry.label], self._spaces.of(asked.entry), asked.entry)
+
+    def scorer(self, model: LiveModel, asked: Sequence[AskedItem], scored: Iterable[Item]) -> ClassificationScorer:
+        questions = [
+            TextQuestion(a.entry, _texts(self._row(a), a.entry), self.right(a), self._spaces.head(a.entry))
+            for a in asked
+        ]
+        return ClassificationScorer(model, questions, self.settings)
+
+    def _row(self, asked: AskedItem) -> Row:
+        return self._rows[asked.item.task][asked.item.index]
+
+    def _read(self, entry: TaskEntry, data: str | DataSet, key: str) -> list[Item]:
+        rows = read_rows(data, key)
+        columns = [entry.text, *([entry.text_pair] if entry.text_pair else []), entry.label]
+        for number, row in enumerate(rows, 1):
+            for column in columns:
+                if row.get(column) is None:
+                    raise BadInput(f"{key}: row {number} lacks the key {column!r}; {nearest(column, map(str, row))}")
+        name = f"{entry.task}:{data if isinstance(data, str) else data.spelled}"
+        self._rows[name] = rows
+        return [Item(name, i, item_hash([row[c] for c in columns])) for i, row in enumerate(rows)]
+
+
+@dataclass(frozen=True)
+class TextQuestion:
+    """One item: what is asked, the right answer, and whose head answers (None: the model's one)."""
+
+    entry: TaskEntry
+    texts: tuple[str, ...]
+    right: float
+    head: str | None = None
+
+    @property
+    def metric(self) -> Metric:
+        return _known(self.entry)[self.entry.metric]
+
+    def answer(self, logits: Tensor) -> float:
+        """What the model says, as it is kept: judged where the metric is the mean of judged items."""
+        if self.metric.name in VALUE:
+            return logits[0].item()
+        if self.entry.threshold is None:
+            said = float(logits.argmax())
+        else:
+            chosen = (logits.sigmoid() > self.entry.threshold).nonzero().flatten().tolist()
+            said = float(sum(1 << label for label in chosen))
+        return float(said == self.right) if self.metric.judged else said
+
+
+class ClassificationScorer:
+    """One text (or a pair), one row of a forward pass."""
+
+    def __init__(self, model: LiveModel, questions: Sequence[TextQuestion], settings: EvaluationSettings) -> None:
+        self.model, self.settings, self.questions = model, settings, questions
+        tokenise: Callable[..., Any] = model.tokenizer
+        whole = [tokenise(*q.texts, verbose=False) for q in questions]
+        self.whole = [len(row["input_ids"]) for row in whole]
+        most = model.tokenizer.model_max_length
+        self.rows = [
+            tokenise(*q.texts, truncation=True) if length > most else row
+            for q, row, length in zip(questions, whole, self.whole, strict=True)
+        ]
+        self.pad = model.tokenizer.pad_token_id or 0
+        self._ready: dict[tuple[int, ...], Batches[dict[str, Tensor]]] = {}
+        for question in questions:
+            self._check(question)
+
+    def score(self, places: Sequence[int]) -> Scored:
+        return by_head(self.model, self.questions, places, self._score)
+
+    def _score(self, places: Sequence[int]) -> Scored:
+        key, lengths = tuple(places), {p: len(self.rows[p]["input_ids"]) for p in places}
+        if key not in self._ready:
+            keys = by_length(lengths, self.settings.batch_tokens, self.settings.batch_size)
+            self._ready[key] = Batches(keys, self._inputs)
+        out = Scored(tokens=sum(lengths.values()), truncated=sum(self.whole[p] > lengths[p] for p in places))
+        for numbers, logits in self._ready[key].run(self._forward):
+            out.answers.update({p: self.questions[p].answer(row) for p, row in zip(numbers, logits, strict=True)})
+        return out
+
+    @torch.inference_mode()
+    def _forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits (rows, labels)."""
+        logits: Tensor = self.model.module(**inputs).logits.float()
+        if not torch.isfinite(logits).all():
+            raise FloatingPointError("the model's outputs are not finite")
+        return logits.cpu()
+
+    def _inputs(self, batch: Sequence[int]) -> dict[str, Tensor]:
+        """The batch's rows, padded at the right, (rows, longest) each."""
+        width = max(len(self.rows[i]["input_ids"]) for i in batch)
+        filler = {"input_ids": self.pad}
+        return {
+            name: torch.tensor(
+                [[*self.rows[i][name], *[filler.get(name, 0)] * (width - len(self.rows[i][name]))] for i in batch]
+            ).to(self.model.device)
+            for name in self.rows[batch[0]]
+        }
+
+    def _check(self, asked: TextQuestion) -> None:
+        outputs = self.model.outputs(asked.head)
+        if asked.metric.name in VALUE and outputs != 1:
+            raise BadInput(
+                f"evaluation: {asked.entry.task} wants a number, and the model names one of {outputs} labels."
+            )
+
+
+def by_head(
+    model: LiveModel, questions: Sequence[TextQuestion], places: Sequence[int], score: Callable[[Sequence[int]], Scored]
+) -> Scored:
+    """The answers of each head to its own questions."""
+    out = Scored()
+    for head in dict.fromkeys(questions[p].head for p in places):
+        if head is not None:
+            model.use(head)
+        out.add(score([p for p in places if questions[p].head == head]))
+    return out
+
+
+class LabelSpaces:
+    """Which labels a task's answers are among, and whose head says them."""
+
+    def __init__(self, config: Config) -> None:
+        self._model, self._experts = config.model, config.experts
+        self._known: dict[str, Labels] = {}
+
+    def head(self, entry: TaskEntry) -> str | None:
+        """The expert whose head scores the task; None where the model has one head."""
+        return (entry.head or entry.task) if self._model.heads == "apart" else None
+
+    def of(self, entry: TaskEntry) -> Labels:
+        """Numbers of the labels by name.
+
+        Raises BadInput where a folder says nothing of them.
+        """
+        if self._model.heads == "union":
+            names = dict.fromkeys(n for e in self._experts for n in self._of(self._experts[e]))
+            return {name: number for number, name in enumerate(names)}
+        head = self.head(entry)
+        return self._of(self._model.base if head is None else self._experts[head])
+
+    def _of(self, location: str) -> Labels:
+        if location not in self._known:
+            found = labels_of(location)
+            self._known[location] = dict(sorted(found.items(), key=lambda pair: pair[1]))
+        return self._known[location]
+
+
+def labels_of(base: str) -> dict[str, int]:
+    """Numbers of a classifier's labels, by name.
+
+    Raises BadInput where its folder says nothing of them.
+    """
+    from transformers import AutoConfig  # slow, and most tasks need none
+
+    try:
+        labels: dict[str, int] = AutoConfig.from_pretrained(expand(base)).label2id
+    except (OSError, ValueError) as error:
+        raise BadInput(f"model.base: {base} has no readable config.json; give a classifier's folder.") from error
+    return labels
+
+
+def named_metric(entry: TaskEntry, key: str) -> Metric:
+    """The metric that an entry names.
+
+    Raises BadInput for an unknown one.
+    """
+    known = _known(entry)
+    if entry.metric not in known:
+        raise BadInput(f"{key}.metric: unknown metric {entry.metric!r}; {nearest(entry.metric, known)}")
+    return known[entry.metric]
+
+
+def _known(entry: TaskEntry) -> Mapping[str, Metric]:
+    return LABELS if entry.threshold is not None else {**CLASS, **VALUE}
+
+
+def _texts(row: Row, entry: TaskEntry) -> tuple[str, ...]:
+    return (str(row[entry.text]), *([str(row[entry.text_pair])] if entry.text_pair else []))
+
+
+def right_answer(value: Any, labels: Labels, entry: TaskEntry) -> float:
+    """The right answer as it is kept."""
+    if entry.metric in VALUE:
+        try:
+            return float(value)
+        except ValueError as error:
+            raise BadInput(f"evaluation: {entry.task} has {value!r} where a number is wanted.") from error
+    if entry.threshold is None:
+        return float(_label(value, labels, entry))
+    if len(labels) > MOST_LABELS:
+        raise BadInput(f"evaluation: {entry.task} has {len(labels)} labels; sets of up to {MOST_LABELS} can be scored.")
+    chosen = value if isinstance(value, list) else [v for v in str(value).replace(",", " ").split() if v]
+    return float(sum(1 << number for number in {_label(v, labels, entry) for v in chosen}))
+
+
+def _label(value: Any, labels: Labels, entry: TaskEntry) -> int:
+    if isinstance(value, int) and value in labels.values():
+        return int(value)
+    if isinstance(value, str) and value in labels:
+        return labels[value]
+    if isinstance(value, str) and value.isdecimal() and int(value) in labels.values():  # a table's cells are texts
+        return int(value)
+    raise BadInput(
+        f"evaluation: {entry.task} has the label {value!r}, which the model lacks; {nearest(str(value), labels)}"
+    )

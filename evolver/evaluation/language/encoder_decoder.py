@@ -1,0 +1,107 @@
+"""Log-likelihoods by an encoder–decoder (T5 and its kin): the context is encoded once for all its continuations.
+
+The decoder's first step is taken once a context, too. Its cache, with the keys and values of the cross-attention, is
+then repeated for the continuations, and only their further tokens are decoded.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
+
+from evolver.errors import BadInput
+from evolver.evaluation.language.loglikelihood import Likelihood, Row, TokenIds, of_tokens, summed
+from evolver.evaluation.live import LiveModel
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tensors of a batch of B contexts with C continuations in all."""
+
+    ids: Tensor  # (B, L) contexts, padded at the right
+    mask: Tensor  # (B, L) of 0 and 1
+    owner: Tensor  # (C,) the context of every continuation
+    continuations: Tensor  # (C, K), padded with zeros at the right
+    lengths: Tensor  # (C,)
+
+
+class EncoderDecoder:
+    """Scores rows with a sequence-to-sequence language model.
+
+    Args:
+        max_length: tokens of a context; continuations stand beside it, not behind it.
+    """
+
+    shares = True
+    max_length = sys.maxsize  # of a row
+
+    def __init__(self, model: LiveModel, max_length: int) -> None:
+        self.model, self._longest = model, max_length
+
+    def check(self) -> None:
+        """Raises BadInput for a model whose answers do not all start with the one token that its settings name."""
+        module = self.model.module
+        start = module.config.decoder_start_token_id
+        if start is None:
+            raise BadInput(
+                f"model.base: {self.model.folder} has no decoder_start_token_id; write it into its config.json."
+            )
+        shifted = module.prepare_decoder_input_ids_from_labels(torch.tensor([[5, 6]], device=self.model.device))
+        if shifted.tolist() != [[start, 5]]:
+            raise BadInput(
+                f"model.base: {type(module).__name__} starts an answer by its language, so that no likelihood of an "
+                "answer can be told; give tasks in which answers are written."
+            )
+
+    def cut(self, context: TokenIds, continuation: TokenIds) -> TokenIds:
+        return context[-self._longest :]
+
+    def batch(self, rows: Sequence[Row]) -> Encoded:
+        said = [c for r in rows for c in r.continuations]
+        ids, lengths = _padded([r.context for r in rows])
+        continuations, sizes = _padded(said)
+        owner = torch.tensor([b for b, r in enumerate(rows) for _ in r.continuations])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        tensors = (ids, mask, owner, continuations, sizes)
+        return Encoded(*(t.to(self.model.device) for t in tensors))
+
+    @torch.inference_mode()
+    def score(self, batch: Encoded) -> list[Likelihood]:
+        module = self.model.module
+        encoded = module.get_encoder()(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
+        start = torch.full_like(batch.ids[:, :1], module.config.decoder_start_token_id)
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        logits = self._decode(encoded, batch.mask, start, cache)[batch.owner]  # (C, 1, vocabulary)
+        longest = int(batch.lengths.max())
+        if longest > 1:
+            cache.batch_select_indices(batch.owner)
+            rest = self._decode(
+                encoded[batch.owner], batch.mask[batch.owner], batch.continuations[:, : longest - 1], cache
+            )
+            logits = torch.cat([logits, rest], 1)  # (C, K, vocabulary)
+        rows, columns = (torch.arange(longest, device=logits.device) < batch.lengths[:, None]).nonzero().T
+        scores, misses = of_tokens(logits, rows, columns, batch.continuations[rows, columns])
+        return summed(scores, misses, rows.cpu(), len(batch.owner))
+
+    def _decode(self, encoded: Tensor, mask: Tensor, ids: Tensor, cache: EncoderDecoderCache) -> Tensor:
+        """Logits (rows, ids, vocabulary) of the decoder behind what the cache holds."""
+        logits: Tensor = self.model.module(
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded), attention_mask=mask, decoder_input_ids=ids,
+            past_key_values=cache, use_cache=True,
+        ).logits  # fmt: skip
+        return logits
+
+
+def _padded(rows: Sequence[TokenIds]) -> tuple[Tensor, Tensor]:
+    """Rows (R, longest), zeros at the right, and their lengths (R,)."""
+    lengths = [len(r) for r in rows]
+    out = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
+    for number, row in enumerate(rows):
+        out[number, : len(row)] = torch.tensor(row)
+    return out, torch.tensor(lengths)

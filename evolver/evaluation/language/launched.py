@@ -1,0 +1,219 @@
+"""Candidates evaluated by any other model class of lm-eval: vLLM, SGLang, a server, …
+
+The candidate is written to node-local memory as a Hugging Face folder; lm-eval's own class is then started on it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from evolver.config import EvaluationSettings
+from evolver.errors import BadInput, nearest
+from evolver.evaluation.base import Scored
+from evolver.evaluation.language.library import quiet
+from evolver.evaluation.language.requests import PreparedRequests
+from evolver.evaluation.language.scratch import Scratch
+
+# How long a server may take until it answers, and until it has ended.
+START_SECONDS = 600.0
+SHUTDOWN_SECONDS = 30.0
+# Classes that talk to a server do not load the candidate themselves; some talk to other people's models only.
+REMOTE = ("local-completions", "local-chat-completions", "sglang-generate", "gguf", "ggml")
+ELSEWHERE = ("anthropic", "openai", "litellm", "textsynth", "watsonx", "dummy")
+HF = ("hf", "hf-auto", "huggingface")
+# Classes by the package that they need, and what to install for it.
+BACKEND_PACKAGES = {
+    "vllm": ("vllm", "'lm-eval[vllm]'"),
+    "sglang": ("sglang", "sglang"),
+    "openvino": ("optimum", "'lm-eval[optimum]'"),
+    "local-completions": ("tenacity", "'lm-eval[api]'"),
+    "local-chat-completions": ("tenacity", "'lm-eval[api]'"),
+    "sglang-generate": ("tenacity", "'lm-eval[api]'"),
+}
+
+
+class LaunchedModel:
+    """A model class of lm-eval, started anew on every candidate.
+
+    Args:
+        room: bytes of a candidate.
+
+    Attributes:
+        folder: where the candidate is to be written before ``launch``.
+        lm: lm-eval's model, while one is started.
+
+    Raises BadInput where the backend's package or the server's program is missing here.
+    """
+
+    def __init__(self, settings: EvaluationSettings, room: int) -> None:
+        _check_installed(settings)
+        self._settings = settings
+        self._scratch = Scratch(room)
+        self.folder = self._scratch.path / "candidate"
+        self.lm: Any = None
+        self._server: subprocess.Popen[bytes] | None = None
+        atexit.register(self.close)
+
+    def launch(self, folder: Path) -> None:
+        """Start the class, and the server where one is configured, on the model in a folder.
+
+        Raises RuntimeError where the server ends or does not answer in time.
+        """
+        from lm_eval.api.registry import get_model
+
+        self.stop()
+        port = _free_port()
+        names = {"model": str(folder), "port": str(port)}
+        if self._settings.serve:
+            self._serve([_filled(part, names) for part in shlex.split(self._settings.serve)], port)
+        given = {k: _filled(v, names) if isinstance(v, str) else v for k, v in self._settings.model_args.items()}
+        key = "model" if self._settings.backend in REMOTE else "pretrained"
+        size = {"batch_size": self._settings.batch_size} if self._settings.batch_size else {}
+        with quiet():
+            self.lm = get_model(self._settings.backend)(**{key: str(folder), **size, **given})
+
+    def stop(self) -> None:
+        """Let go of the class, the server and what they hold."""
+        self.lm = None
+        gc.collect()
+        if self._server is not None:
+            _end(self._server)
+            self._scratch.watch(0)
+        self._server = None
+
+    def clear(self) -> None:
+        """Stop, and make room for the next candidate."""
+        self.stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Stop, and leave nothing behind."""
+        self.stop()
+        self._scratch.close()
+        atexit.unregister(self.close)
+
+    def _serve(self, command: Sequence[str], port: int) -> None:
+        log = self._scratch.path / "server.log"
+        with log.open("wb") as file:
+            # In a group of its own, so that the processes which it starts can be ended with it.
+            server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        self._server = server
+        self._scratch.watch(server.pid)
+        until = time.monotonic() + START_SECONDS
+        while time.monotonic() < until:
+            if server.poll() is not None:
+                said = log.read_text(errors="replace").strip().splitlines()
+                raise RuntimeError(f"the server ended with status {server.returncode}: {' '.join(said[-1:])}")
+            if _answers(port):
+                return
+            time.sleep(0.2)
+        raise RuntimeError(f"the server did not answer on port {port} within {START_SECONDS:.0f} s")
+
+
+class LaunchedScorer:
+    """Scores the launched model on items; prompts are built when the first one is there, by its tokenizer."""
+
+    def __init__(self, model: LaunchedModel, prepare: Callable[[Any], Sequence[PreparedRequests]]) -> None:
+        self._model, self._prepare = model, prepare
+        self._prepared: Sequence[PreparedRequests] | None = None
+
+    def score(self, places: Sequence[int]) -> Scored:
+        with quiet():
+            self._prepared = self._prepared or self._prepare(self._model.lm)
+            chosen = {p: self._prepared[p] for p in places}
+            out = Scored()
+            for kind in dict.fromkeys(i.kind for i in chosen.values()):
+                self._ask(kind, {p: i for p, i in chosen.items() if i.kind == kind}, out)
+        return out
+
+    def _ask(self, kind: str, items: Mapping[int, PreparedRequests], out: Scored) -> None:
+        asked = [[r] * _times(r) for i in items.values() for r in i.requests]
+        said = iter(getattr(self._model.lm, kind)([r for repeats in asked for r in repeats]))
+        for place, item in items.items():
+            answers = [[next(said) for _ in range(_times(r))] for r in item.requests]
+            judgement = item.judge([a if kind == "generate_until" else a[0] for a in answers])
+            out.answers[place] = judgement.answer
+            out.invalid += judgement.invalid
+
+
+def check_backend(settings: EvaluationSettings, kind: str) -> None:
+    """Raises BadInput for a model type that lm-eval does not know, or that would not score the candidate as it is.
+
+    Args:
+        kind: of the model, as the configuration says it.
+    """
+    from lm_eval.models import MODEL_MAPPING
+
+    name = settings.backend
+    if name not in MODEL_MAPPING:
+        raise BadInput(f"evaluation.backend: unknown backend {name!r}; {nearest(name, ['resident', *MODEL_MAPPING])}")
+    if name.startswith(ELSEWHERE):
+        raise BadInput(f"evaluation.backend: {name} asks models that are no candidates; write resident, hf or vllm.")
+    if kind == "seq2seq" and name in HF:
+        raise BadInput(
+            f"evaluation.backend: {name} ties the heads of encoder-decoders to their embeddings, even where a "
+            "checkpoint holds both; write resident."
+        )
+    if name in REMOTE and not settings.serve:
+        raise BadInput(
+            f"evaluation.serve: missing; {name} talks to a server: give the command that serves a candidate."
+        )
+
+
+def _check_installed(settings: EvaluationSettings) -> None:
+    package, install = BACKEND_PACKAGES.get(settings.backend, ("lm_eval", ""))
+    if find_spec(package) is None:
+        raise BadInput(f"evaluation.backend: {settings.backend} needs {package}; run `pip install {install}`.")
+    program = shlex.split(settings.serve or "true")[0]
+    if "{" not in program and shutil.which(program) is None:
+        raise BadInput(f"evaluation.serve: there is no program {program!r} here; install it, or give its path.")
+
+
+def _times(request: Any) -> int:
+    """How many answers a task wants to a request: sampled ones differ."""
+    return int(request.repeats or 1) if request.request_type == "generate_until" else 1
+
+
+def _filled(text: str, names: Mapping[str, str]) -> str:
+    """With ``{model}`` and ``{port}`` filled in; other braces, such as those of JSON, stay."""
+    for name, value in names.items():
+        text = text.replace(f"{{{name}}}", value)
+    return text
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    """End a server and whatever it started."""
+    with contextlib.suppress(ProcessLookupError):  # it has ended, and all of its processes
+        os.killpg(server.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(timeout=SHUTDOWN_SECONDS)
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=2) as reply:
+            return bool(reply.status == 200)
+    except OSError:
+        return False

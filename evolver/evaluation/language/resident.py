@@ -1,0 +1,73 @@
+"""Tasks of lm-eval on the resident model: forward passes over requests that were built once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from evolver.config import EvaluationSettings
+from evolver.evaluation.base import Scored
+from evolver.evaluation.language.decoder import DecoderOnly
+from evolver.evaluation.language.encoder_decoder import EncoderDecoder
+from evolver.evaluation.language.generation import Generations
+from evolver.evaluation.language.library import quiet
+from evolver.evaluation.language.loglikelihood import Forward, Likelihoods, LogLikelihoods
+from evolver.evaluation.language.requests import PreparedRequests
+from evolver.evaluation.language.tokens import Tokens
+from evolver.evaluation.live import LiveModel
+
+
+def resident(
+    model: LiveModel, prepare: Callable[[Any], list[PreparedRequests]], settings: EvaluationSettings, seed: int
+) -> LanguageScorer:  # fmt: skip
+    """A scorer of the resident model.
+
+    Args:
+        prepare: builds the requests, given the model as lm-eval knows one.
+    """
+    with quiet():
+        lm = Tokens(pretrained=model.module, tokenizer=model.tokenizer, batch_size=1)
+    return LanguageScorer(model, lm, prepare(lm), settings, seed)
+
+
+class LanguageScorer:
+    """Scores the live model on prepared items."""
+
+    def __init__(
+        self,
+        model: LiveModel,
+        lm: Tokens,
+        prepared: Sequence[PreparedRequests],
+        settings: EvaluationSettings,
+        seed: int,
+    ) -> None:
+        self.prepared, self.lm = prepared, lm
+        kind = EncoderDecoder if model.module.config.is_encoder_decoder else DecoderOnly
+        forward: Forward[Any] = kind(model, lm.max_length)
+        self._likely = LogLikelihoods(forward, settings.batch_tokens, settings.batch_size)
+        self._written = Generations(model, lm, settings, seed)
+        asked = list(enumerate(prepared))
+        self._prompts = {p: lm.prompt(i.requests[0]) for p, i in asked if i.kind == "generate_until"}
+        self.groups = {p: lm.group(i.kind, i.requests) for p, i in asked if p not in self._prompts}
+        if self.groups and isinstance(forward, EncoderDecoder):
+            forward.check()
+
+    def score(self, places: Sequence[int]) -> Scored:
+        out = Scored()
+        likely = self._likely({p: self.groups[p] for p in places if p in self.groups})
+        written = self._written({p: self._prompts[p] for p in places if p in self._prompts})
+        for place in places:
+            answers: list[Any] = self._answers(place, likely) if place in self.groups else [written.texts[place]]
+            judgement = self.prepared[place].judge(answers)
+            out.answers[place] = judgement.answer
+            out.invalid += judgement.invalid
+        out.tokens = likely.tokens + written.tokens
+        out.truncated = len(likely.truncated) + len(written.truncated)
+        return out
+
+    def _answers(self, place: int, likely: Likelihoods) -> list[Any]:
+        """What lm-eval would have of its model for each request of an item."""
+        answers = likely.answers[place]
+        if self.groups[place].rolling:
+            return [sum(likelihood for likelihood, _ in answers)]
+        return list(answers)

@@ -1,0 +1,88 @@
+"""The tokens of lm-eval's requests, as lm-eval itself makes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+
+from evolver.evaluation.language.library import quiet
+from evolver.evaluation.language.loglikelihood import Group
+from evolver.evaluation.language.loglikelihood import TokenIds as Ids
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How an answer is to be written: up to one of ``until`` or ``most`` tokens; ``other`` is JSON for generate."""
+
+    until: tuple[str, ...]
+    most: int
+    other: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.other)
+        return found
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt in tokens, how to answer it, and whether it had to be cut."""
+
+    ids: Ids
+    manner: Manner
+    truncated: bool
+    repeats: int = 1
+
+
+class Tokens(HFLM):  # type: ignore[misc]  # lm-eval ships no types
+    """lm-eval's own wrapper of a model, asked for the tokens of requests instead of their answers."""
+
+    def group(self, kind: str, requests: Sequence[Instance]) -> Group:
+        """The requests of an item whose answers are log-likelihoods."""
+        if kind == "loglikelihood_rolling":
+            return Group(tuple(self._windows(requests[0].args[0])), rolling=True)
+        with quiet():
+            pairs = self.loglikelihood(list(requests), disable_tqdm=True)
+        return Group(tuple(pairs))
+
+    def prompt(self, request: Instance) -> Prompt:
+        """A request whose answer is written.
+
+        Raises ValueError where the model's length leaves no room for a prompt.
+        """
+        context, given = request.args[:2]
+        settings: Mapping[str, Any] = normalize_gen_kwargs(given, self.max_gen_toks)
+        other = dict(settings)
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        until, most = handle_stop_sequences(other.pop("until", None), eos=eos), int(other.pop("max_gen_toks"))
+        room = self.max_length - (most if self.backend == "causal" else 0)
+        if room <= 0:
+            raise ValueError(f"max_gen_toks {most} leaves no room for a prompt in {self.max_length} tokens")
+        ids, _ = self.tok_batch_encode([context])
+        whole = tuple(ids[0].tolist())
+        manner = Manner(tuple(until), most, json.dumps(other, sort_keys=True))
+        return Prompt(whole[-room:], manner, len(whole) > room, request.repeats or 1)
+
+    def text(self, tokens: Sequence[int], manner: Manner) -> str:
+        """What was written, without what ended it."""
+        said: str = self.tok_decode(list(tokens))
+        return str(postprocess_generated_text(said, stop=list(manner.until), think_end_token=None))
+
+    def _windows(self, text: str) -> list[tuple[Ids, Ids]]:
+        windows = utils.get_rolling_token_windows(
+            token_list=self.tok_encode(text),
+            prefix_token=self.prefix_token_id,
+            max_seq_len=self.max_length,
+            context_len=1,
+        )
+        return [(tuple(c), tuple(t)) for c, t in map(utils.make_disjoint_window, windows)]
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
+        return [(tuple(context), tuple(continuation)) for _, context, continuation in requests]

@@ -1,0 +1,1 @@
+"""What is made of answers: metrics, scores of tasks, comparisons, races and estimates."""

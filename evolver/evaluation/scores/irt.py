@@ -1,0 +1,200 @@
+"""Item-response estimates: the score of all items from the answers to the first of them.
+
+What models answered before says how hard each item is and how much it tells models apart. A new model's first answers
+then say how able it is, and that what it would answer to the rest. After Maia Polo et al. 2024, "tinyBenchmarks:
+evaluating LLMs with fewer examples", section 4 (the model, p-IRT and gp-IRT), and Mencattini et al. 2025, "MERGE3"
+(mp-IRT: a merged model's ability from those of the models it was merged from).
+
+The papers fit abilities of several dimensions by variational inference, to hundreds of public models; here there is one
+dimension and a maximum a posteriori fit, as a search starts with about ten models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import scipy
+from numpy.typing import NDArray
+
+from evolver.evaluation.scores.metrics import Numbers
+from evolver.evaluation.scores.scoring import Scale
+
+EstimateKind = Literal["p-irt", "gp-irt", "mp-irt"]
+
+# Standard deviations of the priors: log discriminations around 0, difficulties around that of the mean answer. That of
+# abilities is 1, around 0, which sets the scale.
+DISCRIMINATION, DIFFICULTY = 0.5, 2.0
+ITERATIONS = 300
+# No ability lies further out: with its prior, that would take a hundred items that are all answered unlike the model.
+FURTHEST = 10.0
+
+
+@dataclass(frozen=True, eq=False)
+class ItemModel:
+    """How N items behave: P(answer is right) = σ(discrimination · θ - difficulty), θ being a model's ability.
+
+    Attributes:
+        discrimination: of every item, (N).
+        difficulty: of every item, (N).
+        answers: what it was fitted to, (M, N), NaN where a model was not asked.
+    """
+
+    discrimination: Numbers
+    difficulty: Numbers
+    answers: Numbers
+
+    def ability(self, items: Sequence[float], mean: float = 0.0, spread: float = 1.0) -> float:
+        """The most probable ability after the answers to the first items, under the prior N(mean, spread²).
+
+        Raises ValueError for an answer outside [0, 1], and for more answers than there are items.
+        """
+        return float(self._abilities(_row(items, len(self.difficulty))[None, : len(items)], mean, spread)[0])
+
+    def estimate(
+        self, items: Sequence[float], scale: Scale, kind: EstimateKind = "p-irt", experts: Sequence[float] = ()
+    ) -> float:
+        """An estimate of the score of all items; that score itself where none is left.
+
+        What stands for an item that is left, in the mean of its task (n of whose N items are seen, with the mean ȳ):
+
+        - ``p-irt``: p = P(answer is right), so that the task gets n/N · ȳ + (1 - n/N) · mean of p over the rest
+          (tinyBenchmarks, equation 4.2).
+        - ``gp-irt``: λ · ȳ + (1 - λ) · p, so that it gets λ · ȳ + (1 - λ) · its p-IRT estimate (equation 4.3). As
+          there (equation 4.4), λ = β² / (β² + v): v is the variance of ȳ, β the mean error of p. β is measured on
+          the models that answered the whole task, from as many first items, and v has the factor 1 - n/N of sampling
+          without replacement.
+        - ``mp-irt``: as p-IRT, with the ability Σ w_k · θ_k of a merge, θ_k being those of ``experts`` (MERGE3). The
+          weights w_k are independent, normal, around 1/K with a standard deviation of 1/K. Only Σ w_k · θ_k matters
+          in one dimension: they are a prior for the ability, N(mean θ_k, Σ θ_k² / K²).
+
+        Args:
+            items: the answers to the first items in the run's order, each in [0, 1].
+            scale: how items make up the score.
+            kind: of the estimate.
+            experts: the abilities of the models that were merged; for mp-IRT only.
+
+        Raises ValueError for tasks that are not judged item by item, answers outside [0, 1] or more of them than there
+        are items, and for mp-IRT without experts.
+        """
+        if not all(metric.judged for metric in scale.metrics.values()):
+            raise ValueError("only metrics that are judged item by item can be estimated")
+        if len(scale.tasks) != len(self.difficulty):
+            raise ValueError(f"{len(scale.tasks)} items, of {len(self.difficulty)} that the model knows")
+        ability = self.ability(items, *_merged(experts)) if kind == "mp-irt" else self.ability(items)
+        filled = scipy.special.expit(self.discrimination * ability - self.difficulty)
+        filled[: len(items)] = items
+        if kind == "gp-irt":
+            self._blend(filled, len(items), scale)
+        return scale.score(filled.tolist())
+
+    def _blend(self, filled: Numbers, seen: int, scale: Scale) -> None:
+        """Move what stands for the items left, towards the mean of those seen of their task."""
+        known = self._abilities(self.answers[:, :seen], 0.0, 1.0)
+        expected = scipy.special.expit(np.outer(known, self.discrimination) - self.difficulty)
+        for places in map(np.array, scale.places.values()):
+            first, rest = places[places < seen], places[places >= seen]
+            if len(first) and len(rest):
+                share = _share(self.answers[:, places], self.answers[:, rest], expected[:, rest], len(first))
+                filled[rest] = share * filled[first].mean() + (1 - share) * filled[rest]
+
+    def _abilities(self, answers: Numbers, mean: float, spread: float) -> Numbers:
+        """Abilities by the answers to the first items, (M, n) to (M).
+
+        The slope of the log posterior falls with the ability, so that halving an interval finds where it is 0.
+        """
+        a, b = self.discrimination[: answers.shape[1]], self.difficulty[: answers.shape[1]]
+        low, high = np.full((2, len(answers)), [[-FURTHEST], [FURTHEST]])
+        for _ in range(50):
+            middle = (low + high) / 2
+            surprise = np.nan_to_num(answers - scipy.special.expit(np.outer(middle, a) - b))
+            up = surprise @ a > (middle - mean) / spread**2
+            low, high = np.where(up, middle, low), np.where(up, high, middle)
+        found: Numbers = (low + high) / 2
+        return found
+
+
+def fit_items(answers: Sequence[Sequence[float]], count: int) -> ItemModel:
+    """The most probable item model after the answers of M models to ``count`` items, or to the first of them each.
+
+    Maximises Σ y · log p + (1 - y) · log(1 - p) + log priors, where p = σ(α_i · θ_m - β_i) (tinyBenchmarks, equation
+    4.1), over abilities θ, discriminations α > 0 and difficulties β, by L-BFGS from the means: the same answers
+    give the same model. A graded answer y counts as y of a right one and 1 - y of a wrong one.
+
+    Raises ValueError without models, for an answer outside [0, 1], and for more answers than items.
+    """
+    if not answers:
+        raise ValueError("no models to fit to")
+    table = np.stack([_row(items, count) for items in answers])
+    asked = ~np.isnan(table)
+    known, models = np.nan_to_num(table), len(table)
+    centre = -scipy.special.logit((known.sum() + 0.5) / (asked.sum() + 1))
+    means = (known.sum(0) + scipy.special.expit(-centre)) / (asked.sum(0) + 1)
+    start = np.concatenate([np.zeros(models + count), -scipy.special.logit(np.clip(means, 0.01, 0.99))])
+    start[:models] = _standardised(np.where(asked, table - means, 0).sum(1) / np.maximum(asked.sum(1), 1))
+    found = scipy.optimize.minimize(
+        _loss, start, (known, asked, centre), jac=True, method="L-BFGS-B", options={"maxiter": ITERATIONS}
+    )
+    _, logs, difficulty = np.split(found.x, [models, models + count])
+    return ItemModel(np.exp(logs), difficulty, table)
+
+
+def _loss(x: Numbers, known: Numbers, asked: NDArray[np.bool_], centre: float) -> tuple[float, Numbers]:
+    """The negative log posterior of abilities, log discriminations and difficulties, and its gradient."""
+    models, count = known.shape
+    ability, logs, difficulty = np.split(x, [models, models + count])
+    discrimination = np.exp(logs)
+    z = np.outer(ability, discrimination) - difficulty
+    away = (difficulty - centre) / DIFFICULTY
+    priors = (ability @ ability + logs @ logs / DISCRIMINATION**2 + away @ away) / 2
+    loss = float(np.sum((np.logaddexp(0, z) - known * z) * asked) + priors)
+    error = (scipy.special.expit(z) - known) * asked
+    slopes = [
+        error @ discrimination + ability,
+        (ability @ error) * discrimination + logs / DISCRIMINATION**2,
+        away / DIFFICULTY - error.sum(0),
+    ]
+    return loss, np.concatenate(slopes)
+
+
+def _share(task: Numbers, rest: Numbers, expected: Numbers, seen: int) -> float:
+    """λ of gp-IRT; 0 where no model has answered the whole task, as then nothing speaks against the item model.
+
+    Args:
+        task: the models' answers to the task, (M, N).
+        rest: those to the items that are left, (M, N - seen).
+        expected: what the item model expects them to be.
+        seen: how many items are seen.
+    """
+    whole = ~np.isnan(task).any(1)
+    if not whole.any():
+        return 0.0
+    size = task.shape[1]
+    bias = np.abs(rest[whole].mean(1) - expected[whole].mean(1)).mean() ** 2
+    variance = task[whole].var(1).mean() / seen * (1 - seen / size)
+    return float(bias / (bias + variance)) if bias > 0 else 0.0
+
+
+def _merged(experts: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation of a merge's ability."""
+    if not experts:
+        raise ValueError("mp-irt needs the abilities of the models that were merged")
+    return float(np.mean(experts)), max(float(np.linalg.norm(experts)) / len(experts), 1e-3)
+
+
+def _row(items: Sequence[float], count: int) -> Numbers:
+    """Answers to the first items, NaN for the rest, (count)."""
+    if len(items) > count:
+        raise ValueError(f"{len(items)} items of {count}")
+    row: NDArray[Any] = np.full(count, np.nan)
+    row[: len(items)] = items
+    if not np.all((row[: len(items)] >= 0) & (row[: len(items)] <= 1)):
+        raise ValueError("answers lie between 0 and 1")
+    return row
+
+
+def _standardised(values: Numbers) -> Numbers:
+    spread: Numbers = (values - values.mean()) / max(float(values.std()), 1e-9)
+    return spread

@@ -1,0 +1,97 @@
+"""A merge method applied to one tensor: its questions answered by passes over all pieces, then merged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from evolver.kernels.compiled import Kernels
+from evolver.merging.engine import order
+from evolver.merging.engine.pieces import InputTensors, Pieces
+from evolver.merging.methods import Method
+from evolver.merging.methods.here import NeedsAnswer, Stack
+from evolver.records import Value
+
+
+@dataclass
+class AllTensors:
+    """All floating tensors that a merge goes over, for what a method asks of the model as a whole.
+
+    ``tensors`` yields them afresh every time; nothing of them is kept.
+    """
+
+    size: int
+    tensors: Callable[[], Iterable[InputTensors]]
+    known: dict[str, Tensor] = field(default_factory=dict)
+
+
+def apply(
+    method: Method,
+    values: Mapping[str, Value],
+    whole: InputTensors,
+    model: AllTensors | None = None,
+    kernels: Kernels | None = None,
+    piece: int | None = None,
+) -> Tensor:
+    """The merged tensor, in the base's shape and dtype: computed in float32, rounded once.
+
+    Args:
+        values: complete settings.
+        model: answers to questions with ``scope: global``; without it the tensor stands for the model.
+        kernels: fused kernels, where there are some; the bits are the same.
+        piece: scalars that are handled at a time, about.
+    """
+    pieces = Pieces(method, values, whole, kernels, piece)
+    known: list[Tensor] = []
+    while (question := pieces.question(known)) is not None:
+        known.append(_answer(pieces, question, known, model).to(whole.base.device))
+    return pieces.merge(known).view(whole.base.shape)
+
+
+def _answer(pieces: Pieces, asked: NeedsAnswer, known: Sequence[Tensor], model: AllTensors | None) -> Tensor:
+    if asked.kind != "order":
+        return pieces.sum(known) if asked.kind == "sum" else pieces.maximum(known)
+    assert asked.counts is not None  # every question of order has them
+    if asked.scope == "tensor" or model is None:
+        return order.kth_largest(_Scores([pieces], pieces.size, known), asked.counts(pieces.size))
+    ranks = asked.counts(model.size)
+    question = f"{len(known)} {ranks}"  # settings that vary by place ask differently
+    if question not in model.known:
+        scores = _Scores(_OfModel(pieces, model), model.size, known)
+        model.known[question] = order.kth_largest(scores, ranks)
+    return model.known[question]
+
+
+@dataclass
+class _OfModel:
+    """A method on every tensor of a model; afresh each time."""
+
+    pieces: Pieces
+    model: AllTensors
+
+    def __iter__(self) -> Iterator[Pieces]:
+        return (self.pieces.of(whole) for whole in self.model.tensors())
+
+
+@dataclass
+class _Scores:
+    """The scores that a method asks the order of, over one tensor or all."""
+
+    parts: Iterable[Pieces]
+    size: int
+    known: Sequence[Tensor]
+
+    def sample(self, count: int) -> Tensor:
+        share = count / self.size
+        found = [p.sample(self.known, math.ceil(share * p.size)) for p in self.parts]
+        return torch.stack([torch.cat([row.reshape(-1) for row in rows]) for rows in zip(*found, strict=True)])
+
+    def taken(self, edges: Tensor) -> Iterator[order.Taken]:
+        return (taken for part in self.parts for taken in part.taken(self.known, edges))
+
+    def pieces(self) -> Iterator[Stack]:
+        return (scores for part in self.parts for scores in part.scores(self.known))

@@ -1,0 +1,86 @@
+"""A recipe as a Hugging Face folder that ``from_pretrained`` loads, with a card that says where it came from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from evolver.checkpoints import shards
+from evolver.checkpoints.heads import Head
+from evolver.merging.materialise import Materialiser
+from evolver.records import Recipe, dump_recipe
+
+# How configurations say the number of layers.
+DEPTH = ("num_hidden_layers", "n_layer", "num_layers")
+# What a model folder has besides weights. Everything else in the base's folder is not the model's.
+TOKENIZER = (
+    "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt",
+    "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model", "preprocessor_config.json",
+)  # fmt: skip
+COMPANIONS = ("generation_config.json", *TOKENIZER)
+
+
+def export(
+    recipe: Recipe, materialiser: Materialiser, folder: Path, texts: Mapping[str, str],
+    shard_bytes: int = shards.SHARD_BYTES, tokenizer: Path | None = None,
+) -> None:  # fmt: skip
+    """Write the model of ``recipe`` into an empty folder, or one that it makes.
+
+    Args:
+        texts: further files by name: its README, its configuration for other tools.
+        shard_bytes: how large a file of weights may become.
+        tokenizer: the folder whose tokenizer and generation settings are copied; None: the base's.
+    """
+    base = materialiser.base
+    folder.mkdir(parents=True, exist_ok=True)
+    infos = {n: materialiser.info(recipe, n) for n in materialiser.names(recipe)}
+    shards.write_shards(materialiser.stream(recipe), infos, folder, shard_bytes)
+    for name in COMPANIONS:
+        if ((tokenizer or base.path) / name).exists():
+            shutil.copyfile((tokenizer or base.path) / name, folder / name)
+    (folder / "config.json").write_text(json.dumps(merged_config(recipe, materialiser), indent=2))
+    (folder / "recipe.json").write_text(dump_recipe(recipe))
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+
+
+def write_heads(folder: Path, heads: Mapping[str, tuple[Path, Head]]) -> None:
+    """Write a classifier for each head into a folder of its own: the merged body, by hard link, and the head.
+
+    Args:
+        folder: of the merged model.
+        heads: the folder of each head's expert, and the head's tensors, by name.
+    """
+    bodies = sorted(folder.glob("model*.safetensors"))
+    for name, (expert, head) in heads.items():
+        own = folder / name
+        own.mkdir()
+        where = {"head.safetensors": list(head)}
+        for body in bodies:
+            os.link(body, own / f"body-{body.name}")
+            where[f"body-{body.name}"] = list(shards.read_header(body))
+        shards.write_file(own / "head.safetensors", head)
+        shards.write_index(own, where, sum(f.stat().st_size for f in own.glob("*.safetensors")))
+        for file in folder.iterdir():
+            if file.name in COMPANIONS:
+                shutil.copyfile(file, own / file.name)
+        shutil.copyfile(expert / "config.json", own / "config.json")
+
+
+def merged_config(recipe: Recipe, materialiser: Materialiser) -> dict[str, Any]:
+    """The base's configuration, with the model's dtype and number of layers."""
+    config = dict(materialiser.base.config)
+    config.pop("_name_or_path", None)
+    config.pop("_model_name_or_path", None)
+    if materialiser.dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(materialiser.dtype).removeprefix("torch.")
+    depth = materialiser.depth(recipe)
+    for key in DEPTH:
+        if key in config and depth != materialiser.base.layers:
+            config[key] = depth
+    return config

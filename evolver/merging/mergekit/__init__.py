@@ -1,0 +1,16 @@
+"""mergekit's configuration files: read as recipes, and recipes written as such files."""
+
+from evolver.merging.mergekit.reader import MERGEKIT_NAMES, Configuration, Tokenizer, parse, read
+from evolver.merging.mergekit.writer import CONFIG_FILE, RANDOM, Inexpressible, dump
+
+__all__ = [
+    "CONFIG_FILE",
+    "MERGEKIT_NAMES",
+    "RANDOM",
+    "Configuration",
+    "Inexpressible",
+    "Tokenizer",
+    "dump",
+    "parse",
+    "read",
+]

@@ -1,0 +1,208 @@
+"""Vocabularies that differ: rows of embeddings and heads are matched by token, not by place.
+
+The merge has a target vocabulary. Every model is seen through it: rows of its own tokens move to their new places, and
+tokens that it lacks get the row that mergekit gives them: as configured; else the base's; else that of the one model
+that has the token; else the mean of those that have it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer
+from torch import Tensor
+
+from evolver.checkpoints.weights import TOKEN_MATRICES, Checkpoint, Source, TensorInfo
+from evolver.errors import BadInput, nearest
+from evolver.merging.mergekit.reader import TokenEntry, reference
+
+TOKENIZER_JSON = "tokenizer.json"
+Ids = Mapping[str, int]
+TokenRow = tuple[str, int]  # a model, and the place in its matrices
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The target.
+
+    Args:
+        ids: token → row.
+        size: number of rows; those of no token are zero.
+        own: for every model the row that it has for each row of the target, int64 (size), -1 where it has none.
+        others: for rows that a model lacks, the rows whose mean it gets; zero where there are none.
+    """
+
+    ids: Ids
+    size: int
+    own: Mapping[str, Tensor]
+    others: Mapping[int, tuple[TokenRow, ...]]
+
+    @property
+    def digest(self) -> str:
+        """Of everything that decides about a row, but the models themselves."""
+        form = [sorted(self.ids.items()), self.size, [[k, v] for k, v in sorted(self.others.items())]]
+        return hashlib.sha256(json.dumps(form).encode()).hexdigest()
+
+
+def vocabulary(
+    source: str, tokens: Mapping[str, TokenEntry], multiple: int | None, models: Mapping[str, Ids], base: str, file: str
+) -> Vocabulary:
+    """The target vocabulary of a mergekit file.
+
+    Args:
+        source: ``union``, ``base`` or a model.
+        tokens: rules for single tokens.
+        multiple: of which the number of rows shall be one.
+        models: every model's vocabulary.
+
+    Raises BadInput that names ``file`` and the key.
+    """
+    if source not in ("union", "base", *models):
+        raise BadInput(f"{file}: tokenizer_source: {source} is no model of this merge; {nearest(source, models)}")
+    ids = dict(models[base if source in ("base", "union") else source])
+    if source == "union":
+        for other in models.values():
+            for token in sorted(other.keys() - ids.keys(), key=other.__getitem__):
+                ids[token] = 1 + max(ids.values())
+    size = math.ceil((1 + max(ids.values())) / (multiple or 1)) * (multiple or 1)
+    own = {m: torch.full((size,), -1) for m in models}
+    for model, known in models.items():
+        there = [t for t in ids if t in known]
+        own[model][[ids[t] for t in there]] = torch.tensor([known[t] for t in there], dtype=torch.int64)
+    others = {i: _usual(token, models, base) for token, i in ids.items()}
+    for token, entry in tokens.items():
+        if token not in ids:
+            raise BadInput(f"{file}: tokenizer.tokens: {token!r} is in no vocabulary of this merge.")
+        if entry.source is not None:
+            others[ids[token]] = _configured(entry.source, token, models, f"{file}: tokenizer.tokens.{token}.source")
+        if entry.force:
+            for rows in own.values():
+                rows[ids[token]] = -1
+    lacking = torch.stack(list(own.values())).min(0).values < 0
+    return Vocabulary(ids, size, own, {i: rows for i, rows in others.items() if lacking[i]})
+
+
+def _usual(token: str, models: Mapping[str, Ids], base: str) -> tuple[TokenRow, ...]:
+    if token in models[base]:
+        return ((base, models[base][token]),)
+    return tuple((m, known[token]) for m, known in models.items() if token in known)
+
+
+def _configured(source: Any, token: str, models: Mapping[str, Ids], place: str) -> tuple[TokenRow, ...]:
+    if isinstance(source, dict) and source.get("kind") == "zero":
+        return ()
+    form = source if isinstance(source, dict) and source.get("kind") == "model_token" else {"model": source}
+    model = reference(form.get("model"))
+    if model not in models:
+        raise BadInput(f"{place}: {model} is no model of this merge; {nearest(model, models)}")
+    if "token_id" in form:
+        return ((model, int(form["token_id"])),)
+    wanted = form.get("token", token)
+    if wanted not in models[model]:
+        raise BadInput(f"{place}: {model} has no token {wanted!r}; name one that it has.")
+    return ((model, models[model][wanted]),)
+
+
+class Aligned(Checkpoint):
+    """A model seen through the target vocabulary; only one tensor at a time is in memory.
+
+    Args:
+        inner: the model.
+        name: as the vocabulary calls it.
+        models: all models by name, of which rows may be taken.
+        base: gives the names of tensors, and the configuration.
+    """
+
+    def __init__(
+        self, inner: Source, name: str, target: Vocabulary, models: Mapping[str, Source], base: Checkpoint
+    ) -> None:
+        self.path, self.key = inner.path, inner.key
+        self.inner, self.name, self.target, self.models, self.base = inner, name, target, models, base
+
+    @property
+    def headers(self) -> dict[str, TensorInfo]:  # derived here, read from files there
+        size = self.target.size
+        found = self.base.headers.items()
+        return {n: TensorInfo((size, *i.shape[1:]), i.dtype) if n.endswith(TOKEN_MATRICES) else i for n, i in found}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {**self.base.config, "vocab_size": self.target.size}
+
+    def files(self) -> list[Path]:
+        return self.inner.files()
+
+    def tensor(self, name: str) -> Tensor:
+        own = self.inner.tensor(name)
+        if not name.endswith(TOKEN_MATRICES):
+            return own
+        rows = self.target.own[self.name]
+        has = rows >= 0
+        out = own.new_zeros(self.target.size, *own.shape[1:])
+        out[has] = own[rows[has]]
+        missing = [i for i in self.target.others if not has[i]]
+        out[missing] = self._means(name, missing, own).to(out.dtype)
+        return out
+
+    def _means(self, name: str, missing: list[int], like: Tensor) -> Tensor:
+        """Rows for tokens that the model lacks, float32 (missing, ...)."""
+        total = torch.zeros(len(missing), *like.shape[1:])
+        for model, source in self.models.items():
+            pairs = [(k, r) for k, i in enumerate(missing) for m, r in self.target.others[i] if m == model]
+            if pairs:
+                places, rows = (torch.tensor(x) for x in zip(*pairs, strict=True))
+                total.index_add_(0, places, source.tensor(name)[rows].float())
+        counts = torch.tensor([max(1, len(self.target.others[i])) for i in missing])
+        return total / counts.view(-1, *[1] * (total.dim() - 1))
+
+    def digest(self) -> str:
+        parts = [self.inner.digest(), self.name, self.target.digest, *(s.digest() for s in self.models.values())]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:20]
+
+
+def known_tokens(source: Source) -> Ids:
+    """A model's tokens that have a row.
+
+    Raises BadInput where it has no fast tokenizer.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else source.base  # type: ignore[attr-defined]  # adapters have one
+    tokens = checkpoint.vocabulary
+    if tokens is None:
+        raise BadInput(
+            f"{source.key}: {checkpoint.path} has no {TOKENIZER_JSON}, so its rows have no tokens; save a fast "
+            "tokenizer."
+        )
+    rows = min(i.shape[0] for n, i in checkpoint.headers.items() if n.endswith(TOKEN_MATRICES))
+    return {t: i for t, i in tokens.items() if i < rows}
+
+
+def extend_tokenizer(folder: Path, target: Vocabulary, donors: Mapping[str, Path]) -> None:
+    """Add the target's tokens to the tokenizer in ``folder``, so that each has the number of its row.
+
+    Raises BadInput where the tokenizer numbers them otherwise.
+    """
+    special = {t["content"] for d in donors.values() for t in _added(d / TOKENIZER_JSON) if t.get("special")}
+    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_JSON))
+    known = tokenizer.get_vocab()
+    new = sorted(target.ids.keys() - known.keys(), key=target.ids.__getitem__)
+    for token in new:
+        tokenizer.add_tokens([AddedToken(token, special=token in special, normalized=False)])
+        if tokenizer.token_to_id(token) != target.ids[token]:
+            raise BadInput(
+                f"{folder.name}: the tokenizer would give {token!r} the number {tokenizer.token_to_id(token)} and not "
+                f"{target.ids[token]}, as its vocabulary has gaps; choose a model as tokenizer_source."
+            )
+    if new:
+        tokenizer.save(str(folder / TOKENIZER_JSON))
+
+
+def _added(file: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(file.read_text()).get("added_tokens", []) if file.exists() else []
+    return found

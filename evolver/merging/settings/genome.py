@@ -1,0 +1,122 @@
+"""Between a search space and a recipe: settings × experts × layer groups as named knobs, and values back into rules."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evolver.checkpoints.weights import layer_of
+from evolver.errors import BadInput, nearest
+from evolver.merging.methods import Method, Range, Simplex
+from evolver.merging.settings.placed import fixed_rules
+from evolver.records import Expert, Knob, Merge, Place, Recipe, Rule
+
+# A weight on the simplex is drawn as e / Σ e with e = -log(u): uniform u then means uniform weights (Dirichlet(1)).
+# The ends are cut off so that no weight is exactly 0 or 1.
+LOW_U, HIGH_U = 0.001, 0.999
+
+
+@dataclass(frozen=True)
+class Genome:
+    """What is tuned (``tune``) and what is fixed (``fixed``) of a method, for the whole model or for layer groups."""
+
+    method: Method
+    experts: tuple[Expert, ...]
+    base: Expert
+    layers: int
+    groups: int
+    tune: tuple[str, ...]
+    fixed: tuple[Rule, ...]
+
+    @property
+    def knobs(self) -> tuple[Knob, ...]:
+        """The search space, in a fixed order: ``setting[expert]@group``."""
+        out = []
+        for suffix, _ in self._places():
+            for name in self.tune:
+                search = self.method.settings[name].search
+                if isinstance(search, Simplex):
+                    out += [Knob(f"{name}[{e.name}]{suffix}", LOW_U, HIGH_U) for e in self.experts]
+                elif isinstance(search, Range):
+                    out.append(Knob(f"{name}{suffix}", search.low, search.high, search.log))
+        return tuple(out)
+
+    def decode(self, values: Mapping[str, float]) -> Recipe:
+        """The recipe that one point of the space stands for."""
+        tuned = [Rule.of(self._settings(values, suffix), place) for suffix, place in self._places()]
+        return Merge(self.method.name, self.experts, self.base, (*self.fixed, *tuned))
+
+    def encode_equal(self, mass: float) -> dict[str, float]:
+        """The point with equal weights and, where it is tuned, the given total mass: a start for searches."""
+        out = {}
+        for knob in self.knobs:
+            middle = math.sqrt(knob.low * knob.high) if knob.log else 0.5 * (knob.low + knob.high)
+            out[knob.name] = min(max(mass, knob.low), knob.high) if knob.name.startswith("lambda") else middle
+        return out
+
+    def _settings(self, values: Mapping[str, float], suffix: str) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for name in self.tune:
+            if isinstance(self.method.settings[name].search, Simplex):
+                e = [-math.log(values[f"{name}[{x.name}]{suffix}"]) for x in self.experts]
+                out[name] = tuple(v / math.fsum(e) for v in e)
+            else:
+                out[name] = values[f"{name}{suffix}"]
+        return out
+
+    def _places(self) -> list[tuple[str, Place]]:
+        if self.groups == 1:
+            return [("", Place())]
+        bounds = [round(g * self.layers / self.groups) for g in range(self.groups + 1)]
+        ranges = list(itertools.pairwise(bounds))
+        return [("@outside", Place(outside=True))] + [(f"@{a}-{b - 1}", Place((a, b))) for a, b in ranges]
+
+
+def genome(
+    method: Method,
+    experts: Sequence[Expert],
+    base: Expert,
+    names: Sequence[str],
+    groups: int,
+    tune: Sequence[str] | None,
+    settings: Mapping[str, Any],
+    place: str,
+) -> Genome:
+    """A genome, checked. Without ``tune``, total mass, simplex weights and what has no default are tuned.
+
+    Args:
+        names: of the base's tensors.
+        settings: those that stay fixed, in the forms of ``placed``.
+
+    Raises BadInput that names ``place``.
+    """
+    layers = 1 + max((layer_of(n) or 0 for n in names), default=0)
+    searchable = {n for n, s in method.settings.items() if s.search is not None}
+    if tune is None:
+        needed = [n for n, s in method.settings.items() if s.required and n not in settings]
+        tune = [n for n in ("lambda", "weight", *needed) if n in searchable]
+    for name in tune:
+        if name not in searchable:
+            raise BadInput(
+                f"{place}.tune: {method.name} has nothing to tune called {name!r}; {nearest(name, searchable)}"
+            )
+        if name in settings:
+            raise BadInput(f"{place}.settings.{name}: {name} is tuned; remove it here or in {place}.tune.")
+    if len(set(tune)) < len(tune):
+        raise BadInput(f"{place}.tune: a setting stands twice; name each once.")
+    if not tune:
+        raise BadInput(f"{place}.method: {method.name} has nothing to tune; choose task_arithmetic, ties or another.")
+    if not 1 <= groups <= layers:
+        raise BadInput(f"{place}.layer_groups: {groups} groups of {layers} layers; write a number from 1 to {layers}.")
+    examples = {n: _example(method, n) for n in tune}
+    fixed = fixed_rules(method, settings, [e.name for e in experts], names, f"{place}.settings", examples)
+    return Genome(method, tuple(experts), base, layers, groups, tuple(tune), fixed)
+
+
+def _example(method: Method, name: str) -> float:
+    """A valid value of a setting that a search will choose."""
+    search = method.settings[name].search
+    return search.low if isinstance(search, Range) else 1.0

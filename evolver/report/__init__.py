@@ -1,0 +1,1 @@
+"""What people are told of a run: the report, its verdict, its curve, and its page."""

@@ -1,0 +1,265 @@
+"""The report of a run: a verdict in one sentence, and what it rests on. Reads results only."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+
+from evolver.errors import BadInput
+from evolver.evaluation.scores.comparison import compare, interval
+from evolver.evaluation.scores.scoring import Scale
+from evolver.records import Candidate, Recipe, Result, ancestors, dump_recipe
+from evolver.report.curve import curve
+from evolver.report.html import html_page
+from evolver.report.text import cost_rows, describe_node, markdown_table, median_or_zero, of_task, score_text, signed
+from evolver.report.verdict import verdict
+from evolver.runs.history import History, read_history, rows_of
+from evolver.runs.outcome import Finalist, Outcome
+from evolver.storage import Storage
+
+# What can be wrong with answers, by the name of its count.
+FLAWS = {
+    "truncated": "the prompt was cut, or the answer met its limit before its end",
+    "invalid": "no answer was found in what was written",
+}
+
+
+def write_report(folder: Storage, outcome: Outcome, agreement: Mapping[str, int]) -> None:
+    """Write ``report.md`` and its twin ``report.html`` with its picture, and for programs ``summary.json``."""
+    folder.write("curve.png", curve(outcome))
+    folder.write("summary.json", json.dumps(summary(outcome), indent=1).encode())
+    sections = [
+        f"# {outcome.config.run}",
+        _question(outcome),
+        f"**{verdict(outcome)}**",
+        "\n\n".join(f"> Warning: {w}." for w in outcome.about.warnings),
+        table_of(outcome),
+        _against_others(outcome),
+        "![best dev score against scored items](curve.png)",
+        _winner_section(outcome, agreement),
+        _lineage(outcome.winner.recipe),
+        _cost(outcome),
+        _failures(outcome),
+        _provenance(outcome),
+    ]
+    text = "\n\n".join(s for s in sections if s) + "\n"
+    folder.write("report.md", text.encode())
+    folder.write("report.html", html_page(text, outcome.config.run, folder.read).encode())
+
+
+def _question(outcome: Outcome) -> str:
+    """What the run was to find out, and how."""
+    config, dev = outcome.config, len(outcome.scales["dev"].tasks)
+    heavy = {t.task: f", weight {t.weight:g}" if t.weight != 1 else "" for t in config.evaluation.tasks}
+    tasks = _listed([f"{t.task} ({t.metric}{heavy[t.task]})" for t in config.evaluation.tasks])
+    limits = _listed([f"{n} {what}" for what, n in config.budget.model_dump(exclude_none=True).items()])
+    settings = {key: value for key, value in config.search.items() if key != "algorithm"}
+    said = yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=math.inf).strip()[1:-1]
+    search = f"`{config.search['algorithm']}`" + (f" ({said})" if settings else "")
+    return (
+        f"Is there a merge of {_listed(list(config.experts))}, fine-tunes of `{config.model.base}`, that is better "
+        f"than the best of them on {tasks}? Searched by {search} within {limits}, on {dev} dev items."
+    )
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def summary(outcome: Outcome) -> dict[str, Any]:
+    """The outcome in numbers; ``against`` is the winner's difference to the best expert on the report items."""
+    results = [r for _, r in outcome.searched]
+    dev, report, expert = outcome.winner.dev, outcome.winner.report, outcome.best_expert
+    against = None
+    if None not in (report.score, expert.report.score):
+        scale = outcome.scales["report"]
+        against = asdict(compare(report.items, expert.report.items, scale, outcome.config.seed))
+    return {
+        "run": outcome.config.run,
+        "budget": outcome.config.budget.model_dump(),
+        "verdict": verdict(outcome),
+        "winner": {"candidate": outcome.winning.number, "recipe": outcome.winner.recipe.id,
+                   "dev": dev.score, "report": report.score},
+        "report": {f.label: f.report.score for f in outcome.finalists},
+        "best_expert": expert.label,
+        "against": against,
+        "candidates": len(results),
+        "items": sum(r.cost for r in results),
+        "seconds": math.fsum(r.seconds.get("total", 0.0) for r in results if not r.reused),
+        "failed": sum(r.status == "failed" for r in results),
+    }  # fmt: skip
+
+
+def write_again(run: Storage, target: Storage) -> str:
+    """Write the report of a run anew, from its folder alone, with all candidates as ``candidates.csv``; the verdict.
+
+    Raises BadInput where the folder holds no run, or one whose finalists are not scored yet.
+    """
+    history = read_history(run)
+    outcome = history.outcome()
+    if outcome is None or not run.exists("best.json"):
+        raise BadInput(f"{run.location}: the run has not come to its end; go on with it first (evolver resume).")
+    write_report(target, outcome, json.loads(run.read("best.json")))
+    target.write("candidates.csv", _csv(history).encode())
+    return verdict(outcome)
+
+
+def _csv(history: History) -> str:
+    rows = rows_of(history)
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list({key: None for row in rows for key in row}), restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def table_of(outcome: Outcome) -> str:
+    """Winner, base, experts and plain merges: scores, intervals, tasks."""
+    scale = outcome.scales["report"]
+    flawed = [name for name in FLAWS if any(f.report.counts.get(name) for f in outcome.finalists)]
+    head = ["model", "dev", "report", "95 % interval", *(_headline(t, scale) for t in scale.weights), *flawed]
+    rows = [_row(f, outcome, flawed) for f in outcome.finalists]
+    sizes = f"Dev: {len(outcome.scales['dev'].tasks)} items, the only ones that the search saw. "
+    sizes += f"Report: {len(scale.tasks)} other items, scored once. Tasks: on the report items."
+    flaws = " ".join(f"{name.capitalize()}: {what}, in % of the report items." for name, what in FLAWS.items())
+    none = "" if flawed else " No prompt or answer was truncated, no answer was invalid."
+    return markdown_table(head, rows) + "\n\n" + sizes + (f" {flaws}" if flawed else none)
+
+
+def _headline(task: str, scale: Scale) -> str:
+    """The task's name; with its metric where that is one of which less is better."""
+    metric = scale.metrics[task]
+    return f"{task} ({metric.name}, less is better)" if metric.negative else task
+
+
+def _row(finalist: Finalist, outcome: Outcome, flawed: Sequence[str]) -> list[str]:
+    name, scale = f"**{finalist.label}**" if finalist.label == "winner" else finalist.label, outcome.scales["report"]
+    dev = score_text(finalist.dev.score, outcome.scales["dev"])
+    if finalist.report.score is None:
+        return [name, dev, f"failed: {finalist.report.reason}", "", *["" for _ in (*scale.weights, *flawed)]]
+    low, high = interval(finalist.report.items, scale, outcome.config.seed)
+    tasks = [of_task(finalist.report.tasks.get(t), scale.metrics[t]) for t in scale.weights]
+    flaws = [f"{100 * finalist.report.counts.get(f, 0.0) / len(scale.tasks):.1f}" for f in flawed]
+    between = f"{score_text(low, scale)} – {score_text(high, scale)}"
+    return [name, dev, score_text(finalist.report.score, scale), between, *tasks, *flaws]
+
+
+def _against_others(outcome: Outcome) -> str:
+    """Paired tests of the winner against everybody else."""
+    rows = []
+    for other in outcome.finalists[:-1]:
+        if other.report.score is None or outcome.winner.report.score is None:
+            continue
+        c = compare(outcome.winner.report.items, other.report.items, outcome.scales["report"], outcome.config.seed)
+        scale = outcome.scales["report"]
+        between = f"{signed(c.low, scale)} – {signed(c.high, scale)}"
+        rows.append([other.label, signed(c.difference, scale), between, f"{c.p:.3g}"])
+    head = ["winner against", "points", "95 % interval", "p (paired permutation)"]
+    return "## Paired tests on the report set\n\n" + markdown_table(head, rows)
+
+
+def _winner_section(outcome: Outcome, agreement: Mapping[str, int]) -> str:
+    candidate, models = outcome.winning, len({r.recipe_id for _, r in outcome.searched})
+    same = f"{agreement['equal']} of {agreement['items']}"
+    return (
+        "## The winner\n\n"
+        f"One of {models} models, proposed by `{candidate.proposer}` as candidate {candidate.number}, recipe "
+        f"`{candidate.recipe.id}` ({len(dump_recipe(candidate.recipe))} bytes, in `recipe.json`). The folder `best/`, "
+        f"loaded anew and scored on the dev items, gives the ledger's score on {same} items."
+    )
+
+
+def _lineage(recipe: Recipe) -> str:
+    """Everything that the winner is made of, down to the experts; what is used stands above what uses it."""
+    rows = [
+        [f"`{n.id[:8]}`", describe_node(n), ", ".join(f"`{i.id[:8]}`" for i in n.inputs)] for n in ancestors(recipe)
+    ]
+    return "## Its lineage\n\n" + markdown_table(["model", "made by", "of"], rows)
+
+
+def _cost(outcome: Outcome) -> str:
+    results = [r for _, r in outcome.searched]
+    fresh = [r for r in results if not r.reused and r.status == "ok"]
+    full = len(outcome.scales["dev"].tasks)
+    spent = {
+        k: math.fsum(r.seconds.get(k, 0.0) for r in results if not r.reused)
+        for k in ("materialise", "forward", "total")
+    }
+    rows = [
+        ["candidates", str(len(results))],
+        ["of these known already, at no cost", str(sum(r.reused for r in results))],
+        ["items scored", str(sum(r.cost for r in results))],
+        ["tokens", f"{math.fsum(r.counts.get('tokens', 0.0) for r in fresh):.0f}"],
+        ["seconds of evaluation", f"{spent['total']:.1f}"],
+        ["of these: materialising", f"{spent['materialise']:.1f}"],
+        ["of these: scoring", f"{spent['forward']:.1f}"],
+        ["of these: the rest", f"{spent['total'] - spent['materialise'] - spent['forward']:.1f}"],
+        ["seconds a candidate, median", f"{median_or_zero(r.seconds.get('total', 0.0) for r in fresh):.2f}"],
+        *_waste_rows(outcome.wasted),
+        *cost_rows(
+            outcome.config.pool, spent["total"] + math.fsum(r.seconds.get("total", 0.0) for r in outcome.wasted)
+        ),
+    ]
+    parts = ["## What the search cost", markdown_table(["", ""], rows), _savings_table(outcome.searched, full, outcome)]
+    return "\n\n".join(p for p in parts if p)
+
+
+def _waste_rows(wasted: Sequence[Result]) -> Iterable[list[str]]:
+    """What running ahead cost beside the budget."""
+    if wasted:
+        yield ["candidates scored ahead on wrong guesses, beside the above", str(len(wasted))]
+        yield ["their items", str(sum(r.cost for r in wasted))]
+        yield ["their seconds", f"{math.fsum(r.seconds.get('total', 0.0) for r in wasted):.1f}"]
+
+
+def _savings_table(searched: Sequence[tuple[Candidate, Result]], full: int, outcome: Outcome) -> str:
+    """What each way of scoring less has saved, against scoring every item of every model once."""
+    last: dict[str, tuple[Candidate, Result]] = {}  # of each model the evaluation that knows most
+    for candidate, result in searched:
+        known = last.get(result.recipe_id)
+        if result.status == "ok" and (known is None or len(result.items) > len(known[1].items)):
+            last[result.recipe_id] = (candidate, result)
+    partial = [(c, r) for c, r in last.values() if not r.complete]
+    ways = {
+        "could no longer reach the bar": [r for c, r in partial if not r.raced and c.limit is None],
+        f"lost a race, at an error rate of {outcome.config.evaluation.racing}": [r for _, r in partial if r.raced],
+        "did not go on to the next rung": [r for c, r in partial if not r.raced and c.limit is not None],
+    }
+    rows = [[way, str(len(rs)), str(sum(full - len(r.items) for r in rs))] for way, rs in ways.items() if rs]
+    return markdown_table(["not scored in full", "models", "items saved"], rows) if rows else ""
+
+
+def _failures(outcome: Outcome) -> str:
+    failed = [(c, r) for c, r in outcome.searched if r.status == "failed"]
+    if not failed:
+        return ""
+    rows = [[str(c.number), r.reason] for c, r in failed]
+    return "## Failed candidates\n\n" + markdown_table(["candidate", "reason"], rows)
+
+
+def _provenance(outcome: Outcome) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in outcome.about.versions.items())
+    same = (
+        "The same configuration gives the same candidates and the same winner, with one worker or many, interrupted or "
+        "not; sums of forward passes are rounded in the order of a processor, so this holds on processors that compute "
+        "alike."
+    )
+    if outcome.config.order == "arrival":
+        same = (
+            "Results were learnt as they came (`order: arrival`): called again in this folder, the run repeats itself "
+            "from its ledger; in another one, other timing makes other candidates."
+        )
+    compute = outcome.config.model.compute
+    passes = f"Forward passes ran in {compute}. " if compute != "auto" else ""
+    return (
+        "## How to reproduce\n\n"
+        f"`python evolve.py config.yaml` with the configuration beside this file, seed {outcome.config.seed}. {passes}"
+        f"Versions: {versions}. {same}"
+    )

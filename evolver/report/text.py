@@ -1,0 +1,59 @@
+"""Numbers, tables and recipes as a report writes them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+
+from evolver.config import PoolSettings
+from evolver.evaluation.scores.metrics import Metric
+from evolver.evaluation.scores.scoring import Scale
+from evolver.records import Cross, Expert, Merge, Recipe
+
+
+def describe_node(node: Recipe) -> str:
+    """How a node of a recipe came to be, in words."""
+    if isinstance(node, Expert):
+        return f"given as {node.name}"
+    if isinstance(node, Cross):
+        return f"crossover ({node.strategy}, F {node.F:g}, Cr {node.Cr:g}, seed {node.seed})"
+    return f"merge ({node.method})" if isinstance(node, Merge) else "layers put together"
+
+
+def cost_rows(pool: PoolSettings, seconds: float) -> list[list[str]]:
+    """Energy and money, where the configuration says what an hour of a worker takes."""
+    hours = seconds / 3600
+    energy = [] if pool.watts is None else [["energy (kWh, estimated)", f"{pool.watts * hours / 1000:.4f}"]]
+    price = [] if pool.price_per_hour is None else [["price (estimated)", f"{pool.price_per_hour * hours:.4f}"]]
+    return energy + price
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def score_text(value: float | None, scale: Scale) -> str:
+    """A score: in percent where all metrics are shares."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f}" if scale.shares else f"{value:.4g}"
+
+
+def signed(value: float, scale: Scale) -> str:
+    """A difference of scores, with its sign."""
+    return f"{100 * value:+.1f}" if scale.shares else f"{value:+.4g}"
+
+
+def of_task(value: float | None, metric: Metric) -> str:
+    """A task's metric, with the sign that the field gives it."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f}" if metric.share else f"{-value if metric.negative else value:.4g}"
+
+
+def median_or_zero(values: Iterable[float]) -> float:
+    """The median; 0 of nothing."""
+    found = list(values)
+    return statistics.median(found) if found else 0.0

@@ -1,0 +1,99 @@
+"""A run read back from its folder: all that was proposed and scored. Needs neither its models nor its data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from evolver import ledger
+from evolver.config import Config
+from evolver.records import Candidate, Result, Stage
+from evolver.runs.about import About, read_about
+from evolver.runs.outcome import Finalist, Outcome
+from evolver.storage import Storage
+
+Pairs = tuple[tuple[Candidate, Result], ...]
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run has come to by now.
+
+    Attributes:
+        stages: candidates with their results, by stage, in the order of their numbers.
+        guessed: results of candidates that were scored ahead of being asked for.
+    """
+
+    about: About
+    stages: Mapping[Stage, Pairs]
+    guessed: tuple[Result, ...] = ()
+
+    @property
+    def config(self) -> Config:
+        return self.about.config
+
+    @property
+    def best(self) -> tuple[Candidate, Result] | None:
+        """The candidate of the search with the highest score of all items, the earliest of equals; None before there
+        is one. Candidates that were asked for a part of the items only do not count.
+        """
+        complete = [
+            (r.score, -c.number, c, r)
+            for c, r in self.stages["search"] if c.limit is None and r.complete and r.score is not None
+        ]  # fmt: skip
+        best = max(complete, key=lambda row: row[:2], default=None)
+        return None if best is None else best[2:]
+
+    @property
+    def wasted(self) -> tuple[Result, ...]:
+        """Results of guesses that were wrong: the search has not asked for them, up to now."""
+        asked = {(r.number, r.recipe_id) for _, r in self.stages["search"]}
+        return tuple(r for r in self.guessed if (r.number, r.recipe_id) not in asked and r.stage == "search")
+
+    def outcome(self) -> Outcome | None:
+        """What the report says; None before the finalists are scored."""
+        best, dev = self.best, {c.label: r for c, r in self.stages["baseline"]}
+        report = {c.label: (c, r) for c, r in self.stages["report"] if c.label != "winner"}
+        winner = [(c, r) for c, r in self.stages["report"] if best and r.recipe_id == best[0].recipe.id]
+        wanted = [*self.config.experts, "base", "average"]
+        if best is None or not winner or any(label not in report for label in wanted):
+            return None
+        rows = [Finalist(label, c.recipe, dev[label], r) for label, (c, r) in report.items()]
+        last = Finalist("winner", best[0].recipe, best[1], winner[-1][1])
+        return Outcome(self.about, (*rows, last), best[0], self.stages["search"], self.wasted)
+
+
+def history_of(
+    about: About, pairs: Iterable[tuple[Candidate, Result]], guessed: Iterable[Result] = ()
+) -> History:  # fmt: skip
+    """The history that results make up, in whichever order they come; of two under one number the later one counts."""
+    stages: dict[Stage, dict[int, tuple[Candidate, Result]]] = {"baseline": {}, "search": {}, "report": {}}
+    for candidate, result in pairs:
+        stages[candidate.stage][candidate.number] = candidate, result
+    ordered = {stage: tuple(found[n] for n in sorted(found)) for stage, found in stages.items()}
+    return History(about, ordered, tuple(guessed))
+
+
+def read_history(folder: Storage) -> History:
+    """Read a run's folder, also while the run goes.
+
+    Raises BadInput where the folder is none of a run.
+    """
+    about = read_about(folder)
+    rows = ledger.read_table(folder.folder("ledger")).to_pylist(maps_as_pydicts="strict")
+    pairs = ((ledger.candidate_of(r), ledger.result_of(r)) for r in rows if r["event"] == "finished")
+    return history_of(about, pairs, [ledger.result_of(r) for r in rows if r["event"] == "guessed"])
+
+
+def rows_of(history: History) -> list[dict[str, Any]]:
+    """A row for each candidate: what was proposed, what it scored, what it took."""
+    return [
+        {
+            "stage": c.stage, "number": c.number, "label": c.label, "proposer": c.proposer, "recipe_id": c.recipe.id,
+            "parents": " ".join(c.parents), "status": r.status, "score": r.score, "bound": r.bound,
+            "items": len(r.items), "cost": r.cost, "seconds": r.seconds.get("total"), "worker": r.worker,
+            "reused": r.reused, "raced": r.raced, "reason": r.reason, **{f"task {t}": v for t, v in r.tasks.items()},
+        }
+        for pairs in history.stages.values() for c, r in pairs
+    ]  # fmt: skip

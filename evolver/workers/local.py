@@ -1,0 +1,34 @@
+"""A pool of one worker, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from evolver.evaluation.tasks import Tasks
+from evolver.records import Candidate, Result, Split
+from evolver.workers.plan import Plan
+from evolver.workers.worker import Worker
+
+
+class LocalPool:
+    """Evaluates in this process, one candidate at a time; the worker is built when the first one comes."""
+
+    def __init__(self, plan: Plan, split: Split, tasks: Tasks | None = None) -> None:
+        self._make: Callable[[], Worker] = lambda: Worker(plan, split, tasks=tasks)
+        self._worker: Worker | None = None
+        self._waiting: list[Candidate] = []
+
+    def free(self) -> int:
+        return 1 - len(self._waiting)
+
+    def submit(self, candidate: Candidate) -> None:
+        self._waiting.append(candidate)
+
+    def wait(self) -> list[Result]:
+        self._worker = self._worker or self._make()
+        return [self._worker.evaluate(self._waiting.pop(0))]
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+        self._worker = None

@@ -1,0 +1,79 @@
+"""Base and experts of a configuration, opened."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from evolver.checkpoints.heads import Head, Relabelled, all_labels, head_digest, head_of, labels_in_order
+from evolver.checkpoints.sources import open_base, open_expert
+from evolver.checkpoints.weights import Checkpoint, Source, digests
+from evolver.config import Config
+from evolver.errors import BadInput
+from evolver.evaluation.live import free_memory
+from evolver.workers.compute import stored_dtype
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Base and experts, opened, by name; where heads are kept apart, those of the experts; where they are brought
+    together, the labels of all.
+    """
+
+    base: Checkpoint
+    experts: dict[str, Source]
+    heads: dict[str, Head] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+
+    def digests(self) -> dict[str, str]:
+        own = {f"head of {name}": head_digest(head) for name, head in self.heads.items()}
+        return {**digests({"base": self.base, **self.experts}), **own}
+
+
+def open_models(config: Config) -> Opened:
+    """Open the base and every expert; only headers are read.
+
+    Raises BadInput for what is no usable checkpoint of the base's family.
+    """
+    base = open_base(config.model.base, headless=config.model.heads != "merged")
+    experts: dict[str, Source] = {n: open_expert(p, base, f"experts.{n}") for n, p in config.experts.items()}
+    if config.model.heads == "apart":
+        return Opened(base, experts, {n: head_of(s) for n, s in experts.items()})
+    if config.model.heads == "union":
+        return _with_all_labels(base, experts)
+    return Opened(base, experts)
+
+
+def check_memory(config: Config, opened: Opened, device: str) -> None:
+    """Raises BadInput where a device has no room for one model, in the dtype in which it computes."""
+    base, compute = opened.base, config.model.compute
+    dtype = stored_dtype(config.model, base.headers) if compute == "auto" else compute
+    needed, free = base.scalars * getattr(torch, dtype).itemsize, free_memory(device)
+    if needed > free:
+        raise BadInput(
+            f"{base.key}: a model of {base.path} takes {needed / GIB:.1f} GiB in {dtype}, and {free / GIB:.1f} GiB are "
+            f"free on this machine ({device}); free some, write a smaller model.dtype or model.compute, or use a "
+            "machine with more."
+        )
+
+
+def _with_all_labels(base: Checkpoint, experts: Mapping[str, Source]) -> Opened:
+    heads = {n: head_of(s) for n, s in experts.items()}
+    labels = {n: labels_in_order(s.config) for n, s in experts.items() if isinstance(s, Checkpoint)}
+    for name, source in experts.items():
+        if not labels.get(name):
+            raise BadInput(
+                f"{source.key}: {source.path} names no labels (id2label); give a classifier with its labels."
+            )
+    target = all_labels(labels)
+    known = labels_in_order(base.config)
+    with contextlib.suppress(BadInput):  # a base without a head is the rule
+        if set(known) & set(target):
+            heads["base"], labels["base"] = head_of(base), known
+    seen = {n: Relabelled(s, n, heads, labels, target, base) for n, s in {"base": base, **experts}.items()}
+    return Opened(seen["base"], {n: seen[n] for n in experts}, labels=tuple(target))

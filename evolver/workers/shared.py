@@ -1,0 +1,123 @@
+"""A candidate's items shared by several workers, with the result that one worker would have given."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from evolver.evaluation.scores.course import Evaluation
+from evolver.pool import Pool
+from evolver.records import Candidate, Result
+
+Key = tuple[str, int, str]
+
+
+@dataclass
+class _Shared:
+    """A candidate on its way in pieces: what has come, by first item, and the items that have been gone over."""
+
+    course: Evaluation
+    blocks: list[tuple[int, int]]
+    items: list[float]
+    come: dict[int, Result] = field(default_factory=dict)
+    waiting: int = 0
+    answered: bool = False
+
+
+class SharedPool:
+    """Hands out a candidate's blocks in pieces, as even as can be, and puts the answers together.
+
+    The items are gone over in their order, block by block, as one worker does: a candidate that would have been
+    stopped is stopped at the same block, and what was scored behind it is thrown away.
+
+    Args:
+        pool: the workers.
+        parts: how many share a candidate.
+        course: of a candidate's evaluation.
+    """
+
+    def __init__(self, pool: Pool, parts: int, course: Callable[[Candidate], Evaluation]) -> None:
+        self._pool, self._parts, self._course = pool, parts, course
+        self._shared: dict[Key, _Shared] = {}
+
+    def free(self) -> int:
+        return max(0, -(-self._pool.free() // self._parts))
+
+    def submit(self, candidate: Candidate) -> None:
+        course = self._course(candidate)
+        blocks = course.blocks()
+        pieces = [(part[0][0], part[-1][1]) for part in _evenly(blocks, self._parts)]
+        if len(pieces) < 2:
+            self._pool.submit(candidate)
+            return
+        shared = _Shared(course, blocks, list(candidate.known), waiting=len(pieces))
+        self._shared[_key(candidate)] = shared
+        for piece in pieces:
+            self._pool.submit(replace(candidate, piece=piece, known=(), rival=()))
+
+    def wait(self) -> list[Result]:
+        landed: list[Result] = []
+        while not landed:
+            for result in self._pool.wait():
+                landed += self._land(result)
+        return landed
+
+    def close(self) -> None:
+        self._pool.close()
+
+    def _land(self, result: Result) -> Iterator[Result]:
+        key = (result.stage, result.number, result.recipe_id)
+        shared = self._shared.get(key)
+        if shared is None:
+            yield result
+            return
+        shared.waiting -= 1
+        if not shared.waiting:
+            del self._shared[key]
+        if shared.answered:
+            return
+        if result.status == "failed":
+            shared.answered = True
+            yield result
+            return
+        shared.come[result.given] = result
+        if self._go_over(shared):
+            shared.answered = True
+            yield self._join(shared)
+
+    def _go_over(self, shared: _Shared) -> bool:
+        """Go on over what has come without a gap; whether the candidate's question is answered."""
+        while shared.blocks:
+            start, stop = shared.blocks[0]
+            piece = next((r for first, r in shared.come.items() if first <= start < first + len(r.items)), None)
+            if piece is None:
+                return False
+            shared.items += piece.items[start - piece.given : stop - piece.given]
+            shared.blocks.pop(0)
+            if shared.course.ended(shared.items):
+                return True
+        return True
+
+    def _join(self, shared: _Shared) -> Result:
+        pieces = [shared.come[first] for first in sorted(shared.come)]
+        seconds, counts = ({k: math.fsum(p[k] for p in ps) for k in ps[0]} for ps in _columns(pieces))
+        return shared.course.result(shared.items, seconds, counts, "+".join(p.worker for p in pieces))
+
+
+def _columns(pieces: Sequence[Result]) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    return [dict(p.seconds) for p in pieces], [dict(p.counts) for p in pieces]
+
+
+def _evenly(blocks: Sequence[tuple[int, int]], parts: int) -> list[Sequence[tuple[int, int]]]:
+    """Runs of blocks, the first ones longer by one where it does not come out even."""
+    size, rest = divmod(len(blocks), parts)
+    ends = [0]
+    for part in range(min(parts, len(blocks))):
+        ends.append(ends[-1] + size + (part < rest))
+    return [blocks[a:b] for a, b in itertools.pairwise(ends)]
+
+
+def _key(candidate: Candidate) -> Key:
+    return candidate.stage, candidate.number, candidate.recipe.id

@@ -1,0 +1,159 @@
+"""A worker: recipe → live model → scores. The only place where an exception becomes a result."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from evolver.evaluation.language.launched import LaunchedModel
+
+from evolver.checkpoints.sources import open_base
+from evolver.config import Config, computing
+from evolver.errors import BadInput
+from evolver.evaluation.base import Scored
+from evolver.evaluation.live import LiveModel, default_device
+from evolver.evaluation.scores.course import Evaluation, blocks
+from evolver.evaluation.tasks import Tasks, load_tasks
+from evolver.kernels.compiled import Kernels
+from evolver.merging.export import export
+from evolver.merging.materialise import Materialiser
+from evolver.records import Candidate, Result, Split
+from evolver.workers.compute import Choice, choose, is_open, refuse_compute
+from evolver.workers.opened import GIB, Opened, open_models
+from evolver.workers.plan import Plan, items_hash
+
+# Models below so many scalars are merged without compiling kernels first, which takes some ten seconds each.
+COMPILE_FROM = 3 * 10**7
+
+
+def choose_compute(config: Config, device: str | None = None) -> Choice:
+    """The dtype of forward passes that is faster here, for a configuration that leaves it open; by default on the
+    accelerator, if there is one.
+
+    Raises BadInput where there is no usable base.
+    """
+    return choose(config, open_base(config.model.base).headers, device or default_device())
+
+
+def build_materialiser(plan: Plan, opened: Opened, device: str = "cpu") -> Materialiser:
+    """What builds the models of a plan, with the resident population that its pool allows."""
+    config = plan.config
+    dtype = None if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+    sources = {plan.digests[n]: s for n, s in {"base": opened.base, **opened.experts}.items()}
+    kernels = Kernels(build=opened.base.scalars >= COMPILE_FROM)
+    return Materialiser(opened.base, sources, dtype, int(config.pool.cache_gb * GIB), device, kernels)
+
+
+def build_model(
+    config: Config, opened: Opened, device: str, folder: Path | None = None
+) -> LiveModel | LaunchedModel:  # fmt: skip
+    """What candidates are evaluated with: one resident model, or a class of lm-eval's started on each.
+
+    Args:
+        folder: of the model; default: the base's, to be written to.
+
+    Raises BadInput for an unknown backend, or a base that is not of the kind that the configuration says.
+    """
+    if config.evaluation.backend == "resident":
+        names = opened.base.names() if folder is None else []
+        labels = opened.labels if folder is None else ()
+        return LiveModel(config.model, folder or opened.base.path, names, device, opened.heads, labels)
+    from evolver.evaluation.language.launched import LaunchedModel  # lm-eval, which classifiers need not wait for
+
+    model = LaunchedModel(config.evaluation, room=4 * opened.base.scalars)  # in the widest dtype
+    if folder is not None:
+        model.launch(folder)
+    return model
+
+
+class Worker:
+    """Owns one device: the opened experts, the resident population and one live model.
+
+    Args:
+        plan: what to be.
+        split: which items this worker scores; those of the other split it never prepares.
+        name: who it is, for the ledger.
+        tasks: the tasks, where this process has loaded them already.
+        device: of the live model; default: the accelerator, if there is one.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        split: Split,
+        name: str = "local",
+        tasks: Tasks | None = None,
+        device: str | None = None,
+    ) -> None:
+        config = plan.config
+        self.name = name
+        torch.set_num_threads(config.evaluation.threads)
+        device = device or default_device()
+        if is_open(config):
+            config = computing(config, choose_compute(config, device).compute)
+        elif config.model.compute != "auto":
+            refuse_compute(config.model.compute, device)
+        opened = open_models(config)
+        if opened.digests() != plan.digests:
+            raise BadInput(
+                f"experts: worker {name} finds other weights than the driver under the same paths; share one folder."
+            )
+        tasks = tasks or load_tasks(config)
+        if items_hash(tasks, split) != plan.items[split]:
+            raise BadInput(f"evaluation.tasks: worker {name} finds other items than the driver; share one data folder.")
+        self.materialiser = build_materialiser(plan, opened, device)
+        self.live = build_model(config, opened, device)
+        self.scale = tasks.scale(split)
+        self.block = plan.block(split, len(self.scale.tasks))
+        self.scorer = tasks.scorer(self.live, split)
+        self.alpha = config.evaluation.racing
+
+    def evaluate(self, candidate: Candidate) -> Result:
+        """Score a candidate; whatever goes wrong becomes a result with its reason."""
+        seconds = {"materialise": 0.0, "forward": 0.0, "total": 0.0}
+        began = time.perf_counter()
+        try:
+            self._load(candidate)
+            seconds["materialise"] = time.perf_counter() - began
+            result = self._score(candidate)
+            seconds["forward"] = time.perf_counter() - began - seconds["materialise"]
+            seconds["total"] = time.perf_counter() - began
+            return replace(result, seconds=seconds)
+        except Exception as error:
+            seconds["total"] = time.perf_counter() - began
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            return Result.failed(candidate, reason, seconds=seconds, worker=self.name)
+
+    def close(self) -> None:
+        """Let go of servers and of node-local memory."""
+        self.live.close()
+
+    def _load(self, candidate: Candidate) -> None:
+        if isinstance(self.live, LiveModel):
+            self.live.write(self.materialiser.stream(candidate.recipe))
+        else:
+            self.live.clear()
+            export(candidate.recipe, self.materialiser, self.live.folder, {})
+            self.live.launch(self.live.folder)
+
+    def _score(self, candidate: Candidate) -> Result:
+        """Per-item scores, block by block, until the question is answered."""
+        course = Evaluation(candidate, self.scale, self.block, self.alpha)
+        items, counts = list(candidate.known), Scored().counts
+        for start, stop in course.blocks() if candidate.piece is None else blocks(*candidate.piece, self.block):
+            scored = self.scorer.score(start, stop)
+            items += scored.items
+            counts = {name: counts[name] + value for name, value in scored.counts.items()}
+            if candidate.piece is None and course.ended(items):
+                break
+        if candidate.piece is None:
+            return course.result(items, {}, counts, self.name)
+        return Result(
+            candidate.number, candidate.recipe.id, "ok", items=tuple(items), counts=counts, worker=self.name,
+            stage=candidate.stage, given=candidate.piece[0],
+        )  # fmt: skip
