@@ -1,11 +1,10 @@
-"""Who does a pool's work: hired, sent candidates, and heard of. The pool decides, a crew carries out."""
+"""A crew of Ray actors, and what each of them asks of the cluster."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
@@ -16,58 +15,9 @@ from evolver.config import Config
 from evolver.errors import BadInput
 from evolver.records import Split
 from evolver.threads import waiting
+from evolver.workers.crew import Answered, Event, Gone, Ready
+from evolver.workers.crew_pool import CrewPool
 from evolver.workers.plan import Plan
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A worker is built and waits for its first candidate."""
-
-    worker: int
-
-
-@dataclass(frozen=True)
-class Answered:
-    """What a worker says of its candidate."""
-
-    worker: int
-    message: bytes
-
-
-@dataclass(frozen=True)
-class Gone:
-    """A worker has ended. ``lost`` says that it went with its node, which its candidate is not to blame for."""
-
-    worker: int
-    reason: str
-    lost: bool = False
-
-
-Event = Ready | Answered | Gone
-
-
-class Crew(Protocol):
-    """Workers by number, on some machines, by some clock."""
-
-    def hire(self) -> int:
-        """Ask for one more worker; that it is ready, or cannot be, is an event to come."""
-        ...
-
-    def send(self, worker: int, message: bytes) -> None: ...
-
-    def dismiss(self, worker: int) -> None:
-        """End a worker, whatever it is doing. No event tells of it."""
-        ...
-
-    def wait(self, seconds: float) -> Sequence[Event]:
-        """What happened; waits so long for the first event. Raises BadInput where no worker can be built."""
-        ...
-
-    def now(self) -> float:
-        """Seconds of the crew's clock."""
-        ...
-
-    def close(self) -> None: ...
 
 
 class RayCrew:
@@ -143,6 +93,14 @@ class RayCrew:
         """Whether a worker's node went with it. Ray knows it only after a while, so the node is asked, too."""
         where = self._where.pop(worker, None)
         return where is not None and not any(n["NodeID"] == where["node"] and is_alive(n) for n in ray.nodes())
+
+
+def on_ray(plan: Plan, split: Split) -> CrewPool:
+    """A pool of actors on the cluster that this process has joined.
+
+    Raises BadInput where no node could ever hold a worker, or no worker can be built.
+    """
+    return CrewPool(RayCrew(plan, split, worker_options(plan.config)), plan.config.pool)
 
 
 def worker_options(config: Config) -> dict[str, Any]:

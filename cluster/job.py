@@ -28,9 +28,10 @@ from evolver.records import Split
 from evolver.runs.about import Job
 from evolver.storage import Storage, storage_at
 from evolver.workers.compute import Choice
+from evolver.workers.crew_pool import CrewPool
 from evolver.workers.local import LocalPool
 from evolver.workers.plan import Plan
-from evolver.workers.process import ProcessPool
+from evolver.workers.process import ProcessCrew
 from evolver.workers.shared import SharedPool
 from evolver.workers.worker import choose_compute
 
@@ -93,9 +94,11 @@ def drive(given: ConfigText, results: str | None, name: str | None) -> int:
 def make_pool(plan: Plan, split: Split, tasks: Tasks) -> Pool:
     """The pool that the configuration asks for."""
     if not uses_ray(plan.config.pool):
-        # Only a process of its own can be stopped when an evaluation hangs.
-        return LocalPool(plan, split, tasks) if plan.config.pool.timeout_s is None else ProcessPool(plan, split)
-    from cluster.pool import on_ray  # Ray takes seconds to import: only runs that use it pay
+        # Only a process of its own can be stopped when an evaluation hangs, and only several can share the work.
+        if plan.config.pool.timeout_s is None and plan.config.pool.num_workers == 1:
+            return LocalPool(plan, split, tasks)
+        return CrewPool(ProcessCrew(plan, split), plan.config.pool, eager=False)
+    from cluster.crew import on_ray  # Ray takes seconds to import: only runs that use it pay
 
     connect()
     pool, share = on_ray(plan, split), plan.config.pool.share

@@ -182,7 +182,10 @@ class PoolSettings(Section):
 
     kind: Literal["auto", "local", "ray"] = Field("auto", description="auto: Ray inside a Ray job, else this process")
     num_workers: int = Field(
-        1, ge=1, description="Ray actors; those that find no place yet join when the cluster has one"
+        1,
+        ge=1,
+        description="workers: Ray actors, of which those that find no place yet join when the cluster has one, or "
+        "processes on this machine",
     )
     num_cpus: float | None = Field(None, gt=0, description="CPUs of one actor; default: evaluation.threads")
     num_gpus: float | None = Field(

@@ -8,8 +8,8 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cluster.crew import Answered, Event, Gone, Ready
 from evolver.records import Candidate, Result
+from evolver.workers.crew import Answered, Event, Gone, Ready
 from evolver.workers.messages import pack_result, unpack_candidate
 
 Say = Callable[[Candidate], Result]

@@ -5,10 +5,10 @@ import random
 import pytest
 from simulation import SimulatedCrew, lognormal
 
-from cluster.pool import LOSSES, PLACE_SECONDS, STILLBORN, CrewPool
 from evolver.config import PoolSettings as Settings
 from evolver.errors import BadInput
 from evolver.records import Candidate, Expert, Result
+from evolver.workers.crew_pool import LOSSES, PLACE_SECONDS, STILLBORN, CrewPool
 
 
 def candidates(count):

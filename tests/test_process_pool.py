@@ -16,8 +16,9 @@ from evolver.config import config_at
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.records import Candidate
+from evolver.workers.crew_pool import CrewPool
 from evolver.workers.local import LocalPool
-from evolver.workers.process import ProcessPool
+from evolver.workers.process import ProcessCrew
 
 pytestmark = pytest.mark.whole
 
@@ -57,7 +58,7 @@ def evaluate(pool, candidate):
 
 def test_what_hangs_is_killed_what_dies_is_tried_again_and_the_next_one_is_scored(configured, tmp_path):
     ready = prepare(config_at(configured))
-    pool = ProcessPool(ready.plan, "dev")
+    pool = CrewPool(ProcessCrew(ready.plan, "dev"), ready.plan.config.pool, eager=False)
     try:
         candidates = [Candidate(n, e, "test") for n, e in enumerate(ready.experts)]
         first = evaluate(pool, candidates[0])
@@ -79,7 +80,7 @@ def test_what_hangs_is_killed_what_dies_is_tried_again_and_the_next_one_is_score
 def test_a_worker_that_cannot_be_built_is_one_sentence(configured):
     ready = prepare(config_at(configured))
     ready.plan.digests["base"] = "another"
-    pool = ProcessPool(ready.plan, "dev")
+    pool = CrewPool(ProcessCrew(ready.plan, "dev"), ready.plan.config.pool, eager=False)
     pool.submit(Candidate(0, ready.experts[0], "test"))
     with pytest.raises(BadInput, match="finds other weights than the driver"):
         pool.wait()
@@ -88,22 +89,23 @@ def test_a_worker_that_cannot_be_built_is_one_sentence(configured):
 
 # A driver that is killed while an evaluation hangs.
 DRIVER = """
-import os, pathlib, sys, threading, time
-from evolver.workers.process import ProcessPool
+import multiprocessing, os, pathlib, sys, threading, time
+from evolver.config import config_at
+from evolver.driver.prepare import prepare
 from evolver.records import Candidate
-from evolver.driver.run import prepare
-from evolver.workers.local import LocalPool
+from evolver.workers.crew_pool import CrewPool
+from evolver.workers.process import ProcessCrew
 
 def die():
     while not seen.exists():
         time.sleep(0.1)
-    print(pool._process.pid, flush=True)
+    print(multiprocessing.active_children()[0].pid, flush=True)
     os.kill(os.getpid(), 9)
 
 if __name__ == "__main__":
     seen = pathlib.Path(sys.argv[2])
-    ready = prepare(sys.argv[1])
-    pool = ProcessPool(ready.plan, "dev")
+    ready = prepare(config_at(sys.argv[1]))
+    pool = CrewPool(ProcessCrew(ready.plan, "dev"), ready.plan.config.pool, eager=False)
     threading.Thread(target=die, daemon=True).start()
     pool.submit(Candidate(0, ready.experts[0], "test"))
     pool.wait()
@@ -135,6 +137,6 @@ def _alive(pid):
 
 
 def test_a_local_worker_has_a_process_of_its_own_where_there_is_a_timeout(configured, make_config, tmp_path):
-    for file, kind in ((configured, ProcessPool), (make_config(tmp_path, name="plain.yaml"), LocalPool)):
+    for file, kind in ((configured, CrewPool), (make_config(tmp_path, name="plain.yaml"), LocalPool)):
         ready = prepare(config_at(file))
         assert type(make_pool(ready.plan, "dev", ready.tasks)) is kind

@@ -15,9 +15,8 @@ import ray
 import toys
 
 from cluster import crew
-from cluster.crew import check_resources, resources_of
+from cluster.crew import check_resources, on_ray, resources_of
 from cluster.job import make_pool, run_job
-from cluster.pool import on_ray
 from cluster.survey import choose_on_ray
 from evolver.config import config_at, load
 from evolver.driver.prepare import prepare

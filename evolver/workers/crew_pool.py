@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, replace
 
-from cluster.crew import Answered, Crew, Event, Gone, RayCrew, Ready, worker_options
 from evolver.config import PoolSettings
 from evolver.errors import BadInput
-from evolver.records import Candidate, Result, Split
+from evolver.records import Candidate, Result
+from evolver.workers.crew import Answered, Crew, Event, Gone, Ready
 from evolver.workers.messages import pack_candidate, unpack_result
-from evolver.workers.plan import Plan
 
 # How often a wait looks at the clock for evaluations that take too long.
 TICK_SECONDS = 1.0
@@ -36,13 +35,16 @@ class CrewPool:
     """Evaluates on up to ``pool.num_workers`` workers of a crew, however many there are at a time.
 
     A worker that ends is replaced. Its candidate goes to another one, before all that wait, as often as
-    ``pool.retries`` says; where the worker was lost with its node, this is not counted. Building it waits until the
-    first worker is ready.
+    ``pool.retries`` says; where the worker was lost with its node, this is not counted.
+
+    Args:
+        eager: hire workers at once, and wait until the first one is ready; else when the first candidate comes, which
+            never does where the ledger has all results.
 
     Raises BadInput where no worker can be built, or none is ready in time.
     """
 
-    def __init__(self, crew: Crew, settings: PoolSettings) -> None:
+    def __init__(self, crew: Crew, settings: PoolSettings, eager: bool = True) -> None:
         self._crew, self._settings = crew, settings
         self.bytes_sent = self.bytes_received = self.messages = 0
         self._coming: set[int] = set()
@@ -51,9 +53,10 @@ class CrewPool:
         self._queue: deque[_Flight] = deque()
         self._landed: list[Result] = []
         self._stillborn = 0
-        self._staff()
-        while not self._idle:
-            self._hear(self._events())
+        if eager:
+            self._staff()
+            while not self._idle:
+                self._hear(self._events())
 
     def free(self) -> int:
         # One candidate is taken even where nobody is there for the moment.
@@ -61,6 +64,7 @@ class CrewPool:
 
     def submit(self, candidate: Candidate) -> None:
         self._queue.append(_Flight(candidate))
+        self._staff()
         self._assign()
 
     def wait(self) -> list[Result]:
@@ -107,7 +111,7 @@ class CrewPool:
     def _lose(self, event: Gone) -> None:
         self._stillborn += event.worker in self._coming
         if self._stillborn >= STILLBORN:
-            raise BadInput(f"pool: workers die before they are ready ({event.reason}); see Ray's logs.")
+            raise BadInput(f"pool: workers die before they are ready ({event.reason}); see the logs of the workers.")
         self._coming.discard(event.worker)
         self._idle = [w for w in self._idle if w != event.worker]
         flight = self._busy.pop(event.worker, None)
@@ -147,11 +151,3 @@ class CrewPool:
         """Hire up to the full number; those that find no place wait for one, which is what makes clusters grow."""
         while len(self._coming) + len(self._idle) + len(self._busy) < self._settings.num_workers:
             self._coming.add(self._crew.hire())
-
-
-def on_ray(plan: Plan, split: Split) -> CrewPool:
-    """A pool of actors on the cluster that this process has joined.
-
-    Raises BadInput where no node could ever hold a worker, or no worker can be built.
-    """
-    return CrewPool(RayCrew(plan, split, worker_options(plan.config)), plan.config.pool)
