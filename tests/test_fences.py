@@ -27,7 +27,7 @@ FENCES = {
     ),
     "safetensors": ("evolver.checkpoints", "evolver.merging", "evolver.training"),
     "optuna": ("evolver.search",),
-    "lm_eval": ("evolver.evaluation.language",),
+    "lm_eval": ("evolver.evaluation.language", "evolver.evaluation.judges.language"),
     "datasets": ("evolver.evaluation",),
     "transformers": ("evolver.evaluation", "evolver.checkpoints.gguf", "evolver.training"),
     "gguf": ("evolver.checkpoints.gguf",),

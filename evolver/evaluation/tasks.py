@@ -132,17 +132,17 @@ def _kind(entry: TaskEntry, model: str) -> str:
 def _judge(kind: str, config: Config, numbers: Sequence[int]) -> Judge:
     """What judges the tasks of a kind; imported when needed, as lm-eval and the rest take seconds."""
     if kind == "function":
-        from evolver.evaluation.function import Functions
+        from evolver.evaluation.judges.function import Functions
 
         return Functions(config, numbers)
     if kind == "language":
-        from evolver.evaluation.language.judge import Language
+        from evolver.evaluation.judges.language import Language
 
         return Language(config, numbers)
     if kind == "image-classifier":
-        from evolver.evaluation.classification.images import Images
+        from evolver.evaluation.judges.image_classifier import Images
 
         return Images(config, numbers)
-    from evolver.evaluation.classification.judge import Classification
+    from evolver.evaluation.judges.classifier import Classification
 
     return Classification(config, numbers)

@@ -15,9 +15,9 @@ import torch
 from evolver.config import Config, DataSet, TaskEntry
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.base import AskedItem, Scored
-from evolver.evaluation.classification.judge import LabelSpaces
 from evolver.evaluation.data import Row, read_rows
 from evolver.evaluation.items import Item, item_hash
+from evolver.evaluation.judges.classifier import LabelSpaces
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.scores.metrics import ENDLESS, JUDGED, Metric
 from evolver.records import Split

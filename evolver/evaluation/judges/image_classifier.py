@@ -14,9 +14,9 @@ from evolver.config import Config, DataSet, TaskEntry
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.base import AskedItem, Scored
 from evolver.evaluation.batches import Batches, by_length
-from evolver.evaluation.classification.judge import LabelSpaces, TextQuestion, by_head, named_metric, right_answer
 from evolver.evaluation.data import Row, read_rows
 from evolver.evaluation.items import Item, item_hash
+from evolver.evaluation.judges.classifier import LabelSpaces, TextQuestion, by_head, named_metric, right_answer
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.scores.metrics import Metric
 from evolver.records import Split

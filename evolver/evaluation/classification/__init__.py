@@ -1,1 +1,0 @@
-"""The evaluation of classifiers of texts and of images."""
