@@ -90,6 +90,9 @@ class TaskEntry(Section):
         description="FILE.py:NAME of a function `score(model, items)` that returns one number an item; "
         "metric acc: between 0 and 1, mean: any, more being better",
     )
+    judge: str | None = Field(
+        None, description="kind of evaluation; default: function where one is given, else what model.kind stands for"
+    )
     text: str = Field("text", description="key of the text")
     image: str = Field("image", description="image classifier: key of the image, or of its file's path")
     text_pair: str | None = Field(None, description="classifier: key of the second text of a pair")

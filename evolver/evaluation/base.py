@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from evolver.config import TaskEntry
+from evolver.config import Config, TaskEntry
 from evolver.evaluation.items import Item
 from evolver.evaluation.scores.metrics import Metric
 from evolver.records import Split
@@ -65,7 +65,14 @@ class Scorer(Protocol):
 
 
 class Judge(Protocol):
-    """A kind of task: which items there are, how answers become numbers. Knows its entries, and needs no model."""
+    """A kind of task: which items there are, how answers become numbers. Needs no model.
+
+    Args:
+        config: of the run.
+        numbers: the places of its tasks among those of ``config.evaluation.tasks``.
+    """
+
+    def __init__(self, config: Config, numbers: Sequence[int]) -> None: ...
 
     # What the user should hear before the run.
     warnings: list[str]
@@ -88,3 +95,17 @@ class Judge(Protocol):
             scored: every item that is scored anywhere in this run: none of them may serve as an example.
         """
         ...
+
+
+JUDGES: dict[str, type[Judge]] = {}
+JudgeType = TypeVar("JudgeType", bound=type[Any])
+
+
+def judge(name: str) -> Callable[[JudgeType], JudgeType]:
+    """Register a kind of evaluation: a task names it by its key ``judge``."""
+
+    def register(kind: JudgeType) -> JudgeType:
+        JUDGES[name] = kind
+        return kind
+
+    return register

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Sequence
 from typing import Any
 
 from evolver.config import Config, TaskEntry
-from evolver.errors import BadInput
-from evolver.evaluation.base import AskedItem, Judge, Scored, Scorer
+from evolver.errors import BadInput, nearest
+from evolver.evaluation import judges
+from evolver.evaluation.base import JUDGES, AskedItem, Judge, Scored, Scorer
 from evolver.evaluation.items import Item, Items, draw, in_order
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Split
@@ -114,35 +117,34 @@ def _judges(config: Config) -> dict[str, Judge]:
         if config.evaluation.backend != "resident" and kind != "language":
             raise BadInput(f"evaluation.backend: {entry.task} is no task of lm-eval; write resident.")
         kinds.setdefault(kind, []).append(number)
-    judges: dict[str, Judge] = {}
+    made: dict[str, Judge] = {}
     for kind, numbers in kinds.items():
-        judge = _judge(kind, config, numbers)
-        judges |= {config.evaluation.tasks[n].task: judge for n in numbers}
-    return judges
+        judge = judge_named(kind, f"evaluation.tasks[{numbers[0]}].judge")(config, numbers)
+        made |= {config.evaluation.tasks[n].task: judge for n in numbers}
+    return made
 
 
 def _kind(entry: TaskEntry, model: str) -> str:
+    if entry.judge is not None:
+        return entry.judge
     if entry.function is not None:
         return "function"
-    if model in ("causal-lm", "seq2seq"):
-        return "language"
-    return model
+    return "language" if model in ("causal-lm", "seq2seq") else model
 
 
-def _judge(kind: str, config: Config, numbers: Sequence[int]) -> Judge:
-    """What judges the tasks of a kind; imported when needed, as lm-eval and the rest take seconds."""
-    if kind == "function":
-        from evolver.evaluation.judges.function import Functions
+def judge_names() -> list[str]:
+    """The kinds of evaluation that there are."""
+    files = (m.name.replace("_", "-") for m in pkgutil.iter_modules(judges.__path__))
+    return sorted({*files, *JUDGES})
 
-        return Functions(config, numbers)
-    if kind == "language":
-        from evolver.evaluation.judges.language import Language
 
-        return Language(config, numbers)
-    if kind == "image-classifier":
-        from evolver.evaluation.judges.image_classifier import Images
+def judge_named(name: str, key: str) -> type[Judge]:
+    """A kind of evaluation; its file is imported now, as lm-eval and the rest take seconds.
 
-        return Images(config, numbers)
-    from evolver.evaluation.judges.classifier import Classification
-
-    return Classification(config, numbers)
+    Raises BadInput for an unknown one, naming ``key`` and the nearest known ones.
+    """
+    if name not in judge_names():
+        raise BadInput(f"{key}: unknown judge {name!r}; {nearest(name, judge_names())}")
+    if name not in JUDGES:
+        importlib.import_module(f"{judges.__name__}.{name.replace('-', '_')}")
+    return JUDGES[name]

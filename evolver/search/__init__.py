@@ -1,6 +1,11 @@
 """The choosing half: searches propose recipes and learn from their scores. No tensors here."""
 
-from evolver.search import evolver, halving, optuna_samplers, plain
+import importlib
+import pkgutil
+
 from evolver.search.base import SEARCHES, Search
 
-__all__ = ["SEARCHES", "Search", "evolver", "halving", "optuna_samplers", "plain"]
+__all__ = ["SEARCHES", "Search"]
+
+for _found in pkgutil.iter_modules(__path__):  # they register themselves in SEARCHES
+    importlib.import_module(f"{__name__}.{_found.name}")

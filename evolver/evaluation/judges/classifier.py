@@ -11,7 +11,7 @@ from torch import Tensor
 
 from evolver.config import Config, DataSet, EvaluationSettings, TaskEntry
 from evolver.errors import BadInput, nearest
-from evolver.evaluation.base import AskedItem, Scored
+from evolver.evaluation.base import AskedItem, Scored, judge
 from evolver.evaluation.batches import Batches, by_length
 from evolver.evaluation.data import Row, read_rows
 from evolver.evaluation.items import Item, item_hash
@@ -25,6 +25,7 @@ Labels = Mapping[str, int]
 MOST_LABELS = 52
 
 
+@judge("classifier")
 class Classification:
     """The judge of data sets of texts and labels, one each (or one for dev and one for report)."""
 

@@ -14,7 +14,7 @@ import torch
 
 from evolver.config import Config, DataSet, TaskEntry
 from evolver.errors import BadInput, nearest
-from evolver.evaluation.base import AskedItem, Scored
+from evolver.evaluation.base import AskedItem, Scored, judge
 from evolver.evaluation.data import Row, read_rows
 from evolver.evaluation.items import Item, item_hash
 from evolver.evaluation.judges.classifier import LabelSpaces
@@ -28,6 +28,7 @@ ScoreFunction = Callable[[LiveModel, Sequence[Row]], Any]
 FUNCTION_METRICS = {"acc": JUDGED, "mean": ENDLESS}
 
 
+@judge("function")
 class Functions:
     """The judge of tasks with a ``function``.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from evolver.config import Config, DataSet, TaskEntry
 from evolver.errors import BadInput, nearest
-from evolver.evaluation.base import AskedItem, Scored
+from evolver.evaluation.base import AskedItem, Scored, judge
 from evolver.evaluation.batches import Batches, by_length
 from evolver.evaluation.data import Row, read_rows
 from evolver.evaluation.items import Item, item_hash
@@ -26,6 +26,7 @@ from evolver.storage.paths import expand
 BATCH = 32
 
 
+@judge("image-classifier")
 class Images:
     """The judge of data sets of images: files by path, or the images of a Parquet file or a data set."""
 

@@ -13,7 +13,7 @@ from lm_eval.api.instance import Instance
 
 from evolver.config import Config, TaskEntry
 from evolver.errors import BadInput
-from evolver.evaluation.base import AskedItem, Scorer
+from evolver.evaluation.base import AskedItem, Scorer, judge
 from evolver.evaluation.items import Item, item_hash
 from evolver.evaluation.language.library import Library, Meaning
 from evolver.evaluation.language.requests import PreparedRequests, build_requests, right
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from evolver.evaluation.language.launched import LaunchedModel
 
 
+@judge("language")
 class Language:
     """The judge of lm-eval's tasks and groups, and of the user's own texts."""
 

@@ -10,8 +10,10 @@ tensors, () or (E,), so that a change of a number never compiles a kernel anew: 
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
+import pkgutil
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -256,4 +258,5 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-from evolver.merging.methods import averages, consensus, depth, pairs, sparse, spherical  # noqa: E402, F401  # they register themselves in METHODS
+for _found in pkgutil.iter_modules(__path__):  # they register themselves in METHODS
+    importlib.import_module(f"{__name__}.{_found.name}")
