@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import signal
 import sys
@@ -16,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from cluster.connection import connect
+from cluster.pools import pool_named, pool_names
 from evolver.config import Config, ConfigText, PoolSettings, config_at
 from evolver.driver.run import run
 from evolver.errors import BadInput
@@ -28,11 +29,8 @@ from evolver.records import Split
 from evolver.runs.about import Job
 from evolver.storage import Storage, storage_at
 from evolver.workers.compute import Choice
-from evolver.workers.crew_pool import CrewPool
-from evolver.workers.local import LocalPool
 from evolver.workers.plan import Plan
-from evolver.workers.process import ProcessCrew
-from evolver.workers.shared import SharedPool
+from evolver.workers.pools.shared import SharedPool
 from evolver.workers.worker import choose_compute
 
 # What Ray tells the driver of a job, and how ids begin that Ray drew itself.
@@ -92,21 +90,16 @@ def drive(given: ConfigText, results: str | None, name: str | None) -> int:
 
 
 def make_pool(plan: Plan, split: Split, tasks: Tasks) -> Pool:
-    """The pool that the configuration asks for."""
-    if not uses_ray(plan.config.pool):
-        # Only a process of its own can be stopped when an evaluation hangs, and only several can share the work.
-        if plan.config.pool.timeout_s is None and plan.config.pool.num_workers == 1:
-            return LocalPool(plan, split, tasks)
-        return CrewPool(ProcessCrew(plan, split), plan.config.pool, eager=False)
-    from cluster.crew import on_ray  # Ray takes seconds to import: only runs that use it pay
+    """The pool that the configuration asks for.
 
-    connect()
-    pool, share = on_ray(plan, split), plan.config.pool.share
-    if share == 1:
+    Raises BadInput for an unknown kind, or a pool that can never be.
+    """
+    settings, scale = plan.config.pool, tasks.scale(split)
+    pool = pool_named(kind_of(settings))(plan, split, tasks)
+    if settings.share == 1:
         return pool
-    scale = tasks.scale(split)
     block, alpha = plan.block(split, len(scale.tasks)), plan.config.evaluation.racing
-    return SharedPool(pool, share, lambda candidate: Evaluation(candidate, scale, block, alpha))
+    return SharedPool(pool, settings.share, lambda candidate: Evaluation(candidate, scale, block, alpha))
 
 
 def choose_for_workers(config: Config) -> Choice:
@@ -124,26 +117,20 @@ def device_of(settings: PoolSettings) -> str:
     return "cpu" if uses_ray(settings) else default_device()
 
 
+def kind_of(settings: PoolSettings) -> str:
+    """The kind of pool: Ray's where nothing else is asked for and Ray started this process, else this machine's.
+
+    Raises BadInput for an unknown one.
+    """
+    kind = ("ray" if in_ray_job() else "local") if settings.kind == "auto" else settings.kind
+    if kind not in pool_names():
+        pool_named(kind)
+    return kind
+
+
 def uses_ray(settings: PoolSettings) -> bool:
     """Whether candidates are evaluated by Ray actors."""
-    return settings.kind == "ray" or (settings.kind == "auto" and in_ray_job())
-
-
-def connect() -> None:
-    """Join the cluster of this job or of RAY_ADDRESS (``auto`` is the one that was started here), or start our own.
-
-    One of our own has token authentication on: Ray, from 2.60 on, makes the token where there is none yet. Nothing is
-    joined unasked: what Ray remembers as the last cluster of this machine may be gone, and it would wait for that.
-    """
-    import ray
-
-    if ray.is_initialized():
-        return
-    handler = signal.getsignal(signal.SIGTERM)
-    address = os.environ.get("RAY_ADDRESS", "local")
-    dashboard = False if address == "local" else None  # others have theirs, or not
-    ray.init(address, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
-    signal.signal(signal.SIGTERM, handler)  # Ray's own ends the process on the spot
+    return kind_of(settings) == "ray"
 
 
 def in_ray_job() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ray
 from ray.exceptions import RayError
 
-from cluster.crew import worker_options
+from cluster.pools.ray import worker_options
 from evolver.config import Config
 from evolver.errors import BadInput
 from evolver.evaluation.live import default_device

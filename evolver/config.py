@@ -183,7 +183,9 @@ class Baselines(Section):
 class PoolSettings(Section):
     """Where candidates are evaluated. Nothing here changes a result, so it may differ from call to call."""
 
-    kind: Literal["auto", "local", "ray"] = Field("auto", description="auto: Ray inside a Ray job, else this process")
+    kind: str = Field(
+        "auto", description="local: this machine; ray: Ray actors; auto: ray inside a Ray job, else local"
+    )
     num_workers: int = Field(
         1,
         ge=1,

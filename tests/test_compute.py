@@ -22,7 +22,7 @@ from evolver.runs.history import read_history
 from evolver.storage import storage_at
 from evolver.workers import compute, opened, worker
 from evolver.workers.compute import Choice, choose, choose_for_any, settled, stored_dtype
-from evolver.workers.local import LocalPool
+from evolver.workers.pools.local import LocalPool
 from evolver.workers.worker import Worker
 
 

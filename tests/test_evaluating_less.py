@@ -11,7 +11,7 @@ from evolver.config import config_at
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.records import Candidate, load_recipe
-from evolver.workers.local import LocalPool
+from evolver.workers.pools.local import LocalPool
 from evolver.workers.worker import Worker
 
 pytestmark = pytest.mark.whole

@@ -90,7 +90,7 @@ def within(name, packages):
 
 
 def test_the_house_is_seen():
-    assert {"evolve", "cluster.crew", "evolver", "evolver.merging.methods", "evolver.records"} <= MODULES.keys()
+    assert {"evolve", "cluster.pools.ray", "evolver", "evolver.merging.methods", "evolver.records"} <= MODULES.keys()
     assert "torch" in imports("evolver.merging.methods.operators")
     assert "evolver.merging.engine.apply" in imports("evolver.merging.materialise")
 

@@ -14,9 +14,9 @@ import pytest
 import ray
 import toys
 
-from cluster import crew
-from cluster.crew import check_resources, on_ray, resources_of
 from cluster.job import make_pool, run_job
+from cluster.pools import ray as crew
+from cluster.pools.ray import check_resources, on_ray, resources_of
 from cluster.survey import choose_on_ray
 from evolver.config import config_at, load
 from evolver.driver.prepare import prepare
@@ -29,9 +29,9 @@ from evolver.search.ahead import ahead
 from evolver.search.plain import Listed
 from evolver.storage import storage_at
 from evolver.workers.compute import Choice
-from evolver.workers.local import LocalPool
 from evolver.workers.messages import pack_candidate, pack_result, unpack_candidate, unpack_result
-from evolver.workers.shared import SharedPool
+from evolver.workers.pools.local import LocalPool
+from evolver.workers.pools.shared import SharedPool
 
 pytestmark = [pytest.mark.ray, pytest.mark.whole]
 
@@ -65,7 +65,7 @@ def ready(make_config, tmp_path_factory):
 @pytest.fixture(scope="module")
 def actors(ready):
     """Two real workers, shared by the tests that leave them whole."""
-    pool = on_ray(ready("generational").plan, "dev")
+    pool = on_ray(ready("generational").plan, "dev", None)
     yield pool
     pool.close()
 
@@ -166,7 +166,7 @@ def test_a_whole_run_is_the_same_run(make_config, tmp_path):
 
 def test_a_killed_worker_is_replaced(ready, undisturbed, tmp_path):
     prepared = ready("generational")
-    pool = on_ray(prepared.plan, "dev")
+    pool = on_ray(prepared.plan, "dev", None)
     killed = []
 
     def watch(candidate, result):
@@ -221,7 +221,7 @@ def fragile_pool(make_config, tmp_path, monkeypatch):
 
     def make(**settings):
         config = load(make_config(tmp_path, {"pool": {**POOL, **settings}}))
-        made.append(on_ray(SimpleNamespace(config=config), "dev"))
+        made.append(on_ray(SimpleNamespace(config=config), "dev", None))
         return made[-1]
 
     yield make
@@ -340,4 +340,4 @@ def test_a_worker_that_finds_other_weights_refuses_to_work(ready):
     plan = ready("generational").plan
     moved = type(plan)(plan.config, {**plan.digests, "a": "other"}, plan.items)
     with pytest.raises(BadInput, match="finds other weights than the driver"):
-        on_ray(moved, "dev")
+        on_ray(moved, "dev", None)

@@ -29,7 +29,7 @@ from evolver.records import Candidate, Expert, Result
 from evolver.storage import lease as lease_module
 from evolver.storage import read_all, remote, storage_at
 from evolver.storage.lease import LEASE_FILE, Lease
-from evolver.workers.local import LocalPool
+from evolver.workers.pools.local import LocalPool
 
 pytestmark = pytest.mark.whole
 

@@ -29,8 +29,8 @@ from evolver.errors import BadInput
 from evolver.pool import Pool
 from evolver.records import Candidate, Result, Split
 from evolver.storage import storage_at
-from evolver.workers.local import LocalPool
 from evolver.workers.plan import Plan
+from evolver.workers.pools.local import LocalPool
 
 ROOT = Path(__file__).parent.parent
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")

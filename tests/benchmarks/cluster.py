@@ -36,8 +36,8 @@ import yaml  # noqa: E402
 from simulation import SimulatedCrew, lognormal  # noqa: E402
 from test_search import BASE, build  # noqa: E402
 
-from cluster import crew  # noqa: E402
 from cluster.job import make_pool  # noqa: E402
+from cluster.pools import ray as crew  # noqa: E402
 from evolver.config import PoolSettings  # noqa: E402
 from evolver.ledger import Ledger, read_table  # noqa: E402
 from evolver.loop import evolve  # noqa: E402
@@ -47,8 +47,8 @@ from evolver.records import Candidate, Cross, Expert, Merge, Recipe, Result  # n
 from evolver.report.text import markdown_table  # noqa: E402
 from evolver.search.ahead import ahead  # noqa: E402
 from evolver.storage import storage_at  # noqa: E402
-from evolver.workers.crew_pool import CrewPool  # noqa: E402
 from evolver.workers.messages import pack_candidate, pack_result, unpack_candidate  # noqa: E402
+from evolver.workers.pools.crew_pool import CrewPool  # noqa: E402
 
 PAGE = ROOT / "results" / "benchmarks" / "cluster.md"
 ITEMS = 200

@@ -10,14 +10,17 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.actors import PopulationWorker
+from cluster.connection import connect
 from cluster.pulse import Pulse, is_alive
 from evolver.config import Config
 from evolver.errors import BadInput
+from evolver.evaluation.tasks import Tasks
 from evolver.records import Split
 from evolver.threads import waiting
-from evolver.workers.crew import Answered, Event, Gone, Ready
-from evolver.workers.crew_pool import CrewPool
 from evolver.workers.plan import Plan
+from evolver.workers.pools import pool
+from evolver.workers.pools.crew import Answered, Event, Gone, Ready
+from evolver.workers.pools.crew_pool import CrewPool
 
 
 class RayCrew:
@@ -95,11 +98,13 @@ class RayCrew:
         return where is not None and not any(n["NodeID"] == where["node"] and is_alive(n) for n in ray.nodes())
 
 
-def on_ray(plan: Plan, split: Split) -> CrewPool:
-    """A pool of actors on the cluster that this process has joined.
+@pool("ray")
+def on_ray(plan: Plan, split: Split, tasks: Tasks) -> CrewPool:
+    """A pool of actors on the cluster that this process has joined, or joins now; they load the tasks themselves.
 
     Raises BadInput where no node could ever hold a worker, or no worker can be built.
     """
+    connect()
     return CrewPool(RayCrew(plan, split, worker_options(plan.config)), plan.config.pool)
 
 

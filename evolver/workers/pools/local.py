@@ -1,13 +1,26 @@
-"""A pool of one worker, in this process."""
+"""The pool of this machine: one worker in this process, or several in processes of their own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from evolver.evaluation.tasks import Tasks
+from evolver.pool import Pool
 from evolver.records import Candidate, Result, Split
 from evolver.workers.plan import Plan
+from evolver.workers.pools import pool
+from evolver.workers.pools.crew_pool import CrewPool
+from evolver.workers.pools.process import ProcessCrew
 from evolver.workers.worker import Worker
+
+
+@pool("local")
+def on_this_machine(plan: Plan, split: Split, tasks: Tasks) -> Pool:
+    """A worker in this process; or processes, as only those can share the work, and be stopped when one hangs."""
+    settings = plan.config.pool
+    if settings.timeout_s is None and settings.num_workers == 1:
+        return LocalPool(plan, split, tasks)
+    return CrewPool(ProcessCrew(plan, split), settings, eager=False)
 
 
 class LocalPool:
