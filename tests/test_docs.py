@@ -121,8 +121,15 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(toys.ROOT)))
+def test_paths_of_the_project_lead_somewhere(page):
+    folders = "evolver|cluster|configs|tests|docs|merging|evaluation|workers|checkpoints"
+    for path in re.findall(rf"`((?:{folders})/[\w./-]*)`", page.read_text()):
+        assert (toys.ROOT / path).exists() or (toys.ROOT / "evolver" / path).exists(), path
+
+
 def test_the_example_of_a_function_is_one():
-    (text,) = blocks("extending.md", "python")
+    (text,) = (b for b in blocks("extending.md", "python") if not b.startswith("# "))  # the others are files
     names = {}
     exec(text, names)
     assert names["score"](None, [{"text": "short"}, {"text": "x" * 100}]) == [1.0, 0.0]

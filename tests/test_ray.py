@@ -25,7 +25,7 @@ from evolver.evaluation.scores.course import Evaluation
 from evolver.ledger import Ledger
 from evolver.loop import evolve
 from evolver.records import Candidate, Cross, Expert, Result
-from evolver.search.ahead import ahead
+from evolver.search.ahead import Guessable, ahead
 from evolver.search.plain import Listed
 from evolver.storage import storage_at
 from evolver.workers.compute import Choice
@@ -98,7 +98,7 @@ def play(search, pool, folder, watch=lambda candidate, result: None):
         watch(candidate, result)
 
     ledger = Ledger(storage_at(folder), "owner")
-    evolve(search, pool, ledger, keep, partial(ahead, search))
+    evolve(search, pool, ledger, keep, partial(ahead, search) if isinstance(search, Guessable) else None)
     ledger.close()
     scored = {n: f[2] for n, f in found.items() if f[2] is not None}
     return found, max(scored, key=lambda n: (scored[n], -n))

@@ -45,7 +45,7 @@ from evolver.merging.methods import METHODS  # noqa: E402
 from evolver.merging.settings.genome import genome  # noqa: E402
 from evolver.records import Candidate, Cross, Expert, Merge, Recipe, Result  # noqa: E402
 from evolver.report.text import markdown_table  # noqa: E402
-from evolver.search.ahead import ahead  # noqa: E402
+from evolver.search.ahead import Guessable, ahead  # noqa: E402
 from evolver.storage import storage_at  # noqa: E402
 from evolver.workers.messages import pack_candidate, pack_result, unpack_candidate  # noqa: E402
 from evolver.workers.pools.crew_pool import CrewPool  # noqa: E402
@@ -109,7 +109,13 @@ def simulate(
     with ledger_in(ledgers) as (ledger, folder):
         pool = CrewPool(crew, PoolSettings(num_workers=workers))
         before, began = crew.seconds, time.perf_counter()
-        evolve(search, pool, ledger, lambda c, r: None, partial(ahead, search) if guessing else None)
+        evolve(
+            search,
+            pool,
+            ledger,
+            lambda c, r: None,
+            partial(ahead, search) if guessing and isinstance(search, Guessable) else None,
+        )
         wall = time.perf_counter() - began - (crew.seconds - before)
         size = sum(f.stat().st_size for f in folder.rglob("part-*"))
         rows = read_table(ledger.storage).to_pylist()

@@ -1,0 +1,91 @@
+"""The examples of docs/extending.md, each written to the place that it names, and used in one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import toys
+import yaml
+
+pytestmark = pytest.mark.whole
+
+PAGE = (toys.ROOT / "docs" / "extending.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory):
+    """A copy of the project with the examples in it."""
+    copy = tmp_path_factory.mktemp("project")
+    for package in ("evolver", "cluster"):
+        shutil.copytree(toys.ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for path, text in re.findall(r"```python\n# (\S+\.py)\n(.*?)```", PAGE, re.DOTALL):
+        assert not (copy / path).exists()
+        (copy / path).write_text(text)
+    return copy
+
+
+def evolver(extended, *arguments):
+    code = "from evolver.commands.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], cwd=extended, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(extended)},
+    )  # fmt: skip
+
+
+def test_each_example_is_one_file():
+    assert len(re.findall(r"```python\n# \S+\.py\n", PAGE)) == 4
+
+
+def test_what_is_added_is_found(extended):
+    for command, name, said in (
+        ("methods", "halfway", "Nobody 2026"),
+        ("searches", "hill", "standard deviation of a move"),
+    ):
+        done = evolver(extended, command, name)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert said in done.stdout
+
+
+def test_what_is_added_makes_a_run(extended, make_config, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(
+        "".join(json.dumps({"text": f"the {a} {b} the {a}"}) + "\n" for a in toys.THINGS for b in toys.THINGS)
+    )
+    task = {"task": "mine", "judge": "last-token", "data": str(texts), "dev": 12, "report": 12}
+    changes = {
+        "evaluation.tasks": [task], "search": {"algorithm": "hill", "method": "halfway"}, "pool": {"kind": "batches"},
+        "budget": {"candidates": 5},
+    }  # fmt: skip
+    done = evolver(extended, "run", make_config(tmp_path, changes), "--results", tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = toys.rows(Path(tmp_path / "toy"))
+    searched = [row for (stage, _), row in found.items() if stage == "search"]
+    assert len(searched) == 5
+    assert {row["status"] for row in found.values()} == {"ok"}
+    assert all("halfway" in row["recipe"] for row in searched)
+    assert "hill" in (tmp_path / "toy" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"pool": {"kind": "batch"}}, "pool.kind: unknown pool 'batch'"),
+        ({"evaluation.tasks": [{"task": "mine", "judge": "last-tokens", "dev": 1, "report": 1}]},
+         "evaluation.tasks[0].judge: unknown judge 'last-tokens'; did you mean 'last-token'"),
+    ],
+)  # fmt: skip
+def test_an_unknown_name_is_told_with_the_nearest(extended, make_config, tmp_path, changes, said):
+    file = make_config(tmp_path, changes)
+    for command in (("validate", file), ("run", file, "--results", tmp_path / "results")):
+        done = evolver(extended, *command)
+        assert done.returncode == 2
+        assert said in done.stderr
+    assert yaml.safe_load(file.read_text())
+    assert not (tmp_path / "results").exists()
