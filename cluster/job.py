@@ -95,7 +95,7 @@ def make_pool(plan: Plan, split: Split, tasks: Tasks) -> Pool:
     Raises BadInput for an unknown kind, or a pool that can never be.
     """
     settings, scale = plan.config.pool, tasks.scale(split)
-    pool = pool_named(kind_of(settings))(plan, split, tasks)
+    pool = pool_named(pool_kind(settings))(plan, split, tasks)
     if settings.share == 1:
         return pool
     block, alpha = plan.block(split, len(scale.tasks)), plan.config.evaluation.racing
@@ -117,7 +117,7 @@ def device_of(settings: PoolSettings) -> str:
     return "cpu" if uses_ray(settings) else default_device()
 
 
-def kind_of(settings: PoolSettings) -> str:
+def pool_kind(settings: PoolSettings) -> str:
     """The kind of pool: Ray's where nothing else is asked for and Ray started this process, else this machine's.
 
     Raises BadInput for an unknown one.
@@ -130,7 +130,7 @@ def kind_of(settings: PoolSettings) -> str:
 
 def uses_ray(settings: PoolSettings) -> bool:
     """Whether candidates are evaluated by Ray actors."""
-    return kind_of(settings) == "ray"
+    return pool_kind(settings) == "ray"
 
 
 def in_ray_job() -> bool:

@@ -384,7 +384,7 @@ def _sections(a: Any, b: Any) -> list[tuple[Mapping[str, Any], Mapping[str, Any]
     return list(zip(a, b, strict=True)) if all(isinstance(one, Mapping) for one in (*a, *b)) else []
 
 
-def default_of(kind: type[BaseModel], key: str) -> Any:
+def default_at(kind: type[BaseModel], key: str) -> Any:
     """The default of a key, dotted, of a section; None where it has none, or where there is no such key."""
     first, _, rest = key.partition(".")
     name = first.partition("[")[0]
@@ -392,7 +392,7 @@ def default_of(kind: type[BaseModel], key: str) -> Any:
         return None
     if rest:
         inner = _inner(kind, name)
-        return default_of(inner, rest) if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+        return default_at(inner, rest) if isinstance(inner, type) and issubclass(inner, BaseModel) else None
     field = kind.model_fields[name]
     return None if field.is_required() else field.get_default(call_default_factory=True)
 

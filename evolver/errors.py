@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The errors of this project. All of them can be sent from process to process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import difflib
 from collections.abc import Iterable
 
 
-class BadInput(Exception):
+class EvolverError(Exception):
+    """What all errors that this project raises by a name of its own have in common."""
+
+
+class BadInput(EvolverError):
     """Something that the user gave cannot be used.
 
     The message is one sentence that names the file, the key and what to write instead. The entry point prints

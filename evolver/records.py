@@ -10,14 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 Value = bool | int | float | str | tuple[float, ...]
 Stage = Literal["baseline", "search", "report"]
 Split = Literal["dev", "report"]
+# Where a tensor's name says its layer.
+LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 # Tensors outside the layers that come before them.
 EMBEDDINGS = ("embed", "wte", "wpe")
 
@@ -48,14 +51,66 @@ def _value(x: Any) -> Value:
     return tuple(_number(v) for v in x)
 
 
-class Node:
-    """What all recipes share: identity by content. Subclasses are frozen dataclasses with ``eq=False``."""
+def layer_of(name: str) -> int | None:
+    """The layer that a tensor belongs to, or None for embeddings, final norm and head."""
+    match = LAYER.search(name)
+    return int(match.group(1)) if match else None
 
+
+def at_layer(name: str, layer: int) -> str:
+    """The name of the same tensor in another layer."""
+    match = LAYER.search(name)
+    return name if match is None else f"{name[: match.start(1)]}{layer}{name[match.end(1) :]}"
+
+
+NODES: dict[str, type[Node]] = {}
+
+
+class Node:
+    """What all recipes share: identity by content. Subclasses are frozen dataclasses with ``eq=False``.
+
+    A new kind of node is a subclass with a ``kind``; it says here what everybody asks of a node. How its tensors are
+    computed is the materialiser's business.
+    """
+
+    kind: ClassVar[str]
     inputs: tuple[Recipe, ...]
+
+    def __init_subclass__(cls) -> None:
+        NODES[cls.kind] = cls
 
     def form(self) -> list[Any]:
         """The canonical form, in which every input stands as its id."""
         raise NotImplementedError  # every node below says its own
+
+    def entry(self, place: Mapping[str, int]) -> list[Any]:
+        """The node in a recipe's JSON, after its kind; inputs stand as their places, which are given by their ids."""
+        raise NotImplementedError  # every node below says its own
+
+    @classmethod
+    def from_entry(cls, entry: Sequence[Any], nodes: Sequence[Recipe]) -> Self:
+        """The inverse of ``entry``, given the nodes before it."""
+        raise NotImplementedError  # every node below says its own
+
+    def describe(self) -> str:
+        """How the model came to be, in words."""
+        raise NotImplementedError  # every node below says its own
+
+    @property
+    def label(self) -> str:
+        """A word or two for pictures."""
+        return self.id[:6]
+
+    def needs(self, name: str) -> list[tuple[Recipe, str]]:
+        """The tensors, by node and name, that the tensor ``name`` is computed from."""
+        return [(node, name) for node in self.below]
+
+    def names(self, base: Sequence[str]) -> list[str]:
+        """The names of the model's tensors, in the order of the base's, which are given."""
+        node: Node = self
+        while node.inputs and type(node).names is Node.names:  # no recursion: a lineage can be thousands long
+            node = node.inputs[0]
+        return list(base) if type(node).names is Node.names else node.names(base)
 
     @property
     def below(self) -> tuple[Recipe, ...]:
@@ -88,12 +143,27 @@ class Node:
 class Expert(Node):
     """A source checkpoint (the base is one too), identified by the digest of its tensors; the name is for people."""
 
+    kind: ClassVar[str] = "expert"
     name: str
     digest: str
     inputs: tuple[Recipe, ...] = field(default=(), init=False)
 
     def form(self) -> list[Any]:
-        return ["expert", self.digest]
+        return [self.kind, self.digest]
+
+    def entry(self, place: Mapping[str, int]) -> list[Any]:
+        return [self.name, self.digest]
+
+    @classmethod
+    def from_entry(cls, entry: Sequence[Any], nodes: Sequence[Recipe]) -> Expert:
+        return cls(*entry)
+
+    def describe(self) -> str:
+        return f"given as {self.name}"
+
+    @property
+    def label(self) -> str:
+        return self.name
 
 
 @dataclass(frozen=True)
@@ -142,6 +212,7 @@ class Rule:
 class Merge(Node):
     """A merge method of the library applied to inputs, with task vectors taken against ``base``."""
 
+    kind: ClassVar[str] = "merge"
     method: str
     inputs: tuple[Recipe, ...]
     base: Recipe
@@ -152,7 +223,22 @@ class Merge(Node):
         return (*self.inputs, self.base)
 
     def form(self) -> list[Any]:
-        return ["merge", self.method, [i.id for i in self.inputs], self.base.id, [r.form() for r in self.rules]]
+        return [self.kind, self.method, [i.id for i in self.inputs], self.base.id, [r.form() for r in self.rules]]
+
+    def entry(self, place: Mapping[str, int]) -> list[Any]:
+        return [self.method, [place[i.id] for i in self.inputs], place[self.base.id], [r.form() for r in self.rules]]
+
+    @classmethod
+    def from_entry(cls, entry: Sequence[Any], nodes: Sequence[Recipe]) -> Merge:
+        method, places, base, rules = entry
+        return cls(method, tuple(nodes[i] for i in places), nodes[base], tuple(Rule.from_form(r) for r in rules))
+
+    def describe(self) -> str:
+        return f"merge ({self.method})"
+
+    @property
+    def label(self) -> str:
+        return self.method
 
     def settings(self, name: str, layer: int | None) -> dict[str, Value]:
         """The settings in force for the tensor ``name`` of ``layer``."""
@@ -171,6 +257,7 @@ class Cross(Node):
     the tensor's name and the scalar's flat offset.
     """
 
+    kind: ClassVar[str] = "cross"
     parent: Recipe
     partners: tuple[Recipe, ...]
     strategy: str
@@ -187,7 +274,18 @@ class Cross(Node):
         return (self.parent, *self.partners)
 
     def form(self) -> list[Any]:
-        return ["cross", [i.id for i in self.inputs], self.strategy, self.F, self.Cr, self.seed]
+        return [self.kind, [i.id for i in self.inputs], self.strategy, self.F, self.Cr, self.seed]
+
+    def entry(self, place: Mapping[str, int]) -> list[Any]:
+        return [[place[i.id] for i in self.inputs], self.strategy, self.F, self.Cr, self.seed]
+
+    @classmethod
+    def from_entry(cls, entry: Sequence[Any], nodes: Sequence[Recipe]) -> Cross:
+        (parent, *partners), strategy, f, cr, seed = entry
+        return cls(nodes[parent], tuple(nodes[i] for i in partners), strategy, f, cr, seed)
+
+    def describe(self) -> str:
+        return f"crossover ({self.strategy}, F {self.F:g}, Cr {self.Cr:g}, seed {self.seed})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -197,19 +295,42 @@ class Layers(Node):
     Embeddings come from the input number ``ends[0]``, every other tensor outside the layers from ``ends[1]``.
     """
 
+    kind: ClassVar[str] = "layers"
     inputs: tuple[Recipe, ...]
     program: tuple[tuple[int, int], ...]
     ends: tuple[int, int]
 
-    def source(self, name: str, layer: int | None) -> tuple[Recipe, str]:
-        """Where the tensor ``name`` of ``layer`` comes from: the input, and the tensor's name there."""
+    def source(self, name: str) -> tuple[Recipe, str]:
+        """Where the tensor ``name`` comes from: the input, and the tensor's name there."""
+        layer = layer_of(name)
         if layer is None:
             return self.inputs[self.ends[0 if any(e in name for e in EMBEDDINGS) else 1]], name
         number, of = self.program[layer]
         return self.inputs[number], name.replace(f".{layer}.", f".{of}.", 1)
 
+    def needs(self, name: str) -> list[tuple[Recipe, str]]:
+        return [self.source(name)]
+
+    def names(self, base: Sequence[str]) -> list[str]:
+        outside = [n for n in self.inputs[0].names(base) if layer_of(n) is None]
+        inside = [self.inputs[i].names(base) for i, _ in self.program]
+        copies = enumerate(zip(inside, self.program, strict=True))
+        return outside + [at_layer(n, to) for to, (names, (_, of)) in copies for n in names if layer_of(n) == of]
+
+    def entry(self, place: Mapping[str, int]) -> list[Any]:
+        return [[place[i.id] for i in self.inputs], [list(p) for p in self.program], list(self.ends)]
+
+    @classmethod
+    def from_entry(cls, entry: Sequence[Any], nodes: Sequence[Recipe]) -> Layers:
+        places, program, (first, last) = entry
+        copies = tuple((int(i), int(layer)) for i, layer in program)
+        return cls(tuple(nodes[i] for i in places), copies, (int(first), int(last)))
+
+    def describe(self) -> str:
+        return "layers put together"
+
     def form(self) -> list[Any]:
-        return ["layers", [i.id for i in self.inputs], [list(p) for p in self.program], list(self.ends)]
+        return [self.kind, [i.id for i in self.inputs], [list(p) for p in self.program], list(self.ends)]
 
 
 Recipe = Expert | Merge | Cross | Layers
@@ -234,17 +355,8 @@ def dump_recipe(recipe: Recipe) -> str:
     index: dict[str, int] = {}
     program: list[list[Any]] = []
     for node in ancestors(recipe):
-        refs = [index[i.id] for i in node.inputs]
-        if isinstance(node, Expert):
-            entry: list[Any] = ["expert", node.name, node.digest]
-        elif isinstance(node, Merge):
-            entry = ["merge", node.method, refs, index[node.base.id], [r.form() for r in node.rules]]
-        elif isinstance(node, Layers):
-            entry = ["layers", refs, [list(p) for p in node.program], list(node.ends)]
-        else:
-            entry = ["cross", refs, node.strategy, node.F, node.Cr, node.seed]
-        index[node.id] = len(program)
-        program.append(entry)
+        program.append([node.kind, *node.entry(index)])
+        index[node.id] = len(index)
     return canonical_json(program)
 
 
@@ -255,22 +367,10 @@ def load_recipe(text: str) -> Recipe:
     """
     nodes: list[Recipe] = []
     try:
-        for kind, *rest in json.loads(text):
-            if kind == "expert":
-                nodes.append(Expert(*rest))
-            elif kind == "merge":
-                method, refs, base, rules = rest
-                inputs, places = tuple(nodes[i] for i in refs), tuple(Rule.from_form(r) for r in rules)
-                nodes.append(Merge(method, inputs, nodes[base], places))
-            elif kind == "layers":
-                refs, program, (first, last) = rest
-                copies = tuple((int(i), int(layer)) for i, layer in program)
-                nodes.append(Layers(tuple(nodes[i] for i in refs), copies, (int(first), int(last))))
-            elif kind == "cross":
-                refs, strategy, f, cr, seed = rest
-                nodes.append(Cross(nodes[refs[0]], tuple(nodes[i] for i in refs[1:]), strategy, f, cr, seed))
-            else:
+        for kind, *entry in json.loads(text):
+            if kind not in NODES:
                 raise ValueError(f"unknown kind of node {kind!r}")
+            nodes.append(NODES[kind].from_entry(entry, nodes))  # type: ignore[arg-type]  # each kind is a recipe
         return nodes[-1]
     except (TypeError, IndexError, KeyError) as error:
         raise ValueError(f"not a recipe: {error}") from error

@@ -170,3 +170,54 @@ def test_importing_a_run_does_not_load_ray():
     code = "import sys, evolver.driver.run, cluster.job; print('ray' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def figures():
+    trees = {name: ast.parse(file.read_text()) for name, file in MODULES.items()}
+    homes, constants = {}, {}
+    for name, tree in trees.items():
+        for found, names in zip((homes, constants), house.defined(tree), strict=True):
+            for n in names:
+                found.setdefault(n, set()).add(name)
+    needed = {n: house.imports(t, MODULES) for n, t in trees.items() if MODULES[n].name != "__init__.py"}
+    drawn = house.arrows({n: house.room_of(n) for n in MODULES}, needed)
+    for others in drawn.values():
+        others.discard("evolver")
+    drawn.pop("evolver")
+    drawn.pop("evolver.__main__")
+    return drawn, homes, constants, trees
+
+
+def test_the_house_stays_as_it_was_built():
+    """Rooms, floors and words: see tests/house.py, which prints them."""
+    drawn, homes, constants, trees = figures()
+    assert len(drawn) <= 24
+    assert max(house.floors(drawn).values()) <= 9
+    assert house.circles(drawn) == []
+    twice = {n for n, at in homes.items() if len(at) > 1}
+    assert len(twice) <= 5, sorted(twice)
+    twice |= {n for n, at in constants.items() if len(at | homes.get(n, set())) > 1}
+    assert len(twice) <= 10, sorted(twice)
+    assert len([f for f in MODULES.values() if f.parent == ROOT / "evolver"]) <= 10
+    long = [n for name, tree in trees.items() for lines, n in house.lengths(name, tree) if lines > 60]
+    assert long == []
+
+
+def test_errors_have_one_ancestor_and_can_be_sent():
+    import importlib
+    import pickle
+
+    from evolver.errors import BadInput, EvolverError
+
+    for name in MODULES:
+        if not name.startswith("evolver.__main__"):
+            importlib.import_module(name)
+    kinds, found = [EvolverError], set()
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        found.add(kind)
+    assert BadInput in found
+    for kind in found:
+        again = pickle.loads(pickle.dumps(kind("run.yaml: mend it.")))
+        assert (type(again), str(again)) == (kind, "run.yaml: mend it.")

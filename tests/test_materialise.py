@@ -1,6 +1,8 @@
 """Recipes into weights: the same bytes whatever is cached, cut or threaded, and defined answers at the edges."""
 
 import json
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from evolver.checkpoints.weights import Checkpoint
 from evolver.merging import crossing, methods
 from evolver.merging.engine import pieces
 from evolver.merging.materialise import Materialiser
-from evolver.records import Cross, Expert, Layers, Merge, Place, Rule
+from evolver.records import NODES, Cross, Expert, Layers, Merge, Node, Place, Rule, ancestors, dump_recipe, load_recipe
 
 NAMES = {
     "model.embed_tokens.weight": (12, 10),
@@ -264,3 +266,39 @@ def test_an_adapter_is_an_expert_like_others(sources, tmp_path):
     same(build(opened, recipe), first)
     delta = build(opened, Expert("lora", "lora"), dtype=torch.float32)["model.layers.0.mlp.weight"]
     assert not torch.equal(delta, sources["base"].tensor("model.layers.0.mlp.weight").float())
+
+
+def test_a_new_kind_of_node_says_its_own_and_is_computed_where_it_is_registered(monkeypatch, sources):
+    """As statistics, routing and the like will be: nobody but the materialiser hears of it."""
+
+    @dataclass(frozen=True, eq=False, repr=False)
+    class Negated(Node):
+        kind: ClassVar[str] = "negated"
+        inputs: tuple
+
+        def form(self):
+            return [self.kind, self.inputs[0].id]
+
+        def entry(self, place):
+            return [place[self.inputs[0].id]]
+
+        @classmethod
+        def from_entry(cls, entry, nodes):
+            return cls((nodes[entry[0]],))
+
+        def describe(self):
+            return "negated"
+
+    Materialiser._compute.register(
+        Negated, lambda self, node, name, below: -below[0] if below[0].is_floating_point() else below[0]
+    )
+    recipe = Merge("simple", (Negated((A,)), A), BASE)
+    assert load_recipe(dump_recipe(recipe)) == recipe
+    assert [n.describe() for n in ancestors(recipe)] == ["given as a", "negated", "given as base", "merge (simple)"]
+    merged = build(sources, Merge("simple", (Negated((A,)), Negated((A,))), BASE))
+    plain = build(sources, A)
+    assert list(merged) == list(plain)
+    assert all(torch.equal(merged[n], -t) for n, t in plain.items() if t.is_floating_point())
+    monkeypatch.delitem(NODES, "negated")
+    with pytest.raises(ValueError, match="unknown kind of node 'negated'"):
+        load_recipe(dump_recipe(recipe))

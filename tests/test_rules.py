@@ -4,9 +4,8 @@ import random
 
 import pytest
 
-from evolver.checkpoints.weights import layer_of
 from evolver.merging.settings.rules import rules_of
-from evolver.records import Expert, Merge
+from evolver.records import Expert, Merge, layer_of
 
 LLAMA = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"] + [
     f"model.layers.{i}.{part}.weight"

@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from evolver.checkpoints.weights import DIGEST_BYTES, HEAD, Checkpoint, Source, cached, digests, layer_of
+from evolver.checkpoints.weights import DIGEST_BYTES, HEAD, Checkpoint, Source, cached, digests
 from evolver.errors import BadInput
 from evolver.kernels import execute, native
 from evolver.kernels.encoded import FLOAT32, Code
 from evolver.kernels.program import Program
+from evolver.records import layer_of
 
 # A distance to the base, in norms of the base, that no fine-tune has: at equal norms an angle of 41°. Fine-tunes are
 # at 0.0001 to 0.1, training on with much new data may reach a few tenths, an unrelated model has a right angle: 1.4.

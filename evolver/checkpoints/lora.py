@@ -12,18 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from evolver.checkpoints.weights import (
-    HEAD,
-    Checkpoint,
-    cached,
-    check_finite,
-    is_head,
-    layer_of,
-    open_tensors,
-    raw,
-    read_json,
-)
+from evolver.checkpoints.weights import HEAD, Checkpoint, cached, check_finite, is_head, open_tensors, raw, read_json
 from evolver.errors import BadInput
+from evolver.records import layer_of
 
 ADAPTER = "adapter_model.safetensors"
 # Matrices of an adapter, and how PEFT marks a layer that it has wrapped.

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from evolver.errors import BadInput
 from evolver.kernels import native
+from evolver.records import layer_of
 from evolver.storage.paths import expand
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -44,7 +44,6 @@ TOKEN_MATRICES = (
     "embed_tokens.weight", "tok_embeddings.weight", "word_embeddings.weight", "embed_in.weight", "wte.weight",
     "lm_head.weight", "embed_out.weight",
 )  # fmt: skip
-LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -65,12 +64,6 @@ class Source(Protocol):
     def names(self) -> list[str]: ...
     def tensor(self, name: str) -> Tensor: ...
     def digest(self) -> str: ...
-
-
-def layer_of(name: str) -> int | None:
-    """The layer that a tensor belongs to, or None for embeddings, final norm and head."""
-    match = LAYER.search(name)
-    return int(match.group(1)) if match else None
 
 
 def is_head(name: str) -> bool:

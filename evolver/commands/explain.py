@@ -8,12 +8,10 @@ from typing import Any
 
 import yaml
 
-from evolver.checkpoints.names import names_of
-from evolver.checkpoints.weights import layer_of
 from evolver.commands.merge import open_merge
 from evolver.errors import BadInput
 from evolver.merging import methods
-from evolver.records import Expert, Layers, Merge, Recipe
+from evolver.records import Expert, Layers, Merge, Recipe, layer_of
 
 SettingRow = tuple[str, str, Mapping[str, Any]]
 
@@ -49,12 +47,12 @@ def _is_run(path: str | Path) -> bool:
 
 
 def _rows(recipe: Recipe, base: Sequence[str], tuned: Collection[str]) -> list[SettingRow]:
-    return [(n, *_settings(recipe, n, tuned)) for n in names_of(recipe, base)]
+    return [(n, *_settings(recipe, n, tuned)) for n in recipe.names(base)]
 
 
 def _settings(recipe: Recipe, name: str, tuned: Collection[str]) -> tuple[str, Mapping[str, Any]]:
     while isinstance(recipe, Layers):
-        recipe, name = recipe.source(name, layer_of(name))
+        recipe, name = recipe.source(name)
     if not isinstance(recipe, Merge):
         raise BadInput(f"{name}: is taken from a model as it is, so no settings are in force.")
     method = methods.METHODS[recipe.method]

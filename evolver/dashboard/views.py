@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from evolver.dashboard.overview import Column, Overview, Places, Rows
 from evolver.dashboard.status import Status
 from evolver.records import Expert, Merge, Recipe, ancestors
-from evolver.report.text import cost_rows, describe_node
+from evolver.report.text import cost_rows
 from evolver.search.hypervolume import hypervolume
 
 POINTS = 2000  # of a curve
@@ -95,9 +95,7 @@ def lineage(recipe: Recipe) -> dict[str, Any]:
     kept = {n.id for n in nodes[-NODES:]} | {n.id for n in nodes if isinstance(n, Expert)}
     shown = [n for n in nodes if n.id in kept]
     return {
-        "nodes": [
-            {"id": n.id, "label": _label(n), "made": describe_node(n), "depth": depth.get(n.id, 0)} for n in shown
-        ],
+        "nodes": [{"id": n.id, "label": n.label, "made": n.describe(), "depth": depth.get(n.id, 0)} for n in shown],
         "edges": [[i.id, n.id] for n in shown for i in n.inputs if i.id in kept],
     }
 
@@ -196,7 +194,7 @@ def _rule(node: Merge, rule: Any) -> dict[str, Any]:
     if layers:
         place = f"layer {layers[0]}" if layers[1] - layers[0] == 1 else f"layers {layers[0]}–{layers[1] - 1}"
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in rule.values}
-    return {"method": node.method, "inputs": [_label(i) for i in node.inputs], "values": values,
+    return {"method": node.method, "inputs": [i.label for i in node.inputs], "values": values,
             "place": f"{place}, {contains}" if contains else place}  # fmt: skip
 
 
@@ -215,14 +213,8 @@ def _numbers(values: Mapping[str, Any], node: Merge) -> dict[str, float]:
     out = {k: float(v) for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     for key, value in values.items():
         if isinstance(value, tuple):
-            out |= {f"{key} of {_label(i)}": v for i, v in zip(node.inputs, value, strict=False)}
+            out |= {f"{key} of {i.label}": v for i, v in zip(node.inputs, value, strict=False)}
     return out
-
-
-def _label(node: Recipe) -> str:
-    if isinstance(node, Expert):
-        return node.name
-    return node.method if isinstance(node, Merge) else node.id[:6]
 
 
 def _of_tasks(rows: Rows, place: int, names: list[str]) -> list[float | None]:

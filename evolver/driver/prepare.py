@@ -10,7 +10,7 @@ from typing import Any
 from evolver import loggers
 from evolver.checkpoints.doubts import suspicions
 from evolver.checkpoints.weights import Checkpoint
-from evolver.config import FREE_KEYS, Config, ConfigText, check_section, computing, default_of, load, renamed
+from evolver.config import FREE_KEYS, Config, ConfigText, check_section, computing, default_at, load, renamed
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.scores.estimates import Estimates, first_unjudged
 from evolver.evaluation.tasks import Tasks, load_tasks
@@ -30,7 +30,7 @@ from evolver.workers.plan import Plan, items_hash
 SPLITS: tuple[Split, Split] = ("dev", "report")
 
 
-JUDGES = ("torch", "transformers", "lm-eval")
+SCORING_PACKAGES = ("torch", "transformers", "lm-eval")
 
 
 RECORDED_PACKAGES = ("torch", "transformers", "lm-eval", "optuna", "safetensors", "numpy", "ray")
@@ -112,11 +112,11 @@ def prepare_run(run: Storage) -> Prepared:
     prepared = prepare(config_of_run(run))
     if chosen := compute_of(run):
         prepared = in_compute(prepared, chosen)
-    folder_of(prepared, run)
+    run_folder(prepared, run)
     return prepared
 
 
-def folder_of(prepared: Prepared, run: Storage) -> RunFolder:
+def run_folder(prepared: Prepared, run: Storage) -> RunFolder:
     """The run's folder.
 
     Raises BadInput where it holds a run of another configuration, or cannot be read.
@@ -125,7 +125,7 @@ def folder_of(prepared: Prepared, run: Storage) -> RunFolder:
 
     def default(key: str) -> Any:
         section, _, rest = key.partition(".")
-        return default_of(sections[section], rest) if section in sections else default_of(Config, key)
+        return default_at(sections[section], rest) if section in sections else default_at(Config, key)
 
     return RunFolder(run, prepared.identity, default)
 
@@ -211,7 +211,7 @@ def _identity(config: Config, search: Mapping[str, Any], plan: Plan) -> dict[str
     identity["items"] = dict(plan.items)
     identity["evaluation"].pop("include_path")
     # Scores of different releases must not be mixed: a forward pass or a prompt may have changed between them.
-    identity["versions"] = {p: versions()[p] for p in JUDGES}
+    identity["versions"] = {p: versions()[p] for p in SCORING_PACKAGES}
     return identity
 
 

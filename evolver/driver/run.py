@@ -13,9 +13,8 @@ from evolver import __version__, loggers
 from evolver.config import Config, ConfigText
 from evolver.driver.card import companion_files
 from evolver.driver.check import score_again
-from evolver.driver.prepare import SPLITS, Prepared, folder_of, in_compute, prepare, versions
+from evolver.driver.prepare import SPLITS, Prepared, in_compute, prepare, run_folder, versions
 from evolver.errors import BadInput
-from evolver.evaluation.tasks import Tasks
 from evolver.ledger import Ledger, write_items
 from evolver.loggers import Tracked, Trackers
 from evolver.loggers.pace import Pace, Remaining
@@ -23,7 +22,7 @@ from evolver.loggers.terminal import Display
 from evolver.loop import Guesses, evolve
 from evolver.merging.export import export, write_heads
 from evolver.pool import Pool
-from evolver.records import Candidate, Merge, Recipe, Result, Rule, Split, dump_recipe
+from evolver.records import Candidate, Merge, Recipe, Result, Rule, dump_recipe
 from evolver.report.report import write_report
 from evolver.report.verdict import verdict
 from evolver.runs.about import About, Job, write_about
@@ -35,10 +34,9 @@ from evolver.search.plain import Listed
 from evolver.storage import Storage
 from evolver.workers.compute import Choice, is_open
 from evolver.workers.opened import check_memory
-from evolver.workers.plan import Plan
+from evolver.workers.pools import PoolMaker
 from evolver.workers.worker import build_materialiser, choose_compute
 
-PoolMaker = Callable[[Plan, Split, Tasks], Pool]
 Chooser = Callable[[Config], Choice]
 
 
@@ -62,7 +60,7 @@ def run(
     """
     prepared = prepare(given, name, device=device)
     prepared = _in_chosen_compute(prepared, results.folder(prepared.config.run), device, choose, display)
-    folder = folder_of(prepared, results.folder(prepared.config.run))
+    folder = run_folder(prepared, results.folder(prepared.config.run))
     listeners = loggers.build_loggers(prepared.config, given.origin, folder.storage)
     # A pool that the cluster can never offer is refused here, before anything is written.
     try:

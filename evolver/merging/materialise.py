@@ -9,17 +9,18 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from functools import singledispatchmethod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from evolver.checkpoints.names import names_of
-from evolver.checkpoints.weights import Checkpoint, Source, TensorInfo, layer_of
+from evolver.checkpoints.weights import Checkpoint, Source, TensorInfo
 from evolver.kernels.compiled import Kernels
 from evolver.merging import crossing, methods
 from evolver.merging.engine.apply import AllTensors, apply
 from evolver.merging.engine.pieces import InputTensors
-from evolver.records import Cross, Expert, Layers, Merge, Recipe, ancestors
+from evolver.records import Cross, Expert, Layers, Merge, Recipe, ancestors, layer_of
 
 Task = tuple[Recipe, str]
 
@@ -52,7 +53,7 @@ class Materialiser:
 
     def names(self, recipe: Recipe) -> list[str]:
         """The names of the model's tensors, in the base's order."""
-        return names_of(recipe, self.base.names())
+        return recipe.names(self.base.names())
 
     def depth(self, recipe: Recipe) -> int:
         """The number of layers."""
@@ -60,8 +61,8 @@ class Materialiser:
 
     def info(self, recipe: Recipe, name: str) -> TensorInfo:
         """Shape and dtype of one tensor of the model."""
-        while not isinstance(recipe, Expert):
-            recipe, name = _below((recipe, name))[0]
+        while needed := recipe.needs(name):
+            recipe, name = needed[0]
         return TensorInfo(self.base.headers[name].shape, self._dtype_of(name))
 
     def stream(self, recipe: Recipe) -> Iterator[tuple[str, Tensor]]:
@@ -78,13 +79,13 @@ class Materialiser:
 
     def _run(self, tasks: list[Task], keep: Mapping[str, dict[str, Tensor]]) -> Tensor:
         """The tensor of the last task, after those that it needs."""
-        last = {below: step for step, task in enumerate(tasks) for below in _below(task)}
+        last = {below: step for step, task in enumerate(tasks) for below in task[0].needs(task[1])}
         values: dict[tuple[str, str], Tensor] = {}
         for step, (node, name) in enumerate(tasks):
             values[node.id, name] = self._tensor(node, name, values)
             if node.id in keep:
                 keep[node.id][name] = values[node.id, name]
-            for used in _below((node, name)):  # what no later node needs is let go, however long the lineage
+            for used in node.needs(name):  # what no later node needs is let go, however long the lineage
                 if last[used] == step:
                     values.pop((used[0].id, used[1]), None)
         return values[tasks[-1][0].id, tasks[-1][1]]
@@ -101,7 +102,7 @@ class Materialiser:
             elif key not in out:
                 stack.append((task, True))
                 if task[0].id not in self._resident:
-                    stack.extend((below, False) for below in reversed(_below(task)))
+                    stack.extend((below, False) for below in reversed(task[0].needs(task[1])))
         return list(out.values())
 
     def _order(self, recipe: Recipe) -> list[Recipe]:
@@ -136,17 +137,31 @@ class Materialiser:
     def _tensor(self, node: Recipe, name: str, values: Mapping[tuple[str, str], Tensor]) -> Tensor:
         if node.id in self._resident:
             return self._resident[node.id][name]
-        if isinstance(node, Expert):
-            tensor = self.sources[node.digest].tensor(name)
-            return tensor.to(self.device, self._dtype_of(name))
-        below = [values[n.id, source] for n, source in _below((node, name))]
-        if isinstance(node, Layers) or not below[0].is_floating_point() or not below[0].numel():
-            return below[0]  # counters and masks are copied from the first input, never averaged
-        if isinstance(node, Cross):
-            return crossing.cross(node.strategy, below[0], below[1:], node.F, node.Cr, node.seed, name, self.kernels)
-        return self._merge(node, name, below)
+        return self._compute(node, name, [values[n.id, needed] for n, needed in node.needs(name)])
 
-    def _merge(self, node: Merge, name: str, below: list[Tensor]) -> Tensor:
+    @singledispatchmethod
+    def _compute(self, node: Any, name: str, below: list[Tensor]) -> Tensor:
+        """One tensor of a node from those that it needs; every kind of node is registered below."""
+        raise TypeError(f"nobody knows how to compute a {type(node).__name__}")
+
+    @_compute.register
+    def _(self, node: Expert, name: str, below: list[Tensor]) -> Tensor:
+        return self.sources[node.digest].tensor(name).to(self.device, self._dtype_of(name))
+
+    @_compute.register
+    def _(self, node: Layers, name: str, below: list[Tensor]) -> Tensor:
+        return below[0]
+
+    @_compute.register
+    def _(self, node: Cross, name: str, below: list[Tensor]) -> Tensor:
+        if _is_copied(below[0]):
+            return below[0]
+        return crossing.cross(node.strategy, below[0], below[1:], node.F, node.Cr, node.seed, name, self.kernels)
+
+    @_compute.register
+    def _(self, node: Merge, name: str, below: list[Tensor]) -> Tensor:
+        if _is_copied(below[0]):
+            return below[0]
         method = methods.METHODS[node.method]
         values = method.in_force(node.settings(name, layer_of(name)), len(node.inputs))
         if node.id not in self._models:
@@ -180,9 +195,6 @@ class Materialiser:
         return self.dtype if self.dtype is not None and own.is_floating_point else own
 
 
-def _below(task: Task) -> list[Task]:
-    """The tensors that one tensor of a node is computed from."""
-    node, name = task
-    if not isinstance(node, Layers):
-        return [(n, name) for n in node.below]
-    return [node.source(name, layer_of(name))]
+def _is_copied(tensor: Tensor) -> bool:
+    """Whether a tensor is taken from the first input: counters and masks are never averaged."""
+    return not tensor.is_floating_point() or not tensor.numel()

@@ -18,7 +18,7 @@ from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Recipe, Result, ancestors, dump_recipe
 from evolver.report.curve import curve
 from evolver.report.html import html_page
-from evolver.report.text import cost_rows, describe_node, markdown_table, median_or_zero, of_task, score_text, signed
+from evolver.report.text import cost_rows, markdown_table, median_or_zero, of_task, score_text, signed
 from evolver.report.verdict import verdict
 from evolver.runs.history import History, read_history, rows_of
 from evolver.runs.outcome import Finalist, Outcome
@@ -178,9 +178,7 @@ def _winner_section(outcome: Outcome, agreement: Mapping[str, int]) -> str:
 
 def _lineage(recipe: Recipe) -> str:
     """Everything that the winner is made of, down to the experts; what is used stands above what uses it."""
-    rows = [
-        [f"`{n.id[:8]}`", describe_node(n), ", ".join(f"`{i.id[:8]}`" for i in n.inputs)] for n in ancestors(recipe)
-    ]
+    rows = [[f"`{n.id[:8]}`", n.describe(), ", ".join(f"`{i.id[:8]}`" for i in n.inputs)] for n in ancestors(recipe)]
     return "## Its lineage\n\n" + markdown_table(["model", "made by", "of"], rows)
 
 

@@ -8,16 +8,6 @@ from collections.abc import Iterable, Sequence
 from evolver.config import PoolSettings
 from evolver.evaluation.scores.metrics import Metric
 from evolver.evaluation.scores.scoring import Scale
-from evolver.records import Cross, Expert, Merge, Recipe
-
-
-def describe_node(node: Recipe) -> str:
-    """How a node of a recipe came to be, in words."""
-    if isinstance(node, Expert):
-        return f"given as {node.name}"
-    if isinstance(node, Cross):
-        return f"crossover ({node.strategy}, F {node.F:g}, Cr {node.Cr:g}, seed {node.seed})"
-    return f"merge ({node.method})" if isinstance(node, Merge) else "layers put together"
 
 
 def cost_rows(pool: PoolSettings, seconds: float) -> list[list[str]]:

@@ -10,13 +10,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field
 
-from evolver.checkpoints.names import at_layer, names_of
-from evolver.checkpoints.weights import layer_of
 from evolver.config import Loader, Section, check_section
 from evolver.errors import BadInput, nearest
 from evolver.merging.methods import Method, get
 from evolver.merging.settings.placed import Placed, Spot, depth, over
-from evolver.records import Expert, Layers, Merge, Recipe
+from evolver.records import Expert, Layers, Merge, Recipe, at_layer, layer_of
 
 Parameters = dict[str, Any]
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
@@ -136,7 +134,7 @@ class Configuration:
         Raises BadInput that names file and key.
         """
         recipes = {n: c.recipe(nodes, names, seed) for n, c in self.earlier.items()}
-        if any(names_of(r, names) != list(names) for r in recipes.values()):
+        if any(r.names(names) != list(names) for r in recipes.values()):
             raise BadInput(
                 f"{self.file}: a merge that another one uses has other layers than the models; merge it first."
             )

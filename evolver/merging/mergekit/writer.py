@@ -9,11 +9,10 @@ from typing import Any
 
 import yaml
 
-from evolver.checkpoints.names import names_of
-from evolver.checkpoints.weights import LAYER, layer_of
+from evolver.errors import EvolverError
 from evolver.merging.mergekit.reader import LONE, MERGEKIT_NAMES, PAIRED, WEIGHTED, Parameters, spots
 from evolver.merging.methods import METHODS, Method
-from evolver.records import Cross, Expert, Layers, Merge, Recipe, Value, ancestors
+from evolver.records import LAYER, Cross, Expert, Layers, Merge, Recipe, Value, ancestors, layer_of
 
 # Its usual name beside a model.
 CONFIG_FILE = "mergekit_config.yml"
@@ -22,7 +21,7 @@ OURS = ("elect", "sign", "trim_scope", "filter_wise")
 RANDOM = "# mergekit draws other random numbers: it makes a merge of this kind, not this very one.\n"
 
 
-class Inexpressible(Exception):
+class Inexpressible(EvolverError):
     """Why mergekit cannot make a model, in words that follow "because"."""
 
 
@@ -105,7 +104,7 @@ class _Document:
     def _parts_of(self, node: Recipe) -> list[tuple[Merge, int]]:
         """The merges whose layers follow each other, with the number of layers of each."""
         if isinstance(node, Merge):
-            return [(node, _depth(names_of(node, self.names)))]
+            return [(node, _depth(node.names(self.names)))]
         if isinstance(node, Cross):
             raise Inexpressible("it crosses weights scalar by scalar")
         if not isinstance(node, Layers):
@@ -117,7 +116,7 @@ class _Document:
             layers = [of for which, of in node.program[at:] if which == number]
             if not isinstance(part, Merge) or node.program[at : at + len(layers)] != tuple((number, k) for k in layers):
                 raise Inexpressible("its layers are woven from several models")
-            if layers != list(range(len(layers))) or len(layers) != _depth(names_of(part, self.names)):
+            if layers != list(range(len(layers))) or len(layers) != _depth(part.names(self.names)):
                 raise Inexpressible("it takes layers out of a merge")
             out.append((part, len(layers)))
             at += len(layers)
@@ -152,7 +151,7 @@ class _Document:
 
     def _parameters(self, node: Merge, run: _Run | None) -> tuple[Parameters, list[Parameters]]:
         """What all models share, and what each one has."""
-        method, names = METHODS[node.method], names_of(node, self.names)
+        method, names = METHODS[node.method], node.names(self.names)
         at, count = (run.at, run.count) if run else (0, _depth(names))
         ranges = [(_first(i), _first(i) + count) for i in node.inputs]
         seen = [n for n in names if run is None or run.at_an_end or layer_of(n) is not None]

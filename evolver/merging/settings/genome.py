@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evolver.checkpoints.weights import layer_of
 from evolver.errors import BadInput, nearest
 from evolver.merging.methods import Method, Range, Simplex
 from evolver.merging.settings.placed import fixed_rules
-from evolver.records import Expert, Knob, Merge, Place, Recipe, Rule
+from evolver.records import Expert, Knob, Merge, Place, Recipe, Rule, layer_of
 
 # A weight on the simplex is drawn as e / Σ e with e = -log(u): uniform u then means uniform weights (Dirichlet(1)).
 # The ends are cut off so that no weight is exactly 0 or 1.

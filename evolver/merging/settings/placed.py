@@ -11,11 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evolver.checkpoints.weights import layer_of
 from evolver.errors import BadInput, nearest
 from evolver.merging.methods import Method, Setting
 from evolver.merging.settings.rules import rules_of
-from evolver.records import Rule, Value
+from evolver.records import Rule, Value, layer_of
 
 GivenSettings = Mapping[str, Any]
 

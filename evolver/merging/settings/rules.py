@@ -6,8 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
-from evolver.checkpoints.weights import LAYER, layer_of
-from evolver.records import Place, Rule, Value
+from evolver.records import LAYER, Place, Rule, Value, layer_of
 
 # A later stage is more particular, and its rules win: all tensors, a layer, a part of a layer, one tensor.
 SaidValue = tuple[int, Place, Value]
