@@ -1,3 +1,19 @@
 """Evolver: search for the best merge of several fine-tunes of one base model."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evolver.commands.api import answers, evaluate, ledger_table, merge, run
+
 __version__ = "0.1.0"
+__all__ = ["answers", "evaluate", "ledger_table", "merge", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    """The Python API, imported when it is asked for: torch alone takes a second."""
+    if name in __all__:
+        return getattr(importlib.import_module("evolver.commands.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

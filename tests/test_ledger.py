@@ -330,7 +330,7 @@ def test_reading_an_empty_ledger(reopen):
 def test_reading_while_a_run_writes(reopen, monkeypatch):
     """Whatever the writer is at, a reader sees a beginning of the record: no gap, nothing twice."""
     monkeypatch.setattr(module, "JOIN_FROM", 4)
-    monkeypatch.setattr(local, "_sync_folder", lambda folder: None)
+    monkeypatch.setattr(local, "_sync", lambda folder: None)
     ledger = reopen()
     writer = threading.Thread(target=fill, args=(ledger, range(60)))
     writer.start()

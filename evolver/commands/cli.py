@@ -215,9 +215,9 @@ def evaluate(
     dev: Annotated[bool, typer.Option(help="on the dev items instead of the report items")] = False,
 ) -> None:
     """Score models on the tasks of a configuration."""
-    from evolver.commands.evaluate import evaluate as scores
+    from evolver.commands.evaluate import score_models, score_table
 
-    typer.echo(scores(str(config), models, "dev" if dev else "report"))
+    typer.echo(score_table(score_models(str(config), models, "dev" if dev else "report")))
 
 
 @app.command()

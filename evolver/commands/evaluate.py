@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from evolver.driver.prepare import block_of
 from evolver.errors import BadInput
 from evolver.evaluation.live import default_device
 from evolver.evaluation.scores.comparison import interval
+from evolver.evaluation.scores.scoring import Scale
 from evolver.evaluation.tasks import load_tasks
 from evolver.records import Split
 from evolver.report.text import markdown_table, score_text
@@ -22,8 +24,28 @@ from evolver.workers.opened import open_models
 from evolver.workers.worker import build_model, choose_compute
 
 
-def evaluate(file: str, models: Sequence[str], split: Split) -> str:
-    """A table of models, their scores with 95 % intervals, and their metrics per task.
+@dataclass(frozen=True)
+class ModelScore:
+    """What a model scored on the items of a split.
+
+    Attributes:
+        score: higher is better.
+        low, high: its 95 % interval.
+        tasks: the metric of each task.
+        scale: how items make up the score.
+    """
+
+    model: str
+    split: Split
+    score: float
+    low: float
+    high: float
+    tasks: Mapping[str, float]
+    scale: Scale
+
+
+def score_models(file: str, models: Sequence[str], split: Split) -> list[ModelScore]:
+    """What models score on a configuration's tasks.
 
     Args:
         file: the configuration whose tasks, items and base are meant.
@@ -41,7 +63,7 @@ def evaluate(file: str, models: Sequence[str], split: Split) -> str:
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from error
     torch.set_num_threads(config.evaluation.threads)
-    scale, rows = tasks.scale(split), []
+    scale, found = tasks.scale(split), []
     block = block_of(config, file, split, len(scale.tasks))
     for model in models:
         folder: Path = open_base(model, "evolver evaluate").path
@@ -49,8 +71,15 @@ def evaluate(file: str, models: Sequence[str], split: Split) -> str:
         items = answer_again(tasks.scorer(live, split), len(scale.tasks), block)
         live.close()
         low, high = interval(items, scale, config.seed)
-        found = scale.of_tasks(items)
-        between = f"{score_text(low, scale)} – {score_text(high, scale)}"
-        metrics = [score_text(found[task], scale) for task in scale.weights]
-        rows.append([model, score_text(scale.score(items), scale), between, *metrics])
-    return markdown_table(["model", split, "95 % interval", *scale.weights], rows)
+        found.append(ModelScore(model, split, scale.score(items), low, high, scale.of_tasks(items), scale))
+    return found
+
+
+def score_table(scores: Sequence[ModelScore]) -> str:
+    """The same as a table: models, their scores with 95 % intervals, and their metrics per task."""
+    scale, rows = scores[0].scale, []
+    for s in scores:
+        between = f"{score_text(s.low, scale)} – {score_text(s.high, scale)}"
+        metrics = [score_text(s.tasks[task], scale) for task in scale.weights]
+        rows.append([s.model, score_text(s.score, scale), between, *metrics])
+    return markdown_table(["model", scores[0].split, "95 % interval", *scale.weights], rows)

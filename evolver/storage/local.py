@@ -62,6 +62,9 @@ class LocalStorage:
     def whole_folder(self, name: str) -> Iterator[Path]:
         with whole_folder(self.path / name) as path:
             yield path
+            for place in (*path.rglob("*"), path):
+                _sync(place)
+        _sync(self.path)
 
     def lock(self) -> Callable[[], None] | None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -89,7 +92,7 @@ class LocalStorage:
                 file.flush()
                 os.fsync(file.fileno())
             yield temporary
-            _sync_folder(self.path)
+            _sync(self.path)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -127,13 +130,14 @@ def whole_file(path: Path, ready: Callable[[], None] = lambda: None) -> Iterator
             os.fsync(file.fileno())
         ready()
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(place: Path) -> None:
+    """Have a file, or the names in a folder, on the disk before anything that is written later."""
+    handle = os.open(place, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
