@@ -387,6 +387,14 @@ class Knob:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """One dimension of a search space: one of several values that are no numbers in an order."""
+
+    name: str
+    options: tuple[bool | str, ...]
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A recipe that somebody proposed.
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from evolver.errors import BadInput
 from evolver.merging.methods import METHODS, Range, Simplex
 from evolver.merging.settings.genome import HIGH_U, LOW_U, genome
-from evolver.records import Expert
+from evolver.records import Choice, Expert, dump_recipe, load_recipe
 
 BASE = Expert("base", "00")
 EXPERTS = (Expert("a", "aa"), Expert("b", "bb"), Expert("c", "cc"))
@@ -174,3 +174,24 @@ def test_a_fixed_setting_is_a_number_a_gradient_or_a_list_of_filters():
 def test_settings_that_differ_are_checked(settings, says):
     with pytest.raises(BadInput, match=says):
         decoded(settings)
+
+
+def test_what_is_no_number_is_chosen_among_its_values():
+    """A setting with words or a switch, where it is tuned by name."""
+    space = make("ties", groups=2, tune=["density", "sign", "normalize"])
+    chosen = {k.name: k.options for k in space.knobs if isinstance(k, Choice)}
+    assert chosen == {
+        f"{name}{at}": options
+        for at in ("@outside", "@0-2", "@3-5")
+        for name, options in (("sign", ("mass", "count")), ("normalize", (False, True)))
+    }  # fmt: skip
+    start = space.encode_equal(1.0)
+    assert start["sign@0-2"] == METHODS["ties"].settings["sign"].default
+    recipe = space.decode({**start, "sign@0-2": "count", "normalize@3-5": False})
+    assert [recipe.settings("w", layer)["sign"] for layer in (None, 0, 3)] == [
+        start["sign@0-2"],
+        "count",
+        start["sign@0-2"],
+    ]
+    assert recipe.settings("w", 5)["normalize"] is False
+    assert load_recipe(dump_recipe(recipe)) == recipe

@@ -89,6 +89,7 @@ ORDERED = {
     },
     "tpe": {"algorithm": "tpe", "startup": 5},
     "tpe 4": {"algorithm": "tpe", "startup": 5, "in_flight": 4, "layer_groups": 2},
+    "tpe choosing": {"algorithm": "tpe", "startup": 5, "method": "ties", "tune": ["lambda", "sign", "normalize"]},
     "cmaes": {"algorithm": "cmaes"},
     "cmaes 5": {"algorithm": "cmaes", "population": 5, "sigma": 0.2, "method": "ties", "tune": ["density", "lambda"]},
     "nsga2": {"algorithm": "nsga2", "population": 5},
@@ -540,3 +541,21 @@ def test_a_list_proposes_what_it_holds():
         listed.tell(Result(k, EXPERTS[k].id, "ok", float(k), None, True))
     assert listed.done
     assert listed.results["z"].score == 2.0
+
+
+def test_cmaes_tunes_numbers_only():
+    with pytest.raises(BadInput, match=r"^search\.tune: cmaes tunes numbers, and sign is a choice; fix it in"):
+        build({"algorithm": "cmaes", "method": "ties", "tune": ["lambda", "sign"]})
+
+
+def test_a_choice_that_pays_is_found():
+    search = build({"algorithm": "tpe", "startup": 8, "method": "ties", "tune": ["sign", "elect"]}, candidates=30)
+    chosen = []
+    while not search.done:
+        (candidate,) = search.ask(1)
+        found = candidate.recipe.settings("model.layers.0.w", 0)
+        chosen.append((found["sign"], found["elect"]))
+        score = 0.5 * (found["sign"] == "count") + 0.25 * (found["elect"] == "raw")
+        search.tell(Result(candidate.number, candidate.recipe.id, "ok", score, score, True))
+    assert chosen[0] == ("mass", "weighted")  # the defaults first
+    assert chosen[15:].count(("count", "raw")) > 7  # most of the time; by chance it were a quarter

@@ -44,7 +44,7 @@ def searched_of(setting: Setting) -> str:
         return "weights that sum to 1"
     if isinstance(setting.search, Range):
         return f"{setting.search.low:g} – {setting.search.high:g}" + (", log" if setting.search.log else "")
-    return ""
+    return "one of them, where tuned by name" if setting.options else ""
 
 
 def first_paragraph(documented: Any) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from evolver.config import Budget, Section
-from evolver.records import Candidate, Expert, Knob, Recipe, Result
+from evolver.records import Candidate, Choice, Expert, Knob, Recipe, Result
 
 
 class Search(Protocol):
@@ -39,9 +39,9 @@ class Space(Protocol):
     """A search space of recipes, as the coefficient searches see it."""
 
     @property
-    def knobs(self) -> tuple[Knob, ...]: ...
-    def decode(self, values: Mapping[str, float]) -> Recipe: ...
-    def encode_equal(self, mass: float) -> dict[str, float]: ...
+    def knobs(self) -> tuple[Knob | Choice, ...]: ...
+    def decode(self, values: Mapping[str, Any]) -> Recipe: ...
+    def encode_equal(self, mass: float) -> dict[str, Any]: ...
 
 
 class Maker(Protocol):

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from evolver.config import Section
 from evolver.errors import BadInput
-from evolver.records import Candidate, Knob, Result
+from evolver.records import Candidate, Choice, Knob, Result
 from evolver.search.base import Ordered, Setup, Space, algorithm
 
 
@@ -119,6 +119,12 @@ class CMAES(Coefficients):
 
     def __init__(self, setup: Setup, settings: CMAESSettings) -> None:
         space = _space(setup, settings)
+        for knob in space.knobs:
+            if isinstance(knob, Choice):
+                raise BadInput(
+                    f"search.tune: cmaes tunes numbers, and {knob.name.partition('@')[0]} is a choice; fix it in "
+                    "search.settings, or search with tpe or nsga2."
+                )
         dimensions = len(space.knobs)
         self.population = settings.population or default_population(dimensions)
         sampler = optuna.samplers.CmaEsSampler(
@@ -162,5 +168,7 @@ def _space(setup: Setup, settings: CoefficientSettings) -> Space:
     return setup.maker.space(settings.method, settings.layer_groups, settings.tune, settings.settings)
 
 
-def _distribution(knob: Knob) -> optuna.distributions.FloatDistribution:
+def _distribution(knob: Knob | Choice) -> optuna.distributions.BaseDistribution:
+    if isinstance(knob, Choice):
+        return optuna.distributions.CategoricalDistribution(knob.options)
     return optuna.distributions.FloatDistribution(knob.low, knob.high, log=knob.log)

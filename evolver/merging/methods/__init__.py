@@ -68,6 +68,11 @@ class Setting:
     choices: tuple[str, ...] = ()
     required: bool = False
 
+    @property
+    def options(self) -> tuple[bool | str, ...]:
+        """The values that a search may choose among where they are no numbers; none for a setting of another kind."""
+        return (False, True) if self.kind is bool else self.choices
+
 
 @dataclass(frozen=True)
 class Method:

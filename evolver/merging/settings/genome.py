@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from evolver.errors import BadInput, nearest
-from evolver.merging.methods import Method, Range, Simplex
+from evolver.merging.methods import Method, Range, Setting, Simplex
 from evolver.merging.settings.placed import fixed_rules
-from evolver.records import Expert, Knob, Merge, Place, Recipe, Rule, layer_of
+from evolver.records import Choice, Expert, Knob, Merge, Place, Recipe, Rule, layer_of
 
 # A weight on the simplex is drawn as e / Σ e with e = -log(u): uniform u then means uniform weights (Dirichlet(1)).
 # The ends are cut off so that no weight is exactly 0 or 1.
@@ -31,9 +31,9 @@ class Genome:
     fixed: tuple[Rule, ...]
 
     @property
-    def knobs(self) -> tuple[Knob, ...]:
+    def knobs(self) -> tuple[Knob | Choice, ...]:
         """The search space, in a fixed order: ``setting[expert]@group``."""
-        out = []
+        out: list[Knob | Choice] = []
         for suffix, _ in self._places():
             for name in self.tune:
                 search = self.method.settings[name].search
@@ -41,22 +41,29 @@ class Genome:
                     out += [Knob(f"{name}[{e.name}]{suffix}", LOW_U, HIGH_U) for e in self.experts]
                 elif isinstance(search, Range):
                     out.append(Knob(f"{name}{suffix}", search.low, search.high, search.log))
+                else:
+                    out.append(Choice(f"{name}{suffix}", self.method.settings[name].options))
         return tuple(out)
 
-    def decode(self, values: Mapping[str, float]) -> Recipe:
+    def decode(self, values: Mapping[str, Any]) -> Recipe:
         """The recipe that one point of the space stands for."""
         tuned = [Rule.of(self._settings(values, suffix), place) for suffix, place in self._places()]
         return Merge(self.method.name, self.experts, self.base, (*self.fixed, *tuned))
 
-    def encode_equal(self, mass: float) -> dict[str, float]:
-        """The point with equal weights and, where it is tuned, the given total mass: a start for searches."""
-        out = {}
+    def encode_equal(self, mass: float) -> dict[str, Any]:
+        """The point with equal weights, what is chosen at its default and, where it is tuned, the given total mass: a
+        start for searches.
+        """
+        out: dict[str, Any] = {}
         for knob in self.knobs:
+            if isinstance(knob, Choice):
+                out[knob.name] = self.method.settings[knob.name.partition("@")[0]].default
+                continue
             middle = math.sqrt(knob.low * knob.high) if knob.log else 0.5 * (knob.low + knob.high)
             out[knob.name] = min(max(mass, knob.low), knob.high) if knob.name.startswith("lambda") else middle
         return out
 
-    def _settings(self, values: Mapping[str, float], suffix: str) -> dict[str, Any]:
+    def _settings(self, values: Mapping[str, Any], suffix: str) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for name in self.tune:
             if isinstance(self.method.settings[name].search, Simplex):
@@ -93,7 +100,7 @@ def genome(
     Raises BadInput that names ``place``.
     """
     layers = 1 + max((layer_of(n) or 0 for n in names), default=0)
-    searchable = {n for n, s in method.settings.items() if s.search is not None}
+    searchable = {n for n, s in method.settings.items() if s.search is not None or s.options}
     if tune is None:
         needed = [n for n, s in method.settings.items() if s.required and n not in settings]
         tune = [n for n in ("lambda", "weight", *needed) if n in searchable]
@@ -110,12 +117,13 @@ def genome(
         raise BadInput(f"{place}.method: {method.name} has nothing to tune; choose task_arithmetic, ties or another.")
     if not 1 <= groups <= layers:
         raise BadInput(f"{place}.layer_groups: {groups} groups of {layers} layers; write a number from 1 to {layers}.")
-    examples = {n: _example(method, n) for n in tune}
+    examples = {n: _example(method.settings[n]) for n in tune}
     fixed = fixed_rules(method, settings, [e.name for e in experts], names, f"{place}.settings", examples)
     return Genome(method, tuple(experts), base, layers, groups, tuple(tune), fixed)
 
 
-def _example(method: Method, name: str) -> float:
+def _example(setting: Setting) -> bool | float | str:
     """A valid value of a setting that a search will choose."""
-    search = method.settings[name].search
-    return search.low if isinstance(search, Range) else 1.0
+    if setting.options:
+        return setting.options[0]
+    return setting.search.low if isinstance(setting.search, Range) else 1.0

@@ -31,6 +31,39 @@ class _Flight:
     losses: int = 0
 
 
+@dataclass(frozen=True)
+class FailurePolicy:
+    """What becomes of a candidate whose worker is gone, and of a pool whose workers never come.
+
+    Args:
+        retries: so many workers more may die of a candidate.
+        losses: so many nodes may be lost under one; then it may be what takes them down.
+        timeout_s: an evaluation that takes longer has failed; None: any time.
+        stillborn: so many workers may die one after the other before any is ready.
+        place_s: nobody may be ready for so long before we say that something is wrong.
+    """
+
+    retries: int = 1
+    losses: int = LOSSES
+    timeout_s: float | None = None
+    stillborn: int = STILLBORN
+    place_s: float = PLACE_SECONDS
+
+    def failure(self, flight: _Flight, reason: str) -> str | None:
+        """Why a candidate has failed whose last worker is gone for that reason; None where it is to be tried again."""
+        if flight.losses > self.losses:
+            return f"its node was lost ({reason}); tried on {flight.losses} nodes"
+        if flight.deaths > self.retries:
+            return f"its worker died ({reason}); tried {flight.deaths} times"
+        return None
+
+    def late(self, flight: _Flight, now: float) -> str | None:
+        """Why an evaluation that still goes on has failed; None where it may go on."""
+        if self.timeout_s is None or now - flight.since <= self.timeout_s:
+            return None
+        return f"timed out after {self.timeout_s:g} s"
+
+
 class CrewPool:
     """Evaluates on up to ``pool.num_workers`` workers of a crew, however many there are at a time.
 
@@ -45,7 +78,8 @@ class CrewPool:
     """
 
     def __init__(self, crew: Crew, settings: PoolSettings, eager: bool = True) -> None:
-        self._crew, self._settings = crew, settings
+        self._crew, self._workers = crew, settings.num_workers
+        self._policy = FailurePolicy(settings.retries, timeout_s=settings.timeout_s)
         self.bytes_sent = self.bytes_received = self.messages = 0
         self._coming: set[int] = set()
         self._idle: list[int] = []
@@ -85,9 +119,9 @@ class CrewPool:
             events = list(self._crew.wait(TICK_SECONDS))
             if events or self._busy:
                 return events
-            if self._crew.now() - began > PLACE_SECONDS:
+            if self._crew.now() - began > self._policy.place_s:
                 raise BadInput(
-                    f"pool: no worker was ready within {PLACE_SECONDS:.0f} s; is the cluster busy with other jobs?"
+                    f"pool: no worker was ready within {self._policy.place_s:.0f} s; is the cluster busy with other jobs?"
                 )
 
     def _hear(self, events: list[Event]) -> None:
@@ -110,7 +144,7 @@ class CrewPool:
 
     def _lose(self, event: Gone) -> None:
         self._stillborn += event.worker in self._coming
-        if self._stillborn >= STILLBORN:
+        if self._stillborn >= self._policy.stillborn:
             raise BadInput(f"pool: workers die before they are ready ({event.reason}); see the logs of the workers.")
         self._coming.discard(event.worker)
         self._idle = [w for w in self._idle if w != event.worker]
@@ -119,23 +153,16 @@ class CrewPool:
         if flight is None:
             return
         flight = replace(flight, deaths=flight.deaths + (not event.lost), losses=flight.losses + event.lost)
-        if flight.losses > LOSSES:
-            self._landed.append(
-                Result.failed(flight.candidate, f"its node was lost ({event.reason}); tried on {flight.losses} nodes")
-            )
-        elif flight.deaths <= self._settings.retries:
-            self._queue.appendleft(flight)
+        if failure := self._policy.failure(flight, event.reason):
+            self._landed.append(Result.failed(flight.candidate, failure))
         else:
-            self._landed.append(
-                Result.failed(flight.candidate, f"its worker died ({event.reason}); tried {flight.deaths} times")
-            )
+            self._queue.appendleft(flight)
 
     def _stop_late(self) -> None:
-        limit = self._settings.timeout_s
-        late = [w for w, f in self._busy.items() if limit is not None and self._crew.now() - f.since > limit]
-        for worker in late:
+        late = {w: why for w, f in self._busy.items() if (why := self._policy.late(f, self._crew.now()))}
+        for worker, why in late.items():
             self._crew.dismiss(worker)
-            self._landed.append(Result.failed(self._busy.pop(worker).candidate, f"timed out after {limit:g} s"))
+            self._landed.append(Result.failed(self._busy.pop(worker).candidate, why))
         if late:
             self._staff()
 
@@ -149,5 +176,5 @@ class CrewPool:
 
     def _staff(self) -> None:
         """Hire up to the full number; those that find no place wait for one, which is what makes clusters grow."""
-        while len(self._coming) + len(self._idle) + len(self._busy) < self._settings.num_workers:
+        while len(self._coming) + len(self._idle) + len(self._busy) < self._workers:
             self._coming.add(self._crew.hire())
