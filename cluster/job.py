@@ -28,7 +28,7 @@ from evolver.pool import Pool
 from evolver.records import Split
 from evolver.runs.about import Job
 from evolver.storage import Storage, storage_at
-from evolver.workers.compute import Choice
+from evolver.workers.compute import ComputeChoice
 from evolver.workers.plan import Plan
 from evolver.workers.pools.shared import SharedPool
 from evolver.workers.worker import choose_compute
@@ -102,7 +102,7 @@ def make_pool(plan: Plan, split: Split, tasks: Tasks) -> Pool:
     return SharedPool(pool, settings.share, lambda candidate: Evaluation(candidate, scale, block, alpha))
 
 
-def choose_for_workers(config: Config) -> Choice:
+def choose_for_workers(config: Config) -> ComputeChoice:
     """The dtype of forward passes that is faster where the workers of a configuration are."""
     if not uses_ray(config.pool):
         return choose_compute(config)

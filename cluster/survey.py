@@ -9,18 +9,18 @@ from cluster.pools.ray import worker_options
 from evolver.config import Config
 from evolver.errors import BadInput
 from evolver.evaluation.live import default_device
-from evolver.workers.compute import Choice
+from evolver.workers.compute import ComputeChoice
 from evolver.workers.worker import choose_compute
 
 
-def choose_on_ray(config: Config) -> Choice:
+def choose_on_ray(config: Config) -> ComputeChoice:
     """Have a task with the resources of a worker choose; it waits for a place as a worker does.
 
     Raises BadInput where no node could ever hold a worker, or the task cannot be carried out.
     """
     options = worker_options(config)
     try:
-        found: Choice = ray.get(_chosen.options(**options).remote(config))
+        found: ComputeChoice = ray.get(_chosen.options(**options).remote(config))
     except RayError as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, BadInput):
@@ -33,6 +33,6 @@ def choose_on_ray(config: Config) -> Choice:
 
 
 @ray.remote
-def _chosen(config: Config) -> Choice:
+def _chosen(config: Config) -> ComputeChoice:
     # A task that was given no GPU must not take one that it happens to see.
     return choose_compute(config, default_device() if ray.get_gpu_ids() else "cpu")

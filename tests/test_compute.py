@@ -21,7 +21,7 @@ from evolver.driver.run import run
 from evolver.runs.history import read_history
 from evolver.storage import storage_at
 from evolver.workers import compute, opened, worker
-from evolver.workers.compute import Choice, choose, choose_for_any, settled, stored_dtype
+from evolver.workers.compute import ComputeChoice, choose, choose_for_any, settled, stored_dtype
 from evolver.workers.pools.local import LocalPool
 from evolver.workers.worker import Worker
 
@@ -86,7 +86,7 @@ def test_no_narrower_dtype_than_that_of_the_weights(models, make_config, tmp_pat
     config = load(make_config(tmp_path))
     headers = {"w": TensorInfo((8, 8), torch.float32), "steps": TensorInfo((100, 100), torch.int64)}
     assert settled(config, headers).model.compute == "float32"
-    assert choose(config, headers, "cpu") == Choice("float32", "the weights are float32")
+    assert choose(config, headers, "cpu") == ComputeChoice("float32", "the weights are float32")
     assert prepare(config_at(make_config(tmp_path))).identity["model"]["compute"] == "float32"
     mixed = {"norm": TensorInfo((8,), torch.float32), "w": TensorInfo((8, 8), torch.bfloat16)}
     assert stored_dtype(config.model, mixed) == "bfloat16"
@@ -109,7 +109,7 @@ def test_where_there_is_no_room_the_weights_dtype_is_kept(configured, monkeypatc
 def asked(answer, log):
     def choose_it(config):
         log.append(config.run)
-        return Choice(answer, "said the test")
+        return ComputeChoice(answer, "said the test")
 
     return choose_it
 

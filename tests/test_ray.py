@@ -28,7 +28,7 @@ from evolver.records import Candidate, Cross, Expert, Result
 from evolver.search.ahead import Guessable, ahead
 from evolver.search.plain import Listed
 from evolver.storage import storage_at
-from evolver.workers.compute import Choice
+from evolver.workers.compute import ComputeChoice
 from evolver.workers.messages import pack_candidate, pack_result, unpack_candidate, unpack_result
 from evolver.workers.pools.local import LocalPool
 from evolver.workers.pools.shared import SharedPool
@@ -117,7 +117,7 @@ def undisturbed(ready, tmp_path_factory):
 
 def test_a_task_on_the_cluster_chooses_in_which_dtype_to_compute(ready):
     prepared = ready("generational")
-    assert choose_on_ray(prepared.config) == Choice("float32", "the weights are float32")
+    assert choose_on_ray(prepared.config) == ComputeChoice("float32", "the weights are float32")
     gone = prepared.config.model.model_copy(update={"base": "/nowhere"})
     with pytest.raises(BadInput, match="/nowhere"):
         choose_on_ray(prepared.config.model_copy(update={"model": gone}))

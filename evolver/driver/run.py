@@ -32,12 +32,12 @@ from evolver.runs.outcome import Outcome
 from evolver.search.ahead import Guessable, ahead
 from evolver.search.plain import Listed
 from evolver.storage import Storage
-from evolver.workers.compute import Choice, is_open
+from evolver.workers.compute import ComputeChoice, is_open
 from evolver.workers.opened import check_memory
 from evolver.workers.pools import PoolMaker
 from evolver.workers.worker import build_materialiser, choose_compute
 
-Chooser = Callable[[Config], Choice]
+Chooser = Callable[[Config], ComputeChoice]
 
 
 def run(

@@ -38,7 +38,7 @@ TYPICAL = {(2304, 768): 12.0, (3072, 768): 12.0, (768, 3072): 12.0}
 
 
 @dataclass(frozen=True)
-class Choice:
+class ComputeChoice:
     """A dtype for forward passes, and why it is this one, as the end of a sentence."""
 
     compute: str
@@ -80,7 +80,7 @@ def is_open(config: Config) -> bool:
     return config.model.compute == "auto" and config.evaluation.backend == "resident"
 
 
-def choose(config: Config, headers: Headers, device: str) -> Choice:
+def choose(config: Config, headers: Headers, device: str) -> ComputeChoice:
     """The faster of the weights' own dtype and float32, timed on the shapes of a model's matrices on a device.
 
     Takes half a second at most, and sets the threads of this process to those of a worker.
@@ -91,13 +91,13 @@ def choose(config: Config, headers: Headers, device: str) -> Choice:
     torch.set_num_threads(config.evaluation.threads)
     own, scalars = stored_dtype(config.model, headers), sum(math.prod(i.shape) for i in headers.values())
     if own not in NARROW:
-        return Choice(COMPUTE_WIDE, f"the weights are {own}")
+        return ComputeChoice(COMPUTE_WIDE, f"the weights are {own}")
     if scalars * 4 > free_memory(device):
-        return Choice(own, f"the weights' dtype, as there is no room here for the model in {COMPUTE_WIDE}")
+        return ComputeChoice(own, f"the weights' dtype, as there is no room here for the model in {COMPUTE_WIDE}")
     return _choose(own, _shapes(headers), device)
 
 
-def choose_for_any(own: str, device: str) -> Choice:
+def choose_for_any(own: str, device: str) -> ComputeChoice:
     """The same for weights of a dtype, with the shapes of a model of usual size."""
     return _choose(own, TYPICAL, device)
 
@@ -113,14 +113,14 @@ def refuse_compute(compute: str, device: str) -> None:
         ) from error
 
 
-def _choose(own: str, shapes: Mapping[Shape, float], device: str) -> Choice:
+def _choose(own: str, shapes: Mapping[Shape, float], device: str) -> ComputeChoice:
     seconds = _timed([own, COMPUTE_WIDE], shapes, device)
     if own not in seconds:
-        return Choice(COMPUTE_WIDE, f"{device} does not compute in {own}")
+        return ComputeChoice(COMPUTE_WIDE, f"{device} does not compute in {own}")
     ratio = seconds[own] / seconds[COMPUTE_WIDE]
     if 1 / ratio < WORTH:
-        return Choice(COMPUTE_WIDE, f"{own} takes {ratio:.1f} times as long on this processor ({device})")
-    return Choice(own, f"{COMPUTE_WIDE} takes {1 / ratio:.1f} times as long on this processor ({device})")
+        return ComputeChoice(COMPUTE_WIDE, f"{own} takes {ratio:.1f} times as long on this processor ({device})")
+    return ComputeChoice(own, f"{COMPUTE_WIDE} takes {1 / ratio:.1f} times as long on this processor ({device})")
 
 
 def _shapes(headers: Headers) -> dict[Shape, float]:

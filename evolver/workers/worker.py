@@ -23,7 +23,7 @@ from evolver.kernels.compiled import Kernels
 from evolver.merging.export import export
 from evolver.merging.materialise import Materialiser
 from evolver.records import Candidate, Result, Split
-from evolver.workers.compute import Choice, choose, is_open, refuse_compute
+from evolver.workers.compute import ComputeChoice, choose, is_open, refuse_compute
 from evolver.workers.opened import GIB, Opened, open_models
 from evolver.workers.plan import Plan, items_hash
 
@@ -31,7 +31,7 @@ from evolver.workers.plan import Plan, items_hash
 COMPILE_FROM = 3 * 10**7
 
 
-def choose_compute(config: Config, device: str | None = None) -> Choice:
+def choose_compute(config: Config, device: str | None = None) -> ComputeChoice:
     """The dtype of forward passes that is faster here, for a configuration that leaves it open; by default on the
     accelerator, if there is one.
 

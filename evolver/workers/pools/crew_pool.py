@@ -121,7 +121,8 @@ class CrewPool:
                 return events
             if self._crew.now() - began > self._policy.place_s:
                 raise BadInput(
-                    f"pool: no worker was ready within {self._policy.place_s:.0f} s; is the cluster busy with other jobs?"
+                    f"pool: no worker was ready within {self._policy.place_s:.0f} s; is the cluster busy with other "
+                    "jobs?"
                 )
 
     def _hear(self, events: list[Event]) -> None:
