@@ -19,7 +19,7 @@ from evolver.commands.explain import explain
 from evolver.config import config_at
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
-from evolver.records import Candidate
+from evolver.records import Candidate, Merge, load_recipe
 from evolver.storage import storage_at
 from evolver.workers.worker import Worker
 
@@ -253,6 +253,19 @@ def test_items_are_scored_at_once_where_no_answer_comes_earlier(make_config, tmp
         worker.scorer = Mock(wraps=worker.scorer)
         assert worker.evaluate(Candidate(0, prepared.experts[0], "test")).complete
         assert [stop - start for (start, stop), _ in worker.scorer.score.call_args_list] == expected
+
+
+def test_explain_says_how_the_winner_was_made(done, tmp_path):
+    folder = done[2]
+    recipe = load_recipe((folder / "recipe.json").read_text())
+    found = explain(folder)
+    assert [name for name, _, _ in found] == recipe.names([name for name, _, _ in found])
+    assert {how for _, how, _ in found} == {recipe.label if isinstance(recipe, Merge) else recipe.describe()}
+    exported = folder / "best"
+    if (exported / "mergekit_config.yml").exists():
+        assert explain(exported) == explain(exported / "mergekit_config.yml")
+    with pytest.raises(BadInput, match="says nothing of how its model was made"):
+        explain(tmp_path)
 
 
 def test_explain_shows_what_a_search_tunes_and_what_it_leaves(make_config, tmp_path):

@@ -295,7 +295,9 @@ def merge(
 
 @app.command()
 def explain(
-    config: Annotated[Path, typer.Argument(help="a mergekit YAML file, or the configuration of a run")],
+    config: Annotated[
+        Path, typer.Argument(help="a mergekit YAML file, the configuration or the folder of a run, or a model folder")
+    ],
 ) -> None:
     """Print, for every tensor, the method and the settings in force."""
     from evolver.commands import explain as explaining

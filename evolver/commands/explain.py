@@ -1,4 +1,4 @@
-"""Which settings are in force for which tensor: of a mergekit file, or of the merges that a run's search makes."""
+"""Which settings are in force for which tensor: of a mergekit file, of a run's search or winner, of a model folder."""
 
 from __future__ import annotations
 
@@ -8,28 +8,54 @@ from typing import Any
 
 import yaml
 
+from evolver.checkpoints.sources import open_base
 from evolver.commands.merge import open_merge
+from evolver.config import load
+from evolver.driver.prepare import planned_merge
 from evolver.errors import BadInput
-from evolver.merging import methods
-from evolver.records import Expert, Layers, Merge, Recipe, layer_of
+from evolver.merging import mergekit, methods
+from evolver.records import Expert, Layers, Merge, Recipe, layer_of, load_recipe
 
 SettingRow = tuple[str, str, Mapping[str, Any]]
 
 
 def explain(path: str | Path) -> list[SettingRow]:
-    """For every tensor of the model that a file describes: its name, the method, and the settings in force.
+    """For every tensor of the model that a path describes: its name, how it is made, and the settings in force.
+
+    Args:
+        path: a mergekit file, the configuration of a run, the folder of a run (then its winner is meant), or the folder
+            of a model that was exported or merged with its mergekit file beside it.
 
     Raises BadInput that names file and key.
     """
-    if _is_run(path):
-        from evolver.driver.prepare import planned_merge
-
-        recipe, tuned, base = planned_merge(str(path))
+    place = Path(path)
+    if place.is_dir():
+        if (place / "recipe.json").exists():
+            return _of_winner(place)
+        if not (place / mergekit.CONFIG_FILE).exists():
+            raise BadInput(
+                f"{path}: says nothing of how its model was made; give the folder of a run that has ended, or one with "
+                f"a {mergekit.CONFIG_FILE}, which a merge and an export leave where mergekit can make the model."
+            )
+        place = place / mergekit.CONFIG_FILE
+    if _is_run(place):
+        recipe, tuned, base = planned_merge(str(place))
         return _rows(recipe, base.names(), tuned)
-    opened = open_merge(path)
+    opened = open_merge(place)
     names = opened.base.names()
     nodes = {r: Expert(r, r) for r in opened.sources}
     return _rows(opened.configuration.recipe(nodes, names), names, ())
+
+
+def _of_winner(run: Path) -> list[SettingRow]:
+    """The settings of a run's winner."""
+    file = run / "recipe.json"
+    try:
+        recipe = load_recipe(file.read_text())
+    except ValueError as error:
+        raise BadInput(f"{file}: {error}; call the run again, which writes it.") from error
+    base = open_base(load(run / "config.yaml").model.base, f"{run}/config.yaml: model.base")
+    return _rows(recipe, base.names(), ())
 
 
 def table(rows: Sequence[SettingRow]) -> str:
@@ -53,8 +79,10 @@ def _rows(recipe: Recipe, base: Sequence[str], tuned: Collection[str]) -> list[S
 def _settings(recipe: Recipe, name: str, tuned: Collection[str]) -> tuple[str, Mapping[str, Any]]:
     while isinstance(recipe, Layers):
         recipe, name = recipe.source(name)
-    if not isinstance(recipe, Merge):
+    if isinstance(recipe, Expert):
         raise BadInput(f"{name}: is taken from a model as it is, so no settings are in force.")
+    if not isinstance(recipe, Merge):
+        return recipe.describe(), {}
     method = methods.METHODS[recipe.method]
     values = method.complete(recipe.settings(name, layer_of(name)), len(recipe.inputs), recipe.method)
     return recipe.method, {k: "tuned" if k in tuned else v for k, v in values.items()}
