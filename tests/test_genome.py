@@ -126,7 +126,7 @@ def test_what_is_not_tuned_stays_as_given():
     ("change", "message"),
     [
         ({"tune": ["lamda"]}, r"^search\.tune: task_arithmetic has nothing .* 'lamda'; did you mean 'lambda'"),
-        ({"tune": ["normalize"]}, r"^search\.tune: .*'normalize'"),
+        ({"method": "dare_ties", "tune": ["seed"]}, r"^search\.tune: .*'seed'"),  # a number, and none to be tuned
         ({"method": "simple"}, r"^search\.method: simple has nothing to tune"),
         ({"tune": []}, r"^search\.method: task_arithmetic has nothing to tune"),
         ({"groups": 7}, r"^search\.layer_groups: 7 groups of 6 layers; write a number from 1 to 6"),

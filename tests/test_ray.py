@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 import toys
+from tenacity import Retrying, stop_after_attempt, wait_fixed
 
 from cluster.job import make_pool, run_job
 from cluster.pools import ray as crew
@@ -46,7 +47,12 @@ SEARCHES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _cluster():
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    # Ray gives its own processes a fixed time to start, which a busy machine may not keep.
+    for attempt in Retrying(
+        stop=stop_after_attempt(4), wait=wait_fixed(5), reraise=True, after=lambda _: ray.shutdown()
+    ):
+        with attempt:
+            ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

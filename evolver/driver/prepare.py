@@ -161,8 +161,8 @@ def block_of(config: Config, file: str, split: Split, count: int) -> int:
 def _stops(algorithm: str, settings: Any) -> bool:
     """Whether a search may have its answer before the last item.
 
-    ``early_stopping`` is not asked: batches show in scores, so the batches are the same with it and without it, and with
-    them the decisions.
+    ``early_stopping`` is not asked: batches show in scores, so they are the same with it and without it, and with them
+    the decisions.
     """
     return isinstance(settings, HalvingSettings) or SEARCHES[algorithm].incumbent
 
