@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evolver.config import Config, DataSet, EvaluationSettings, TaskEntry
+from evolver.config import Config, EvaluationSettings, TaskEntry
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.base import AskedItem, Scored, judge
 from evolver.evaluation.batches import Batches, by_length
-from evolver.evaluation.data import Row, read_rows
-from evolver.evaluation.items import Item, item_hash
+from evolver.evaluation.data import Row
+from evolver.evaluation.items import Item
 from evolver.evaluation.live import LiveModel
+from evolver.evaluation.rows import RowJudge
 from evolver.evaluation.scores.metrics import CLASS, LABELS, VALUE, Metric
-from evolver.records import Split
 from evolver.storage.paths import expand
 
 Labels = Mapping[str, int]
@@ -26,49 +26,28 @@ MOST_LABELS = 52
 
 
 @judge("classifier")
-class Classification:
+class Classification(RowJudge):
     """The judge of data sets of texts and labels, one each (or one for dev and one for report)."""
 
     def __init__(self, config: Config, numbers: Sequence[int]) -> None:
-        self.settings, self._spaces = config.evaluation, LabelSpaces(config)
-        self._keys = {config.evaluation.tasks[n].task: f"evaluation.tasks[{n}]" for n in numbers}
-        self._rows: dict[str, list[Row]] = {}
-        self.warnings: list[str] = []
+        super().__init__(config, numbers)
+        self._spaces = LabelSpaces(config)
 
-    def items(self, entry: TaskEntry, split: Split) -> list[Item] | None:
-        key = self._keys[entry.task]
-        if split == "report":
-            return self._read(entry, entry.report_data, f"{key}.report_data") if entry.report_data else None
-        if entry.data is None:
-            raise BadInput(f"{key}.data: missing; give the file or the data set of {entry.task}.")
-        return self._read(entry, entry.data, f"{key}.data")
+    def columns(self, entry: TaskEntry) -> list[str]:
+        return [entry.text, *([entry.text_pair] if entry.text_pair else []), entry.label]
 
     def metric(self, entry: TaskEntry) -> Metric:
         return named_metric(entry, self._keys[entry.task])
 
     def right(self, asked: AskedItem) -> float:
-        return right_answer(self._row(asked)[asked.entry.label], self._spaces.of(asked.entry), asked.entry)
+        return right_answer(self.row(asked)[asked.entry.label], self._spaces.of(asked.entry), asked.entry)
 
     def scorer(self, model: LiveModel, asked: Sequence[AskedItem], scored: Iterable[Item]) -> ClassificationScorer:
         questions = [
-            TextQuestion(a.entry, _texts(self._row(a), a.entry), self.right(a), self._spaces.head(a.entry))
+            TextQuestion(a.entry, _texts(self.row(a), a.entry), self.right(a), self._spaces.head(a.entry))
             for a in asked
         ]
         return ClassificationScorer(model, questions, self.settings)
-
-    def _row(self, asked: AskedItem) -> Row:
-        return self._rows[asked.item.task][asked.item.index]
-
-    def _read(self, entry: TaskEntry, data: str | DataSet, key: str) -> list[Item]:
-        rows = read_rows(data, key)
-        columns = [entry.text, *([entry.text_pair] if entry.text_pair else []), entry.label]
-        for number, row in enumerate(rows, 1):
-            for column in columns:
-                if row.get(column) is None:
-                    raise BadInput(f"{key}: row {number} lacks the key {column!r}; {nearest(column, map(str, row))}")
-        name = f"{entry.task}:{data if isinstance(data, str) else data.spelled}"
-        self._rows[name] = rows
-        return [Item(name, i, item_hash([row[c] for c in columns])) for i, row in enumerate(rows)]
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from evolver.config import Config, DataSet, TaskEntry
+from evolver.config import Config, TaskEntry
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.base import AskedItem, Scored, judge
-from evolver.evaluation.data import Row, read_rows
-from evolver.evaluation.items import Item, item_hash
+from evolver.evaluation.data import Row
+from evolver.evaluation.items import Item
 from evolver.evaluation.judges.classifier import LabelSpaces
 from evolver.evaluation.live import LiveModel
+from evolver.evaluation.rows import RowJudge
 from evolver.evaluation.scores.metrics import ENDLESS, JUDGED, Metric
-from evolver.records import Split
 from evolver.storage.paths import expand
 
 ScoreFunction = Callable[[LiveModel, Sequence[Row]], Any]
@@ -29,7 +29,7 @@ FUNCTION_METRICS = {"acc": JUDGED, "mean": ENDLESS}
 
 
 @judge("function")
-class Functions:
+class Functions(RowJudge):
     """The judge of tasks with a ``function``.
 
     The function gets the live model (its ``module``, ``tokenizer`` and ``device``) and rows of the data as mappings. It
@@ -38,20 +38,14 @@ class Functions:
     """
 
     def __init__(self, config: Config, numbers: Sequence[int]) -> None:
-        entries = {n: config.evaluation.tasks[n] for n in numbers}
-        self._keys = {e.task: f"evaluation.tasks[{n}]" for n, e in entries.items()}
-        self._functions = {e.task: _load(e.function or "", f"{self._keys[e.task]}.function") for e in entries.values()}
+        super().__init__(config, numbers)
+        entries = [config.evaluation.tasks[n] for n in numbers]
+        self._functions = {e.task: _load(e.function or "", f"{self._keys[e.task]}.function") for e in entries}
         self._spaces, self._seed = LabelSpaces(config), config.seed
-        self._rows: dict[str, list[Row]] = {}
-        self.warnings: list[str] = []
 
-    def items(self, entry: TaskEntry, split: Split) -> list[Item] | None:
-        key = self._keys[entry.task]
-        if split == "report":
-            return self._read(entry, entry.report_data, f"{key}.report_data") if entry.report_data else None
-        if entry.data is None:
-            raise BadInput(f"{key}.data: missing; give the file or the data set that the function is called on.")
-        return self._read(entry, entry.data, f"{key}.data")
+    def content(self, row: Row, entry: TaskEntry) -> Any:
+        # Another function makes another item of the same row: scores of the two must not be mixed.
+        return [row, hashlib.sha256(_path(entry.function or "").read_bytes()).hexdigest()]
 
     def metric(self, entry: TaskEntry) -> Metric:
         if entry.metric not in FUNCTION_METRICS:
@@ -63,16 +57,9 @@ class Functions:
         return 0.0  # judged item by item, always
 
     def scorer(self, model: LiveModel, asked: Sequence[AskedItem], scored: Iterable[Item]) -> FunctionScorer:
-        rows = [self._rows[a.item.task][a.item.index] for a in asked]
+        rows = [self.row(a) for a in asked]
         heads = {a.entry.task: self._spaces.head(a.entry) for a in asked}
         return FunctionScorer(model, self._functions, heads, [a.entry for a in asked], rows, self._seed)
-
-    def _read(self, entry: TaskEntry, data: str | DataSet, key: str) -> list[Item]:
-        name = f"{entry.task}:{data if isinstance(data, str) else data.spelled}"
-        self._rows[name] = read_rows(data, key)
-        code = hashlib.sha256(_path(entry.function or "").read_bytes()).hexdigest()
-        # Another function makes another item of the same row: scores of the two must not be mixed.
-        return [Item(name, i, item_hash([row, code])) for i, row in enumerate(self._rows[name])]
 
 
 class FunctionScorer:

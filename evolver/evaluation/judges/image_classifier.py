@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from evolver.config import Config, DataSet, TaskEntry
-from evolver.errors import BadInput, nearest
+from evolver.errors import BadInput
 from evolver.evaluation.base import AskedItem, Scored, judge
 from evolver.evaluation.batches import Batches, by_length
-from evolver.evaluation.data import Row, read_rows
-from evolver.evaluation.items import Item, item_hash
+from evolver.evaluation.data import Row
+from evolver.evaluation.items import Item
 from evolver.evaluation.judges.classifier import LabelSpaces, TextQuestion, by_head, named_metric, right_answer
 from evolver.evaluation.live import LiveModel
+from evolver.evaluation.rows import RowJudge
 from evolver.evaluation.scores.metrics import Metric
-from evolver.records import Split
 from evolver.storage.paths import expand
 
 # Images of a forward pass where no batch size is given.
@@ -27,52 +27,36 @@ BATCH = 32
 
 
 @judge("image-classifier")
-class Images:
+class Images(RowJudge):
     """The judge of data sets of images: files by path, or the images of a Parquet file or a data set."""
 
     def __init__(self, config: Config, numbers: Sequence[int]) -> None:
-        self.settings, self._spaces = config.evaluation, LabelSpaces(config)
-        self._keys = {config.evaluation.tasks[n].task: f"evaluation.tasks[{n}]" for n in numbers}
-        self._rows: dict[str, list[Row]] = {}
-        self.warnings: list[str] = []
+        super().__init__(config, numbers)
+        self._spaces = LabelSpaces(config)
 
-    def items(self, entry: TaskEntry, split: Split) -> list[Item] | None:
-        key = self._keys[entry.task]
-        if split == "report":
-            return self._read(entry, entry.report_data, f"{key}.report_data") if entry.report_data else None
-        if entry.data is None:
-            raise BadInput(f"{key}.data: missing; give the file or the data set of {entry.task}.")
-        return self._read(entry, entry.data, f"{key}.data")
+    def columns(self, entry: TaskEntry) -> list[str]:
+        return [entry.image, entry.label]
+
+    def prepare(self, rows: list[Row], entry: TaskEntry, data: str | DataSet, key: str) -> list[Row]:
+        folder = Path(expand(data)).parent if isinstance(data, str) else Path()
+        kept = [{**row, entry.image: _encoded(row[entry.image], folder, key)} for row in rows]
+        for number, row in enumerate(kept, 1):
+            _check(row[entry.image], f"{key}: the image of row {number}")
+        return kept
+
+    def content(self, row: Row, entry: TaskEntry) -> Any:
+        return [row[entry.image].hex(), row[entry.label]]
 
     def metric(self, entry: TaskEntry) -> Metric:
         return named_metric(entry, self._keys[entry.task])
 
     def right(self, asked: AskedItem) -> float:
-        return right_answer(self._row(asked)[asked.entry.label], self._spaces.of(asked.entry), asked.entry)
+        return right_answer(self.row(asked)[asked.entry.label], self._spaces.of(asked.entry), asked.entry)
 
     def scorer(self, model: LiveModel, asked: Sequence[AskedItem], scored: Iterable[Item]) -> ImageScorer:
         questions = [TextQuestion(a.entry, (), self.right(a), self._spaces.head(a.entry)) for a in asked]
-        images = [self._row(a)[a.entry.image] for a in asked]
+        images = [self.row(a)[a.entry.image] for a in asked]
         return ImageScorer(model, questions, images, self.settings.batch_size or BATCH)
-
-    def _row(self, asked: AskedItem) -> Row:
-        return self._rows[asked.item.task][asked.item.index]
-
-    def _read(self, entry: TaskEntry, data: str | DataSet, key: str) -> list[Item]:
-        rows = read_rows(data, key)
-        for number, row in enumerate(rows, 1):
-            for column in (entry.image, entry.label):
-                if row.get(column) is None:
-                    raise BadInput(f"{key}: row {number} lacks the key {column!r}; {nearest(column, map(str, row))}")
-        folder = Path(expand(data)).parent if isinstance(data, str) else Path()
-        name = f"{entry.task}:{data if isinstance(data, str) else data.spelled}"
-        self._rows[name] = [{**row, entry.image: _encoded(row[entry.image], folder, key)} for row in rows]
-        for number, row in enumerate(self._rows[name], 1):
-            _check(row[entry.image], f"{key}: the image of row {number}")
-        return [
-            Item(name, i, item_hash([row[entry.image].hex(), row[entry.label]]))
-            for i, row in enumerate(self._rows[name])
-        ]
 
 
 class ImageScorer:

@@ -1,0 +1,62 @@
+"""What the judges of rows have in common: files or data sets of them, one for dev and, if wanted, one for report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from evolver.config import Config, DataSet, TaskEntry
+from evolver.errors import BadInput, nearest
+from evolver.evaluation.base import AskedItem
+from evolver.evaluation.data import Row, read_rows
+from evolver.evaluation.items import Item, item_hash
+from evolver.records import Split
+
+
+class RowJudge:
+    """The half of a judge that reads rows. A kind of evaluation says which columns it needs and what makes an item."""
+
+    def __init__(self, config: Config, numbers: Sequence[int]) -> None:
+        self.settings = config.evaluation
+        self._keys = {config.evaluation.tasks[n].task: f"evaluation.tasks[{n}]" for n in numbers}
+        self._rows: dict[str, list[Row]] = {}
+        self.warnings: list[str] = []
+
+    def columns(self, entry: TaskEntry) -> list[str]:
+        """The columns that every row must have."""
+        return []
+
+    def prepare(self, rows: list[Row], entry: TaskEntry, data: str | DataSet, key: str) -> list[Row]:
+        """The rows as they are kept."""
+        return rows
+
+    def content(self, row: Row, entry: TaskEntry) -> Any:
+        """What makes the item the one that it is: by the hash of it items are drawn and told apart."""
+        return [row[column] for column in self.columns(entry)]
+
+    def items(self, entry: TaskEntry, split: Split) -> list[Item] | None:
+        """See ``Judge``."""
+        key = self._keys[entry.task]
+        if split == "report":
+            return self._read(entry, entry.report_data, f"{key}.report_data") if entry.report_data else None
+        if entry.data is None:
+            raise BadInput(f"{key}.data: missing; give the file or the data set of {entry.task}.")
+        return self._read(entry, entry.data, f"{key}.data")
+
+    def row(self, asked: AskedItem) -> Row:
+        """The row of an item."""
+        return self._rows[asked.item.task][asked.item.index]
+
+    def _read(self, entry: TaskEntry, data: str | DataSet, key: str) -> list[Item]:
+        rows = read_rows(data, key)
+        _check(rows, self.columns(entry), key)
+        name = f"{entry.task}:{data if isinstance(data, str) else data.spelled}"
+        self._rows[name] = self.prepare(rows, entry, data, key)
+        return [Item(name, n, item_hash(self.content(row, entry))) for n, row in enumerate(self._rows[name])]
+
+
+def _check(rows: Iterable[Row], columns: Sequence[str], key: str) -> None:
+    for number, row in enumerate(rows, 1):
+        for column in columns:
+            if row.get(column) is None:
+                raise BadInput(f"{key}: row {number} lacks the key {column!r}; {nearest(column, map(str, row))}")
