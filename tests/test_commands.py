@@ -67,6 +67,15 @@ def test_a_run_goes_on_from_its_folder_with_another_budget(file, tmp_path):
     assert json.loads(evolver("status", tmp_path, "--json").stdout)[0]["spent"][0] == 20
 
 
+def test_what_is_wrong_with_a_run_is_said_of_its_own_file(file, tmp_path):
+    folder = toys.run_here(file, tmp_path)
+    config = folder / "config.yaml"
+    config.write_text(config.read_text() + "serach: {}\n")
+    done = evolver("resume", folder)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"{config}: serach: unknown key; did you mean 'search'?\n"
+
+
 def test_what_is_no_run_cannot_go_on(tmp_path):
     for command in ("resume", "report"):
         done = evolver(command, tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import os
 import shutil
@@ -17,9 +19,9 @@ from toys import no_work, rows, run_here
 from evolver import ledger
 from evolver.commands.explain import explain
 from evolver.config import config_at
-from evolver.driver.prepare import prepare
+from evolver.driver.prepare import prepare, run_folder
 from evolver.errors import BadInput
-from evolver.records import Candidate, Merge, load_recipe
+from evolver.records import Candidate, Layers, Merge, content_hash, load_recipe
 from evolver.storage import storage_at
 from evolver.workers.worker import Worker
 
@@ -253,6 +255,32 @@ def test_items_are_scored_at_once_where_no_answer_comes_earlier(make_config, tmp
         worker.scorer = Mock(wraps=worker.scorer)
         assert worker.evaluate(Candidate(0, prepared.experts[0], "test")).complete
         assert [stop - start for (start, stop), _ in worker.scorer.score.call_args_list] == expected
+
+
+def test_a_recipe_of_another_depth_is_no_result(make_config, tmp_path):
+    """It would leave the layers of the candidate before it in place of those that it lacks."""
+    ready = prepare(config_at(make_config(tmp_path)))
+    worker, expert = Worker(ready.plan, "dev", tasks=ready.tasks), ready.experts[0]
+    cut = worker.evaluate(Candidate(0, Layers((expert,), ((0, 0),), (0, 0)), "test"))
+    assert cut.status == "failed"
+    assert "of the model are missing" in cut.reason
+    assert worker.evaluate(Candidate(1, expert, "test")).status == "ok"
+
+
+def test_a_run_from_before_a_key_is_one_in_which_it_has_its_default(make_config, tmp_path):
+    ready = prepare(config_at(make_config(tmp_path)))
+    for keys in (("evaluation", "early_stopping"), ("evaluation", "tasks", 0, "judge"), ("search", "Cr")):
+        old = copy.deepcopy(dict(ready.identity))
+        section = functools.reduce(lambda found, key: found[key], keys[:-1], old)
+        assert keys[-1] in section
+        del section[keys[-1]]
+        run = storage_at(tmp_path / "-".join(map(str, keys)))
+        run.write("identity.json", json.dumps(old).encode())
+        assert run_folder(ready, run).owner == content_hash(old)
+        section[keys[-1]] = "another"
+        run.write("identity.json", json.dumps(old).encode())
+        with pytest.raises(BadInput, match=f"{keys[-1]}: 'another' → "):
+            run_folder(ready, run)
 
 
 def test_explain_says_how_the_winner_was_made(done, tmp_path):
