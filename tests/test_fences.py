@@ -203,6 +203,7 @@ def test_the_house_stays_as_it_was_built():
     assert long == []
 
 
+@pytest.mark.whole  # it imports everything
 def test_errors_have_one_ancestor_and_can_be_sent():
     import importlib
     import pickle
