@@ -30,7 +30,7 @@ from evolver.runs.about import Job
 from evolver.storage import Storage, storage_at
 from evolver.workers.compute import ComputeChoice
 from evolver.workers.plan import Plan
-from evolver.workers.pools.shared import SharedPool
+from evolver.workers.shared import SharedPool
 from evolver.workers.worker import choose_compute
 
 # What Ray tells the driver of a job, and how ids begin that Ray drew itself.

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from evolver.records import Candidate, Result
+from evolver.workers.crew import Answered, Event, Gone, Ready
 from evolver.workers.messages import pack_result, unpack_candidate
-from evolver.workers.pools.crew import Answered, Event, Gone, Ready
 
 Say = Callable[[Candidate], Result]
 Seconds = Callable[[Candidate], float]

@@ -8,7 +8,7 @@ from simulation import SimulatedCrew, lognormal
 from evolver.config import PoolSettings as Settings
 from evolver.errors import BadInput
 from evolver.records import Candidate, Expert, Result
-from evolver.workers.pools.crew_pool import LOSSES, PLACE_SECONDS, STILLBORN, CrewPool
+from evolver.workers.crew_pool import LOSSES, PLACE_SECONDS, STILLBORN, CrewPool
 
 
 def candidates(count):

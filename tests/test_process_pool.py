@@ -16,9 +16,9 @@ from evolver.config import config_at
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.records import Candidate
-from evolver.workers.pools.crew_pool import CrewPool
+from evolver.workers.crew_pool import CrewPool
 from evolver.workers.pools.local import LocalPool
-from evolver.workers.pools.process import ProcessCrew
+from evolver.workers.process import ProcessCrew
 
 pytestmark = pytest.mark.whole
 
@@ -93,8 +93,8 @@ import multiprocessing, os, pathlib, sys, threading, time
 from evolver.config import config_at
 from evolver.driver.prepare import prepare
 from evolver.records import Candidate
-from evolver.workers.pools.crew_pool import CrewPool
-from evolver.workers.pools.process import ProcessCrew
+from evolver.workers.crew_pool import CrewPool
+from evolver.workers.process import ProcessCrew
 
 def die():
     while not seen.exists():

@@ -32,7 +32,7 @@ from evolver.storage import storage_at
 from evolver.workers.compute import ComputeChoice
 from evolver.workers.messages import pack_candidate, pack_result, unpack_candidate, unpack_result
 from evolver.workers.pools.local import LocalPool
-from evolver.workers.pools.shared import SharedPool
+from evolver.workers.shared import SharedPool
 
 pytestmark = [pytest.mark.ray, pytest.mark.whole]
 

@@ -8,7 +8,7 @@ from test_racing import even
 
 from evolver.evaluation.scores.course import Evaluation
 from evolver.records import Candidate, Expert, Result
-from evolver.workers.pools.shared import SharedPool
+from evolver.workers.shared import SharedPool
 
 COUNT, BLOCK = 60, 8
 SCALE = even(COUNT)

@@ -17,10 +17,10 @@ from evolver.errors import BadInput
 from evolver.evaluation.tasks import Tasks
 from evolver.records import Split
 from evolver.threads import waiting
+from evolver.workers.crew import Answered, Event, Gone, Ready
+from evolver.workers.crew_pool import CrewPool
 from evolver.workers.plan import Plan
 from evolver.workers.pools import pool
-from evolver.workers.pools.crew import Answered, Event, Gone, Ready
-from evolver.workers.pools.crew_pool import CrewPool
 
 
 class RayCrew:

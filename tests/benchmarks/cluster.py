@@ -47,8 +47,8 @@ from evolver.records import Candidate, Cross, Expert, Merge, Recipe, Result  # n
 from evolver.report.text import markdown_table  # noqa: E402
 from evolver.search.ahead import Guessable, ahead  # noqa: E402
 from evolver.storage import storage_at  # noqa: E402
+from evolver.workers.crew_pool import CrewPool  # noqa: E402
 from evolver.workers.messages import pack_candidate, pack_result, unpack_candidate  # noqa: E402
-from evolver.workers.pools.crew_pool import CrewPool  # noqa: E402
 
 PAGE = ROOT / "results" / "benchmarks" / "cluster.md"
 ITEMS = 200

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from evolver.evaluation.tasks import Tasks
 from evolver.pool import Pool
 from evolver.records import Candidate, Result, Split
+from evolver.workers.crew_pool import CrewPool
 from evolver.workers.plan import Plan
 from evolver.workers.pools import pool
-from evolver.workers.pools.crew_pool import CrewPool
-from evolver.workers.pools.process import ProcessCrew
+from evolver.workers.process import ProcessCrew
 from evolver.workers.worker import Worker
 
 

@@ -16,9 +16,9 @@ from multiprocessing.process import BaseProcess
 from evolver.errors import BadInput
 from evolver.records import Split
 from evolver.threads import let_threads_sleep
+from evolver.workers.crew import Answered, Event, Gone, Ready
 from evolver.workers.messages import pack_result, unpack_candidate
 from evolver.workers.plan import Plan
-from evolver.workers.pools.crew import Answered, Event, Gone, Ready
 from evolver.workers.worker import Worker
 
 READY = b"ready"

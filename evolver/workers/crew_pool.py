@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from evolver.config import PoolSettings
 from evolver.errors import BadInput
 from evolver.records import Candidate, Result
+from evolver.workers.crew import Answered, Crew, Event, Gone, Ready
 from evolver.workers.messages import pack_candidate, unpack_result
-from evolver.workers.pools.crew import Answered, Crew, Event, Gone, Ready
 
 # How often a wait looks at the clock for evaluations that take too long.
 TICK_SECONDS = 1.0
