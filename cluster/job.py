@@ -16,14 +16,14 @@ from pathlib import Path
 from types import FrameType
 
 from cluster.connection import connect
-from cluster.pools import pool_named, pool_names
+from cluster.pools import check_pool, pool_named
 from evolver.config import Config, ConfigText, PoolSettings, config_at
 from evolver.driver.run import run
 from evolver.errors import BadInput
 from evolver.evaluation.live import default_device
 from evolver.evaluation.scores.course import Evaluation
 from evolver.evaluation.tasks import Tasks
-from evolver.loggers.terminal import display
+from evolver.loggers.terminal import Display, display
 from evolver.pool import Pool
 from evolver.records import Split
 from evolver.runs.about import Job
@@ -70,9 +70,7 @@ def drive(given: ConfigText, results: str | None, name: str | None) -> int:
     signal.signal(signal.SIGTERM, _stop)
     shown = display()
     try:
-        device, job = device_of(given.parsed().pool), this_job()
-        name = name or submission_id()
-        run(given, results_at(results), make_pool, shown, device, name, job, choose_for_workers)
+        run_here(given, results_at(results), name or submission_id(), shown)
         return 0
     except BadInput as error:
         shown.close()
@@ -87,6 +85,15 @@ def drive(given: ConfigText, results: str | None, name: str | None) -> int:
         return 0 if in_ray_job() else 3
     finally:
         shown.close()
+
+
+def run_here(given: ConfigText, results: Storage, name: str | None, shown: Display) -> Storage:
+    """Run a configuration, or the rest of it, on the pool that it asks for; the run's folder.
+
+    Raises BadInput for anything that the user has to mend.
+    """
+    device = device_of(given.parsed().pool)
+    return run(given, results, make_pool, shown, device, name, this_job(), choose_for_workers)
 
 
 def make_pool(plan: Plan, split: Split, tasks: Tasks) -> Pool:
@@ -123,8 +130,7 @@ def pool_kind(settings: PoolSettings) -> str:
     Raises BadInput for an unknown one.
     """
     kind = ("ray" if in_ray_job() else "local") if settings.kind == "auto" else settings.kind
-    if kind not in pool_names():
-        pool_named(kind)
+    check_pool(kind)
     return kind
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from evolver.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from evolver.commands.api import answers, evaluate, ledger_table, merge, run
 
-__version__ = "0.1.0"
 __all__ = ["answers", "evaluate", "ledger_table", "merge", "run"]
 
 

@@ -61,7 +61,8 @@ SCHEMA = pa.schema(
     ]
 )
 
-# A table of 2026-11 has these columns; whoever adds one adds it to SCHEMA, and what older tables lack is its default.
+# Without these a table is no ledger. Any other column that a table lacks came later, and holds its default there:
+# whoever adds a column adds it to SCHEMA only.
 OLDEST = ("event", "time", "stage", "number", "recipe_id", "recipe")
 DEFAULTS = {f.name: f.default for kind in (Candidate, Result) for f in fields(kind) if f.default is not MISSING}
 

@@ -10,6 +10,7 @@ import ast
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -46,8 +47,8 @@ def room_of(name: str) -> str:
 
 
 def arrows(rooms: Mapping[str, str], needed: Mapping[str, set[str]]) -> dict[str, set[str]]:
-    """Which rooms a room imports from. What a package's face hands on is no arrow."""
-    out: dict[str, set[str]] = {r: set() for r in rooms.values()}
+    """Which rooms a room imports from."""
+    out: dict[str, set[str]] = {rooms[n]: set() for n in needed}
     for name, others in needed.items():
         out[rooms[name]] |= {rooms[o] for o in others} - {rooms[name]}
     return out
@@ -115,42 +116,66 @@ def lengths(name: str, tree: ast.AST) -> Iterable[tuple[int, str]]:
             yield (node.end_lineno or node.lineno) - node.lineno + 1, f"{name}.{node.name}"
 
 
-def main() -> None:
-    root = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT
+@dataclass(frozen=True)
+class Figures:
+    """What is counted of a house.
+
+    Attributes:
+        drawn: which rooms a room imports from. The face of the whole package stands above them, and is no room.
+        needed: which modules a module imports.
+        twice: public classes and functions that are defined in more than one module.
+        constants: the same of public constants, and of constants that bear the name of something else.
+        flat: modules at the top of ``evolver/``.
+        long: functions of more than ``LONGEST_FUNCTION`` lines.
+    """
+
+    drawn: dict[str, set[str]]
+    needed: dict[str, set[str]]
+    twice: list[str]
+    constants: list[str]
+    flat: list[str]
+    long: list[str]
+
+
+def figures(root: Path = ROOT) -> Figures:
+    """Count a house."""
     found = files(root)
     trees = {name: ast.parse(file.read_text()) for name, file in found.items()}
-    packages = {n for n, f in found.items() if f.name == "__init__.py"}
-    rooms = {n: room_of(n) for n in found if found[n].name != "__main__.py"}
-    needed = {n: imports(trees[n], rooms) for n in rooms if n not in packages}
-    drawn = {r: o for r, o in arrows(rooms, needed).items() if r != "evolver"}
-    drawn = {r: o - {"evolver"} for r, o in drawn.items()}
-    level = floors(drawn)
-
+    inside = [n for n in found if n not in ("evolver", "evolver.__main__")]
+    needed = {n: imports(trees[n], inside) for n in inside}
     homes: dict[str, set[str]] = defaultdict(set)
     constants: dict[str, set[str]] = defaultdict(set)
     for name, tree in trees.items():
         for all_of, names in zip((homes, constants), defined(tree), strict=True):
             for n in names:
                 all_of[n].add(name)
-    twice = sorted(n for n, at in homes.items() if len(at) > 1)
-    twice_constants = sorted(n for n, at in constants.items() if len(at | homes.get(n, set())) > 1)
-    long = sorted((found for n, t in trees.items() for found in lengths(n, t) if found[0] > LONGEST_FUNCTION))
-    flat = [n for n, f in found.items() if f.parent == root / "evolver"]
+    return Figures(
+        arrows({n: room_of(n) for n in found}, needed),
+        needed,
+        sorted(n for n, at in homes.items() if len(at) > 1),
+        sorted(n for n, at in constants.items() if len(at | homes.get(n, set())) > 1),
+        [n for n, f in found.items() if f.parent == root / "evolver"],
+        sorted(name for n, t in trees.items() for lines, name in lengths(n, t) if lines > LONGEST_FUNCTION),
+    )
 
+
+def main() -> None:
+    """Print the figures of a checkout, by default of this one."""
+    found = figures(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT)
+    drawn, level = found.drawn, floors(found.drawn)
     for n, there in sorted(Counter(level.values()).items()):
         print(f"floor {n}: {' '.join(sorted(r for r in level if level[r] == n))}  ({there})")
     print(f"rooms {len(drawn)}, floors {max(level.values())}, arrows {sum(map(len, drawn.values()))}")
     for circle in circles(drawn):
         print(f"circle: {' '.join(circle)}")
-        for room in circle:
-            for name in sorted(n for n in needed if rooms[n] == room):
-                others = sorted(o for o in needed[name] if rooms[o] in circle and rooms[o] != room)
-                if others:
-                    print(f"    {name} → {' '.join(others)}")
+        for name in sorted(n for n in found.needed if room_of(n) in circle):
+            others = sorted(o for o in found.needed[name] if room_of(o) in {*circle} - {room_of(name)})
+            if others:
+                print(f"    {name} → {' '.join(others)}")
     print(f"circles {len(circles(drawn))}")
-    print(f"public classes and functions with two homes {len(twice)}: {' '.join(twice)}")
-    print(f"constants with two homes {len(twice_constants)}: {' '.join(twice_constants)}")
-    print(f"modules flat in evolver/ {len(flat)}; functions over {LONGEST_FUNCTION} lines {len(long)}: {long}")
+    print(f"public classes and functions with two homes {len(found.twice)}: {' '.join(found.twice)}")
+    print(f"constants with two homes {len(found.constants)}: {' '.join(found.constants)}")
+    print(f"modules flat in evolver/ {len(found.flat)}; functions over {LONGEST_FUNCTION} lines {len(found.long)}")
 
 
 if __name__ == "__main__":

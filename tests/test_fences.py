@@ -120,6 +120,11 @@ def test_imports_come_from_lower_floors(name):
     assert [o for o in others if floor[o] >= floor[room]] == []
 
 
+def test_nobody_imports_the_face():
+    """It hands on the Python API, which stands above everything."""
+    assert [n for n in MODULES if "evolver" in imports(n)] == []
+
+
 def test_the_library_knows_no_cluster():
     """But its command line, which stands at the top of the house, beside ``evolve.py``."""
     for name in MODULES:
@@ -172,35 +177,16 @@ def test_importing_a_run_does_not_load_ray():
     assert done.stdout.strip() == "False"
 
 
-def figures():
-    trees = {name: ast.parse(file.read_text()) for name, file in MODULES.items()}
-    homes, constants = {}, {}
-    for name, tree in trees.items():
-        for found, names in zip((homes, constants), house.defined(tree), strict=True):
-            for n in names:
-                found.setdefault(n, set()).add(name)
-    needed = {n: house.imports(t, MODULES) for n, t in trees.items() if MODULES[n].name != "__init__.py"}
-    drawn = house.arrows({n: house.room_of(n) for n in MODULES}, needed)
-    for others in drawn.values():
-        others.discard("evolver")
-    drawn.pop("evolver")
-    drawn.pop("evolver.__main__")
-    return drawn, homes, constants, trees
-
-
 def test_the_house_stays_as_it_was_built():
     """Rooms, floors and words: see tests/house.py, which prints them."""
-    drawn, homes, constants, trees = figures()
-    assert len(drawn) <= 24
-    assert max(house.floors(drawn).values()) <= 9
-    assert house.circles(drawn) == []
-    twice = {n for n, at in homes.items() if len(at) > 1}
-    assert len(twice) <= 5, sorted(twice)
-    twice |= {n for n, at in constants.items() if len(at | homes.get(n, set())) > 1}
-    assert len(twice) <= 10, sorted(twice)
-    assert len([f for f in MODULES.values() if f.parent == ROOT / "evolver"]) <= 10
-    long = [n for name, tree in trees.items() for lines, n in house.lengths(name, tree) if lines > 60]
-    assert long == []
+    found = house.figures()
+    assert len(found.drawn) <= 24
+    assert max(house.floors(found.drawn).values()) <= 9
+    assert house.circles(found.drawn) == []
+    assert len(found.twice) <= 5, found.twice
+    assert len({*found.twice, *found.constants}) <= 10, found.constants
+    assert len(found.flat) <= 10
+    assert found.long == []
 
 
 @pytest.mark.whole  # it imports everything

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,18 +46,11 @@ def run(config: str | Path | Mapping[str, Any], results: str | Path = "results",
 
     Raises BadInput for anything that has to be mended. Everything that finished before that is kept.
     """
-    from cluster import job
-    from evolver.driver import run as driver
+    from cluster.job import run_here
 
     given = ConfigText(yaml.safe_dump(dict(config)), "config") if isinstance(config, Mapping) else config_at(config)
-    device, shown = job.device_of(given.parsed().pool), display()
-    try:
-        folder = driver.run(
-            given, storage_at(str(results)), job.make_pool, shown, device, name, choose=job.choose_for_workers
-        )
-    finally:
-        shown.close()
-    return folder.location
+    with contextlib.closing(display()) as shown:
+        return run_here(given, storage_at(str(results)), name, shown).location
 
 
 def evaluate(config: str | Path, models: Sequence[str | Path], split: Split = "report") -> list[ModelScore]:

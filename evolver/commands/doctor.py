@@ -18,8 +18,8 @@ from evolver.loggers.base import installed
 from evolver.storage.paths import expand
 from evolver.threads import usable_cores, waiting
 from evolver.workers.compute import choose_for_any
+from evolver.workers.opened import GIB
 
-BYTES_PER_GIB = 1 << 30
 Finding = tuple[str, str, str]  # what, what is found, what to do about it or ""
 
 SHOWN_PACKAGES = ("torch", "transformers", "lm-eval", "optuna", "ray", "pyarrow", "safetensors")
@@ -42,9 +42,9 @@ def findings() -> Iterator[Finding]:
     yield "processor", f"{usable_cores()} of {os.cpu_count()} cores may be used, {platform.machine()}", ""
     yield "waiting threads", " ".join(f"{name}={value}" for name, value in waiting().items()), ""
     memory = psutil.virtual_memory()
-    few = memory.available < 2 * BYTES_PER_GIB
+    few = memory.available < 2 * GIB
     yield (
-        "memory", f"{memory.available / BYTES_PER_GIB:.1f} of {memory.total / BYTES_PER_GIB:.1f} GiB free",
+        "memory", f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free",
         "a model of 1B parameters takes 2 GiB in bfloat16, beside its experts' pages" if few else "",
     )  # fmt: skip
     yield from _accelerator()
@@ -101,4 +101,4 @@ def _cache() -> Iterator[Finding]:
     there = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(there).free
     problem = "" if os.access(there, os.W_OK) else "cannot be written: name another one by EVOLVER_CACHE"
-    yield "cache", f"{folder}, {free / BYTES_PER_GIB:.0f} GiB free", problem
+    yield "cache", f"{folder}, {free / GIB:.0f} GiB free", problem

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from evolver import loggers
 from evolver.checkpoints.doubts import suspicions
 from evolver.checkpoints.weights import Checkpoint
 from evolver.config import FREE_KEYS, Config, ConfigText, check_section, computing, default_at, load, renamed
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.scores.estimates import Estimates, first_unjudged
 from evolver.evaluation.tasks import Tasks, load_tasks
+from evolver.loggers import check_loggers
 from evolver.merging.settings.maker import RecipeMaker
 from evolver.records import Expert, Recipe, Split
 from evolver.runs.folder import RunFolder, compute_of, config_of_run
@@ -28,11 +28,7 @@ from evolver.workers.opened import Opened, check_memory, open_models
 from evolver.workers.plan import Plan, items_hash
 
 SPLITS: tuple[Split, Split] = ("dev", "report")
-
-
 SCORING_PACKAGES = ("torch", "transformers", "lm-eval")
-
-
 RECORDED_PACKAGES = ("torch", "transformers", "lm-eval", "optuna", "safetensors", "numpy", "ray")
 
 
@@ -67,7 +63,7 @@ def prepare(
     config, file = given.parsed(), given.origin
     config = config if name is None else renamed(config, name)
     algorithm, settings = _algorithm(config, file)
-    loggers.check_loggers(config, file)
+    check_loggers(config, file)
     try:
         opened = open_models(config)
         config = settled(config, opened.base.headers)

@@ -9,14 +9,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from evolver import __version__, loggers
 from evolver.config import Config, ConfigText
 from evolver.driver.card import companion_files
 from evolver.driver.check import score_again
 from evolver.driver.prepare import SPLITS, Prepared, in_compute, prepare, run_folder, versions
 from evolver.errors import BadInput
 from evolver.ledger import Ledger, write_items
-from evolver.loggers import Tracked, Trackers
+from evolver.loggers import Tracked, Trackers, build_loggers, tracked
 from evolver.loggers.pace import Pace, Remaining
 from evolver.loggers.terminal import Display
 from evolver.loop import Guesses, evolve
@@ -32,6 +31,7 @@ from evolver.runs.outcome import Outcome
 from evolver.search.ahead import Guessable, ahead
 from evolver.search.plain import Listed
 from evolver.storage import Storage
+from evolver.version import __version__
 from evolver.workers.compute import ComputeChoice, is_open
 from evolver.workers.opened import check_memory
 from evolver.workers.pools import PoolMaker
@@ -61,7 +61,7 @@ def run(
     prepared = prepare(given, name, device=device)
     prepared = _in_chosen_compute(prepared, results.folder(prepared.config.run), device, choose, display)
     folder = run_folder(prepared, results.folder(prepared.config.run))
-    listeners = loggers.build_loggers(prepared.config, given.origin, folder.storage)
+    listeners = build_loggers(prepared.config, given.origin, folder.storage)
     # A pool that the cluster can never offer is refused here, before anything is written.
     try:
         pool = make_pool(prepared.plan, "dev", prepared.tasks)
@@ -201,7 +201,7 @@ def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Di
 def _tracked(prepared: Prepared, folder: RunFolder) -> Tracked:
     """What the loggers are told of a run."""
     facts = {"evolver": __version__, **versions(), "configuration": folder.owner}
-    return loggers.tracked(prepared.config, prepared.identity["search"], folder.storage, facts)
+    return tracked(prepared.config, prepared.identity["search"], folder.storage, facts)
 
 
 def _baselines(prepared: Prepared) -> list[tuple[str, Recipe]]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 from evolver.config import Config, check_section
 from evolver.errors import BadInput, nearest
-from evolver.loggers import mlflow, tensorboard, wandb
 from evolver.loggers.base import LOGGERS, Logger, RunPlace, Tracked, installed
 from evolver.loggers.trackers import Trackers, tracked
 from evolver.storage import LocalStorage, Storage
 
-__all__ = ["LOGGERS", "Logger", "Tracked", "Trackers", "build", "check", "mlflow", "tensorboard", "tracked", "wandb"]
+__all__ = ["LOGGERS", "Logger", "Tracked", "Trackers", "build_loggers", "check_loggers", "tracked"]
+
+for _found in pkgutil.iter_modules(__path__):  # they register themselves in LOGGERS
+    importlib.import_module(f"{__name__}.{_found.name}")
 
 
 def check_loggers(config: Config, file: str) -> None:

@@ -19,11 +19,10 @@ import torch
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
-from evolver.checkpoints.weights import TOKEN_MATRICES, Checkpoint, Source, TensorInfo
+from evolver.checkpoints.weights import TOKEN_MATRICES, TOKENIZER_FILE, Checkpoint, Source, TensorInfo
 from evolver.errors import BadInput, nearest
 from evolver.merging.mergekit.reader import TokenEntry, reference
 
-TOKENIZER_JSON = "tokenizer.json"
 Ids = Mapping[str, int]
 TokenRow = tuple[str, int]  # a model, and the place in its matrices
 
@@ -176,7 +175,7 @@ def known_tokens(source: Source) -> Ids:
     tokens = checkpoint.vocabulary
     if tokens is None:
         raise BadInput(
-            f"{source.key}: {checkpoint.path} has no {TOKENIZER_JSON}, so its rows have no tokens; save a fast "
+            f"{source.key}: {checkpoint.path} has no {TOKENIZER_FILE}, so its rows have no tokens; save a fast "
             "tokenizer."
         )
     rows = min(i.shape[0] for n, i in checkpoint.headers.items() if n.endswith(TOKEN_MATRICES))
@@ -188,8 +187,8 @@ def extend_tokenizer(folder: Path, target: Vocabulary, donors: Mapping[str, Path
 
     Raises BadInput where the tokenizer numbers them otherwise.
     """
-    special = {t["content"] for d in donors.values() for t in _added(d / TOKENIZER_JSON) if t.get("special")}
-    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_JSON))
+    special = {t["content"] for d in donors.values() for t in _added(d / TOKENIZER_FILE) if t.get("special")}
+    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
     known = tokenizer.get_vocab()
     new = sorted(target.ids.keys() - known.keys(), key=target.ids.__getitem__)
     for token in new:
@@ -200,7 +199,7 @@ def extend_tokenizer(folder: Path, target: Vocabulary, donors: Mapping[str, Path
                 f"{target.ids[token]}, as its vocabulary has gaps; choose a model as tokenizer_source."
             )
     if new:
-        tokenizer.save(str(folder / TOKENIZER_JSON))
+        tokenizer.save(str(folder / TOKENIZER_FILE))
 
 
 def _added(file: Path) -> list[dict[str, Any]]:
