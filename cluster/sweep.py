@@ -23,6 +23,7 @@ from evolver.config import NAME, Config, Section, check_section, config_at
 from evolver.errors import BadInput
 from evolver.records import content_hash
 from evolver.report.text import markdown_table
+from evolver.runs.files import summary_of
 from evolver.storage import storage_at
 
 POLL_SECONDS = 5.0
@@ -95,7 +96,7 @@ def run_all(
     start = _process if address is None else _job(address)
 
     def run(cell: Cell) -> int:
-        if storage_at(results).folder(cell.name).exists("summary.json"):
+        if summary_of(storage_at(results).folder(cell.name))[0]:
             say(f"{cell.name}: done already ({_said(cell.values)})")
             return 0
         file = files / f"{cell.name}.yaml"
@@ -116,7 +117,7 @@ def gather(sweep: Sweep, results: str) -> str:
     groups: dict[str, list[dict[str, Any]]] = {}
     for cell in sweep.cells:
         folder = root.folder(cell.name)
-        found = json.loads(folder.read("summary.json")) if folder.exists("summary.json") else None
+        found = summary_of(folder)[0] or None
         rows.append([cell.name, *_values(cell.values), *_figures(found)])
         if found and found["against"]:
             rest = {k: v for k, v in cell.values.items() if k != "seed"}

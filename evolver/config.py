@@ -75,7 +75,9 @@ class TaskEntry(Section):
     weight: float = Field(1.0, gt=0, description="weight of the task's metric in the score")
     dev: int = Field(ge=1, description="number of dev items")
     report: int = Field(ge=1, description="number of report items")
-    report_task: str | None = Field(None, description="take report items from this task instead of splitting one")
+    report_task: str | None = Field(
+        None, min_length=1, description="take report items from this task instead of splitting one"
+    )
     num_fewshot: int | None = Field(None, ge=0, description="as evaluation.num_fewshot, for this task")
     gen_kwargs: dict[str, Any] | None = Field(None, description="as evaluation.gen_kwargs, for this task")
     data: str | DataSet | None = Field(
@@ -140,7 +142,16 @@ class EvaluationSettings(Section):
     racing: float | None = Field(
         None, gt=0, lt=0.5, description="error rate at which a race may reject a candidate early; default: none"
     )
-    threads: int = Field(1, ge=1, description="CPU threads of one worker; results in bfloat16 depend on it")
+    threads: int = Field(1, ge=1, le=1024, description="CPU threads of one worker; results in bfloat16 depend on it")
+
+    @model_validator(mode="after")
+    def _data_of_both(self) -> EvaluationSettings:
+        for number, task in enumerate(self.tasks):
+            if task.report_data is not None and task.data is None:
+                raise ValueError(
+                    f"tasks[{number}].report_data is given without data; give the data of the dev items, too"
+                )
+        return self
 
     @model_validator(mode="after")
     def _distinct_tasks(self) -> EvaluationSettings:
@@ -177,6 +188,8 @@ class Baselines(Section):
     def _positive(cls, masses: list[float]) -> list[float]:
         if not masses or min(masses) <= 0:
             raise ValueError("give at least one mass, all above 0")
+        if len({f"{mass:g}" for mass in masses}) < len(masses):
+            raise ValueError("a mass stands twice (six digits tell them apart); write each once")
         return masses
 
 
@@ -189,6 +202,7 @@ class PoolSettings(Section):
     num_workers: int = Field(
         1,
         ge=1,
+        le=100_000,
         description="workers: Ray actors, of which those that find no place yet join when the cluster has one, or "
         "processes on this machine",
     )
@@ -199,16 +213,22 @@ class PoolSettings(Section):
     resources: dict[str, float] = Field(
         default_factory=dict, description="custom resources of one actor, as {a100: 1} of nodes started with them"
     )
-    cache_gb: float = Field(2.0, ge=0, description="memory of one worker for already built models (GiB)")
+    cache_gb: float = Field(2.0, ge=0, le=1e6, description="memory of one worker for already built models (GiB)")
     timeout_s: float | None = Field(
-        None, gt=0, description="seconds that one evaluation may take; a local worker then has a process of its own"
+        None,
+        gt=0,
+        le=1e8,
+        description="seconds that one evaluation may take; a local worker then has a process of its own",
     )
     price_per_hour: float | None = Field(None, ge=0, description="what an hour of one worker costs, for the report")
     watts: float | None = Field(None, ge=0, description="power of one worker, for the report")
     share: int = Field(
-        1, ge=1, description="Ray actors that share the items of one candidate, block by block; the result is the same"
+        1,
+        ge=1,
+        le=1000,
+        description="Ray actors that share the items of one candidate, block by block; the result is the same",
     )
-    retries: int = Field(1, ge=0, description="further tries of a candidate whose worker died")
+    retries: int = Field(1, ge=0, le=1000, description="further tries of a candidate whose worker died")
     ahead: bool = Field(
         True,
         description="idle workers score what a search is guessed to ask for next; wrong guesses are thrown away, and "
@@ -220,7 +240,7 @@ class Config(Section):
     """The whole configuration of one run."""
 
     run: str = Field(pattern=NAME, description="name of the run and of its folder under results/")
-    seed: int = Field(0, ge=0, description="seed of everything that is drawn")
+    seed: int = Field(0, ge=0, lt=1 << 32, description="seed of everything that is drawn")
     order: Literal["exact", "arrival"] = Field(
         "exact",
         description="exact: results are learnt in the order of their candidates, and any number of workers makes the "
@@ -308,13 +328,23 @@ class ConfigText:
 
         Raises BadInput for text that holds no mapping.
         """
-        try:
-            raw = yaml.load(self.text, Loader=Loader)
-        except yaml.YAMLError as error:
-            raise BadInput(f"{self.origin}: not valid YAML: {' '.join(str(error).split())}; mend the file.") from error
+        raw = yaml_in(self.text, self.origin)
         if not isinstance(raw, dict):
             raise BadInput(f"{self.origin}: the configuration must be a mapping with the keys {', '.join(keys)}.")
         return raw
+
+
+def yaml_in(text: str, origin: str) -> Any:
+    """What a YAML text says.
+
+    Raises BadInput that names ``origin`` for a text that is no YAML, or is nested too deeply.
+    """
+    try:
+        return yaml.load(text, Loader=Loader)
+    except RecursionError:
+        raise BadInput(f"{origin}: its lists and mappings are nested too deeply; mend the file.") from None
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # a date of month 13 is a ValueError, {[]: 1} a TypeError
+        raise BadInput(f"{origin}: not valid YAML: {' '.join(str(error).split())[:300]}; mend the file.") from error
 
 
 def config_at(path: str | Path) -> ConfigText:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -27,3 +28,31 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if not known:
         return "none is known here"
     return "known: " + ", ".join(known[:20]) + (", …" if len(known) > 20 else "")
+
+
+def cause_of(error: Exception) -> str:
+    """Why a file could not be read or written, in a few words of a sentence."""
+    match error:
+        case IsADirectoryError():
+            return "a folder stands in its place"
+        case NotADirectoryError() | FileExistsError():
+            return "a file stands where a folder should be"
+        case UnicodeDecodeError():
+            return "it is no text"
+        case OSError() if error.errno == errno.ELOOP:
+            return "it is a link to itself"
+    said = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return " ".join(said.split())[:200]
+
+
+def file_sentence(error: OSError, place: str) -> str:
+    """Which file could not be read or written, and what to do; it lies at ``place``, if the error does not say."""
+    remedy = "move it away" if is_misplaced(error) else "make room or mend the rights"
+    return f"{error.filename or place}: it cannot be read or written ({cause_of(error)}); {remedy}, and call again."
+
+
+def is_misplaced(error: Exception) -> bool:
+    """Whether something else stands where a file or a folder should be: no waiting and no rights help."""
+    return isinstance(error, IsADirectoryError | NotADirectoryError | FileExistsError) or (
+        isinstance(error, OSError) and error.errno == errno.ELOOP
+    )

@@ -10,6 +10,7 @@ a file that belongs to another run is left alone; both are named.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import re
 import time
@@ -18,19 +19,25 @@ from dataclasses import MISSING, fields, replace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from evolver.errors import BadInput
+from evolver.errors import BadInput, cause_of, is_misplaced
 from evolver.records import Candidate, Result, Split, dump_recipe, load_recipe
 from evolver.storage import Storage, lease, read_all
 from evolver.storage.lease import Lease
 
 # Stage, number, recipe id, bar, limit, and how many items were known: the result depends on nothing else.
+RowName = tuple[str, str, int, str, int]
 LedgerQuestion = tuple[str, int, str, float | None, int | None, int]
 PART = re.compile(r"part-(\d{8})(?:-(\d{8}))?\.parquet")
 JOIN_FROM = 256
 ITEMS_FILE = "items.parquet"
-OWNER = b"evolver.run"
+OWNER, VERSION = b"evolver.run", b"evolver.ledger"
+# Of the columns. Whoever adds one counts it up, so that an earlier version leaves such a ledger alone.
+SCHEMA_VERSION = 1
+STAGES, EVENTS, STATUSES = ("baseline", "search", "report"), ("asked", "finished", "guessed"), ("ok", "failed")
+DAMAGED = "damaged"
 
 SCHEMA = pa.schema(
     [
@@ -69,6 +76,28 @@ DEFAULTS = {f.name: f.default for kind in (Candidate, Result) for f in fields(ki
 # Fields of a result that stand in a row as they are, and those that are mappings.
 PLAIN_FIELDS = ("status", "reason", "score", "bound", "complete", "reused", "raced", "given", "worker")
 MAPS = ("tasks", "seconds", "counts")
+
+
+class DamagedPart(BadInput):
+    """A part of a ledger holds something else than results.
+
+    Attributes:
+        reason: what is wrong with it, in a few words.
+        whole: those of its rows that are whole; None where it cannot be read at all.
+    """
+
+    reason: str = ""
+    whole: pa.Table | None = None
+
+
+def damaged(file: str, reason: str, whole: pa.Table | None = None) -> DamagedPart:
+    """The error for a damaged part, which says what to do."""
+    error = DamagedPart(
+        f"{file}: it is damaged ({reason}); call the run again, which sets this file aside and scores again what is "
+        "lost with it."
+    )
+    error.reason, error.whole = reason, whole
+    return error
 
 
 class Ledger:
@@ -183,7 +212,10 @@ class Ledger:
             self._join([p for p in self._parts if p[2] in self._loose])
 
     def _schema(self) -> pa.Schema:
-        return SCHEMA.with_metadata({OWNER: self.owner.encode()})
+        return SCHEMA.with_metadata(self._metadata())
+
+    def _metadata(self) -> dict[bytes, bytes]:
+        return {OWNER: self.owner.encode(), VERSION: str(SCHEMA_VERSION).encode()}
 
     def _create(self, name: str, data: bytes) -> None:
         self._lease.check()
@@ -202,72 +234,145 @@ class Ledger:
         first, last = parts[0][0], parts[-1][1]
         wide = f"part-{first:08d}-{last:08d}.parquet"
         tables = [self._loose.pop(name) for _, _, name in parts]
-        self._create(wide, _bytes(pa.concat_tables(tables).replace_schema_metadata({OWNER: self.owner})))
+        self._create(wide, _bytes(pa.concat_tables(tables).replace_schema_metadata(self._metadata())))
         for _, _, name in parts:
             self.storage.remove(name)
         self._parts = [*(p for p in self._parts if p not in parts), (first, last, wide)]
 
     def _read(self) -> Iterator[dict[str, Any]]:
         found = sorted(self._find(), key=lambda p: (p[0], -p[1]))
+        held: set[RowName] = set()  # rows of the wide part that was read last
         for (start, end, name), data in zip(found, read_all(self.storage, [n for _, _, n in found]), strict=True):
             self._next = max(self._next, end + 1)
             try:
-                table = _table(data)
-            except (pa.ArrowException, OSError, ValueError) as error:
-                self._set_aside(name, error)
+                table = part_table(data, self._at(name), with_recipes=True)
+            except DamagedPart as error:
+                table = self._set_aside(name, error)
+            if not self._is_ours(table, name):
                 continue
-            if (table.schema.metadata or {}).get(OWNER) != self.owner.encode():
-                self.warnings.append(f"{self._at(name)} belongs to another run and was left alone")
-                continue
-            table = with_all_columns(table, self._at(name))
-            if self._parts and end <= self._parts[-1][1]:
+            rows = table.to_pylist(maps_as_pydicts="strict")
+            names = {_name_of(row) for row in rows}
+            if self._parts and end <= self._parts[-1][1] and names <= held:
                 self.storage.remove(name)  # joined already; the crash came before it was removed
                 continue
+            held = names if end > start else held | names
             self._parts.append((start, end, name))
             if start == end:
                 self._loose[name] = table
-            yield from table.to_pylist(maps_as_pydicts="strict")
+            yield from rows
+
+    def _is_ours(self, table: pa.Table | None, name: str) -> bool:
+        if table is None:
+            return False
+        ours = (table.schema.metadata or {}).get(OWNER) == self.owner.encode()
+        if not ours:
+            self.warnings.append(f"{self._at(name)} belongs to another run and was left alone")
+        return ours
 
     def _find(self) -> Iterator[tuple[int, int, str]]:
         for name in self.storage.names():
-            match = PART.fullmatch(name)
-            if match:
-                yield int(match[1]), int(match[2] or match[1]), name
-            elif name not in {"lock", lease.LEASE_FILE, "damaged"}:
+            if PART.fullmatch(name):
+                yield *_span(name), name
+            elif name not in {"lock", lease.LEASE_FILE, DAMAGED}:
                 self.warnings.append(f"{self._at(name)} is no part of the ledger and was left alone")
 
-    def _set_aside(self, name: str, error: Exception) -> None:
-        self.storage.move(name, "damaged")
-        reason = " ".join(str(error).split())[:200]
-        self.warnings.append(f"{self._at(name)} is damaged ({reason}) and was set aside; what it held is scored again")
+    def _set_aside(self, name: str, error: DamagedPart) -> pa.Table | None:
+        """Keep a damaged part under ``damaged/``; what is whole of it takes its place."""
+        whole = error.whole
+        if whole is None or not len(whole) or not self._is_ours(whole, name):
+            if whole is None or self._is_ours(whole, name):
+                self.storage.move(name, DAMAGED)
+        else:
+            self.storage.folder(DAMAGED).write(name, self.storage.read(name))
+            self.storage.write(name, _bytes(whole))
+        self.warnings.append(
+            f"{self._at(name)} is damaged ({error.reason}); it was kept as {DAMAGED}/{name}, and what is lost with it "
+            "is scored again"
+        )
+        return whole
 
     def _at(self, name: str) -> str:
         return f"{self.storage.location}/{name}"
 
 
+def part_table(data: bytes | OSError, file: str, with_recipes: bool = False) -> pa.Table:
+    """The rows of a part, given its bytes or why they could not be read, with all columns of this version: those that
+    an earlier one did not have hold their defaults. Every row is a proposal or a result; ``with_recipes`` says that
+    their recipes are looked at, too.
+
+    Raises DamagedPart where it holds something else, BadInput where it cannot be read now, or a newer version wrote
+    it, and FileNotFoundError where it is gone.
+    """
+    if isinstance(data, OSError):
+        if isinstance(data, FileNotFoundError):
+            raise data
+        if is_misplaced(data):
+            raise damaged(file, cause_of(data))
+        raise BadInput(
+            f"{file}: it cannot be read now ({cause_of(data)}); nothing of it is lost: mend the rights or the disk, "
+            "and call again."
+        ) from data
+    try:
+        # Of small files, threads and what reads whole data sets take longer than the reading.
+        table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read(use_threads=False)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise damaged(file, " ".join(str(error).split())[:200]) from error
+    table = with_all_columns(table, file)
+    whole = _whole_rows(table)
+    if with_recipes and pc.all(whole).as_py():
+        whole = pa.array([_is_recipe(text) for text in table["recipe"].to_pylist()], pa.bool_())
+    if not pc.all(whole).as_py():
+        lost = len(table) - pc.sum(whole).as_py()
+        raise damaged(file, f"{lost} of its {len(table)} rows are no proposals or results", table.filter(whole))
+    return table
+
+
 def with_all_columns(table: pa.Table, file: str) -> pa.Table:
     """A table of this or an earlier version with the columns of this one: those that it lacks hold their defaults.
 
-    Raises BadInput where a newer version wrote it, or something else did.
+    Raises BadInput where a newer version wrote it, and DamagedPart where nobody did.
     """
+    version = (table.schema.metadata or {}).get(VERSION, b"0")
+    if not version.isdigit() or int(version) > SCHEMA_VERSION:
+        raise BadInput(f"{file}: a newer version of Evolver wrote it; go on with that one.")
     new = [name for name in table.column_names if name not in SCHEMA.names]
     if new:
-        raise BadInput(
-            f"{file}: it has columns that this version does not know ({', '.join(new)}); a newer version of Evolver "
-            "wrote it: go on with that one."
-        )
+        raise damaged(file, f"it has columns that no ledger has: {', '.join(new)[:100]}")
+    if table.column_names != [name for name in SCHEMA.names if name in table.column_names]:
+        raise damaged(file, "its columns stand in an order in which no version writes them")
     for field in SCHEMA:
         if field.name in table.column_names:
             if table.schema.field(field.name).type != field.type:
-                raise BadInput(f"{file}: its column {field.name} is no {field.type}; restore it from a copy.")
+                raise damaged(file, f"its column {field.name} is no {field.type}")
         elif field.name in OLDEST:
-            raise BadInput(
-                f"{file}: it has no column {field.name}, so it is no part of a ledger; restore it from a copy."
-            )
+            raise damaged(file, f"it has no column {field.name}")
         else:
             default = [] if pa.types.is_nested(field.type) else DEFAULTS.get(field.name)
             table = table.append_column(field, pa.array([default] * len(table), field.type))
     return table.select(SCHEMA.names)
+
+
+def _whole_rows(table: pa.Table) -> pa.ChunkedArray:
+    """For each row whether it says all that a proposal or a result says. Recipes are read by whoever wants them."""
+
+    def among(column: str, values: Sequence[str]) -> pa.ChunkedArray:
+        return pc.is_in(table[column], pa.array(values))
+
+    def both(*conditions: pa.ChunkedArray) -> pa.ChunkedArray:
+        return functools.reduce(pc.and_, (pc.fill_null(c, False) for c in conditions))
+
+    proposal = both(
+        among("event", EVENTS), among("stage", STAGES), pc.greater_equal(table["number"], 0),
+        *(pc.is_valid(table[name]) for name in ("time", "recipe_id", "label", "proposer", "parents")),
+        pc.starts_with(table["recipe"], "[["), pc.ends_with(table["recipe"], "]]"),
+    )  # fmt: skip
+    scored = pc.or_(pc.invert(both(table["complete"])), both(pc.is_finite(table["score"])))
+    result = both(
+        among("status", STATUSES), scored, pc.greater_equal(table["given"], 0),
+        *(pc.is_valid(table[name]) for name in ("items", "reason", "worker", "reused", "raced", *MAPS)),
+        pc.or_(pc.equal(table["status"], "failed"), pc.greater(pc.list_value_length(table["items"]), 0)),
+    )  # fmt: skip
+    return pc.and_(proposal, pc.or_(both(pc.equal(table["event"], "asked")), result))
 
 
 def read_table(storage: Storage) -> pa.Table:
@@ -276,19 +381,39 @@ def read_table(storage: Storage) -> pa.Table:
     return pa.concat_tables([t for t in tables.values() if t is not None]) if tables else SCHEMA.empty_table()
 
 
+def _is_recipe(text: str) -> bool:
+    try:
+        load_recipe(text)
+    except ValueError:
+        return False
+    return True
+
+
+def part_names(storage: Storage) -> list[str]:
+    """The names of a ledger's parts, in their order; of a wide part and those that were joined in it, all.
+
+    Raises BadInput where the ledger cannot be looked into.
+    """
+    try:
+        parts = sorted((int(m[1]), -int(m[2] or m[1]), n) for n in storage.names() if (m := PART.fullmatch(n)))
+    except OSError as error:
+        remedy = "restore it from a copy, or move it away" if is_misplaced(error) else "mend the rights and call again"
+        raise BadInput(f"{storage.location}: the ledger cannot be read ({cause_of(error)}); {remedy}.") from error
+    return [name for _, _, name in parts]
+
+
 def read_parts(storage: Storage, known: Collection[str] = ()) -> dict[str, pa.Table | None]:
     """The parts of a ledger in their order, by name; None for those that are known and were not read again."""
     while True:
-        parts = sorted((int(m[1]), -int(m[2] or m[1]), n) for n in storage.names() if (m := PART.fullmatch(n)))
         names, end = [], -1
-        for _, negative_end, name in parts:
-            if -negative_end > end:
+        for name in part_names(storage):
+            if (last := _span(name)[1]) > end:
                 names.append(name)
-                end = -negative_end
+                end = last
         new = [n for n in names if n not in known]
         with contextlib.suppress(FileNotFoundError):  # parts were joined meanwhile: look again
             data = zip(new, read_all(storage, new), strict=True)
-            tables = {n: with_all_columns(_table(d), f"{storage.location}/{n}") for n, d in data}
+            tables = {n: part_table(d, f"{storage.location}/{n}") for n, d in data}
             return {n: tables.get(n) for n in names}
 
 
@@ -297,7 +422,7 @@ def read_part(storage: Storage, name: str) -> pa.Table:
 
     Raises FileNotFoundError where it is not there any more, as small ones are joined.
     """
-    return with_all_columns(_table(storage.read(name)), f"{storage.location}/{name}")
+    return part_table(read_all(storage, [name])[0], f"{storage.location}/{name}")
 
 
 def write_items(run: Storage, items: Mapping[Split, Sequence[tuple[str, int, str]]]) -> None:
@@ -315,7 +440,7 @@ def write_items(run: Storage, items: Mapping[Split, Sequence[tuple[str, int, str
 def answer_table(run: Storage) -> pa.Table:
     """Every answer of a run: one row for each candidate and item, with the item's hash."""
     items: dict[str, list[dict[str, Any]]] = {"dev": [], "report": []}
-    for row in _table(run.read(ITEMS_FILE)).to_pylist():
+    for row in _items_of(run):
         items[row["split"]].append(row)
     finished = [r for r in read_table(run.folder("ledger")).to_pylist() if r["event"] == "finished" and not r["reused"]]
     rows = [
@@ -326,6 +451,23 @@ def answer_table(run: Storage) -> pa.Table:
     return pa.Table.from_pylist(rows)
 
 
+def _items_of(run: Storage) -> list[dict[str, Any]]:
+    """The rows of ``items.parquet``.
+
+    Raises BadInput where it cannot be read.
+    """
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(run.read(ITEMS_FILE))).to_pylist()
+        if not all({"split", "task", "hash"} <= row.keys() and row["split"] in ("dev", "report") for row in rows):
+            raise ValueError("it has other columns or splits")
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise BadInput(
+            f"{run.location}/{ITEMS_FILE}: it cannot be read ({cause_of(error)}); call the run again, which writes "
+            "this file anew."
+        ) from error
+    return rows
+
+
 def _bytes(table: pa.Table, small: bool = False) -> bytes:
     """A Parquet file; a small one goes without what helps to find a row in it."""
     file, more = io.BytesIO(), {"use_dictionary": False, "write_statistics": False} if small else {}
@@ -333,11 +475,11 @@ def _bytes(table: pa.Table, small: bool = False) -> bytes:
     return file.getvalue()
 
 
-def _table(data: bytes | OSError) -> pa.Table:
-    if isinstance(data, OSError):
-        raise data
-    # Of small files, threads and what reads whole data sets take longer than the reading.
-    return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read(use_threads=False)
+def _span(name: str) -> tuple[int, int]:
+    """The first and the last running number of a part."""
+    match = PART.fullmatch(name)
+    assert match is not None
+    return int(match[1]), int(match[2] or match[1])
 
 
 def _row(candidate: Candidate, result: Result | None) -> dict[str, Any]:
@@ -358,6 +500,11 @@ def _row(candidate: Candidate, result: Result | None) -> dict[str, Any]:
         row |= {name: getattr(result, name) for name in PLAIN_FIELDS} | {"items": list(result.items)}
         row |= {name: list(getattr(result, name).items()) for name in MAPS}
     return row
+
+
+def _name_of(row: Mapping[str, Any]) -> RowName:
+    """What tells a row from all others of a ledger."""
+    return row["event"], row["stage"], row["number"], row["recipe_id"], len(row["items"] or ())
 
 
 def _question(candidate: Candidate, known: int) -> LedgerQuestion:

@@ -241,9 +241,10 @@ def test_no_scored_item_is_an_example_in_a_prompt(make_config, tmp_path):
 
 def test_too_few_examples_beside_the_scored_items(make_config, tmp_path):
     task = [{"task": "toy", "dev": 80, "report": 28}]
+    with pytest.raises(BadInput, match=r"num_fewshot: toy has 2 examples beside the items that are scored, and 3"):
+        prepare(config_at(make_config(tmp_path, {"evaluation.num_fewshot": 3, "evaluation.tasks": task})))
     ready = prepare(config_at(make_config(tmp_path, {"evaluation.num_fewshot": 2, "evaluation.tasks": task})))
-    with pytest.raises(BadInput, match=r"num_fewshot: toy has 2 examples beside the items that are scored and 2"):
-        Worker(ready.plan, "dev", tasks=ready.tasks)
+    Worker(ready.plan, "dev", tasks=ready.tasks)  # exactly as many as are wanted will do
 
 
 def test_requests_that_repeat_are_scored_once(written):

@@ -13,7 +13,7 @@ import pytest
 
 from evolver import ledger as module
 from evolver.errors import BadInput
-from evolver.ledger import OLDEST, Ledger, read_table, result_of
+from evolver.ledger import OLDEST, DamagedPart, Ledger, read_table, result_of
 from evolver.records import Candidate, Cross, Expert, Result, dump_recipe
 from evolver.storage import local, storage_at
 
@@ -107,7 +107,7 @@ def test_a_candidate_that_was_asked_only_is_not_recorded(reopen):
 def test_stages_have_numbers_of_their_own(reopen):
     ledger = reopen()
     ledger.write_result(candidate(0, "baseline"), result(0, "baseline"))
-    ledger.write_result(Candidate(0, recipe(1), "evolver"), Result(0, recipe(1).id, "ok", 0.5, 0.5, True))
+    ledger.write_result(Candidate(0, recipe(1), "evolver"), Result(0, recipe(1).id, "ok", 0.5, 0.5, True, (0.5,)))
     again = reopen()
     assert again.answer(candidate(0, "baseline")).score == 0.0
     assert again.results("search")[0].score == 0.5
@@ -394,16 +394,37 @@ def test_a_column_that_is_missing_holds_its_default(old):
 @pytest.mark.parametrize("column", OLDEST)
 def test_a_table_without_what_every_ledger_has_is_none(old, column):
     without(old, column)
-    with pytest.raises(
-        BadInput, match=rf"part-[\d-]+\.parquet: it has no column {column}, so it is no part of a ledger"
-    ):
-        Ledger(old, "the owner of 2026-11")
+    with pytest.raises(DamagedPart, match=rf"part-[\d-]+\.parquet: it is damaged \(it has no column {column}\)"):
+        read_table(old)
+    parts = [n for n in old.names() if n.startswith("part")]
+    with contextlib.closing(Ledger(old, "the owner of 2026-11")) as mended:
+        assert [w for w in mended.warnings if "scored again" in w]
+    assert old.folder("damaged").names() == parts
+    assert not len(read_table(old))
+
+
+def of_version(old, version):
+    """One part gets a column that nobody knows, from a version of that number."""
+    name = next(iter(old.names()))
+    table = pq.read_table(f"{old.location}/{name}")
+    named = {**table.schema.metadata, b"evolver.ledger": version}
+    wider = table.append_column("energy", [table["score"]]).replace_schema_metadata(named)
+    pq.write_table(wider, f"{old.location}/{name}")
+    return name
 
 
 def test_a_ledger_of_a_newer_version_is_left_to_it(old):
-    name = next(iter(old.names()))
-    table = pq.read_table(f"{old.location}/{name}")
-    pq.write_table(table.append_column("energy", [table["score"]]), f"{old.location}/{name}")
+    of_version(old, b"2")
+    before = old.names()
     for reading in (lambda: Ledger(old, "the owner of 2026-11"), lambda: read_table(old)):
-        with pytest.raises(BadInput, match=r"columns that this version does not know \(energy\); a newer version"):
+        with pytest.raises(BadInput, match=r"a newer version of Evolver wrote it; go on with that one"):
             reading()
+    assert [n for n in old.names() if n != "lock"] == before
+
+
+def test_a_column_that_no_version_knows_is_damage(old):
+    name = of_version(old, b"1")
+    with pytest.raises(DamagedPart, match="energy"):
+        read_table(old)
+    with contextlib.closing(Ledger(old, "the owner of 2026-11")):
+        assert old.folder("damaged").names() == [name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -21,7 +22,7 @@ from evolver.commands.explain import explain
 from evolver.config import config_at
 from evolver.driver.prepare import prepare, run_folder
 from evolver.errors import BadInput
-from evolver.records import Candidate, Layers, Merge, content_hash, load_recipe
+from evolver.records import Candidate, Layers, Merge, Result, content_hash, load_recipe
 from evolver.storage import storage_at
 from evolver.workers.worker import Worker
 
@@ -279,6 +280,9 @@ def test_a_run_from_before_a_key_is_one_in_which_it_has_its_default(make_config,
         assert run_folder(ready, run).owner == content_hash(old)
         section[keys[-1]] = "another"
         run.write("identity.json", json.dumps(old).encode())
+        with contextlib.closing(ledger.Ledger(run.folder("ledger"), "owner")) as open_ledger:
+            candidate = Candidate(0, ready.base, "nobody")
+            open_ledger.write_result(candidate, Result.failed(candidate, "tried"))
         with pytest.raises(BadInput, match=f"{keys[-1]}: 'another' → "):
             run_folder(ready, run)
 

@@ -11,7 +11,7 @@ from evolver.config import TaskEntry
 from evolver.errors import BadInput
 from evolver.evaluation.base import Scored
 from evolver.evaluation.batches import by_length
-from evolver.evaluation.items import Item, draw, in_order, item_hash
+from evolver.evaluation.items import Item, ItemSource, draw, in_order, item_hash
 from evolver.evaluation.scores.metrics import ENDLESS, JUDGED
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Expert
@@ -112,12 +112,17 @@ def some_items(count, task="t"):
     return [Item(task, i, item_hash({"question": f"{task} {i}"})) for i in range(count)]
 
 
+def draw_one(entry, own, report, seed, key):
+    (items,) = draw([ItemSource(entry, key, own, report)], seed)
+    return items
+
+
 def entry(dev, report, **more):
     return TaskEntry(task="t", dev=dev, report=report, **more)
 
 
 def test_dev_and_report_share_no_item():
-    items = draw(entry(30, 60), some_items(100), None, 1, "k")
+    items = draw_one(entry(30, 60), some_items(100), None, 1, "k")
     dev, report = ({i.hash for i in part} for part in (items.dev, items.report))
     assert (len(dev), len(report)) == (30, 60)
     assert not dev & report
@@ -128,40 +133,58 @@ def test_dev_and_report_share_no_item():
 def test_the_draw_follows_the_seed_and_not_the_order_of_the_data():
     own = some_items(50)
     shuffled = [Item("t", i, item.hash) for i, item in enumerate(random.Random(0).sample(own, 50))]
-    one, two = (draw(entry(9, 9), items, None, 1, "k") for items in (own, shuffled))
+    one, two = (draw_one(entry(9, 9), items, None, 1, "k") for items in (own, shuffled))
     assert [i.hash for i in one.dev] == [i.hash for i in two.dev]
     assert [i.hash for i in one.report] == [i.hash for i in two.report]
-    assert draw(entry(9, 9), own, None, 1, "k") != draw(entry(9, 9), own, None, 2, "k")
+    assert draw_one(entry(9, 9), own, None, 1, "k") != draw_one(entry(9, 9), own, None, 2, "k")
 
 
 def test_more_dev_items_contain_the_fewer():
-    few, many = (draw(entry(n, 10), some_items(50), None, 1, "k").dev for n in (5, 20))
+    few, many = (draw_one(entry(n, 10), some_items(50), None, 1, "k").dev for n in (5, 20))
     assert many[:5] == few
 
 
 def test_items_that_stand_twice_are_drawn_once():
     own = [*some_items(10), *some_items(10)]
-    assert len({i.hash for i in draw(entry(4, 6), own, None, 1, "k").dev}) == 4
+    assert len({i.hash for i in draw_one(entry(4, 6), own, None, 1, "k").dev}) == 4
     with pytest.raises(BadInput, match="11 items are asked for and t holds 10 different ones"):
-        draw(entry(5, 6), own, None, 1, "k")
+        draw_one(entry(5, 6), own, None, 1, "k")
 
 
 def test_too_few_items_are_refused():
     with pytest.raises(BadInput, match=r"k\.dev \+ report: .*ask for fewer"):
-        draw(entry(6, 6), some_items(11), None, 1, "k")
+        draw_one(entry(6, 6), some_items(11), None, 1, "k")
     with pytest.raises(BadInput, match=r"k\.dev \+ report: t holds no items"):
-        draw(entry(6, 6), [], None, 1, "k")
+        draw_one(entry(6, 6), [], None, 1, "k")
     with pytest.raises(BadInput, match=r"k\.dev: 12"):
-        draw(entry(12, 1, report_task="u"), some_items(11), some_items(5, "u"), 1, "k")
+        draw_one(entry(12, 1, report_task="u"), some_items(11), some_items(5, "u"), 1, "k")
     with pytest.raises(BadInput, match=r"k\.report: 6 items are asked for and u holds 5"):
-        draw(entry(2, 6, report_task="u"), some_items(11), some_items(5, "u"), 1, "k")
+        draw_one(entry(2, 6, report_task="u"), some_items(11), some_items(5, "u"), 1, "k")
 
 
 def test_a_report_set_of_its_own_may_not_hold_dev_items():
-    apart = draw(entry(5, 5, report_task="u"), some_items(5), some_items(5, "u"), 1, "k")
+    apart = draw_one(entry(5, 5, report_task="u"), some_items(5), some_items(5, "u"), 1, "k")
     assert {i.task for i in apart.report} == {"u"}
     with pytest.raises(BadInput, match=r"k: 5 items stand in the dev set of t and in its report set"):
-        draw(entry(5, 5, report_task="u"), some_items(5), some_items(5), 1, "k")
+        draw_one(entry(5, 5, report_task="u"), some_items(5), some_items(5), 1, "k")
+
+
+def test_no_document_is_searched_for_one_task_and_reported_for_another():
+    documents = some_items(30)
+    ask, tell = (TaskEntry(task=t, dev=n, report=n) for t, n in (("ask", 10), ("tell", 5)))
+    theirs = [Item("tell", i.index, i.hash) for i in documents]
+    both = draw([ItemSource(ask, "a", documents), ItemSource(tell, "b", theirs)], 1)
+    searched = {i.hash for items in both for i in items.dev}
+    reported = {i.hash for items in both for i in items.report}
+    assert [len(items.report) for items in both] == [10, 5]
+    assert not searched & reported
+    assert both[0] == draw_one(ask, documents, None, 1, "a")  # the draw of the larger one is what it is alone
+
+
+def test_two_tasks_over_too_few_documents_are_refused():
+    ask, tell = (TaskEntry(task=t, dev=n, report=m) for t, n, m in (("ask", 10, 10), ("tell", 5, 15)))
+    with pytest.raises(BadInput, match=r"b\.report: 15 items are asked for, and 10 documents of tell"):
+        draw([ItemSource(ask, "a", some_items(20)), ItemSource(tell, "b", some_items(20))], 1)
 
 
 def test_the_common_order_mixes_tasks_and_is_fixed():

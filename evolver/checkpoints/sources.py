@@ -9,7 +9,7 @@ from pathlib import Path
 from evolver.checkpoints.gguf import reader
 from evolver.checkpoints.lora import LoraAdapter
 from evolver.checkpoints.weights import HEAD, TOKEN_MATRICES, TOKENIZER_FILE, Checkpoint
-from evolver.errors import BadInput
+from evolver.errors import BadInput, cause_of
 from evolver.storage import is_remote
 from evolver.storage.fetch import fetched
 from evolver.storage.paths import expand
@@ -86,7 +86,11 @@ def _locate(location: str, key: str) -> Path:
     if is_remote(location := expand(location)):
         return _plain_folder(fetched(location, key), key)
     path = Path(location.removeprefix("file://"))
-    if path.is_dir():
+    try:
+        there = path.is_dir()
+    except (OSError, ValueError) as error:  # longer than any name may be, or with a zero in it
+        raise BadInput(f"{key}: {location[:100]!r} cannot be a path ({cause_of(error)}); give a folder.") from error
+    if there:
         return _plain_folder(path, key)
     if path.suffix == ".gguf" and path.exists():
         return reader.folder_of(path, key)

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from evolver.errors import BadInput
+from evolver.errors import BadInput, cause_of
 from evolver.kernels import native
 from evolver.records import layer_of
 from evolver.storage.paths import expand
@@ -86,6 +86,8 @@ class Checkpoint:
         self.path, self.key, self.headless = path, key, headless
         self._files: dict[str, Any] = {}
         self._place: dict[str, str] = {}
+        if (path / "config.json").exists():
+            refuse_quantised(self.config, path, key)
         for file in _weight_files(path, key):
             handle = open_tensors(path / file, key)
             self._files[file] = handle
@@ -163,14 +165,17 @@ def digests(sources: Mapping[str, Source]) -> dict[str, str]:
         return dict(zip(sources, pool.map(lambda s: s.digest(), sources.values()), strict=True))
 
 
-def check_finite(tensor: Tensor, name: str, path: Path, key: str) -> None:
-    """Raises BadInput for NaN or infinite values; a tensor is looked at in pieces, so that memory stays small."""
-    loops = native.library() if tensor.dtype in native.EXPONENTS else None
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; a tensor is looked at in pieces, so that memory stays small."""
+    loops = native.library() if tensor.dtype in native.EXPONENTS and tensor.is_cpu else None
     if loops is not None:
-        finite = native.all_finite(loops, tensor.contiguous())
-    else:
-        finite = all(bool(piece.isfinite().all()) for piece in tensor.reshape(-1).split(DIGEST_BYTES))
-    if not finite:
+        return native.all_finite(loops, tensor.contiguous())
+    return all(bool(piece.isfinite().all()) for piece in tensor.reshape(-1).split(DIGEST_BYTES))
+
+
+def check_finite(tensor: Tensor, name: str, path: Path, key: str) -> None:
+    """Raises BadInput for NaN or infinite values."""
+    if not is_finite(tensor):
         raise BadInput(f"{key}: tensor {name} of {path} holds NaN or infinite values; it cannot be merged.")
 
 
@@ -183,14 +188,42 @@ def _weight_files(path: Path, key: str) -> list[str]:
     if not (path / "config.json").exists():
         raise BadInput(f"{key}: {path} is not a checkpoint (no config.json); give a Hugging Face model folder.")
     if (path / INDEX).exists():
-        index = read_json(path / INDEX, key)
-        return sorted(set(index.get("weight_map", {}).values()))
+        return _indexed_files(path / INDEX, key)
     if (path / WEIGHTS).exists():
         return [WEIGHTS]
+    if shards := sorted(p.name for p in path.glob("*.safetensors")):
+        raise BadInput(
+            f"{key}: {path} holds {len(shards)} files of weights ({shards[0]} …) and no {INDEX}, which says what is in "
+            "which; copy the index, too, or save the model anew."
+        )
     pickled = next((p.name for p in path.glob("*.bin")), None)
     if pickled:
         raise BadInput(f"{key}: {path / pickled} is a pickle, which can run code; save the model as safetensors.")
     raise BadInput(f"{key}: {path} holds no {WEIGHTS}; give a Hugging Face model folder.")
+
+
+def _indexed_files(index: Path, key: str) -> list[str]:
+    """The files that an index names.
+
+    Raises BadInput where it is none, or names files of other folders.
+    """
+    files = read_json(index, key).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise BadInput(f"{key}: {index} has no weight_map from tensors to files; copy the model again.")
+    for file in files.values():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise BadInput(f"{key}: {index} names {file!r}, which is no file of its folder; copy the model again.")
+    return sorted(set(files.values()))
+
+
+def refuse_quantised(config: Mapping[str, Any], path: Path, key: str) -> None:
+    """Raises BadInput for weights that are stored as integers with scales: their sums mean nothing."""
+    if quantised := config.get("quantization_config"):
+        kind = quantised.get("quant_method", "some way") if isinstance(quantised, dict) else "some way"
+        raise BadInput(
+            f"{key}: the weights of {path} are quantised ({kind}), and only plain floating numbers can be merged; give "
+            "the model in its full precision."
+        )
 
 
 def open_tensors(file: Path, key: str) -> Any:
@@ -218,8 +251,8 @@ def read_json(file: Path, key: str) -> dict[str, Any]:
     """
     try:
         raw = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{key}: {file} cannot be read ({error}); copy the model again.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{key}: {file} cannot be read ({cause_of(error)}); copy the model again.") from None
     if not isinstance(raw, dict):
         raise BadInput(f"{key}: {file} is not the JSON object that belongs there; copy the model again.")
     return raw

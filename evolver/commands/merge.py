@@ -106,7 +106,10 @@ def merge_file(
     texts = {"README.md": CARD.format(name=target.name, text=text), mergekit.CONFIG_FILE: text}
 
     with new_folder(target) as folder:
-        export(recipe, materialiser, folder, texts, shard_bytes, _tokenizer_folder(opened))
+        try:
+            export(recipe, materialiser, folder, texts, shard_bytes, _tokenizer_folder(opened))
+        except BadInput as error:
+            raise BadInput(f"{path}: {error}") from error
         if not tokenizer:
             for name in TOKENIZER:
                 (folder / name).unlink(missing_ok=True)
@@ -137,7 +140,7 @@ def _chat_template(opened: OpenedFile, path: str) -> str | None:
 
 def _open(reference: str, base: Checkpoint, base_location: str, path: str | Path, same_tokens: bool) -> Source:
     location, _, adapter = reference.partition("+")
-    key = f"{path}: {reference}"
+    key = f"{path}: models"
     if not adapter:
         return base if location == base_location else open_expert(location, base, key, same_tokens)
     own = base if location == base_location else open_expert(location, base, key, same_tokens)

@@ -28,7 +28,8 @@ from evolver.dashboard.guard import Guard
 from evolver.dashboard.overview import Overview
 from evolver.dashboard.status import Status, status_of
 from evolver.errors import BadInput
-from evolver.runs.about import ABOUT_FILE, runs_in
+from evolver.runs.about import runs_in
+from evolver.runs.files import holds_a_run
 from evolver.storage import Storage
 
 HERE = Path(str(files("evolver.dashboard"))) / "static"
@@ -47,7 +48,7 @@ class Runs:
 
     def folder(self, name: str) -> Storage:
         """Raises BadInput for a name that is no run's."""
-        if not re.fullmatch(NAME, name) or not self.root.folder(name).exists(ABOUT_FILE):
+        if not re.fullmatch(NAME, name) or not holds_a_run(self.root.folder(name)):
             raise BadInput(f"{self.root.location}: there is no run {name}.")
         return self.root.folder(name)
 

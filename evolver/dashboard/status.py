@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +10,9 @@ from typing import Any, Literal
 from evolver.dashboard.overview import Overview
 from evolver.errors import BadInput
 from evolver.runs.about import Job, runs_in
+from evolver.runs.files import summary_of
 from evolver.storage import Storage
-from evolver.storage.lease import LEASE_FILE, LEASE_SECONDS
+from evolver.storage.lease import LEASE_SECONDS, read_lease
 
 State = Literal["running", "stopped", "done", "unreadable"]
 
@@ -48,10 +48,10 @@ def status_of(run: Overview, name: str) -> Status:
     scores = search.numbers("score")
     expert = [s for label, s in zip(plain.texts("label"), plain.numbers("score"), strict=True)
               if label in config.experts and s == s]  # fmt: skip
-    summary = json.loads(run.folder.read("summary.json")) if run.folder.exists("summary.json") else {}
+    summary, verdict = summary_of(run.folder)
     held = holder_of(run.folder.folder("ledger"))
     # A run that was called again with a larger budget has an end behind it, and is not done.
-    done = summary.get("budget") == config.budget.model_dump() and summary["candidates"] == len(search)
+    done = summary.get("budget") == config.budget.model_dump() and summary.get("candidates") == len(search)
     return Status(
         name,
         "running" if held else "done" if done else "stopped",
@@ -64,7 +64,7 @@ def status_of(run: Overview, name: str) -> Status:
         len(set(search.texts("worker")) - {""}),
         time.time() - run.last if run.last else None,
         _holder(held, run.about.job),
-        str(summary.get("verdict", "")),
+        verdict,
     )
 
 
@@ -74,7 +74,7 @@ def statuses(root: Storage) -> list[Status]:
     for name in runs_in(root):
         try:
             found.append(status_of(Overview(root.folder(name)), name))
-        except BadInput as error:
+        except (BadInput, OSError) as error:
             found.append(Status(name, "unreadable", verdict=str(error)))
     return found
 
@@ -82,13 +82,14 @@ def statuses(root: Storage) -> list[Status]:
 def _holder(held: Mapping[str, Any] | None, job: Job | None) -> str:
     if held is None:
         return ""
-    return f"job {job.id}, on {held['host']}" if job else f"process {held['pid']} on {held['host']}"
+    return f"job {job.id}, on {held.get('host')}" if job else f"process {held.get('pid')} on {held.get('host')}"
 
 
 def holder_of(ledger: Storage) -> dict[str, Any] | None:
     """Who has the lease, if it was renewed lately: ``host``, ``pid``."""
     try:
-        held: dict[str, Any] = json.loads(ledger.read(LEASE_FILE))
-    except (FileNotFoundError, ValueError):
+        held = read_lease(ledger)
+    except OSError:
         return None
-    return None if time.time() - float(held.get("at", 0.0)) > 2 * LEASE_SECONDS else held
+    at = (held or {}).get("at")
+    return held if isinstance(at, int | float) and time.time() - at <= 2 * LEASE_SECONDS else None

@@ -24,7 +24,7 @@ from evolver.search.optuna_samplers import CoefficientSettings
 from evolver.storage import Storage
 from evolver.threads import too_many
 from evolver.workers.compute import is_open, refuse_compute, settled
-from evolver.workers.opened import Opened, check_memory, open_models
+from evolver.workers.opened import Opened, check_kind, check_memory, open_models
 from evolver.workers.plan import Plan, items_hash
 
 SPLITS: tuple[Split, Split] = ("dev", "report")
@@ -66,6 +66,7 @@ def prepare(
     check_loggers(config, file)
     try:
         opened = open_models(config)
+        check_kind(config, opened.base)
         config = settled(config, opened.base.headers)
         if device:
             check_memory(config, opened, device)

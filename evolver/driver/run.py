@@ -13,7 +13,7 @@ from evolver.config import Config, ConfigText
 from evolver.driver.card import companion_files
 from evolver.driver.check import score_again
 from evolver.driver.prepare import SPLITS, Prepared, in_compute, prepare, run_folder, versions
-from evolver.errors import BadInput
+from evolver.errors import BadInput, file_sentence
 from evolver.ledger import Ledger, write_items
 from evolver.loggers import Tracked, Trackers, build_loggers, tracked
 from evolver.loggers.pace import Pace, Remaining
@@ -25,6 +25,7 @@ from evolver.records import Candidate, Merge, Recipe, Result, Rule, dump_recipe
 from evolver.report.report import write_report
 from evolver.report.verdict import verdict
 from evolver.runs.about import About, Job, write_about
+from evolver.runs.files import AGREEMENT_FILE, RECIPE_FILE, agreement_of
 from evolver.runs.folder import RunFolder, compute_of
 from evolver.runs.history import History, read_history
 from evolver.runs.outcome import Outcome
@@ -68,6 +69,8 @@ def run(
     except BadInput as error:
         raise BadInput(f"{given.origin}: {error}") from error
     try:
+        if folder.takes_over:
+            display.say(f"{folder.location}: another configuration was called here and scored nothing; it gives way")
         folder.create(given.text)
         write_items(
             folder.storage, {s: [(i.task, i.index, i.hash) for i in prepared.tasks.items.of(s)] for s in SPLITS}
@@ -86,10 +89,7 @@ def run(
             _finish(prepared, folder, outcome, display, device)
             trackers.finish(folder.storage)
     except OSError as error:
-        raise BadInput(
-            f"{error.filename or folder.location}: cannot be read or written ({error.strerror or error}); all "
-            "scores are kept: make room or mend the rights, and run the same command again."
-        ) from error
+        raise BadInput(f"{file_sentence(error, folder.location)} All scores are kept.") from error
     finally:
         pool.close()
     return folder.storage
@@ -117,7 +117,8 @@ def _in_chosen_compute(
 def _about(prepared: Prepared, folder: RunFolder, job: Job | None) -> About:
     scales = {split: prepared.tasks.scale(split) for split in SPLITS}
     warnings = (*prepared.warnings, *prepared.tasks.warnings)
-    return About(prepared.config, scales, versions(), warnings, job and replace(job, location=folder.location))
+    job = job and replace(job, location=folder.location)
+    return About(prepared.config, scales, versions(), warnings, job, folder.owner)
 
 
 def _stages(
@@ -182,8 +183,8 @@ def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Di
     """Write the best model, check it by loading and scoring it anew, and write the report."""
     storage, winner = folder.storage, outcome.winner
     text = dump_recipe(winner.recipe).encode()
-    whole = all(storage.exists(name) for name in ("best", "best.json", "recipe.json"))
-    if not (whole and storage.read("recipe.json") == text):
+    agreement = _checked_before(storage, text, display)
+    if agreement is None:
         display.say(f"writing the best model to {folder.location}/best")
         materialiser = build_materialiser(prepared.plan, prepared.opened)
         heads = {n: (prepared.opened.experts[n].path, h) for n, h in prepared.opened.heads.items()}
@@ -191,11 +192,22 @@ def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Di
             export(winner.recipe, materialiser, best, companion_files(prepared, outcome))
             write_heads(best, heads)
             agreement = score_again(prepared, best, outcome.best_dev.items, device)
-        storage.write("best.json", json.dumps(agreement).encode())
-        storage.write("recipe.json", text)  # last: only a folder that was checked counts as written
-    write_report(storage, outcome, json.loads(storage.read("best.json")))
+        storage.write(AGREEMENT_FILE, json.dumps(agreement).encode())
+        storage.write(RECIPE_FILE, text)  # last: only a folder that was checked counts as written
+    write_report(storage, outcome, agreement)
     display.say(verdict(outcome))
     display.say(f"report: {folder.location}/report.md")
+
+
+def _checked_before(storage: Storage, text: bytes, display: Display) -> dict[str, int] | None:
+    """What the check of this very winner said, if its folder was written and checked before."""
+    try:
+        agreement = agreement_of(storage)
+    except BadInput as error:
+        display.say(f"warning: {error} It is checked anew now.")
+        return None
+    whole = agreement is not None and storage.exists("best") and storage.exists(RECIPE_FILE)
+    return agreement if whole and storage.read(RECIPE_FILE) == text else None
 
 
 def _tracked(prepared: Prepared, folder: RunFolder) -> Tracked:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from evolver.config import Config, TaskEntry
 from evolver.evaluation.items import Item
@@ -93,6 +93,37 @@ class Judge(Protocol):
         Args:
             model: a LiveModel; lm-eval's tasks take a LaunchedModel, too.
             scored: every item that is scored anywhere in this run: none of them may serve as an example.
+        """
+        ...
+
+
+@runtime_checkable
+class Grouped(Protocol):
+    """A judge one of whose tasks can be a group of tasks."""
+
+    def shares(self, entry: TaskEntry, split: Split, sizes: Mapping[str, int]) -> Mapping[str, float] | None:
+        """The tasks whose metrics make up that of a group, and at which shares, which sum to 1; None for one task, and
+        where the group's metric is that of all its items.
+
+        Args:
+            sizes: how many items of each task were drawn for the split.
+
+        Raises BadInput where a task has none, and its metric counts.
+        """
+        ...
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """A judge that finds out more about its settings once the items are drawn."""
+
+    def check(self, asked: Sequence[AskedItem]) -> None:
+        """Look at everything that can be known without a model.
+
+        Args:
+            asked: every item of every judge that is scored in this run.
+
+        Raises BadInput for settings that cannot work with these items.
         """
         ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,30 +38,63 @@ def item_hash(document: Any) -> str:
     return hashlib.sha256(canonical_json(plain).encode()).hexdigest()[:20]
 
 
-def draw(entry: TaskEntry, own: Sequence[Item], report: Sequence[Item] | None, seed: int, key: str) -> Items:
-    """The dev and report items of one task, drawn without replacement by the hash of seed and item.
+@dataclass(frozen=True)
+class ItemSource:
+    """Where the items of one task are drawn from.
 
     Args:
+        key: of the task in the configuration.
         own: items of the task.
         report: items of another task that the report set is to be taken from, if any.
-
-    Raises BadInput for an empty or too small set, and for dev and report sets that overlap.
     """
-    ranked = _ranked(own, seed)
-    if report is None:
-        _enough(entry.task, len(ranked), entry.dev + entry.report, f"{key}.dev + report")
-        return Items(tuple(ranked[: entry.dev]), tuple(ranked[entry.dev : entry.dev + entry.report]))
-    theirs = _ranked(report, seed)
-    _enough(entry.task, len(ranked), entry.dev, f"{key}.dev")
-    _enough(entry.report_task or f"the report data of {entry.task}", len(theirs), entry.report, f"{key}.report")
-    dev, rest = ranked[: entry.dev], theirs[: entry.report]
-    shared = {i.hash for i in dev} & {i.hash for i in rest}
-    if shared:
+
+    entry: TaskEntry
+    key: str
+    own: Sequence[Item]
+    report: Sequence[Item] | None = None
+
+
+def draw(sources: Sequence[ItemSource], seed: int) -> list[Items]:
+    """The dev and report items of every task, drawn without replacement by the hash of seed and item.
+
+    Tasks may ask different things of the same documents: no document that one of them has among its dev items is a
+    report item of any.
+
+    Raises BadInput for an empty or too small set, and for a task whose own dev and report sets overlap.
+    """
+    dev = [_draw_dev(source, seed) for source in sources]
+    searched = {item.hash for items in dev for item in items}
+    return [Items(d, _draw_report(s, d, searched, seed)) for s, d in zip(sources, dev, strict=True)]
+
+
+def _draw_dev(source: ItemSource, seed: int) -> tuple[Item, ...]:
+    ranked, entry = _ranked(source.own, seed), source.entry
+    if source.report is None:
+        require_items(entry.task, len(ranked), entry.dev + entry.report, f"{source.key}.dev + report")
+    else:
+        require_items(entry.task, len(ranked), entry.dev, f"{source.key}.dev")
+    return tuple(ranked[: entry.dev])
+
+
+def _draw_report(source: ItemSource, dev: Sequence[Item], searched: Collection[str], seed: int) -> tuple[Item, ...]:
+    entry, key = source.entry, source.key
+    ranked = _ranked(source.own if source.report is None else source.report, seed)
+    if source.report is not None:
+        name = entry.report_task or f"the report data of {entry.task}"
+        require_items(name, len(ranked), entry.report, f"{key}.report")
+        shared = {i.hash for i in dev} & {i.hash for i in ranked[: entry.report]}
+        if shared:
+            raise BadInput(
+                f"{key}: {len(shared)} items stand in the dev set of {entry.task} and in its report set; "
+                "name data that share no item, or let one set be split."
+            )
+    free = [item for item in ranked if item.hash not in searched]
+    if len(free) < entry.report:
         raise BadInput(
-            f"{key}: {len(shared)} items stand in the dev set of {entry.task} and in its report set; "
-            "name data that share no item, or let one set be split."
+            f"{key}.report: {entry.report} items are asked for, and {len(free)} documents of {entry.task} are not "
+            "among the dev items of this task or of another one; ask for fewer dev or report items."
         )
-    return Items(tuple(dev), tuple(rest))
+    return tuple(free[: entry.report])
 
 
 def in_order(items: Iterable[Item], seed: int) -> tuple[Item, ...]:
@@ -74,7 +107,8 @@ def _ranked(items: Sequence[Item], seed: int) -> list[Item]:
     return sorted(unique.values(), key=lambda i: _rank(f"{seed}:{i.hash}"))
 
 
-def _enough(name: str, have: int, wanted: int, key: str) -> None:
+def require_items(name: str, have: int, wanted: int, key: str) -> None:
+    """Raises BadInput where a task holds too few items."""
     if have == 0:
         raise BadInput(f"{key}: {name} holds no items; name data that are not empty.")
     if have < wanted:

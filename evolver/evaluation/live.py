@@ -164,3 +164,16 @@ def free_memory(device: str) -> int:
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         free = min(free, limit - used)
     return free
+
+
+def kinds_of(architecture: str) -> list[str]:
+    """As what Transformers can load models of an architecture, in the words of ``model.kind``."""
+    from transformers.models.auto import modeling_auto as known  # slow
+
+    kinds: dict[str, Mapping[str, Any]] = {
+        "causal-lm": known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "seq2seq": known.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "classifier": known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "image-classifier": known.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    return [name for name, architectures in kinds.items() if architecture in architectures]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from evolver.config import Config, TaskEntry
 from evolver.errors import BadInput, nearest
 from evolver.evaluation import judges
-from evolver.evaluation.base import JUDGES, AskedItem, Judge, Scored, Scorer
-from evolver.evaluation.items import Item, Items, draw, in_order
+from evolver.evaluation.base import JUDGES, AskedItem, Checked, Grouped, Judge, Scored, Scorer
+from evolver.evaluation.items import Item, Items, ItemSource, draw, in_order
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Split
 
@@ -36,21 +37,41 @@ class Tasks:
         self.entries = config.evaluation.tasks
         self.judges = _judges(config)
         self._owners: dict[tuple[Split, Item], TaskEntry] = {}
-        drawn = [self._draw(number, entry, config.seed) for number, entry in enumerate(self.entries)]
+        drawn = draw([self._source(number, entry) for number, entry in enumerate(self.entries)], config.seed)
+        for number, (entry, items) in enumerate(zip(self.entries, drawn, strict=True)):
+            self._own(number, entry, items)
         self.items = Items(
             in_order((i for d in drawn for i in d.dev), config.seed),
             in_order((i for d in drawn for i in d.report), config.seed),
         )
+        asked = [*self._asked("dev"), *self._asked("report")]
+        for judge in dict.fromkeys(self.judges.values()):
+            if isinstance(judge, Checked):
+                judge.check(asked)
         self.warnings = [w for judge in dict.fromkeys(self.judges.values()) for w in judge.warnings]
 
     def scale(self, split: Split) -> Scale:
         """How the items of a split make up the score."""
-        asked = self._asked(split)
+        asked, shares = self._asked(split), self._shares(split)
         metrics = {e.task: self.judges[e.task].metric(e) for e in self.entries}
-        weights = {e.task: e.weight for e in self.entries}
         judged = all(m.judged for m in metrics.values())
         right = () if judged else tuple(self._right(a, metrics[a.entry.task].judged) for a in asked)
-        return Scale(tuple(a.entry.task for a in asked), weights, metrics, right)
+        return Scale(
+            tuple(a.item.task if a.item.task in shares[a.entry.task] else a.entry.task for a in asked),
+            {name: e.weight * share for e in self.entries for name, share in shares[e.task].items()},
+            {name: metrics[task] for task, parts in shares.items() for name in parts},
+            right,
+        )
+
+    def _shares(self, split: Split) -> dict[str, dict[str, float]]:
+        """For each task what its metric is made of, and at which shares: itself, or the tasks of a group."""
+        out = {}
+        for entry in self.entries:
+            judge = self.judges[entry.task]
+            sizes = Counter(a.item.task for a in self._asked(split) if a.entry is entry)
+            shares = judge.shares(entry, split, sizes) if isinstance(judge, Grouped) else None
+            out[entry.task] = {entry.task: 1.0} if shares is None else dict(shares)
+        return out
 
     def scorer(self, model: Any, split: Split) -> SplitScorer:
         """What scores a model on the items of a split; those of the other one are not prepared.
@@ -73,11 +94,15 @@ class Tasks:
     def _right(self, asked: AskedItem, judged: bool) -> float:
         return 0.0 if judged else self.judges[asked.entry.task].right(asked)
 
-    def _draw(self, number: int, entry: TaskEntry, seed: int) -> Items:
-        key, judge = f"evaluation.tasks[{number}]", self.judges[entry.task]
+    def _source(self, number: int, entry: TaskEntry) -> ItemSource:
+        judge = self.judges[entry.task]
         judge.metric(entry)
         own = judge.items(entry, "dev") or []
-        items = draw(entry, own, judge.items(entry, "report"), seed, key)
+        return ItemSource(entry, f"evaluation.tasks[{number}]", own, judge.items(entry, "report"))
+
+    def _own(self, number: int, entry: TaskEntry, items: Items) -> None:
+        """Note whose the items are, as no item is scored twice."""
+        key = f"evaluation.tasks[{number}]"
         for split in ("dev", "report"):
             for item in items.of(split):
                 if (split, item) in self._owners:
@@ -86,7 +111,6 @@ class Tasks:
                         "name each task once."
                     )
                 self._owners[split, item] = entry
-        return items
 
 
 class SplitScorer:

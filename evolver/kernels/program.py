@@ -288,7 +288,8 @@ def _operand(value: Any, kind: str, program: Program) -> int | str:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Unknown(f"an operation with {value!r}")
-    return float.hex(float(np.float32(value)) if kind == FLOAT32 else float(value))
+    with np.errstate(over="ignore"):  # as torch does, without a word: it becomes infinite
+        return float.hex(float(np.float32(value)) if kind == FLOAT32 else float(value))
 
 
 def _where(condition: Any, left: Any, right: Any) -> Traced:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from evolver.checkpoints import shards
 from evolver.checkpoints.heads import Head
+from evolver.checkpoints.weights import is_finite
+from evolver.errors import BadInput
 from evolver.merging.materialise import Materialiser
 from evolver.records import Recipe, dump_recipe
 
@@ -30,6 +34,8 @@ def export(
 ) -> None:  # fmt: skip
     """Write the model of ``recipe`` into an empty folder, or one that it makes.
 
+    Raises BadInput for a model with values that are not finite in its dtype, and for one that is zero everywhere.
+
     Args:
         texts: further files by name: its README, its configuration for other tools.
         shard_bytes: how large a file of weights may become.
@@ -38,7 +44,7 @@ def export(
     base = materialiser.base
     folder.mkdir(parents=True, exist_ok=True)
     infos = {n: materialiser.info(recipe, n) for n in materialiser.names(recipe)}
-    shards.write_shards(materialiser.stream(recipe), infos, folder, shard_bytes)
+    shards.write_shards(_usable(materialiser.stream(recipe)), infos, folder, shard_bytes)
     for name in COMPANIONS:
         if ((tokenizer or base.path) / name).exists():
             shutil.copyfile((tokenizer or base.path) / name, folder / name)
@@ -46,6 +52,22 @@ def export(
     (folder / "recipe.json").write_text(dump_recipe(recipe))
     for name, text in texts.items():
         (folder / name).write_text(text)
+
+
+def _usable(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, if they make up a model that can be used."""
+    zero = True
+    for name, tensor in tensors:
+        if not is_finite(tensor):
+            bad = int((~tensor.isfinite()).sum())
+            raise BadInput(
+                f"{bad} of the {tensor.numel()} values of the merged tensor {name} are not finite in "
+                f"{str(tensor.dtype).removeprefix('torch.')}; write smaller weights, or a dtype with a larger range."
+            )
+        zero = zero and not bool(tensor.any())
+        yield name, tensor
+    if zero:
+        raise BadInput("the merged model is zero everywhere; write weights that do not all vanish.")
 
 
 def write_heads(folder: Path, heads: Mapping[str, tuple[Path, Head]]) -> None:

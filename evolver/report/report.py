@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from evolver.errors import BadInput
+from evolver.errors import BadInput, file_sentence
 from evolver.evaluation.scores.comparison import compare, interval
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Recipe, Result, ancestors, dump_recipe
@@ -20,6 +20,7 @@ from evolver.report.curve import curve
 from evolver.report.html import html_page
 from evolver.report.text import cost_rows, markdown_table, median_or_zero, of_task, score_text, signed
 from evolver.report.verdict import verdict
+from evolver.runs.files import SUMMARY_FILE, agreement_of
 from evolver.runs.history import History, read_history, rows_of
 from evolver.runs.outcome import Finalist, Outcome
 from evolver.storage import Storage
@@ -34,7 +35,7 @@ FLAWS = {
 def write_report(folder: Storage, outcome: Outcome, agreement: Mapping[str, int]) -> None:
     """Write ``report.md`` and its twin ``report.html`` with its picture, and for programs ``summary.json``."""
     folder.write("curve.png", curve(outcome))
-    folder.write("summary.json", json.dumps(summary(outcome), indent=1).encode())
+    folder.write(SUMMARY_FILE, json.dumps(summary(outcome), indent=1).encode())
     sections = [
         f"# {outcome.config.run}",
         _question(outcome),
@@ -104,10 +105,14 @@ def write_again(run: Storage, target: Storage) -> str:
     """
     history = read_history(run)
     outcome = history.outcome()
-    if outcome is None or not run.exists("best.json"):
+    agreement = agreement_of(run)
+    if outcome is None or agreement is None:
         raise BadInput(f"{run.location}: the run has not come to its end; go on with it first (evolver resume).")
-    write_report(target, outcome, json.loads(run.read("best.json")))
-    target.write("candidates.csv", _csv(history).encode())
+    try:
+        write_report(target, outcome, agreement)
+        target.write("candidates.csv", _csv(history).encode())
+    except OSError as error:
+        raise BadInput(file_sentence(error, target.location)) from error
     return verdict(outcome)
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
-import yaml
-
-from evolver.config import Config, Loader, check_section, computing
+from evolver.config import Config, computing
 from evolver.errors import BadInput
 from evolver.evaluation.scores.scoring import Scale
-from evolver.records import Split
-from evolver.runs.folder import file_of_run
+from evolver.records import Split, content_hash
+from evolver.runs.files import ABOUT_FILE, CONFIG_FILE, CONFIG_REMEDY, IDENTITY_FILE, holds_a_run, mapping_of, no_run
+from evolver.runs.folder import config_of_run
 from evolver.storage import Storage
 
-ABOUT_FILE = "about.json"
+ABOUT_REMEDY = "call the run again, which writes this file anew"
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class About:
         versions: of the packages that were used.
         warnings: what was said before the run began.
         job: the Ray job that called it last; None: it was called as a process.
+        owner: the name of the run's identity.
     """
 
     config: Config
@@ -50,6 +51,7 @@ class About:
     versions: Mapping[str, str]
     warnings: tuple[str, ...] = ()
     job: Job | None = None
+    owner: str | None = None
 
 
 def write_about(folder: Storage, about: About) -> None:
@@ -60,6 +62,7 @@ def write_about(folder: Storage, about: About) -> None:
         "warnings": list(about.warnings),
         "scales": {split: scale.form() for split, scale in about.scales.items()},
         "job": asdict(about.job) if about.job else None,
+        "owner": about.owner,
     }
     folder.write(ABOUT_FILE, json.dumps(form).encode())
 
@@ -67,22 +70,54 @@ def write_about(folder: Storage, about: About) -> None:
 def read_about(folder: Storage) -> About:
     """The inverse of ``write_about``.
 
-    Raises BadInput where the folder is none of a run.
+    Raises BadInput where the folder is none of a run, or a file of it cannot be read.
     """
-    raw, text = yaml.load(file_of_run(folder, "config.yaml"), Loader=Loader), file_of_run(folder, ABOUT_FILE)
+    config = config_of_run(folder).parsed()
     try:
-        form = json.loads(text)
-        scales: dict[Split, Scale] = {split: Scale.from_form(scale) for split, scale in form["scales"].items()}
+        form = mapping_of(folder, ABOUT_FILE, ABOUT_REMEDY)
+    except (FileNotFoundError, NotADirectoryError):
+        raise no_run(folder) from None
+    try:
+        scales: dict[Split, Scale] = {split: Scale.from_form(form["scales"][split]) for split in ("dev", "report")}
         job = Job(**form["job"]) if form.get("job") else None
-        versions, warnings, compute = form["versions"], tuple(form["warnings"]), form["compute"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{folder.location}/{ABOUT_FILE}: cannot be read ({error!r}); call the run again.") from error
-    config = check_section(Config, raw, f"{folder.location}/config.yaml")
+        versions, warnings, compute = dict(form["versions"]), tuple(form["warnings"]), str(form["compute"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(
+            f"{folder.location}/{ABOUT_FILE}: it lacks or garbles what it should say ({error!r}); {ABOUT_REMEDY}."
+        ) from error
+    _refuse_files_of_another_run(folder, config, form)
     name = folder.location.rstrip("/").rpartition("/")[2]  # a run may have been called by another name than its file's
     config = config.model_copy(update={"run": name})
-    return About(computing(config, compute), scales, versions, warnings, job)
+    return About(computing(config, compute), scales, versions, warnings, job, form.get("owner"))
 
 
 def runs_in(root: Storage) -> list[str]:
     """Names of the runs in a folder of all runs."""
-    return [name for name in root.names() if root.folder(name).exists(ABOUT_FILE)]
+    return [name for name in root.names() if holds_a_run(root.folder(name))]
+
+
+def _refuse_files_of_another_run(folder: Storage, config: Config, form: Mapping[str, Any]) -> None:
+    """Raises BadInput where a file was copied from the folder of another run. An identity that cannot be read, or is
+    not there, proves nothing; whoever goes on with the run says so.
+    """
+    try:
+        identity = mapping_of(folder, IDENTITY_FILE, "")
+    except (OSError, BadInput):
+        return
+    if form.get("owner") not in (None, content_hash(identity)):
+        raise BadInput(
+            f"{folder.location}/{ABOUT_FILE}: it belongs to another run than {IDENTITY_FILE} beside it; {ABOUT_REMEDY}."
+        )
+    facts = {"seed": config.seed, "experts": set(config.experts), "search": config.search["algorithm"]}
+    experts, search = identity.get("experts"), identity.get("search")
+    found = {
+        "seed": identity.get("seed"),
+        "experts": set(experts) if isinstance(experts, dict) else None,
+        "search": search.get("algorithm") if isinstance(search, dict) else None,
+    }
+    for key, value in facts.items():
+        if found[key] not in (None, value):
+            raise BadInput(
+                f"{folder.location}/{CONFIG_FILE}: its {key} is not that of {IDENTITY_FILE} beside it, so it is "
+                f"of another run; {CONFIG_REMEDY}."
+            )

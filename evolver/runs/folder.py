@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,22 +12,13 @@ import yaml
 
 from evolver.config import Config, ConfigText, differences
 from evolver.errors import BadInput
+from evolver.ledger import part_names, read_parts
 from evolver.records import content_hash
+from evolver.runs.files import CONFIG_FILE, CONFIG_REMEDY, IDENTITY_FILE, mapping_of, no_run, text_of
 from evolver.storage import Storage
+from evolver.storage.lease import Lease
 
-IDENTITY = "identity.json"
 Default = Callable[[str], Any]
-
-
-def file_of_run(folder: Storage, name: str) -> str:
-    """A file that every run's folder holds.
-
-    Raises BadInput where the folder holds no run.
-    """
-    try:
-        return folder.read(name).decode()
-    except FileNotFoundError:
-        raise BadInput(f"{folder.location}: there is no run; give the folder of one, such as results/demo.") from None
 
 
 def compute_of(folder: Storage) -> str | None:
@@ -40,19 +32,23 @@ def config_of_run(folder: Storage, candidates: int | None = None, items: int | N
 
     Raises BadInput where the folder holds no run.
     """
-    found = ConfigText(file_of_run(folder, "config.yaml"), f"{folder.location}/config.yaml")
+    try:
+        found = ConfigText(text_of(folder, CONFIG_FILE, CONFIG_REMEDY), f"{folder.location}/{CONFIG_FILE}")
+    except (FileNotFoundError, NotADirectoryError):
+        raise no_run(folder) from None
     budget = {k: v for k, v in {"candidates": candidates, "items": items}.items() if v is not None}
     if not budget:
         return found
     config = found.mapping(Config.model_fields)
-    config["budget"] = {**config["budget"], **budget}
+    config["budget"] = {**found.parsed().budget.model_dump(exclude_none=True), **budget}
     return replace(found, text=yaml.safe_dump(config, sort_keys=False))
 
 
 class RunFolder:
     """``results/<run>/``. Nothing is written before ``create``.
 
-    A run that was made before there was some key is one in which the key has its default.
+    A run that was made before there was some key is one in which the key has its default. A folder in which nothing was
+    scored takes another configuration.
 
     Args:
         identity: what makes two calls the same run.
@@ -60,6 +56,7 @@ class RunFolder:
 
     Attributes:
         owner: the name of the run's identity as it was when the folder was made, under which its ledger is written.
+        takes_over: the folder is that of another configuration, which has scored nothing.
 
     Raises BadInput where the folder holds a run of another configuration, naming the key that differs, or cannot be
     read.
@@ -78,10 +75,11 @@ class RunFolder:
             raise BadInput(
                 f"{self.location}: cannot be read ({error.strerror or error}); check the address and the rights."
             ) from error
-        self.owner = content_hash(identity if frozen is None else frozen)
-        if frozen is not None:
-            self._compare(frozen, identity)
-        elif names:
+        self.takes_over = frozen is not None and self._changed(frozen) is not None and not _has_results(storage)
+        self.owner = content_hash(identity if frozen is None or self.takes_over else frozen)
+        if frozen is not None and not self.takes_over:
+            self._compare(frozen)
+        elif frozen is None and names:
             raise BadInput(
                 f"{self.location}: the folder holds files that are no run; choose another run name or empty it."
             )
@@ -92,7 +90,9 @@ class RunFolder:
         Raises BadInput where it cannot be written to.
         """
         try:
-            self.storage.write("config.yaml", configuration.encode())
+            if self.takes_over:
+                self._clear()
+            self.storage.write(CONFIG_FILE, configuration.encode())
             self._found()
         except OSError as error:
             raise BadInput(
@@ -102,15 +102,29 @@ class RunFolder:
     def _found(self) -> None:
         """Make the folder this run's, unless it is; of several that try at once, one succeeds."""
         try:
-            self.storage.create(IDENTITY, json.dumps(self.identity, indent=1, sort_keys=True).encode())
+            self.storage.create(IDENTITY_FILE, json.dumps(self.identity, indent=1, sort_keys=True).encode())
         except FileExistsError:
-            self._compare(_frozen(self.storage) or {}, self.identity)
+            self._compare(_frozen(self.storage) or {})
 
-    def _compare(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    def _clear(self) -> None:
+        """Take what another configuration left that never scored anything: its identity, and what it was about to do.
+
+        Raises BadInput where it is at work.
+        """
+        ledger = self.storage.folder("ledger")
+        with contextlib.closing(Lease(ledger)):
+            for name in part_names(ledger):
+                ledger.remove(name)
+            self.storage.remove(IDENTITY_FILE)
+
+    def _changed(self, old: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+        """The first key in which the run in the folder differs, and both values."""
+        found = (d for d in differences(old, self.identity) if not (d[1] is None and d[2] == self._default(d[0])))
         # The items follow from seed, tasks and data: name them only where nothing else differs.
-        found = (d for d in differences(old, new) if not (d[1] is None and d[2] == self._default(d[0])))
-        changed = min(found, key=lambda d: d[0].startswith("items."), default=None)
-        if changed:
+        return min(found, key=lambda d: d[0].startswith("items."), default=None)
+
+    def _compare(self, old: Mapping[str, Any]) -> None:
+        if changed := self._changed(old):
             key, was, now = changed
             what = "other weights" if key.startswith(("experts.", "model.base")) else f"{was!r} → {now!r}"
             raise BadInput(
@@ -119,19 +133,21 @@ class RunFolder:
             )
 
 
+def _has_results(folder: Storage) -> bool:
+    """Whether a run has scored anything; it may have where its ledger cannot be read."""
+    try:
+        parts = read_parts(folder.folder("ledger")).values()
+    except (BadInput, OSError):
+        return True
+    return any(event != "asked" for part in parts if part is not None for event in part["event"].to_pylist())
+
+
 def _frozen(folder: Storage) -> Mapping[str, Any] | None:
     """What makes the run in a folder what it is; None where there is none.
 
     Raises BadInput where it cannot be read.
     """
     try:
-        identity = json.loads(folder.read(IDENTITY))
-        if not isinstance(identity, dict):
-            raise ValueError("it holds no mapping")
+        return mapping_of(folder, IDENTITY_FILE, "restore it, or choose another run name")
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise BadInput(
-            f"{folder.location}/{IDENTITY}: cannot be read ({error}); restore it, or choose another run name."
-        ) from error
-    return identity

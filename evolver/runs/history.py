@@ -8,6 +8,7 @@ from typing import Any
 
 from evolver import ledger
 from evolver.config import Config
+from evolver.errors import BadInput
 from evolver.records import Candidate, Result, Stage
 from evolver.runs.about import About, read_about
 from evolver.runs.outcome import Finalist, Outcome
@@ -78,12 +79,32 @@ def history_of(
 def read_history(folder: Storage) -> History:
     """Read a run's folder, also while the run goes.
 
-    Raises BadInput where the folder is none of a run.
+    Raises BadInput where the folder is none of a run, or something in it cannot be read.
     """
-    about = read_about(folder)
-    rows = ledger.read_table(folder.folder("ledger")).to_pylist(maps_as_pydicts="strict")
-    pairs = ((ledger.candidate_of(r), ledger.result_of(r)) for r in rows if r["event"] == "finished")
-    return history_of(about, pairs, [ledger.result_of(r) for r in rows if r["event"] == "guessed"])
+    about, place = read_about(folder), folder.folder("ledger")
+    pairs: list[tuple[Candidate, Result]] = []
+    guessed: list[Result] = []
+    for name, part in ledger.read_parts(place).items():
+        for row in part.to_pylist(maps_as_pydicts="strict") if part is not None else ():
+            if row["event"] == "guessed":
+                guessed.append(ledger.result_of(row))
+            elif row["event"] == "finished":
+                pairs.append((_candidate(row, f"{place.location}/{name}"), ledger.result_of(row)))
+    history = history_of(about, pairs, guessed)
+    if history.best is not None and history.best[0].recipe.id != history.best[1].recipe_id:
+        raise BadInput(
+            f"{place.location}: candidate {history.best[0].number} of the search is kept with the recipe of another "
+            "model; restore the ledger from a copy."
+        )
+    return history
+
+
+def _candidate(row: Mapping[str, Any], file: str) -> Candidate:
+    try:
+        return ledger.candidate_of(row)
+    except ValueError as error:
+        reason = f"the recipe of candidate {row['number']} of stage {row['stage']} cannot be read"
+        raise ledger.damaged(file, reason) from error
 
 
 def rows_of(history: History) -> list[dict[str, Any]]:

@@ -114,11 +114,7 @@ class Lease:
                 continue
 
     def _read(self) -> dict[str, Any] | None:
-        try:
-            held = json.loads(self._storage.read(LEASE_FILE))
-        except (FileNotFoundError, ValueError):
-            return None
-        return held if isinstance(held, dict) and "token" in held else None
+        return read_lease(self._storage)
 
     def _taken(self, holder: dict[str, Any] | None) -> BadInput:
         who = _name(holder) if holder else "another process"
@@ -127,6 +123,20 @@ class Lease:
     def _let_in(self) -> None:
         if self._unlock:
             self._unlock()
+
+
+def read_lease(storage: Storage) -> dict[str, Any] | None:
+    """What the holder of a folder's lease wrote last; None where there is none, or something else in its place.
+
+    Raises OSError where it cannot be read.
+    """
+    try:
+        held = json.loads(storage.read(LEASE_FILE))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
+        return None
+    kinds = {"token": str, "machine": str, "host": str, "pid": int}
+    whole = isinstance(held, dict) and all(isinstance(held.get(key), kind) for key, kind in kinds.items())
+    return held if whole else None
 
 
 def _name(holder: dict[str, Any]) -> str:

@@ -84,17 +84,29 @@ class LocalStorage:
     @contextlib.contextmanager
     def _beside(self, name: str, data: bytes) -> Iterator[Path]:
         """A synced file with the data, to be put into its place; it is gone afterwards."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        with _named(self.path / name):
+            self.path.mkdir(parents=True, exist_ok=True)
         temporary = self.path / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
         try:
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            yield temporary
-            _sync(self.path)
+            with _named(self.path / name):
+                with temporary.open("xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                yield temporary
+                _sync(self.path)
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a folder that nobody may write to keeps nothing of ours
+                temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _named(place: Path) -> Iterator[None]:
+    """What goes wrong names the file that was to be written, not a temporary one."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(place)) from error
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from evolver.checkpoints.sources import open_base, open_expert
 from evolver.checkpoints.weights import Checkpoint, Source, digests
 from evolver.config import Config
 from evolver.errors import BadInput
-from evolver.evaluation.live import free_memory
+from evolver.evaluation.live import free_memory, kinds_of
 from evolver.workers.compute import stored_dtype
 
 GIB = 1 << 30
@@ -47,6 +47,21 @@ def open_models(config: Config) -> Opened:
     if config.model.heads == "union":
         return _with_all_labels(base, experts)
     return Opened(base, experts)
+
+
+def check_kind(config: Config, base: Checkpoint) -> None:
+    """Raises BadInput where Transformers has no model of the base's architecture for what it is to be evaluated as."""
+    architecture, kind = base.config.get("model_type"), config.model.kind
+    if config.evaluation.backend != "resident":
+        return
+    if not isinstance(architecture, str):
+        raise BadInput(f"model.base: config.json of {base.path} names no model_type; copy the model again.")
+    able = kinds_of(architecture)
+    if kind not in able:
+        raise BadInput(
+            f"model.kind: {base.path} is a {architecture} model, which Transformers cannot load as a {kind}; "
+            + (f"write {' or '.join(able)}." if able else "give a base of another architecture.")
+        )
 
 
 def check_memory(config: Config, opened: Opened, device: str) -> None:

@@ -6,7 +6,7 @@ once; for each candidate only the forward passes run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.instance import Instance
@@ -16,7 +16,7 @@ from evolver.errors import BadInput
 from evolver.evaluation.base import AskedItem, Scorer, judge
 from evolver.evaluation.items import Item, item_hash
 from evolver.evaluation.language.library import Library, Meaning
-from evolver.evaluation.language.requests import PreparedRequests, build_requests, right
+from evolver.evaluation.language.requests import PreparedRequests, build_requests, keep_apart, right
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.scores.metrics import Metric
 from evolver.records import Split
@@ -48,6 +48,29 @@ class Language:
 
     def metric(self, entry: TaskEntry) -> Metric:
         return self._meaning(entry).metric
+
+    def shares(self, entry: TaskEntry, split: Split, sizes: Mapping[str, int]) -> Mapping[str, float] | None:
+        """As lm-eval adds up a group: the mean of its tasks' metrics, each as heavy as its items or as any other."""
+        name = entry.report_task if split == "report" and entry.report_task else entry.task
+        members = self.library.members[name]
+        by_size = self.library.by_size(name, entry.metric)
+        if len(members) < 2 or (by_size and self._meaning(entry).metric.judged):
+            return None
+        if by_size:
+            return {member: sizes[member] / sum(sizes.values()) for member in members if sizes.get(member)}
+        for member in members:
+            if not sizes.get(member):
+                raise BadInput(
+                    f"{self._keys[entry.task]}.{split}: none of the items drawn is of {member}, and in the group "
+                    f"{name} each task counts the same; ask for more items."
+                )
+        return {member: 1.0 / len(members) for member in members}
+
+    def check(self, asked: Sequence[AskedItem]) -> None:
+        """Whether every prompt finds its examples."""
+        scored = {a.item.hash for a in asked}
+        for name in self.library.tasks:
+            keep_apart(self.library.tasks[name], scored)
 
     def right(self, asked: AskedItem) -> float:
         task = self.library.tasks[asked.item.task]

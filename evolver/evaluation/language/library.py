@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.filters import build_filter_ensemble
 from lm_eval.tasks import TaskManager
@@ -77,6 +78,7 @@ class Library:
 
     Attributes:
         members: the tasks behind the name of each entry (a group has many), and of each ``report_task``.
+        groups: by name; those inside of others, too.
 
     Raises BadInput for unknown names, groups that share a task, data that cannot be loaded, tasks that need more than
     text, and tasks that run code where that is not allowed.
@@ -86,6 +88,7 @@ class Library:
         self.settings = settings
         self.tasks: dict[str, Task] = {}
         self.members: dict[str, list[str]] = {}
+        self.groups: dict[str, Group] = {}
         with quiet():
             names = {name: key for key, name in _named(entries)}
             if names:
@@ -112,6 +115,16 @@ class Library:
             )
         return found[0]
 
+    def by_size(self, name: str, spelled: str) -> bool:
+        """Whether a group weighs the metrics of its tasks by the numbers of their items; yes where it does not say."""
+        group = self.groups.get(name)
+        wanted, chosen = metric_name(spelled)
+        for aggregation in (group.aggregate_metric_list if group else None) or ():
+            named = aggregation.filter_list
+            if aggregation.metric == wanted and (not chosen or named is None or chosen in named):
+                return bool(aggregation.weight_by_size)
+        return True
+
     def is_test_set(self, name: str) -> bool:
         """Whether the items of a task are the test set of a public benchmark."""
         config = self.tasks[name].config
@@ -121,15 +134,19 @@ class Library:
 
     def _add(self, name: str, key: str, manager: TaskManager, spec: str | dict[str, Any]) -> None:
         try:
-            found: dict[str, Task] = manager.load([spec])["tasks"]
+            loaded = manager.load([spec])
         except Exception as error:  # data sets come from files, hubs and scripts; each fails in its own way
             reason = " ".join(str(error).split())[:300]
             raise BadInput(
                 f"{key}: the data of {name!r} cannot be loaded ({type(error).__name__}: {reason}); "
                 "check its data files, or the network for a data set of a hub."
             ) from error
+        found: dict[str, Task] = loaded["tasks"]
+        if not found:
+            raise BadInput(f"{key}: {name!r} is a group that holds no task; name another one.")
         self.members[name] = list(found)
         self.tasks |= found
+        self.groups |= loaded["groups"]
 
     def _add_passages(self, entry: TaskEntry, key: str) -> None:
         """Texts of the user's as a task of lm-eval that asks for their log-likelihoods."""

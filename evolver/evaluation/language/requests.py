@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm_eval.api.instance import Instance
+from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import Task
 
 from evolver.config import EvaluationSettings
@@ -79,7 +80,7 @@ def build_requests(
     in_place, chat = sorted(items, key=lambda i: i.index), settings.apply_chat_template
     if chat and not lm.tokenizer.chat_template:
         raise BadInput("evaluation.apply_chat_template: the base's tokenizer has no chat template; write false.")
-    _keep_apart(task, scored)
+    keep_apart(task, scored)
     _remember(task)
     task.set_fewshot_seed(seed)  # at every build: each draws on, and must not depend on the builds before it
     with quiet():
@@ -122,16 +123,21 @@ class _Remembered:
         return list(known[1]) if isinstance(known[1], list) else known[1]
 
 
-def _keep_apart(task: Task, scored: Collection[str]) -> None:
-    """Take the items that are scored out of those that examples are drawn from: a prompt would give them away."""
+def keep_apart(task: Task, scored: Collection[str]) -> None:
+    """Take the items that are scored out of those that examples are drawn from: a prompt would give them away.
+
+    Raises BadInput where too few examples are left.
+    """
     shots = task.get_config("num_fewshot") or 0
     sampler = getattr(task, "sampler", None)
     if not shots or sampler is None:
         return
     free = [d for d in sampler.fewshot_docs() if item_hash(d) not in scored]
-    if len(free) <= shots:
+    # Of the split that is scored, lm-eval's sampler draws one more, to leave out the item that the prompt is for.
+    draws_one_more = task.fewshot_cfg.split == task.config.test_split and not isinstance(sampler, FirstNSampler)
+    if len(free) < shots + draws_one_more:
         raise BadInput(
-            f"evaluation.num_fewshot: {task.task_name} has {len(free)} examples beside the items that are scored and "
+            f"evaluation.num_fewshot: {task.task_name} has {len(free)} examples beside the items that are scored, and "
             f"{shots} are wanted in a prompt; ask for fewer of either, or write 0."
         )
     sampler.replace_df(free)

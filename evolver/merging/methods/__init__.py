@@ -88,6 +88,7 @@ class Method:
     asks: bool
     symmetric: bool
     identity: Mapping[str, Any] | None
+    divides: str | None
     settings: Mapping[str, Setting]
 
     def in_force(self, checked: Mapping[str, Value], experts: int) -> dict[str, Value]:
@@ -126,7 +127,19 @@ class Method:
             raise BadInput(f"{place}: {self.name} takes {self.takes} models, not {experts}.")
         if experts < self.least:
             raise BadInput(f"{place}: {self.name} takes {self.least} models and more, not {experts}.")
-        return {k: _checked(self.settings[k], v, experts, place) for k, v in given.items()}
+        checked = {k: _checked(self.settings[k], v, experts, place) for k, v in given.items()}
+        self._refuse_sum_of_zero(checked, place)
+        return checked
+
+    def _refuse_sum_of_zero(self, checked: Mapping[str, Value], place: str) -> None:
+        weights, divides = checked.get("weight"), self.divides
+        if divides is None or not checked.get(divides, self.settings[divides].default):
+            return
+        if isinstance(weights, tuple) and abs(math.fsum(weights)) < SMALLEST_SUM:
+            raise BadInput(
+                f"{place}.weight: the weights {', '.join(f'{w:g}' for w in weights)} sum to 0, and {divides} divides "
+                f"by their sum; write others, or {divides}: false."
+            )
 
     def handed(self, values: Mapping[str, Value], device: torch.device) -> tuple[dict[str, Tensor], dict[str, Value]]:
         """Complete ``values`` as the function takes them: numbers as tensors; flags, counts and choices as they are."""
@@ -136,6 +149,8 @@ class Method:
 
 
 METHODS: dict[str, Method] = {}
+# Weights whose sum is smaller in size cancel.
+SMALLEST_SUM = 1e-8
 
 
 def number(value: float) -> Tensor:
@@ -155,6 +170,7 @@ def method(
     least: int = 1,
     symmetric: bool = True,
     identity: Mapping[str, Any] | None = MappingProxyType({}),
+    divides: str | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a merge method under its function's name.
 
@@ -164,6 +180,7 @@ def method(
         takes: how many models it merges; None: any number from ``least`` on.
         symmetric: the order of the models does not matter.
         identity: settings, beside a mass of one, with which copies of one model give that model; None: there are none.
+        divides: the setting that asks for a division by the sum of all weights, which must not vanish then.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -184,6 +201,7 @@ def method(
             least=least,
             symmetric=symmetric,
             identity=identity,
+            divides=divides,
             asks="here" in parameters,
             settings=settings,
         )

@@ -20,13 +20,13 @@ def simple(models: Stack) -> Tensor:
     return total_of(models) / len(models)
 
 
-@method("Wortsman et al. 2022, Model soups")
+@method("Wortsman et al. 2022, Model soups", divides="normalize")
 def linear(models: Stack, *, weight: Weight = each(1.0), normalize: bool = True) -> Tensor:
     """Σ w·θ, divided by Σ w where ``normalize`` is set: of 1 and 3 with weights 3 and 1 it is 6/4 = 1.5."""
     return weighted_sum(models, weight, normalize)
 
 
-@method("Ilharco et al. 2023, Editing models with task arithmetic")
+@method("Ilharco et al. 2023, Editing models with task arithmetic", divides="normalize")
 def task_arithmetic(
     deltas: Stack, *, weight: Weight = each(1.0), lambda_: Mass = number(1.0), normalize: bool = False
 ) -> Tensor:

@@ -52,7 +52,7 @@ def ties(
     return _disjoint(kept, weight, lambda_, normalize, elect, sign)
 
 
-@method("Yu et al. 2024, Language models are super Mario (DARE)")
+@method("Yu et al. 2024, Language models are super Mario (DARE)", divides="normalize")
 def dare_linear(
     deltas: Stack,
     *,
@@ -92,7 +92,7 @@ def dare_ties(
     return _disjoint(kept, weight, lambda_, normalize, elect, sign)
 
 
-@method("Deep et al. 2024, DELLA-Merging", rows=True)
+@method("Deep et al. 2024, DELLA-Merging", rows=True, divides="normalize")
 def della_linear(
     deltas: Stack,
     *,
@@ -134,7 +134,7 @@ def della(
     return _disjoint(kept, weight, lambda_, normalize, elect, sign)
 
 
-@method("Davari and Belilovsky 2024, Model Breadcrumbs")
+@method("Davari and Belilovsky 2024, Model Breadcrumbs", divides="normalize")
 def breadcrumbs(
     deltas: Stack,
     *,

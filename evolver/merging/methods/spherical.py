@@ -64,7 +64,10 @@ def nuslerp(
     return origin + (models[0] - origin) * first.float() + (models[1] - origin) * second.float()
 
 
-@method("Buss and Fillmore 2001, Spherical averages, as mergekit's Multi-SLERP")
+@method(
+    "Buss and Fillmore 2001, Spherical averages, as mergekit's Multi-SLERP",
+    divides="normalize_weights",
+)
 def multislerp(
     models: Stack,
     *,

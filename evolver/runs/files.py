@@ -1,0 +1,88 @@
+"""Files of a run's folder, read so that whatever is wrong with one is said in a sentence that names it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from evolver.errors import BadInput, cause_of
+from evolver.storage import Storage
+
+# The files by which a folder is known as that of a run.
+CONFIG_FILE, ABOUT_FILE, IDENTITY_FILE = "config.yaml", "about.json", "identity.json"
+SUMMARY_FILE, AGREEMENT_FILE, RECIPE_FILE = "summary.json", "best.json", "recipe.json"
+CONFIG_REMEDY = "restore it from the configuration that the run was called with, or call that configuration again"
+
+
+def text_of(folder: Storage, name: str, remedy: str) -> str:
+    """A text file of a folder; ``remedy`` is what to do where it cannot be read, as the end of a sentence.
+
+    Raises FileNotFoundError or NotADirectoryError where there is none, and BadInput where it cannot be read.
+    """
+    try:
+        return folder.read(name).decode()
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable(folder, name, error, remedy) from error
+
+
+def mapping_of(folder: Storage, name: str, remedy: str) -> dict[str, Any]:
+    """A JSON file of a folder that holds a mapping.
+
+    Raises FileNotFoundError or NotADirectoryError where there is none, and BadInput where it cannot be read or holds
+    something else.
+    """
+    try:
+        found = json.loads(text_of(folder, name, remedy))
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{folder.location}/{name}: it is no JSON ({cause_of(error)}); {remedy}.") from error
+    if not isinstance(found, dict):
+        raise BadInput(f"{folder.location}/{name}: it holds no mapping of names to values; {remedy}.")
+    return found
+
+
+def unreadable(folder: Storage, name: str, error: Exception, remedy: str) -> BadInput:
+    """The sentence for a file that cannot be read."""
+    return BadInput(f"{folder.location}/{name}: it cannot be read ({cause_of(error)}); {remedy}.")
+
+
+def holds_a_run(folder: Storage) -> bool:
+    """Whether a folder is that of a run, readable or not."""
+    try:
+        return not {ABOUT_FILE, IDENTITY_FILE}.isdisjoint(folder.names())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:  # nobody may look into it, so it may well be one
+        return True
+
+
+def no_run(folder: Storage) -> BadInput:
+    """The sentence for a folder in which there is no run."""
+    return BadInput(f"{folder.location}: there is no run; give the folder of one, such as results/demo.")
+
+
+def summary_of(folder: Storage) -> tuple[dict[str, Any], str]:
+    """What a run's report says for programs, and its verdict; where it cannot be read, why."""
+    try:
+        found = mapping_of(folder, SUMMARY_FILE, "evolver report writes it anew")
+    except (FileNotFoundError, NotADirectoryError):
+        return {}, ""
+    except BadInput as error:
+        return {}, str(error)
+    return found, str(found.get("verdict", ""))
+
+
+def agreement_of(folder: Storage) -> dict[str, int] | None:
+    """On how many of its ``items`` the exported winner, loaded anew, gave ``equal`` answers; None before that check.
+
+    Raises BadInput where that cannot be read.
+    """
+    remedy = "call the run again, which checks its best model anew"
+    try:
+        found = mapping_of(folder, AGREEMENT_FILE, remedy)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if not all(isinstance(found.get(key), int) for key in ("items", "equal")):
+        raise BadInput(f"{folder.location}/{AGREEMENT_FILE}: it lacks a number of items; {remedy}.")
+    return {key: found[key] for key in ("items", "equal")}
