@@ -1,4 +1,4 @@
-"""Items: which ones the search may see, which ones are kept for the report, and in which order they are scored."""
+"""Decides which items the search may see, which ones are kept for the report, and in which order they are scored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from evolver.records import Split, canonical_json
 
 @dataclass(frozen=True)
 class Item:
-    """One item of a task: its place in the data set, and a hash of its content that outlives any reordering."""
+    """One item of a task.
+
+    Attributes:
+        task: name of the task or data set that it comes from.
+        index: its place in the data set.
+        hash: hash of its content, which stays the same if the data set is reordered.
+    """
 
     task: str
     index: int
@@ -23,7 +29,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Items:
-    """The items of both splits, each in the order in which every candidate meets them."""
+    """The items of both splits, in the order in which every candidate is scored on them."""
 
     dev: tuple[Item, ...]
     report: tuple[Item, ...]
@@ -33,19 +39,24 @@ class Items:
 
 
 def item_hash(document: Any) -> str:
-    """80 bits of the SHA-256 of a document's canonical JSON."""
+    """The first 80 bits of the SHA-256 of a document's canonical JSON, as 20 hexadecimal digits."""
     plain = _plain(document)
     return hashlib.sha256(canonical_json(plain).encode()).hexdigest()[:20]
 
 
 def draw(entry: TaskEntry, own: Sequence[Item], report: Sequence[Item] | None, seed: int, key: str) -> Items:
-    """The dev and report items of one task, drawn without replacement by the hash of seed and item.
+    """Draw the dev and report items of one task without replacement.
+
+    The items are sorted by a hash of the seed and their content, and the first ones are taken.
 
     Args:
-        own: items of the task.
-        report: items of another task that the report set is to be taken from, if any.
+        entry: the task of the configuration.
+        own: all items of the task.
+        report: the items that the report items are drawn from; None: both splits are drawn from ``own``.
+        seed: seed of the run.
+        key: the key of the configuration that errors name.
 
-    Raises BadInput for an empty or too small set, and for dev and report sets that overlap.
+    Raises BadInput for a set that is empty or too small, and for dev and report items that overlap.
     """
     ranked = _ranked(own, seed)
     if report is None:
@@ -65,12 +76,15 @@ def draw(entry: TaskEntry, own: Sequence[Item], report: Sequence[Item] | None, s
 
 
 def in_order(items: Iterable[Item], seed: int) -> tuple[Item, ...]:
-    """The tasks' items mixed into one fixed order, so that any first part of it is a fair sample of all tasks."""
+    """The items of all tasks in one order that looks random and depends on the seed and the items only.
+
+    The first items, however many, are thus a random sample of all tasks.
+    """
     return tuple(sorted(items, key=lambda i: _rank(f"{seed}:order:{i.task}:{i.hash}")))
 
 
 def _ranked(items: Sequence[Item], seed: int) -> list[Item]:
-    unique = {i.hash: i for i in reversed(items)}  # of items with the same content, the first one stays
+    unique = {i.hash: i for i in reversed(items)}  # of items with the same content, only the first one is kept
     return sorted(unique.values(), key=lambda i: _rank(f"{seed}:{i.hash}"))
 
 
