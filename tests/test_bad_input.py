@@ -105,8 +105,11 @@ TABLE = {
         {"search": {"algorithm": "tpe", "method": "ties", "settings": {"density": float("nan")}}},
         ["search.settings.density", "nan", "write"],
     ),
-    "missing key": ({"budget": DROP}, ["budget", "missing"]),
-    "missing key of a task": ({"evaluation.tasks": [{"task": "toy", "dev": 9}]}, ["tasks[0].report", "missing"]),
+    "missing key": ({"budget": DROP}, ["budget", "missing", "add it"]),
+    "missing key of a task": (
+        {"evaluation.tasks": [{"task": "toy", "dev": 9}]},
+        ["tasks[0].report", "missing", "add it"],
+    ),
     "empty section": ({"budget": {}}, ["budget", "give candidates or items"]),
     "no task": ({"evaluation.tasks": []}, ["evaluation.tasks", "write"]),
     "one expert": ({"experts": {"a": "SPOILT/file"}}, ["experts", "at least two"]),
@@ -170,7 +173,7 @@ TABLE = {
     "unknown task": (task(task="toyy"), ["evaluation.tasks[0].task", "'toyy'", "'toy'"]),
     "task twice": (
         {"evaluation.tasks": [{"task": "toy", "dev": 4, "report": 4}] * 2},
-        ["evaluation", "'toy'", "stands twice", "give"],
+        ["evaluation", "'toy'", "is listed twice", "list it once"],
     ),
     "unknown metric": (task(metric="accc"), ["evaluation.tasks[0].metric", "'accc'", "'acc'"]),
     "unknown filter": (task(metric="acc,frist"), ["evaluation.tasks[0].metric", "'frist'", "none"]),
@@ -232,15 +235,15 @@ def test_says_what_is_wrong_and_what_to_write(name, make_config, spoilt, tmp_pat
 
 BROKEN = {
     "no such file": (None, ["cannot be read", "give the path"]),
-    "not YAML": ("run: [toy", ["not valid YAML", "line 1", "mend"]),
-    "key twice": ("run: toy\nseed: 1\nseed: 2\n", ["'seed' stands twice", "line 1", "mend"]),
+    "not YAML": ("run: [toy", ["not valid YAML", "line 1", "correct it"]),
+    "key twice": ("run: toy\nseed: 1\nseed: 2\n", ["'seed' appears twice", "line 1", "correct it"]),
     "a list": ("- run\n", ["must be a mapping", "run"]),
     "empty": ("", ["must be a mapping"]),
-    "unhashable key": ("? [run]\n: toy\n", ["not valid YAML", "mend"]),
-    "number as key": ("1: toy\n", ["run", "missing"]),
+    "unhashable key": ("? [run]\n: toy\n", ["not valid YAML", "correct it"]),
+    "number as key": ("1: toy\n", ["run", "missing", "add it"]),
     "a date": ("run: 2024-01-01\n", ["run", "write"]),
     "not text": (b"\xff\xfe\x00", ["cannot be read", "give the path"]),
-    "control character": ("run: \x00\n", ["not valid YAML", "mend"]),
+    "control character": ("run: \x00\n", ["not valid YAML", "correct it"]),
 }
 
 
