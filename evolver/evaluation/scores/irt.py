@@ -1,9 +1,9 @@
 """Item-response estimates of the score of all items from the answers to the first ones.
 
-The answers of earlier models say how difficult each item is and how well it separates models. The first answers of a new
-model then say how able it is, and its ability predicts its answers to the other items. The methods are those of Maia
-Polo et al. 2024, "tinyBenchmarks: evaluating LLMs with fewer examples", section 4 (the model, p-IRT and gp-IRT), and of
-Mencattini et al. 2025, "MERGE3" (mp-IRT, which predicts the ability of a merged model from those of the merged ones).
+The answers of earlier models say how difficult each item is and how well it separates models. The first answers of a
+new model then say how able it is, and its ability predicts its answers to the other items. The methods are those of
+Maia Polo et al. 2024, "tinyBenchmarks: evaluating LLMs with fewer examples", section 4 (the model, p-IRT and gp-IRT),
+and of Mencattini et al. 2025, "MERGE3" (mp-IRT, which predicts a merged model's ability from those of the merged ones).
 
 The papers fit abilities of several dimensions to hundreds of public models by variational inference. A search starts
 with about ten models, so abilities have one dimension here, and the fit is the maximum of the posterior.

@@ -14,23 +14,23 @@ remain at step t can add to the candidate's score at most
 
     need_t = Σ_all share_i * b_i - Σ_met share_i * a_i
 
-The order of the items is random, so the next item is any of the remaining ones with the same probability. The test takes
-a linear forecast ``level + slope * b_i`` of a_i and a bet λ_t >= 0, both computed from the items scored so far. The gain
-of the next item i is
+The order of the items is random, so the next item is any of the remaining ones with the same probability. The test
+takes a linear forecast ``level + slope * b_i`` of a_i and a bet λ_t >= 0, both computed from the items scored so far.
+The gain of the next item i is
 
     x_t = share_i * (a_i - level - slope * b_i) - m_t,
     m_t = (need_t - Σ_left share_j * (level + slope * b_j)) / (items left)
 
 Under the null hypothesis its conditional mean is at most 0, so that of the factor 1 + λ_t * x_t is at most 1. A cap on
-λ_t keeps every factor from being negative. The capital Π (1 + λ_t * x_t) is therefore a nonnegative supermartingale, and
-the probability that it ever reaches 1 / alpha is at most alpha (Ville's inequality). The same is true of the mean of
-several capitals. The other null hypothesis, D >= 0, is the first one for 1 - a and 1 - b. The test may use the
+λ_t keeps every factor from being negative. The capital Π (1 + λ_t * x_t) is therefore a nonnegative supermartingale,
+and the probability that it ever reaches 1 / alpha is at most alpha (Ville's inequality). The same is true of the mean
+of several capitals. The other null hypothesis, D >= 0, is the first one for 1 - a and 1 - b. The test may use the
 incumbent's answers to the remaining items, because they enter only through sums over all of these items, which do not
 tell which item comes next.
 
 The forecast makes the test powerful. It is a control variate, as in the regression estimator of survey sampling: x_t
-varies only by the part of a_i that b_i does not predict. If the two models differ on a share q of the items, one half of
-them in each direction, the variance is q * (1 - q), while that of the plain differences is q.
+varies only by the part of a_i that b_i does not predict. If the two models differ on a share q of the items, one half
+of them in each direction, the variance is q * (1 - q), while that of the plain differences is q.
 
 Assumptions: the order is uniformly random and independent of the answers of both models. A run draws the order once and
 uses it in every race. The errors of several races therefore depend on each other, and the error rate of each race holds
@@ -54,7 +54,8 @@ from evolver.evaluation.scores.scoring import Scale
 Verdict = Literal["better", "not better"]
 
 # The differences δ that the test bets on, in standard errors of a full evaluation. A bet on δ gains fastest if the true
-# difference is δ, and still well if it is half or twice as large. Below 1 no test saves items; above 10 every bet is fast.
+# difference is δ, and still well if it is half or twice as large. Below 1 no test can save items; above 10 any bet is
+# fast.
 DRIFTS = (2.0, 5.0)
 # The largest part of the capital that a bet may lose.
 MOST = 0.75
@@ -106,7 +107,7 @@ class Race:
         return self.certain(items) or self._likely(np.asarray(items, dtype=np.float64))
 
     def certain(self, items: Sequence[float]) -> Verdict | None:
-        """The verdict if no further answer can change it, else None. This is exact early stopping in both directions."""
+        """The verdict if no further answer can change it, else None: exact early stopping in both directions."""
         if self.scale.bound(items) <= self._bar:
             return "not better"
         worst = [*items, *(0.0 for _ in range(len(self.scale.tasks) - len(items)))]
