@@ -136,7 +136,7 @@ TABLE = {
     "adapter with LoRA biases": ({"experts.a": "SPOILT/biased"}, ["experts.a", "lora_bias", "merge_and_unload"]),
     "a model that finds no room": (
         {"model.base": "SPOILT/many", "experts": {"a": "SPOILT/many", "b": "SPOILT/many"}},
-        ["model.base", "SPOILT/many takes 640.0 GiB", "GiB are free", "use a machine with more"],
+        ["model.base", "SPOILT/many takes 640.0 GiB", "GiB are free", "use a machine with more memory"],
     ),
     "weights that cannot be mapped": (
         {"model.base": "SPOILT/huge"},
@@ -147,7 +147,7 @@ TABLE = {
     "no search": ({"search": {}}, ["search", "'algorithm'"]),
     "unknown strategy": ({"search.strategy": "rand/3"}, ["search.strategy", "'rand/3'", "'rand/2'"]),
     "too few experts": ({"search.strategy": "rand/1"}, ["search.strategy", "needs 4 experts", "give more"]),
-    "in flight without steady": ({"search.in_flight": 3}, ["search.in_flight", "sequential decides", "mode: steady"]),
+    "in flight without steady": ({"search.in_flight": 3}, ["search.in_flight", "mode sequential decides", "mode: steady"]),
     "unknown order": ({"order": "exakt"}, ["order", "'exakt'", "'exact' or 'arrival'"]),
     "a share of no worker": ({"pool.share": 0}, ["pool.share", "0", "write"]),
     "unknown merger": ({"search.merger": {"method": "tie"}}, ["search.merger.method", "'tie'", "'ties'"]),
@@ -188,7 +188,7 @@ TABLE = {
     ),
     "report items that were seen": (
         task(report_task="toy", report=90),
-        ["evaluation.tasks[0]", "stand in the dev set", "share no item"],
+        ["evaluation.tasks[0]", "are both dev items and report items", "share no item"],
     ),
     "include_path is no folder": ({"evaluation.include_path": "SPOILT/none"}, ["evaluation.include_path", "give"]),
     "include_path is a file": ({"evaluation.include_path": "SPOILT/file"}, ["evaluation.include_path", "give"]),
