@@ -56,8 +56,10 @@ def run_job(arguments: Sequence[str] | None = None) -> int:
         arguments: of ``evolve.py``; default: those of this process.
     """
     parser = argparse.ArgumentParser(prog="evolve.py", description="Search for the best merge of fine-tuned models.")
-    parser.add_argument("config", help="YAML file of the run")
-    parser.add_argument("--run", help="name of the run (default: the id of the Ray job, if you chose one; else `run:`)")
+    parser.add_argument("config", help="the YAML file of the run")
+    parser.add_argument(
+        "--run", help="name of the run (default: the id of the Ray job if you chose one, else the key `run`)"
+    )
     parser.add_argument("--results", help=RESULTS)
     given = parser.parse_args(arguments)
     try:
@@ -89,7 +91,7 @@ def drive(given: ConfigText, results: str | None, name: str | None) -> int:
         # Where a signal handler raises inside of compiled code such as Ray's, a SystemError arrives here instead.
         if isinstance(error, SystemError) and not isinstance(error.__cause__, Stopped | KeyboardInterrupt):
             raise
-        shown.say("stopped; everything that finished is kept: the same command goes on from here")
+        shown.say("stopped; everything that finished is kept, and the same command continues the run")
         # A Ray job that exits with another status counts as failed, although `ray job stop` was asked for.
         return 0 if in_ray_job() else 3
     finally:

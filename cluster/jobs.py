@@ -53,7 +53,9 @@ class RayJobs:
             _comes(lambda: client.get_job_status(job.id) != JOB_WAITS)
             now = client.get_job_info(job.id)
             if now.status == JOB_FAILED:  # Ray may have deleted the job's working folder, which it keeps for a while
-                raise BadInput(f"job {job.id} failed ({now.message}); submit it again from where its folder is.")
+                raise BadInput(
+                    f"job {job.id} failed ({now.message}); submit it again from the folder that it was submitted from."
+                )
 
 
 def _comes(true: Callable[[], bool]) -> bool:
@@ -80,6 +82,6 @@ def _asking(job: Job) -> Iterator[Any]:
         raise
     except Exception as error:  # the client raises half a dozen classes, mostly RuntimeError
         raise BadInput(
-            f"job {job.id} at {job.address}: {' '.join(str(error).split())[:300]}; where the address is another one "
-            "from here, name it by RAY_API_SERVER_ADDRESS."
+            f"job {job.id} at {job.address}: {' '.join(str(error).split())[:300]}; if this machine "
+            "reaches the cluster under another address, set RAY_API_SERVER_ADDRESS to it."
         ) from error

@@ -28,7 +28,7 @@ def choose_on_ray(config: Config) -> ComputeChoice:
             raise cause from error
         said = " ".join(str(cause or error).split())[:300]
         raise BadInput(
-            f"pool: no worker could say in which dtype it computes faster ({said}); name one under model.compute."
+            f"pool: no worker could measure in which dtype it computes faster ({said}); write one as model.compute."
         ) from error
     return found
 

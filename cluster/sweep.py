@@ -31,8 +31,8 @@ POLL_SECONDS = 5.0
 class SweepSettings(Section):
     """The keys of a sweep file."""
 
-    sweep: str = Field(pattern=NAME, description="name of the sweep, with which the names of its runs begin")
-    config: str = Field(description="configuration of a run; relative paths start at this file")
+    sweep: str = Field(pattern=NAME, description="name of the sweep; the names of its runs begin with it")
+    config: str = Field(description="YAML file of a run; a relative path starts at the folder of the sweep file")
     vary: dict[str, list[Any]] = Field(
         min_length=1, description="key of the configuration (search.F) → its values; every combination is a run"
     )
@@ -70,7 +70,7 @@ def load_sweep(file: Path) -> Sweep:
     base = config_at(file.parent / settings.config).mapping(Config.model_fields)
     for key, listed in settings.vary.items():
         if not listed:
-            raise BadInput(f"{file}: vary.{key}: there are no values; list some.")
+            raise BadInput(f"{file}: vary.{key}: the list is empty; list at least one value.")
     cells = []
     for combination in itertools.product(*settings.vary.values()):
         values = dict(zip(settings.vary, combination, strict=True))
@@ -213,7 +213,7 @@ def _set(config: dict[str, Any], key: str, value: Any, place: str) -> None:
 
 def _member(inside: Any, part: str, place: str) -> Any:
     if not (isinstance(inside, list) and part.isdigit() and int(part) < len(inside)):
-        raise BadInput(f"{place}: the configuration has no such place; name a key, or the number of a list's member.")
+        raise BadInput(f"{place}: the configuration has no such key; in a list, use the index of a member.")
     return inside[int(part)]
 
 

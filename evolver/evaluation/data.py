@@ -34,7 +34,7 @@ def read_rows(data: str | DataSet, key: str) -> list[Row]:
         return _of_library(data, key)
     path = Path(expand(data))
     if path.suffix not in FORMATS:
-        raise BadInput(f"{key}: {path} is of no known kind; give one of {', '.join(FORMATS)}, or path and split.")
+        raise BadInput(f"{key}: {path} has no known extension; give a file of {', '.join(FORMATS)}, or path and split.")
     try:
         rows = FORMATS[path.suffix](path)
     except (OSError, ValueError, csv.Error, pyarrow.ArrowException) as error:
@@ -42,7 +42,7 @@ def read_rows(data: str | DataSet, key: str) -> list[Row]:
         raise BadInput(f"{key}: {path} cannot be read ({reason}); give a {path.suffix[1:].upper()} file.") from error
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise BadInput(f"{key}: row {number} of {path} is no mapping; write one object a line.")
+            raise BadInput(f"{key}: row {number} of {path} is no mapping; write one JSON object on each line.")
     return rows
 
 
@@ -53,7 +53,7 @@ def _of_library(data: DataSet, key: str) -> list[Row]:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(
             f"{key}: the data set {data.path!r} cannot be loaded ({type(error).__name__}: {reason}); "
-            "check path, name and split, and the network for one of a hub."
+            "check path, name and split, and for a data set of the hub also the network."
         ) from error
 
 

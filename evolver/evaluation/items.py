@@ -69,8 +69,8 @@ def draw(entry: TaskEntry, own: Sequence[Item], report: Sequence[Item] | None, s
     shared = {i.hash for i in dev} & {i.hash for i in rest}
     if shared:
         raise BadInput(
-            f"{key}: {len(shared)} items stand in the dev set of {entry.task} and in its report set; "
-            "name data that share no item, or let one set be split."
+            f"{key}: {len(shared)} items are both dev items and report items of {entry.task}; "
+            "name data that share no item, or leave the report data out, so that one set is split."
         )
     return Items(tuple(dev), tuple(rest))
 
@@ -90,9 +90,9 @@ def _ranked(items: Sequence[Item], seed: int) -> list[Item]:
 
 def _enough(name: str, have: int, wanted: int, key: str) -> None:
     if have == 0:
-        raise BadInput(f"{key}: {name} holds no items; name data that are not empty.")
+        raise BadInput(f"{key}: {name} has no items; name data that are not empty.")
     if have < wanted:
-        raise BadInput(f"{key}: {wanted} items are asked for and {name} holds {have} different ones; ask for fewer.")
+        raise BadInput(f"{key}: {wanted} items are asked for, but {name} has {have} different ones; ask for fewer.")
 
 
 def _rank(text: str) -> bytes:

@@ -55,7 +55,7 @@ class LiveModel:
         if missing:  # Transformers would fill them with random numbers
             raise BadInput(
                 f"model.base: {folder} lacks {min(missing)}, which {type(self.module).__name__} needs; "
-                "give a base of the kind that model.kind says."
+                "give a base of the kind that model.kind names."
             )
         self.module.to(self.device).eval()
         self._places = self._find(names, folder)
@@ -80,13 +80,14 @@ class LiveModel:
             for name, tensor in tensors:
                 if name not in left:
                     raise ValueError(
-                        f"the model has no tensor {name}, or it came twice; the recipe is of another depth"
+                        f"the model has no tensor {name}, or it came twice; the recipe has another number of layers"
                     )
                 self._places[name].copy_(tensor)
                 left.discard(name)
         if left:
             raise ValueError(
-                f"{len(left)} tensors of the model are missing, such as {min(left)}; the recipe is of another depth"
+                f"{len(left)} tensors of the model are missing, such as {min(left)}; the recipe has another number of "
+                "layers"
             )
 
     def close(self) -> None:
@@ -113,7 +114,7 @@ class LiveModel:
             if found is None:
                 raise BadInput(
                     f"model.base: {folder} holds {name}, which {type(self.module).__name__} has no place for; "
-                    "save the base with the class that model.kind stands for."
+                    "give a base that was saved with this class, or correct model.kind."
                 )
             places[name] = found
         self._untie(places.values())

@@ -87,7 +87,7 @@ class Tasks:
             for item in items.of(split):
                 if (split, item) in self._owners:
                     raise BadInput(
-                        f"{key}.task: {entry.task} and {self._owners[split, item].task} both hold {item.task}; "
+                        f"{key}.task: {entry.task} and {self._owners[split, item].task} both contain {item.task}; "
                         "name each task once."
                     )
                 self._owners[split, item] = entry

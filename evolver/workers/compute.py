@@ -77,8 +77,8 @@ def settled(config: Config, headers: Headers) -> Config:
     if config.evaluation.backend != "resident":
         if config.model.compute != "auto":
             raise BadInput(
-                f"model.compute: {config.evaluation.backend} computes as it does; leave it out, or write its own "
-                "argument under evaluation.model_args."
+                f"model.compute: the backend {config.evaluation.backend} chooses its dtype itself; leave the key "
+                "out, or write the backend's own argument under evaluation.model_args."
             )
         return config
     if config.model.compute == "auto" and stored_dtype(config.model, headers) not in NARROW:
@@ -105,7 +105,7 @@ def choose(config: Config, headers: Headers, device: str) -> ComputeChoice:
     if own not in NARROW:
         return ComputeChoice(COMPUTE_WIDE, f"the weights are {own}")
     if scalars * 4 > free_memory(device):
-        return ComputeChoice(own, f"the weights' dtype, as there is no room here for the model in {COMPUTE_WIDE}")
+        return ComputeChoice(own, f"the weights' dtype, as the model in {COMPUTE_WIDE} does not fit into memory here")
     return _choose(own, _shapes(headers), device)
 
 

@@ -141,8 +141,8 @@ class CrewPool:
                 return events
             if self._crew.now() - began > self._policy.place_s:
                 raise BadInput(
-                    f"pool: no worker was ready within {self._policy.place_s:.0f} s; is the cluster busy with other "
-                    "jobs?"
+                    f"pool: no worker was ready within {self._policy.place_s:.0f} s; check whether other jobs use "
+                    "the cluster."
                 )
 
     def _hear(self, events: list[Event]) -> None:
@@ -166,7 +166,7 @@ class CrewPool:
     def _lose(self, event: Gone) -> None:
         self._stillborn += event.worker in self._coming
         if self._stillborn >= self._policy.stillborn:
-            raise BadInput(f"pool: workers die before they are ready ({event.reason}); see the logs of the workers.")
+            raise BadInput(f"pool: workers end before they are ready ({event.reason}); their logs may say why.")
         self._coming.discard(event.worker)
         self._idle = [w for w in self._idle if w != event.worker]
         flight = self._busy.pop(event.worker, None)

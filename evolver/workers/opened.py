@@ -65,8 +65,8 @@ def check_memory(config: Config, opened: Opened, device: str) -> None:
     if needed > free:
         raise BadInput(
             f"{base.key}: a model of {base.path} takes {needed / GIB:.1f} GiB in {dtype}, and {free / GIB:.1f} GiB are "
-            f"free on this machine ({device}); free some, write a smaller model.dtype or model.compute, or use a "
-            "machine with more."
+            f"free on this machine ({device}); free memory, choose a smaller model.dtype or model.compute, or use a "
+            "machine with more memory."
         )
 
 

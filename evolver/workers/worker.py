@@ -107,11 +107,13 @@ class Worker:
         opened = open_models(config)
         if opened.digests() != plan.digests:
             raise BadInput(
-                f"experts: worker {name} finds other weights than the driver under the same paths; share one folder."
+                f"experts: worker {name} finds other weights than the driver under the same paths; use a shared folder."
             )
         tasks = tasks or load_tasks(config)
         if items_hash(tasks, split) != plan.items[split]:
-            raise BadInput(f"evaluation.tasks: worker {name} finds other items than the driver; share one data folder.")
+            raise BadInput(
+                f"evaluation.tasks: worker {name} finds other items than the driver; use a shared data folder."
+            )
         self.materialiser = build_materialiser(plan, opened, device)
         self.live = build_model(config, opened, device)
         self.scale = tasks.scale(split)

@@ -169,16 +169,16 @@ def check_backend(settings: EvaluationSettings, kind: str) -> None:
     if name not in MODEL_MAPPING:
         raise BadInput(f"evaluation.backend: unknown backend {name!r}; {nearest(name, ['resident', *MODEL_MAPPING])}")
     if name.startswith(ELSEWHERE):
-        raise BadInput(f"evaluation.backend: {name} asks models that are no candidates; write resident, hf or vllm.")
+        raise BadInput(
+            f"evaluation.backend: {name} cannot score candidates, only other models; write resident, hf or vllm."
+        )
     if kind == "seq2seq" and name in HF:
         raise BadInput(
             f"evaluation.backend: {name} ties the heads of encoder-decoders to their embeddings, even where a "
             "checkpoint holds both; write resident."
         )
     if name in REMOTE and not settings.serve:
-        raise BadInput(
-            f"evaluation.serve: missing; {name} talks to a server: give the command that serves a candidate."
-        )
+        raise BadInput(f"evaluation.serve: missing; {name} needs a server: give the command that serves a candidate.")
 
 
 def _check_installed(settings: EvaluationSettings) -> None:
@@ -187,7 +187,9 @@ def _check_installed(settings: EvaluationSettings) -> None:
         raise BadInput(f"evaluation.backend: {settings.backend} needs {package}; run `pip install {install}`.")
     program = shlex.split(settings.serve or "true")[0]
     if "{" not in program and shutil.which(program) is None:
-        raise BadInput(f"evaluation.serve: there is no program {program!r} here; install it, or give its path.")
+        raise BadInput(
+            f"evaluation.serve: there is no program {program!r} on this machine; install it, or give its path."
+        )
 
 
 def _times(request: Any) -> int:

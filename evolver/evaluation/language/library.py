@@ -138,7 +138,7 @@ class Library:
             reason = " ".join(str(error).split())[:300]
             raise BadInput(
                 f"{key}: the data of {name!r} cannot be loaded ({type(error).__name__}: {reason}); "
-                "check its data files, or the network for a data set of a hub."
+                "check its data files, and for a data set of the hub also the network."
             ) from error
         self.members[name] = list(found)
         self.tasks |= found
@@ -228,7 +228,7 @@ def _meaning(task: Task, spelled: str, key: str) -> Meaning:
     if found is None:
         usable = [m for m, f in known.items() if any(MEANINGS.get(_spelled(f), ()))]
         raise BadInput(
-            f"{key}: {name} cannot be computed from one number an item; "
+            f"{key}: {name} cannot be computed from one number for each item; "
             f"usable here: {', '.join(usable) or f'none, so leave out {task.task_name}'}."
         )
     return Meaning(metrics.JUDGED) if name in UNIT_METRICS and found.metric == metrics.ENDLESS else found

@@ -29,9 +29,9 @@ def passages(name: str, data: str | DataSet, column: str, key: str) -> dict[str,
     rows = read_rows(data, key)
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get(column), str):
-            raise BadInput(f"{key}: row {number} lacks the text {column!r}; {nearest(column, map(str, row))}")
+            raise BadInput(f"{key}: row {number} has no text under {column!r}; {nearest(column, map(str, row))}")
     if not rows:
-        raise BadInput(f"{key}: it holds no text; name data that are not empty.")
+        raise BadInput(f"{key}: the data hold no text; name data that are not empty.")
 
     def dataset(**_: Any) -> Any:
         import datasets  # takes seconds to import, and most tasks do not need it here

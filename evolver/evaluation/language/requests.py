@@ -149,8 +149,8 @@ def _keep_apart(task: Task, scored: Collection[str]) -> None:
     free = [d for d in sampler.fewshot_docs() if item_hash(d) not in scored]
     if len(free) <= shots:
         raise BadInput(
-            f"evaluation.num_fewshot: {task.task_name} has {len(free)} examples beside the items that are scored and "
-            f"{shots} are wanted in a prompt; ask for fewer of either, or write 0."
+            f"evaluation.num_fewshot: {task.task_name} has {len(free)} examples that are not scored items, but "
+            f"{shots} are wanted in a prompt; ask for fewer items or examples, or write 0."
         )
     sampler.replace_df(free)
     task.__dict__.pop("_fewshot_docs", None)

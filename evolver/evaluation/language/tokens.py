@@ -77,7 +77,9 @@ class Tokens(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         until, most = handle_stop_sequences(other.pop("until", None), eos=eos), int(other.pop("max_gen_toks"))
         room = self.max_length - (most if self.backend == "causal" else 0)
         if room <= 0:
-            raise ValueError(f"max_gen_toks {most} leaves no room for a prompt in {self.max_length} tokens")
+            raise ValueError(
+                f"max_gen_toks: {most} leaves no room for a prompt in the model's {self.max_length} tokens"
+            )
         ids, _ = self.tok_batch_encode([context])
         whole = tuple(ids[0].tolist())
         manner = Manner(tuple(until), most, json.dumps(other, sort_keys=True))

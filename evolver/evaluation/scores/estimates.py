@@ -41,7 +41,7 @@ class Estimates:
         task = first_unjudged(self.scale)
         if kind != "mean" and task is not None:
             raise BadInput(
-                f"{key}: {kind} needs items that are judged one by one, from 0 to 1, not those of {task}; write mean."
+                f"{key}: {kind} needs items with scores of their own from 0 to 1, and {task} has none; write mean."
             )
 
     def learn(self, result: Result) -> None:

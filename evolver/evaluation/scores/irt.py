@@ -141,7 +141,7 @@ def fit_items(answers: Sequence[Sequence[float]], count: int) -> ItemModel:
     Raises ValueError without models, for an answer outside [0, 1], and for more answers than items.
     """
     if not answers:
-        raise ValueError("no models to fit to")
+        raise ValueError("there are no models to fit the items to")
     table = np.stack([_row(items, count) for items in answers])
     asked = ~np.isnan(table)
     known, models = np.nan_to_num(table), len(table)

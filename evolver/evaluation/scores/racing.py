@@ -86,7 +86,7 @@ class Race:
         if len(self.rival) != len(self.scale.tasks):
             raise ValueError(f"{len(self.rival)} of {len(self.scale.tasks)} items of the rival")
         if not 0.0 < self.alpha < 1.0:
-            raise ValueError(f"an error rate lies between 0 and 1, not at {self.alpha}")
+            raise ValueError(f"an error rate lies between 0 and 1, and {self.alpha} does not")
         _within(self.rival)
 
     def look(self, items: Sequence[float]) -> Verdict | None:
@@ -211,4 +211,4 @@ def _first(reached: np.typing.NDArray[np.bool_]) -> int:
 def _within(answers: Sequence[float]) -> None:
     wrong = next((x for x in answers if not 0.0 <= x <= 1.0), None)
     if wrong is not None:
-        raise ValueError(f"answers lie between 0 and 1, not at {wrong}")
+        raise ValueError(f"answers lie between 0 and 1, and {wrong} does not")
