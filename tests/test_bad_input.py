@@ -147,7 +147,10 @@ TABLE = {
     "no search": ({"search": {}}, ["search", "'algorithm'"]),
     "unknown strategy": ({"search.strategy": "rand/3"}, ["search.strategy", "'rand/3'", "'rand/2'"]),
     "too few experts": ({"search.strategy": "rand/1"}, ["search.strategy", "needs 4 experts", "give more"]),
-    "in flight without steady": ({"search.in_flight": 3}, ["search.in_flight", "mode sequential decides", "mode: steady"]),
+    "in flight without steady": (
+        {"search.in_flight": 3},
+        ["search.in_flight", "mode sequential decides", "mode: steady"],
+    ),
     "unknown order": ({"order": "exakt"}, ["order", "'exakt'", "'exact' or 'arrival'"]),
     "a share of no worker": ({"pool.share": 0}, ["pool.share", "0", "write"]),
     "unknown merger": ({"search.merger": {"method": "tie"}}, ["search.merger.method", "'tie'", "'ties'"]),

@@ -544,7 +544,9 @@ def test_a_list_proposes_what_it_holds():
 
 
 def test_cmaes_tunes_numbers_only():
-    with pytest.raises(BadInput, match=r"^search\.tune: cmaes can only tune numbers, and sign is a choice among words; fix it in"):
+    with pytest.raises(
+        BadInput, match=r"^search\.tune: cmaes can only tune numbers, and sign is a choice among words; fix it in"
+    ):
         build({"algorithm": "cmaes", "method": "ties", "tune": ["lambda", "sign"]})
 
 
