@@ -6,9 +6,9 @@ from evolver.threads import let_threads_sleep
 
 
 def start() -> int:
-    """The main job."""
+    """Run the search that the command line asks for, and return the exit status."""
     let_threads_sleep()
-    from cluster.job import run_job as job  # it brings torch, which reads how threads wait
+    from cluster.job import run_job as job  # this imports torch, which reads the environment when it is loaded
 
     return job()
 

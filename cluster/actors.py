@@ -16,17 +16,27 @@ from evolver.workers.worker import Worker
 
 @ray.remote
 class PopulationWorker:
-    """One per accelerator, or share of one: holds a worker, and with it experts, population and live model."""
+    """A Ray actor that holds one worker, and with it the opened experts, the cached population and the live model.
+
+    An actor has one accelerator, a share of one, or CPUs only.
+
+    Args:
+        plan: describes the run to the worker.
+        split: the items that the worker scores.
+        name: the worker's name in the ledger.
+
+    Raises BadInput where the worker cannot be built on this node.
+    """
 
     def __init__(self, plan: Plan, split: Split, name: str) -> None:
-        # An actor that was given no GPU must not take one that it happens to see.
+        # Ray may leave GPUs visible to an actor that asked for none. Such an actor must not use them.
         device = default_device() if ray.get_gpu_ids() else "cpu"
         self.worker = Worker(plan, split, name, device=device)
 
     def ready(self) -> dict[str, Any]:
-        """Answers once the worker is built: who and where it is."""
+        """The process id and the node id of the worker. Ray answers this call only after the worker is built."""
         return {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
 
     def evaluate(self, message: bytes) -> bytes:
-        """Score a packed candidate, return the packed result."""
+        """Score a candidate, and return the result; both travel as ``evolver.workers.messages`` packs them."""
         return pack_result(self.worker.evaluate(unpack_candidate(message)))

@@ -8,10 +8,11 @@ import signal
 
 
 def connect() -> None:
-    """Join the cluster of this job or of RAY_ADDRESS (``auto`` is the one that was started here), or start our own.
+    """Join the cluster of this Ray job or of RAY_ADDRESS; where neither names one, start a cluster on this machine.
 
-    One of our own has token authentication on: Ray, from 2.60 on, makes the token where there is none yet. Nothing is
-    joined unasked: what Ray remembers as the last cluster of this machine may be gone, and it would wait for that.
+    ``RAY_ADDRESS=auto`` is the cluster that was started on this machine. A cluster that is started here has token
+    authentication on; Ray creates the token where there is none yet (from Ray 2.60 on). No cluster is joined unless it
+    is named, because Ray would otherwise try the last cluster of this machine, and wait for it even if it is gone.
     """
     import ray
 
@@ -19,6 +20,6 @@ def connect() -> None:
         return
     handler = signal.getsignal(signal.SIGTERM)
     address = os.environ.get("RAY_ADDRESS", "local")
-    dashboard = False if address == "local" else None  # others have theirs, or not
+    dashboard = False if address == "local" else None  # a cluster that is joined decides about its own dashboard
     ray.init(address, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
-    signal.signal(signal.SIGTERM, handler)  # Ray's own ends the process on the spot
+    signal.signal(signal.SIGTERM, handler)  # ray.init installs a handler that ends the process at once

@@ -1,7 +1,7 @@
 """The job: from the command line to a finished run, on a laptop or inside a Ray job.
 
-Exit status: 0 done (or a Ray job that was stopped), 2 bad input, 3 stopped with everything finished kept, 1 a fault
-of ours.
+The exit status is 0 when the run is done (or when a Ray job was stopped), 2 when the user's input is wrong, 3 when the
+run was stopped and can be continued, and 1 when Evolver itself has a bug.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from evolver.workers.plan import Plan
 from evolver.workers.shared import SharedPool
 from evolver.workers.worker import choose_compute
 
-# What Ray tells the driver of a job, and how ids begin that Ray drew itself.
+# The environment variable in which Ray describes a job to its driver, and the prefix of ids that Ray chose itself.
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 DRAWN_BY_RAY = "raysubmit_"
 RESULTS = (
@@ -42,14 +42,24 @@ RESULTS = (
 
 
 class Stopped(BaseException):
-    """Somebody asked the run to stop. Like KeyboardInterrupt no Exception, so that no worker takes it for a failure."""
+    """The process was asked to stop (SIGTERM).
+
+    It does not derive from Exception, as KeyboardInterrupt does not: a worker turns every Exception into a failed
+    result.
+    """
 
 
 def run_job(arguments: Sequence[str] | None = None) -> int:
-    """Run the configuration that the command line names."""
+    """Run the configuration that the command line names, and return the exit status.
+
+    Args:
+        arguments: of ``evolve.py``; default: those of this process.
+    """
     parser = argparse.ArgumentParser(prog="evolve.py", description="Search for the best merge of fine-tuned models.")
-    parser.add_argument("config", help="YAML file of the run")
-    parser.add_argument("--run", help="name of the run (default: the id of the Ray job, if you chose one; else `run:`)")
+    parser.add_argument("config", help="the YAML file of the run")
+    parser.add_argument(
+        "--run", help="name of the run (default: the id of the Ray job if you chose one, else the key `run`)"
+    )
     parser.add_argument("--results", help=RESULTS)
     given = parser.parse_args(arguments)
     try:
@@ -61,11 +71,12 @@ def run_job(arguments: Sequence[str] | None = None) -> int:
 
 
 def drive(given: ConfigText, results: str | None, name: str | None) -> int:
-    """Run a configuration, or the rest of it, and tell on the terminal how it goes; the exit status.
+    """Run a configuration or continue it, show its progress on the terminal, and return the exit status.
 
     Args:
-        results: folder of all runs; default: see ``results_at``.
-        name: of the run; default: the id of the Ray job, if somebody chose one, else the configuration's.
+        given: the configuration.
+        results: folder of all runs, or its URI; default: see ``results_at``.
+        name: name of the run; default: the id of the Ray job if the user chose one, else the key ``run``.
     """
     signal.signal(signal.SIGTERM, _stop)
     shown = display()
@@ -77,20 +88,20 @@ def drive(given: ConfigText, results: str | None, name: str | None) -> int:
         print(error, file=sys.stderr)
         return 2
     except (Stopped, KeyboardInterrupt, SystemError) as error:
-        # Compiled code, as Ray's, says SystemError where a signal has raised something inside of it.
+        # Where a signal handler raises inside of compiled code such as Ray's, a SystemError arrives here instead.
         if isinstance(error, SystemError) and not isinstance(error.__cause__, Stopped | KeyboardInterrupt):
             raise
-        shown.say("stopped; everything that finished is kept: the same command goes on from here")
-        # `ray job stop` is no failure, and Ray says itself that the job was stopped.
+        shown.say("stopped; everything that finished is kept, and the same command continues the run")
+        # A Ray job that exits with another status counts as failed, although `ray job stop` was asked for.
         return 0 if in_ray_job() else 3
     finally:
         shown.close()
 
 
 def run_here(given: ConfigText, results: Storage, name: str | None, shown: Display) -> Storage:
-    """Run a configuration, or the rest of it, on the pool that it asks for; the run's folder.
+    """Run a configuration or continue it on the pool that it asks for, and return the run's folder.
 
-    Raises BadInput for anything that the user has to mend.
+    Raises BadInput for anything that the user has to correct.
     """
     device = device_of(given.parsed().pool)
     return run(given, results, make_pool, shown, device, name, this_job(), choose_for_workers)
@@ -99,7 +110,7 @@ def run_here(given: ConfigText, results: Storage, name: str | None, shown: Displ
 def make_pool(plan: Plan, split: Split, tasks: Tasks) -> Pool:
     """The pool that the configuration asks for.
 
-    Raises BadInput for an unknown kind, or a pool that can never be.
+    Raises BadInput for an unknown ``pool.kind``, and for a pool whose workers no node could ever hold.
     """
     settings, scale = plan.config.pool, tasks.scale(split)
     pool = pool_named(pool_kind(settings))(plan, split, tasks)
@@ -110,7 +121,7 @@ def make_pool(plan: Plan, split: Split, tasks: Tasks) -> Pool:
 
 
 def choose_for_workers(config: Config) -> ComputeChoice:
-    """The dtype of forward passes that is faster where the workers of a configuration are."""
+    """Measure, on a machine where the workers of a configuration run, in which dtype forward passes are faster."""
     if not uses_ray(config.pool):
         return choose_compute(config)
     from cluster.survey import choose_on_ray
@@ -120,14 +131,14 @@ def choose_for_workers(config: Config) -> ComputeChoice:
 
 
 def device_of(settings: PoolSettings) -> str:
-    """Where this process computes. The driver of a Ray job has no GPU to itself, and uses the CPU."""
+    """The device on which this process computes: the CPU where Ray actors do the work, because they need the GPUs."""
     return "cpu" if uses_ray(settings) else default_device()
 
 
 def pool_kind(settings: PoolSettings) -> str:
-    """The kind of pool: Ray's where nothing else is asked for and Ray started this process, else this machine's.
+    """The kind of pool. ``auto`` means ``ray`` in a process that Ray started as a job, and ``local`` elsewhere.
 
-    Raises BadInput for an unknown one.
+    Raises BadInput for an unknown kind.
     """
     kind = ("ray" if in_ray_job() else "local") if settings.kind == "auto" else settings.kind
     check_pool(kind)
@@ -145,20 +156,23 @@ def in_ray_job() -> bool:
 
 
 def submission_id() -> str | None:
-    """The id of this Ray job, where somebody chose one: jobs of one id are one run."""
+    """The id of this Ray job if the user chose it, else None. It names the run: a job that is submitted again under
+    the same id continues the same run.
+    """
     job = this_job()
     return None if job is None or job.id.startswith(DRAWN_BY_RAY) else job.id
 
 
 def this_job() -> Job | None:
-    """The Ray job that this process is."""
+    """The Ray job that this process drives; None where it drives none."""
     found = json.loads(os.environ.get(RAY_JOB, "{}")).get("metadata", {}).get("job_submission_id")
     return Job(found, os.environ.get("RAY_ADDRESS", "auto")) if found else None
 
 
 def results_at(given: str | None) -> Storage:
-    """Where runs are kept: what was given, else ./results, else (in a Ray job, whose folder is a copy that vanishes)
-    ``~/evolver-results``.
+    """The folder of all runs: the one that was given, else ``./results``, or ``~/evolver-results`` in a Ray job.
+
+    Ray copies the working folder of a job and deletes the copy later, so results must not lie there.
     """
     return storage_at(given or (Path.home() / "evolver-results" if in_ray_job() else Path("results")))
 

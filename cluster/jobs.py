@@ -1,7 +1,8 @@
-"""The jobs of Ray clusters, for the dashboard: stopped and submitted again through Ray's own job API.
+"""How the dashboard stops Ray jobs and submits them again, through Ray's job API.
 
-``RAY_API_SERVER_ADDRESS`` names the API where it cannot be asked for under the address that the job knew. Where the
-cluster asks for a token, it is found as by ``ray job``: by ``RAY_AUTH_MODE=token`` and Ray's own file.
+A run's folder holds the address of the API as the job saw it. Where this machine needs another address for it, the
+environment variable ``RAY_API_SERVER_ADDRESS`` names it. Where the cluster asks for a token, the client finds it as
+the command ``ray job`` does: with ``RAY_AUTH_MODE=token`` it reads Ray's own token file.
 """
 
 from __future__ import annotations
@@ -16,46 +17,49 @@ from evolver.errors import BadInput
 from evolver.runs.about import Job
 
 WAIT_SECONDS = 10.0
-JOB_WAITS, JOB_FAILED = "PENDING", "FAILED"  # in Ray's words
+JOB_WAITS, JOB_FAILED = "PENDING", "FAILED"  # states of a job, as Ray's API writes them
 
 
 class RayJobs:
-    """Jobs by the submission ids and addresses that their runs have noted."""
+    """Stops and resumes jobs, which it finds by the submission id and the address in the run's folder."""
 
     def stop(self, job: Job) -> None:
         """Ask a job to stop, as ``ray job stop`` does.
 
-        Raises BadInput where its cluster does not answer or does not know it.
+        Raises BadInput where the cluster does not answer or does not know the job.
         """
         with _asking(job) as client:
             client.stop_job(job.id)
 
     def resume(self, job: Job, arguments: list[str]) -> None:
-        """Submit a job again under its id, in the environment that it had.
+        """Submit a job again under the same id and with the same runtime environment.
 
         Args:
-            arguments: of ``evolver``, to be called instead of what was called then; empty: the same again.
+            arguments: arguments of ``evolver`` that replace the command of the job; empty: the same command again.
 
-        Raises BadInput where its cluster does not answer or does not know it, or the job does not end.
+        Raises BadInput where the cluster does not answer or does not know the job, where the job has not ended after
+        WAIT_SECONDS, and where it fails at once.
         """
         with _asking(job) as client:
             was = client.get_job_info(job.id)
             command = was.entrypoint if not arguments else _command(was.entrypoint, arguments)
-            # One that was asked to stop takes a moment.
+            # A job that was asked to stop needs a moment to end.
             if not _comes(lambda: client.get_job_status(job.id).is_terminal()):
                 raise BadInput(f"job {job.id} has not ended; wait for it, or stop it first.")
-            client.delete_job(job.id)  # Ray gives an id once
+            client.delete_job(job.id)  # Ray refuses an id as long as it remembers a job of this id
             client.submit_job(
                 entrypoint=command, submission_id=job.id, runtime_env=was.runtime_env, metadata=was.metadata
             )
             _comes(lambda: client.get_job_status(job.id) != JOB_WAITS)
             now = client.get_job_info(job.id)
-            if now.status == JOB_FAILED:  # its environment may be gone: Ray keeps a job's working folder for a while
-                raise BadInput(f"job {job.id} failed ({now.message}); submit it again from where its folder is.")
+            if now.status == JOB_FAILED:  # Ray may have deleted the job's working folder, which it keeps for a while
+                raise BadInput(
+                    f"job {job.id} failed ({now.message}); submit it again from the folder that it was submitted from."
+                )
 
 
 def _comes(true: Callable[[], bool]) -> bool:
-    """Whether something comes true in a while."""
+    """Whether a condition becomes true within WAIT_SECONDS."""
     until = time.monotonic() + WAIT_SECONDS
     while not (found := true()) and time.monotonic() < until:
         time.sleep(0.5)
@@ -63,21 +67,21 @@ def _comes(true: Callable[[], bool]) -> bool:
 
 
 def _command(entrypoint: str, arguments: list[str]) -> str:
-    """``evolver`` by the interpreter that the job was started with."""
+    """A command line that calls ``evolver`` with the interpreter of the job's own command."""
     first = next((word for word in shlex.split(entrypoint) if "python" in word.rpartition("/")[2]), "python")
     return shlex.join([first, "-m", "evolver", *arguments])
 
 
 @contextmanager
 def _asking(job: Job) -> Iterator[Any]:
-    from ray.job_submission import JobSubmissionClient  # Ray takes seconds to import: only who asks pays
+    from ray.job_submission import JobSubmissionClient  # importing Ray takes seconds, so it is imported only here
 
     try:
         yield JobSubmissionClient(job.address)
     except BadInput:
         raise
-    except Exception as error:  # the client raises half a dozen kinds, and RuntimeError for most of them
+    except Exception as error:  # the client raises half a dozen classes, mostly RuntimeError
         raise BadInput(
-            f"job {job.id} at {job.address}: {' '.join(str(error).split())[:300]}; where the address is another one "
-            "from here, name it by RAY_API_SERVER_ADDRESS."
+            f"job {job.id} at {job.address}: {' '.join(str(error).split())[:300]}; if this machine "
+            "reaches the cluster under another address, set RAY_API_SERVER_ADDRESS to it."
         ) from error

@@ -1,4 +1,7 @@
-"""Which nodes can be reached. Ray finds out, too, but takes minutes where packets are lost without a word."""
+"""Finds out which nodes can be reached.
+
+Ray finds it out as well, but takes minutes where a broken network drops packets without an error.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 
 import ray
 
-# A node is asked so often, and taken for lost when it has not answered so many times in a row.
+# Every node is asked every PULSE_SECONDS. It counts as lost after it has not answered MISSES times in a row.
 PULSE_SECONDS = 5.0
 MISSES = 3
 CONNECT_SECONDS = 2.0
@@ -18,7 +21,11 @@ PULSES_AT_ONCE = 32
 
 
 def is_alive(node: Mapping[str, Any]) -> bool:
-    """Whether the daemon of a node, as ``ray.nodes()`` describes it, can be reached."""
+    """Whether Ray's daemon on a node can be reached.
+
+    Args:
+        node: as ``ray.nodes()`` describes it.
+    """
     if not node["Alive"]:
         return False
     try:
@@ -29,7 +36,7 @@ def is_alive(node: Mapping[str, Any]) -> bool:
 
 
 class Pulse:
-    """Asks all nodes of the cluster again and again, in a thread of its own, until it is closed."""
+    """Asks all nodes of the cluster every PULSE_SECONDS, in a thread of its own, until it is closed."""
 
     def __init__(self) -> None:
         self._misses: dict[str, int] = {}
@@ -37,11 +44,11 @@ class Pulse:
         threading.Thread(target=self._beat, daemon=True).start()
 
     def lost(self, node: str) -> bool:
-        """Whether a node, by its id, has not answered for a while."""
+        """Whether the node with this id has not answered the last MISSES times."""
         return self._misses.get(node, 0) >= MISSES
 
     def close(self) -> None:
-        """Ask no more."""
+        """Stop asking."""
         self._end.set()
 
     def _beat(self) -> None:

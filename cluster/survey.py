@@ -1,4 +1,4 @@
-"""What is asked of a cluster before a run begins: in which dtype its workers compute faster."""
+"""Measures on a Ray cluster, before a run begins, in which dtype its workers compute faster."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from evolver.workers.worker import choose_compute
 
 
 def choose_on_ray(config: Config) -> ComputeChoice:
-    """Have a task with the resources of a worker choose; it waits for a place as a worker does.
+    """Have a Ray task measure the dtypes and choose one. The task asks for the same resources as a worker, so that it
+    runs where a worker would run, and it waits until these resources are free.
 
-    Raises BadInput where no node could ever hold a worker, or the task cannot be carried out.
+    Raises BadInput where no node could ever hold a worker, and where the task fails.
     """
     options = worker_options(config)
     try:
@@ -27,12 +28,12 @@ def choose_on_ray(config: Config) -> ComputeChoice:
             raise cause from error
         said = " ".join(str(cause or error).split())[:300]
         raise BadInput(
-            f"pool: no worker could say in which dtype it computes faster ({said}); name one under model.compute."
+            f"pool: no worker could measure in which dtype it computes faster ({said}); write one as model.compute."
         ) from error
     return found
 
 
 @ray.remote
 def _chosen(config: Config) -> ComputeChoice:
-    # A task that was given no GPU must not take one that it happens to see.
+    # Ray may leave GPUs visible to a task that asked for none. Such a task must not use them.
     return choose_compute(config, default_device() if ray.get_gpu_ids() else "cpu")

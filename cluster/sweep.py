@@ -1,4 +1,4 @@
-"""A sweep: a grid of configurations and seeds, each cell a run of its own, gathered into one table."""
+"""A sweep: a grid of configurations and seeds. Each cell of the grid is a run of its own; one table gathers them."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ POLL_SECONDS = 5.0
 
 
 class SweepSettings(Section):
-    """What a sweep file says."""
+    """The keys of a sweep file."""
 
-    sweep: str = Field(pattern=NAME, description="name of the sweep, with which the names of its runs begin")
-    config: str = Field(description="configuration of a run; relative paths start at this file")
+    sweep: str = Field(pattern=NAME, description="name of the sweep; the names of its runs begin with it")
+    config: str = Field(description="YAML file of a run; a relative path starts at the folder of the sweep file")
     vary: dict[str, list[Any]] = Field(
         min_length=1, description="key of the configuration (search.F) → its values; every combination is a run"
     )
@@ -41,7 +41,13 @@ class SweepSettings(Section):
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep: its name, what is varied in it, and its whole configuration."""
+    """One run of a sweep.
+
+    Attributes:
+        name: name of the run, which is the sweep's name and a hash of the values.
+        values: the keys that are varied, with their values in this run.
+        config: the whole configuration of the run.
+    """
 
     name: str
     values: dict[str, Any]
@@ -50,22 +56,22 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The cells of a grid, the last key varying fastest."""
+    """The name of a sweep and the cells of its grid, in which the last key varies fastest."""
 
     name: str
     cells: tuple[Cell, ...]
 
 
 def load_sweep(file: Path) -> Sweep:
-    """Read a sweep and check every configuration of it.
+    """Read a sweep file and check the configuration of every run in it.
 
-    Raises BadInput that names file and key.
+    Raises BadInput, naming file and key, for a file or a configuration that is wrong, and for values that stand twice.
     """
     settings = check_section(SweepSettings, config_at(file).mapping(SweepSettings.model_fields), str(file))
     base = config_at(file.parent / settings.config).mapping(Config.model_fields)
     for key, listed in settings.vary.items():
         if not listed:
-            raise BadInput(f"{file}: vary.{key}: there are no values; list some.")
+            raise BadInput(f"{file}: vary.{key}: the list is empty; list at least one value.")
     cells = []
     for combination in itertools.product(*settings.vary.values()):
         values = dict(zip(settings.vary, combination, strict=True))
@@ -76,21 +82,23 @@ def load_sweep(file: Path) -> Sweep:
         check_section(Config, config, f"{file} ({_said(values)})")
         cells.append(Cell(config["run"], values, config))
     if len({c.name for c in cells}) < len(cells):
-        raise BadInput(f"{file}: vary: a value stands twice; a run is made once.")
+        raise BadInput(f"{file}: vary: a value stands twice; list every value once.")
     return Sweep(settings.sweep, tuple(cells))
 
 
 def run_all(
     sweep: Sweep, results: str, at_once: int, address: str | None, say: Callable[[str], None]
 ) -> dict[str, int]:
-    """Run every cell that is not done yet; the exit status of each by name.
+    """Run every cell that is not done yet, and return the exit status of each run by its name.
 
     Args:
-        results: folder or URI of all runs.
-        at_once: how many run at the same time.
-        address: of a Ray cluster's dashboard, where each run is a job; None: each is a process here.
+        results: folder of all runs, or its URI.
+        at_once: how many runs go on at the same time.
+        address: address of a Ray cluster's dashboard, where every run becomes a job; None: every run is a process on
+            this machine.
+        say: is called with each line that is to be printed.
     """
-    # In the working folder, as that is what a Ray job gets a copy of (but for what git ignores).
+    # The files lie in the working folder because Ray copies this folder to a job (without what git ignores).
     files = Path(".evolver-sweeps") / sweep.name
     files.mkdir(parents=True, exist_ok=True)
     start = _process if address is None else _job(address)
@@ -111,7 +119,10 @@ def run_all(
 
 
 def gather(sweep: Sweep, results: str) -> str:
-    """The table of all runs, and of the seeds together where they vary; it is written to ``SWEEP.md``, too."""
+    """The table of all runs in Markdown. Where seeds vary, a second table has their means and standard errors.
+
+    The text is also written to ``<name of the sweep>.md`` in the folder of all runs.
+    """
     root = storage_at(results)
     rows: list[list[str]] = []
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -149,7 +160,7 @@ def _together(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _spread(values: Sequence[float], sign: str = "") -> str:
-    """Mean and standard error."""
+    """Mean and standard error of some values; the mean alone of a single value."""
     mean = f"{statistics.fmean(values):{sign}.4f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}"
 
@@ -159,7 +170,7 @@ def _number(value: float | None) -> str:
 
 
 def _process(name: str, file: Path, results: str) -> tuple[int, str]:
-    """A run as a process here: its exit status, and the last that it said."""
+    """Run a configuration in a process of this machine; its exit status, and the last line that it printed."""
     command = [sys.executable, "-m", "evolver", "run", str(file), "--results", results]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     said = (done.stderr or done.stdout).strip().splitlines()
@@ -167,14 +178,14 @@ def _process(name: str, file: Path, results: str) -> tuple[int, str]:
 
 
 def _job(address: str) -> Callable[[str, Path, str], tuple[int, str]]:
-    from ray.job_submission import JobStatus, JobSubmissionClient  # seconds, which processes need not wait for
+    from ray.job_submission import JobStatus, JobSubmissionClient  # importing Ray takes seconds
 
     client = JobSubmissionClient(address)
 
     def run(name: str, file: Path, results: str) -> tuple[int, str]:
         known = {job.submission_id: job.status for job in client.list_jobs()}
         if name in known and JobStatus(known[name]).is_terminal():
-            client.delete_job(name)  # Ray keeps an id until then; the run itself is in its folder
+            client.delete_job(name)  # frees the id for a new job; the run itself stays in its folder
         if name not in known or JobStatus(known[name]).is_terminal():
             command = f"python evolve.py {file} --results {results}"
             client.submit_job(entrypoint=command, submission_id=name, runtime_env={"working_dir": os.getcwd()})
@@ -189,7 +200,7 @@ def _job(address: str) -> Callable[[str, Path, str], tuple[int, str]]:
 
 
 def _set(config: dict[str, Any], key: str, value: Any, place: str) -> None:
-    """Set a dotted key; a number is a place in a list."""
+    """Set a dotted key of a configuration; a number in it is an index in a list, as in ``evaluation.tasks.0.dev``."""
     *path, last = key.split(".")
     inside: Any = config
     for part in path:
@@ -203,7 +214,7 @@ def _set(config: dict[str, Any], key: str, value: Any, place: str) -> None:
 
 def _member(inside: Any, part: str, place: str) -> Any:
     if not (isinstance(inside, list) and part.isdigit() and int(part) < len(inside)):
-        raise BadInput(f"{place}: the configuration has no such place; name a key, or the number of a list's member.")
+        raise BadInput(f"{place}: the configuration has no such key; in a list, use the index of a member.")
     return inside[int(part)]
 
 

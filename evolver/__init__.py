@@ -14,7 +14,7 @@ __all__ = ["answers", "evaluate", "ledger_table", "merge", "run"]
 
 
 def __getattr__(name: str) -> Any:
-    """The Python API, imported when it is asked for: torch alone takes a second."""
+    """Import the Python API only when it is used, because importing torch alone takes a second."""
     if name in __all__:
         return getattr(importlib.import_module("evolver.commands.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

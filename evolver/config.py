@@ -1,28 +1,32 @@
-"""The configuration: YAML in, strict typed settings out, every complaint one sentence with file, key and remedy.
+"""The configuration of a run: reads YAML, checks it strictly, and returns typed settings.
 
-Ground floor: it knows the sections of a configuration, not the algorithms. The section ``search`` is handed on as it
-stands; the algorithm that it names checks it against its own settings with ``check_section``.
+Every error is one sentence that names the file, the key and the remedy. This module knows the sections of a
+configuration but not the search algorithms. It passes the section ``search`` on unchecked; the algorithm that the
+section names then checks it against its own settings with ``check_section``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from evolver.errors import BadInput, nearest
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+FUNCTION = r"^.+\.py:[A-Za-z_]\w*$"
 
 
 class Section(BaseModel):
-    """A part of the configuration: frozen, no unknown keys, no silent conversion of types."""
+    """A part of the configuration. It cannot be changed, refuses unknown keys, and never converts types silently."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -31,118 +35,163 @@ SectionType = TypeVar("SectionType", bound=Section)
 
 
 class ModelSettings(Section):
-    """The common ancestor of the experts and the kind of model that it is."""
+    """The base model, from which all experts were fine-tuned, and how models are evaluated and stored."""
 
-    base: str = Field(description="Hugging Face folder of the base, a GGUF file, or a hub id")
+    base: str = Field(description="the base: its Hugging Face folder, a GGUF file, or a hub id")
     kind: Literal["causal-lm", "seq2seq", "classifier", "image-classifier"] = Field(
-        "causal-lm", description="what the model is evaluated as"
+        "causal-lm", description="the kind of model that base and experts are evaluated as"
     )
     heads: Literal["merged", "apart", "union"] = Field(
         "merged",
-        description="classification heads: merged as they stand; kept apart, each task scored with one expert's; or "
-        "merged over the union of the experts' labels",
+        description="classification heads. merged: heads are merged like any other tensors. apart: "
+        "heads are not merged, and each task is scored with the head of one expert. union: heads are merged row by "
+        "row, matched by label, so that the model knows the labels of all experts",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="dtype that merged weights are rounded to and stored in; auto: that of the base"
+        "auto", description="dtype that merged weights are rounded to and stored in; auto: the dtype of the base"
     )
     compute: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto",
-        description="dtype of forward passes; auto: that of the weights or float32, whichever is faster where the "
-        "first worker is, for the whole run",
+        description="dtype of forward passes; auto: the dtype of the weights or float32. Evolver times both where the "
+        "workers run, when a run starts, and uses the faster one for the whole run",
     )
 
 
 class DataSet(Section):
-    """A data set of the ``datasets`` library: of a hub, or of a local folder."""
+    """A data set of the ``datasets`` library, from a hub or from a local folder."""
 
-    path: str
-    name: str | None = None
-    split: str
+    path: str = Field(description="hub id or folder of the data set")
+    name: str | None = Field(None, description="configuration of the data set, where it has several")
+    split: str = Field(description="split of the data set, such as test")
 
     @property
     def spelled(self) -> str:
+        """Path, name and split in one string, for messages and item names."""
         return "/".join(p for p in (self.path, self.name, self.split) if p)
 
 
 class TaskEntry(Section):
-    """One task: which items the search may see (dev), and which are scored once, at the end (report)."""
+    """One task. The search sees its dev items only; its report items are scored once, at the end of the run."""
 
     task: str = Field(
         min_length=1,
-        description="name of an lm-eval task or group; a name of your own where data or function is given",
+        description="name of an lm-eval task or group; if you give data or function, any name that you choose",
     )
-    metric: str = Field("acc", description="metric, in lm-eval's spelling; classifier: acc, macro_f1, mcc or pearson")
-    weight: float = Field(1.0, gt=0, description="weight of the task's metric in the score")
-    dev: int = Field(ge=1, description="number of dev items")
-    report: int = Field(ge=1, description="number of report items")
+    metric: str = Field(
+        "acc",
+        description="metric: of an lm-eval task as lm-eval spells it, with a filter after a comma if there are "
+        "several; of a classifier: acc, macro_f1, mcc or pearson",
+    )
+    weight: float = Field(
+        1.0, gt=0, description="weight of this task's metric in the score, which is the weighted mean of all tasks"
+    )
+    dev: int = Field(ge=1, description="number of dev items, which the search sees")
+    report: int = Field(ge=1, description="number of report items, which are scored once at the end")
     report_task: str | None = Field(
-        None, min_length=1, description="take report items from this task instead of splitting one"
+        None,
+        min_length=1,
+        description="lm-eval task that the report items are taken from; default: the same task as the dev items",
     )
-    num_fewshot: int | None = Field(None, ge=0, description="as evaluation.num_fewshot, for this task")
-    gen_kwargs: dict[str, Any] | None = Field(None, description="as evaluation.gen_kwargs, for this task")
+    num_fewshot: int | None = Field(None, ge=0, description="like evaluation.num_fewshot, for this task only")
+    gen_kwargs: dict[str, Any] | None = Field(None, description="like evaluation.gen_kwargs, for this task only")
     data: str | DataSet | None = Field(
         None,
-        description="a JSONL, CSV, TSV or Parquet file, or path, name and split of a `datasets` set: what a classifier "
-        "or a function is scored on; language model: a file of these or a text, for its perplexity",
+        description="your own data: a JSONL, JSON, CSV, TSV or Parquet file, or a mapping with path, name and split of "
+        "a data set of the `datasets` library. Classifiers and functions are scored on its rows. For a language model, "
+        "also a text file; the perplexity of its passages is measured",
     )
-    report_data: str | DataSet | None = Field(None, description="the same for the report items")
+    report_data: str | DataSet | None = Field(
+        None, description="like data, for the report items; default: they are taken from data"
+    )
     function: str | None = Field(
         None,
-        pattern=r"^.+\.py:[A-Za-z_]\w*$",
-        description="FILE.py:NAME of a function `score(model, items)` that returns one number an item; "
-        "metric acc: between 0 and 1, mean: any, more being better",
+        pattern=FUNCTION,
+        description="FILE.py:NAME of a function `score(model, items)` that returns one number for each item, higher "
+        "being better. With metric acc the numbers lie between 0 and 1, with metric mean they may be any",
     )
     judge: str | None = Field(
-        None, description="kind of evaluation; default: function where one is given, else what model.kind stands for"
+        None,
+        description="kind of evaluation; default: function if function is given, else the one that fits model.kind",
     )
-    text: str = Field("text", description="key of the text")
-    image: str = Field("image", description="image classifier: key of the image, or of its file's path")
-    text_pair: str | None = Field(None, description="classifier: key of the second text of a pair")
+    text: str = Field("text", description="column of the data that holds the text")
+    image: str = Field("image", description="image classifiers: column that holds the image or the path of its file")
+    text_pair: str | None = Field(None, description="classifiers of pairs of texts: column that holds the second text")
     label: str = Field(
         "label",
-        description="classifier: key of the label (an integer or a label of the model), set of labels, or number",
+        description="classifiers: column that holds the label (an integer or a label of the model), the set of labels, "
+        "or the number to predict",
     )
     head: str | None = Field(
-        None, description="heads apart: the expert whose head scores this task; default: the one of the task's name"
+        None,
+        description="with model.heads: apart, the expert whose head scores this task; default: the expert that has the "
+        "name of the task",
     )
     threshold: float | None = Field(
-        None, gt=0, lt=1, description="classifier: several labels an item: those whose sigmoid is above it"
+        None,
+        gt=0,
+        lt=1,
+        description="classifiers with sets of labels: the model names the labels whose sigmoid is above this threshold",
     )
 
 
 class EvaluationSettings(Section):
-    """How candidates are scored. Everything here is part of the run's identity."""
+    """How candidates are scored. These settings cannot change within a run, since they influence its scores."""
 
-    tasks: list[TaskEntry] = Field(min_length=1)
-    include_path: str | None = Field(None, description="folder of further lm-eval task files")
-    num_fewshot: int | None = Field(None, ge=0, description="examples in the prompt; default: the task's own")
-    apply_chat_template: bool = Field(False, description="wrap prompts in the model's chat template")
-    fewshot_as_multiturn: bool = Field(True, description="with a chat template: each example is a turn of its own")
-    system_instruction: str | None = Field(None, description="system prompt")
-    gen_kwargs: dict[str, Any] | None = Field(
-        None, description="settings of generation over those of the tasks, such as max_gen_toks, until, temperature"
+    tasks: list[TaskEntry] = Field(min_length=1, description="list of tasks, at least one")
+    include_path: str | None = Field(None, description="folder with lm-eval task files of your own")
+    num_fewshot: int | None = Field(
+        None, ge=0, description="number of few-shot examples in a prompt; default: what the task says"
     )
-    confirm_run_unsafe_code: bool = Field(False, description="allow tasks that run code which the model wrote")
+    apply_chat_template: bool = Field(False, description="put prompts into the chat template of the base's tokenizer")
+    fewshot_as_multiturn: bool = Field(
+        True, description="with a chat template, each few-shot example becomes a turn of its own"
+    )
+    system_instruction: str | None = Field(None, description="system prompt for all tasks")
+    gen_kwargs: dict[str, Any] | None = Field(
+        None,
+        description="generation settings that replace those of the tasks, such as max_gen_toks, until, temperature",
+    )
+    confirm_run_unsafe_code: bool = Field(
+        False, description="allow tasks that execute code which the model has written"
+    )
     backend: str = Field(
-        "resident", description="resident: one live Hugging Face model; else a model type of lm-eval, such as vllm"
+        "resident",
+        description="resident: one Hugging Face model stays loaded and its weights are overwritten. Otherwise the name "
+        "of a model type of lm-eval, such as vllm, which is started on each candidate",
     )
     model_args: dict[str, Any] = Field(
         default_factory=dict,
-        description="arguments of the backend's class beside the candidate's folder; {port} and {model} are filled in",
+        description="further arguments for the backend; {port} and {model} are replaced by the server's port and the "
+        "candidate's folder",
     )
     serve: str | None = Field(
-        None, description="command that serves a candidate for the backend, such as `vllm serve {model} --port {port}`"
+        None,
+        description="command that starts a server on a candidate for the backend, such as "
+        "`vllm serve {model} --port {port}`",
     )
-    batch_tokens: int = Field(2048, ge=16, description="tokens, padding included, in one forward pass")
-    batch_size: int | None = Field(None, ge=1, description="most rows in one forward pass")
+    batch_tokens: int = Field(2048, ge=16, description="largest number of tokens in one forward pass, with padding")
+    batch_size: int | None = Field(
+        None, ge=1, description="largest number of rows in one forward pass; default: no limit"
+    )
     block_items: int = Field(
-        64, ge=1, description="items between two looks at whether to stop, in searches that may stop early"
+        64,
+        ge=1,
+        description="items that are scored at a time by searches that may stop early; after each block they look "
+        "whether to stop",
     )
-    early_stopping: bool = Field(True, description="stop once the remaining items cannot change the decision")
+    early_stopping: bool = Field(
+        True,
+        description="stop scoring a candidate when the remaining items can no longer change whether it is accepted",
+    )
     racing: float | None = Field(
-        None, gt=0, lt=0.5, description="error rate at which a race may reject a candidate early; default: none"
+        None,
+        gt=0,
+        lt=0.5,
+        description="error rate at which a sequential test may reject a candidate early; default: no such test",
     )
-    threads: int = Field(1, ge=1, le=1024, description="CPU threads of one worker; results in bfloat16 depend on it")
+    threads: int = Field(
+        1, ge=1, le=1024, description="CPU threads of one worker; their number influences how sums are rounded"
+    )
 
     @model_validator(mode="after")
     def _data_of_both(self) -> EvaluationSettings:
@@ -158,81 +207,92 @@ class EvaluationSettings(Section):
         names = [t.task for t in self.tasks]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"task {name!r} stands twice; give its items once, with one weight")
+                raise ValueError(f"task {name!r} is listed twice; list it once, with all its items and one weight")
         return self
 
 
 class Budget(Section):
-    """When the search ends: after so many candidates, or so many scored items. It may be raised later."""
+    """When the search ends: after a number of candidates, or of scored items. You may raise it later."""
 
-    candidates: int | None = Field(None, ge=1, description="candidates that the search may propose")
-    items: int | None = Field(None, ge=1, description="items that the search may score")
+    candidates: int | None = Field(None, ge=1, description="number of candidates that the search may propose")
+    items: int | None = Field(
+        None, ge=1, description="number of items that the search may score; known results cost nothing"
+    )
 
     @model_validator(mode="after")
     def _one_of(self) -> Budget:
         if self.candidates is None and self.items is None:
-            raise ValueError("give candidates or items")
+            raise ValueError("the budget has no limit; give candidates or items")
         return self
 
 
 class Baselines(Section):
-    """The plain merges that every winner is held against."""
+    """Merges that need no search. Every report compares the winner with them."""
 
     masses: list[float] = Field(
         default=[0.25, 0.5, 1.0, 1.5, 2.0],
-        description="total masses tried on the dev set for tuned task arithmetic with equal weights",
+        description="task arithmetic with equal weights is tried on the dev items with each of these total masses "
+        "(sums of the weights), and the best one is the tuned baseline",
     )
 
     @field_validator("masses")
     @classmethod
     def _positive(cls, masses: list[float]) -> list[float]:
         if not masses or min(masses) <= 0:
-            raise ValueError("give at least one mass, all above 0")
+            raise ValueError("the list needs at least one mass, all above 0")
         if len({f"{mass:g}" for mass in masses}) < len(masses):
             raise ValueError("a mass stands twice (six digits tell them apart); write each once")
         return masses
 
 
 class PoolSettings(Section):
-    """Where candidates are evaluated. Nothing here changes a result, so it may differ from call to call."""
+    """Where candidates are evaluated. These settings change no result, so each call of a run may use other ones."""
 
     kind: str = Field(
-        "auto", description="local: this machine; ray: Ray actors; auto: ray inside a Ray job, else local"
+        "auto", description="local: on this machine; ray: in Ray actors; auto: ray inside a Ray job, else local"
     )
     num_workers: int = Field(
         1,
         ge=1,
         le=100_000,
-        description="workers: Ray actors, of which those that find no place yet join when the cluster has one, or "
-        "processes on this machine",
+        description="number of workers, which are processes on this machine or Ray actors. Actors that do not fit on "
+        "the cluster join when there is room",
     )
-    num_cpus: float | None = Field(None, gt=0, description="CPUs of one actor; default: evaluation.threads")
+    num_cpus: float | None = Field(None, gt=0, description="CPUs of one Ray actor; default: evaluation.threads")
     num_gpus: float | None = Field(
-        None, ge=0, description="GPUs of one actor, or a share of one; default: 1 where the cluster has any, else 0"
+        None,
+        ge=0,
+        description="GPUs of one Ray actor, also a share such as 0.5; default: 1 if the cluster has GPUs, else 0",
     )
     resources: dict[str, float] = Field(
-        default_factory=dict, description="custom resources of one actor, as {a100: 1} of nodes started with them"
+        default_factory=dict,
+        description="custom Ray resources of one actor, such as {a100: 1}; a node must have been started with them",
     )
-    cache_gb: float = Field(2.0, ge=0, le=1e6, description="memory of one worker for already built models (GiB)")
+    cache_gb: float = Field(
+        2.0, ge=0, le=1e6, description="memory in GiB in which one worker keeps models that it has built"
+    )
     timeout_s: float | None = Field(
         None,
         gt=0,
         le=1e8,
-        description="seconds that one evaluation may take; a local worker then has a process of its own",
+        description="seconds after which an evaluation is ended and counts as failed; default: no limit",
     )
-    price_per_hour: float | None = Field(None, ge=0, description="what an hour of one worker costs, for the report")
-    watts: float | None = Field(None, ge=0, description="power of one worker, for the report")
+    price_per_hour: float | None = Field(
+        None, ge=0, description="price of one worker for an hour; the report then states costs"
+    )
+    watts: float | None = Field(None, ge=0, description="power of one worker in watts; the report then states energy")
     share: int = Field(
         1,
         ge=1,
         le=1000,
-        description="Ray actors that share the items of one candidate, block by block; the result is the same",
+        description="number of workers that share the items of one candidate; the result is the same as with one "
+        "worker",
     )
-    retries: int = Field(1, ge=0, le=1000, description="further tries of a candidate whose worker died")
+    retries: int = Field(1, ge=0, le=1000, description="how often a candidate is tried again after its worker died")
     ahead: bool = Field(
         True,
-        description="idle workers score what a search is guessed to ask for next; wrong guesses are thrown away, and "
-        "are not counted in the budget",
+        description="let idle workers score candidates that the search will probably ask for next. Wrong guesses do "
+        "not change the search and do not count against the budget",
     )
 
 
@@ -240,44 +300,52 @@ class Config(Section):
     """The whole configuration of one run."""
 
     run: str = Field(pattern=NAME, description="name of the run and of its folder under results/")
-    seed: int = Field(0, ge=0, lt=1 << 32, description="seed of everything that is drawn")
+    seed: int = Field(0, ge=0, lt=1 << 32, description="seed of all random draws")
     order: Literal["exact", "arrival"] = Field(
         "exact",
-        description="exact: results are learnt in the order of their candidates, and any number of workers makes the "
-        "same run; arrival: as they come, so that no worker waits for a slow one, and timing makes the run. Resuming "
-        "goes on exactly either way",
+        description="exact: the search learns results in the order of their candidates, so any number of workers gives "
+        "the same run. arrival: it learns results as they arrive, so no worker waits for a slow one, but timing "
+        "influences the run. With either, a resumed run continues exactly",
     )
-    model: ModelSettings
+    model: ModelSettings = Field(description="the base model and its kind")
     experts: dict[str, str] = Field(
-        description="name → folder of a fine-tune or of a LoRA adapter, a GGUF file, or a hub id"
+        description="mapping from a name for each expert to its folder (a fine-tune or a LoRA adapter), GGUF file or "
+        "hub id"
     )
-    search: dict[str, Any] = Field(description="algorithm and its settings")
-    budget: Budget
-    evaluation: EvaluationSettings
+    search: dict[str, Any] = Field(description="mapping with algorithm and the settings of this algorithm")
+    budget: Budget = Field(description="number of candidates or of scored items")
+    evaluation: EvaluationSettings = Field(description="tasks and how candidates are scored on them")
     baselines: Baselines = Baselines()
     pool: PoolSettings = PoolSettings()
     loggers: dict[str, dict[str, Any] | None] = Field(
-        default_factory=dict, description="trackers that are told of every result: name → settings, of those below"
+        default_factory=dict,
+        description="trackers that get every result: mapping from the name of a tracker to its settings (see Loggers "
+        "below)",
     )
 
     @field_validator("experts")
     @classmethod
     def _some_experts(cls, experts: dict[str, str]) -> dict[str, str]:
         if len(experts) < 2:
-            raise ValueError("give at least two experts")
+            raise ValueError("a merge needs several models; give at least two experts")
         for name in experts:
             if not re.match(NAME, name) or name in {"base", "average", "task_arithmetic", "winner"}:
-                raise ValueError(f"{name!r} cannot be the name of an expert; use letters, digits, '.', '_' and '-'")
+                raise ValueError(
+                    f"{name!r} cannot be the name of an expert; use {TEXT_FORMS[NAME]}, and none of the names base, "
+                    "average, task_arithmetic and winner"
+                )
         return experts
 
     @model_validator(mode="after")
     def _heads_of_classifiers(self) -> Config:
         if self.model.heads != "merged" and self.model.kind not in ("classifier", "image-classifier"):
-            raise ValueError(f"model.heads: a {self.model.kind} has no classification heads; write merged")
+            raise ValueError(
+                f"model.heads: a model of kind {self.model.kind} has no classification heads; write merged"
+            )
         for number, entry in enumerate(self.evaluation.tasks if self.model.heads == "apart" else ()):
             if (entry.head or entry.task) not in self.experts:
                 raise ValueError(
-                    f"evaluation.tasks[{number}].head: {entry.head or entry.task!r} is no expert; "
+                    f"evaluation.tasks[{number}].head: there is no expert {entry.head or entry.task!r}; "
                     f"{nearest(entry.head or entry.task, self.experts)}"
                 )
         return self
@@ -286,47 +354,57 @@ class Config(Section):
     @classmethod
     def _names_algorithm(cls, search: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(search.get("algorithm"), str):
-            raise ValueError("name the search with the key 'algorithm'")
+            raise ValueError("the search is not named; add the key 'algorithm'")
         return search
 
 
-# Pydantic's words, and ours.
+# Parts of pydantic's messages, and what a user of YAML calls the same.
 WORDING = {
     "a valid integer": "an integer",
+    "a valid string": "text (in quotes, if it looks like a number or a date)",
+    "a valid boolean": "true or false",
+    "a valid list": "a list",
     "a valid ": "a ",
-    "String should match pattern": "text matching",
     "String should have": "text of",
     "List should have": "a list of",
     " after validation, not 0": "",
 }
+# What texts have to look like, by their regular expression.
+TEXT_FORMS = {
+    NAME: "letters, digits, '.', '_' and '-', with a letter or digit first",
+    FUNCTION: "the file and the name of a function as FILE.py:NAME",
+}
 
-# What a run may change between two calls without becoming another run.
+# Keys that may change between two calls of a run. A change of any other key is refused.
 FREE_KEYS = ("run", "pool", "budget", "loggers")
 
 
 @dataclass(frozen=True)
 class ConfigText:
-    """A configuration as its author wrote it.
+    """The text of a configuration, not parsed yet.
 
     Attributes:
         text: YAML.
-        origin: the place that messages name: a file of the user's, or the copy in a run's folder.
+        origin: the file that error messages name: the user's own, or the copy in a run's folder.
     """
 
     text: str
     origin: str
 
     def parsed(self) -> Config:
-        """The configuration.
+        """The checked configuration.
 
-        Raises BadInput for what is no YAML, an unknown key (naming the nearest known one) or a wrong type.
+        Raises BadInput for text that is not YAML, an unknown key (naming the nearest known one) or a wrong type.
         """
         return check_section(Config, self.mapping(Config.model_fields), self.origin)
 
     def mapping(self, keys: Iterable[str]) -> dict[str, Any]:
-        """The mapping that the text holds; ``keys`` are those that it may have, for the message.
+        """The top-level mapping of the text, unchecked.
 
-        Raises BadInput for text that holds no mapping.
+        Args:
+            keys: the keys that it may have; only the error message uses them.
+
+        Raises BadInput for text that is not YAML or has no mapping at its top level.
         """
         raw = yaml_in(self.text, self.origin)
         if not isinstance(raw, dict):
@@ -344,13 +422,14 @@ def yaml_in(text: str, origin: str) -> Any:
     except RecursionError:
         raise BadInput(f"{origin}: its lists and mappings are nested too deeply; mend the file.") from None
     except (yaml.YAMLError, ValueError, TypeError) as error:  # a date of month 13 is a ValueError, {[]: 1} a TypeError
-        raise BadInput(f"{origin}: not valid YAML: {' '.join(str(error).split())[:300]}; mend the file.") from error
+        reason = " ".join(str(error).split())[:300]
+        raise BadInput(f"{origin}: the file is not valid YAML ({reason}); correct it there.") from error
 
 
 def config_at(path: str | Path) -> ConfigText:
-    """The configuration in a file, as it stands there.
+    """Read a configuration file without parsing it.
 
-    Raises BadInput for an unreadable file.
+    Raises BadInput for a file that cannot be read.
     """
     try:
         return ConfigText(Path(path).read_text(), str(path))
@@ -359,43 +438,52 @@ def config_at(path: str | Path) -> ConfigText:
 
 
 def load(path: str | Path) -> Config:
-    """The configuration in a file.
+    """Read and check a configuration file.
 
-    Raises BadInput for an unreadable file, an unknown key (naming the nearest known one) or a wrong type.
+    Raises BadInput for a file that cannot be read, an unknown key (naming the nearest known one) or a wrong type.
     """
     return config_at(path).parsed()
 
 
 def renamed(config: Config, run: str) -> Config:
-    """The configuration under another run name.
+    """A copy of the configuration with another run name.
 
-    Raises BadInput for what cannot be the name of a folder.
+    Raises BadInput for a name that a run's folder cannot have.
     """
     if not re.match(NAME, run):
-        raise BadInput(f"--run: {run!r} cannot be a run's name; use letters, digits, dots, dashes and underscores.")
+        raise BadInput(f"--run: {run!r} cannot be the name of a run; write {TEXT_FORMS[NAME]}.")
     return config.model_copy(update={"run": run})
 
 
 def computing(config: Config, compute: str) -> Config:
-    """The configuration with forward passes in this dtype."""
+    """A copy of the configuration with ``model.compute`` set to this dtype."""
     return config.model_copy(update={"model": config.model.model_copy(update={"compute": compute})})
 
 
 def check_section(kind: type[SectionType], raw: Mapping[str, Any], file: str, prefix: str = "") -> SectionType:
-    """``raw`` as a typed section; ``prefix`` is where it stands in the file, for the message.
+    """Check the mapping ``raw`` and return it as a typed section.
 
-    Raises BadInput that names file, key and remedy of the first complaint.
+    Args:
+        kind: the class of the section.
+        file: name of the file, for error messages.
+        prefix: dotted key of the section in the file, such as ``search.``, for error messages.
+
+    Raises BadInput for the first error found, naming file, key and remedy.
     """
     try:
         return kind.model_validate(dict(raw))
     except ValidationError as error:
-        # A misspelt key is missing under its right name, too: its hint says more.
-        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        # A misspelt key causes two errors, as the right key is missing: the unknown key comes first. Where a value may
+        # have one of several types, pydantic reports an error for each; the one deepest inside the value says most.
+        first = min(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", -len(e["loc"])))
         raise BadInput(f"{file}: {_sentence(kind, first, prefix)}") from None
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The keys, dotted, in which two nested mappings differ, with both values; None for a value that is not there."""
+    """Compare two nested mappings.
+
+    Yields, for every key in which they differ, the dotted key and both values; a missing value is None.
+    """
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
         if isinstance(b, Mapping) and (isinstance(a, Mapping) or key not in old):
@@ -408,14 +496,14 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def _sections(a: Any, b: Any) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """The pairs that two lists make which hold equally many mappings."""
+    """Pairs of the members of two lists, if both lists hold mappings only and equally many; else an empty list."""
     if not (isinstance(a, list) and isinstance(b, list) and len(a) == len(b)):
         return []
     return list(zip(a, b, strict=True)) if all(isinstance(one, Mapping) for one in (*a, *b)) else []
 
 
 def default_at(kind: type[BaseModel], key: str) -> Any:
-    """The default of a key, dotted, of a section; None where it has none, or where there is no such key."""
+    """The default of a dotted key of a section; None if the key has no default or does not exist."""
     first, _, rest = key.partition(".")
     name = first.partition("[")[0]
     if name not in kind.model_fields:
@@ -428,57 +516,83 @@ def default_at(kind: type[BaseModel], key: str) -> Any:
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error instead of a silent loss."""
+    """A YAML loader that refuses a mapping with the same key twice. PyYAML itself would silently keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(k, deep=True) for k, _ in node.value if not k.tag.endswith(":merge")]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def _sentence(kind: type[BaseModel], error: ErrorDetails, prefix: str) -> str:
-    place = prefix + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in error["loc"]).lstrip(".")
+    """One of pydantic's errors as a sentence that names the key, what is wrong, and what to write."""
+    *path, last = error["loc"] or ("",)
+    within = _at(kind, path)
+    keys, here = within.keys + _at(within.type, [last]).keys, _at(kind, error["loc"]).type
+    place = prefix + "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in keys).lstrip(".")
     place = place.replace("..", ".") or "the configuration"
     if error["type"] == "extra_forbidden":
-        known = _fields_at(kind, error["loc"][:-1])
-        return f"{place}: unknown key; {nearest(str(error['loc'][-1]), known)}"
+        return f"{place}: unknown key; {nearest(str(last), _fields(within.type))}"
     if error["type"] == "missing":
-        return f"{place}: missing; {_description(kind, error['loc']) or 'give a value'}."
-    said = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        description = _fields(within.type)[str(last)].description
+        return f"{place}: this key is missing; add it{f' ({description})' if description else ''}."
     if error["type"] == "value_error":
-        return f"{place}: {said}."
-    wanted = said
+        return f"{place}: {error['msg'].removeprefix('Value error, ')}."
+    return f"{place}: {error['input']!r} is not usable; write {_wanted(error, here)}."
+
+
+def _wanted(error: ErrorDetails, here: Any) -> str:
+    """What to write instead of a value of a wrong type or outside its range."""
+    if error["type"] in ("model_type", "dict_type"):
+        keys = ", ".join(_fields(here))
+        return f"a mapping with the keys {keys}" if keys else "a mapping"
+    if error["type"] == "string_pattern_mismatch":
+        return TEXT_FORMS[error["ctx"]["pattern"]]
+    wanted = error["msg"].removeprefix("Input should be ")
     for pydantic, plain in WORDING.items():
         wanted = wanted.replace(pydantic, plain)
-    return f"{place}: {error['input']!r} is not usable; write {wanted}."
+    return f"a number {wanted}" if wanted.startswith(("greater", "less")) else wanted
 
 
-def _fields_at(kind: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+@dataclass(frozen=True)
+class _Spot:
+    """A place in a configuration: the keys that lead to it as a user writes them, and the type of its value."""
+
+    keys: list[int | str]
+    type: Any
+
+
+def _at(kind: Any, loc: Sequence[int | str]) -> _Spot:
+    """Follow the location of one of pydantic's errors.
+
+    Where a value may have one of several types, pydantic puts the name of the type that it tried into the location
+    (``data.DataSet.path``). No configuration has such a key, so it is left out.
+    """
+    keys: list[int | str] = []
     for part in loc:
-        if isinstance(part, int):
+        choices = [c for c in get_args(kind) if c is not type(None)] if get_origin(kind) in (Union, UnionType) else []
+        tried = next((c for c in choices if getattr(c, "__name__", "") == part), None)
+        if tried is not None:
+            kind = tried
             continue
-        inner = _inner(kind, part)
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return []
-        kind = inner
-    return list(kind.model_fields)
+        kind = choices[0] if len(choices) == 1 else kind
+        keys.append(part)
+        inside = get_args(kind)
+        kind = _fields(kind)[part].annotation if part in _fields(kind) else inside[-1] if inside else None
+    return _Spot(keys, kind)
+
+
+def _fields(kind: Any) -> Mapping[Any, FieldInfo]:
+    """The fields of a section by key; none for any other type."""
+    return kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
 
 
 def _inner(kind: type[BaseModel], field: str) -> Any:
     """The type of a field, or of the members of a list."""
     annotation = kind.model_fields[field].annotation
     return getattr(annotation, "__args__", (annotation,))[0]
-
-
-def _description(kind: type[BaseModel], loc: tuple[int | str, ...]) -> str:
-    *path, last = loc
-    for part in path:
-        if not isinstance(part, int):
-            kind = _inner(kind, part)
-    field = kind.model_fields.get(str(last))
-    return f"it is the {field.description}" if field and field.description else ""
 
 
 # YAML 1.2 reads 1e-9 as a number; PyYAML wants a dot in it.

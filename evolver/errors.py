@@ -1,4 +1,4 @@
-"""The errors of this project. All of them can be sent from process to process."""
+"""The error classes of Evolver. All of them can be pickled and sent to another process."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Iterable
 
 
 class EvolverError(Exception):
-    """What all errors that this project raises by a name of its own have in common."""
+    """The base class of all error classes that Evolver defines."""
 
 
 class BadInput(EvolverError):
-    """Something that the user gave cannot be used.
+    """Something in the user's files or arguments cannot be used.
 
-    The message is one sentence that names the file, the key and what to write instead. The entry point prints
-    it without a traceback and exits with status 2.
+    The message is one sentence that names the file, the key and what to write instead. The command line prints it
+    without a traceback and exits with status 2.
     """
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt ``word``: the nearest known words, or the whole list where none is near."""
+    """A hint for a misspelt ``word``: the nearest known words, or a list of the known words if none is near."""
     known = sorted(set(known))
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     if close:

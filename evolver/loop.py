@@ -1,4 +1,4 @@
-"""The loop: ask, look up, submit, collect, record, tell. Everything that a run does passes through here."""
+"""The main loop of a search: ask for candidates, look up or evaluate them, record the results, and tell the search."""
 
 from __future__ import annotations
 
@@ -14,12 +14,20 @@ Guesses = Callable[[Callable[[Candidate], Result | None]], Iterator[Candidate]]
 
 
 def evolve(search: Search, pool: Pool, ledger: Ledger, watch: Watch, guesses: Guesses | None = None) -> None:
-    """Run a search to its end. A result is on disk before the search hears of it.
+    """Run a search to its end.
 
-    What the ledger holds is answered from it, so that a run which was killed goes on where it stopped. A recipe that
-    was scored before, or is being scored, is not scored again; one of which a part is known is scored from there on.
-    Where workers are idle, they score what the search is guessed to ask for next: ``guesses`` gets the results of
-    earlier guesses and says it. A guess changes when a result is there, never the result.
+    Each result is written to disk before the search is told of it. Results that the ledger holds are taken from there,
+    so a run that was killed continues where it stopped. A recipe that was scored before, or is being scored, is not
+    scored again; if a part of its items is known, only the rest is scored.
+
+    Args:
+        search: proposes candidates and learns from results.
+        pool: evaluates candidates.
+        ledger: holds all results on disk.
+        watch: called with every candidate and its result, after the search was told.
+        guesses: yields candidates that the search will probably ask for next, which idle workers then score. It is
+            called with a function that looks up the results of earlier guesses. A guess can make a result available
+            earlier but cannot change it. None: nothing is scored ahead.
     """
     flights = Flights(pool)
     followers: dict[str, list[Candidate]] = {}
@@ -49,7 +57,7 @@ def evolve(search: Search, pool: Pool, ledger: Ledger, watch: Watch, guesses: Gu
             dispatch(candidate)
         if not (flights.asked or followers):
             if not asked and not search.done:
-                raise RuntimeError("the search waits for results although none is outstanding")
+                raise RuntimeError("the search waits for a result, but no candidate is being evaluated")
             continue
         if guesses:
             run_ahead(guesses)

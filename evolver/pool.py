@@ -1,4 +1,4 @@
-"""What a pool is working on: candidates that were asked for, and guesses of those that will be."""
+"""The interface of a pool of workers, and the bookkeeping of the candidates that a pool is evaluating."""
 
 from __future__ import annotations
 
@@ -10,54 +10,61 @@ from evolver.records import Candidate, Result
 
 
 class Pool(Protocol):
-    """Where candidates are evaluated."""
+    """Evaluates candidates."""
 
     def free(self) -> int:
-        """How many more candidates can be taken at once."""
+        """The number of candidates that can be submitted now."""
         ...
 
-    def submit(self, candidate: Candidate) -> None: ...
+    def submit(self, candidate: Candidate) -> None:
+        """Start the evaluation of a candidate."""
+        ...
 
     def wait(self) -> list[Result]:
-        """At least one result of what was submitted, in any order; failures are results too."""
+        """Wait for at least one result of the submitted candidates, in any order. A failure is a result, too."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the workers. A closed pool is not used again."""
+        ...
 
 
 class Flights:
-    """No recipe is in the pool twice at a time.
+    """The candidates that are being evaluated. It takes care that no recipe is in the pool twice at the same time.
 
     Attributes:
-        asked: candidates that were asked for, by recipe id.
-        guessed: candidates that were only guessed, by recipe id.
+        asked: candidates that the search has asked for, by recipe id.
+        guessed: candidates that the search will probably ask for later, by recipe id.
     """
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self.asked: dict[str, Candidate] = {}
         self.guessed: dict[str, Candidate] = {}
-        self._queue: deque[Candidate] = deque()  # guesses that were wrong may leave no room
+        self._queue: deque[Candidate] = deque()  # asked for, but wrong guesses still occupy the pool
 
     @property
     def room(self) -> int:
-        """How many more candidates may be asked for: a guess gives way to them, or is one of them."""
+        """The number of further candidates that the search may be asked for.
+
+        Guesses do not count as occupied places: the next candidates may be among them, or wait until they are done.
+        """
         return max(0, self._free() + len(self.guessed))
 
     def holds(self, candidate: Candidate) -> bool:
-        """Whether its recipe is on its way to answer another question."""
+        """Whether its recipe is being evaluated for another candidate."""
         recipe = candidate.recipe.id
         return recipe in self.asked or self.guessed.get(recipe, candidate) != candidate
 
     def send(self, candidate: Candidate) -> None:
-        """Have a candidate evaluated, if it is not under way as a guess already."""
+        """Have a candidate evaluated, unless it is being evaluated as a guess already."""
         self.asked[candidate.recipe.id] = candidate
         if self.guessed.pop(candidate.recipe.id, None) is None:
             self._queue.append(candidate)
             self._fill()
 
     def guess(self, candidate: Candidate) -> bool:
-        """Have a candidate evaluated that nobody has asked for yet; False where no worker is free for it."""
+        """Have a candidate evaluated that the search has not asked for yet; False if no worker is free for it."""
         if self._free() <= 0:
             return False
         if candidate.recipe.id not in self.asked | self.guessed:
@@ -66,12 +73,12 @@ class Flights:
         return True
 
     def land(self) -> Iterator[tuple[Candidate, Result, bool]]:
-        """Wait for results: each with its candidate, and whether that was only guessed."""
+        """Wait for results, and yield each with its candidate and whether the candidate was only a guess."""
         self._fill()
         for result in self._pool.wait():
             for flights in (self.asked, self.guessed):
                 candidate = flights.get(result.recipe_id)
-                # What an earlier search left in the pool is nobody's.
+                # Results of candidates that an earlier search left in the pool are dropped.
                 if candidate is not None and (candidate.stage, candidate.number) == (result.stage, result.number):
                     yield flights.pop(result.recipe_id), result, flights is self.guessed
                     break

@@ -1,8 +1,8 @@
-"""The records that travel: recipes, candidates and results, with their canonical forms.
+"""The records that are stored and sent between processes: recipes, candidates and results.
 
-Ground floor: nothing here knows tensors, searches or files. A recipe is a small frozen graph that describes one model
-completely; its id is a Merkle hash, so that equal models have equal ids in every process, and a parent that is shared
-by many children is hashed and sent once.
+This module is on the ground floor and knows no tensors, searches or files. A recipe is a small immutable graph that
+describes one model completely. Its id is a Merkle hash: equal recipes have equal ids in every process, and a parent of
+many children is hashed and sent only once.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ from typing import Any, ClassVar, Literal, Self
 Value = bool | int | float | str | tuple[float, ...]
 Stage = Literal["baseline", "search", "report"]
 Split = Literal["dev", "report"]
-# Where a tensor's name says its layer.
+# Finds the number of the layer in a tensor's name.
 LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
-# Tensors outside the layers that come before them.
+# Parts of the names of tensors that come before the layers.
 EMBEDDINGS = ("embed", "wte", "wpe")
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with one spelling for each value: sorted keys, no spaces, shortest float form, no NaN or infinity."""
+    """JSON in which equal values give equal texts: sorted keys, no spaces, shortest form of floats.
+
+    Raises ValueError for NaN and infinity.
+    """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
 
 
@@ -36,7 +39,7 @@ def content_hash(value: Any) -> str:
 
 
 def _number(x: float) -> float:
-    """A finite float with one zero: -0.0 and 0.0 would otherwise make two ids of one model."""
+    """A finite float in which -0.0 becomes 0.0, because the two would give one model two ids."""
     x = float(x)
     if not math.isfinite(x):
         raise ValueError(f"a recipe cannot hold {x}")
@@ -67,10 +70,10 @@ NODES: dict[str, type[Node]] = {}
 
 
 class Node:
-    """What all recipes share: identity by content. Subclasses are frozen dataclasses with ``eq=False``.
+    """The base class of all nodes of a recipe. Two nodes are equal if their contents are equal.
 
-    A new kind of node is a subclass with a ``kind``; it says here what everybody asks of a node. How its tensors are
-    computed is the materialiser's business.
+    A new kind of node is a subclass with a ``kind``; it is a frozen dataclass with ``eq=False`` and defines the methods
+    below. The materialiser (``evolver.merging``) defines how its tensors are computed.
     """
 
     kind: ClassVar[str]
@@ -80,11 +83,15 @@ class Node:
         NODES[cls.kind] = cls
 
     def form(self) -> list[Any]:
-        """The canonical form, in which every input stands as its id."""
+        """The canonical form of which the id is the hash; inputs are given by their ids."""
         raise NotImplementedError  # every node below says its own
 
     def entry(self, place: Mapping[str, int]) -> list[Any]:
-        """The node in a recipe's JSON, after its kind; inputs stand as their places, which are given by their ids."""
+        """The node as it is written into a recipe's JSON, after its kind.
+
+        Args:
+            place: the index of every earlier node, by its id; inputs are written as these indices.
+        """
         raise NotImplementedError  # every node below says its own
 
     @classmethod
@@ -93,20 +100,20 @@ class Node:
         raise NotImplementedError  # every node below says its own
 
     def describe(self) -> str:
-        """How the model came to be, in words."""
+        """A phrase that says how the model was made."""
         raise NotImplementedError  # every node below says its own
 
     @property
     def label(self) -> str:
-        """A word or two for pictures."""
+        """A short label for diagrams."""
         return self.id[:6]
 
     def needs(self, name: str) -> list[tuple[Recipe, str]]:
-        """The tensors, by node and name, that the tensor ``name`` is computed from."""
+        """The tensors that the tensor ``name`` is computed from, each as its node and its name there."""
         return [(node, name) for node in self.below]
 
     def names(self, base: Sequence[str]) -> list[str]:
-        """The names of the model's tensors, in the order of the base's, which are given."""
+        """The names of the model's tensors, given those of the base in their order."""
         node: Node = self
         while node.inputs and type(node).names is Node.names:  # no recursion: a lineage can be thousands long
             node = node.inputs[0]
@@ -120,7 +127,7 @@ class Node:
     @cached_property
     def id(self) -> str:
         stack: list[Node] = [self]
-        while stack:  # no recursion: the inputs' ids first, however deep they lie
+        while stack:  # no recursion, as a lineage can be thousands of nodes long; the ids of inputs come first
             waiting = [i for i in stack[-1].below if "id" not in i.__dict__]
             stack.extend(waiting)
             if not waiting:
@@ -130,7 +137,7 @@ class Node:
         return found
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.id})"  # a lineage written out in full has as many words as paths
+        return f"{type(self).__name__}({self.id})"  # a full lineage would repeat a node for each path to it
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Node) and self.id == other.id
@@ -141,7 +148,12 @@ class Node:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Expert(Node):
-    """A source checkpoint (the base is one too), identified by the digest of its tensors; the name is for people."""
+    """A checkpoint that the user gave: an expert or the base.
+
+    Attributes:
+        name: its name, which does not influence the id.
+        digest: hash of its tensors.
+    """
 
     kind: ClassVar[str] = "expert"
     name: str
@@ -168,8 +180,12 @@ class Expert(Node):
 
 @dataclass(frozen=True)
 class Place:
-    """Which tensors a rule is for: those of the layers ``[first, last)``, those outside all layers, or all of them;
-    of these, the ones with ``contains`` in their name.
+    """The tensors that a rule applies to.
+
+    Attributes:
+        layers: only tensors of the layers from the first number to before the second; None: of any layer.
+        outside: only tensors that belong to no layer.
+        contains: only tensors with this text in their name.
     """
 
     layers: tuple[int, int] | None = None
@@ -177,7 +193,7 @@ class Place:
     contains: str = ""
 
     def covers(self, name: str, layer: int | None) -> bool:
-        """Whether the tensor ``name`` of ``layer`` (None: embeddings, final norm, head) falls under this rule."""
+        """Whether this is the place of the tensor ``name`` of ``layer`` (None: embeddings, final norm, head)."""
         if self.contains not in name:
             return False
         if self.outside:
@@ -190,7 +206,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Rule:
-    """Settings for one place. A recipe holds a list of rules; where two cover a tensor, the later one wins."""
+    """Settings for the tensors of one place. Where several rules of a merge set a value, the last one holds."""
 
     place: Place
     values: tuple[tuple[str, Value], ...]
@@ -210,7 +226,7 @@ class Rule:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Merge(Node):
-    """A merge method of the library applied to inputs, with task vectors taken against ``base``."""
+    """A merge method applied to its inputs. Task vectors are the differences of the inputs to ``base``."""
 
     kind: ClassVar[str] = "merge"
     method: str
@@ -251,10 +267,10 @@ class Merge(Node):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Cross(Node):
-    """The Evolver operators on weights: mutate towards or along other members, then cross with the parent.
+    """The mutation and crossover of Evolver (Du et al. 2024): a mutant of the population is crossed with the parent.
 
-    The mask of the crossover is Bernoulli(Cr) for every scalar, from the counter-based random function of ``seed``,
-    the tensor's name and the scalar's flat offset.
+    Each scalar takes the mutant's value with probability Cr, else the parent's. The random numbers are a function of
+    ``seed``, the tensor's name and the scalar's index in it, so they do not depend on the order of computation.
     """
 
     kind: ClassVar[str] = "cross"
@@ -290,9 +306,10 @@ class Cross(Node):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Layers(Node):
-    """Another depth: layer k of the model is layer ``program[k][1]`` of the input number ``program[k][0]``.
+    """A model put together from layers of its inputs, possibly with another number of layers.
 
-    Embeddings come from the input number ``ends[0]``, every other tensor outside the layers from ``ends[1]``.
+    Layer k of the model is layer ``program[k][1]`` of input number ``program[k][0]``. Embeddings come from input number
+    ``ends[0]``, and all other tensors outside the layers from input number ``ends[1]``.
     """
 
     kind: ClassVar[str] = "layers"
@@ -301,7 +318,7 @@ class Layers(Node):
     ends: tuple[int, int]
 
     def source(self, name: str) -> tuple[Recipe, str]:
-        """Where the tensor ``name`` comes from: the input, and the tensor's name there."""
+        """The input that the tensor ``name`` comes from, and the tensor's name there."""
         layer = layer_of(name)
         if layer is None:
             return self.inputs[self.ends[0 if any(e in name for e in EMBEDDINGS) else 1]], name
@@ -337,7 +354,7 @@ Recipe = Expert | Merge | Cross | Layers
 
 
 def ancestors(recipe: Recipe) -> Iterator[Recipe]:
-    """Every node of the recipe once, inputs before the nodes that use them, the recipe itself last."""
+    """Every node of the recipe once. Inputs come before the nodes that use them, and the recipe itself comes last."""
     seen: set[str] = set()
     stack: list[tuple[Recipe, bool]] = [(recipe, False)]
     while stack:  # no recursion: a lineage can be thousands of generations deep
@@ -351,7 +368,7 @@ def ancestors(recipe: Recipe) -> Iterator[Recipe]:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as JSON: its nodes in order, each input an index, so that the size grows with nodes, not paths."""
+    """The recipe as JSON: a list of its nodes, in which inputs are indices. Each node is written only once."""
     index: dict[str, int] = {}
     program: list[list[Any]] = []
     for node in ancestors(recipe):
@@ -388,7 +405,7 @@ class Knob:
 
 @dataclass(frozen=True)
 class Choice:
-    """One dimension of a search space: one of several values that are no numbers in an order."""
+    """One dimension of a search space: one of several values without an order."""
 
     name: str
     options: tuple[bool | str, ...]
@@ -396,13 +413,20 @@ class Choice:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A recipe that somebody proposed.
+    """A recipe that was proposed for evaluation.
 
-    ``number`` counts the proposals of a stage from 0. ``bar``, where given, is the score that the candidate has to
-    exceed: an evaluation may stop as soon as it no longer can. ``rival`` holds the items of the model that has this
-    score, for a race against it. ``limit`` asks for so many items only. ``known`` are items of the same recipe that
-    were scored before; the evaluation goes on behind them. ``piece`` asks for the answers to the items from one place
-    to before another, and nothing more.
+    Attributes:
+        number: the number of the proposal within its stage, from 0.
+        recipe: the model.
+        proposer: what proposed it, such as the name of the search.
+        parents: ids of the recipes that it was made from.
+        bar: the score that it has to exceed; the evaluation may stop as soon as it no longer can. None: no bar.
+        stage: baseline, search or report.
+        label: name of a baseline or finalist.
+        limit: the number of items to score; None: all.
+        rival: the item scores of the model whose score is the bar, for a race against it.
+        known: scores of the first items that are known already; only the items after them are scored.
+        piece: score only the items from the first number to before the second.
     """
 
     number: int
@@ -419,21 +443,30 @@ class Candidate:
 
     @property
     def split(self) -> Split:
-        """Which items it is scored on: only the last stage ever sees the report set."""
+        """The items that it is scored on: report items in the stage ``report``, else dev items."""
         return "report" if self.stage == "report" else "dev"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a candidate scored, higher being better.
+    """The result of a candidate's evaluation. Higher scores are better.
 
-    ``items`` are the scores of the split's items in the run's fixed order; fewer than all of them (``complete`` is
-    False) when the evaluation stopped early. ``score`` is then None, and ``bound`` is what the score could at most
-    have been. The first ``given`` items were known before. ``raced`` says that a race stopped it: the score is not
-    above the bar, at the run's error rate. A failed evaluation has a ``reason`` and no score. ``reused`` names results
-    that cost nothing, as the same recipe had been scored before. ``rank`` is how many results of the stage the ledger
-    held before this one. ``counts`` says what the new items took: tokens, and how many answers were truncated or
-    invalid.
+    Attributes:
+        number, recipe_id, stage: say which candidate it belongs to.
+        status: ok or failed.
+        score: the score of all items; None where the evaluation failed or stopped early.
+        bound: the highest score that was still possible when the evaluation ended.
+        complete: whether all items were scored.
+        items: the scores of the first items in the run's fixed order.
+        tasks: the metric of each task over these items.
+        seconds: the time of each step of the work.
+        counts: tokens, and numbers of truncated and invalid answers, of the items that were scored for this result.
+        reason: why the evaluation failed.
+        worker: name of the worker.
+        reused: whether the result was copied from an earlier candidate with the same recipe, at no cost.
+        raced: whether a race stopped the evaluation: the score is not above the bar, at the run's error rate.
+        given: the number of first items that were known before.
+        rank: the number of results of the same stage that the ledger held before this one.
     """
 
     number: int
@@ -456,16 +489,20 @@ class Result:
 
     @staticmethod
     def failed(candidate: Candidate, reason: str, **more: Any) -> Result:
-        """A result without a score, and why; ``more`` are further fields."""
+        """A failed result with its reason; ``more`` sets further attributes."""
         return Result(candidate.number, candidate.recipe.id, "failed", reason=reason, stage=candidate.stage, **more)
 
     @property
     def cost(self) -> int:
-        """Items that were scored for this result."""
+        """The number of items that were scored for this result."""
         return 0 if self.reused else len(self.items) - self.given
 
     def answers(self, candidate: Candidate) -> bool:
-        """Whether this result says what the candidate asks: its score, whether it is above a bar, its first items."""
+        """Whether this result is enough for a candidate with the same recipe, so that nothing has to be scored.
+
+        It is if it failed or is complete, if its bound is not above the candidate's bar, or if it has as many items as
+        the candidate asks for.
+        """
         if self.status == "failed" or self.complete:
             return True
         if candidate.bar is not None and self.bound is not None and self.bound <= candidate.bar:

@@ -105,8 +105,11 @@ TABLE = {
         {"search": {"algorithm": "tpe", "method": "ties", "settings": {"density": float("nan")}}},
         ["search.settings.density", "nan", "write"],
     ),
-    "missing key": ({"budget": DROP}, ["budget", "missing"]),
-    "missing key of a task": ({"evaluation.tasks": [{"task": "toy", "dev": 9}]}, ["tasks[0].report", "missing"]),
+    "missing key": ({"budget": DROP}, ["budget", "missing", "add it"]),
+    "missing key of a task": (
+        {"evaluation.tasks": [{"task": "toy", "dev": 9}]},
+        ["tasks[0].report", "missing", "add it"],
+    ),
     "empty section": ({"budget": {}}, ["budget", "give candidates or items"]),
     "no task": ({"evaluation.tasks": []}, ["evaluation.tasks", "write"]),
     "one expert": ({"experts": {"a": "SPOILT/file"}}, ["experts", "at least two"]),
@@ -133,7 +136,7 @@ TABLE = {
     "adapter with LoRA biases": ({"experts.a": "SPOILT/biased"}, ["experts.a", "lora_bias", "merge_and_unload"]),
     "a model that finds no room": (
         {"model.base": "SPOILT/many", "experts": {"a": "SPOILT/many", "b": "SPOILT/many"}},
-        ["model.base", "SPOILT/many takes 640.0 GiB", "GiB are free", "use a machine with more"],
+        ["model.base", "SPOILT/many takes 640.0 GiB", "GiB are free", "use a machine with more memory"],
     ),
     "weights that cannot be mapped": (
         {"model.base": "SPOILT/huge"},
@@ -144,7 +147,10 @@ TABLE = {
     "no search": ({"search": {}}, ["search", "'algorithm'"]),
     "unknown strategy": ({"search.strategy": "rand/3"}, ["search.strategy", "'rand/3'", "'rand/2'"]),
     "too few experts": ({"search.strategy": "rand/1"}, ["search.strategy", "needs 4 experts", "give more"]),
-    "in flight without steady": ({"search.in_flight": 3}, ["search.in_flight", "sequential decides", "mode: steady"]),
+    "in flight without steady": (
+        {"search.in_flight": 3},
+        ["search.in_flight", "mode sequential decides", "mode: steady"],
+    ),
     "unknown order": ({"order": "exakt"}, ["order", "'exakt'", "'exact' or 'arrival'"]),
     "a share of no worker": ({"pool.share": 0}, ["pool.share", "0", "write"]),
     "unknown merger": ({"search.merger": {"method": "tie"}}, ["search.merger.method", "'tie'", "'ties'"]),
@@ -170,7 +176,7 @@ TABLE = {
     "unknown task": (task(task="toyy"), ["evaluation.tasks[0].task", "'toyy'", "'toy'"]),
     "task twice": (
         {"evaluation.tasks": [{"task": "toy", "dev": 4, "report": 4}] * 2},
-        ["evaluation", "'toy'", "stands twice", "give"],
+        ["evaluation", "'toy'", "is listed twice", "list it once"],
     ),
     "unknown metric": (task(metric="accc"), ["evaluation.tasks[0].metric", "'accc'", "'acc'"]),
     "unknown filter": (task(metric="acc,frist"), ["evaluation.tasks[0].metric", "'frist'", "none"]),
@@ -185,7 +191,7 @@ TABLE = {
     ),
     "report items that were seen": (
         task(report_task="toy", report=90),
-        ["evaluation.tasks[0]", "stand in the dev set", "share no item"],
+        ["evaluation.tasks[0]", "are both dev items and report items", "share no item"],
     ),
     "include_path is no folder": ({"evaluation.include_path": "SPOILT/none"}, ["evaluation.include_path", "give"]),
     "include_path is a file": ({"evaluation.include_path": "SPOILT/file"}, ["evaluation.include_path", "give"]),
@@ -232,15 +238,15 @@ def test_says_what_is_wrong_and_what_to_write(name, make_config, spoilt, tmp_pat
 
 BROKEN = {
     "no such file": (None, ["cannot be read", "give the path"]),
-    "not YAML": ("run: [toy", ["not valid YAML", "line 1", "mend"]),
-    "key twice": ("run: toy\nseed: 1\nseed: 2\n", ["'seed' stands twice", "line 1", "mend"]),
+    "not YAML": ("run: [toy", ["not valid YAML", "line 1", "correct it"]),
+    "key twice": ("run: toy\nseed: 1\nseed: 2\n", ["'seed' appears twice", "line 1", "correct it"]),
     "a list": ("- run\n", ["must be a mapping", "run"]),
     "empty": ("", ["must be a mapping"]),
-    "unhashable key": ("? [run]\n: toy\n", ["not valid YAML", "mend"]),
-    "number as key": ("1: toy\n", ["run", "missing"]),
+    "unhashable key": ("? [run]\n: toy\n", ["not valid YAML", "correct it"]),
+    "number as key": ("1: toy\n", ["run", "missing", "add it"]),
     "a date": ("run: 2024-01-01\n", ["run", "write"]),
     "not text": (b"\xff\xfe\x00", ["cannot be read", "give the path"]),
-    "control character": ("run: \x00\n", ["not valid YAML", "mend"]),
+    "control character": ("run: \x00\n", ["not valid YAML", "correct it"]),
 }
 
 

@@ -180,7 +180,10 @@ def test_a_dtype_that_the_device_lacks_is_refused_before_anything_is_written(
 
 def test_other_classes_compute_as_they_do(make_config, tmp_path):
     changes = {"evaluation.backend": "hf", "model.compute": "float32"}
-    refused(lambda: prepare(config_at(make_config(tmp_path, changes))), "model.compute: hf computes as it does")
+    refused(
+        lambda: prepare(config_at(make_config(tmp_path, changes))),
+        "model.compute: the backend hf chooses its dtype itself",
+    )
     assert (
         prepare(config_at(make_config(tmp_path, {"evaluation.backend": "hf"}))).identity["model"]["compute"] == "auto"
     )

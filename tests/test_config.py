@@ -76,20 +76,36 @@ def test_anchors_and_merge_keys_are_yaml_too(tmp_path):
         ("candidates: 20", "candidate: 20", "budget.candidate: unknown key", "'candidates'"),
         ("seed: 3", "seed: three", "seed: 'three' is not usable", "write an integer"),
         ("seed: 3", "seed: 3.5", "seed: 3.5 is not usable", "integer"),
-        ("seed: 3", "seed: -1", "seed: -1 is not usable", "greater than or equal to 0"),
-        ("dev: 100", "dev: 0", "evaluation.tasks[0].dev: 0 is not usable", "greater than or equal to 1"),
+        ("seed: 3", "seed: -1", "seed: -1 is not usable", "write a number greater than or equal to 0"),
+        ("dev: 100", "dev: 0", "evaluation.tasks[0].dev: 0 is not usable", "a number greater than or equal to 1"),
         ("dtype: bfloat16", "dtype: int8", "model.dtype: 'int8' is not usable", "'float32', 'bfloat16' or 'float16'"),
-        ("run: try", "run: a/b", "run: 'a/b' is not usable", "text matching"),
+        ("run: try", "run: a/b", "run: 'a/b' is not usable", "write letters, digits, '.', '_' and '-', with a letter"),
         ("task: piqa", "task: ''", "evaluation.tasks[1].task: '' is not usable", "write text of at least 1 character"),
-        ("run: try\n", "", "run: missing", "name of the run"),
-        ("base: models/base, ", "", "model.base: missing", "Hugging Face folder of the base"),
-        ("task: arc_easy, ", "", "evaluation.tasks[0].task: missing", "name of an lm-eval task"),
+        ("run: try\n", "", "run: this key is missing", "add it (name of the run"),
+        ("base: models/base, ", "", "model.base: this key is missing", "add it (the base: its Hugging Face folder"),
+        ("task: arc_easy, ", "", "evaluation.tasks[0].task: this key is missing", "name of an lm-eval task"),
         (", code: models/code", "", "experts: ", "give at least two experts"),
-        ("{math:", "{base:", "experts: 'base' cannot be the name", "letters, digits"),
+        ("{math:", "{base:", "experts: 'base' cannot be the name", "none of the names base, average"),
         ("{candidates: 20}", "{}", "budget: ", "give candidates or items"),
         ("algorithm: evolver, ", "", "search: ", "'algorithm'"),
-        ("task: piqa", "task: arc_easy", "evaluation: task 'arc_easy' stands twice", "give its items once"),
-        ("{candidates: 20}", "20", "budget: 20 is not usable", "dictionary"),
+        ("task: piqa", "task: arc_easy", "evaluation: task 'arc_easy' is listed twice", "list it once"),
+        ("{candidates: 20}", "20", "budget: 20 is not usable", "write a mapping with the keys candidates, items."),
+        (
+            "task: piqa",
+            "task: 3",
+            "evaluation.tasks[1].task: 3 is not usable",
+            "write text (in quotes, if it looks like",
+        ),
+        ("dev: 100,", "dev: 100, data: 3,", "evaluation.tasks[0].data: 3 is not usable", "write text"),
+        (
+            "dev: 100,",
+            "dev: 100, data: {path: x},",
+            "evaluation.tasks[0].data.split: this key is missing",
+            "such as test",
+        ),
+        ("dev: 100,", "dev: 100, data: {pat: x},", "evaluation.tasks[0].data.pat: unknown key", "'path'"),
+        ("dev: 100,", "dev: 100, function: f,", "evaluation.tasks[0].function: 'f' is not usable", "FILE.py:NAME"),
+        ("run: try", "run: try\npool: {resources: 3}", "pool.resources: 3 is not usable", "write a mapping."),
         ("budget:", "baselines: {masses: [0]}\nbudget:", "baselines.masses: ", "at least one mass, all above 0"),
     ],
 )
@@ -105,8 +121,8 @@ def test_an_empty_list_of_tasks_is_refused(complaint):
 
 
 def test_a_key_that_stands_twice_is_refused(complaint):
-    assert "key 'seed' stands twice" in complaint("seed: 3", "seed: 3\nseed: 4")
-    assert "key 'math' stands twice" in complaint("{math: models/math,", "{math: models/math, math: x,")
+    assert "key 'seed' appears twice" in complaint("seed: 3", "seed: 3\nseed: 4")
+    assert "key 'math' appears twice" in complaint("{math: models/math,", "{math: models/math, math: x,")
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words", "3"])

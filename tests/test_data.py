@@ -45,7 +45,7 @@ def test_a_set_of_the_datasets_library(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("rows.xlsx", "", "is of no known kind; give one of .jsonl"),
+        ("rows.xlsx", "", "has no known extension; give a file of .jsonl"),
         ("rows.jsonl", "{", "cannot be read"),
         ("rows.jsonl", "3", "row 1 of"),
         ("rows.parquet", "no table", "cannot be read"),

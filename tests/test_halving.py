@@ -322,7 +322,7 @@ def test_a_rung_is_in_the_air_at_once():
     for candidate in first:
         search.tell(Pool().evaluate(candidate))
     assert [c.limit for c in search.ask(99)] == [16] * 2
-    with pytest.raises(ValueError, match="none is outstanding"):
+    with pytest.raises(ValueError, match="the search waits for no result"):
         halving().tell(Result(0, "r", "ok"))
 
 
@@ -372,8 +372,14 @@ def test_estimates_of_items_that_are_not_judged_alone_are_refused():
     ("changes", "says"),
     [
         ({"of": {"algorithm": "evolver"}}, r"^search\.of\.mode: sequential .* write generational\.$"),
-        ({"of": TPE | {"in_flight": 4}}, r"^search\.of\.in_flight: candidates come in batches of 4 here; leave it out"),
-        ({"of": HALVING | {"of": TPE}}, r"^search\.of\.algorithm: 'halving' is no search that can be halved; known"),
+        (
+            {"of": TPE | {"in_flight": 4}},
+            r"^search\.of\.in_flight: inside of halving, candidates come in batches of 4; leave in_flight out",
+        ),
+        (
+            {"of": HALVING | {"of": TPE}},
+            r"^search\.of\.algorithm: 'halving' cannot be the inner search of halving; known",
+        ),
         ({"of": {}}, r"^search\.of\.algorithm: None is no search"),
         ({"of": {"algorithm": "tpe", "statrup": 3}}, r"^search\.of: statrup: unknown key; did you mean 'startup'"),
         ({"of": {"algorithm": "evolver", "mode": "generational", "strategy": "rand/2"}}, r"^search\.of\.strategy"),

@@ -241,7 +241,7 @@ def test_no_scored_item_is_an_example_in_a_prompt(make_config, tmp_path):
 
 def test_too_few_examples_beside_the_scored_items(make_config, tmp_path):
     task = [{"task": "toy", "dev": 80, "report": 28}]
-    with pytest.raises(BadInput, match=r"num_fewshot: toy has 2 examples beside the items that are scored, and 3"):
+    with pytest.raises(BadInput, match=r"num_fewshot: toy has 2 examples that are not scored items, but 3"):
         prepare(config_at(make_config(tmp_path, {"evaluation.num_fewshot": 3, "evaluation.tasks": task})))
     ready = prepare(config_at(make_config(tmp_path, {"evaluation.num_fewshot": 2, "evaluation.tasks": task})))
     Worker(ready.plan, "dev", tasks=ready.tasks)  # exactly as many as are wanted will do
@@ -344,7 +344,7 @@ def test_a_group_is_its_tasks_together(make_config, tmp_path):
 
 def test_a_task_named_beside_its_group_is_refused(make_config, tmp_path):
     tasks = [{"task": "both", "dev": 50, "report": 60}, {"task": "toy", "dev": 50, "report": 20}]
-    with pytest.raises(BadInput, match=r"evaluation.tasks\[1\].task: toy and both both hold toy"):
+    with pytest.raises(BadInput, match=r"evaluation.tasks\[1\].task: toy and both both contain toy"):
         prepare(config_at(make_config(tmp_path, {"evaluation.tasks": tasks})))
 
 

@@ -204,10 +204,13 @@ def test_a_server_that_ends_is_a_failed_result_with_its_last_words(served, tmp_p
     [
         ({"evaluation.backend": "vlm"}, r"evaluation\.backend: unknown backend 'vlm'; did you mean 'vllm'"),
         ({"evaluation.backend": "hf", "model.kind": "seq2seq"}, r"evaluation\.backend: hf ties the heads of encoder"),
-        ({"evaluation.backend": "openai-completions"}, r"evaluation\.backend: openai-completions asks models that are"),
+        (
+            {"evaluation.backend": "openai-completions"},
+            r"evaluation\.backend: openai-completions cannot score candidates",
+        ),
         (
             {"evaluation.backend": "local-completions"},
-            r"evaluation\.serve: missing; local-completions talks to a server",
+            r"evaluation\.serve: missing; local-completions needs a server",
         ),
     ],
 )
@@ -230,7 +233,7 @@ def test_what_is_no_task_of_lm_eval_stays_with_the_resident_model(make_config, t
         ({"evaluation.backend": "vllm"}, "evaluation.backend: vllm needs vllm; run `pip install 'lm-eval[vllm]'`."),
         (
             {"evaluation.backend": "local-completions", "evaluation.serve": "vlllm serve {model}"},
-            "evaluation.serve: there is no program 'vlllm' here; install it, or give its path.",
+            "evaluation.serve: there is no program 'vlllm' on this machine; install it, or give its path.",
         ),
     ],
 )

@@ -338,7 +338,7 @@ def test_a_worker_has_to_fit_on_one_node():
     check_resources(share, [{"CPU": 0.1}, {"CPU": 0.1, "GPU": 0.25}])
     with pytest.raises(BadInput, match=r"pool\.num_gpus.*best of 2 nodes has 1; ask for less"):
         check_resources({**share, "num_gpus": 2}, [{"CPU": 8, "GPU": 1.0}] * 2)
-    with pytest.raises(BadInput, match="best of 2 nodes has 8 together with the rest"):
+    with pytest.raises(BadInput, match="best of 2 nodes has 8 and lacks the other resources"):
         check_resources({**share, "num_cpus": 8}, [{"CPU": 8}, {"CPU": 4, "GPU": 1}])
 
 

@@ -21,7 +21,7 @@ def test_the_reference_names_every_method_and_search_with_its_settings():
     text = reference_page()
     for name in (*METHODS, *SEARCHES):
         assert f"### {name}\n" in text
-    assert "| `density` | E numbers | `1.0` | 0.05 – 1 |" in text
+    assert "| `density` | one number per expert | `1.0` | 0.05 – 1 |" in text
 
 
 def test_the_pages_name_every_method_and_search():

@@ -296,7 +296,7 @@ def test_explain_says_how_the_winner_was_made(done, tmp_path):
     exported = folder / "best"
     if (exported / "mergekit_config.yml").exists():
         assert explain(exported) == explain(exported / "mergekit_config.yml")
-    with pytest.raises(BadInput, match="says nothing of how its model was made"):
+    with pytest.raises(BadInput, match="the folder does not say how its model was made"):
         explain(tmp_path)
 
 

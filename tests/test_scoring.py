@@ -147,25 +147,25 @@ def test_more_dev_items_contain_the_fewer():
 def test_items_that_stand_twice_are_drawn_once():
     own = [*some_items(10), *some_items(10)]
     assert len({i.hash for i in draw_one(entry(4, 6), own, None, 1, "k").dev}) == 4
-    with pytest.raises(BadInput, match="11 items are asked for and t holds 10 different ones"):
+    with pytest.raises(BadInput, match="11 items are asked for, but t has 10 different ones"):
         draw_one(entry(5, 6), own, None, 1, "k")
 
 
 def test_too_few_items_are_refused():
     with pytest.raises(BadInput, match=r"k\.dev \+ report: .*ask for fewer"):
         draw_one(entry(6, 6), some_items(11), None, 1, "k")
-    with pytest.raises(BadInput, match=r"k\.dev \+ report: t holds no items"):
+    with pytest.raises(BadInput, match=r"k\.dev \+ report: t has no items"):
         draw_one(entry(6, 6), [], None, 1, "k")
     with pytest.raises(BadInput, match=r"k\.dev: 12"):
         draw_one(entry(12, 1, report_task="u"), some_items(11), some_items(5, "u"), 1, "k")
-    with pytest.raises(BadInput, match=r"k\.report: 6 items are asked for and u holds 5"):
+    with pytest.raises(BadInput, match=r"k\.report: 6 items are asked for, but u has 5"):
         draw_one(entry(2, 6, report_task="u"), some_items(11), some_items(5, "u"), 1, "k")
 
 
 def test_a_report_set_of_its_own_may_not_hold_dev_items():
     apart = draw_one(entry(5, 5, report_task="u"), some_items(5), some_items(5, "u"), 1, "k")
     assert {i.task for i in apart.report} == {"u"}
-    with pytest.raises(BadInput, match=r"k: 5 items stand in the dev set of t and in its report set"):
+    with pytest.raises(BadInput, match=r"k: 5 items are both dev items and report items of t"):
         draw_one(entry(5, 5, report_task="u"), some_items(5), some_items(5), 1, "k")
 
 

@@ -521,7 +521,7 @@ def test_a_search_of_two_objectives_spreads_over_their_front():
 
 def test_several_objectives_need_several_tasks(monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "TASKS", ("one",))
-    with pytest.raises(BadInput, match=r"search.algorithm: nsga2 needs two tasks"):
+    with pytest.raises(BadInput, match=r"search.algorithm: nsga2 needs at least two tasks"):
         build({"algorithm": "nsga2"})
 
 
@@ -544,7 +544,9 @@ def test_a_list_proposes_what_it_holds():
 
 
 def test_cmaes_tunes_numbers_only():
-    with pytest.raises(BadInput, match=r"^search\.tune: cmaes tunes numbers, and sign is a choice; fix it in"):
+    with pytest.raises(
+        BadInput, match=r"^search\.tune: cmaes can only tune numbers, and sign is a choice among words; fix it in"
+    ):
         build({"algorithm": "cmaes", "method": "ties", "tune": ["lambda", "sign"]})
 
 

@@ -119,5 +119,5 @@ def test_a_run_with_more_threads_than_cores_says_so(make_config, tmp_path, monke
     file = make_config(tmp_path, {"evaluation.threads": 99})
     done = evolver("validate", file)
     assert done.code == 0
-    assert "warning: evaluation.threads is 99, and this process may use" in done.err
+    assert "warning: evaluation.threads is 99, but this process may use only" in done.err
     assert "99" not in evolver("validate", make_config(tmp_path)).err

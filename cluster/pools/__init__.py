@@ -1,4 +1,4 @@
-"""Pools that need Ray, and where a pool of any kind is found by its name."""
+"""Pools that need Ray, and the functions that find a pool of any kind by its name."""
 
 from __future__ import annotations
 
@@ -12,19 +12,24 @@ from evolver.workers.pools import POOLS, PoolMaker
 
 
 def pool_names() -> list[str]:
-    """The kinds of pools that there are."""
+    """The names of all kinds of pools, sorted: those with a file, here or in ``evolver/workers/pools``, and those that
+    a program has registered.
+    """
     files = {m.name for m in pkgutil.iter_modules([*pools.__path__, *__path__])}
     return sorted({*files, *POOLS})
 
 
 def check_pool(name: str) -> None:
-    """Raises BadInput for an unknown kind, naming the nearest known ones."""
+    """Check that a kind of pool exists.
+
+    Raises BadInput for an unknown kind, naming the nearest known ones.
+    """
     if name not in pool_names():
         raise BadInput(f"pool.kind: unknown pool {name!r}; {nearest(name, ['auto', *pool_names()])}")
 
 
 def pool_named(name: str) -> PoolMaker:
-    """What makes a pool of a kind; its file is imported now, as Ray takes seconds.
+    """The function that makes a pool of this kind. Its file is imported only now, because importing Ray takes seconds.
 
     Raises BadInput for an unknown kind.
     """

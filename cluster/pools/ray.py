@@ -1,4 +1,4 @@
-"""A crew of Ray actors, and what each of them asks of the cluster."""
+"""A crew of Ray actors, and the resources that each of them asks the cluster for."""
 
 from __future__ import annotations
 
@@ -24,10 +24,16 @@ from evolver.workers.pools import pool
 
 
 class RayCrew:
-    """Ray actors, each with the resources that the configuration gives a worker."""
+    """A crew (see ``evolver.workers.crew``) of Ray actors.
+
+    Args:
+        plan: describes the run to the workers.
+        split: the items that the workers score.
+        options: options of every actor, such as the resources that the configuration gives a worker.
+    """
 
     def __init__(self, plan: Plan, split: Split, options: dict[str, Any]) -> None:
-        self._plan, self._split = ray.put(plan), split  # once for all actors of a node
+        self._plan, self._split = ray.put(plan), split  # Ray then sends the plan once to each node, not to each actor
         self._options = options
         self._actors: dict[int, Any] = {}
         self._where: dict[int, dict[str, Any]] = {}
@@ -55,7 +61,7 @@ class RayCrew:
         if cut_off := self._cut_off():
             return cut_off
         done, waiting = ray.wait(list(self._futures), num_returns=1, timeout=seconds)
-        if done and waiting:  # whatever else is there by now
+        if done and waiting:  # collect the other calls that have ended by now
             done += ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]
         return [self._event(future, self._futures.pop(future)) for future in done]
 
@@ -70,16 +76,16 @@ class RayCrew:
         self._pulse.close()
 
     def _cut_off(self) -> list[Event]:
-        """Workers on nodes that cannot be reached any more."""
+        """Events for the workers on nodes that cannot be reached any more; these workers are dismissed."""
         found = [w for w, where in self._where.items() if self._pulse.lost(where["node"])]
         for worker in found:
-            self.dismiss(worker)  # should its node come back
+            self.dismiss(worker)  # so that it does not go on working if its node comes back
         return [Gone(worker, "its node cannot be reached", lost=True) for worker in found]
 
     def _event(self, future: Any, worker: int) -> Event:
         try:
             said = ray.get(future)
-        except RayTaskError as error:  # an actor turns what goes wrong with a candidate into a result: it is no worker
+        except RayTaskError as error:  # a failed candidate is a result, so this error came from building the worker
             cause = getattr(error, "cause", None)
             raise cause if isinstance(cause, BadInput) else _unbuildable(error) from error
         except RayActorError as error:
@@ -93,24 +99,24 @@ class RayCrew:
         return Ready(worker)
 
     def _lost(self, worker: int) -> bool:
-        """Whether a worker's node went with it. Ray knows it only after a while, so the node is asked, too."""
+        """Whether a worker's node was lost with it. Ray knows it only after a while, so the node itself is asked."""
         where = self._where.pop(worker, None)
         return where is not None and not any(n["NodeID"] == where["node"] and is_alive(n) for n in ray.nodes())
 
 
 @pool("ray")
 def on_ray(plan: Plan, split: Split, tasks: Tasks) -> CrewPool:
-    """A pool of actors on the cluster that this process has joined, or joins now; they load the tasks themselves.
+    """A pool of actors on the cluster that this process has joined, or joins now. Every actor loads the tasks itself.
 
-    Raises BadInput where no node could ever hold a worker, or no worker can be built.
+    Raises BadInput where no node could ever hold a worker, and where no worker can be built.
     """
     connect()
     return CrewPool(RayCrew(plan, split, worker_options(plan.config)), plan.config.pool)
 
 
 def worker_options(config: Config) -> dict[str, Any]:
-    """What a worker is asked of Ray with, on the cluster that this process has joined: resources, and how its threads
-    wait.
+    """The options of a worker's actor on the cluster that this process has joined: its resources, and the environment
+    variables that say how its threads wait.
 
     Raises BadInput where no node could ever hold a worker.
     """
@@ -121,7 +127,11 @@ def worker_options(config: Config) -> dict[str, Any]:
 
 
 def resources_of(config: Config, nodes: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """What one worker asks Ray for, as options of an actor, on a cluster of such nodes."""
+    """The resources that one worker asks Ray for, as options of an actor.
+
+    Args:
+        nodes: the resources of each node of the cluster. A worker asks for one GPU by default if any node has one.
+    """
     pool = config.pool
     cpus = pool.num_cpus if pool.num_cpus is not None else float(config.evaluation.threads)
     gpus = pool.num_gpus if pool.num_gpus is not None else float(any(n.get("GPU", 0.0) >= 1 for n in nodes))
@@ -129,13 +139,13 @@ def resources_of(config: Config, nodes: Sequence[Mapping[str, float]]) -> dict[s
 
 
 def check_resources(wanted: Mapping[str, Any], nodes: Sequence[Mapping[str, float]]) -> None:
-    """Refuse a worker that fits on no node, which would wait for ever.
+    """Check that some node is large enough for a worker. Without this check, the worker would wait for ever.
 
     Args:
         wanted: options of an actor.
-        nodes: what each node has in all, busy or not.
+        nodes: the resources of each node, busy or not.
 
-    Raises BadInput that says what there is.
+    Raises BadInput, naming the key that asks for too much and the most that a node has.
     """
     own = {f"pool.resources.{name}": (name, count) for name, count in wanted["resources"].items()}
     asked = {"pool.num_cpus": ("CPU", wanted["num_cpus"]), "pool.num_gpus": ("GPU", wanted["num_gpus"]), **own}
@@ -144,7 +154,7 @@ def check_resources(wanted: Mapping[str, Any], nodes: Sequence[Mapping[str, floa
     most = {key: max((n.get(name, 0.0) for n in nodes), default=0.0) for key, (name, _) in asked.items()}
     key = next((k for k, (_, count) in asked.items() if count > most[k] + 1e-9), "pool.num_cpus")
     name, count = asked[key]
-    together = "" if count > most[key] + 1e-9 else " together with the rest of what a worker asks for"
+    together = "" if count > most[key] + 1e-9 else " and lacks the other resources that a worker asks for"
     raise BadInput(
         f"{key}: a worker asks for {count:g} {name}, and the best of {len(nodes)} nodes has {most[key]:g}{together}; "
         "ask for less, or add a node that has it."
@@ -152,7 +162,7 @@ def check_resources(wanted: Mapping[str, Any], nodes: Sequence[Mapping[str, floa
 
 
 def nodes_of_cluster() -> list[dict[str, float]]:
-    """What each node that is alive has."""
+    """The resources of each node that is alive, busy or not."""
     return [dict(n["Resources"]) for n in ray.nodes() if n["Alive"]]
 
 

@@ -1,4 +1,4 @@
-"""What a Python program does with Evolver: the functions that ``from evolver import …`` gives."""
+"""The Python API: the functions that ``from evolver import …`` imports."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ def merge(file: str | Path, target: str | Path, *, device: str = "cpu", seed: in
     """Merge models as a mergekit file says, and return the Hugging Face folder that was written.
 
     Args:
-        file: YAML, as mergekit reads it.
+        file: path of a YAML file in mergekit's format.
         target: folder to write, new or empty.
         device: where to compute: ``cpu`` or ``cuda``.
-        seed: of methods that draw at random.
-        warn: told, a line each, what is odd about the models.
+        seed: seed of the methods that draw at random.
+        warn: is called with each warning about the models; default: it is printed.
 
-    Raises BadInput for what cannot be merged, before anything is written.
+    Raises BadInput, before anything is written, where the file is wrong or the models cannot be merged.
     """
     merge_file(file, Path(target), device=device, seed=seed, warn=warn)
     return Path(target)
 
 
 def run(config: str | Path | Mapping[str, Any], results: str | Path = "results", name: str | None = None) -> str:
-    """Run a search, or the rest of it, and return where the run's folder is.
+    """Run a search, or continue it where it was stopped, and return the path or URI of the run's folder.
 
     Args:
-        config: a YAML file, or what would stand in one.
-        results: folder of all runs, or a URI.
-        name: of the run, instead of the configuration's.
+        config: path of a YAML file, or a mapping with the same keys.
+        results: folder of all runs, or its URI.
+        name: name of the run; default: the key ``run`` of the configuration.
 
-    Raises BadInput for anything that has to be mended. Everything that finished before that is kept.
+    Raises BadInput for anything that the user has to correct. Everything that finished before that is kept.
     """
     from cluster.job import run_here
 
@@ -54,23 +54,34 @@ def run(config: str | Path | Mapping[str, Any], results: str | Path = "results",
 
 
 def evaluate(config: str | Path, models: Sequence[str | Path], split: Split = "report") -> list[ModelScore]:
-    """Score any models of the base's architecture on a configuration's tasks, as the end of a run does.
+    """Score models on the tasks of a configuration, in the same way as the end of a run does.
 
     Args:
-        config: the YAML file whose tasks, items and base are meant.
-        models: folders, hub ids or URIs.
-        split: ``dev`` or ``report``.
+        config: path of the YAML file of a run, whose tasks, items and base are used.
+        models: folders, hub ids or URIs of models with the architecture of the base.
+        split: the items: ``dev`` or ``report``.
 
-    Raises BadInput for what cannot be scored.
+    Raises BadInput where the configuration is wrong or a model cannot be scored.
     """
     return score_models(str(config), [str(m) for m in models], split)
 
 
 def ledger_table(folder: str | Path) -> pa.Table:
-    """The ledger of a run: one row for each event, with recipes, scores, items and seconds; see docs/runs.md."""
+    """The ledger of a run as an Arrow table.
+
+    The column ``event`` says what a row is: a proposal (``asked``), a result (``finished``), or the result of a
+    candidate that an idle worker scored before the search asked for it (``guessed``).
+
+    Args:
+        folder: folder of the run, or its URI.
+    """
     return read_table(storage_at(str(folder)).folder("ledger"))
 
 
 def answers(folder: str | Path) -> pa.Table:
-    """Every answer of a run: one row for each candidate and item, with the item's hash."""
+    """Every answer of a run as an Arrow table, with one row for each candidate and item.
+
+    Args:
+        folder: folder of the run, or its URI.
+    """
     return answer_table(storage_at(str(folder)))

@@ -1,6 +1,7 @@
-"""The command line: the main job and what stands around it.
+"""The command line ``evolver``: running a search, and the commands around it.
 
-Exit status: 0 done, 2 bad input, 3 stopped with everything finished kept (or a run of a sweep was), 1 a fault of ours.
+Exit status: 0 when the command is done; 2 when the user's input is wrong; 3 when a run, or a run of a sweep, was
+stopped (every finished evaluation is kept); 1 when Evolver itself has a bug.
 """
 
 from __future__ import annotations
@@ -19,31 +20,39 @@ from rich.table import Table
 from evolver.errors import BadInput
 from evolver.threads import let_threads_sleep
 
-# What a command needs is imported by that command: torch alone takes a second, and help should not wait for it.
+# Each command imports what it needs in its function: importing torch takes a second, and --help should not wait for it.
 
 app = typer.Typer(add_completion=True, no_args_is_help=True, help="Search for the best merge of fine-tuned models.")
-# So many new objects are made before Python looks for those that only hold each other.
+# Python's garbage collector runs after so many new objects; see main().
 SELDOM = 50_000
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(help="the configuration of a run")],
-    results: Annotated[str | None, typer.Option(help="folder of all runs, or a URI; default: results")] = None,
-    name: Annotated[str | None, typer.Option("--run", help="name of the run, instead of the configuration's")] = None,
+    config: Annotated[Path, typer.Argument(help="the YAML file of the run")],
+    results: Annotated[
+        str | None,
+        typer.Option(help="folder for all runs, or its URI; default: results, or ~/evolver-results in a Ray job"),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--run", help="name of the run; default: the id of the Ray job, else the name in the configuration"
+        ),
+    ] = None,
 ) -> None:
-    """Search for the best merge, or go on where an earlier call stopped."""
+    """Search for the best merge, or continue where an earlier call stopped."""
     raise typer.Exit(_job(config, results, name))
 
 
 @app.command()
 def resume(
     folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
-    candidates: Annotated[int | None, typer.Option(min=1, help="another budget of candidates")] = None,
-    items: Annotated[int | None, typer.Option(min=1, help="another budget of scored items")] = None,
+    candidates: Annotated[int | None, typer.Option(min=1, help="new budget: candidates in all")] = None,
+    items: Annotated[int | None, typer.Option(min=1, help="new budget: scored items in all")] = None,
 ) -> None:
-    """Go on with a run, from its folder alone; with another budget where one is given."""
+    """Continue a run from its folder, with a new budget if you give one."""
     from cluster.job import drive
     from evolver.runs.folder import config_of_run
     from evolver.storage import storage_at
@@ -53,8 +62,8 @@ def resume(
 
 
 @app.command()
-def validate(config: Annotated[Path, typer.Argument(help="the configuration of a run")]) -> None:
-    """Check a configuration: all that can be known without reading weights."""
+def validate(config: Annotated[Path, typer.Argument(help="the YAML file of a run")]) -> None:
+    """Check a configuration, its models and its tasks, as far as this is possible without reading weights."""
     from cluster.job import device_of
     from evolver.config import config_at
     from evolver.driver.prepare import prepare
@@ -70,7 +79,7 @@ def validate(config: Annotated[Path, typer.Argument(help="the configuration of a
     total = prepared.search.total
     typer.echo(
         f"{config}: {len(prepared.experts)} experts, {sizes['dev']} dev and {sizes['report']} report items, "
-        f"{'no limit on' if total is None else total} candidates: ready to run"
+        f"{'no fixed number of' if total is None else total} candidates: ready to run"
     )
     if given.model.compute == "auto" and given.evaluation.backend == "resident":
         choice = choose_compute(given, device)
@@ -79,10 +88,10 @@ def validate(config: Annotated[Path, typer.Argument(help="the configuration of a
 
 @app.command()
 def status(
-    results: Annotated[str, typer.Argument(help="folder of all runs, or a URI")] = "results",
-    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+    results: Annotated[str, typer.Argument(help="folder of all runs, or its URI")] = "results",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, for programs, instead of a table")] = False,
 ) -> None:
-    """Say how far the runs of a folder have come."""
+    """List the runs in a folder: their state, best scores and how much of the budget is spent."""
     import json
     from dataclasses import asdict
 
@@ -104,13 +113,13 @@ def status(
 
 @app.command()
 def dashboard(
-    results: Annotated[str, typer.Argument(help="folder of all runs, or a URI")] = "results",
-    port: Annotated[int, typer.Option(help="0: any free one")] = 8421,
+    results: Annotated[str, typer.Argument(help="folder of all runs, or its URI")] = "results",
+    port: Annotated[int, typer.Option(help="port to listen on; 0 takes any free one")] = 8421,
     host: Annotated[
-        str, typer.Option(help="address to listen on; beyond this machine only if you say so")
+        str, typer.Option(help="address to listen on; with the default, only this machine can reach the dashboard")
     ] = "127.0.0.1",
 ) -> None:
-    """Show the runs of a folder in a browser, as they go; stop, resume and export them there."""
+    """Show the runs of a folder live in a browser, where you can also stop, resume, extend and export them."""
     import secrets
     import socket
 
@@ -133,9 +142,9 @@ def dashboard(
 @app.command()
 def report(
     folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
-    out: Annotated[str | None, typer.Option(help="where to write; default: the run's folder")] = None,
+    out: Annotated[str | None, typer.Option(help="folder to write to; default: the run's folder")] = None,
 ) -> None:
-    """Write the report of a run anew: Markdown, one HTML file, and all candidates as CSV."""
+    """Write the report of a run again: as Markdown, as one HTML file, and all candidates as CSV."""
     from evolver.report.report import write_again
     from evolver.storage import storage_at
 
@@ -147,19 +156,30 @@ def report(
 @app.command()
 def export(
     folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
-    out: Annotated[Path, typer.Argument(help="folder to write, new or empty; with --gguf, the file")],
-    candidate: Annotated[str | None, typer.Option(help="its number, or its recipe's id; default: the best")] = None,
+    out: Annotated[Path, typer.Argument(help="folder to write, new or empty; with --gguf, the file to write")],
+    candidate: Annotated[
+        str | None, typer.Option(help="number of the candidate, or the beginning of its recipe's id; default: the best")
+    ] = None,
     lora: Annotated[int | None, typer.Option(min=1, help="write a LoRA adapter of this rank instead")] = None,
-    energy: Annotated[float | None, typer.Option(help="… of the ranks that keep this share of the difference")] = None,
-    delta: Annotated[bool, typer.Option(help="write the difference to the base instead")] = False,
+    energy: Annotated[
+        float | None,
+        typer.Option(
+            help="write a LoRA adapter instead, with the rank that keeps this share (0 to 1) of the squared difference "
+            "to the base"
+        ),
+    ] = None,
+    delta: Annotated[
+        bool, typer.Option(help="write the difference to the base instead, as one safetensors file")
+    ] = False,
     gguf: Annotated[str | None, typer.Option(help="write a GGUF file of this type instead: bf16, q8_0, …")] = None,
-    push_to_hub: Annotated[str | None, typer.Option(help="also upload it there, as org/name")] = None,
-    force: Annotated[bool, typer.Option("--force", help="take the place of an earlier export")] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="also upload the result to the Hugging Face hub, under this org/name")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace an earlier export at the same place")] = False,
 ) -> None:
-    """Write a model of a run as a Hugging Face folder, a LoRA adapter, a delta or a GGUF file, and check it.
+    """Export a candidate of a run as a Hugging Face folder, a LoRA adapter, a delta or a GGUF file, and check it.
 
-    Nothing that is there already is written over; --force replaces what an earlier export wrote, if nobody has changed
-    it since.
+    The command never overwrites files, except with --force, which replaces an earlier export that nobody has changed.
     """
     from evolver.driver import deliver
     from evolver.storage import storage_at
@@ -167,9 +187,12 @@ def export(
     run = storage_at(folder)
     asked = {"--lora": lora is not None or energy is not None, "--delta": delta, "--gguf": gguf is not None}
     if sum(asked.values()) > 1:
-        raise BadInput(f"{', '.join(o for o, given in asked.items() if given)}: each is a form of its own; give one.")
+        raise BadInput(
+            f"{', '.join(o for o, given in asked.items() if given)}: a model is exported in one form at a time; give "
+            "one of these options."
+        )
     if energy is not None and not 0 < energy <= 1:
-        raise BadInput(f"--energy: {energy:g} is not usable; write a share above 0 and up to 1.")
+        raise BadInput(f"--energy: {energy:g} is not usable; write a number above 0 and not above 1.")
     if gguf is not None:
         deliver.deliver_gguf(run, out, candidate, gguf, typer.echo, force)
     elif delta:
@@ -193,9 +216,9 @@ def export(
 @app.command()
 def study(
     folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
-    out: Annotated[Path, typer.Argument(help="SQLite file to write")],
+    out: Annotated[Path, typer.Argument(help="SQLite file to write; it must not exist")],
 ) -> None:
-    """Write a coefficient search as an Optuna study: optuna-dashboard sqlite:///OUT shows it."""
+    """Write a coefficient search as an Optuna study, which optuna-dashboard sqlite:///OUT shows."""
     from evolver.driver.prepare import prepare_run
     from evolver.runs.history import read_history
     from evolver.search.study import write_study
@@ -210,18 +233,18 @@ def study(
 
 @app.command()
 def evaluate(
-    config: Annotated[Path, typer.Argument(help="the configuration whose tasks are meant")],
+    config: Annotated[Path, typer.Argument(help="the YAML file of a run; its base and tasks are used")],
     models: Annotated[list[str], typer.Argument(help="folders, hub ids or URIs of models")],
-    dev: Annotated[bool, typer.Option(help="on the dev items instead of the report items")] = False,
+    dev: Annotated[bool, typer.Option(help="score on the dev items; default: the report items")] = False,
 ) -> None:
-    """Score models on the tasks of a configuration."""
+    """Score any models on the tasks of a configuration, and print them in one table with 95 % intervals."""
     from evolver.commands.evaluate import score_models, score_table
 
     typer.echo(score_table(score_models(str(config), models, "dev" if dev else "report")))
 
 
 @app.command()
-def searches(name: Annotated[str | None, typer.Argument(help="one search, in full")] = None) -> None:
+def searches(name: Annotated[str | None, typer.Argument(help="name of one search; default: all")] = None) -> None:
     """List the searches and their settings."""
     from evolver.commands.words import first_paragraph
     from evolver.errors import nearest
@@ -243,10 +266,10 @@ def searches(name: Annotated[str | None, typer.Argument(help="one search, in ful
 @app.command()
 def doctor(
     prepare: Annotated[
-        bool, typer.Option("--prepare", help="first compile what the first merge would compile")
+        bool, typer.Option("--prepare", help="first compile the loops that the first merge would otherwise compile")
     ] = False,
 ) -> None:
-    """Say what this machine offers, what a run would use, and what is missing."""
+    """Show what this machine offers, what a run would use of it, and what is missing."""
     from evolver.commands import doctor as looking
 
     if prepare:
@@ -262,13 +285,19 @@ def merge(
     config: Annotated[Path, typer.Argument(help="a mergekit YAML file")],
     out: Annotated[Path, typer.Argument(help="folder to write, new or empty")],
     cuda: Annotated[bool, typer.Option(help="compute on the GPU")] = False,
-    copy_tokenizer: Annotated[bool, typer.Option(help="copy the base's tokenizer")] = True,
-    out_shard_size: Annotated[str, typer.Option(help="largest file of weights, such as 5B or 500M")] = "5B",
+    copy_tokenizer: Annotated[bool, typer.Option(help="copy the tokenizer to the merged model")] = True,
+    out_shard_size: Annotated[
+        str, typer.Option(help="largest size of a weights file, such as 5B or 500M bytes")
+    ] = "5B",
     random_seed: Annotated[int, typer.Option(help="seed of methods that draw at random")] = 0,
-    num_threads: Annotated[int, typer.Option("--num-threads", "-j", help="threads; 0: all cores")] = 0,
-    lazy_unpickle: Annotated[bool, typer.Option(help="mergekit's; weights are always read lazily")] = False,
-    trust_remote_code: Annotated[bool, typer.Option(help="mergekit's; refused")] = False,
-    allow_crimes: Annotated[bool, typer.Option(help="mergekit's; refused")] = False,
+    num_threads: Annotated[int, typer.Option("--num-threads", "-j", help="CPU threads; 0 means all cores")] = 0,
+    lazy_unpickle: Annotated[
+        bool, typer.Option(help="accepted as in mergekit; weights are always read lazily")
+    ] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="refused, unlike in mergekit: no model code is run")] = False,
+    allow_crimes: Annotated[
+        bool, typer.Option(help="refused, unlike in mergekit: only models of one architecture can be merged")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print nothing")] = False,
 ) -> None:
     """Merge models as a mergekit file says."""
@@ -279,12 +308,13 @@ def merge(
 
     if trust_remote_code or allow_crimes:
         raise BadInput(
-            "--trust-remote-code, --allow-crimes: refused; models bring no code, and only fine-tunes of one base merge."
+            "--trust-remote-code, --allow-crimes: Evolver runs no code of models and merges only fine-tunes of one "
+            "base; leave these options out."
         )
     if num_threads:
         torch.set_num_threads(num_threads)
     if cuda and not torch.cuda.is_available():
-        raise BadInput("--cuda: torch sees no GPU here; leave it out.")
+        raise BadInput("--cuda: torch finds no GPU on this machine; leave the option out.")
     merging.merge_file(
         config, out, device="cuda" if cuda else "cpu", seed=random_seed, shard_bytes=_bytes(out_shard_size),
         tokenizer=copy_tokenizer, warn=lambda line: None if quiet else typer.echo(f"warning: {line}", err=True),
@@ -296,18 +326,22 @@ def merge(
 @app.command()
 def explain(
     config: Annotated[
-        Path, typer.Argument(help="a mergekit YAML file, the configuration or the folder of a run, or a model folder")
+        Path,
+        typer.Argument(
+            help="a mergekit file, the YAML file of a run, the folder of a finished run, or a model folder that "
+            "contains a mergekit file"
+        ),
     ],
 ) -> None:
-    """Print, for every tensor, the method and the settings in force."""
+    """Print, for every tensor of a merge, which method makes it and which settings apply."""
     from evolver.commands import explain as explaining
 
     typer.echo(explaining.table(explaining.explain(config)))
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="one method, in full")] = None) -> None:
-    """List the merge methods: settings, defaults, what a search may tune, paper."""
+def methods(name: Annotated[str | None, typer.Argument(help="name of one method; default: all")] = None) -> None:
+    """List the merge methods with their settings, defaults, search ranges and papers."""
     from evolver.commands.words import default_of, first_paragraph, kind_of, searched_of
     from evolver.merging.methods import METHODS, get
 
@@ -331,10 +365,12 @@ def methods(name: Annotated[str | None, typer.Argument(help="one method, in full
 
 @app.command()
 def experts(
-    config: Annotated[Path, typer.Argument(help="the configuration of a pool")],
-    measure: Annotated[bool, typer.Option(help="score base and experts on the pool's tasks at the end")] = True,
+    config: Annotated[
+        Path, typer.Argument(help="the YAML file of a pool of experts, such as configs/pools/emotion.yaml")
+    ],
+    measure: Annotated[bool, typer.Option(help="at the end, score base and experts on the pool's tasks")] = True,
 ) -> None:
-    """Train a pool of experts, or what is missing of it, and show what they are good at."""
+    """Train a pool of experts for experiments, as far as they are not there yet, and score them."""
     from evolver.storage import storage_at
     from evolver.training.experts import locations, make_experts
     from evolver.training.settings import load_pool
@@ -356,12 +392,14 @@ def experts(
 
 @app.command()
 def sweep(
-    config: Annotated[Path, typer.Argument(help="the configuration of a sweep")],
-    results: Annotated[str, typer.Option(help="folder of all runs, or a URI")] = "results",
-    at_once: Annotated[int, typer.Option(min=1, help="runs at the same time")] = 1,
-    address: Annotated[str | None, typer.Option(help="of a Ray cluster: every run is a job there")] = None,
+    config: Annotated[Path, typer.Argument(help="the YAML file of the sweep")],
+    results: Annotated[str, typer.Option(help="folder for all runs, or its URI")] = "results",
+    at_once: Annotated[int, typer.Option(min=1, help="number of runs at the same time")] = 1,
+    address: Annotated[
+        str | None, typer.Option(help="address of a Ray cluster's dashboard; every run then becomes a Ray job there")
+    ] = None,
 ) -> None:
-    """Run a grid of configurations and seeds, or what is missing of it, and gather them into one table."""
+    """Run a grid of configurations and seeds, skipping runs that are done, and gather the results into one table."""
     from cluster.sweep import gather, load_sweep, run_all
 
     found = load_sweep(config)
@@ -372,10 +410,10 @@ def sweep(
 
 
 def main() -> None:
-    """Run the command line; bad input is one sentence and exit status 2."""
+    """Run the command line. Bad input ends with one sentence on standard error and exit status 2."""
     let_threads_sleep()
-    # Importing torch makes half a million objects that stay; to look through them, then and at the end, takes a third
-    # of a second of every command.
+    # Importing torch creates half a million objects that stay alive. Python's garbage collector would search them
+    # during the import and at the end, which takes a third of a second of every command.
     gc.set_threshold(SELDOM)
     try:
         app()
@@ -387,7 +425,7 @@ def main() -> None:
 
 
 def _job(config: Path, results: str | None, name: str | None) -> int:
-    """The main job, as ``evolve.py`` runs it; its exit status."""
+    """Run a search as ``evolve.py`` does, and return its exit status."""
     from cluster.job import run_job as job
 
     given = [*(["--results", results] if results else []), *(["--run", name] if name else [])]
@@ -395,7 +433,7 @@ def _job(config: Path, results: str | None, name: str | None) -> int:
 
 
 def _console() -> Console:
-    """Where tables are printed: as wide as the terminal, and wide enough in a file."""
+    """A console for tables: as wide as the terminal, or 160 columns if the output is not a terminal."""
     return Console(width=None if sys.stdout.isatty() else 160)
 
 
@@ -409,5 +447,7 @@ def _duration(seconds: float) -> str:
 def _bytes(size: str) -> int:
     match = re.fullmatch(r"(\d+)([KMGB]?)", size.upper())
     if match is None or int(match.group(1)) == 0:
-        raise BadInput(f"--out-shard-size: {size!r} is not usable; write a number with K, M or B, such as 5B.")
+        raise BadInput(
+            f"--out-shard-size: {size!r} is not usable; write a number of bytes with K, M, B or G, such as 500M or 5B."
+        )
     return int(match.group(1)) * UNITS[match.group(2)]

@@ -1,4 +1,4 @@
-"""What this machine offers, what a run here would use of it, and what is missing."""
+"""``evolver doctor``: finds out what this machine offers, what a run would use of it, and what is missing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from evolver.threads import usable_cores, waiting
 from evolver.workers.compute import choose_for_any
 from evolver.workers.opened import GIB
 
-Finding = tuple[str, str, str]  # what, what is found, what to do about it or ""
+Finding = tuple[str, str, str]  # what was looked for, what was found, and what to do about it or ""
 
 SHOWN_PACKAGES = ("torch", "transformers", "lm-eval", "optuna", "ray", "pyarrow", "safetensors")
 EXTRAS = {
@@ -35,7 +35,7 @@ EXTRAS = {
 
 
 def findings() -> Iterator[Finding]:
-    """All that is looked at, one by one."""
+    """All findings, one after the other, as some of them take a moment."""
     yield "python", platform.python_version(), ""
     for package in SHOWN_PACKAGES:
         yield package, importlib.metadata.version(package), ""
@@ -45,7 +45,7 @@ def findings() -> Iterator[Finding]:
     few = memory.available < 2 * GIB
     yield (
         "memory", f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free",
-        "a model of 1B parameters takes 2 GiB in bfloat16, beside its experts' pages" if few else "",
+        "a model with 1B parameters takes 2 GiB in bfloat16, and its experts need memory, too" if few else "",
     )  # fmt: skip
     yield from _accelerator()
     choice = choose_for_any("bfloat16", default_device())
@@ -60,37 +60,43 @@ def findings() -> Iterator[Finding]:
             "" if found else f"for {purpose}: pip install 'evolver[{extra}]'",
         )
     address = os.environ.get("RAY_ADDRESS")
-    yield "cluster", address or "none named; a run with pool.kind: ray starts one of its own", ""
+    yield "cluster", address or "RAY_ADDRESS is not set; a run with pool.kind: ray starts Ray on this machine", ""
     token = os.environ.get("RAY_AUTH_MODE") == "token"
     yield "Ray's tokens", "on" if token else "off", "" if token else "export RAY_AUTH_MODE=token before `ray start`"
 
 
 def _compiled() -> Iterator[Finding]:
-    """The compiler, and what merging has compiled with it."""
+    """Findings about the C compiler and the loops that merging has compiled with it."""
     compiler, there = native.compiler(), native.library_file().exists()
-    lacking = "" if compiler or there else "merging is several times slower without one: install gcc or clang"
+    lacking = "" if compiler or there else "without a compiler, merging is several times slower; install gcc or clang"
     yield "compiler", compiler or "none", lacking
     if there:
         yield "compiled loops", f"{native.library_file()}", ""
     elif compiler:
-        yield "compiled loops", "none yet", "made by the first merge in some seconds, or now: evolver doctor --prepare"
+        yield (
+            "compiled loops",
+            "none yet",
+            "the first merge compiles them in some seconds; evolver doctor --prepare does so now",
+        )
 
 
 def compile_ahead() -> str:
-    """Compile what merging needs, once for this machine and this version; what was done, in a sentence.
+    """Compile the loops that merging on the CPU uses, unless they are compiled, and return a sentence about it.
 
-    Raises BadInput where that cannot be done.
+    They are compiled once for each machine and version of Evolver.
+
+    Raises BadInput where they cannot be compiled.
     """
     seconds, file = native.compile_loops(), native.library_file()
     if seconds:
-        return f"compiled the loops that merge on the CPU in {seconds:.1f} s: {file}"
-    return f"the loops that merge on the CPU are compiled already: {file}"
+        return f"compiled the loops for merging on the CPU in {seconds:.1f} s: {file}"
+    return f"the loops for merging on the CPU are compiled already: {file}"
 
 
 def _accelerator() -> Iterator[Finding]:
     device = default_device()
     if device == "cpu":
-        yield "accelerator", "none that torch can use: candidates are scored on the CPU", ""
+        yield "accelerator", "torch finds none, so candidates are scored on the CPU", ""
         return
     name = torch.cuda.get_device_name() if device.startswith("cuda") else device
     yield "accelerator", f"{torch.cuda.device_count() if torch.cuda.is_available() else 1} × {name}", ""
@@ -100,5 +106,5 @@ def _cache() -> Iterator[Finding]:
     folder = Path(expand("$EVOLVER_CACHE"))
     there = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(there).free
-    problem = "" if os.access(there, os.W_OK) else "cannot be written: name another one by EVOLVER_CACHE"
+    problem = "" if os.access(there, os.W_OK) else "it cannot be written; set EVOLVER_CACHE to another folder"
     yield "cache", f"{folder}, {free / GIB:.0f} GiB free", problem

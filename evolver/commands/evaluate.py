@@ -1,4 +1,4 @@
-"""Score any model on a configuration's tasks, as the final scoring of a run does."""
+"""``evolver evaluate``: scores models on the tasks of a configuration, in the same way as the end of a run does."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ from evolver.workers.worker import build_model, choose_compute
 
 @dataclass(frozen=True)
 class ModelScore:
-    """What a model scored on the items of a split.
+    """The score of a model on the items of a split.
 
     Attributes:
-        score: higher is better.
-        low, high: its 95 % interval.
+        model: the model as the user named it.
+        split: ``dev`` or ``report``.
+        score: weighted mean of the tasks' metrics; higher is better.
+        low, high: ends of the 95 % interval of the score.
         tasks: the metric of each task.
         scale: how items make up the score.
     """
@@ -45,14 +47,14 @@ class ModelScore:
 
 
 def score_models(file: str, models: Sequence[str], split: Split) -> list[ModelScore]:
-    """What models score on a configuration's tasks.
+    """Score models on the tasks of a configuration.
 
     Args:
-        file: the configuration whose tasks, items and base are meant.
-        models: folders, hub ids or URIs of models of the base's architecture.
-        split: which items.
+        file: path of the YAML file of a run, whose tasks, items and base are used.
+        models: folders, hub ids or URIs of models with the architecture of the base.
+        split: the items: ``dev`` or ``report``.
 
-    Raises BadInput.
+    Raises BadInput where the configuration is wrong or a model cannot be scored.
     """
     config = load(file)
     try:
@@ -76,7 +78,7 @@ def score_models(file: str, models: Sequence[str], split: Split) -> list[ModelSc
 
 
 def score_table(scores: Sequence[ModelScore]) -> str:
-    """The same as a table: models, their scores with 95 % intervals, and their metrics per task."""
+    """The scores as a Markdown table: models, their scores with 95 % intervals, and their metrics for each task."""
     scale, rows = scores[0].scale, []
     for s in scores:
         between = f"{score_text(s.low, scale)} – {score_text(s.high, scale)}"

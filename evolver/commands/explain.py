@@ -1,4 +1,7 @@
-"""Which settings are in force for which tensor: of a mergekit file, of a run's search or winner, of a model folder."""
+"""``evolver explain``: shows the method and the settings of a merge for every tensor.
+
+The merge is described by a mergekit file, by the configuration or the winner of a run, or by a model folder.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,13 @@ SettingRow = tuple[str, str, Mapping[str, Any]]
 
 
 def explain(path: str | Path) -> list[SettingRow]:
-    """For every tensor of the model that a path describes: its name, how it is made, and the settings in force.
+    """The name, the method and the settings of every tensor of the model that a path describes.
 
     Args:
-        path: a mergekit file, the configuration of a run, the folder of a run (then its winner is meant), or the folder
-            of a model that was exported or merged with its mergekit file beside it.
+        path: a mergekit file, the YAML file of a run, the folder of a finished run (for its winner), or a model folder
+            that contains a mergekit file.
 
-    Raises BadInput that names file and key.
+    Raises BadInput, naming file and key, where the path describes no merge.
     """
     place = Path(path)
     if place.is_dir():
@@ -34,8 +37,8 @@ def explain(path: str | Path) -> list[SettingRow]:
             return _of_winner(place)
         if not (place / mergekit.CONFIG_FILE).exists():
             raise BadInput(
-                f"{path}: says nothing of how its model was made; give the folder of a run that has ended, or one with "
-                f"a {mergekit.CONFIG_FILE}, which a merge and an export leave where mergekit can make the model."
+                f"{path}: the folder does not say how its model was made; give the folder of a finished run, or a "
+                f"folder with {mergekit.CONFIG_FILE}, which `evolver merge` and some exports write."
             )
         place = place / mergekit.CONFIG_FILE
     if _is_run(place):
@@ -48,18 +51,18 @@ def explain(path: str | Path) -> list[SettingRow]:
 
 
 def _of_winner(run: Path) -> list[SettingRow]:
-    """The settings of a run's winner."""
+    """The rows of a run's winner."""
     file = run / "recipe.json"
     try:
         recipe = load_recipe(file.read_text())
     except ValueError as error:
-        raise BadInput(f"{file}: {error}; call the run again, which writes it.") from error
+        raise BadInput(f"{file}: {error}; run the search again, which writes the file.") from error
     base = open_base(load(run / "config.yaml").model.base, f"{run}/config.yaml: model.base")
     return _rows(recipe, base.names(), ())
 
 
 def table(rows: Sequence[SettingRow]) -> str:
-    """The rows of ``explain`` as text, one tensor a line."""
+    """The rows of ``explain`` as text, with one tensor on each line."""
     width = max(len(name) for name, _, _ in rows)
     return "\n".join(f"{n:{width}}  {m}  {'  '.join(f'{k}={_short(v)}' for k, v in s.items())}" for n, m, s in rows)
 
@@ -68,7 +71,7 @@ def _is_run(path: str | Path) -> bool:
     try:
         raw = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return False  # several documents, or something that the reader of mergekit files refuses in words
+        return False  # a file of several documents, or one that the reader of mergekit files refuses with a message
     return isinstance(raw, dict) and "search" in raw
 
 
@@ -80,7 +83,7 @@ def _settings(recipe: Recipe, name: str, tuned: Collection[str]) -> tuple[str, M
     while isinstance(recipe, Layers):
         recipe, name = recipe.source(name)
     if isinstance(recipe, Expert):
-        raise BadInput(f"{name}: is taken from a model as it is, so no settings are in force.")
+        raise BadInput(f"{name}: is copied from one model, so no merge method has settings for it.")
     if not isinstance(recipe, Merge):
         return recipe.describe(), {}
     method = methods.METHODS[recipe.method]

@@ -1,4 +1,4 @@
-"""One merge from a mergekit file: what ``mergekit-yaml`` does."""
+"""``evolver merge``: merges models as a mergekit file says, as mergekit's command ``mergekit-yaml`` does."""
 
 from __future__ import annotations
 
@@ -33,14 +33,21 @@ A merge made by Evolver from this configuration:
 ```yaml
 {text}```
 """
-# A GPU's kernels cost some ten seconds each to compile, once on a machine; below so many scalars of all models, plain
-# code is sooner done. Random draws are slow in plain code.
+# Compiling a kernel for the GPU takes some ten seconds, once on each machine. If all models together have fewer scalars
+# than this, plain torch code is faster. The second number is for methods that draw at random: plain code draws slowly.
 GPU_COMPILE_FROM, COMPILE_DRAWS_FROM = 10**10, 3 * 10**8
 
 
 @dataclass(frozen=True)
 class OpenedFile:
-    """A configuration with its models, opened, and seen through one vocabulary where theirs differ."""
+    """A mergekit file and its opened models.
+
+    Attributes:
+        configuration: the content of the file.
+        base: the base model.
+        sources: all models by their names in the file.
+        vocabulary: the common vocabulary, where the file names a tokenizer; the models then appear to have it.
+    """
 
     configuration: mergekit.Configuration
     base: Checkpoint
@@ -49,14 +56,14 @@ class OpenedFile:
 
 
 def open_merge(path: str | Path) -> OpenedFile:
-    """Read a mergekit file and open its models; of their weights only headers are read.
+    """Read a mergekit file and open its models. Of their weights, only headers are read.
 
-    Raises BadInput that names file and key.
+    Raises BadInput, naming file and key, where the file is wrong or a model cannot be opened.
     """
     configuration = mergekit.read(path)
     location, _, adapter = configuration.origin.partition("+")
     if adapter:
-        raise BadInput(f"{path}: base_model: {configuration.origin} has an adapter; give a model without one.")
+        raise BadInput(f"{path}: base_model: {configuration.origin} names an adapter; give a model without one.")
     base = open_base(location, f"{path}: base_model")
     same = configuration.tokenizer is None
     opened = OpenedFile(
@@ -77,22 +84,24 @@ def merge_file(
     path: str | Path, target: Path, *, device: str = "cpu", seed: int = 0, shard_bytes: int = SHARD_BYTES,
     tokenizer: bool = True, warn: Callable[[str], None] = lambda _: None,
 ) -> None:  # fmt: skip
-    """Merge as the file says and write a Hugging Face folder; an interrupted merge leaves nothing under its name.
+    """Merge as the file says, and write a Hugging Face folder. A merge that is interrupted leaves no such folder.
 
     Args:
-        device: where to compute.
-        seed: of methods that draw at random.
-        shard_bytes: how large a file of weights may become.
-        tokenizer: write a tokenizer.
-        warn: told, a line each, what is odd about the models.
+        path: the mergekit file.
+        target: folder to write, new or empty.
+        device: where to compute: ``cpu`` or ``cuda``.
+        seed: seed of the methods that draw at random.
+        shard_bytes: the largest size of a file of weights in bytes.
+        tokenizer: whether to write a tokenizer.
+        warn: is called with each warning about the models.
 
-    Raises BadInput for what cannot be merged, before anything is written.
+    Raises BadInput, before anything is written, where the file is wrong or the models cannot be merged.
     """
     check_target(target)
     opened = open_merge(path)
     chat_template = _chat_template(opened, str(path))
     known = digests(opened.sources)
-    if opened.vocabulary is None:  # else the models have no common shape to be compared in
+    if opened.vocabulary is None:  # otherwise the models have different shapes and cannot be compared
         for doubt in suspicions(opened.base, [s for s in opened.sources.values() if s is not opened.base]):
             warn(doubt)
     nodes = {r: Expert(r, d) for r, d in known.items()}
@@ -127,7 +136,7 @@ def _kernels(opened: OpenedFile) -> Kernels:
 
 
 def _tokenizer_folder(opened: OpenedFile) -> Path:
-    """The model whose tokenizer the merge gets, or that it is extended from."""
+    """The folder of the model whose tokenizer the merged model gets, possibly with further tokens."""
     chosen = opened.configuration.tokenizer
     return opened.sources[chosen.source].path if chosen and chosen.source in opened.sources else opened.base.path
 

@@ -1,4 +1,4 @@
-"""The reference pages, written from the code itself: ``python -m evolver.commands.reference > docs/reference.md``."""
+"""Writes the reference page from the code: ``python -m evolver.commands.reference > docs/reference.md``."""
 
 from __future__ import annotations
 
@@ -18,19 +18,34 @@ from evolver.merging.methods import METHODS
 from evolver.report.text import markdown_table
 from evolver.search import SEARCHES
 
+METHODS_INTRODUCTION = (
+    "`searched` is the range that a search may tune. A setting with one number per expert also takes a single number "
+    "for all experts. In the descriptions, τ is an expert's task vector (expert − base), w its weight, and λ the "
+    "setting `lambda`."
+)
+
 
 def reference_page() -> str:
     """The whole page as Markdown."""
-    parts = ["# Reference", "Written by `make docs` from the code.", "## Commands", *_commands(), "## Configuration"]
+    parts = [
+        "# Reference",
+        "This page is generated from the code by `make docs`.",
+        "## Commands",
+        *_commands(),
+        "## Configuration",
+    ]
     parts += [_section("", Config)]
     parts += [_section(name, kind) for name, kind in _subsections("", Config)]
-    parts += ["## Searches", "One key chooses: `search.algorithm`."]
+    parts += ["## Searches", "`search.algorithm` names the search; the other keys of `search` are its settings."]
     for name, algorithm in sorted(SEARCHES.items()):
         parts += [f"### {name}", first_paragraph(algorithm.build), _keys(algorithm.settings)]
-    parts += ["## Loggers", "Each under its name in `loggers`; `pip install 'evolver[NAME]'` installs what it needs."]
+    parts += [
+        "## Loggers",
+        "Write each tracker under its name in `loggers`. `pip install 'evolver[NAME]'` installs what it needs.",
+    ]
     for name, logger in sorted(LOGGERS.items()):
         parts += [f"### {name}", first_paragraph(logger.build), _keys(logger.settings)]
-    parts += ["## Merge methods", "`E` numbers: one for each expert, or one for all. Searched: what a search may tune."]
+    parts += ["## Merge methods", METHODS_INTRODUCTION]
     for name, method in sorted(METHODS.items()):
         rows = [[f"`{s.name}`", kind_of(s), f"`{default_of(s)}`", searched_of(s)] for s in method.settings.values()]
         parts += [f"### {name}", f"{first_paragraph(method.function)} ({method.paper})"]
@@ -39,9 +54,9 @@ def reference_page() -> str:
 
 
 def _commands() -> Iterator[str]:
-    """Every command with its arguments and options, as its help says them."""
+    """Every command with the help of its arguments and options."""
     group: Any = typer.main.get_command(app)
-    yield "`evolver COMMAND --help` says the same. `evolver --install-completion` teaches them to your shell."
+    yield "`evolver COMMAND --help` shows the same. `evolver --install-completion` adds completion to your shell."
     for name, command in sorted(group.commands.items()):
         arguments = [_argument(p) for p in command.params if p.param_type_name == "argument"]
         yield f"### `{' '.join(['evolver', name, *arguments])}`"
@@ -62,7 +77,7 @@ def _flags(parameter: Any) -> str:
 
 
 def _said(parameter: Any) -> str:
-    """What a parameter is for, with its default where the sentence does not say it."""
+    """The help of a parameter, with the default appended where the help does not mention it."""
     said, default = str(parameter.help), parameter.default
     shown = default not in (None, False, 0) and "default:" not in said
     return f"{said}; default: {default}" if shown else said
@@ -100,4 +115,4 @@ def _field_default(field: FieldInfo) -> str:
 
 
 if __name__ == "__main__":
-    print(reference_page(), end="")  # noqa: T201  # a page to standard output is its trade
+    print(reference_page(), end="")  # noqa: T201  # this script prints the page

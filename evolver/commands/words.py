@@ -1,4 +1,4 @@
-"""What a setting takes, in words, as the reference and the command line say it."""
+"""Words for the values, defaults and search ranges of settings, for the reference page and the command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from evolver.merging.methods import Range, Setting, Simplex
 
 
 def type_name(annotation: Any) -> str:
-    """What a value of a type is called."""
+    """The name of a type for users, such as ``list of number``."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return ", ".join(f"`{a}`" for a in arguments)
@@ -25,26 +25,26 @@ def type_name(annotation: Any) -> str:
 
 
 def kind_of(setting: Setting) -> str:
-    """What a setting takes, in words."""
+    """The values that a setting takes, in words."""
     if setting.choices:
         return ", ".join(f"`{c}`" for c in setting.choices)
-    return "E numbers" if setting.kind is tuple else type_name(setting.kind)
+    return "one number per expert" if setting.kind is tuple else type_name(setting.kind)
 
 
 def default_of(setting: Setting) -> Any:
-    """What holds where nothing is set."""
+    """The default of a setting, or ``required``."""
     if setting.required:
         return "required"
     return setting.default[0] if isinstance(setting.default, tuple) else setting.default
 
 
 def searched_of(setting: Setting) -> str:
-    """What a search may choose, in words; empty if it may not."""
+    """The values that a search may choose, in words; empty if a search cannot tune the setting."""
     if isinstance(setting.search, Simplex):
         return "weights that sum to 1"
     if isinstance(setting.search, Range):
         return f"{setting.search.low:g} – {setting.search.high:g}" + (", log" if setting.search.log else "")
-    return "one of them, where tuned by name" if setting.options else ""
+    return "any of them, if listed in search.tune" if setting.options else ""
 
 
 def first_paragraph(documented: Any) -> str:

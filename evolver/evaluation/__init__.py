@@ -1,1 +1,4 @@
-"""The judging half: tasks, their items, and a live model that is scored on them. Knows neither recipes nor searches."""
+"""Scoring: tasks, their items, and the live model that is scored on them.
+
+Nothing here knows how a model was made or which search proposed it.
+"""

@@ -1,4 +1,4 @@
-"""What every kind of evaluation offers."""
+"""The interface of a kind of evaluation (a judge), and the registry of all kinds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from evolver.records import Split
 
 @dataclass(frozen=True)
 class AskedItem:
-    """One item of one task, as the configuration asks for it."""
+    """An item, with the task of the configuration that it is scored for."""
 
     entry: TaskEntry
     item: Item
@@ -22,13 +22,14 @@ class AskedItem:
 
 @dataclass
 class Scored:
-    """What a model said to some items, by their place, and what it took.
+    """A model's answers to some items, and what they took.
 
     Args:
-        answers: judged where the task's metric is the mean of judged items (see ``Metric``).
-        tokens: that went through the model, without padding; images count as one.
-        truncated: items whose prompt was cut, or whose answer met its limit before its end.
-        invalid: items in whose answer no answer was found.
+        answers: the answer to each item, by the item's place in its split. Where the task's metric is the mean of
+            judged items (see ``Metric``), an answer is the item's score already.
+        tokens: number of tokens that went through the model, without padding; an image counts as one.
+        truncated: number of items whose prompt was cut, or whose generated answer reached its limit before its end.
+        invalid: number of items in whose generated text lm-eval's filters found no answer.
     """
 
     answers: dict[int, float] = field(default_factory=dict)
@@ -37,7 +38,11 @@ class Scored:
     invalid: int = 0
 
     def add(self, other: Scored, places: Sequence[int] | None = None) -> None:
-        """Take in answers to some of the items; ``places[i]`` is where the other's place i stands, by default i."""
+        """Add the answers to some other items.
+
+        Args:
+            places: ``places[i]`` is the place here of the other's place i; default: i itself.
+        """
         self.answers.update({p if places is None else places[p]: answer for p, answer in other.answers.items()})
         self.tokens += other.tokens
         self.truncated += other.truncated
@@ -54,10 +59,10 @@ class Scored:
 
 
 class Scorer(Protocol):
-    """Scores the live model on items that it was made for; what can be built once is."""
+    """Scores the live model on a fixed list of items. Prompts and tensors are built once, for all candidates."""
 
     def score(self, places: Sequence[int]) -> Scored:
-        """The answers to the items at ``places``.
+        """The answers to the items at ``places``, which are indices into the list of items.
 
         Raises FloatingPointError where the model's outputs are not finite.
         """
@@ -65,34 +70,39 @@ class Scorer(Protocol):
 
 
 class Judge(Protocol):
-    """A kind of task: which items there are, how answers become numbers. Needs no model.
+    """A kind of evaluation. It knows the items of its tasks and how answers become numbers, and makes the scorers.
+
+    It is made without a model, so that a configuration can be checked before any model is loaded.
 
     Args:
-        config: of the run.
-        numbers: the places of its tasks among those of ``config.evaluation.tasks``.
+        config: configuration of the run.
+        numbers: indices, in ``config.evaluation.tasks``, of the tasks that this judge is for.
     """
 
     def __init__(self, config: Config, numbers: Sequence[int]) -> None: ...
 
-    # What the user should hear before the run.
+    # Sentences that the user should read before the run.
     warnings: list[str]
 
     def items(self, entry: TaskEntry, split: Split) -> list[Item] | None:
-        """All items that a split can be drawn from; None where the report split is drawn from the dev split's."""
+        """All items that a split can be drawn from. None for the report split means: from the items of the dev split.
+
+        Raises BadInput where the data cannot be read.
+        """
         ...
 
     def metric(self, entry: TaskEntry) -> Metric: ...
 
     def right(self, asked: AskedItem) -> float:
-        """The right answer, for metrics that look at all answers together."""
+        """The right answer to an item, for metrics that look at all answers together."""
         ...
 
     def scorer(self, model: Any, asked: Sequence[AskedItem], scored: Iterable[Item]) -> Scorer:
-        """A scorer of ``asked``.
+        """A scorer of the items ``asked``.
 
         Args:
-            model: a LiveModel; lm-eval's tasks take a LaunchedModel, too.
-            scored: every item that is scored anywhere in this run: none of them may serve as an example.
+            model: a LiveModel; lm-eval's tasks also take a LaunchedModel.
+            scored: all items that are scored anywhere in this run. None of them may be a few-shot example in a prompt.
         """
         ...
 
@@ -133,7 +143,7 @@ JudgeType = TypeVar("JudgeType", bound=type[Any])
 
 
 def judge(name: str) -> Callable[[JudgeType], JudgeType]:
-    """Register a kind of evaluation: a task names it by its key ``judge``."""
+    """Register a kind of evaluation under ``name``; a task of the configuration chooses it with its key ``judge``."""
 
     def register(kind: JudgeType) -> JudgeType:
         JUDGES[name] = kind

@@ -1,4 +1,4 @@
-"""Batches under a token budget, halved where memory does not suffice."""
+"""Batches with a limited number of tokens. A batch that does not fit into memory is divided in two."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ Answer = TypeVar("Answer")
 
 
 def by_length(lengths: Mapping[int, int], budget: int, most: int | None = None) -> Iterator[list[int]]:
-    """Keys in batches of like lengths, each batch of at most ``budget`` tokens with padding (or of one key).
+    """Group rows of similar lengths into batches, shortest rows first.
 
-    The same lengths give the same batches: in bfloat16 a score can depend on its batch.
+    The same lengths always give the same batches, because in bfloat16 a score can depend on its batch.
 
     Args:
-        most: rows of a batch.
+        lengths: the number of tokens of each row, by the row's key.
+        budget: most tokens of a batch, padding included; a longer row is a batch of its own.
+        most: most rows of a batch; None: any number.
+
+    Yields the keys of each batch.
     """
     batch: list[int] = []
     for key in sorted(lengths, key=lambda k: (lengths[k], k)):
@@ -30,11 +34,13 @@ def by_length(lengths: Mapping[int, int], budget: int, most: int | None = None) 
 
 
 class Batches(Generic[Batch]):
-    """Batches whose tensors are built once. One that does not fit into memory is cut in two, and stays so.
+    """Batches whose tensors are built once and then used for every candidate.
+
+    A batch that does not fit into memory is divided in two, and stays divided for later candidates.
 
     Args:
-        keys: of the rows of every batch.
-        build: makes a batch of the rows of these keys.
+        keys: the keys of the rows of every batch.
+        build: builds the tensors of a batch from the keys of its rows.
     """
 
     def __init__(self, keys: Iterable[Sequence[int]], build: Callable[[Sequence[int]], Batch]) -> None:
@@ -42,9 +48,9 @@ class Batches(Generic[Batch]):
         self._batches: list[tuple[Sequence[int], Batch | None]] = [(k, None) for k in keys]
 
     def run(self, forward: Callable[[Batch], Answer]) -> Iterator[tuple[Sequence[int], Answer]]:
-        """What ``forward`` says of every batch, with the batch's keys.
+        """Call ``forward`` on every batch; yields the keys of each batch with what ``forward`` returned.
 
-        Raises MemoryError where a batch of one row is too much.
+        Raises MemoryError where even a batch of one row does not fit into memory.
         """
         number = 0
         while number < len(self._batches):
@@ -64,7 +70,7 @@ class Batches(Generic[Batch]):
                 number += 1
                 continue
             del batch
-            self._halve(number)  # only here: within the handler the traceback still holds the forward pass's tensors
+            self._halve(number)  # not in the handler, where the traceback still holds the tensors of the forward pass
 
     def _halve(self, number: int) -> None:
         keys, _ = self._batches[number]
@@ -75,5 +81,5 @@ class Batches(Generic[Batch]):
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an accelerator, or the CPU's allocator, had no room."""
+    """Whether the error says that an accelerator or the CPU had no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)

@@ -1,4 +1,4 @@
-"""Rows of a data set: of a local file, or of one of the ``datasets`` library."""
+"""Reads the rows of a data set from a local file or with the ``datasets`` library."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from evolver.errors import BadInput
 from evolver.storage.paths import expand
 
 Row = dict[str, Any]
-# Characters of a passage of a text file.
+# A passage of a text file ends with the paragraph in which it reaches this many characters.
 PASSAGE = 1500
 
 
 def read_rows(data: str | DataSet, key: str) -> list[Row]:
-    """All rows, as mappings by column.
+    """All rows of a data set, each a mapping from columns to values.
 
     Args:
-        data: a JSONL, CSV, TSV, Parquet or text file, or a data set of the library.
-        key: names the setting in errors.
+        data: a JSON, JSONL, CSV, TSV, Parquet or text file, or a data set of the ``datasets`` library.
+        key: the key of the configuration that errors name.
 
-    Raises BadInput where it cannot be read.
+    Raises BadInput where the data cannot be read, or a row is no mapping.
     """
     if isinstance(data, DataSet):
         return _of_library(data, key)
     path = Path(expand(data))
     if path.suffix not in FORMATS:
-        raise BadInput(f"{key}: {path} is of no known kind; give one of {', '.join(FORMATS)}, or path and split.")
+        raise BadInput(f"{key}: {path} has no known extension; give a file of {', '.join(FORMATS)}, or path and split.")
     try:
         rows = FORMATS[path.suffix](path)
     except (OSError, ValueError, csv.Error, pyarrow.ArrowException) as error:
@@ -42,26 +42,26 @@ def read_rows(data: str | DataSet, key: str) -> list[Row]:
         raise BadInput(f"{key}: {path} cannot be read ({reason}); give a {path.suffix[1:].upper()} file.") from error
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise BadInput(f"{key}: row {number} of {path} is no mapping; write one object a line.")
+            raise BadInput(f"{key}: row {number} of {path} is no mapping; write one JSON object on each line.")
     return rows
 
 
 def _of_library(data: DataSet, key: str) -> list[Row]:
     try:
         return list(_undecoded(_loaded(data)))
-    except Exception as error:  # folders, hubs and networks fail each in their own way
+    except Exception as error:  # the library raises many classes, for folders, the hub and the network
         reason = " ".join(str(error).split())[:200]
         raise BadInput(
             f"{key}: the data set {data.path!r} cannot be loaded ({type(error).__name__}: {reason}); "
-            "check path, name and split, and the network for one of a hub."
+            "check path, name and split, and for a data set of the hub also the network."
         ) from error
 
 
 def _loaded(data: DataSet) -> Any:
-    import datasets  # slow, and not needed for files
+    import datasets  # takes seconds to import, and files do not need it
 
     path = Path(expand(data.path))
-    if (path / "dataset_dict.json").exists():  # saved with save_to_disk
+    if (path / "dataset_dict.json").exists():  # several splits, saved with save_to_disk
         return datasets.load_from_disk(str(path))[data.split]
     if (path / "state.json").exists():
         return datasets.load_from_disk(str(path))
@@ -69,7 +69,9 @@ def _loaded(data: DataSet) -> Any:
 
 
 def _undecoded(found: Any) -> Any:
-    """With the files of images and sounds instead of the images and sounds: a file has one hash everywhere."""
+    """The data set with images and sounds as encoded files, because the bytes of a file are the same on every machine
+    and decoded ones need not be.
+    """
     for name, feature in found.features.items():
         if getattr(feature, "decode", False):
             found = found.cast_column(name, replace(feature, decode=False))
@@ -81,7 +83,7 @@ def _jsonl(path: Path) -> list[Row]:
 
 
 def _json(path: Path) -> list[Row]:
-    """One array of all rows, or a row a line."""
+    """The rows of a file that holds one array of all rows, or one row on each line."""
     text = path.read_text(encoding="utf-8")
     rows: list[Row] = json.loads(text) if text.lstrip().startswith("[") else _lines(text)
     return rows
@@ -105,7 +107,7 @@ def _parquet(path: Path) -> list[Row]:
 
 
 def _text(path: Path) -> list[Row]:
-    """Passages of whole paragraphs, of PASSAGE characters or a little more."""
+    """The passages of a text: whole paragraphs, together of at least PASSAGE characters, except for the last one."""
     found: list[list[str]] = [[]]
     size = 0
     for paragraph in re.split(r"\n\s*\n", path.read_text(encoding="utf-8")):

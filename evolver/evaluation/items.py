@@ -1,4 +1,4 @@
-"""Items: which ones the search may see, which ones are kept for the report, and in which order they are scored."""
+"""Decides which items the search may see, which ones are kept for the report, and in which order they are scored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from evolver.records import Split, canonical_json
 
 @dataclass(frozen=True)
 class Item:
-    """One item of a task: its place in the data set, and a hash of its content that outlives any reordering."""
+    """One item of a task.
+
+    Attributes:
+        task: name of the task or data set that it comes from.
+        index: its place in the data set.
+        hash: hash of its content, which stays the same if the data set is reordered.
+    """
 
     task: str
     index: int
@@ -23,7 +29,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Items:
-    """The items of both splits, each in the order in which every candidate meets them."""
+    """The items of both splits, in the order in which every candidate is scored on them."""
 
     dev: tuple[Item, ...]
     report: tuple[Item, ...]
@@ -33,7 +39,7 @@ class Items:
 
 
 def item_hash(document: Any) -> str:
-    """80 bits of the SHA-256 of a document's canonical JSON."""
+    """The first 80 bits of the SHA-256 of a document's canonical JSON, as 20 hexadecimal digits."""
     plain = _plain(document)
     return hashlib.sha256(canonical_json(plain).encode()).hexdigest()[:20]
 
@@ -85,8 +91,8 @@ def _draw_report(source: ItemSource, dev: Sequence[Item], searched: Collection[s
         shared = {i.hash for i in dev} & {i.hash for i in ranked[: entry.report]}
         if shared:
             raise BadInput(
-                f"{key}: {len(shared)} items stand in the dev set of {entry.task} and in its report set; "
-                "name data that share no item, or let one set be split."
+                f"{key}: {len(shared)} items are both dev items and report items of {entry.task}; "
+                "name data that share no item, or leave the report data out, so that one set is split."
             )
     free = [item for item in ranked if item.hash not in searched]
     if len(free) < entry.report:
@@ -98,21 +104,24 @@ def _draw_report(source: ItemSource, dev: Sequence[Item], searched: Collection[s
 
 
 def in_order(items: Iterable[Item], seed: int) -> tuple[Item, ...]:
-    """The tasks' items mixed into one fixed order, so that any first part of it is a fair sample of all tasks."""
+    """The items of all tasks in one order that looks random and depends on the seed and the items only.
+
+    The first items, however many, are thus a random sample of all tasks.
+    """
     return tuple(sorted(items, key=lambda i: _rank(f"{seed}:order:{i.task}:{i.hash}")))
 
 
 def _ranked(items: Sequence[Item], seed: int) -> list[Item]:
-    unique = {i.hash: i for i in reversed(items)}  # of items with the same content, the first one stays
+    unique = {i.hash: i for i in reversed(items)}  # of items with the same content, only the first one is kept
     return sorted(unique.values(), key=lambda i: _rank(f"{seed}:{i.hash}"))
 
 
 def require_items(name: str, have: int, wanted: int, key: str) -> None:
     """Raises BadInput where a task holds too few items."""
     if have == 0:
-        raise BadInput(f"{key}: {name} holds no items; name data that are not empty.")
+        raise BadInput(f"{key}: {name} has no items; name data that are not empty.")
     if have < wanted:
-        raise BadInput(f"{key}: {wanted} items are asked for and {name} holds {have} different ones; ask for fewer.")
+        raise BadInput(f"{key}: {wanted} items are asked for, but {name} has {have} different ones; ask for fewer.")
 
 
 def _rank(text: str) -> bytes:

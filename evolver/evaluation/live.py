@@ -1,4 +1,4 @@
-"""The live model: loaded once, its parameters overwritten in place for every candidate."""
+"""The live model: it is loaded once, and every candidate's weights overwrite its parameters in place."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ class LiveModel:
     """A Transformers model whose tensors are addressed by their names in the checkpoint.
 
     Args:
-        settings: of the model; ``compute`` is the dtype of its parameters.
-        names: of the tensors that will be written.
-        heads: classification heads by the expert that they are of, for ``use``.
-        labels: of a classifier's head, where they are not those of the folder.
+        settings: the section ``model`` of the configuration; ``compute`` is the dtype of the parameters.
+        folder: Hugging Face folder of the base, or of a model that is scored as it is.
+        names: names of the tensors that ``write`` will overwrite.
+        device: device of the model, such as ``cpu`` or ``cuda``.
+        heads: the experts' classification heads by expert, for ``use``.
+        labels: the labels of a classifier's head, where they differ from those of the folder.
 
-    Raises BadInput where a tensor of the checkpoint has no place in the model, or the model needs one more.
+    Raises BadInput where a tensor of the checkpoint has no place in the model, and where the checkpoint lacks a tensor
+    that the model needs.
     """
 
     def __init__(
@@ -41,7 +44,7 @@ class LiveModel:
             "image-classifier": transformers.AutoModelForImageClassification,
         }
         transformers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.set_verbosity_error()  # its report of the loading; what matters of it is below
+        transformers.utils.logging.set_verbosity_error()  # missing tensors, which it would report, are checked below
         self.device = torch.device(device)
         self.folder, self._heads, names = folder, heads or {}, list(names)
         self.module, loaded = kinds[settings.kind].from_pretrained(
@@ -49,14 +52,14 @@ class LiveModel:
         )
         written = {*names, *(n for head in self._heads.values() for n in head)}
         missing = set(loaded["missing_keys"]) - written
-        if missing:  # they would be filled with random numbers
+        if missing:  # Transformers would fill them with random numbers
             raise BadInput(
                 f"model.base: {folder} lacks {min(missing)}, which {type(self.module).__name__} needs; "
-                "give a base of the kind that model.kind says."
+                "give a base of the kind that model.kind names."
             )
         self.module.to(self.device).eval()
         self._places = self._find(names, folder)
-        # lm-eval ties a model's weights when it wraps it, by the configuration, whatever the checkpoint says.
+        # lm-eval ties a model's weights when it wraps it, even where the checkpoint holds both tensors. This stops it.
         self.module.tie_weights = lambda *_, **__: None
 
     @cached_property
@@ -67,35 +70,36 @@ class LiveModel:
         return transformers.AutoTokenizer.from_pretrained(self.folder)
 
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Overwrite the parameters; nothing else of the model changes.
+        """Overwrite the parameters of the model with the tensors of a candidate.
 
-        Raises ValueError where they are not exactly the model's: the last candidate's would stay in place of what is
-        missing. The next candidate overwrites whatever was written.
+        Raises ValueError where the tensors are not exactly those of the model: where one was missing, the tensor of the
+        previous candidate would stay. After such an error, a complete set of tensors makes the model usable again.
         """
         left = set(self._places)
         with torch.no_grad():
             for name, tensor in tensors:
                 if name not in left:
                     raise ValueError(
-                        f"the model has no tensor {name}, or it came twice; the recipe is of another depth"
+                        f"the model has no tensor {name}, or it came twice; the recipe has another number of layers"
                     )
                 self._places[name].copy_(tensor)
                 left.discard(name)
         if left:
             raise ValueError(
-                f"{len(left)} tensors of the model are missing, such as {min(left)}; the recipe is of another depth"
+                f"{len(left)} tensors of the model are missing, such as {min(left)}; the recipe has another number of "
+                "layers"
             )
 
     def close(self) -> None:
-        """Nothing outlives the process."""
+        """Does nothing: no part of the model outlives the process."""
 
     def use(self, head: str) -> None:
-        """Put an expert's own head on the model, whatever its number of labels."""
+        """Put an expert's own classification head on the model, whatever its number of labels."""
         for name, tensor in self._heads[head].items():
             self.module.get_parameter(name).data = tensor.to(self.device, self.module.dtype)
 
     def outputs(self, head: str | None) -> int:
-        """How many labels a head names; None: the model's one."""
+        """The number of labels of an expert's head; None: of the model's own head."""
         if head is None:
             return int(self.module.config.num_labels)
         return int(list(self._heads[head].values())[-1].shape[0])
@@ -110,7 +114,7 @@ class LiveModel:
             if found is None:
                 raise BadInput(
                     f"model.base: {folder} holds {name}, which {type(self.module).__name__} has no place for; "
-                    "save the base with the class that model.kind stands for."
+                    "give a base that was saved with this class, or correct model.kind."
                 )
             places[name] = found
         self._untie(places.values())
@@ -118,10 +122,10 @@ class LiveModel:
         return {name: state[found] for name, found in places.items()}
 
     def _untie(self, names: Iterable[str]) -> None:
-        """Give each of these tensors a storage of its own.
+        """Give each of these tensors memory of its own.
 
-        Transformers ties a head to its embedding where a checkpoint holds both with equal values; those of another
-        expert, or of a merge, need not be equal.
+        Transformers ties a head to its embedding if the checkpoint holds both with equal values. In another expert, or
+        in a merge, the two need not be equal.
         """
         seen: set[int] = set()
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
@@ -134,7 +138,7 @@ class LiveModel:
 
 
 def _labelled(labels: Sequence[str]) -> dict[str, Any]:
-    """What makes Transformers give a classifier a head for these labels."""
+    """The arguments with which Transformers gives a classifier a head for these labels."""
     if not labels:
         return {}
     ids = dict(enumerate(labels))
@@ -142,7 +146,10 @@ def _labelled(labels: Sequence[str]) -> dict[str, Any]:
 
 
 def _renaming(module: Any) -> Callable[[str], str]:
-    """From names in checkpoints to names in the model: Transformers renames some architectures' tensors as it loads."""
+    """A function from names in the checkpoint to names in the model.
+
+    They differ where Transformers renames an architecture's tensors as it loads them.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, apply_renamings
 
@@ -151,16 +158,16 @@ def _renaming(module: Any) -> Callable[[str], str]:
 
 
 def default_device() -> str:
-    """The accelerator that this process was given, or the CPU."""
+    """``cuda`` where this process can use a GPU, else ``cpu``."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def free_memory(device: str) -> int:
-    """Bytes that a process here may still take on a device: all that is free, within what its container allows."""
+    """Bytes of memory that are free on a device. On a CPU, the limit of the container counts as well."""
     if device != "cpu":
         return int(torch.cuda.mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError):  # "max" is no number: there is no limit
+    with contextlib.suppress(OSError, ValueError):  # where there is no limit, the file holds the word "max"
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         free = min(free, limit - used)
     return free

@@ -1,4 +1,7 @@
-"""What the judges of rows have in common: files or data sets of them, one for dev and, if wanted, one for report."""
+"""The common part of the judges that score rows of a file or data set.
+
+A task has one file or data set for its dev items and, if the user wishes, another one for its report items.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,11 @@ from evolver.records import Split
 
 
 class RowJudge:
-    """The half of a judge that reads rows. A kind of evaluation says which columns it needs and what makes an item."""
+    """The part of a judge that reads rows.
+
+    A subclass says which columns it needs and which content of a row identifies the item. See ``Judge`` for the
+    arguments.
+    """
 
     def __init__(self, config: Config, numbers: Sequence[int]) -> None:
         self.settings = config.evaluation
@@ -27,15 +34,18 @@ class RowJudge:
         return []
 
     def prepare(self, rows: list[Row], entry: TaskEntry, data: str | DataSet, key: str) -> list[Row]:
-        """The rows as they are kept."""
+        """The rows in the form in which the judge keeps them."""
         return rows
 
     def content(self, row: Row, entry: TaskEntry) -> Any:
-        """What makes the item the one that it is: by the hash of it items are drawn and told apart."""
+        """The content that identifies an item. Items are drawn, and recognised as equal, by its hash."""
         return [row[column] for column in self.columns(entry)]
 
     def items(self, entry: TaskEntry, split: Split) -> list[Item] | None:
-        """See ``Judge``."""
+        """The items of all rows; see ``Judge``.
+
+        Raises BadInput where the data are missing or cannot be read, and where a row lacks a column.
+        """
         key = self._keys[entry.task]
         if split == "report":
             return self._read(entry, entry.report_data, f"{key}.report_data") if entry.report_data else None

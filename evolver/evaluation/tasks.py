@@ -1,4 +1,4 @@
-"""The tasks of a run: their items drawn into two splits, each task judged by its kind."""
+"""The tasks of a run. Their items are drawn into two splits, and each task is scored by the judge of its kind."""
 
 from __future__ import annotations
 
@@ -20,17 +20,22 @@ from evolver.records import Split
 def load_tasks(config: Config) -> Tasks:
     """The tasks of a configuration.
 
-    Raises BadInput for an unknown task or metric, an empty set, or sets that overlap.
+    Raises BadInput for an unknown task, metric or judge, for a set without items or with too few, and for dev and
+    report items that overlap.
     """
     return Tasks(config)
 
 
 class Tasks:
-    """Tasks as configured: checked without a model, then turned into a scorer once there is one.
+    """The tasks of a configuration. They are checked without a model; ``scorer`` makes their scorer for a model.
 
     Attributes:
-        items: of both splits, each in the order in which every candidate meets them.
-        warnings: what the user should hear before the run.
+        entries: the tasks as the configuration gives them.
+        judges: the judge of each task, by the task's name.
+        items: the items of both splits, in the order in which every candidate is scored on them.
+        warnings: sentences that the user should read before the run.
+
+    Raises BadInput as ``load_tasks`` does.
     """
 
     def __init__(self, config: Config) -> None:
@@ -51,7 +56,7 @@ class Tasks:
         self.warnings = [w for judge in dict.fromkeys(self.judges.values()) for w in judge.warnings]
 
     def scale(self, split: Split) -> Scale:
-        """How the items of a split make up the score."""
+        """The scale of a split, which says how the answers to its items make up the score."""
         asked, shares = self._asked(split), self._shares(split)
         metrics = {e.task: self.judges[e.task].metric(e) for e in self.entries}
         judged = all(m.judged for m in metrics.values())
@@ -74,10 +79,10 @@ class Tasks:
         return out
 
     def scorer(self, model: Any, split: Split) -> SplitScorer:
-        """What scores a model on the items of a split; those of the other one are not prepared.
+        """A scorer of a model on the items of one split. The items of the other split are not prepared.
 
         Args:
-            model: a LiveModel, or a LaunchedModel where the configuration names a backend.
+            model: a LiveModel, or a LaunchedModel where ``evaluation.backend`` names a model class of lm-eval.
         """
         asked = self._asked(split)
         scored = {i for s in ("dev", "report") for i in self.items.of(s)}
@@ -107,20 +112,27 @@ class Tasks:
             for item in items.of(split):
                 if (split, item) in self._owners:
                     raise BadInput(
-                        f"{key}.task: {entry.task} and {self._owners[split, item].task} both hold {item.task}; "
+                        f"{key}.task: {entry.task} and {self._owners[split, item].task} both contain {item.task}; "
                         "name each task once."
                     )
                 self._owners[split, item] = entry
 
 
 class SplitScorer:
-    """Scores the live model on the items of one split."""
+    """Scores a model on the items of one split.
+
+    Args:
+        parts: the scorer of each judge, with the places of its items in the order of the split.
+    """
 
     def __init__(self, parts: Sequence[tuple[Scorer, Sequence[int]]]) -> None:
         self.parts = parts
 
     def score(self, start: int, stop: int) -> Scored:
-        """The answers to the items ``start`` … ``stop - 1`` of the split's order."""
+        """The answers to the items from ``start`` to ``stop - 1`` in the order of the split.
+
+        Raises FloatingPointError where the model's outputs are not finite.
+        """
         out = Scored()
         for scorer, places in self.parts:
             inside = [i for i, place in enumerate(places) if start <= place < stop]
@@ -130,9 +142,9 @@ class SplitScorer:
 
 
 def _judges(config: Config) -> dict[str, Judge]:
-    """The judge of every task; tasks of one kind share one."""
+    """The judge of every task, by the task's name. Tasks of the same kind share one judge."""
     if config.evaluation.backend != "resident":
-        from evolver.evaluation.language.launched import check_backend  # lm-eval takes seconds
+        from evolver.evaluation.language.launched import check_backend  # importing lm-eval takes seconds
 
         check_backend(config.evaluation, config.model.kind)
     kinds: dict[str, list[int]] = {}
@@ -157,15 +169,17 @@ def _kind(entry: TaskEntry, model: str) -> str:
 
 
 def judge_names() -> list[str]:
-    """The kinds of evaluation that there are."""
+    """The names of all kinds of evaluation, sorted: those with a file in ``evaluation/judges``, and those that a
+    program has registered.
+    """
     files = (m.name.replace("_", "-") for m in pkgutil.iter_modules(judges.__path__))
     return sorted({*files, *JUDGES})
 
 
 def judge_named(name: str, key: str) -> type[Judge]:
-    """A kind of evaluation; its file is imported now, as lm-eval and the rest take seconds.
+    """The judge of this name. Its file is imported only now, because the libraries that it needs take seconds.
 
-    Raises BadInput for an unknown one, naming ``key`` and the nearest known ones.
+    Raises BadInput for an unknown name, naming ``key`` and the nearest known names.
     """
     if name not in judge_names():
         raise BadInput(f"{key}: unknown judge {name!r}; {nearest(name, judge_names())}")

@@ -1,8 +1,9 @@
-"""Running ahead: what a search would ask for next if everything that is pending were rejected, as most of it is.
+"""Running ahead: guesses the candidates that a search will ask for next, so that idle workers can score them already.
 
-A search that proposes one candidate on the result of the one before keeps one worker busy. Its next candidates can be
-guessed and scored all the same: where the guess was right, the result is there when the search asks; where it was
-wrong, the work is thrown away. What the search sees is the same either way.
+A search that waits for each result before it proposes the next candidate keeps only one worker busy. Most of its
+candidates are rejected, so its next proposals can be guessed: they are what it would propose if all pending candidates
+were rejected. If a guess is right, the result is already there when the search asks for the candidate. If it is wrong,
+the result is not used. The search sees the same results in both cases, so its decisions do not change.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ Known = Callable[[Candidate], Result | None]
 
 @runtime_checkable
 class Guessable(Protocol):
-    """A search whose next candidates can be guessed. Only searches that can be copied and left as they are have it."""
+    """A search whose next candidates can be guessed, which needs a copy of the search that can be told made-up
+    results.
+    """
 
     @property
     def done(self) -> bool: ...
@@ -28,27 +31,30 @@ class Guessable(Protocol):
     def tell(self, result: Result) -> None: ...
 
     def twin(self) -> Self:
-        """A copy in the same state; what is told to it leaves the original as it is."""
+        """A copy in the same state. Telling results to the copy does not change the original."""
         ...
 
     def pending(self) -> list[Candidate]:
-        """What was asked for and not told, in order."""
+        """The candidates that were asked for and whose results were not told yet, in order."""
         ...
 
     def assume(self, candidate: Candidate) -> Result | None:
-        """What a pending candidate will most likely come to; None where there is no telling."""
+        """The most likely result of a pending candidate; None if it cannot be guessed."""
         ...
 
 
 class RunsAhead(Ordered):
-    """A search in order that can be guessed: its state is what its own lists and mappings hold, changed in none of
-    their members. One that stands on somebody else's state, as on a study of Optuna's, cannot be copied so.
+    """An ``Ordered`` search that can be copied by copying its lists and mappings.
+
+    A subclass may replace the members of its lists and mappings but must not change the members themselves, because the
+    copy shares them. Searches whose state is in an object of another library, such as an Optuna study, cannot be copied
+    like this.
     """
 
     def twin(self) -> Self:
-        """A copy in the same state; what is told to it leaves this one as it is.
+        """A copy in the same state. Telling results to the copy does not change this search.
 
-        Lists and mappings are copied, what they hold is shared: an algorithm changes none of it in place.
+        The lists and mappings are copied; their members are shared.
         """
         twin = copy.copy(self)
         for name, value in vars(self).items():
@@ -57,19 +63,22 @@ class RunsAhead(Ordered):
         return twin
 
     def pending(self) -> list[Candidate]:
-        """What was asked for and not told, in order; where results are learnt in the order of their candidates."""
+        """The candidates that were asked for and whose results were not told yet, in order.
+
+        Only for ``order: exact``, in which results are learnt in the order of their candidates.
+        """
         return [c for c in self._asked[self._learnt :] if c.number not in self._told]
 
     def assume(self, candidate: Candidate) -> Result | None:
-        """What a pending candidate will most likely come to; None where there is no telling."""
-        raise NotImplementedError  # every algorithm says its own
+        """The most likely result of a pending candidate; None if it cannot be guessed."""
+        raise NotImplementedError  # every search defines it
 
 
 def ahead(search: Guessable, known: Known) -> Iterator[Candidate]:
-    """The next candidates of a search, as far as they can be guessed. The search stays as it is.
+    """Yield the next candidates of a search, as far as they can be guessed. The search itself is not changed.
 
     Args:
-        known: the result of a candidate that was guessed and scored before, or None.
+        known: returns the result of a candidate that was guessed and scored before, or None.
     """
     twin = search.twin()
     while not twin.done:

@@ -1,11 +1,12 @@
-"""The protocol of a search, its laws, and the registry of algorithms.
+"""The interface of a search, the rules that every search follows, and the registry of searches.
 
-Laws, which the tests hold every search to:
-1. ``ask`` never blocks. It returns at most n candidates, and fewer (none, too) while it has to wait for results.
-2. ``tell`` takes results one by one, in any order, failures included, and never changes what it is given.
-3. The k-th candidate depends on the settings, the seed and the results of the candidates that it waits for, and on
-   nothing else: not on timing, not on the number of workers. Replaying the results replays the search. Where results
-   are learnt by arrival, it depends on the order of their ranks, too, which a replay repeats.
+The tests check these rules for every search:
+
+1. ``ask`` never blocks. It returns at most n candidates, and fewer or none while the search has to wait for results.
+2. ``tell`` takes results one by one, in any order, failures included. It never changes the result that it is given.
+3. The k-th candidate depends only on the settings, the seed and the results that it waits for. It does not depend on
+   timing or on the number of workers, so telling a new search the same results gives the same candidates. With
+   ``order: arrival`` it also depends on the ranks of the results (their places in the ledger), which a replay repeats.
 """
 
 from __future__ import annotations
@@ -19,19 +20,24 @@ from evolver.records import Candidate, Choice, Expert, Knob, Recipe, Result
 
 
 class Search(Protocol):
-    """Anything that proposes candidates."""
+    """Anything that proposes candidates and learns from their results."""
 
-    def ask(self, n: int) -> list[Candidate]: ...
-    def tell(self, result: Result) -> None: ...
+    def ask(self, n: int) -> list[Candidate]:
+        """At most n new candidates; fewer or none while the search waits for results."""
+        ...
+
+    def tell(self, result: Result) -> None:
+        """Take in the result of a candidate that was asked for."""
+        ...
 
     @property
     def done(self) -> bool:
-        """No further candidate will come, whatever is told."""
+        """Whether no further candidate will come, whatever results are told."""
         ...
 
     @property
     def total(self) -> int | None:
-        """The number of candidates to come in all, where it is known."""
+        """The number of candidates of the whole search; None if it is not known in advance."""
         ...
 
 
@@ -39,21 +45,39 @@ class Space(Protocol):
     """A search space of recipes, as the coefficient searches see it."""
 
     @property
-    def knobs(self) -> tuple[Knob | Choice, ...]: ...
-    def decode(self, values: Mapping[str, Any]) -> Recipe: ...
-    def encode_equal(self, mass: float) -> dict[str, Any]: ...
+    def knobs(self) -> tuple[Knob | Choice, ...]:
+        """The dimensions of the space."""
+        ...
+
+    def decode(self, values: Mapping[str, Any]) -> Recipe:
+        """The recipe at a point, which has a value for the name of every dimension."""
+        ...
+
+    def encode_equal(self, mass: float) -> dict[str, Any]:
+        """The point at which all experts have equal weights, with the total mass ``mass`` if the mass is tuned."""
+        ...
 
 
 class Maker(Protocol):
-    """What the making half offers to algorithms, with bad settings refused as BadInput."""
+    """Makes recipes for searches. Its methods raise BadInput for settings that a merge method does not take."""
 
-    def space(self, method: str, groups: int, tune: Sequence[str] | None, settings: Mapping[str, Any]) -> Space: ...
+    def space(self, method: str, groups: int, tune: Sequence[str] | None, settings: Mapping[str, Any]) -> Space:
+        """The search space of a merge method.
 
-    def merger(self, settings: Mapping[str, Any]) -> Callable[[Sequence[Recipe]], Recipe]: ...
+        Args:
+            groups: number of layer groups that have coefficients of their own.
+            tune: names of the settings that are searched; None: total mass, weights, and settings without a default.
+            settings: fixed settings.
+        """
+        ...
+
+    def merger(self, settings: Mapping[str, Any]) -> Callable[[Sequence[Recipe]], Recipe]:
+        """A function that merges models by the method and the settings given."""
+        ...
 
 
 class Estimator(Protocol):
-    """What the evaluating half offers to algorithms that have a part of the items scored."""
+    """Estimates scores for searches that have only a part of the items scored."""
 
     @property
     def items(self) -> int:
@@ -62,37 +86,48 @@ class Estimator(Protocol):
 
     @property
     def block(self) -> int:
-        """Items are scored so many at a time."""
+        """The number of items that are scored at a time."""
         ...
 
     def check(self, kind: str, key: str) -> None:
-        """Raises BadInput where the run's tasks allow no estimates of this kind, naming ``key``."""
+        """Raise BadInput, naming ``key``, if the run's tasks allow no estimates of this kind."""
         ...
 
     def learn(self, result: Result) -> None:
-        """Take in what a model answered to all items; other results teach nothing."""
+        """Take in the answers of a model to all items. Incomplete results are ignored."""
         ...
 
     def known(self, recipe_id: str) -> Result | None:
-        """What was learnt of a recipe."""
+        """The complete result of a recipe, if one was learnt."""
         ...
 
     def estimate(self, kind: str, items: Sequence[float]) -> float:
         """The score of all items, estimated from the answers to the first of them.
 
-        Depends on these and on the set of results that were learnt, not on their order.
+        The estimate depends on these answers and on the set of learnt results, but not on the order of learning.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What every algorithm is built from.
+    """What every search is built from.
 
-    ``racing`` asks for the items of the incumbent beside its score. ``together`` is above 1 where candidates are asked
-    for in batches of so many, and all results of a batch are told before the next one is asked for. ``arrival`` has
-    results learnt by their ranks instead of the numbers of their candidates. ``tasks`` names what a search of several
-    objectives has them from.
+    Attributes:
+        experts: the experts of the run.
+        base: their base model.
+        seed: seed of all random draws.
+        budget: when the search ends.
+        maker: makes recipes.
+        estimator: estimates scores from a part of the items.
+        early_stopping: whether a candidate carries the score that it has to beat, so that its evaluation may stop
+            early.
+        racing: whether a candidate also carries the answers of its incumbent, for a sequential test against it.
+        together: number of candidates that are asked for as one batch. If it is above 1, all results of a batch are
+            told before the next batch is asked for.
+        arrival: whether results are learnt by their ranks (in the order of arrival) instead of their candidates'
+            numbers.
+        tasks: names of the tasks, which are the objectives of a multi-objective search.
     """
 
     experts: tuple[Expert, ...]
@@ -110,7 +145,14 @@ class Setup:
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A registered search: its settings, how it is built from them, and whether candidates challenge an incumbent."""
+    """A registered search.
+
+    Attributes:
+        name: what ``search.algorithm`` says.
+        settings: class of the section ``search``.
+        build: makes the search from a setup and its settings.
+        incumbent: whether a candidate has to beat an incumbent, so that its evaluation may stop early.
+    """
 
     name: str
     settings: type[Section]
@@ -123,7 +165,7 @@ SettingsType = TypeVar("SettingsType", bound=Section)
 
 
 def algorithm(name: str, settings: type[SettingsType], incumbent: bool = False) -> Callable[[Any], Any]:
-    """Register a search under ``name``; it is built as ``search(setup, settings)``."""
+    """Register a search under ``name``. The decorated class or function is called as ``search(setup, settings)``."""
 
     def register(build: Any) -> Any:
         SEARCHES[name] = Algorithm(name, settings, build, incumbent)
@@ -133,12 +175,15 @@ def algorithm(name: str, settings: type[SettingsType], incumbent: bool = False) 
 
 
 class Ordered:
-    """A search whose candidates are a sequence: each is proposed after a fixed number of results, told in order.
+    """A search that proposes each candidate after a fixed number of results, which it learns in a fixed order.
 
-    An algorithm writes three methods. ``waits_for(k)`` is how many results the k-th candidate is proposed on,
-    ``propose(k)`` the candidate itself, ``learn(candidate, result)`` what a result teaches; results arrive there in
-    the order of the candidates, or by their ranks, whatever the order in which they were told. So law 3 holds by
-    construction.
+    A subclass defines three methods: ``waits_for(k)``, the number of results that candidate k is proposed on;
+    ``propose(k)``, the candidate itself; and ``learn(candidate, result)``, which takes in a result. ``learn`` is called
+    in the order of the candidates (or of the ranks, with ``order: arrival``), whatever the order in which results were
+    told. So every subclass follows rule 3 of this module.
+
+    Args:
+        limit: number of candidates after which the search ends, besides the budget; None: no such limit.
     """
 
     def __init__(self, setup: Setup, limit: int | None = None) -> None:
@@ -150,16 +195,16 @@ class Ordered:
         self._items = 0
 
     def waits_for(self, k: int) -> int:
-        """How many results, the first n of them, candidate ``k`` is proposed on; never less than for k-1."""
-        raise NotImplementedError  # every algorithm says its own
+        """The number of results that have to be learnt before candidate ``k`` is proposed; it never falls with k."""
+        raise NotImplementedError  # every search defines it
 
     def propose(self, k: int) -> Candidate:
-        """Candidate number ``k``."""
-        raise NotImplementedError  # every algorithm says its own
+        """Make candidate number ``k``."""
+        raise NotImplementedError  # every search defines it
 
     def learn(self, candidate: Candidate, result: Result) -> None:
         """Take in the next result."""
-        raise NotImplementedError  # every algorithm says its own
+        raise NotImplementedError  # every search defines it
 
     @property
     def total(self) -> int | None:
@@ -180,13 +225,13 @@ class Ordered:
             self._asked.append(candidate)
             out.append(candidate)
         if self._spent():
-            self._learn_up_to(len(self._asked))  # the budget may have ended on results that were told before
+            self._learn_up_to(len(self._asked))  # results that were told earlier may have used up the budget
         return out
 
     def tell(self, result: Result) -> None:
         self._told[self._place(result)] = result
         if self._spent():
-            self._learn_up_to(len(self._asked))  # nothing more will be asked: whatever comes may be learnt
+            self._learn_up_to(len(self._asked))  # no further candidate waits for these results
 
     def _learn_up_to(self, count: int) -> bool:
         while self._learnt < count and self._learnt in self._told:

@@ -1,14 +1,20 @@
-"""Evolver: the weights of the experts as a population (Du et al., Findings of ACL 2024).
+"""Evolver: evolves the weights of the experts as a population.
 
-Stand-alone, each member is challenged by its own offspring and replaced when the offspring's dev score is higher; the
-best member wins. With a merger, the score is that of the merged population with the offspring in its parent's place.
-Both as the authors released them, with one deliberate difference: their second form returned the population that was
-best on the *test* set; here nothing but the dev set is ever looked at.
+Paper: Du et al., "Knowledge Fusion By Evolving Weights of Language Models", Findings of ACL 2024. There are two forms:
 
-``mode: sequential`` is the released order, each candidate knowing all results before it. ``mode: generational``
-challenges a frozen population with a whole generation at once, so that as many workers as members are busy. ``mode:
-steady`` keeps ``in_flight`` candidates under way, each knowing all results but the last ``in_flight - 1``; with a
-merger, an accepted candidate's population is the one that it was made from, with the child in it.
+- ``Alone``, without a merger: every member of the population in turn gets a child, by mutation and crossover. The child
+  replaces its parent if its dev score is higher. The best member wins.
+- ``Merged``, with a merger: a child stands in its parent's place in the population, the whole population is merged, and
+  the dev score of this merge decides whether the child stays.
+
+Both follow the code that the authors released, with one deliberate difference: their second form returned the
+population that was best on the *test* set. Here the search only ever sees the dev set.
+
+The modes differ in which results a candidate is proposed on. ``sequential`` is the released order: each candidate is
+proposed on all results before it. ``generational`` proposes a child of every member from the same population, so as
+many workers as members are busy. ``steady`` keeps ``in_flight`` candidates in evaluation, so each is proposed on all
+results but the last ``in_flight - 1``. In ``steady`` mode with a merger, an accepted candidate brings the population
+that it was made from, with its child in it; children that were accepted in the meantime are not in it.
 """
 
 from __future__ import annotations
@@ -30,30 +36,58 @@ LED_BY_BEST = ("best/1", "current-to-best/1")
 
 
 class EvolverSettings(Section):
-    """Settings of the Evolver search; the defaults are the released ones."""
+    """Settings of the Evolver search. The defaults are those of the code that the authors released."""
 
-    algorithm: Literal["evolver"]
-    mode: Literal["sequential", "generational", "steady"] = "sequential"
-    in_flight: int = Field(1, ge=1, description="steady: candidates that may be evaluated at the same time")
-    merger: dict[str, Any] | None = Field(None, description="merge method and its settings, as {method: simple}")
-    strategy: Strategy = "evolver"
+    algorithm: Literal["evolver"] = Field(description="name of this search")
+    mode: Literal["sequential", "generational", "steady"] = Field(
+        "sequential",
+        description="sequential: one candidate after the other; generational: a child of every member at once; steady: "
+        "in_flight candidates at any time",
+    )
+    in_flight: int = Field(
+        1, ge=1, description="with mode: steady, number of candidates in evaluation at the same time"
+    )
+    merger: dict[str, Any] | None = Field(
+        None,
+        description="merge method and its settings, such as {method: simple}: candidates are merges of the whole "
+        "population; default: candidates are single members",
+    )
+    strategy: Strategy = Field(
+        "evolver",
+        description="how a mutant is made of other members: as in the paper, or by a form of differential evolution",
+    )
     F: float = Field(0.5, gt=0, le=2, description="scale of the mutation")
-    Cr: float = Field(0.5, gt=0, le=1, description="probability of a scalar to take the mutant's value")
-    generations: int = Field(15, ge=1, description="generations, T in the paper")
+    Cr: float = Field(
+        0.5, gt=0, le=1, description="crossover rate: probability that a single weight takes the mutant's value"
+    )
+    generations: int = Field(15, ge=1, description="number of generations, T in the paper")
 
 
 @algorithm("evolver", EvolverSettings, incumbent=True)
 def build_evolver(setup: Setup, settings: EvolverSettings) -> Ordered:
-    """The form that the settings ask for."""
+    """Evolves the weights of the experts by mutation and crossover (Du et al. 2024, Findings of ACL).
+
+    Unlike the coefficient searches it does not stay within the mixtures of the experts that one set of coefficients
+    gives: every single weight may come from another member. It assumes that good weights of different experts can be
+    combined one by one, as all experts come from one base.
+
+    Raises BadInput for settings that do not fit together, and for too few experts.
+    """
     if setup.together > 1 and settings.mode != "generational":
-        raise BadInput(f"search.mode: {settings.mode} proposes candidates one by one, no batches; write generational.")
+        raise BadInput(
+            f"search.mode: {settings.mode} proposes candidates one by one, but halving needs batches; write "
+            "generational."
+        )
     if settings.in_flight > 1 and settings.mode != "steady":
-        raise BadInput(f"search.in_flight: {settings.mode} decides it itself; leave it out, or write mode: steady.")
+        raise BadInput(
+            f"search.in_flight: mode {settings.mode} decides itself how many candidates are in evaluation; "
+            "leave in_flight out, or write mode: steady."
+        )
     needed = PARTNERS[settings.strategy] + 1
     if len(setup.experts) < needed:
         raise BadInput(
-            f"search.strategy: {settings.strategy} needs {needed} experts and there are {len(setup.experts)}; "
-            "write evolver, or give more experts."
+            f"search.strategy: {settings.strategy} needs {needed} experts, and the configuration has "
+            f"{len(setup.experts)}; write evolver, or give more experts."
         )
     return Alone(setup, settings) if settings.merger is None else Merged(setup, settings)
 
@@ -61,7 +95,11 @@ def build_evolver(setup: Setup, settings: EvolverSettings) -> Ordered:
 def offspring(
     population: list[Recipe], i: int, leader: int | None, settings: EvolverSettings, draw: random.Random
 ) -> Cross:
-    """The child of member ``i``: mutated with partners drawn without replacement, led by ``leader`` where given."""
+    """The child of member ``i``.
+
+    Args:
+        leader: a member that has to be the first partner; None: all partners are drawn at random, without replacement.
+    """
     others = [j for j in range(len(population)) if j != i]
     chosen = draw.sample(others, PARTNERS[settings.strategy])
     if leader is not None and leader != i:
@@ -75,18 +113,22 @@ def _score(result: Result) -> float:
 
 
 def _challenge(setup: Setup, score: float, items: tuple[float, ...]) -> tuple[float | None, tuple[float, ...]]:
-    """The bar and the rival of a candidate that has to be better than an incumbent."""
+    """What a candidate is told of the incumbent that it has to beat: its score and, for a race, its answers."""
     if not setup.early_stopping or score == float("-inf"):
         return None, ()
     return score, items if setup.racing else ()
 
 
 def _rejected(candidate: Candidate) -> Result:
+    """A made-up result that does not beat the bar, for running ahead."""
     return Result(candidate.number, candidate.recipe.id, "ok", bound=candidate.bar, stage=candidate.stage)
 
 
 class Alone(RunsAhead):
-    """Stand-alone: N scores of the experts first, then every member is challenged once a generation."""
+    """Evolver without a merger: the experts are scored first, then each member gets one child per generation.
+
+    A child that beats its own parent takes the parent's place; the members are independent apart from lending weights.
+    """
 
     def __init__(self, setup: Setup, settings: EvolverSettings) -> None:
         self.size = len(setup.experts)
@@ -121,9 +163,10 @@ class Alone(RunsAhead):
         return None if candidate.number < self.size else _rejected(candidate)
 
     def _leader(self, k: int, i: int, draw: random.Random) -> int | None:
-        """The best other member, or None for a random one.
+        """The member that has to be the first partner: the best other one, or None if partners are drawn at random.
 
-        As released: random with probability 0.5 + 0.5 / (T - t), so that the best leads early and never at the end.
+        With the paper's strategy, as in the released code, partners are random with probability 0.5 + 0.5 / (T - t) in
+        generation t of T. So the best member leads in early generations most often, and never in the last one.
         """
         best = max((j for j in range(self.size) if j != i), key=lambda j: self.scores[j])
         if self.settings.strategy in LED_BY_BEST:
@@ -134,7 +177,10 @@ class Alone(RunsAhead):
 
 
 class Merged(RunsAhead):
-    """With a merger: one score for the whole population, the dev score of its merge."""
+    """Evolver with a merger: the whole population has one score, the dev score of its merge.
+
+    Unlike ``Alone``, a child counts for what it adds to the merge, not for its own score.
+    """
 
     def __init__(self, setup: Setup, settings: EvolverSettings) -> None:
         self.size = len(setup.experts)
@@ -181,7 +227,7 @@ class Merged(RunsAhead):
         return None if candidate.number == 0 else _rejected(candidate)
 
     def _adopt_best(self) -> None:
-        """Go on from the best of what was learnt since: the last one, or the best of a generation."""
+        """Continue from the best population learnt since the last proposal, such as the best one of a generation."""
         if self._best:
             result, self.population = self._best
             self.score, self.items = _score(result), result.items

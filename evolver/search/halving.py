@@ -1,12 +1,14 @@
-"""Successive halving around another search: many candidates on a few items, the best of them on more.
+"""Successive halving around another search: it scores many candidates on a few items and only the best of them on more.
 
-After Jamieson & Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter optimization"; a batch is a
-bracket of Hyperband (Li et al. 2018, JMLR 18). The rungs are nested first parts of the run's item order: ``first``
-items, ``eta`` times as many, and so on, at last all. No item of a candidate is scored twice.
+Papers: Jamieson & Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter optimization"; a batch of
+candidates is a bracket of Hyperband (Li et al. 2018, JMLR 18). The first rung scores the first ``first`` items of the
+run's item order, each further rung ``eta`` times as many, and the last one all items. No item of a candidate is scored
+twice.
 
-A candidate of the search inside is told once, when its batch is through: with its score if all of its items are known,
-with an estimate of it otherwise. So the search inside learns from every candidate, and all that comes to know its true
-score is what may be the best. Batches follow one another; within a rung, all candidates can be scored at once.
+The inner search (``search.of``) is told the result of each candidate once, when its batch has passed all rungs. The
+result holds the score if all items of the candidate were scored, else an estimate of it. So the inner search learns
+from every candidate, while the items are spent on candidates that may be the best. One batch follows the other; within
+a rung, all candidates can be scored at the same time.
 """
 
 from __future__ import annotations
@@ -26,23 +28,39 @@ from evolver.search.base import SEARCHES, Estimator, Search, Setup, algorithm
 class HalvingSettings(Section):
     """Settings of successive halving."""
 
-    algorithm: Literal["halving"]
-    of: dict[str, Any] = Field(description="the search inside: its algorithm and settings, as {algorithm: tpe}")
-    first: int = Field(30, ge=1, description="items of the first rung, up to the next evaluation.block_items")
-    eta: int = Field(3, ge=2, description="1/eta of a rung's candidates go on, to eta times as many items")
+    algorithm: Literal["halving"] = Field(description="name of this search")
+    of: dict[str, Any] = Field(
+        description="the inner search, which proposes the candidates: its algorithm and settings, such as "
+        "{algorithm: tpe}"
+    )
+    first: int = Field(
+        30, ge=1, description="items of the first rung, rounded up to a multiple of evaluation.block_items"
+    )
+    eta: int = Field(
+        3,
+        ge=2,
+        description="the best 1/eta of a rung's candidates go on to the next rung, with eta times as many items",
+    )
     batch: int = Field(
-        9, ge=2, description="candidates that are compared with one another; evolver, cmaes: a generation at most"
+        9,
+        ge=2,
+        description="candidates that are compared with one another; evolver and cmaes propose at most a generation at "
+        "a time",
     )
     estimate: Literal["mean", "p-irt", "gp-irt"] = Field(
         "mean",
-        description="score of all items from the first of them: their mean, or item-response estimates that use what "
-        "other models answered to all items",
+        description="how the score of all items is estimated from the first of them. mean: their mean. p-irt, gp-irt: "
+        "item-response estimates, which use the answers of other models to all items",
     )
 
 
 @algorithm("halving", HalvingSettings)
 class Halving:
-    """Successive halving (Jamieson & Talwalkar 2016; Li et al. 2018) of the candidates of another search."""
+    """Successive halving (Jamieson & Talwalkar 2016; Li et al. 2018) of the candidates of another search.
+
+    Unlike the other searches it proposes nothing itself: it decides how many items each candidate is scored on. It
+    assumes that a candidate's rank on the first items tells its rank on all items.
+    """
 
     def __init__(self, setup: Setup, settings: HalvingSettings) -> None:
         self.settings = settings
@@ -55,7 +73,7 @@ class Halving:
 
     @property
     def total(self) -> int | None:
-        """Unknown: how many go on depends on how many fail, and on the sizes of the batches inside."""
+        """Always None: the number depends on how many candidates fail and on the batches of the inner search."""
         return None
 
     @property
@@ -69,7 +87,7 @@ class Halving:
 
     def tell(self, result: Result) -> None:
         if self._bracket is None:
-            raise ValueError(f"candidate {result.number} is told, and none is outstanding")
+            raise ValueError(f"the result of candidate {result.number} is told, but the search waits for no result")
         self._bracket.tell(result.number % self.settings.batch, result)
         if self._bracket.done:
             self._end(self._bracket)
@@ -80,7 +98,9 @@ class Halving:
         return Bracket(candidates, self.limits, self.settings.eta, self._worth) if candidates else None
 
     def _end(self, bracket: Bracket) -> None:
-        """Tell the search inside about a whole batch. Every estimate of it rests on what was known before it."""
+        """Tell the inner search the results of a whole batch. Their estimates use only results from before the
+        batch.
+        """
         for place, candidate in enumerate(bracket.candidates):
             self.inner.tell(self._told(candidate, bracket.results[place], bracket.costs[place]))
         for result in bracket.results.values():
@@ -88,14 +108,18 @@ class Halving:
         self._bracket = None
 
     def _entry(self, bracket: Bracket, place: int) -> Candidate:
-        """A candidate on a rung. Its number says batch, rung and place, so that a raised budget changes none."""
+        """A candidate on a rung. Its number follows from batch, rung and place, so a larger budget changes no
+        number.
+        """
         candidate = bracket.candidates[place]
         number = ((self._begun - 1) * len(self.limits) + bracket.rung) * self.settings.batch + place
-        known = self.estimator.known(candidate.recipe.id)  # as of a baseline: it costs nothing and may win the run
+        # A recipe with a complete result, such as a baseline, is asked for without a limit: it costs nothing and may
+        # win.
+        known = self.estimator.known(candidate.recipe.id)
         return replace(candidate, number=number, limit=None if known else self.limits[bracket.rung])
 
     def _told(self, candidate: Candidate, last: Result, cost: int) -> Result:
-        """The result of a candidate of the search inside: its score or an estimate, and what all rungs have cost."""
+        """What the inner search is told of a candidate: its score or an estimate, and the items scored on all rungs."""
         found = self.estimator.known(candidate.recipe.id) or last
         estimated = found.status == "ok" and not found.complete
         score = self._worth(found.items) if estimated else found.score
@@ -106,17 +130,17 @@ class Halving:
 
 
 class Bracket:
-    """Candidates that were proposed together, on their way up the rungs.
+    """A batch of candidates on its way up the rungs.
 
     Args:
-        candidates: of the search inside; each is known by its place among them.
-        limits: how many items each rung scores; None: all.
-        eta: 1/eta of a rung's candidates go on.
+        candidates: candidates of the inner search; their places in this list identify them.
+        limits: the number of items that each rung scores; None means all.
+        eta: the best 1/eta of a rung's candidates go on.
         worth: estimates the score of all items from the first of them.
 
     Attributes:
-        results: of every place, the result of the last rung that it was on.
-        costs: items that were scored for every place, over all rungs.
+        results: for each place, the result of the last rung that it was on.
+        costs: for each place, the number of items that were scored on all rungs.
     """
 
     def __init__(
@@ -135,17 +159,17 @@ class Bracket:
 
     @property
     def done(self) -> bool:
-        """Nothing is outstanding, and nothing is left to be asked for."""
+        """Whether no result is outstanding and no candidate is left to be scored."""
         return not self._waiting and not self._flying
 
     def take(self, n: int) -> list[int]:
-        """At most n places of the present rung that are to be scored now."""
+        """Take at most n places of the present rung, to be scored now."""
         out, self._waiting = self._waiting[:n], self._waiting[n:]
         self._flying += len(out)
         return out
 
     def tell(self, place: int, result: Result) -> None:
-        """Take in a result; after a rung's last one, the best of it are on the next rung."""
+        """Take in a result. After the last result of a rung, its best candidates enter the next rung."""
         self._flying -= 1
         self.costs[place] += result.cost
         self.results[place] = _part(result, self.limits[self.rung])
@@ -153,12 +177,12 @@ class Bracket:
             self._halve()
 
     def _enter(self, rung: int, alive: Sequence[int]) -> None:
-        # One that is alone has nobody to be compared with: all its items at once.
+        # A single candidate has no other to be compared with, so all its items are scored at once.
         self.rung = rung if len(alive) > 1 else len(self.limits) - 1
         self._alive, self._waiting = alive, list(alive)
 
     def _halve(self) -> None:
-        """Send the best on."""
+        """Send the best candidates to the next rung."""
         fine = [p for p in self._alive if self.results[p].status == "ok"]
         if not fine or self.rung == len(self.limits) - 1:
             return
@@ -167,9 +191,9 @@ class Bracket:
 
 
 def rungs(first: int, eta: int, estimator: Estimator) -> tuple[int | None, ...]:
-    """How many items every rung scores: ``first``, ``eta`` times as many, …; the last one all of them, as None.
+    """The number of items that each rung scores: ``first``, ``eta`` times as many, and so on; None (all) for the last.
 
-    Raises BadInput where the first rung would be the last.
+    Raises BadInput if the first rung would already score all items.
     """
     block, count = estimator.block, estimator.items
     size, limits = -(-first // block) * block, list[int | None]()
@@ -178,29 +202,33 @@ def rungs(first: int, eta: int, estimator: Estimator) -> tuple[int | None, ...]:
         size *= eta
     if not limits:
         raise BadInput(
-            f"search.first: {first} items, in blocks of {block} (evaluation.block_items), are no part of {count} dev "
-            "items; make either smaller."
+            f"search.first: {first} items, rounded up to blocks of {block} (evaluation.block_items), are all of the "
+            f"{count} dev items; write a smaller first or block_items, or use more dev items."
         )
     return (*limits, None)
 
 
 def _part(result: Result, limit: int | None) -> Result:
-    """What a rung is to know of a result: more may be known from an earlier call of the run, of another budget."""
+    """The part of a result that a rung uses. The ledger may hold more items, from an earlier call with another
+    budget.
+    """
     if limit is None or result.status == "failed":
         return result
     return replace(result, items=result.items[:limit], score=None, complete=False)
 
 
 def _inner(setup: Setup, settings: HalvingSettings) -> Search:
-    """The search inside. It proposes in batches and stops nothing early, as every rung is to be scored."""
+    """Build the inner search. It proposes in batches, without early stopping, as every rung is scored to its end."""
     name = settings.of.get("algorithm")
     known = [n for n in SEARCHES if n != settings.algorithm]
     if name not in known:
-        raise BadInput(f"search.of.algorithm: {name!r} is no search that can be halved; {nearest(str(name), known)}")
+        raise BadInput(
+            f"search.of.algorithm: {name!r} cannot be the inner search of halving; {nearest(str(name), known)}"
+        )
     found = SEARCHES[name]
     typed = check_section(found.settings, settings.of, "search.of")
     try:
         inside = replace(setup, early_stopping=False, racing=False, together=settings.batch, arrival=False)
         return found.build(inside, typed)
-    except BadInput as error:  # which speaks of settings as if they stood outside
+    except BadInput as error:  # its message names the key as if the search were not inside of halving
         raise BadInput(str(error).replace("search.", "search.of.", 1)) from error

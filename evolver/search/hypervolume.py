@@ -1,4 +1,4 @@
-"""How much of the space of objectives a set of points dominates."""
+"""The hypervolume indicator: how much of the objective space a set of points dominates."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from optuna._hypervolume import compute_hypervolume
 
 
 def hypervolume(points: Sequence[Sequence[float]]) -> float:
-    """The volume of what lies between the origin and the points, more being better in every objective (Optuna's
-    algorithm, which minimises).
+    """The volume that is dominated by the points, with the origin as reference point.
+
+    Computed by Optuna's implementation, which minimises, on the negated points.
+
+    Args:
+        points: (N, objectives), more being better in every objective; negative values count as 0.
     """
     values = np.clip(np.asarray(points, dtype=float), 0.0, None)
     return float(compute_hypervolume(-values, np.zeros(values.shape[1])))

@@ -1,9 +1,12 @@
-"""Optuna's samplers over merge coefficients: total mass and simplex weights, for the model or for layer groups.
+"""Searches over merge coefficients by Optuna's samplers.
 
-The study lives in memory and is rebuilt by replay; it is only ever told results in the order of the candidates. For
-TPE, candidate k knows all results but the last ``in_flight - 1``, so that as many workers can be busy, or all those of
-the batches before its own; for CMA-ES and NSGA-II, a generation of ``population`` candidates knows all generations
-before it.
+The coefficients are the total mass and the weights of the experts, which sum to 1, or other settings of a merge method;
+for the whole model or for each layer group. The Optuna study is kept in memory and rebuilt by replaying the results. It
+is told results in the order of the candidates only.
+
+With TPE, candidate k is proposed on all results but the last ``in_flight - 1``, so that as many workers can be busy;
+inside of halving, on all results of the batches before its own. With CMA-ES and NSGA-II, a generation of ``population``
+candidates is proposed on all results of the generations before it.
 """
 
 from __future__ import annotations
@@ -24,44 +27,61 @@ from evolver.search.base import Ordered, Setup, Space, algorithm
 
 
 class CoefficientSettings(Section):
-    """Which coefficients are searched; shared by all of Optuna's samplers."""
+    """Which coefficients are searched. All of Optuna's samplers share these settings."""
 
-    method: str = Field("task_arithmetic", description="merge method")
-    layer_groups: int = Field(1, ge=1, description="groups of layers with coefficients of their own; 1: whole model")
+    method: str = Field("task_arithmetic", description="merge method whose settings are tuned")
+    layer_groups: int = Field(
+        1,
+        ge=1,
+        description="number of groups of layers that get coefficients of their own; 1: one set for the whole model",
+    )
     tune: list[str] | None = Field(
-        None, min_length=1, description="settings to tune; default: total mass and simplex weights"
+        None,
+        min_length=1,
+        description="names of the settings to tune; default: lambda (total mass), weight (weights that sum to 1), and "
+        "settings without a default",
     )
     settings: dict[str, Any] = Field(
         default_factory=dict,
-        description="fixed settings of the method: values, gradients over the layers, lists of {filter, value}",
+        description="fixed settings of the method, each as one value, a list (a gradient over the layers), or a list "
+        "of {filter, value}",
     )
 
 
 class TPESettings(CoefficientSettings):
     """Settings of the tree-structured Parzen estimator."""
 
-    algorithm: Literal["tpe"]
-    startup: int = Field(10, ge=1, description="candidates drawn at random before the model is used")
-    in_flight: int = Field(1, ge=1, description="candidates that may be evaluated at the same time")
+    algorithm: Literal["tpe"] = Field(description="name of this search")
+    startup: int = Field(10, ge=1, description="number of candidates that are drawn at random at the beginning")
+    in_flight: int = Field(1, ge=1, description="number of candidates in evaluation at the same time")
 
 
 class CMAESSettings(CoefficientSettings):
     """Settings of CMA-ES."""
 
-    algorithm: Literal["cmaes"]
-    population: int | None = Field(None, ge=2, description="candidates of a generation; default 4 + 3 ln(dimensions)")
-    sigma: float | None = Field(None, gt=0, description="first step size; default a sixth of the range")
+    algorithm: Literal["cmaes"] = Field(description="name of this search")
+    population: int | None = Field(
+        None, ge=2, description="number of candidates of a generation; default: 4 + 3 ln(dimensions), rounded down"
+    )
+    sigma: float | None = Field(None, gt=0, description="initial step size; default: a sixth of the range")
 
 
 class NSGA2Settings(CoefficientSettings):
     """Settings of NSGA-II."""
 
-    algorithm: Literal["nsga2"]
-    population: int = Field(12, ge=2, description="candidates of a generation")
+    algorithm: Literal["nsga2"] = Field(description="name of this search")
+    population: int = Field(12, ge=2, description="number of candidates of a generation")
 
 
 class Coefficients(Ordered):
-    """A search over named numbers by one of Optuna's samplers."""
+    """A search over a space of named numbers and choices by one of Optuna's samplers.
+
+    Args:
+        space: what is searched.
+        sampler: Optuna's sampler.
+        name: name of the search, which is noted with every candidate.
+        objectives: number of objectives; more is better in all of them.
+    """
 
     def __init__(
         self, setup: Setup, space: Space, sampler: optuna.samplers.BaseSampler, name: str, objectives: int = 1
@@ -70,7 +90,7 @@ class Coefficients(Ordered):
         self.space, self.name = space, name
         optuna.logging.set_verbosity(logging.WARNING)
         self.study = optuna.create_study(directions=[StudyDirection.MAXIMIZE] * objectives, sampler=sampler)
-        # The equal-weights merge at the mass of an average is what every search can know without looking.
+        # The first candidate is the merge with equal weights that sum to 1, which is a good guess without any results.
         self.study.enqueue_trial(space.encode_equal(mass=1.0))
         self._trials: dict[int, optuna.trial.Trial] = {}
         self._distributions: dict[str, optuna.distributions.BaseDistribution] = {
@@ -90,17 +110,25 @@ class Coefficients(Ordered):
             self.study.tell(trial, values)
 
     def values(self, result: Result) -> float | Sequence[float] | None:
-        """What the sampler is told of a result; None: it has failed."""
+        """The objective values that the sampler is told of a result; None if the candidate failed."""
         return result.score
 
 
 @algorithm("tpe", TPESettings)
 class TPE(Coefficients):
-    """Tree-structured Parzen estimator (Watanabe 2023, arXiv 2304.11127), multivariate, with constant liar."""
+    """The tree-structured Parzen estimator (Watanabe 2023, arXiv 2304.11127), by Optuna, multivariate.
+
+    It models the densities of good and of poor candidates and proposes where their ratio is highest. Unlike ``cmaes``
+    it also tunes choices, needs no generations, and assumes no single optimum around which the score falls off. With
+    several candidates in evaluation, pending ones count as poor (constant liar).
+    """
 
     def __init__(self, setup: Setup, settings: TPESettings) -> None:
         if setup.together > 1 and settings.in_flight > 1:
-            raise BadInput(f"search.in_flight: candidates come in batches of {setup.together} here; leave it out.")
+            raise BadInput(
+                f"search.in_flight: inside of halving, candidates come in batches of {setup.together}; "
+                "leave in_flight out."
+            )
         several = max(setup.together, settings.in_flight) > 1
         sampler = optuna.samplers.TPESampler(
             seed=setup.seed, n_startup_trials=settings.startup, multivariate=True, constant_liar=several
@@ -115,15 +143,20 @@ class TPE(Coefficients):
 
 @algorithm("cmaes", CMAESSettings)
 class CMAES(Coefficients):
-    """Covariance matrix adaptation (Hansen 2016, arXiv 1604.00772), a generation at a time."""
+    """Covariance matrix adaptation evolution strategy (Hansen 2016, arXiv 1604.00772), by Optuna.
+
+    It draws a generation of candidates from a normal distribution and moves the distribution towards the best of them.
+    Unlike ``tpe`` it tunes numbers only and learns how they depend on each other; it assumes that the score changes
+    smoothly with them.
+    """
 
     def __init__(self, setup: Setup, settings: CMAESSettings) -> None:
         space = _space(setup, settings)
         for knob in space.knobs:
             if isinstance(knob, Choice):
                 raise BadInput(
-                    f"search.tune: cmaes tunes numbers, and {knob.name.partition('@')[0]} is a choice; fix it in "
-                    "search.settings, or search with tpe or nsga2."
+                    f"search.tune: cmaes can only tune numbers, and {knob.name.partition('@')[0]} is a choice among "
+                    "words; fix it in search.settings, or search with tpe or nsga2."
                 )
         dimensions = len(space.knobs)
         self.population = settings.population or default_population(dimensions)
@@ -133,19 +166,24 @@ class CMAES(Coefficients):
         super().__init__(setup, space, sampler, "cmaes")
 
     def waits_for(self, k: int) -> int:
-        # Candidate 0 is the enqueued start, which is outside the generations.
+        # Candidate 0 is the enqueued first point, which belongs to no generation.
         return 0 if k == 0 else 1 + (k - 1) // self.population * self.population
 
 
 @algorithm("nsga2", NSGA2Settings)
 class NSGA2(Coefficients):
-    """NSGA-II (Deb et al. 2002): every task is an objective of its own, and the generations move towards the front of
-    what no other candidate beats in all of them. The winner is the one of the highest score, as everywhere.
+    """NSGA-II (Deb et al. 2002), by Optuna: every task is an objective of its own.
+
+    Its generations move towards the Pareto front, the candidates that no other one beats in all tasks. Unlike ``tpe``
+    and ``cmaes`` it does not weigh the tasks against each other while it searches. The winner of the run is still the
+    candidate with the highest score.
     """
 
     def __init__(self, setup: Setup, settings: NSGA2Settings) -> None:
         if len(setup.tasks) < 2:
-            raise BadInput("search.algorithm: nsga2 needs two tasks at least, as objectives; choose tpe or cmaes.")
+            raise BadInput(
+                "search.algorithm: nsga2 needs at least two tasks, which are its objectives; choose tpe or cmaes."
+            )
         sampler = optuna.samplers.NSGAIISampler(seed=setup.seed, population_size=settings.population)
         super().__init__(setup, _space(setup, settings), sampler, "nsga2", len(setup.tasks))
         self.population = settings.population
@@ -160,7 +198,7 @@ class NSGA2(Coefficients):
 
 
 def default_population(dimensions: int) -> int:
-    """4 + ⌊3 ln d⌋ (Hansen 2016, table 1)."""
+    """The default population of CMA-ES, 4 + ⌊3 ln d⌋ for d dimensions (Hansen 2016, table 1)."""
     return 4 + math.floor(3 * math.log(dimensions))
 
 

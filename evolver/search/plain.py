@@ -1,4 +1,4 @@
-"""Fixed lists of candidates: the baselines before a search, and the finalists on the report set after it."""
+"""A search that proposes a fixed list: the baselines before the real search, and the finalists after it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from evolver.records import Candidate, Recipe, Result, Stage
 
 
 class Listed:
-    """A search that proposes a given list of labelled recipes, all at once, and learns nothing.
+    """Proposes a given list of recipes, all at once, and learns nothing from the results.
 
     Args:
-        numbers: of the candidates; default: 0, 1, ….
+        recipes: a label and a recipe for each candidate.
+        stage: the stage that the candidates belong to.
+        numbers: the numbers of the candidates; default: 0, 1, ….
+
+    Attributes:
+        results: the results told so far, by label.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A coefficient search as an Optuna study in a file, for Optuna's own tools."""
+"""Writes a coefficient search as an Optuna study into a file, for Optuna's own tools."""
 
 from __future__ import annotations
 
@@ -17,22 +17,26 @@ from evolver.search.optuna_samplers import Coefficients
 
 
 def write_study(search: Search, recorded: Callable[[Candidate], Result | None], name: str, file: Path) -> int:
-    """Replay a search from its results, and write its study into an SQLite file; the number of trials.
+    """Replay a search from its results, write its study into an SQLite file, and return the number of trials.
 
-    Where there are several tasks, a second study, ``NAME, by task``, has an objective for each, so that fronts can be
-    seen.
+    If the run has several tasks, the file also holds a second study, ``NAME, by task``, with one objective for each
+    task, so that Optuna's tools can show Pareto fronts.
 
     Args:
-        search: as it was at its beginning.
-        recorded: the result of a candidate, as far as there is one.
-        name: of the study.
+        search: the search in its initial state.
+        recorded: returns the result of a candidate, or None if there is none.
+        name: name of the study.
+        file: the file to write.
 
-    Raises BadInput for a search that tunes no coefficients, or a file that is there already.
+    Raises BadInput for a search that tunes no coefficients, and for a file that exists already.
     """
     if not isinstance(search, Coefficients):
-        raise BadInput("only searches of coefficients (tpe, cmaes, nsga2) are studies of Optuna's; this one is none.")
+        raise BadInput(
+            "evolver study: only coefficient searches (tpe, cmaes, nsga2) can be written as an Optuna "
+            "study, and the search of this run is none of them; give the folder of another run."
+        )
     if file.exists():
-        raise BadInput(f"{file}: it is there already; name another file, or remove it.")
+        raise BadInput(f"{file}: this file exists already; name another file, or remove it.")
     results: dict[int, Result] = {}
     while asked := search.ask(1):
         result = recorded(asked[0])
@@ -61,7 +65,7 @@ def _create(storage: str, name: str, objectives: Sequence[str], trials: Sequence
 
 
 def _valued(trial: FrozenTrial, values: Sequence[float | None]) -> FrozenTrial:
-    """The trial with these values in place of its own; without one of them, it has failed."""
+    """A copy of the trial with these objective values; if one of them is missing, the trial counts as failed."""
     given = [v for v in values if v is not None]
     whole = trial.state == TrialState.COMPLETE and len(given) == len(values)
     return optuna.trial.create_trial(

@@ -1,4 +1,4 @@
-"""The configuration of a pool of experts."""
+"""The configuration of a pool of experts, which ``evolver experts`` trains."""
 
 from __future__ import annotations
 
@@ -12,29 +12,35 @@ from evolver.config import NAME, Budget, Config, EvaluationSettings, ModelSettin
 
 
 class Training(Section):
-    """How an expert is trained: AdamW, linear warm-up, then a cosine to zero."""
+    """How an expert is trained: with AdamW, a linear warm-up of the learning rate, and then a cosine down to zero."""
 
-    method: Literal["full", "lora"] = Field("full", description="all weights, or a LoRA adapter of all linear layers")
-    steps: int = Field(ge=1)
-    batch: int = Field(16, ge=1, description="items a step")
-    peak_rate: float = Field(5e-5, gt=0, description="learning rate behind the warm-up")
-    warmup: int = Field(10, ge=0, description="steps of warm-up")
-    max_tokens: int = Field(128, ge=4, description="longer items are cut, or left out where they cannot be")
-    freeze: list[str] = Field(default_factory=list, description="parts of names of parameters that stay as they are")
-    rank: int = Field(8, ge=1, description="of LoRA")
-    alpha: int = Field(16, ge=1, description="of LoRA")
-    save_every: int = Field(50, ge=1, description="steps between two checkpoints")
+    method: Literal["full", "lora"] = Field(
+        "full", description="full: train all weights; lora: train an adapter of all linear layers"
+    )
+    steps: int = Field(ge=1, description="number of training steps")
+    batch: int = Field(16, ge=1, description="number of items in each step")
+    peak_rate: float = Field(5e-5, gt=0, description="learning rate at the end of the warm-up")
+    warmup: int = Field(10, ge=0, description="number of warm-up steps")
+    max_tokens: int = Field(128, ge=4, description="most tokens of an item; longer ones are cut or left out")
+    freeze: list[str] = Field(
+        default_factory=list, description="parameters with one of these in their name are not trained"
+    )
+    rank: int = Field(8, ge=1, description="rank of the LoRA adapter")
+    alpha: int = Field(16, ge=1, description="scaling factor alpha of LoRA")
+    save_every: int = Field(50, ge=1, description="number of steps between two checkpoints")
 
 
 class ExpertEntry(Section):
-    """One expert: what it is trained on, and what of its training differs from the pool's."""
+    """One expert: its training data, and the training settings in which it differs from the pool."""
 
-    data: str | list[str] = Field(min_length=1, description="JSONL, CSV, TSV or Parquet files, one or several")
+    data: str | list[str] = Field(
+        min_length=1, description="a JSONL, CSV, TSV or Parquet file, or a list of such files"
+    )
     text: str = Field("text", description="key of the text")
     text_pair: str | None = Field(None, description="key of the second text of a pair")
     label: str = Field("label", description="key of the label")
     seed: int | None = Field(None, ge=0)
-    train: dict[str, Any] = Field(default_factory=dict, description="settings over those of the pool")
+    train: dict[str, Any] = Field(default_factory=dict, description="training settings that replace those of the pool")
 
     @property
     def files(self) -> list[str]:
@@ -42,17 +48,19 @@ class ExpertEntry(Section):
 
 
 class PoolConfig(Section):
-    """A pool: base, experts, and what they are measured on."""
+    """A pool of experts: its base, its experts, and the tasks that they are scored on."""
 
     pool: str = Field(pattern=NAME, description="name of the pool and of its folder under $EVOLVER_CACHE/experts")
     seed: int = Field(0, ge=0)
     base: str = Field(description="Hugging Face folder of the base, or a hub id")
     kind: Literal["classifier", "causal-lm", "seq2seq"]
     labels: list[str] | None = Field(
-        None, description="classifier: the labels of all experts, whose heads start as one; default: each its own"
+        None,
+        description="classifier: the labels that all experts share, with the same initial head; default: each expert "
+        "has a head for its own labels",
     )
-    template: str = Field("{text}", description="seq2seq: what the text is asked in")
-    train: dict[str, Any] = Field(description="settings of the training")
+    template: str = Field("{text}", description="seq2seq: the prompt, in which {text} stands for the text")
+    train: dict[str, Any] = Field(description="training settings of all experts")
     experts: dict[str, ExpertEntry] = Field(min_length=1)
     evaluation: EvaluationSettings
 

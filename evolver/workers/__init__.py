@@ -1,1 +1,1 @@
-"""What evaluates candidates, with or without Ray: a worker, its plan, and pools of workers here and elsewhere."""
+"""Evaluates candidates, with or without Ray: the worker, its plan, and the pools of workers."""

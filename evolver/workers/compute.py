@@ -1,8 +1,8 @@
-"""In which dtype forward passes run: in the weights' own, or in float32 where a processor is faster in it.
+"""Chooses the dtype in which forward passes run: that of the weights, or float32 where the processor is faster in it.
 
-Processors without arithmetic for a narrow dtype convert every operand: bfloat16 is there up to ten times slower than
-float32. Both dtypes that are tried hold the weights exactly; sums are rounded differently, so that one dtype is chosen
-for a run, once, and every worker computes in it.
+A processor without instructions for bfloat16 converts every operand, which makes bfloat16 up to ten times slower than
+float32. Both dtypes hold the weights exactly, but they round sums differently. For this reason one dtype is chosen for
+the whole run, and every worker computes in it.
 """
 
 from __future__ import annotations
@@ -27,26 +27,34 @@ Headers = Mapping[str, TensorInfo]
 Shape = tuple[int, int]
 
 NARROW, COMPUTE_WIDE = ("bfloat16", "float16"), "float32"
-# How many shapes are timed, with matrices of so many scalars at most, and so many rows or operations a product.
+# How many shapes are timed, and the most scalars of a matrix, rows of a product and operations of a product.
 SHAPES, SCALARS, ROWS, OPERATIONS = 3, 1 << 22, 256, 10**9
-# How often at most, and after how many seconds no other time.
+# Each product is timed at most TIMING_ROUNDS times. After PATIENCE seconds no further round begins.
 TIMING_ROUNDS, PATIENCE = 5, 0.3
-# A wider dtype has to be so much faster: it takes more memory.
+# float32 takes more memory, so it is chosen only if it takes less than this share of the time of the other dtype.
 WORTH = 0.9
-# What stands for a model where there is none to look at: a layer of a model of this size.
+# Matrices (outputs, inputs) and their number that are timed where no model is given: 12 layers of width 768.
 TYPICAL = {(2304, 768): 12.0, (3072, 768): 12.0, (768, 3072): 12.0}
 
 
 @dataclass(frozen=True)
 class ComputeChoice:
-    """A dtype for forward passes, and why it is this one, as the end of a sentence."""
+    """A dtype for forward passes.
+
+    Attributes:
+        compute: name of the dtype, such as ``float32``.
+        why: the reason for it, as the second half of a sentence.
+    """
 
     compute: str
     why: str
 
 
 def stored_dtype(settings: ModelSettings, headers: Headers) -> str:
-    """The dtype that a model's weights are rounded to; of several, the one of most scalars."""
+    """The dtype that merged weights are rounded to: ``model.dtype``, or, for ``auto``, the base's dtype.
+
+    Where the base has tensors of several dtypes, this is the one with the most scalars.
+    """
     if settings.dtype != "auto":
         return settings.dtype
     scalars: Counter[torch.dtype] = Counter()
@@ -58,16 +66,19 @@ def stored_dtype(settings: ModelSettings, headers: Headers) -> str:
 
 
 def settled(config: Config, headers: Headers) -> Config:
-    """The configuration with ``model.compute`` settled, if there is nothing to choose: for a dtype that was named, and
-    for weights that no narrower dtype holds. Other classes of lm-eval compute as they do.
+    """The configuration with ``model.compute`` decided, if it can be decided without measuring.
 
-    Raises BadInput where a dtype was named, and another class computes.
+    That is so where the user named a dtype, and where the weights are stored in float32, as float32 is then the only
+    dtype that holds them exactly. Where ``evaluation.backend`` names another model class of lm-eval, the configuration
+    is returned as it is, because that class chooses its dtype itself.
+
+    Raises BadInput where the user named a dtype and another model class computes.
     """
     if config.evaluation.backend != "resident":
         if config.model.compute != "auto":
             raise BadInput(
-                f"model.compute: {config.evaluation.backend} computes as it does; leave it out, or write its own "
-                "argument under evaluation.model_args."
+                f"model.compute: the backend {config.evaluation.backend} chooses its dtype itself; leave the key "
+                "out, or write the backend's own argument under evaluation.model_args."
             )
         return config
     if config.model.compute == "auto" and stored_dtype(config.model, headers) not in NARROW:
@@ -76,34 +87,38 @@ def settled(config: Config, headers: Headers) -> Config:
 
 
 def is_open(config: Config) -> bool:
-    """Whether a dtype has to be chosen by measuring it."""
+    """Whether the dtype of forward passes still has to be chosen by measuring."""
     return config.model.compute == "auto" and config.evaluation.backend == "resident"
 
 
 def choose(config: Config, headers: Headers, device: str) -> ComputeChoice:
-    """The faster of the weights' own dtype and float32, timed on the shapes of a model's matrices on a device.
+    """Time the weights' own dtype and float32 on matrices of the model's shapes, and choose the faster one.
 
-    Takes half a second at most, and sets the threads of this process to those of a worker.
+    Takes half a second at most, and sets the number of threads of this process to that of a worker.
 
     Args:
-        headers: of the base.
+        headers: shapes and dtypes of the base's tensors.
+        device: where to measure, such as ``cpu`` or ``cuda``.
     """
     torch.set_num_threads(config.evaluation.threads)
     own, scalars = stored_dtype(config.model, headers), sum(math.prod(i.shape) for i in headers.values())
     if own not in NARROW:
         return ComputeChoice(COMPUTE_WIDE, f"the weights are {own}")
     if scalars * 4 > free_memory(device):
-        return ComputeChoice(own, f"the weights' dtype, as there is no room here for the model in {COMPUTE_WIDE}")
+        return ComputeChoice(own, f"the weights' dtype, as the model in {COMPUTE_WIDE} does not fit into memory here")
     return _choose(own, _shapes(headers), device)
 
 
 def choose_for_any(own: str, device: str) -> ComputeChoice:
-    """The same for weights of a dtype, with the shapes of a model of usual size."""
+    """As ``choose``, but without a model: for weights of the dtype ``own`` and matrices of a typical small model."""
     return _choose(own, TYPICAL, device)
 
 
 def refuse_compute(compute: str, device: str) -> None:
-    """Raises BadInput where a device cannot compute in a dtype."""
+    """Check that a device can compute in a dtype.
+
+    Raises BadInput where it cannot.
+    """
     try:
         _operands(compute, (16, 16), device).multiply()
     except (RuntimeError, NotImplementedError) as error:
@@ -124,8 +139,10 @@ def _choose(own: str, shapes: Mapping[Shape, float], device: str) -> ComputeChoi
 
 
 def _shapes(headers: Headers) -> dict[Shape, float]:
-    """The matrices with the most scalars: how many there are of a shape. Rows of an embedding are looked up only, but
-    an embedding is the head, too, of most models that write.
+    """The shapes that hold the most scalars, with the number of matrices of each shape.
+
+    An embedding is included, although its rows are only looked up, because most language models multiply by the same
+    matrix in their head.
     """
     count: Counter[Shape] = Counter()
     for info in headers.values():
@@ -136,7 +153,10 @@ def _shapes(headers: Headers) -> dict[Shape, float]:
 
 
 def _timed(dtypes: Sequence[str], shapes: Mapping[Shape, float], device: str) -> dict[str, float]:
-    """Seconds of one row through all matrices, by dtype; measured in turn, as machines have moods."""
+    """Seconds that one row takes through all matrices, by dtype. A dtype that the device cannot compute in is left out.
+
+    The dtypes are measured in turn, so that a machine which is slow for a moment slows all of them.
+    """
     operands: dict[tuple[str, Shape], _Operands] = {}
     for dtype in dtypes:
         with contextlib.suppress(RuntimeError, NotImplementedError):  # the device has no such arithmetic
@@ -158,19 +178,19 @@ def _timed(dtypes: Sequence[str], shapes: Mapping[Shape, float], device: str) ->
 
 
 def _cut(shape: Shape) -> Shape:
-    """As much of a matrix (outputs, inputs) as tells how fast it is multiplied."""
+    """The shape of a part of a matrix (outputs, inputs), large enough to show how fast the matrix is multiplied."""
     return max(1, min(shape[0], SCALARS // shape[1])), min(shape[1], SCALARS)
 
 
 @dataclass(frozen=True)
 class _Operands:
-    """Rows (rows, inputs) and a matrix (outputs, inputs)."""
+    """The operands of a timed product: rows (rows, inputs) and a matrix (outputs, inputs)."""
 
     rows: Tensor
     matrix: Tensor
 
     def multiply(self) -> float:
-        """Seconds that one product takes, for a row."""
+        """Multiply, and return the seconds that it took for each row."""
         began = self._now()
         linear(self.rows, self.matrix)
         return (self._now() - began) / len(self.rows)

@@ -1,4 +1,8 @@
-"""Who does a pool's work: hired, sent candidates, and heard of. The pool decides, a crew carries out."""
+"""The interface of a crew: the workers of a pool, on this machine or on others.
+
+The pool decides which worker gets which candidate. The crew starts workers, sends them messages, ends them, and reports
+what they answer.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,14 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Ready:
-    """A worker is built and waits for its first candidate."""
+    """Event: a worker is built and waits for its first candidate."""
 
     worker: int
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What a worker says of its candidate."""
+    """Event: a worker has evaluated its candidate. ``message`` is the packed result."""
 
     worker: int
     message: bytes
@@ -24,7 +28,12 @@ class Answered:
 
 @dataclass(frozen=True)
 class Gone:
-    """A worker has ended. ``lost`` says that it went with its node, which its candidate is not to blame for."""
+    """Event: a worker has ended.
+
+    Attributes:
+        reason: how it ended, for messages.
+        lost: whether its whole node was lost. Then its candidate is not to blame.
+    """
 
     worker: int
     reason: str
@@ -35,24 +44,30 @@ Event = Ready | Answered | Gone
 
 
 class Crew(Protocol):
-    """Workers by number, on some machines, by some clock."""
+    """A group of workers, each known by its number.
+
+    The clock belongs to the crew so that tests can simulate time.
+    """
 
     def hire(self) -> int:
-        """Ask for one more worker; that it is ready, or cannot be, is an event to come."""
+        """Ask for one more worker, and return its number. A later event says whether it is ready or has failed."""
         ...
 
     def send(self, worker: int, message: bytes) -> None: ...
 
     def dismiss(self, worker: int) -> None:
-        """End a worker, whatever it is doing. No event tells of it."""
+        """End a worker, whatever it is doing. No event follows."""
         ...
 
     def wait(self, seconds: float) -> Sequence[Event]:
-        """What happened; waits so long for the first event. Raises BadInput where no worker can be built."""
+        """Wait at most this many seconds for the first event, and return all events that are there.
+
+        Raises BadInput where no worker can be built.
+        """
         ...
 
     def now(self) -> float:
-        """Seconds of the crew's clock."""
+        """The time of the crew's clock in seconds."""
         ...
 
     def close(self) -> None: ...

@@ -1,4 +1,8 @@
-"""The pool: who gets which candidate, and what becomes of it when its worker dies, hangs, or is not there yet."""
+"""The pool over a crew of workers.
+
+It decides which worker gets which candidate, and what happens to a candidate whose worker dies, hangs, or is not ready
+yet.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +15,25 @@ from evolver.records import Candidate, Result
 from evolver.workers.crew import Answered, Crew, Event, Gone, Ready
 from evolver.workers.messages import pack_candidate, unpack_result
 
-# How often a wait looks at the clock for evaluations that take too long.
+# Seconds between two checks for evaluations that take too long.
 TICK_SECONDS = 1.0
-# How long nobody may be ready before we say that something is wrong.
+# Seconds without any ready worker after which the pool gives up.
 PLACE_SECONDS = 600.0
-# So many workers may die one after the other before any is ready.
+# The number of workers that die one after the other before any is ready, at which the pool gives up.
 STILLBORN = 5
-# So many nodes may be lost under one candidate; then it may be what takes them down.
+# How many nodes may be lost while they evaluate one candidate. After that, the candidate is suspected to be the cause.
 LOSSES = 8
 
 
 @dataclass(frozen=True)
 class _Flight:
-    """A candidate on its way: since when, how many workers died of it, and how many nodes were lost under it."""
+    """A candidate that a worker evaluates or that waits for one.
+
+    Attributes:
+        since: when its evaluation began, by the crew's clock.
+        deaths: how many workers died while they evaluated it.
+        losses: how many workers were lost with their nodes while they evaluated it.
+    """
 
     candidate: Candidate
     since: float = 0.0
@@ -33,14 +43,14 @@ class _Flight:
 
 @dataclass(frozen=True)
 class FailurePolicy:
-    """What becomes of a candidate whose worker is gone, and of a pool whose workers never come.
+    """Decides when a candidate whose worker is gone has failed, and when a pool without workers gives up.
 
     Args:
-        retries: so many workers more may die of a candidate.
-        losses: so many nodes may be lost under one; then it may be what takes them down.
-        timeout_s: an evaluation that takes longer has failed; None: any time.
-        stillborn: so many workers may die one after the other before any is ready.
-        place_s: nobody may be ready for so long before we say that something is wrong.
+        retries: how often a candidate is tried again after its worker died.
+        losses: how often a candidate is tried again after its worker was lost with its node.
+        timeout_s: seconds after which an evaluation has failed; None: no limit.
+        stillborn: the number of workers that die one after the other before any is ready, at which the pool gives up.
+        place_s: seconds without any ready worker after which the pool gives up.
     """
 
     retries: int = 1
@@ -50,7 +60,11 @@ class FailurePolicy:
     place_s: float = PLACE_SECONDS
 
     def failure(self, flight: _Flight, reason: str) -> str | None:
-        """Why a candidate has failed whose last worker is gone for that reason; None where it is to be tried again."""
+        """Why a candidate whose worker is gone has failed; None where it is to be tried again.
+
+        Args:
+            reason: how its last worker ended.
+        """
         if flight.losses > self.losses:
             return f"its node was lost ({reason}); tried on {flight.losses} nodes"
         if flight.deaths > self.retries:
@@ -58,23 +72,26 @@ class FailurePolicy:
         return None
 
     def late(self, flight: _Flight, now: float) -> str | None:
-        """Why an evaluation that still goes on has failed; None where it may go on."""
+        """Why an evaluation that still runs counts as failed; None where it may go on."""
         if self.timeout_s is None or now - flight.since <= self.timeout_s:
             return None
         return f"timed out after {self.timeout_s:g} s"
 
 
 class CrewPool:
-    """Evaluates on up to ``pool.num_workers`` workers of a crew, however many there are at a time.
+    """A pool that evaluates candidates on up to ``pool.num_workers`` workers of a crew.
 
-    A worker that ends is replaced. Its candidate goes to another one, before all that wait, as often as
-    ``pool.retries`` says; where the worker was lost with its node, this is not counted.
+    Workers may come and go. A worker that ends is replaced, and its candidate goes to another worker before the
+    candidates that wait. ``pool.retries`` limits how often this happens; a worker that was lost with its node does not
+    count.
 
     Args:
-        eager: hire workers at once, and wait until the first one is ready; else when the first candidate comes, which
-            never does where the ledger has all results.
+        crew: the workers.
+        settings: the section ``pool`` of the configuration.
+        eager: True: start workers at once, and wait until the first one is ready. False: start them when the first
+            candidate comes, which never happens where the ledger already holds all results.
 
-    Raises BadInput where no worker can be built, or none is ready in time.
+    Raises BadInput where no worker can be built, and where none is ready in time.
     """
 
     def __init__(self, crew: Crew, settings: PoolSettings, eager: bool = True) -> None:
@@ -93,7 +110,7 @@ class CrewPool:
                 self._hear(self._events())
 
     def free(self) -> int:
-        # One candidate is taken even where nobody is there for the moment.
+        # One candidate is accepted even while there is no worker.
         return max(1, len(self._idle) + len(self._busy)) - len(self._busy) - len(self._queue)
 
     def submit(self, candidate: Candidate) -> None:
@@ -113,7 +130,10 @@ class CrewPool:
         self._crew.close()
 
     def _events(self) -> list[Event]:
-        """What happens next; a second of silence is no event, minutes without any worker are an error."""
+        """The next events. The list may be empty while candidates are evaluated.
+
+        Raises BadInput where no worker is ready for too long.
+        """
         began = self._crew.now()
         while True:
             events = list(self._crew.wait(TICK_SECONDS))
@@ -121,8 +141,8 @@ class CrewPool:
                 return events
             if self._crew.now() - began > self._policy.place_s:
                 raise BadInput(
-                    f"pool: no worker was ready within {self._policy.place_s:.0f} s; is the cluster busy with other "
-                    "jobs?"
+                    f"pool: no worker was ready within {self._policy.place_s:.0f} s; check whether other jobs use "
+                    "the cluster."
                 )
 
     def _hear(self, events: list[Event]) -> None:
@@ -146,7 +166,7 @@ class CrewPool:
     def _lose(self, event: Gone) -> None:
         self._stillborn += event.worker in self._coming
         if self._stillborn >= self._policy.stillborn:
-            raise BadInput(f"pool: workers die before they are ready ({event.reason}); see the logs of the workers.")
+            raise BadInput(f"pool: workers end before they are ready ({event.reason}); their logs may say why.")
         self._coming.discard(event.worker)
         self._idle = [w for w in self._idle if w != event.worker]
         flight = self._busy.pop(event.worker, None)
@@ -176,6 +196,8 @@ class CrewPool:
             self._crew.send(worker, message)
 
     def _staff(self) -> None:
-        """Hire up to the full number; those that find no place wait for one, which is what makes clusters grow."""
+        """Ask for workers up to the full number. Those for which the cluster has no room wait, and an autoscaling
+        cluster then adds nodes for them.
+        """
         while len(self._coming) + len(self._idle) + len(self._busy) < self._workers:
             self._coming.add(self._crew.hire())

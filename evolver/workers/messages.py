@@ -1,4 +1,7 @@
-"""What travels between driver and workers: recipes and scores as compressed JSON, a few kilobytes at any model size."""
+"""The messages between driver and workers: candidates and results as compressed JSON.
+
+A message has a few kilobytes, whatever the size of the model, because it holds a recipe and scores but no weights.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from evolver.records import Candidate, Result, dump_recipe, load_recipe
 
 
 def pack_candidate(candidate: Candidate) -> bytes:
-    """A candidate as bytes."""
+    """A candidate with its recipe as bytes."""
     fields = {k: v for k, v in vars(candidate).items() if k != "recipe"}
     return _pack({**fields, "recipe": dump_recipe(candidate.recipe)})
 

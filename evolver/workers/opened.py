@@ -1,4 +1,4 @@
-"""Base and experts of a configuration, opened."""
+"""Opens the base and the experts of a configuration."""
 
 from __future__ import annotations
 
@@ -21,8 +21,13 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Opened:
-    """Base and experts, opened, by name; where heads are kept apart, those of the experts; where they are brought
-    together, the labels of all.
+    """The base and the experts, opened.
+
+    Attributes:
+        base: the checkpoint of the base.
+        experts: the experts by name.
+        heads: with ``model.heads: apart``, each expert's classification head by the expert's name.
+        labels: with ``model.heads: union``, the labels of all experts, in the order of the merged head.
     """
 
     base: Checkpoint
@@ -36,9 +41,9 @@ class Opened:
 
 
 def open_models(config: Config) -> Opened:
-    """Open the base and every expert; only headers are read.
+    """Open the base and every expert. Only headers are read, no weights.
 
-    Raises BadInput for what is no usable checkpoint of the base's family.
+    Raises BadInput where one is no usable checkpoint, and where an expert does not fit the base.
     """
     base = open_base(config.model.base, headless=config.model.heads != "merged")
     experts: dict[str, Source] = {n: open_expert(p, base, f"experts.{n}") for n, p in config.experts.items()}
@@ -65,15 +70,18 @@ def check_kind(config: Config, base: Checkpoint) -> None:
 
 
 def check_memory(config: Config, opened: Opened, device: str) -> None:
-    """Raises BadInput where a device has no room for one model, in the dtype in which it computes."""
+    """Check that one model, in the dtype of its forward passes, fits into the free memory of a device.
+
+    Raises BadInput where it does not fit.
+    """
     base, compute = opened.base, config.model.compute
     dtype = stored_dtype(config.model, base.headers) if compute == "auto" else compute
     needed, free = base.scalars * getattr(torch, dtype).itemsize, free_memory(device)
     if needed > free:
         raise BadInput(
             f"{base.key}: a model of {base.path} takes {needed / GIB:.1f} GiB in {dtype}, and {free / GIB:.1f} GiB are "
-            f"free on this machine ({device}); free some, write a smaller model.dtype or model.compute, or use a "
-            "machine with more."
+            f"free on this machine ({device}); free memory, choose a smaller model.dtype or model.compute, or use a "
+            "machine with more memory."
         )
 
 
@@ -87,7 +95,7 @@ def _with_all_labels(base: Checkpoint, experts: Mapping[str, Source]) -> Opened:
             )
     target = all_labels(labels)
     known = labels_in_order(base.config)
-    with contextlib.suppress(BadInput):  # a base without a head is the rule
+    with contextlib.suppress(BadInput):  # most bases have no head, and need none
         if set(known) & set(target):
             heads["base"], labels["base"] = head_of(base), known
     seen = {n: Relabelled(s, n, heads, labels, target, base) for n, s in {"base": base, **experts}.items()}

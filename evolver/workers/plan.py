@@ -1,4 +1,4 @@
-"""What a worker needs to know to be built anywhere."""
+"""The plan of a run, from which a worker can be built on any machine."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from evolver.records import Split, content_hash
 
 @dataclass(frozen=True)
 class Plan:
-    """What a worker needs to know to be built anywhere: paths and numbers, no tensors.
+    """Everything that a worker needs to know: paths and numbers, but no tensors.
 
-    ``digests`` are those of the base and of every expert, ``items`` the hash of the items of both splits; a worker
-    that finds other weights or other items where it runs refuses to work. ``stops`` says that the search is of a kind
-    which may have its answer before the last dev item.
+    A worker that finds other weights or other items on its machine refuses to work.
+
+    Attributes:
+        config: the configuration of the run.
+        digests: digest of the weights of the base and of every expert, by name.
+        items: hash of the items of each split.
+        stops: whether the search is of a kind that may stop an evaluation before the last dev item.
     """
 
     config: Config
@@ -24,12 +28,14 @@ class Plan:
     stops: bool = True
 
     def block(self, split: Split, count: int) -> int:
-        """How many of a split's ``count`` items are scored at a time: all of them where no answer comes earlier, as
-        larger batches hold less padding. The same for all candidates of a run: in bfloat16 batches show in scores.
+        """How many of a split's ``count`` items are scored at a time.
+
+        Where no evaluation stops early, all items are scored at a time, because larger batches need less padding. The
+        number is the same for all candidates of a run, because in bfloat16 a score can depend on its batch.
         """
         return self.config.evaluation.block_items if self.stops and split == "dev" else count
 
 
 def items_hash(tasks: Tasks, split: Split) -> str:
-    """One hash for the items of a split in their order."""
+    """One hash over all items of a split in their order."""
     return content_hash([[i.task, i.hash] for i in tasks.items.of(split)])

@@ -1,4 +1,4 @@
-"""A crew of processes on this machine: what hangs can be killed, and what dies is replaced."""
+"""A crew of processes on this machine. A process that hangs can be killed, and one that dies can be replaced."""
 
 from __future__ import annotations
 
@@ -22,13 +22,19 @@ from evolver.workers.plan import Plan
 from evolver.workers.worker import Worker
 
 READY = b"ready"
-# How long an idle process may take to end when its pool is closed.
+# Seconds that an idle process may take to end when its pool is closed.
 CLOSE_SECONDS = 10.0
 
 
 @dataclass
 class _Hired:
-    """A process, our end of the pipe to it, and whether it is to say something."""
+    """A process with a worker in it.
+
+    Attributes:
+        pipe: the driver's end of the pipe to it.
+        ready: whether its worker is built.
+        busy: whether an answer is expected from it.
+    """
 
     process: BaseProcess
     pipe: Connection
@@ -37,19 +43,24 @@ class _Hired:
 
 
 class ProcessCrew:
-    """Workers in spawned processes. They end with this process, also where it is killed."""
+    """A crew (see ``evolver.workers.crew``) of spawned processes. They end when this process ends, even by a kill.
+
+    Args:
+        plan: describes the run to the workers.
+        split: the items that the workers score.
+    """
 
     def __init__(self, plan: Plan, split: Split) -> None:
         self._plan, self._split = plan, split
         self._hired: dict[int, _Hired] = {}
         self._count = 0
-        atexit.register(self._kill_all)  # before multiprocessing waits for them
+        atexit.register(self._kill_all)  # at exit, multiprocessing would wait for these processes: they end before
 
     def hire(self) -> int:
         number, self._count = self._count, self._count + 1
-        # Spawned: a forked process would inherit threads' locks without the threads. Not a daemon, which may have no
-        # children: some engines are several processes.
-        let_threads_sleep()  # it inherits our environment, and reads it when it brings torch
+        # The process is spawned, as a forked one would inherit locks of threads that it does not have. It is no daemon,
+        # as a daemon may have no child processes, and some inference engines start several.
+        let_threads_sleep()  # the process inherits this environment, and OpenMP reads it when torch is imported
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, self._plan, self._split, f"process-{number}"))
@@ -61,7 +72,7 @@ class ProcessCrew:
     def send(self, worker: int, message: bytes) -> None:
         hired = self._hired[worker]
         hired.busy = True
-        with contextlib.suppress(OSError):  # it has ended: the next wait says so
+        with contextlib.suppress(OSError):  # the process has ended, which the next wait reports
             hired.pipe.send_bytes(message)
 
     def dismiss(self, worker: int) -> None:
@@ -78,9 +89,9 @@ class ProcessCrew:
 
     def close(self) -> None:
         for hired in self._hired.values():
-            if hired.busy:  # nobody waits for its answer any more
+            if hired.busy:  # its answer is no longer needed
                 hired.process.kill()
-            hired.pipe.close()  # an idle one ends when it finds nobody at the other end
+            hired.pipe.close()  # an idle process ends by itself when the pipe is closed
         for hired in self._hired.values():
             hired.process.join(CLOSE_SECONDS)
         self._kill_all()
@@ -109,20 +120,20 @@ class ProcessCrew:
 
 
 def _kill(hired: _Hired) -> str:
-    """End a process, however it is, and say how it ended."""
+    """End a process, whether it still runs or not, and return how it ended: its exit status, or the signal's name."""
     hired.pipe.close()
     hired.process.join(timeout=0.5)
     if hired.process.is_alive():
         hired.process.kill()
     hired.process.join()
     status = hired.process.exitcode or 0
-    # What a system does that has no memory left is SIGKILL.
+    # A negative status is a signal. A system that runs out of memory sends SIGKILL.
     return f"status {status}" if status >= 0 else signal.Signals(-status).name
 
 
 def _serve(pipe: Connection, plan: Plan, split: Split, name: str) -> None:
-    """What the process does: build the worker, then answer until nobody asks."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the driver, too, which decides
+    """What the process does: build the worker, then evaluate candidates until the driver closes the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the driver, which then ends the workers
     threading.Thread(target=_end_with_driver, daemon=True).start()
     try:
         worker = Worker(plan, split, name=name)
@@ -138,7 +149,7 @@ def _serve(pipe: Connection, plan: Plan, split: Split, name: str) -> None:
 
 
 def _end_with_driver() -> None:
-    """An evaluation that hangs never finds out that nobody waits for it."""
+    """End this process when the driver ends. An evaluation that hangs would never notice it."""
     driver = multiprocessing.parent_process()
     if driver is not None:
         wait([driver.sentinel])

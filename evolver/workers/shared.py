@@ -1,4 +1,4 @@
-"""A candidate's items shared by several workers, with the result that one worker would have given."""
+"""A pool in which several workers share the items of one candidate. One worker would give the same result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ Key = tuple[str, int, str]
 
 @dataclass
 class _Shared:
-    """A candidate on its way in pieces: what has come, by first item, and the items that have been gone over."""
+    """A candidate whose pieces are evaluated by several workers.
+
+    Attributes:
+        course: the course of its evaluation.
+        blocks: the blocks that the course has not reached yet.
+        items: the scores of the items that the course has reached.
+        come: the results of the pieces that have arrived, by their first item.
+        waiting: how many pieces are still being evaluated.
+        answered: whether the candidate's result has been given already.
+    """
 
     course: Evaluation
     blocks: list[tuple[int, int]]
@@ -27,15 +36,15 @@ class _Shared:
 
 
 class SharedPool:
-    """Hands out a candidate's blocks in pieces, as even as can be, and puts the answers together.
+    """A pool that divides a candidate's blocks of items among several workers and joins their answers.
 
-    The items are gone over in their order, block by block, as one worker does: a candidate that would have been
-    stopped is stopped at the same block, and what was scored behind it is thrown away.
+    The joined answers are examined block by block in the order of the items, as one worker would do it. A candidate
+    that one worker would have stopped is stopped at the same block, and what was scored after it is thrown away.
 
     Args:
         pool: the workers.
-        parts: how many share a candidate.
-        course: of a candidate's evaluation.
+        parts: how many workers share a candidate; their pieces have equal sizes, give or take one block.
+        course: makes the course of a candidate's evaluation.
     """
 
     def __init__(self, pool: Pool, parts: int, course: Callable[[Candidate], Evaluation]) -> None:
@@ -88,7 +97,7 @@ class SharedPool:
             yield self._join(shared)
 
     def _go_over(self, shared: _Shared) -> bool:
-        """Go on over what has come without a gap; whether the candidate's question is answered."""
+        """Examine the blocks that have arrived without a gap; whether the evaluation has ended with them."""
         while shared.blocks:
             start, stop = shared.blocks[0]
             piece = next((r for first, r in shared.come.items() if first <= start < first + len(r.items)), None)
@@ -111,7 +120,7 @@ def _columns(pieces: Sequence[Result]) -> tuple[list[dict[str, float]], list[dic
 
 
 def _evenly(blocks: Sequence[tuple[int, int]], parts: int) -> list[Sequence[tuple[int, int]]]:
-    """Runs of blocks, the first ones longer by one where it does not come out even."""
+    """The blocks in consecutive groups. Where they cannot be of equal size, the first ones have one block more."""
     size, rest = divmod(len(blocks), parts)
     ends = [0]
     for part in range(min(parts, len(blocks))):

@@ -1,4 +1,4 @@
-"""A worker: recipe → live model → scores. The only place where an exception becomes a result."""
+"""A worker builds the model of a recipe and scores it. It is the only place that turns an exception into a result."""
 
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ from evolver.workers.compute import ComputeChoice, choose, is_open, refuse_compu
 from evolver.workers.opened import GIB, Opened, open_models
 from evolver.workers.plan import Plan, items_hash
 
-# Models below so many scalars are merged without compiling kernels first, which takes some ten seconds each.
+# Models with fewer scalars are merged without compiling kernels first: compiling one takes some ten seconds.
 COMPILE_FROM = 3 * 10**7
 
 
 def choose_compute(config: Config, device: str | None = None) -> ComputeChoice:
-    """The dtype of forward passes that is faster here, for a configuration that leaves it open; by default on the
-    accelerator, if there is one.
+    """Measure in which dtype forward passes are faster on this machine, for a configuration that leaves it open.
+
+    Args:
+        device: where to measure; default: the accelerator if there is one, else the CPU.
 
     Raises BadInput where there is no usable base.
     """
@@ -41,7 +43,7 @@ def choose_compute(config: Config, device: str | None = None) -> ComputeChoice:
 
 
 def build_materialiser(plan: Plan, opened: Opened, device: str = "cpu") -> Materialiser:
-    """What builds the models of a plan, with the resident population that its pool allows."""
+    """The materialiser that builds the models of a plan. It keeps models in memory up to ``pool.cache_gb``."""
     config = plan.config
     dtype = None if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     sources = {plan.digests[n]: s for n, s in {"base": opened.base, **opened.experts}.items()}
@@ -52,34 +54,38 @@ def build_materialiser(plan: Plan, opened: Opened, device: str = "cpu") -> Mater
 def build_model(
     config: Config, opened: Opened, device: str, folder: Path | None = None
 ) -> LiveModel | LaunchedModel:  # fmt: skip
-    """What candidates are evaluated with: one resident model, or a class of lm-eval's started on each.
+    """The model that candidates are evaluated with: one resident model whose weights are overwritten, or, where
+    ``evaluation.backend`` says so, a model class of lm-eval that is started on each candidate.
 
     Args:
-        folder: of the model; default: the base's, to be written to.
+        folder: folder of a model that is to be scored as it is; default: the base, whose weights are overwritten.
 
-    Raises BadInput for an unknown backend, or a base that is not of the kind that the configuration says.
+    Raises BadInput for a backend that is not installed, and for a base that is not of the kind ``model.kind``.
     """
     if config.evaluation.backend == "resident":
         names = opened.base.names() if folder is None else []
         labels = opened.labels if folder is None else ()
         return LiveModel(config.model, folder or opened.base.path, names, device, opened.heads, labels)
-    from evolver.evaluation.language.launched import LaunchedModel  # lm-eval, which classifiers need not wait for
+    from evolver.evaluation.language.launched import LaunchedModel  # imports lm-eval, which takes seconds
 
-    model = LaunchedModel(config.evaluation, room=4 * opened.base.scalars)  # in the widest dtype
+    model = LaunchedModel(config.evaluation, room=4 * opened.base.scalars)  # 4 bytes a scalar: the widest dtype
     if folder is not None:
         model.launch(folder)
     return model
 
 
 class Worker:
-    """Owns one device: the opened experts, the resident population and one live model.
+    """A worker on one device. It holds the opened experts, the models in its cache, and one live model.
 
     Args:
-        plan: what to be.
-        split: which items this worker scores; those of the other split it never prepares.
-        name: who it is, for the ledger.
-        tasks: the tasks, where this process has loaded them already.
-        device: of the live model; default: the accelerator, if there is one.
+        plan: describes the run.
+        split: the items that this worker scores. It never prepares those of the other split.
+        name: the worker's name in the ledger.
+        tasks: the tasks, if this process has loaded them already.
+        device: device of the live model; default: the accelerator if there is one, else the CPU.
+
+    Raises BadInput where this machine has other weights or items than the driver, where the device cannot compute in
+    the dtype of the run, and for what ``open_models``, ``load_tasks`` and ``build_model`` refuse.
     """
 
     def __init__(
@@ -101,11 +107,13 @@ class Worker:
         opened = open_models(config)
         if opened.digests() != plan.digests:
             raise BadInput(
-                f"experts: worker {name} finds other weights than the driver under the same paths; share one folder."
+                f"experts: worker {name} finds other weights than the driver under the same paths; use a shared folder."
             )
         tasks = tasks or load_tasks(config)
         if items_hash(tasks, split) != plan.items[split]:
-            raise BadInput(f"evaluation.tasks: worker {name} finds other items than the driver; share one data folder.")
+            raise BadInput(
+                f"evaluation.tasks: worker {name} finds other items than the driver; use a shared data folder."
+            )
         self.materialiser = build_materialiser(plan, opened, device)
         self.live = build_model(config, opened, device)
         self.scale = tasks.scale(split)
@@ -114,7 +122,7 @@ class Worker:
         self.alpha = config.evaluation.racing
 
     def evaluate(self, candidate: Candidate) -> Result:
-        """Score a candidate; whatever goes wrong becomes a result with its reason."""
+        """Score a candidate. An exception becomes a failed result that says the reason; none is raised."""
         seconds = {"materialise": 0.0, "forward": 0.0, "total": 0.0}
         began = time.perf_counter()
         try:
@@ -130,7 +138,7 @@ class Worker:
             return Result.failed(candidate, reason, seconds=seconds, worker=self.name)
 
     def close(self) -> None:
-        """Let go of servers and of node-local memory."""
+        """End servers that were started, and free node-local memory."""
         self.live.close()
 
     def _load(self, candidate: Candidate) -> None:
@@ -142,7 +150,7 @@ class Worker:
             self.live.launch(self.live.folder)
 
     def _score(self, candidate: Candidate) -> Result:
-        """Per-item scores, block by block, until the question is answered."""
+        """Score the items block by block, until the last one or until the evaluation may stop early."""
         course = Evaluation(candidate, self.scale, self.block, self.alpha)
         items, counts = list(candidate.known), Scored().counts
         for start, stop in course.blocks() if candidate.piece is None else blocks(*candidate.piece, self.block):

@@ -1,1 +1,1 @@
-"""The evaluation of language models, with the tasks of lm-eval and with the users' own."""
+"""The evaluation of language models, on tasks of lm-eval and on the user's own texts."""

@@ -1,8 +1,8 @@
-"""Log-likelihoods by a decoder-only model: context and choices as one row.
+"""Log-likelihoods by a decoder-only model, with a context and its answer choices in one row.
 
-Where the architecture allows, a context and all its continuations go through the model as one row: every continuation
-sees the context and itself (a block mask), at the positions that it would have alone. The result is that of separate
-rows up to rounding, for a fraction of the tokens.
+Where the architecture allows it, a context and all its continuations go through the model as one row. A block mask lets
+every continuation see the context and itself only, and its position ids are those that it would have alone. The results
+are those of separate rows up to rounding, for a fraction of the tokens.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 from evolver.evaluation.language.loglikelihood import Likelihood, Row, TokenIds, of_tokens, summed
 from evolver.evaluation.live import LiveModel
 
-# Rotary positions from position_ids and full attention in every layer: what packing relies on.
+# Architectures with rotary positions from position_ids and full attention in every layer, which packing relies on.
 PACKABLE = {"llama", "qwen2", "qwen3", "mistral", "olmo", "olmo2", "phi3", "granite", "smollm3", "stablelm", "gpt_neox"}
 PADDING, CONTEXT = -1, 0  # parts of a row; the continuations are 1, 2, …
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Tensors of a batch, and where the predictions of each continuation stand."""
+    """The tensors of a batch of B rows of L tokens, and the places of the M predicted tokens."""
 
     ids: Tensor  # (B, L)
     positions: Tensor  # (B, L)
@@ -45,11 +45,11 @@ class DecoderOnly:
         self.shares = settings.model_type in PACKABLE and not getattr(settings, "sliding_window", None)
 
     def cut(self, context: TokenIds, continuation: TokenIds) -> TokenIds:
-        # As lm-eval does: what exceeds the model's length is cut off at the left.
+        # As in lm-eval, the left end of a context that exceeds the model's length is cut off.
         return context[max(0, len(context) + len(continuation) - self.max_length - 1) :]
 
     def batch(self, rows: Sequence[Row]) -> Packed:
-        """Rows side by side, padded at the left so that all predictions stand in the last columns."""
+        """The tensors of some rows, padded at the left so that all predictions stand in the last columns."""
         width = max(r.read for r in rows)
         keep = max(1 + r.read - len(r.context) for r in rows)
         ids = torch.zeros(len(rows), width, dtype=torch.int64)
@@ -65,7 +65,7 @@ class DecoderOnly:
                 stop = at + len(continuation) - 1
                 ids[b, at:stop] = torch.tensor(continuation[:-1])
                 positions[b, at:stop], parts[b, at:stop] = torch.arange(stop - at) + len(row.context), part
-                columns = [end - 1, *range(at, stop)]  # each token is predicted at the place before it
+                columns = [end - 1, *range(at, stop)]  # each token is predicted by the logits at the place before it
                 offset = width - keep
                 predicted += [(b, c - offset, t, count) for c, t in zip(columns, continuation, strict=True)]
                 at, count = stop, count + 1
@@ -81,7 +81,7 @@ class DecoderOnly:
         return summed(scores, misses, batch.owner, batch.count)
 
     def inputs(self, batch: Packed) -> dict[str, object]:
-        """What the model is called with."""
+        """The keyword arguments of the model's forward pass."""
         mask = visible(batch.parts)[:, None] if self.shares else (batch.parts != PADDING).long()
         return {
             "input_ids": batch.ids, "attention_mask": mask, "position_ids": batch.positions,
@@ -90,7 +90,10 @@ class DecoderOnly:
 
 
 def visible(parts: Tensor) -> Tensor:
-    """Which places see which, (B, L, L): each sees the context and its own part up to itself; padding sees itself."""
+    """The attention mask, (B, L, L): whether a place (second axis) sees another one (third axis).
+
+    A place sees the context and its own continuation, both up to itself. Padding sees only itself.
+    """
     one, other = parts[:, :, None], parts[:, None, :]
     causal = torch.ones(parts.shape[1], parts.shape[1], dtype=torch.bool, device=parts.device).tril()
     seen = ((other == CONTEXT) & (one != PADDING)) | (one == other)

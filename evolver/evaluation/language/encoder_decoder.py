@@ -1,7 +1,7 @@
-"""Log-likelihoods by an encoder–decoder (T5 and its kin): the context is encoded once for all its continuations.
+"""Log-likelihoods by an encoder–decoder model such as T5. A context is encoded once for all its continuations.
 
-The decoder's first step is taken once a context, too. Its cache, with the keys and values of the cross-attention, is
-then repeated for the continuations, and only their further tokens are decoded.
+The first step of the decoder is also computed once for each context. Its cache, which holds the keys and values of the
+cross-attention, is then repeated for the continuations, and only their further tokens are decoded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from evolver.evaluation.live import LiveModel
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tensors of a batch of B contexts with C continuations in all."""
+    """The tensors of a batch of B contexts of at most L tokens, with C continuations of at most K tokens in all."""
 
     ids: Tensor  # (B, L) contexts, padded at the right
     mask: Tensor  # (B, L) of 0 and 1
@@ -35,17 +35,21 @@ class EncoderDecoder:
     """Scores rows with a sequence-to-sequence language model.
 
     Args:
-        max_length: tokens of a context; continuations stand beside it, not behind it.
+        model: the live model.
+        max_length: most tokens of a context. Continuations go to the decoder, so they take no room beside it.
     """
 
     shares = True
-    max_length = sys.maxsize  # of a row
+    max_length = sys.maxsize  # a row may hold any number of continuations
 
     def __init__(self, model: LiveModel, max_length: int) -> None:
         self.model, self._longest = model, max_length
 
     def check(self) -> None:
-        """Raises BadInput for a model whose answers do not all start with the one token that its settings name."""
+        """Check that every answer starts with the decoder's start token, as the computation here assumes.
+
+        Raises BadInput for a model that has no start token, or that starts an answer with another token.
+        """
         module = self.model.module
         start = module.config.decoder_start_token_id
         if start is None:
@@ -55,8 +59,8 @@ class EncoderDecoder:
         shifted = module.prepare_decoder_input_ids_from_labels(torch.tensor([[5, 6]], device=self.model.device))
         if shifted.tolist() != [[start, 5]]:
             raise BadInput(
-                f"model.base: {type(module).__name__} starts an answer by its language, so that no likelihood of an "
-                "answer can be told; give tasks in which answers are written."
+                f"model.base: {type(module).__name__} starts answers with the token of a language, so the likelihood "
+                "of an answer cannot be computed; choose tasks with generated answers."
             )
 
     def cut(self, context: TokenIds, continuation: TokenIds) -> TokenIds:
@@ -90,7 +94,7 @@ class EncoderDecoder:
         return summed(scores, misses, rows.cpu(), len(batch.owner))
 
     def _decode(self, encoded: Tensor, mask: Tensor, ids: Tensor, cache: EncoderDecoderCache) -> Tensor:
-        """Logits (rows, ids, vocabulary) of the decoder behind what the cache holds."""
+        """The decoder's logits (rows, ids, vocabulary) for the tokens ``ids``, which follow those in the cache."""
         logits: Tensor = self.model.module(
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded), attention_mask=mask, decoder_input_ids=ids,
             past_key_values=cache, use_cache=True,
@@ -99,7 +103,7 @@ class EncoderDecoder:
 
 
 def _padded(rows: Sequence[TokenIds]) -> tuple[Tensor, Tensor]:
-    """Rows (R, longest), zeros at the right, and their lengths (R,)."""
+    """The rows as one tensor (R, longest), padded with zeros at the right, and their lengths (R,)."""
     lengths = [len(r) for r in rows]
     out = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
     for number, row in enumerate(rows):

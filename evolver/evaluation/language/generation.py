@@ -1,4 +1,4 @@
-"""Written answers: prompts of like length side by side, by the generation of transformers."""
+"""Generated answers: prompts of similar length in batches, by the generation of Transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from evolver.evaluation.live import LiveModel
 
 @dataclass
 class WrittenText:
-    """Texts of every prompt, as many as it asks for, and which of them met their limit before their end."""
+    """The answers to prompts.
+
+    Attributes:
+        texts: the answers to each prompt; several where the task samples several.
+        tokens: number of tokens that were read or generated.
+        truncated: the prompts that were cut, or whose answer reached its limit before its end.
+    """
 
     texts: dict[int, list[str]]
     tokens: int
@@ -27,8 +33,10 @@ class WrittenText:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Prompts of one manner: padded at the left for a decoder, which writes on at the right; at the right for an
-    encoder, whose positions may be absolute.
+    """Prompts with the same settings of generation.
+
+    For a decoder they are padded at the left, because it continues them at the right. For an encoder they are padded at
+    the right, because its positions may be absolute.
     """
 
     ids: Tensor  # (B, L)
@@ -40,10 +48,16 @@ class _Batch:
 
 
 class Generations:
-    """Lets the live model answer prompts.
+    """Lets the live model generate answers.
 
-    Where a task samples, the draws depend on the run's seed and on the batch only, so that a candidate says the same
-    whenever it is asked.
+    Where a task samples, the random draws depend only on the run's seed and on the batch, so that a candidate always
+    gives the same answers.
+
+    Args:
+        model: the live model.
+        lm: lm-eval's wrapper of the same model.
+        settings: the section ``evaluation`` of the configuration.
+        seed: seed of the run.
     """
 
     def __init__(self, model: LiveModel, lm: Tokens, settings: EvaluationSettings, seed: int) -> None:
@@ -91,7 +105,7 @@ class Generations:
 
     @torch.inference_mode()
     def _write(self, batch: _Batch) -> tuple[list[list[str]], int, set[int]]:
-        """Texts of every row, tokens that were read or written, and rows that were cut short."""
+        """The texts of every row, the number of tokens read or generated, and the rows that reached their limit."""
         texts: list[list[str]] = [[] for _ in batch.lengths]
         total, cut = sum(batch.lengths), set()
         torch.manual_seed(batch.seed)
@@ -104,7 +118,7 @@ class Generations:
         return texts, total, cut
 
     def _tokens(self, batch: _Batch) -> Iterator[list[int]]:
-        """What each row was continued with."""
+        """The tokens that were generated for each row."""
         causal = self._lm.backend == "causal"
         said = self._lm._model_generate(
             context=batch.ids, attention_mask=batch.mask, stop=list(batch.manner.until),
@@ -112,13 +126,16 @@ class Generations:
             logits_processor=LogitsProcessorList([_Finite()]), **batch.manner.settings,
         )  # fmt: skip
         for row, tokens in enumerate(said.tolist()):
-            # lm-eval counts the prompt of an encoder–decoder among the tokens that may be written.
+            # lm-eval counts the prompt of an encoder–decoder among the tokens that may be generated.
             room = batch.manner.most + (0 if causal else batch.lengths[row])
             kept = tokens[batch.ids.shape[1] :] if causal else self._cut(tokens, room)
             yield _before_padding(kept, self._lm.tokenizer)
 
     def _cut(self, tokens: list[int], room: int) -> list[int]:
-        """What alone, with a limit of its own, would have been written: some models are made to end there."""
+        """The tokens that this row would have got in a batch of its own, with its own limit.
+
+        At its limit, a model with ``forced_eos_token_id`` would have generated that token.
+        """
         kept, end = tokens[:room], self._model.module.generation_config.forced_eos_token_id
         if end is not None and len(kept) == room and end not in kept[1:]:
             kept[-1] = end
@@ -130,9 +147,9 @@ class Generations:
 
 
 class _Finite(LogitsProcessor):
-    """Changes nothing: greedy decoding would make something of outputs that are not numbers.
+    """Checks that the logits are finite, and changes nothing. Greedy decoding would not notice NaN or infinity.
 
-    Minus infinity is what forbids a token; only where all are forbidden, something is wrong.
+    A logit of minus infinity is allowed because it forbids a token. It is an error only if all tokens are forbidden.
     """
 
     def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:
@@ -142,7 +159,7 @@ class _Finite(LogitsProcessor):
 
 
 def _before_padding(tokens: list[int], tokenizer: Any) -> list[int]:
-    """Without the padding that stands behind what ended before the other rows did."""
+    """The tokens without the padding after a row that ended before the other rows did."""
     end = len(tokens)
     while end > 1 and tokens[end - 1] == tokenizer.pad_token_id and tokens[end - 2] == tokenizer.pad_token_id:
         end -= 1

@@ -1,8 +1,9 @@
-"""A process that clears up behind another one, however that one ends: a killed process runs no exit handlers.
+"""A process that cleans up after another one, however that one ends. A killed process cannot do so itself, because its
+exit handlers do not run.
 
-It is a program of its own (``python guard.py FOLDER``) and needs nothing but the standard library. Lines on its
-standard input name the process group of the server that runs now. When the input ends, that group is ended and the
-folder removed.
+It is a program of its own (``python guard.py FOLDER``) and needs only the standard library. Each line on its standard
+input is the process group of the server that runs now, or 0 for none. When its input ends, it ends this group and
+removes the folder.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import sys
 import time
 from pathlib import Path
 
-# How long a server may take to end by itself.
+# Seconds that a server may take to end after it was asked to.
 GRACE_SECONDS = 10.0
 
 
 def guard(folder: Path) -> None:
-    """Wait until nobody holds the other end of standard input, then clear up."""
+    """Wait until the other end of standard input is closed, then clean up."""
     group = 0
     for line in sys.stdin:
         group = int(line)
@@ -30,18 +31,18 @@ def guard(folder: Path) -> None:
 
 
 def end(group: int, grace: float) -> None:
-    """End all processes of a group: ask, then wait for ``grace`` seconds, then force."""
+    """Ask all processes of a group to end (SIGTERM), wait for at most ``grace`` seconds, and kill the rest."""
     until = time.monotonic() + grace
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGTERM)
         while time.monotonic() < until:
             time.sleep(0.05)
-            os.killpg(group, 0)  # raises once the last of them is gone
+            os.killpg(group, 0)  # raises ProcessLookupError once no process of the group is left
         os.killpg(group, signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    # A grandchild: some frameworks kill a worker's children along with it.
+    # The guard runs in a grandchild of the worker, because some frameworks kill a worker's children with it.
     if os.fork():
         os._exit(0)
     guard(Path(sys.argv[1]))

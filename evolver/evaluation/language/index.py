@@ -1,7 +1,7 @@
-"""Which folders of lm-eval's library say what a task is: found in a second, where parsing all of them takes ten.
+"""Finds the folders of lm-eval's library that define some tasks. This takes one second; parsing all folders takes ten.
 
-The library is some 14,000 YAML files. Names stand in them under three keys at the beginning of a line, or in files that
-they include, so that a search of the text finds every one; lm-eval itself then reads the few folders that matter.
+The library has some 14,000 YAML files. A task's name stands after one of three keys at the beginning of a line, or in a
+file that is included, so that a text search finds every name. lm-eval itself then reads only the few folders found.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import lm_eval.tasks
 from lm_eval.tasks import TaskManager
 
 LIBRARY = Path(lm_eval.tasks.__file__).parent
-# A name, or a list of names below each other or in brackets.
+# The value of one of the three keys: a name, or a list of names, below each other or in brackets.
 NAME_PATTERN = re.compile(r"""^["']?(?:task|group|tag)["']?[ \t]*:[ \t]*(.*(?:\n[ \t]*-.*)*)""", re.MULTILINE)
 INCLUDE = re.compile(r"""^["']?include["']?[ \t]*:[ \t]*(\S+)""", re.MULTILINE)
 
 
 class Index:
-    """The names of a library, and where they stand."""
+    """The names in lm-eval's library, and the files in which they stand."""
 
     def __init__(self) -> None:
-        self._files: dict[str, set[str]] = {}  # by name
-        self._users: dict[str, set[str]] = {}  # of each file, those that include it
+        self._files: dict[str, set[str]] = {}  # the files in which a name stands
+        self._users: dict[str, set[str]] = {}  # the files that include a file
         for path in _files(LIBRARY):
             text = Path(path).read_text(encoding="utf-8", errors="replace")
             for name in _names(text):
@@ -37,13 +37,13 @@ class Index:
 
     @property
     def names(self) -> Iterable[str]:
-        """All tasks, groups and tags."""
+        """The names of all tasks, groups and tags."""
         return self._files
 
     def folder(self, name: str) -> str | None:
-        """The innermost folder of all files that hold a name, or include one that does.
+        """The innermost folder that contains all files with this name and all files that include one of them.
 
-        One for all, as lm-eval gathers the tasks of a tag folder by folder.
+        It is a single folder, because lm-eval collects the tasks of a tag folder by folder. None for an unknown name.
         """
         waiting, seen = list(self._files.get(name, ())), set()
         while waiting:
@@ -54,18 +54,20 @@ class Index:
 
 
 def manager_of(names: Iterable[str], own: str | None, index: Index) -> TaskManager:
-    """lm-eval's manager of these names and of all that their groups hold.
+    """lm-eval's task manager for these names and for all tasks in their groups.
 
     Args:
-        own: a folder of further task files, which go before those of the library.
+        names: names of tasks, groups and tags.
+        own: a folder of further task files, which take precedence over those of the library.
+        index: the index of the library.
     """
     wanted = set(names)
     while True:
         folders = {folder for name in wanted if (folder := index.folder(name))}
-        if str(LIBRARY) in folders:  # a tag from all over the library
+        if str(LIBRARY) in folders:  # a tag whose tasks lie in many folders: lm-eval has to read the whole library
             return TaskManager(include_path=own)
         outermost = {f for f in folders if not any(f.startswith(g + os.sep) for g in folders)}
-        # Of several files with one name lm-eval takes the first; of several folders, the last.
+        # Where a name stands twice, lm-eval takes the first of several files, but the last of several folders.
         paths = [*sorted(outermost, reverse=True), *([own] if own else [])]
         manager = TaskManager(include_path=paths, include_defaults=False)
         groups = [manager.task_index[n] for n in wanted if n in manager.all_groups]
@@ -78,7 +80,7 @@ def manager_of(names: Iterable[str], own: str | None, index: Index) -> TaskManag
 def _files(root: Path) -> Iterator[str]:
     for folder, _, files in os.walk(root):
         for file in files:
-            if file.endswith(("yaml", "yml")) or "." not in file:  # templates go by any name
+            if file.endswith(("yaml", "yml")) or "." not in file:  # included templates often have no extension
                 yield os.path.join(folder, file)
 
 

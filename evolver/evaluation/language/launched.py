@@ -1,6 +1,6 @@
-"""Candidates evaluated by any other model class of lm-eval: vLLM, SGLang, a server, …
+"""Evaluates candidates with another model class of lm-eval, such as those for vLLM, SGLang or a server.
 
-The candidate is written to node-local memory as a Hugging Face folder; lm-eval's own class is then started on it.
+A candidate is written to node-local memory as a Hugging Face folder. The class of lm-eval is then started on it.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from evolver.evaluation.language.library import quiet
 from evolver.evaluation.language.requests import PreparedRequests
 from evolver.evaluation.language.scratch import Scratch
 
-# How long a server may take until it answers, and until it has ended.
+# Seconds that a server may take until it answers, and until it has ended.
 START_SECONDS = 600.0
 SHUTDOWN_SECONDS = 30.0
-# Classes that talk to a server do not load the candidate themselves; some talk to other people's models only.
+# REMOTE: classes that talk to a server, which has to load the candidate. ELSEWHERE: the beginnings of the names of
+# classes that can only talk to models of other providers.
 REMOTE = ("local-completions", "local-chat-completions", "sglang-generate", "gguf", "ggml")
 ELSEWHERE = ("anthropic", "openai", "litellm", "textsynth", "watsonx", "dummy")
 HF = ("hf", "hf-auto", "huggingface")
-# Classes by the package that they need, and what to install for it.
+# The package that a class needs, and what the user has to install for it.
 BACKEND_PACKAGES = {
     "vllm": ("vllm", "'lm-eval[vllm]'"),
     "sglang": ("sglang", "sglang"),
@@ -47,16 +48,17 @@ BACKEND_PACKAGES = {
 
 
 class LaunchedModel:
-    """A model class of lm-eval, started anew on every candidate.
+    """A model class of lm-eval that is started again for every candidate.
 
     Args:
-        room: bytes of a candidate.
+        settings: the section ``evaluation`` of the configuration.
+        room: size of a candidate in bytes.
 
     Attributes:
-        folder: where the candidate is to be written before ``launch``.
-        lm: lm-eval's model, while one is started.
+        folder: the folder into which the candidate has to be written before ``launch``.
+        lm: lm-eval's model while one is started, else None.
 
-    Raises BadInput where the backend's package or the server's program is missing here.
+    Raises BadInput where the backend's package or the server's program is missing on this machine.
     """
 
     def __init__(self, settings: EvaluationSettings, room: int) -> None:
@@ -69,7 +71,7 @@ class LaunchedModel:
         atexit.register(self.close)
 
     def launch(self, folder: Path) -> None:
-        """Start the class, and the server where one is configured, on the model in a folder.
+        """Start the server, if one is configured, and then the class on the model in a folder.
 
         Raises RuntimeError where the server ends or does not answer in time.
         """
@@ -87,7 +89,7 @@ class LaunchedModel:
             self.lm = get_model(self._settings.backend)(**{key: str(folder), **size, **given})
 
     def stop(self) -> None:
-        """Let go of the class, the server and what they hold."""
+        """End the server and release the class, with the memory that they hold."""
         self.lm = None
         gc.collect()
         if self._server is not None:
@@ -96,12 +98,12 @@ class LaunchedModel:
         self._server = None
 
     def clear(self) -> None:
-        """Stop, and make room for the next candidate."""
+        """Stop, and remove the candidate's folder to make room for the next one."""
         self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
-        """Stop, and leave nothing behind."""
+        """Stop, and remove all files."""
         self.stop()
         self._scratch.close()
         atexit.unregister(self.close)
@@ -109,7 +111,7 @@ class LaunchedModel:
     def _serve(self, command: Sequence[str], port: int) -> None:
         log = self._scratch.path / "server.log"
         with log.open("wb") as file:
-            # In a group of its own, so that the processes which it starts can be ended with it.
+            # The server gets a process group of its own, so that the processes which it starts can be ended with it.
             server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         self._server = server
         self._scratch.watch(server.pid)
@@ -125,7 +127,9 @@ class LaunchedModel:
 
 
 class LaunchedScorer:
-    """Scores the launched model on items; prompts are built when the first one is there, by its tokenizer."""
+    """Scores the launched model on items. The prompts are built once the first model has started, as they need its
+    tokenizer.
+    """
 
     def __init__(self, model: LaunchedModel, prepare: Callable[[Any], Sequence[PreparedRequests]]) -> None:
         self._model, self._prepare = model, prepare
@@ -151,10 +155,13 @@ class LaunchedScorer:
 
 
 def check_backend(settings: EvaluationSettings, kind: str) -> None:
-    """Raises BadInput for a model type that lm-eval does not know, or that would not score the candidate as it is.
+    """Check the key ``evaluation.backend``.
 
     Args:
-        kind: of the model, as the configuration says it.
+        settings: the section ``evaluation`` of the configuration.
+        kind: ``model.kind`` of the configuration.
+
+    Raises BadInput for a model type that lm-eval does not know, and for one that would not score the candidate.
     """
     from lm_eval.models import MODEL_MAPPING
 
@@ -162,16 +169,16 @@ def check_backend(settings: EvaluationSettings, kind: str) -> None:
     if name not in MODEL_MAPPING:
         raise BadInput(f"evaluation.backend: unknown backend {name!r}; {nearest(name, ['resident', *MODEL_MAPPING])}")
     if name.startswith(ELSEWHERE):
-        raise BadInput(f"evaluation.backend: {name} asks models that are no candidates; write resident, hf or vllm.")
+        raise BadInput(
+            f"evaluation.backend: {name} cannot score candidates, only other models; write resident, hf or vllm."
+        )
     if kind == "seq2seq" and name in HF:
         raise BadInput(
             f"evaluation.backend: {name} ties the heads of encoder-decoders to their embeddings, even where a "
             "checkpoint holds both; write resident."
         )
     if name in REMOTE and not settings.serve:
-        raise BadInput(
-            f"evaluation.serve: missing; {name} talks to a server: give the command that serves a candidate."
-        )
+        raise BadInput(f"evaluation.serve: missing; {name} needs a server: give the command that serves a candidate.")
 
 
 def _check_installed(settings: EvaluationSettings) -> None:
@@ -180,24 +187,26 @@ def _check_installed(settings: EvaluationSettings) -> None:
         raise BadInput(f"evaluation.backend: {settings.backend} needs {package}; run `pip install {install}`.")
     program = shlex.split(settings.serve or "true")[0]
     if "{" not in program and shutil.which(program) is None:
-        raise BadInput(f"evaluation.serve: there is no program {program!r} here; install it, or give its path.")
+        raise BadInput(
+            f"evaluation.serve: there is no program {program!r} on this machine; install it, or give its path."
+        )
 
 
 def _times(request: Any) -> int:
-    """How many answers a task wants to a request: sampled ones differ."""
+    """How many answers a task wants to a request. A task that samples may want several."""
     return int(request.repeats or 1) if request.request_type == "generate_until" else 1
 
 
 def _filled(text: str, names: Mapping[str, str]) -> str:
-    """With ``{model}`` and ``{port}`` filled in; other braces, such as those of JSON, stay."""
+    """The text with ``{model}`` and ``{port}`` replaced. Other braces stay, such as those of JSON."""
     for name, value in names.items():
         text = text.replace(f"{{{name}}}", value)
     return text
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
-    """End a server and whatever it started."""
-    with contextlib.suppress(ProcessLookupError):  # it has ended, and all of its processes
+    """End a server and all processes that it started."""
+    with contextlib.suppress(ProcessLookupError):  # no process of its group is left
         os.killpg(server.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(timeout=SHUTDOWN_SECONDS)

@@ -1,4 +1,4 @@
-"""lm-eval's library of tasks: names checked, groups opened, settings applied, metrics understood."""
+"""Loads tasks from lm-eval's library: checks names, opens groups, applies settings and finds out what metrics mean."""
 
 from __future__ import annotations
 
@@ -22,35 +22,42 @@ from evolver.evaluation.scores import metrics
 from evolver.evaluation.scores.metrics import Metric
 from evolver.storage.paths import expand
 
-# Metrics whose items lie between 0 and 1, so that one can say what an unscored item could at most add.
+# Metrics whose items lie between 0 and 1, so that the most that an unscored item can add is known.
 UNIT_METRICS = {"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match"}
-# Builders of the datasets library that read files of the user's.
+# Builders of the datasets library that read the user's own files.
 LOCAL_BUILDERS = {"json", "csv", "parquet", "text", "arrow"}
 
-# What lm-eval hands its aggregation for an item: a value, (right, said), or (log-likelihood, count).
+# The form of what lm-eval passes to its aggregation for an item: "value" is a number, "said" a pair (right answer,
+# answer), "weighed" a pair (log-likelihood, number of words or bytes).
 Kept = Literal["value", "said", "weighed"]
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a metric of lm-eval is to us: which part of an item's outcome is its answer, and how answers add up."""
+    """How a metric of lm-eval is computed here.
+
+    Attributes:
+        metric: the metric over the answers.
+        kept: the form of lm-eval's outcome for an item, which says what part of it is the answer.
+    """
 
     metric: Metric
     kept: Kept = "value"
 
     def answer(self, outcome: Any) -> float:
-        """The item's answer."""
+        """The answer to an item, from lm-eval's outcome for it."""
         if self.kept == "value":
             value = float(outcome)
             return -value if self.metric.judged and self.metric.negative else value
         return float(outcome[1] if self.kept == "said" else outcome[0])
 
     def right(self, outcome: Any) -> float:
-        """What the answer is held against: the right one, or the item's count of words or bytes."""
+        """The right answer, or the item's number of words or bytes, from lm-eval's outcome for the item."""
         return float(outcome[0] if self.kept == "said" else outcome[1])
 
 
-# By the name of lm-eval's aggregation: more is better, less is better.
+# By the name of lm-eval's aggregation: the meaning if higher values are better, and the one if lower values are better.
+# None: no such metric can be computed here.
 MEANINGS: dict[str, tuple[Meaning | None, Meaning | None]] = {
     "mean": (Meaning(metrics.ENDLESS), Meaning(metrics.ERRORS)),
     "nanmean": (Meaning(metrics.ENDLESS), Meaning(metrics.ERRORS)),
@@ -70,18 +77,19 @@ MEANINGS: dict[str, tuple[Meaning | None, Meaning | None]] = {
 
 
 class Library:
-    """The lm-eval tasks of some entries, loaded.
+    """The loaded lm-eval tasks of a configuration.
 
     Args:
-        settings: of the evaluation.
-        entries: by their place in the configuration.
+        settings: the section ``evaluation`` of the configuration.
+        entries: the tasks of the configuration, by their index in ``evaluation.tasks``.
 
     Attributes:
-        members: the tasks behind the name of each entry (a group has many), and of each ``report_task``.
-        groups: by name; those inside of others, too.
+        tasks: lm-eval's tasks by name.
+        members: the names of lm-eval's tasks for each entry and each ``report_task``; a group has several.
+        groups: lm-eval's groups by name, with those inside of others.
 
-    Raises BadInput for unknown names, groups that share a task, data that cannot be loaded, tasks that need more than
-    text, and tasks that run code where that is not allowed.
+    Raises BadInput for unknown names, data that cannot be loaded, tasks that need more than text, and tasks that run
+    generated code where the configuration does not allow it.
     """
 
     def __init__(self, settings: EvaluationSettings, entries: Mapping[int, TaskEntry]) -> None:
@@ -102,9 +110,13 @@ class Library:
                 self._configure(entry, self.members[name], f"evaluation.tasks[{number}]")
 
     def meaning(self, entry: TaskEntry, key: str) -> Meaning:
-        """What the entry's metric is.
+        """How the metric of an entry is computed.
 
-        Raises BadInput for one that a member lacks, or of which no number can be made from item to item.
+        Args:
+            key: the key of the configuration that errors name.
+
+        Raises BadInput for a metric that one of the entry's tasks lacks, on which they do not agree, or that cannot be
+        computed from one number for each item.
         """
         found = [_meaning(self.tasks[n], entry.metric, key) for n in self.members[entry.task]]
         for name in self.members.get(entry.report_task or "", []):
@@ -126,7 +138,7 @@ class Library:
         return True
 
     def is_test_set(self, name: str) -> bool:
-        """Whether the items of a task are the test set of a public benchmark."""
+        """Whether the items of a task come from the test set of a public benchmark."""
         config = self.tasks[name].config
         path = config.dataset_path or ""
         own = config.custom_dataset is not None or path in LOCAL_BUILDERS or Path(path).exists()
@@ -139,7 +151,7 @@ class Library:
             reason = " ".join(str(error).split())[:300]
             raise BadInput(
                 f"{key}: the data of {name!r} cannot be loaded ({type(error).__name__}: {reason}); "
-                "check its data files, or the network for a data set of a hub."
+                "check its data files, and for a data set of the hub also the network."
             ) from error
         found: dict[str, Task] = loaded["tasks"]
         if not found:
@@ -149,7 +161,7 @@ class Library:
         self.groups |= loaded["groups"]
 
     def _add_passages(self, entry: TaskEntry, key: str) -> None:
-        """Texts of the user's as a task of lm-eval that asks for their log-likelihoods."""
+        """Add the user's own texts as a task of lm-eval that asks for their log-likelihoods."""
         if entry.data is None:
             return
         from evolver.evaluation.language.passages import passages
@@ -171,7 +183,7 @@ class Library:
                 )
             shots = entry.num_fewshot if entry.num_fewshot is not None else self.settings.num_fewshot
             own = task.get_config("num_fewshot")
-            # As lm-eval does: a task that says 0 itself is not asked for more.
+            # As in lm-eval, a task that sets num_fewshot to 0 itself keeps it.
             if own is None or (shots is not None and own != 0):
                 task.set_config("num_fewshot", shots or 0)
             given = {**(self.settings.gen_kwargs or {}), **(entry.gen_kwargs or {})}
@@ -180,7 +192,7 @@ class Library:
 
 
 def filters(task: Task) -> Iterator[Any]:
-    """Fresh filter pipelines of a task, as it is configured."""
+    """New instances of the filter pipelines that a task's configuration names."""
     configured = task.config.filter_list
     if not configured:
         yield build_filter_ensemble("none", [("take_first", None)])
@@ -191,13 +203,13 @@ def filters(task: Task) -> Iterator[Any]:
 
 
 def metric_name(spelled: str) -> tuple[str, str]:
-    """Metric and filter of lm-eval's spelling ``metric,filter``; the filter is empty where none is named."""
+    """The metric and the filter in lm-eval's notation ``metric,filter``; the filter is empty where none is named."""
     name, _, chosen = spelled.partition(",")
     return name, chosen
 
 
 def _named(entries: Mapping[int, TaskEntry]) -> Iterator[tuple[str, str]]:
-    """Where names of lm-eval's stand, and which."""
+    """The names of lm-eval tasks in a configuration, each after the key under which it stands."""
     for number, entry in entries.items():
         if entry.data is None:
             yield f"evaluation.tasks[{number}].task", entry.task
@@ -233,7 +245,7 @@ def _meaning(task: Task, spelled: str, key: str) -> Meaning:
     if found is None:
         usable = [m for m, f in known.items() if any(MEANINGS.get(_spelled(f), ()))]
         raise BadInput(
-            f"{key}: {name} cannot be computed from one number an item; "
+            f"{key}: {name} cannot be computed from one number for each item; "
             f"usable here: {', '.join(usable) or f'none, so leave out {task.task_name}'}."
         )
     return Meaning(metrics.JUDGED) if name in UNIT_METRICS and found.metric == metrics.ENDLESS else found
@@ -245,7 +257,7 @@ def _spelled(aggregation: Any) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without lm-eval's and the data library's progress bars and notes, which would bury our own lines."""
+    """Suppress the progress bars and messages of lm-eval and datasets, which would hide Evolver's own lines."""
     noisy = [logging.getLogger(n) for n in ("lm_eval", "lm-eval", "datasets")]
     levels = [n.level for n in noisy]
     for logger in noisy:

@@ -1,7 +1,7 @@
-"""Log-likelihoods of continuations by the live model, with as few token passes as the answers need.
+"""Log-likelihoods of continuations by the live model, with as few tokens in forward passes as possible.
 
-Requests that repeat are scored once, and the choices of a question share the pass over its context. How they share it
-is the architecture's matter: see ``decoder`` and ``encoder_decoder``.
+Equal requests are scored once, and the answer choices of a question share the forward pass over its context. How they
+share it depends on the architecture; see the modules ``decoder`` and ``encoder_decoder``.
 """
 
 from __future__ import annotations
@@ -18,13 +18,18 @@ from evolver.evaluation.batches import Batches, by_length
 TokenIds = tuple[int, ...]
 Likelihood = tuple[float, bool]
 
-# Rows of the vocabulary that are normalised at a time on a CPU: what stays in its cache.
+# Rows of logits that a CPU normalises at a time, so that they stay in its cache.
 CACHED_ROWS = 16
 
 
 @dataclass(frozen=True)
 class Group:
-    """The requests of one item: (context, continuation) in tokens. ``rolling``: they are windows of one text."""
+    """The requests of one item.
+
+    Attributes:
+        pairs: the context and the continuation of each request, in tokens.
+        rolling: whether the requests are consecutive windows of one text, whose log-likelihoods are added.
+    """
 
     pairs: tuple[tuple[TokenIds, TokenIds], ...]
     rolling: bool = False
@@ -32,7 +37,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Row:
-    """What shares one context: continuations, each with the requests (group, number) that it answers."""
+    """Continuations of one context that go through the model together.
+
+    Attributes:
+        context: the tokens of the context.
+        continuations: the tokens of every continuation.
+        places: for every continuation, the requests that it answers, as (group, number of the request).
+    """
 
     context: TokenIds
     continuations: tuple[TokenIds, ...]
@@ -40,13 +51,19 @@ class Row:
 
     @property
     def read(self) -> int:
-        """Tokens that the model reads: the last one of a continuation is predicted, never read."""
+        """The number of tokens that the model reads. It does not read the last token of a continuation."""
         return len(self.context) + sum(len(c) - 1 for c in self.continuations)
 
 
 @dataclass
 class Likelihoods:
-    """Answers (log-likelihood, whether greedy decoding would say the same) to the requests of every group."""
+    """The answers to the requests of every group.
+
+    Attributes:
+        answers: for every request its log-likelihood, and whether greedy decoding would give the same continuation.
+        tokens: number of tokens that the model read.
+        truncated: the groups with a context that was cut.
+    """
 
     answers: dict[int, list[Likelihood]]
     tokens: int = 0
@@ -57,14 +74,14 @@ BatchType = TypeVar("BatchType")
 
 
 class Forward(Protocol[BatchType]):
-    """How an architecture scores rows."""
+    """The interface of an architecture that scores rows."""
 
-    # Most tokens of a row, and whether a row may hold several continuations.
+    # The most tokens of a row, and whether a row may hold several continuations.
     max_length: int
     shares: bool
 
     def cut(self, context: TokenIds, continuation: TokenIds) -> TokenIds:
-        """The end of the context that fits beside the continuation."""
+        """The end of the context, as much of it as fits beside the continuation."""
         ...
 
     def batch(self, rows: Sequence[Row]) -> BatchType: ...
@@ -75,11 +92,12 @@ class Forward(Protocol[BatchType]):
 
 
 class LogLikelihoods(Generic[BatchType]):
-    """Turns groups of requests into answers.
+    """Answers groups of requests.
 
     Args:
-        batch_tokens: in a forward pass, padding included.
-        batch_size: rows in a forward pass; default: any number.
+        forward: scores rows with the live model.
+        batch_tokens: the most tokens in a forward pass, padding included.
+        batch_size: the most rows in a forward pass; None: any number.
     """
 
     def __init__(self, forward: Forward[BatchType], batch_tokens: int, batch_size: int | None) -> None:
@@ -92,7 +110,7 @@ class LogLikelihoods(Generic[BatchType]):
         Raises FloatingPointError where a log-likelihood is not finite.
         """
         key = tuple(groups)
-        if key not in self._ready:  # the same items come with every candidate: build their tensors once
+        if key not in self._ready:  # every candidate is scored on the same items, so their tensors are built once
             self._ready[key] = self._prepare(groups)
         rows, batches, truncated = self._ready[key]
         found: dict[tuple[int, int], Likelihood] = {}
@@ -117,7 +135,7 @@ class LogLikelihoods(Generic[BatchType]):
         return rows, Batches(keys, lambda numbers: self._forward.batch([rows[n] for n in numbers])), truncated
 
     def _rows(self, context: TokenIds, members: Mapping[TokenIds, list[tuple[int, int]]]) -> Iterator[Row]:
-        """Rows of as many continuations as the model's length, and the budget, have room for."""
+        """Rows with as many continuations as fit into the model's length and into ``batch_tokens``."""
         room = min(self._forward.max_length, max(self._budget, len(context) + 1)) if self._forward.shares else 0
         held: list[TokenIds] = []
         size = len(context)
@@ -135,11 +153,16 @@ def _row(context: TokenIds, held: Sequence[TokenIds], members: Mapping[TokenIds,
 
 
 def of_tokens(logits: Tensor, rows: Tensor, columns: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-likelihoods (M,) of ``targets`` (M,) by ``logits[rows, columns]``, and whether each is not the likeliest.
+    """The log-likelihoods (M,) of M tokens, and whether each of them (M,) differs from the most likely token.
 
-    The first tokens of all continuations of a context are predicted at one place, which is normalised once.
+    The first tokens of all continuations of a context are predicted by the same logits, which are normalised once.
 
-    Raises FloatingPointError where one is not finite.
+    Args:
+        logits: the model's output, (rows, columns, vocabulary).
+        rows, columns: where in ``logits`` each token is predicted, (M,).
+        targets: the tokens, (M,).
+
+    Raises FloatingPointError where a log-likelihood is not finite.
     """
     places, which = torch.unique(rows * logits.shape[1] + columns, return_inverse=True)
     step = CACHED_ROWS if logits.device.type == "cpu" else len(places)
@@ -155,7 +178,13 @@ def of_tokens(logits: Tensor, rows: Tensor, columns: Tensor, targets: Tensor) ->
 
 
 def summed(scores: Tensor, misses: Tensor, owner: Tensor, count: int) -> list[Likelihood]:
-    """Answers to ``count`` continuations from their tokens; ``owner`` (M,) says whose each token is."""
+    """The answers to ``count`` continuations.
+
+    Args:
+        scores: the log-likelihoods of all their tokens, (M,).
+        misses: whether each token differs from the most likely one, (M,).
+        owner: the continuation that each token belongs to, (M,).
+    """
     sums = torch.zeros(count, dtype=torch.float64).index_add_(0, owner, scores.double().cpu())
     wrong = torch.zeros(count, dtype=torch.int64).index_add_(0, owner, misses.long().cpu())
     return list(zip(sums.tolist(), (wrong == 0).tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Texts of the user's own, for perplexity: as a task of lm-eval, one item a passage."""
+"""The user's own texts as a task of lm-eval that measures perplexity. Each passage is an item."""
 
 from __future__ import annotations
 
@@ -16,19 +16,25 @@ PASSAGE_METRICS = {
 
 
 def passages(name: str, data: str | DataSet, column: str, key: str) -> dict[str, Any]:
-    """The configuration of an lm-eval task over the texts in a column of a data set, or over a text file's passages.
+    """The configuration of an lm-eval task over the texts in a column of a data set, or the passages of a text file.
 
-    Raises BadInput where the data cannot be read or lack the column.
+    Args:
+        name: name of the task.
+        data: a file or data set, as ``read_rows`` takes it.
+        column: the column with the texts.
+        key: the key of the configuration that errors name.
+
+    Raises BadInput where the data cannot be read, are empty, or lack the column.
     """
     rows = read_rows(data, key)
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get(column), str):
-            raise BadInput(f"{key}: row {number} lacks the text {column!r}; {nearest(column, map(str, row))}")
+            raise BadInput(f"{key}: row {number} has no text under {column!r}; {nearest(column, map(str, row))}")
     if not rows:
-        raise BadInput(f"{key}: it holds no text; name data that are not empty.")
+        raise BadInput(f"{key}: the data hold no text; name data that are not empty.")
 
     def dataset(**_: Any) -> Any:
-        import datasets  # slow, and most tasks need none
+        import datasets  # takes seconds to import, and most tasks do not need it here
 
         return {"test": datasets.Dataset.from_list([{"text": row[column]} for row in rows])}
 

@@ -1,4 +1,4 @@
-"""lm-eval's requests of the items of a run, and lm-eval's way from answers to a number."""
+"""Builds lm-eval's requests for the items of a run, and turns the model's answers into a number as lm-eval does."""
 
 from __future__ import annotations
 
@@ -15,20 +15,27 @@ from evolver.errors import BadInput
 from evolver.evaluation.items import Item, item_hash
 from evolver.evaluation.language.library import Meaning, filters, metric_name, quiet
 
-# What lm-eval's filters make of an answer in which they find nothing.
+# The values that lm-eval's filters return if they find no answer in a generated text.
 INVALID = ("[invalid]", "", None)
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What lm-eval says of the answers to an item."""
+    """The result of an item: its answer as a number, and whether no answer was found in the generated text."""
 
     answer: float
     invalid: bool
 
 
 class PreparedRequests:
-    """One item, ready to be scored: its requests, and how lm-eval turns their answers into a number."""
+    """One item that is ready to be scored: its requests, and how lm-eval turns their answers into a number.
+
+    Args:
+        task: lm-eval's task.
+        metric: the metric in lm-eval's notation ``metric,filter``.
+        meaning: how this metric is computed.
+        requests: the requests of the item.
+    """
 
     def __init__(self, task: Task, metric: str, meaning: Meaning, requests: Sequence[Instance]) -> None:
         self.task, self.meaning, self.requests = task, meaning, list(requests)
@@ -38,13 +45,13 @@ class PreparedRequests:
 
     @property
     def kind(self) -> str:
-        """lm-eval's name for what is asked of the model."""
+        """lm-eval's name for the kind of request, such as ``loglikelihood`` or ``generate_until``."""
         return str(self.requests[0].request_type)
 
     def judge(self, answers: Sequence[Any]) -> Judgement:
-        """From the answers to the item's requests, in their order, to what is kept."""
+        """Turn the model's answers to the item's requests, in their order, into the result of the item."""
         for request, answer in zip(self.requests, answers, strict=True):
-            # A written answer comes with its repeats; greedy ones are all the same.
+            # A generated answer is a list of its repeats. Greedy decoding gives one text for all repeats.
             said = answer if isinstance(answer, list) else [answer]
             repeats = (request.repeats or 1) // len(said)
             request.resps, request.filtered_resps = said * max(1, repeats), {}
@@ -58,7 +65,10 @@ class PreparedRequests:
 
 
 def right(task: Task, document: Any, metric: str, meaning: Meaning) -> float:
-    """What an item's answer is held against; lm-eval says it along with an answer, so it is given any answers."""
+    """The right answer to an item, or, for perplexities, its number of words or bytes.
+
+    lm-eval reports it only together with an answer, so it is given a made-up one.
+    """
     found = task.construct_requests(doc=document, ctx="", metadata=(task.task_name, 0, 1))
     requests = found if isinstance(found, list) else [found]
     any_answer: dict[str, Any] = {"loglikelihood": (-1.0, False), "loglikelihood_rolling": -1.0}
@@ -69,20 +79,24 @@ def right(task: Task, document: Any, metric: str, meaning: Meaning) -> float:
 def build_requests(
     task: Task, items: Sequence[Item], scored: Collection[str], settings: EvaluationSettings, lm: Any, seed: int
 ) -> dict[Item, list[Instance]]:
-    """The requests of a task's items.
+    """Build the requests of a task's items.
 
     Args:
-        scored: hashes of all items that are scored in this run, none of which may be an example in a prompt.
+        task: lm-eval's task.
+        items: the items.
+        scored: hashes of all items that are scored in this run. None of them may be a few-shot example in a prompt.
+        settings: the section ``evaluation`` of the configuration.
         lm: lm-eval's model, for its chat template.
+        seed: seed of the few-shot examples.
 
-    Raises BadInput where a chat template is asked for and missing, or where too few examples are left.
+    Raises BadInput where a chat template is asked for and missing, and where too few few-shot examples are left.
     """
     in_place, chat = sorted(items, key=lambda i: i.index), settings.apply_chat_template
     if chat and not lm.tokenizer.chat_template:
         raise BadInput("evaluation.apply_chat_template: the base's tokenizer has no chat template; write false.")
     keep_apart(task, scored)
     _remember(task)
-    task.set_fewshot_seed(seed)  # at every build: each draws on, and must not depend on the builds before it
+    task.set_fewshot_seed(seed)  # before every build, as a build continues the random draws of the one before it
     with quiet():
         task.build_all_requests(
             samples=[i.index for i in in_place],
@@ -94,13 +108,13 @@ def build_requests(
         )
     grouped: dict[Item, list[Instance]] = {i: [] for i in in_place}
     for instance in task.instances:
-        # lm-eval numbers the chosen documents by position among themselves, in the order of the data set.
+        # doc_id is the document's position among the chosen documents, in the order of the data set.
         grouped[in_place[instance.doc_id or 0]].append(instance)
     return grouped
 
 
 def _remember(task: Task) -> None:
-    """Let a task render each document's texts once: lm-eval compiles their templates anew for every answer."""
+    """Let a task render the texts of each document once. lm-eval would compile the templates again for every answer."""
     for name in ("doc_to_text", "doc_to_target", "doc_to_choice"):
         method = getattr(task, name, None)
         if method is not None and not isinstance(method, _Remembered):
@@ -108,11 +122,12 @@ def _remember(task: Task) -> None:
 
 
 class _Remembered:
-    """A method of a task that keeps what it said of a document."""
+    """A method of a task that remembers its result for each document."""
 
     def __init__(self, method: Callable[..., Any]) -> None:
         self._method = method
-        self._said: dict[int, tuple[Any, Any]] = {}  # with the document, so that no other one gets its id
+        # By id, with the document itself: as long as it is kept, no other object gets its id.
+        self._said: dict[int, tuple[Any, Any]] = {}
 
     def __call__(self, document: Any, *template: Any) -> Any:
         if template:
@@ -124,7 +139,9 @@ class _Remembered:
 
 
 def keep_apart(task: Task, scored: Collection[str]) -> None:
-    """Take the items that are scored out of those that examples are drawn from: a prompt would give them away.
+    """Remove the scored items from the documents that few-shot examples are drawn from.
+
+    A prompt would otherwise show the model the answers to other items.
 
     Raises BadInput where too few examples are left.
     """
@@ -137,8 +154,8 @@ def keep_apart(task: Task, scored: Collection[str]) -> None:
     draws_one_more = task.fewshot_cfg.split == task.config.test_split and not isinstance(sampler, FirstNSampler)
     if len(free) < shots + draws_one_more:
         raise BadInput(
-            f"evaluation.num_fewshot: {task.task_name} has {len(free)} examples beside the items that are scored, and "
-            f"{shots} are wanted in a prompt; ask for fewer of either, or write 0."
+            f"evaluation.num_fewshot: {task.task_name} has {len(free)} examples that are not scored items, but "
+            f"{shots} are wanted in a prompt; ask for fewer items or examples, or write 0."
         )
     sampler.replace_df(free)
     task.__dict__.pop("_fewshot_docs", None)

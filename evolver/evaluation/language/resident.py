@@ -1,4 +1,4 @@
-"""Tasks of lm-eval on the resident model: forward passes over requests that were built once."""
+"""Scores the resident model on tasks of lm-eval. The requests are built once and used for every candidate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def resident(
     """A scorer of the resident model.
 
     Args:
-        prepare: builds the requests, given the model as lm-eval knows one.
+        model: the live model.
+        prepare: builds the requests, given lm-eval's wrapper of the model.
+        settings: the section ``evaluation`` of the configuration.
+        seed: seed of the run, for tasks that sample.
     """
     with quiet():
         lm = Tokens(pretrained=model.module, tokenizer=model.tokenizer, batch_size=1)
@@ -31,7 +34,7 @@ def resident(
 
 
 class LanguageScorer:
-    """Scores the live model on prepared items."""
+    """Scores the live model on items whose requests are built already."""
 
     def __init__(
         self,
@@ -66,7 +69,7 @@ class LanguageScorer:
         return out
 
     def _answers(self, place: int, likely: Likelihoods) -> list[Any]:
-        """What lm-eval would have of its model for each request of an item."""
+        """The answers to the requests of an item, as lm-eval's own model class would return them."""
         answers = likely.answers[place]
         if self.groups[place].rolling:
             return [sum(likelihood for likelihood, _ in answers)]

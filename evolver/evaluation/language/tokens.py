@@ -1,4 +1,4 @@
-"""The tokens of lm-eval's requests, as lm-eval itself makes them."""
+"""Turns lm-eval's requests into tokens, with lm-eval's own code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from evolver.evaluation.language.loglikelihood import TokenIds as Ids
 
 @dataclass(frozen=True)
 class Manner:
-    """How an answer is to be written: up to one of ``until`` or ``most`` tokens; ``other`` is JSON for generate."""
+    """The settings with which an answer is generated.
+
+    Attributes:
+        until: strings at which the answer ends.
+        most: the most tokens of the answer.
+        other: all other arguments of Transformers' ``generate``, as JSON.
+    """
 
     until: tuple[str, ...]
     most: int
@@ -33,7 +39,14 @@ class Manner:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt in tokens, how to answer it, and whether it had to be cut."""
+    """A prompt whose answer is generated.
+
+    Attributes:
+        ids: the tokens of the prompt.
+        manner: the settings of generation.
+        truncated: whether the prompt had to be cut.
+        repeats: the number of answers that the task wants.
+    """
 
     ids: Ids
     manner: Manner
@@ -42,10 +55,10 @@ class Prompt:
 
 
 class Tokens(HFLM):  # type: ignore[misc]  # lm-eval ships no types
-    """lm-eval's own wrapper of a model, asked for the tokens of requests instead of their answers."""
+    """lm-eval's own wrapper of a model, used for the tokens of requests instead of their answers."""
 
     def group(self, kind: str, requests: Sequence[Instance]) -> Group:
-        """The requests of an item whose answers are log-likelihoods."""
+        """The requests of an item whose answers are log-likelihoods, in tokens."""
         if kind == "loglikelihood_rolling":
             return Group(tuple(self._windows(requests[0].args[0])), rolling=True)
         with quiet():
@@ -53,9 +66,9 @@ class Tokens(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         return Group(tuple(pairs))
 
     def prompt(self, request: Instance) -> Prompt:
-        """A request whose answer is written.
+        """The prompt of a request whose answer is generated.
 
-        Raises ValueError where the model's length leaves no room for a prompt.
+        Raises ValueError where the model's length leaves no room for a prompt beside the answer.
         """
         context, given = request.args[:2]
         settings: Mapping[str, Any] = normalize_gen_kwargs(given, self.max_gen_toks)
@@ -64,14 +77,16 @@ class Tokens(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         until, most = handle_stop_sequences(other.pop("until", None), eos=eos), int(other.pop("max_gen_toks"))
         room = self.max_length - (most if self.backend == "causal" else 0)
         if room <= 0:
-            raise ValueError(f"max_gen_toks {most} leaves no room for a prompt in {self.max_length} tokens")
+            raise ValueError(
+                f"max_gen_toks: {most} leaves no room for a prompt in the model's {self.max_length} tokens"
+            )
         ids, _ = self.tok_batch_encode([context])
         whole = tuple(ids[0].tolist())
         manner = Manner(tuple(until), most, json.dumps(other, sort_keys=True))
         return Prompt(whole[-room:], manner, len(whole) > room, request.repeats or 1)
 
     def text(self, tokens: Sequence[int], manner: Manner) -> str:
-        """What was written, without what ended it."""
+        """The generated tokens as text, without the string that ended the answer."""
         said: str = self.tok_decode(list(tokens))
         return str(postprocess_generated_text(said, stop=list(manner.until), think_end_token=None))
 

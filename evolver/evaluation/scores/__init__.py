@@ -1,1 +1,1 @@
-"""What is made of answers: metrics, scores of tasks, comparisons, races and estimates."""
+"""Turns answers into numbers: metrics, scores, comparisons, races and estimates."""

@@ -1,4 +1,4 @@
-"""How sure a score is, and a difference of two scores: resampling over items."""
+"""Confidence intervals of scores, and paired tests of two models, by resampling items."""
 
 from __future__ import annotations
 
@@ -15,13 +15,20 @@ from evolver.evaluation.scores.metrics import Numbers
 from evolver.evaluation.scores.scoring import Scale
 
 RESAMPLES = 9999
-# Numbers that are held at once.
+# The most numbers that are held in memory at once.
 HELD = 1 << 22
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One model minus another one on the same items: difference of scores, its interval, and how surprising it is."""
+    """The comparison of one model with another one on the same items.
+
+    Attributes:
+        difference: score of the first model minus that of the second.
+        low: lower end of the 95 % interval of the difference.
+        high: upper end of this interval.
+        p: p-value of the hypothesis that the models do not differ.
+    """
 
     difference: float
     low: float
@@ -30,16 +37,29 @@ class Comparison:
 
 
 def interval(items: Sequence[float], scale: Scale, seed: int) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of a score, over items within tasks."""
+    """The 95 % percentile bootstrap interval of a score (Efron 1979). Items are resampled within each task.
+
+    Args:
+        items: the answers to all items, in the order of the scale.
+        scale: how items make up the score.
+        seed: seed of the resampling.
+    """
     return _middle(_resampled([items], scale, seed)[0])
 
 
 def compare(ours: Sequence[float], theirs: Sequence[float], scale: Scale, seed: int) -> Comparison:
-    """A paired comparison of two models' items.
+    """A paired comparison of two models on the same items.
 
-    The interval is a 95 % percentile bootstrap over items within tasks, the same items for both models; p is that of a
-    two-sided permutation test for paired data, which exchanges the two models' answers to an item (Fisher's
-    randomisation test; of judged items, their differences change sign).
+    The interval is the 95 % percentile bootstrap interval of the difference. Items are resampled within each task, and
+    both models get the same resamples. The p-value is that of a two-sided permutation test for paired data (Fisher's
+    randomisation test), which exchanges the two models' answers to an item. Where items are judged one by one, this
+    changes the sign of an item's difference.
+
+    Args:
+        ours: the first model's answers to all items, in the order of the scale.
+        theirs: the second model's answers to the same items.
+        scale: how items make up the score.
+        seed: seed of the resampling.
     """
     mine, other = _resampled([ours, theirs], scale, seed)
     difference = scale.score(ours) - scale.score(theirs)
@@ -55,7 +75,7 @@ def compare(ours: Sequence[float], theirs: Sequence[float], scale: Scale, seed: 
 
 
 def _resampled(models: Sequence[Sequence[float]], scale: Scale, seed: int) -> list[Numbers]:
-    """Scores of every model on resamples of the items, (RESAMPLES) each."""
+    """The scores of every model on the same RESAMPLES resamples of the items, (RESAMPLES) for each model."""
     rng, totals = np.random.default_rng(seed), [np.zeros(RESAMPLES) for _ in models]
     for task, places in scale.places.items():
         of, weight = scale.metrics[task].of, _weight(scale, task)
@@ -74,9 +94,9 @@ def _blocks(width: int) -> Iterator[slice]:
 
 
 def _by_signs(each: Numbers, seed: int) -> float:
-    """P of the sum of the items' differences."""
+    """The p-value of the sum of the items' differences, by changing their signs."""
     moved = each[each != 0]
-    if len(moved) < 2:  # with a single item that differs, both signs are equally extreme
+    if len(moved) < 2:  # of a single difference, both signs give an equally extreme sum
         return 1.0
     rng = np.random.default_rng(seed)
     test = scipy.stats.permutation_test(
@@ -86,7 +106,7 @@ def _by_signs(each: Numbers, seed: int) -> float:
 
 
 def _by_exchange(ours: Numbers, theirs: Numbers, scale: Scale, seed: int) -> float:
-    """P of the difference of the scores."""
+    """The p-value of the difference of the scores, by exchanging the models' answers to an item."""
     if np.array_equal(ours, theirs):
         return 1.0
 
@@ -105,7 +125,7 @@ def _by_exchange(ours: Numbers, theirs: Numbers, scale: Scale, seed: int) -> flo
 
 
 def _scores(answers: Numbers, scale: Scale) -> Numbers:
-    """Scores of many sets of answers, (R, items) to (R)."""
+    """The scores of R sets of answers, (R, items) to (R)."""
     total = np.zeros(len(answers))
     for task, places in scale.places.items():
         right = np.asarray(scale.right)[places] if scale.right else np.zeros(len(places))

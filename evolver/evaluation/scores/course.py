@@ -1,6 +1,7 @@
-"""The course of one evaluation: which blocks of items are scored, when its question is answered, what it comes to.
+"""The course of one evaluation: which blocks of items are scored, when it may stop early, and what the result is.
 
-One worker follows it from block to block. Where several share a candidate, the driver follows it over what they bring.
+A worker consults it after each block. Where several workers share a candidate, the driver consults it about the answers
+that they send.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from evolver.records import Candidate, Result
 
 
 def blocks(start: int, stop: int, size: int) -> list[tuple[int, int]]:
-    """First item and the one after the last, of every block from one place to before another."""
+    """Divide the items from ``start`` to ``stop - 1`` into blocks of ``size`` items; the last one may be smaller.
+
+    A block is a pair: its first item, and the one after its last item.
+    """
     return [(first, min(stop, first + size)) for first in range(start, stop, size)]
 
 
@@ -21,9 +25,13 @@ class Evaluation:
     """The course of a candidate's evaluation.
 
     Args:
+        candidate: says what is asked: a bar to exceed, a rival to race against, or a limit of items.
         scale: how items make up the score.
-        block: items are scored so many at a time.
-        alpha: error rate of races, or None for none.
+        block: how many items are scored at a time.
+        alpha: error rate of races; None: no races.
+
+    Attributes:
+        raced: whether a race has stopped the evaluation.
     """
 
     def __init__(self, candidate: Candidate, scale: Scale, block: int, alpha: float | None) -> None:
@@ -32,13 +40,20 @@ class Evaluation:
         self.raced = False
 
     def blocks(self) -> list[tuple[int, int]]:
-        """First item and the one after the last, of every block that may have to be scored."""
+        """The blocks that may have to be scored, each as its first item and the one after its last item."""
         count, limit, size = len(self._scale.tasks), self.candidate.limit, self._block
         stop = count if limit is None else min(count, -(-limit // size) * size)
         return blocks(len(self.candidate.known), stop, size)
 
     def ended(self, items: Sequence[float]) -> bool:
-        """Whether the first items, up to the end of a block, answer the question."""
+        """Whether the evaluation may stop here.
+
+        That is so if the score can no longer exceed the candidate's bar, or if a race has decided against the
+        candidate.
+
+        Args:
+            items: the answers to the first items, up to the end of a block.
+        """
         bar = self.candidate.bar
         if bar is not None and self._scale.bound(items) <= bar:
             return True
@@ -49,13 +64,20 @@ class Evaluation:
     def result(
         self, items: Sequence[float], seconds: Mapping[str, float], counts: Mapping[str, float], worker: str
     ) -> Result:  # fmt: skip
-        """What the candidate scored on its first items."""
+        """The result of the candidate.
+
+        Args:
+            items: the answers to the first items.
+            seconds: seconds by stage of the work.
+            counts: see ``Scored``.
+            worker: name of the worker.
+        """
         candidate, bar = self.candidate, self.candidate.bar
         complete = len(items) == len(self._scale.tasks)
         score = self._scale.score(items) if complete else None
         bound = score if complete else self._scale.bound(items)
         if self.raced and bar is not None and bound is not None:
-            bound = min(bound, bar)  # at the run's error rate, not for certain
+            bound = min(bound, bar)  # what the race says, which is wrong at most at the run's error rate
         return Result(
             candidate.number, candidate.recipe.id, "ok", score, bound, complete, tuple(items),
             self._scale.of_tasks(items), seconds, counts, worker=worker, stage=candidate.stage,

@@ -1,4 +1,4 @@
-"""Estimates of the score of all items from the first of them, as the searches see them."""
+"""Estimates the score of all dev items from the answers to the first ones, for searches that score only a part."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from evolver.evaluation.scores.irt import EstimateKind, ItemModel, fit_items
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Result
 
-# An item model is fitted by iteration; what lies beyond these digits may differ from processor to processor.
+# An item model is fitted iteratively, so later digits of an estimate may differ between processors. They are cut off.
 DIGITS = 6
 
 
 class Estimates:
-    """What was answered to all dev items so far, and what it says of models that answered a part of them.
+    """Estimates, based on the models that have answered all dev items so far.
 
     Args:
         scale: how the dev items make up the score.
-        block: items are scored so many at a time.
+        block: how many items are scored at a time.
     """
 
     def __init__(self, scale: Scale, block: int) -> None:
@@ -34,33 +34,39 @@ class Estimates:
         return len(self.scale.tasks)
 
     def check(self, kind: str, key: str) -> None:
-        """Raises BadInput where the tasks allow no estimates of this kind, naming ``key``."""
+        """Check that the tasks allow estimates of this kind.
+
+        Raises BadInput, naming ``key``, where they do not.
+        """
         task = first_unjudged(self.scale)
         if kind != "mean" and task is not None:
             raise BadInput(
-                f"{key}: {kind} needs items that are judged one by one, from 0 to 1, not those of {task}; write mean."
+                f"{key}: {kind} needs items with scores of their own from 0 to 1, and {task} has none; write mean."
             )
 
     def learn(self, result: Result) -> None:
-        """Take in what a model answered to all items; other results teach nothing."""
+        """Add a model that has answered all items. Other results are ignored."""
         if result.complete and result.recipe_id not in self._complete:
             self._complete[result.recipe_id] = result
             self._model = None
 
     def known(self, recipe_id: str) -> Result | None:
-        """What was learnt of a recipe."""
+        """The complete result of a recipe, if ``learn`` was given one; else None."""
         return self._complete.get(recipe_id)
 
     def estimate(self, kind: str, items: Sequence[float]) -> float:
-        """The score of all items, estimated from the answers to the first of them.
+        """Estimate the score of all items from the answers to the first ones.
 
-        ``mean`` is the score over these items and the tasks that they are of; it also stands in for the other kinds
-        where no model is known that answered all items. See ``evaluation.irt`` for ``p-irt`` and ``gp-irt``.
+        Args:
+            kind: ``mean`` is the score over the items that were answered, and over their tasks only. For ``p-irt`` and
+                ``gp-irt`` see ``evolver.evaluation.scores.irt``; as long as no model has answered all items, they give
+                the mean.
+            items: the answers to the first items.
         """
         if kind == "mean" or not self._complete:
             return self._mean(items)
         if self._model is None:
-            # In an order of their own, so that the order in which results came cannot show in a sum.
+            # Sorted by id, as the order in which results arrived would otherwise change the rounding of sums.
             self._model = fit_items([self._complete[i].items for i in sorted(self._complete)], self.items)
         return round(self._model.estimate(items, self.scale, cast(EstimateKind, kind)), DIGITS)
 
@@ -71,5 +77,5 @@ class Estimates:
 
 
 def first_unjudged(scale: Scale) -> str | None:
-    """A task whose items are not judged one by one, from 0 to 1; None where all are."""
+    """The first task whose items are not judged one by one with values from 0 to 1; None if there is none."""
     return next((t for t, m in scale.metrics.items() if not m.judged or m.best != 1.0), None)

@@ -1,12 +1,12 @@
-"""Item-response estimates: the score of all items from the answers to the first of them.
+"""Item-response estimates of the score of all items from the answers to the first ones.
 
-What models answered before says how hard each item is and how much it tells models apart. A new model's first answers
-then say how able it is, and that what it would answer to the rest. After Maia Polo et al. 2024, "tinyBenchmarks:
-evaluating LLMs with fewer examples", section 4 (the model, p-IRT and gp-IRT), and Mencattini et al. 2025, "MERGE3"
-(mp-IRT: a merged model's ability from those of the models it was merged from).
+The answers of earlier models say how difficult each item is and how well it separates models. The first answers of a
+new model then say how able it is, and its ability predicts its answers to the other items. The methods are those of
+Maia Polo et al. 2024, "tinyBenchmarks: evaluating LLMs with fewer examples", section 4 (the model, p-IRT and gp-IRT),
+and of Mencattini et al. 2025, "MERGE3" (mp-IRT, which predicts a merged model's ability from those of the merged ones).
 
-The papers fit abilities of several dimensions by variational inference, to hundreds of public models; here there is one
-dimension and a maximum a posteriori fit, as a search starts with about ten models.
+The papers fit abilities of several dimensions to hundreds of public models by variational inference. A search starts
+with about ten models, so abilities have one dimension here, and the fit is the maximum of the posterior.
 """
 
 from __future__ import annotations
@@ -24,22 +24,24 @@ from evolver.evaluation.scores.scoring import Scale
 
 EstimateKind = Literal["p-irt", "gp-irt", "mp-irt"]
 
-# Standard deviations of the priors: log discriminations around 0, difficulties around that of the mean answer. That of
-# abilities is 1, around 0, which sets the scale.
+# Standard deviations of the normal priors of the log discriminations, around 0, and of the difficulties, around that of
+# the mean answer. The prior of the abilities is N(0, 1), which fixes the scale.
 DISCRIMINATION, DIFFICULTY = 0.5, 2.0
 ITERATIONS = 300
-# No ability lies further out: with its prior, that would take a hundred items that are all answered unlike the model.
+# Abilities are searched in [-FURTHEST, FURTHEST]. To be outside, a hundred answers would have to contradict the model.
 FURTHEST = 10.0
 
 
 @dataclass(frozen=True, eq=False)
 class ItemModel:
-    """How N items behave: P(answer is right) = σ(discrimination · θ - difficulty), θ being a model's ability.
+    """A two-parameter item-response model of N items: P(answer is right) = σ(discrimination · θ - difficulty).
+
+    θ is the ability of the model that answers.
 
     Attributes:
-        discrimination: of every item, (N).
-        difficulty: of every item, (N).
-        answers: what it was fitted to, (M, N), NaN where a model was not asked.
+        discrimination: discrimination of every item, (N).
+        difficulty: difficulty of every item, (N).
+        answers: the answers of the M models that it was fitted to, (M, N); NaN where a model was not asked.
     """
 
     discrimination: Numbers
@@ -47,7 +49,7 @@ class ItemModel:
     answers: Numbers
 
     def ability(self, items: Sequence[float], mean: float = 0.0, spread: float = 1.0) -> float:
-        """The most probable ability after the answers to the first items, under the prior N(mean, spread²).
+        """The most probable ability given the answers to the first items, under the prior N(mean, spread²).
 
         Raises ValueError for an answer outside [0, 1], and for more answers than there are items.
         """
@@ -56,24 +58,25 @@ class ItemModel:
     def estimate(
         self, items: Sequence[float], scale: Scale, kind: EstimateKind = "p-irt", experts: Sequence[float] = ()
     ) -> float:
-        """An estimate of the score of all items; that score itself where none is left.
+        """Estimate the score of all items. If all items were answered, this is the score itself.
 
-        What stands for an item that is left, in the mean of its task (n of whose N items are seen, with the mean ȳ):
+        Let n of the N items of a task be answered, with the mean ȳ. The kinds differ in the value that they use for an
+        item without an answer:
 
-        - ``p-irt``: p = P(answer is right), so that the task gets n/N · ȳ + (1 - n/N) · mean of p over the rest
-          (tinyBenchmarks, equation 4.2).
-        - ``gp-irt``: λ · ȳ + (1 - λ) · p, so that it gets λ · ȳ + (1 - λ) · its p-IRT estimate (equation 4.3). As
-          there (equation 4.4), λ = β² / (β² + v): v is the variance of ȳ, β the mean error of p. β is measured on
-          the models that answered the whole task, from as many first items, and v has the factor 1 - n/N of sampling
-          without replacement.
-        - ``mp-irt``: as p-IRT, with the ability Σ w_k · θ_k of a merge, θ_k being those of ``experts`` (MERGE3). The
-          weights w_k are independent, normal, around 1/K with a standard deviation of 1/K. Only Σ w_k · θ_k matters
-          in one dimension: they are a prior for the ability, N(mean θ_k, Σ θ_k² / K²).
+        - ``p-irt`` uses p = P(answer is right). The task then has the score n/N · ȳ + (1 - n/N) · mean of p over the
+          other items (tinyBenchmarks, equation 4.2).
+        - ``gp-irt`` uses λ · ȳ + (1 - λ) · p. The task then has the score λ · ȳ + (1 - λ) · its p-IRT estimate
+          (equation 4.3). As in equation 4.4, λ = β² / (β² + v), where v is the variance of ȳ and β the mean error of p.
+          Here β is measured on the models that answered the whole task, from as many first items, and v has the factor
+          1 - n/N of sampling without replacement.
+        - ``mp-irt`` is p-IRT with the ability Σ w_k · θ_k of a merge of K models with the abilities θ_k (MERGE3). The
+          weights w_k are independent and normal, with mean 1/K and standard deviation 1/K. In one dimension only their
+          sum Σ w_k · θ_k matters, so they become the prior N(mean θ_k, Σ θ_k² / K²) of the ability.
 
         Args:
             items: the answers to the first items in the run's order, each in [0, 1].
             scale: how items make up the score.
-            kind: of the estimate.
+            kind: the kind of estimate.
             experts: the abilities of the models that were merged; for mp-IRT only.
 
         Raises ValueError for tasks that are not judged item by item, answers outside [0, 1] or more of them than there
@@ -91,7 +94,13 @@ class ItemModel:
         return scale.score(filled.tolist())
 
     def _blend(self, filled: Numbers, seen: int, scale: Scale) -> None:
-        """Move what stands for the items left, towards the mean of those seen of their task."""
+        """Blend the values of the items without an answer with the mean of the answered items of their task (gp-IRT).
+
+        Args:
+            filled: the answers, and p for the items without one, (N); changed in place.
+            seen: the number of items that were answered.
+            scale: how items make up the score.
+        """
         known = self._abilities(self.answers[:, :seen], 0.0, 1.0)
         expected = scipy.special.expit(np.outer(known, self.discrimination) - self.difficulty)
         for places in map(np.array, scale.places.values()):
@@ -101,9 +110,9 @@ class ItemModel:
                 filled[rest] = share * filled[first].mean() + (1 - share) * filled[rest]
 
     def _abilities(self, answers: Numbers, mean: float, spread: float) -> Numbers:
-        """Abilities by the answers to the first items, (M, n) to (M).
+        """The abilities of M models from their answers to the first n items, (M, n) to (M).
 
-        The slope of the log posterior falls with the ability, so that halving an interval finds where it is 0.
+        The derivative of the log posterior decreases with the ability, so bisection finds the ability at which it is 0.
         """
         a, b = self.discrimination[: answers.shape[1]], self.difficulty[: answers.shape[1]]
         low, high = np.full((2, len(answers)), [[-FURTHEST], [FURTHEST]])
@@ -117,16 +126,22 @@ class ItemModel:
 
 
 def fit_items(answers: Sequence[Sequence[float]], count: int) -> ItemModel:
-    """The most probable item model after the answers of M models to ``count`` items, or to the first of them each.
+    """Fit the most probable item model to the answers of M models.
 
-    Maximises Σ y · log p + (1 - y) · log(1 - p) + log priors, where p = σ(α_i · θ_m - β_i) (tinyBenchmarks, equation
-    4.1), over abilities θ, discriminations α > 0 and difficulties β, by L-BFGS from the means: the same answers
-    give the same model. A graded answer y counts as y of a right one and 1 - y of a wrong one.
+    It maximises Σ y · log p + (1 - y) · log(1 - p) + log priors with p = σ(α_i · θ_m - β_i) (tinyBenchmarks, equation
+    4.1) over the abilities θ, discriminations α > 0 and difficulties β. The optimiser is L-BFGS, started from the mean
+    answers, so that the same answers give the same model. An answer y between 0 and 1 counts as y right answers and
+    1 - y wrong ones.
+
+    Args:
+        answers: the answers of each model to the first items, each in [0, 1]; models may have answered different
+            numbers of items.
+        count: the number of items.
 
     Raises ValueError without models, for an answer outside [0, 1], and for more answers than items.
     """
     if not answers:
-        raise ValueError("no models to fit to")
+        raise ValueError("there are no models to fit the items to")
     table = np.stack([_row(items, count) for items in answers])
     asked = ~np.isnan(table)
     known, models = np.nan_to_num(table), len(table)
@@ -160,13 +175,13 @@ def _loss(x: Numbers, known: Numbers, asked: NDArray[np.bool_], centre: float) -
 
 
 def _share(task: Numbers, rest: Numbers, expected: Numbers, seen: int) -> float:
-    """λ of gp-IRT; 0 where no model has answered the whole task, as then nothing speaks against the item model.
+    """λ of gp-IRT. It is 0 if no model has answered the whole task, as the error of p cannot be measured then.
 
     Args:
-        task: the models' answers to the task, (M, N).
-        rest: those to the items that are left, (M, N - seen).
-        expected: what the item model expects them to be.
-        seen: how many items are seen.
+        task: the models' answers to the items of the task, (M, N).
+        rest: their answers to the items that the new model has not answered, (M, N - seen).
+        expected: the answers to these items that the item model predicts, (M, N - seen).
+        seen: the number of items that the new model has answered.
     """
     whole = ~np.isnan(task).any(1)
     if not whole.any():
@@ -178,7 +193,7 @@ def _share(task: Numbers, rest: Numbers, expected: Numbers, seen: int) -> float:
 
 
 def _merged(experts: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation of a merge's ability."""
+    """Mean and standard deviation of the prior of a merge's ability, from the abilities of the merged models."""
     if not experts:
         raise ValueError("mp-irt needs the abilities of the models that were merged")
     return float(np.mean(experts)), max(float(np.linalg.norm(experts)) / len(experts), 1e-3)

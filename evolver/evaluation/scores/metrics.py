@@ -1,8 +1,8 @@
-"""Metrics: from the answers to a task's items, and the right ones, to one number.
+"""Metrics: functions from the answers to a task's items, and the right answers, to one number.
 
-Most are means of items that were judged one by one. The others look at all answers together: what is kept of an item
-is then its answer (a class, a value, a set of labels as the bits of a number), and a metric is computed anew on every
-resample of the items.
+Most metrics are means over items that were judged one by one, for example accuracy. The others look at all answers
+together, for example Matthews' correlation. For these, the ledger keeps the answer to an item (a class, a value, or a
+set of labels as the bits of a number), and the metric is computed again on every resample of the items.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ Numbers = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of which more is better; where the field's metric is one of which less is better, its negative.
+    """A metric of which higher values are better. Where lower values are better, as of perplexity, it is the negative.
 
     Args:
-        of: from answers and right answers of n items, (R, n) both, to values (R).
-        best: the highest value, or None where nobody can say.
-        judged: an answer is a score of its item already, and the metric their mean.
-        negative: values are those of the field's metric with the other sign.
+        name: name of the metric.
+        of: function from the answers and the right answers of n items in R resamples, both (R, n), to the values (R).
+        best: the highest possible value; None where it is unknown.
+        judged: whether an answer is already the score of its item, and the metric the mean of these scores.
+        negative: whether the values are those of the usual metric with the opposite sign.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Metric:
         return self.best == 1.0
 
     def form(self) -> dict[str, Any]:
-        """As JSON has it; the function by its name."""
+        """The metric as a JSON object, in which the function stands by its name."""
         return {**vars(self), "of": self.of.__name__}
 
     @staticmethod
@@ -53,13 +54,13 @@ class Metric:
 
 
 def mean(answers: Numbers, _: Numbers) -> Numbers:
-    """Means of items that were judged, (R)."""
+    """The means of judged items, (R)."""
     means: Numbers = answers.mean(-1)
     return means
 
 
 def macro_f1(answers: Numbers, right: Numbers) -> Numbers:
-    """The mean over the classes that occur of F1 = 2·hits / (given + right), (R)."""
+    """Macro F1, (R): the mean of F1 = 2·hits / (given + right) over the classes that occur."""
     counts = _confusion(answers, right)
     hits, occur = np.diagonal(counts, axis1=1, axis2=2), counts.sum(1) + counts.sum(2)
     f1: Numbers = _divided(2 * hits, occur).sum(1) / (occur > 0).sum(1)
@@ -67,7 +68,7 @@ def macro_f1(answers: Numbers, right: Numbers) -> Numbers:
 
 
 def mcc(answers: Numbers, right: Numbers) -> Numbers:
-    """Matthews' correlation for any number of classes (Gorodkin 2004, equation 8), (R); 0 where it is undefined."""
+    """Matthews' correlation for any number of classes (Gorodkin 2004, equation 8), (R). It is 0 where undefined."""
     counts = _confusion(answers, right).astype(np.float64)
     given, wanted, total = counts.sum(1), counts.sum(2), counts.sum((1, 2))
     hits = np.trace(counts, axis1=1, axis2=2)
@@ -76,14 +77,14 @@ def mcc(answers: Numbers, right: Numbers) -> Numbers:
 
 
 def pearson(answers: Numbers, right: Numbers) -> Numbers:
-    """Pearson's correlation of values, (R); 0 where it is undefined."""
+    """Pearson's correlation of answers and right answers, (R). It is 0 where undefined."""
     a = answers - answers.mean(-1, keepdims=True)
     b = right - right.mean(-1, keepdims=True)
     return _divided((a * b).sum(-1), np.sqrt((a * a).sum(-1) * (b * b).sum(-1)))
 
 
 def labels_f1(answers: Numbers, right: Numbers) -> Numbers:
-    """The mean over the labels that occur of each one's F1, where an answer is a set of labels, (R)."""
+    """Macro F1 of answers that are sets of labels, (R): the mean of each label's F1 over the labels that occur."""
     given, wanted = answers.astype(np.int64), right.astype(np.int64)
     total, labels = np.zeros(len(given)), np.zeros(len(given))
     for label in range(int(max(given.max(initial=0), wanted.max(initial=0))).bit_length()):
@@ -95,45 +96,51 @@ def labels_f1(answers: Numbers, right: Numbers) -> Numbers:
 
 
 def binary_f1(answers: Numbers, right: Numbers) -> Numbers:
-    """F1 of class 1, (R); 0 where neither an answer nor a right one is of it."""
+    """F1 of class 1, (R). It is 0 where neither the answers nor the right answers contain this class."""
     given, wanted = answers == 1, right == 1
     return _divided(2 * (given & wanted).sum(-1), given.sum(-1) + wanted.sum(-1))
 
 
 def median_item(answers: Numbers, _: Numbers) -> Numbers:
-    """The upper median, (R)."""
+    """The upper median of judged items, (R)."""
     middle: Numbers = np.sort(answers, -1)[..., answers.shape[-1] // 2]
     return middle
 
 
 def perplexity(answers: Numbers, _: Numbers) -> Numbers:
-    """-exp(-mean of the items' log-likelihoods), (R)."""
+    """The negative perplexity, (R): -exp(-mean of the items' log-likelihoods)."""
     found: Numbers = -np.exp(-answers.mean(-1))
     return found
 
 
 def weighted_perplexity(answers: Numbers, right: Numbers) -> Numbers:
-    """-exp(-Σ log-likelihoods / Σ words or bytes), (R); what is kept as the right answer is the count."""
+    """The negative perplexity of a word or byte, (R): -exp(-Σ log-likelihoods / Σ words or bytes).
+
+    ``right`` holds the number of words or bytes of each item.
+    """
     found: Numbers = -np.exp(-answers.sum(-1) / right.sum(-1))
     return found
 
 
 def bits_per_byte(answers: Numbers, right: Numbers) -> Numbers:
-    """Σ log₂-likelihoods / Σ bytes, (R): the negative of the bits that a byte takes."""
+    """The negative number of bits for each byte, (R): Σ log₂-likelihoods / Σ bytes.
+
+    ``right`` holds the number of bytes of each item.
+    """
     found: Numbers = answers.sum(-1) / right.sum(-1) / np.log(2)
     return found
 
 
 def opposite(answers: Numbers, right: Numbers) -> Numbers:
-    """The negative of the median, (R)."""
+    """The negative of the upper median, (R)."""
     return -median_item(answers, right)
 
 
 JUDGED = Metric("mean", mean, judged=True)
 ENDLESS = Metric("mean", mean, best=None, judged=True)
-# Judged items of which less is better are kept with the other sign.
+# Judged items of which lower values are better are kept with the opposite sign.
 ERRORS = Metric("mean", mean, best=None, judged=True, negative=True)
-# Of a classifier that names one class, of one that names a set of labels, and of one that gives a number.
+# The metrics of classifiers that give one class, a set of labels, or a number.
 CLASS = {"acc": JUDGED, "macro_f1": Metric("macro_f1", macro_f1), "mcc": Metric("mcc", mcc)}
 LABELS = {"acc": JUDGED, "macro_f1": Metric("macro_f1", labels_f1)}
 VALUE = {"pearson": Metric("pearson", pearson)}
@@ -148,13 +155,13 @@ def _functions() -> dict[str, Callable[[Numbers, Numbers], Numbers]]:
 
 
 def _confusion(answers: Numbers, right: Numbers) -> NDArray[Any]:
-    """How often each class was given for each right one, (R, right, given)."""
+    """Confusion matrices, (R, right, given): how often each class was given where another one was right."""
     classes, resamples = int(max(answers.max(initial=0), right.max(initial=0))) + 1, len(answers)
     cells = (np.arange(resamples)[:, None] * classes + right.astype(np.int64)) * classes + answers.astype(np.int64)
     return np.bincount(cells.ravel(), minlength=resamples * classes**2).reshape(resamples, classes, classes)
 
 
 def _divided(above: NDArray[Any], below: NDArray[Any]) -> Numbers:
-    """A quotient; 0 where ``below`` is not above 0."""
+    """The quotient of two arrays, and 0 where ``below`` is 0 or less."""
     out: Numbers = np.divide(above, below, out=np.zeros(np.shape(above)), where=below > 0)
     return out

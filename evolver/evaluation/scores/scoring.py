@@ -1,8 +1,8 @@
-"""From the answers of items to one number, and what that number could still become.
+"""Computes the score from the answers to all items, and an upper bound of it from the answers to some.
 
-Sums of judged items are correctly rounded (``math.fsum``), so every step below is monotone in every item: the bound of
-a partial evaluation is never below the score that the full one would give, and stopping by it decides exactly as
-scoring all.
+Sums of judged items are rounded correctly (``math.fsum``), so that no step below decreases when an item's score
+increases. The bound of a partial evaluation is therefore never below the score of the full one, and an evaluation that
+stops because of the bound leads to the same decision as one that scores all items.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from evolver.evaluation.scores.metrics import Metric
 
 @dataclass(frozen=True)
 class Scale:
-    """How items make up the score: Σ weight · metric of the task's items, divided by Σ weight.
+    """Says how items make up the score: Σ weight · metric of the task's items, divided by Σ weight.
 
     Args:
         tasks: the task of every item, in the run's order.
-        weights: weight of every task.
-        metrics: metric of every task.
-        right: the right answer of every item; empty where all tasks are judged item by item.
+        weights: the weight of every task.
+        metrics: the metric of every task.
+        right: the right answer to every item; empty where all tasks are judged item by item.
     """
 
     tasks: tuple[str, ...]
@@ -36,7 +36,7 @@ class Scale:
 
     @cached_property
     def places(self) -> dict[str, list[int]]:
-        """Where the items of every task stand."""
+        """The indices of the items of every task."""
         found: dict[str, list[int]] = {}
         for place, task in enumerate(self.tasks):
             found.setdefault(task, []).append(place)
@@ -44,11 +44,11 @@ class Scale:
 
     @property
     def shares(self) -> bool:
-        """Whether every task's metric reads well as a percentage."""
+        """Whether the metric of every task may be shown as a percentage."""
         return all(m.share for m in self.metrics.values())
 
     def form(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The scale as a JSON object."""
         metrics = {task: metric.form() for task, metric in self.metrics.items()}
         return {"tasks": self.tasks, "weights": dict(self.weights), "metrics": metrics, "right": self.right}
 
@@ -59,21 +59,24 @@ class Scale:
         return Scale(tuple(form["tasks"]), form["weights"], metrics, tuple(form["right"]))
 
     def of_tasks(self, items: Sequence[float]) -> dict[str, float]:
-        """The metric of every task over the scored items; tasks without any are left out."""
+        """The metric of every task over the items scored so far. Tasks without a scored item are left out."""
         scored = {task: [p for p in places if p < len(items)] for task, places in self.places.items()}
         return {task: self._metric(task, items, places) for task, places in scored.items() if places}
 
     def score(self, items: Sequence[float]) -> float:
-        """The score of all items.
+        """The score of the answers to all items.
 
-        Raises ValueError where items are missing.
+        Raises ValueError where answers are missing.
         """
         if len(items) != len(self.tasks):
             raise ValueError(f"{len(items)} of {len(self.tasks)} items")
         return self._weighted(self.of_tasks(items))
 
     def bound(self, items: Sequence[float]) -> float:
-        """The score if every task came out as well as it still can."""
+        """The highest score that is still possible after the answers to the first items.
+
+        It is infinite where a task has unscored items and a metric without a known highest value.
+        """
         best = {}
         for task, places in self.places.items():
             metric, left = self.metrics[task], [p for p in places if p >= len(items)]

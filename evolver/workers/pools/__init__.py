@@ -1,6 +1,6 @@
-"""Pools of workers, and their registry: a file here, or in ``cluster/pools`` where it needs Ray, makes one of them.
+"""The registry of pools of workers. Each file in this package adds a pool; one that needs Ray is in ``cluster/pools``.
 
-``pool.kind`` in a configuration is the name of the file and of the pool that it registers.
+A configuration names a pool with ``pool.kind``. The name is that of the file, and the file registers the pool under it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ POOLS: dict[str, PoolMaker] = {}
 
 
 def pool(name: str) -> Callable[[PoolMaker], PoolMaker]:
-    """Register what makes a pool for the items of a split."""
+    """Register a function under ``name``. It is called as ``make(plan, split, tasks)`` and makes a pool for a split."""
 
     def register(make: PoolMaker) -> PoolMaker:
         POOLS[name] = make

@@ -1,4 +1,4 @@
-"""The pool of this machine: one worker in this process, or several in processes of their own."""
+"""The pool of this machine: one worker in this process, or workers in processes of their own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from evolver.workers.worker import Worker
 
 @pool("local")
 def on_this_machine(plan: Plan, split: Split, tasks: Tasks) -> Pool:
-    """A worker in this process; or processes, as only those can share the work, and be stopped when one hangs."""
+    """One worker in this process. With several workers or a time limit, workers in processes of their own, because only
+    processes can work at the same time and be stopped when one hangs.
+    """
     settings = plan.config.pool
     if settings.timeout_s is None and settings.num_workers == 1:
         return LocalPool(plan, split, tasks)
@@ -24,7 +26,7 @@ def on_this_machine(plan: Plan, split: Split, tasks: Tasks) -> Pool:
 
 
 class LocalPool:
-    """Evaluates in this process, one candidate at a time; the worker is built when the first one comes."""
+    """Evaluates in this process, one candidate at a time. The worker is built when the first candidate comes."""
 
     def __init__(self, plan: Plan, split: Split, tasks: Tasks | None = None) -> None:
         self._make: Callable[[], Worker] = lambda: Worker(plan, split, tasks=tasks)
