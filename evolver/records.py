@@ -433,7 +433,8 @@ class Result:
     above the bar, at the run's error rate. A failed evaluation has a ``reason`` and no score. ``reused`` names results
     that cost nothing, as the same recipe had been scored before. ``rank`` is how many results of the stage the ledger
     held before this one. ``counts`` says what the new items took: tokens, and how many answers were truncated or
-    invalid.
+    invalid. ``said`` are the answers to the new items in words, shortened, where they are the report's and the kind of
+    evaluation puts its answers into words; empty elsewhere.
     """
 
     number: int
@@ -451,6 +452,7 @@ class Result:
     reused: bool = False
     raced: bool = False
     given: int = 0
+    said: tuple[str, ...] = ()
     stage: Stage = "search"
     rank: int | None = field(default=None, compare=False)
 
