@@ -101,6 +101,11 @@ class Node:
         """A word or two for pictures."""
         return self.id[:6]
 
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """What was done to the inputs, in lines of a few words, for pictures."""
+        return ()
+
     def needs(self, name: str) -> list[tuple[Recipe, str]]:
         """The tensors, by node and name, that the tensor ``name`` is computed from."""
         return [(node, name) for node in self.below]
@@ -240,6 +245,10 @@ class Merge(Node):
     def label(self) -> str:
         return self.method
 
+    @property
+    def operations(self) -> tuple[str, ...]:
+        return "merge", self.method
+
     def settings(self, name: str, layer: int | None) -> dict[str, Value]:
         """The settings in force for the tensor ``name`` of ``layer``."""
         out: dict[str, Value] = {}
@@ -287,6 +296,10 @@ class Cross(Node):
     def describe(self) -> str:
         return f"crossover ({self.strategy}, F {self.F:g}, Cr {self.Cr:g}, seed {self.seed})"
 
+    @property
+    def operations(self) -> tuple[str, ...]:
+        return f"mutation {self.strategy}", f"crossover Cr {self.Cr:g}"
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Layers(Node):
@@ -328,6 +341,10 @@ class Layers(Node):
 
     def describe(self) -> str:
         return "layers put together"
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        return ("layers combined",)
 
     def form(self) -> list[Any]:
         return [self.kind, [i.id for i in self.inputs], [list(p) for p in self.program], list(self.ends)]

@@ -14,7 +14,7 @@ from evolver.runs.about import Job, runs_in
 from evolver.storage import Storage
 from evolver.storage.lease import LEASE_FILE, LEASE_SECONDS
 
-State = Literal["running", "stopped", "done", "unreadable"]
+State = Literal["running", "stopped", "done", "unreadable", "reading"]  # reading: nobody has looked at it yet
 
 
 @dataclass(frozen=True)
