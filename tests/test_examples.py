@@ -15,7 +15,7 @@ from test_report import outcome, result
 from evolver.evaluation.base import ItemText, shortened
 from evolver.evaluation.scores.metrics import JUDGED, Metric, mcc, opposite, pearson
 from evolver.evaluation.scores.scoring import Scale
-from evolver.report.examples import EXAMPLES_FILE, MOST, differences, examples_section, few, read_texts, write_texts
+from evolver.report.examples import EXAMPLES_FILE, MOST, compared_items, examples_section, few, read_texts, write_texts
 from evolver.report.html import html_page
 from evolver.report.report import write_report
 from evolver.report.text import escaped, fenced
@@ -53,7 +53,7 @@ class Words(HTMLParser):
 
 
 def test_the_differences_of_judged_items():
-    found = differences(finished([1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0]))
+    found = compared_items(finished([1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0]))
     assert (found.won, found.lost) == ({"t": [0]}, {"t": [1]})
 
 
@@ -71,7 +71,7 @@ def test_the_differences_of_judged_items():
 def test_better_is_what_the_metric_takes_for_it(metric, right, winner, expert, won, lost):
     of = Scale(("t",) * 3, {"t": 1.0}, {"t": metric}, right)
     done = finished(winner, expert, of)
-    found = differences(done)
+    found = compared_items(done)
     assert (found.won["t"], found.lost["t"]) == (won, lost)
 
 

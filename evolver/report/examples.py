@@ -42,7 +42,7 @@ class Differences:
         return [*few(self.won), *few(self.lost)]
 
 
-def differences(outcome: Outcome) -> Differences | None:
+def compared_items(outcome: Outcome) -> Differences | None:
     """Where the winner and the best expert differ; None where one of them has no report scores."""
     ours, theirs, scale = outcome.winner.report, outcome.best_expert.report, outcome.scales["report"]
     if None in (ours.score, theirs.score):
@@ -90,7 +90,7 @@ def examples_section(outcome: Outcome, texts: Texts) -> str:
     Args:
         texts: of the items that are shown, by their places; those of runs of earlier versions are not kept.
     """
-    found = differences(outcome)
+    found = compared_items(outcome)
     if found is None:
         return ""
     expert, items = outcome.best_expert.label, outcome.scales["report"].places

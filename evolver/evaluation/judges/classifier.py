@@ -54,7 +54,7 @@ class Classification(RowJudge):
 
     def show(self, asked: AskedItem) -> ItemText:
         """See ``Shows``."""
-        right = in_words(self.right(asked), asked.entry, self._spaces.names(asked.entry))
+        right = label_text(self.right(asked), asked.entry, self._spaces.names(asked.entry))
         return ItemText("\n\n".join(_texts(self.row(asked), asked.entry)), right)
 
 
@@ -81,7 +81,7 @@ class TextQuestion:
         else:
             chosen = (logits.sigmoid() > self.entry.threshold).nonzero().flatten().tolist()
             said = float(sum(1 << label for label in chosen))
-        words = in_words(said, self.entry, self.names)
+        words = label_text(said, self.entry, self.names)
         return (float(said == self.right) if self.metric.judged else said), words
 
 
@@ -227,7 +227,7 @@ def _texts(row: Row, entry: TaskEntry) -> tuple[str, ...]:
     return (str(row[entry.text]), *([str(row[entry.text_pair])] if entry.text_pair else []))
 
 
-def in_words(answer: float, entry: TaskEntry, names: Mapping[int, str]) -> str:
+def label_text(answer: float, entry: TaskEntry, names: Mapping[int, str]) -> str:
     """A class, a set of labels or a number, as it is kept, for people."""
     if entry.metric in VALUE:
         return f"{answer:.4g}"

@@ -20,7 +20,7 @@ from evolver.evaluation.judges.classifier import (
     LabelSpaces,
     TextQuestion,
     by_head,
-    in_words,
+    label_text,
     named_metric,
     right_answer,
     take_in,
@@ -71,7 +71,7 @@ class Images(RowJudge):
 
     def show(self, asked: AskedItem) -> ItemText:
         """See ``Shows``: a report holds no images, so it says which one it is."""
-        right = in_words(self.right(asked), asked.entry, self._spaces.names(asked.entry))
+        right = label_text(self.right(asked), asked.entry, self._spaces.names(asked.entry))
         return ItemText(f"the image of row {asked.item.index + 1} of {asked.item.task.partition(':')[2]}", right)
 
 
