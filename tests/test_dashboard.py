@@ -141,9 +141,9 @@ def test_the_list_answers_before_it_has_read_everything(results, monkeypatch):
         shutil.copytree(results / "toy", results / name)
     try:
         runs = Runs(storage_at(results))
-        clock = iter(range(100))  # of which each run that is read takes two seconds
+        clock = iter(range(0, 2000, 20))  # of which each run that is read takes forty seconds
         monkeypatch.setattr("evolver.dashboard.app.time.monotonic", lambda: float(next(clock)))
-        monkeypatch.setattr("evolver.dashboard.app.LOOK_SECONDS", 1.5)
+        monkeypatch.setattr("evolver.dashboard.app.LOOK_SECONDS", 30)
         states = [[row["state"] for row in runs.rows()] for _ in range(4)]
         assert states == [
             ["done", "reading", "reading"], ["done", "done", "reading"], ["done"] * 3, ["done"] * 3,

@@ -7,6 +7,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.resources import files
@@ -34,7 +35,8 @@ from evolver.storage import Storage
 
 HERE = Path(str(files("evolver.dashboard"))) / "static"
 BODY_BYTES = 2**14  # that an action is sent at most
-LOOK_SECONDS = 0.5  # for which the list reads runs before it answers, the run that it is in the midst of aside
+READERS = 2  # of runs for the list: a large one holds up no small ones
+LOOK_SECONDS = 1.0  # for which the list waits for runs to be read before it answers
 
 
 class Runs:
@@ -44,6 +46,7 @@ class Runs:
         self.root = root
         self._kept: dict[str, Overview] = {}
         self._locks: defaultdict[str, Lock] = defaultdict(Lock)
+        self._readers = ThreadPoolExecutor(READERS)
         self._rows: dict[str, tuple[float, dict[str, Any]]] = {}  # of the list, with the time when each was read
 
     def folder(self, name: str) -> Storage:
@@ -65,17 +68,23 @@ class Runs:
 
     def rows(self) -> list[dict[str, Any]]:
         """The list of runs. Those that were not read for longest are read anew for ``LOOK_SECONDS``; the others are
-        listed as they were, and one that was never read as ``reading``.
+        listed as they were, and one that was never read as ``reading``. What takes longer is read to its end meanwhile.
         """
         names, until = runs_in(self.root), time.monotonic() + LOOK_SECONDS
         self._rows = {name: self._rows[name] for name in names if name in self._rows}
         for name in sorted(names, key=lambda name: self._rows.get(name, (0.0,))[0]):
-            if time.monotonic() >= until:
+            left = until - time.monotonic()
+            if left <= 0:
                 break
             if not self._locks[name].locked():  # else somebody reads it just now
-                self._rows[name] = time.monotonic(), self._row(name)
+                for reading in wait([self._readers.submit(self._read_row, name)], timeout=left).done:
+                    reading.result()  # a fault of ours is not kept quiet
         unread = {name: {**asdict(Status(name, "reading")), "line": []} for name in names}
         return [self._rows[name][1] if name in self._rows else unread[name] for name in names]
+
+    def _read_row(self, name: str) -> None:
+        row = self._row(name)
+        self._rows[name] = time.monotonic(), row
 
     def _row(self, name: str) -> dict[str, Any]:
         try:
