@@ -65,6 +65,7 @@ SCHEMA = pa.schema(
         ("seconds", pa.map_(pa.string(), pa.float64())),
         ("counts", pa.map_(pa.string(), pa.float64())),
         ("worker", pa.string()),
+        ("said", pa.list_(pa.string())),
     ]
 )
 
@@ -498,6 +499,7 @@ def _row(candidate: Candidate, result: Result | None) -> dict[str, Any]:
     }
     if result:
         row |= {name: getattr(result, name) for name in PLAIN_FIELDS} | {"items": list(result.items)}
+        row["said"] = list(result.said)
         row |= {name: list(getattr(result, name).items()) for name in MAPS}
     return row
 
@@ -526,7 +528,7 @@ def candidate_of(row: Mapping[str, Any]) -> Candidate:
 def result_of(row: Mapping[str, Any]) -> Result:
     """The result of a row that has one."""
     same = ("number", "recipe_id", "stage", *PLAIN_FIELDS, *MAPS)
-    return Result(**{name: row[name] for name in same}, items=tuple(row["items"]))
+    return Result(**{name: row[name] for name in same}, items=tuple(row["items"]), said=tuple(row["said"] or ()))
 
 
 def _now() -> int:

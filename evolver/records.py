@@ -108,6 +108,11 @@ class Node:
         """A short label for diagrams."""
         return self.id[:6]
 
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """What was done to the inputs, in lines of a few words, for pictures."""
+        return ()
+
     def needs(self, name: str) -> list[tuple[Recipe, str]]:
         """The tensors that the tensor ``name`` is computed from, each as its node and its name there."""
         return [(node, name) for node in self.below]
@@ -256,6 +261,10 @@ class Merge(Node):
     def label(self) -> str:
         return self.method
 
+    @property
+    def operations(self) -> tuple[str, ...]:
+        return "merge", self.method
+
     def settings(self, name: str, layer: int | None) -> dict[str, Value]:
         """The settings in force for the tensor ``name`` of ``layer``."""
         out: dict[str, Value] = {}
@@ -303,6 +312,10 @@ class Cross(Node):
     def describe(self) -> str:
         return f"crossover ({self.strategy}, F {self.F:g}, Cr {self.Cr:g}, seed {self.seed})"
 
+    @property
+    def operations(self) -> tuple[str, ...]:
+        return f"mutation {self.strategy}", f"crossover Cr {self.Cr:g}"
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Layers(Node):
@@ -345,6 +358,10 @@ class Layers(Node):
 
     def describe(self) -> str:
         return "layers put together"
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        return ("layers combined",)
 
     def form(self) -> list[Any]:
         return [self.kind, [i.id for i in self.inputs], [list(p) for p in self.program], list(self.ends)]
@@ -467,6 +484,8 @@ class Result:
         raced: whether a race stopped the evaluation: the score is not above the bar, at the run's error rate.
         given: the number of first items that were known before.
         rank: the number of results of the same stage that the ledger held before this one.
+        said: the answers to the new items in words, shortened, if they are report items and the kind of evaluation puts
+            its answers into words; otherwise empty.
     """
 
     number: int
@@ -484,6 +503,7 @@ class Result:
     reused: bool = False
     raced: bool = False
     given: int = 0
+    said: tuple[str, ...] = ()
     stage: Stage = "search"
     rank: int | None = field(default=None, compare=False)
 

@@ -146,6 +146,7 @@ def test_a_metric_of_all_answers_keeps_the_answers(classify, encoders):
     file = classify(data, metric="macro_f1")
     ready, worker, kept, logits = said(file, lambda i: (data[i]["text"],), encoders / "base")
     assert kept == [float(row.argmax()) for row in logits]
+    assert worker.scorer.score(0, 40).words == [LABELS[int(row.argmax())] for row in logits]
     right = [LABELS.index(data[i.index]["label"]) for i in ready.tasks.items.dev]
     assert worker.scale.score(kept) == pytest.approx(f1_score(right, kept, average="macro"))
 
@@ -179,6 +180,13 @@ def test_sets_of_labels(classify, encoders, metric):
     ready, worker, kept, logits = said(file, lambda i: (data[i]["text"],), encoders / "base")
     chosen = [(row.sigmoid() > 0.4).int().tolist() for row in logits]
     right = [[int(n in data[i.index]["label"]) for n in LABELS] for i in ready.tasks.items.dev]
+    words = [", ".join(n for n, c in zip(LABELS, row, strict=True) if c) or "no label" for row in chosen]
+    assert worker.scorer.score(0, 40).words == words
+    shown = ready.tasks.show("dev", range(40))
+    assert {p: (text.prompt, text.right) for p, text in shown.items()} == {
+        p: (data[i.index]["text"], ", ".join(data[i.index]["label"]) or "no label")
+        for p, i in enumerate(ready.tasks.items.dev)
+    }
     if metric == "acc":
         assert kept == [float(c == r) for c, r in zip(chosen, right, strict=True)]
     else:
@@ -199,6 +207,7 @@ def test_a_number_each(classify, encoders, tmp_path):
     file.write_text(yaml.safe_dump(raw))
     ready, worker, kept, logits = said(file, lambda i: (data[i]["text"],), folder)
     assert kept == pytest.approx([row.item() for row in logits], abs=1e-5)
+    assert worker.scorer.score(0, 40).words == [f"{value:.4g}" for value in kept]
     right = [len(data[i.index]["text"]) / 10 for i in ready.tasks.items.dev]
     assert worker.scale.score(kept) == pytest.approx(stats.pearsonr(kept, right).statistic)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
 import shutil
 import signal
@@ -17,7 +19,10 @@ import toys
 from playwright.sync_api import sync_playwright
 from starlette.testclient import TestClient
 
-from evolver.dashboard.app import build_app
+from evolver.dashboard import actions
+from evolver.dashboard.app import Runs, build_app
+from evolver.dashboard.status import Status
+from evolver.dashboard.views import verdict_line
 from evolver.storage import storage_at
 from evolver.storage.lease import this_machine
 
@@ -104,12 +109,125 @@ def test_the_list_and_a_run(inside):
     assert found["tasks"]["tasks"] == ["toy", "pair"]
     assert set(found["plain"]) >= {"base", "a", "b", "c", "average"}
     assert len(found["heat"]["items"][0]) == 40
-    assert {n["label"] for n in found["lineage"]["nodes"]} >= {"a", "b", "c", "task_arithmetic"}
+    assert {n["label"] for n in found["lineage"]["nodes"]} == {"base", "a", "b", "c", f"candidate {found['best']}"}
+    assert found["lineage"]["nodes"][-1]["lines"] == ["merge", "task_arithmetic"]
     assert {n["made"] for n in found["lineage"]["nodes"]} >= {"given as a", "merge (task_arithmetic)"}
     assert found["pareto"]["front"]
     assert 0 < found["pareto"]["volume"] <= 1
     assert found["cost"]["workers"].keys() == {"local"}
     assert [what for what, _ in found["cost"]["bill"]] == ["price (estimated)"]
+
+
+def test_the_list_shows_the_best_score_so_far_and_the_verdict(results, inside):
+    (run,) = inside.get("/api/runs").json()
+    whole = inside.get("/api/runs/toy").json()
+    best = [v for v in whole["curve"]["best"] if v is not None]
+    assert run["line"] == pytest.approx(best, abs=1e-6)
+    assert run["line"] == sorted(run["line"])
+    assert whole["status"]["verdict"].startswith(run["verdict"])
+    assert run["verdict"].endswith(").")  # one sentence: the second begins with "It"
+    assert " It " not in run["verdict"]
+
+
+def test_a_run_that_goes_has_no_verdict_yet():
+    said = "Improvement: it beats a.b (p = 0.01). It is not clearly better."
+    assert verdict_line(Status("x", "done", verdict=said)) == "Improvement: it beats a.b (p = 0.01)."
+    assert verdict_line(Status("x", "stopped", verdict=said)) == ""
+
+
+def test_the_list_answers_before_it_has_read_everything(results, monkeypatch):
+    """And goes on where it stopped, with those that nobody has looked at for longest."""
+    for name in ("second", "third"):
+        shutil.copytree(results / "toy", results / name)
+    try:
+        runs = Runs(storage_at(results))
+        clock = iter(range(0, 2000, 20))  # of which each run that is read takes forty seconds
+        monkeypatch.setattr("evolver.dashboard.app.time.monotonic", lambda: float(next(clock)))
+        monkeypatch.setattr("evolver.dashboard.app.LOOK_SECONDS", 30)
+        states = [[row["state"] for row in runs.rows()] for _ in range(4)]
+        assert states == [
+            ["done", "reading", "reading"], ["done", "done", "reading"], ["done"] * 3, ["done"] * 3,
+        ]  # fmt: skip
+    finally:
+        for name in ("second", "third"):
+            shutil.rmtree(results / name)
+
+
+# Started from a configuration.
+
+
+def start(browser, config):
+    return browser.post("/api/start", headers={"x-evolver": "1"}, content=json.dumps({"config": config})).json()
+
+
+def test_a_configuration_is_refused_as_validate_refuses_it(results, inside, make_config, tmp_path):
+    file = make_config(tmp_path, {"run": "new", "search.algorithm": "evolvr"})
+    said = start(inside, str(file))["error"]
+    assert said == toys.evolver("validate", file).err.strip()
+    assert "unknown search 'evolvr'" in said
+    assert "\n" not in said
+    assert not (results / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (None, "missing"), ("", "missing"), (7, "missing"), ("a\0b", "missing"), ("x" * 2000, "2000 characters"),
+        ("/dev/zero", "no such file"), ("/no/where.yaml", "no such file"), ("~nobody-here/x.yaml", "no such file"),
+        ("y" * 900, "cannot be read"), ("--help", "no such file"), ("$HOME", "$HOME: there is no such file"),
+    ],
+)  # fmt: skip
+def test_what_is_no_configuration_is_not_even_opened(inside, config, says, monkeypatch):
+    monkeypatch.setattr(actions.subprocess, "run", lambda *_, **__: pytest.fail("it is checked"))
+    assert says in start(inside, config)["error"]
+
+
+def test_a_large_file_is_no_configuration(inside, tmp_path):
+    (tmp_path / "large.yaml").write_bytes(b"#" * (2**20 + 1))
+    assert "is no configuration" in start(inside, str(tmp_path / "large.yaml"))["error"]
+
+
+def test_a_run_is_started_once(results, inside, make_config, tmp_path):
+    file = make_config(tmp_path, {"run": "started", "budget.candidates": 3, "search.generations": 1})
+    try:
+        assert start(inside, str(file))["said"].startswith("started is started")
+        began = time.monotonic()
+        while next(r["state"] for r in inside.get("/api/runs").json() if r["name"] == "started") != "done":
+            assert time.monotonic() - began < 300
+            time.sleep(0.2)
+        assert "there is a run started already; resume it on its page" in start(inside, str(file))["error"]
+        (results / "started" / "about.json").unlink()
+        (results / "started" / "identity.json").unlink()  # what is left is no run, which the run itself finds out
+        assert "the folder holds files that are no run" in start(inside, str(file))["error"]
+    finally:
+        shutil.rmtree(results / "started")
+
+
+def test_one_configuration_is_checked_at_a_time(inside, make_config, tmp_path):
+    with actions._checking:
+        assert "another configuration is being checked" in start(inside, str(make_config(tmp_path)))["error"]
+
+
+def test_starting_needs_the_token_and_our_own_page(results, inside):
+    ours = {"x-evolver": "1"}
+    assert client(results).post("/api/start", headers=ours).status_code == 401
+    assert inside.post("/api/start").status_code == 403
+    assert inside.post("/api/start", headers={**ours, "origin": "http://evil.example"}).status_code == 403
+
+
+@pytest.mark.parametrize("path", ["/api/start", "/api/runs/toy/resume"])
+def test_long_requests_are_not_read_to_their_end(inside, path):
+    sent = []
+
+    def endless():
+        while len(sent) < 1000:
+            sent.append(1)
+            yield b" " * 2**12
+
+    answer = inside.post(path, headers={"x-evolver": "1"}, content=endless())
+    assert (answer.status_code, "longer than" in answer.json()["error"]) == (400, True)
+    deep = inside.post(path, headers={"x-evolver": "1"}, content=b"[" * 2**13)
+    assert deep.json()["error"] == "what was sent is no JSON object."
 
 
 def test_the_front_is_of_those_that_nobody_beats(inside):
@@ -272,6 +390,95 @@ def test_a_live_run_is_seen_stopped_resumed_and_taken(make_config, tasks, tmp_pa
     finally:
         run.kill()
     assert written.is_dir()
+
+
+def test_a_run_is_started_in_the_browser(tmp_path, make_config, served, browser):
+    page = browser.new_page()
+    wrong = watched(page)
+    (tmp_path / "results").mkdir()
+    page.goto(served(tmp_path / "results"))
+    page.fill("#config", str(tmp_path / "gone.yaml"))
+    page.click("#start")
+    page.wait_for_selector("text=there is no such file")
+    assert len(wrong) == 1  # the browser's own line about the refusal
+    page.fill("#config", str(make_config(tmp_path, {"budget.candidates": 3, "search.generations": 1})))
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".state.done", timeout=300_000)
+    assert page.locator(".spark path").count() == 1
+    assert page.inner_text(".sentence").endswith(").")
+    assert len(wrong) == 1
+
+
+def plots(page, script):
+    """What a script makes of the traces and the layout of each plot of a page."""
+    return page.evaluate(
+        f"Object.fromEntries([...document.querySelectorAll('.js-plotly-plot')].map(p => [p.id, ({script})(p)]))"
+    )
+
+
+@pytest.fixture
+def shown(results, served, browser):
+    """A finished run's page."""
+    page = browser.new_page()
+    page.goto(served(results).replace("/?", "/run/toy?"))
+    page.wait_for_selector("#heat .main-svg")
+    return page
+
+
+def test_a_tool_bar_covers_nothing_and_is_there_while_the_pointer_is(shown):
+    page = shown
+    page.mouse.move(1, 1)
+    hidden = plots(page, "p => getComputedStyle(p.querySelector('.modebar-group')).opacity")
+    assert set(hidden.values()) == {"0"}
+    for name in hidden:
+        page.hover(f"#{name}")
+        page.wait_for_function(
+            f"() => getComputedStyle(document.querySelector('#{name} .modebar-group')).opacity === '1'"
+        )
+    side = "getBoundingClientRect()"
+    sides = f"p => [p.querySelector('.modebar').{side}.bottom, p.querySelector('.nsewdrag').{side}.top]"
+    assert hidden.keys() >= {"curve", "tasks", "pareto", "heat", "busy"}
+    for name, (bar, drawn) in plots(page, sides).items():
+        assert bar <= drawn, name
+
+
+def seen_by(rgb, kind):
+    """A colour as people without one kind of cones see it (Machado, Oliveira and Fernandes 2009), in linear light."""
+    matrices = {
+        "all": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+        "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    }  # fmt: skip
+    linear = [((c / 255 + 0.055) / 1.055) ** 2.4 if c > 10 else c / 255 / 12.92 for c in rgb]
+    return [sum(m * v for m, v in zip(row, linear, strict=True)) for row in matrices[kind]]
+
+
+def rgb_of(color):
+    if color.startswith("#"):
+        return [int(color[k : k + 2], 16) for k in (1, 3, 5)]
+    return [int(c) for c in re.findall(r"\d+", color)[:3]]
+
+
+def test_a_model_has_one_colour_in_all_plots_and_no_other_model_has_it(shown):
+    page = shown
+    legend = dict(page.locator(".legend >> nth=0 >> li[title]").evaluate_all(
+        "found => found.map(l => [l.title, l.querySelector('line').getAttribute('stroke')])"
+    ))  # fmt: skip
+    assert legend.keys() >= {"best", "base", "a", "b", "c", "average"}
+    drawn = plots(page, "p => Object.fromEntries(p.data.map(d => [d.name, d.line?.color ?? d.marker?.color]))")
+    named = {"curve": {"best so far": "best"}}
+    for plot in ("curve", "tasks", "pareto"):
+        colors = {named.get(plot, {}).get(label, label): color for label, color in drawn[plot].items()}
+        assert colors.keys() >= {"best", "base", "a", "b", "c"}
+        assert {m: c for m, c in colors.items() if m in legend} == {m: legend[m] for m in legend.keys() & colors.keys()}
+    boxes = page.locator("#lineage .box").evaluate_all(
+        "found => found.map(b => [b.querySelector('.name').textContent, b.querySelector('rect').style.stroke])"
+    )
+    assert rgb_of(dict(boxes)["a"]) == rgb_of(legend["a"])
+    for kind in ("all", "protan", "deutan"):
+        for one, other in itertools.combinations(("best", "base", "a", "b", "c"), 2):
+            far = math.dist(seen_by(rgb_of(legend[one]), kind), seen_by(rgb_of(legend[other]), kind))
+            assert far > 0.1, (kind, one, other)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

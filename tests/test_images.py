@@ -117,7 +117,8 @@ def saved(dataset, tmp_path):
 @pytest.mark.parametrize("kind", ["paths", "parquet", "dataset", "saved"])
 def test_answers_are_those_of_a_plain_loop(configured, experts, kind, request):
     ready = prepare(config_at(configured(request.getfixturevalue(kind))))
-    result = Worker(ready.plan, "dev", tasks=ready.tasks).evaluate(Candidate(0, ready.experts[0], "test"))
+    worker = Worker(ready.plan, "dev", tasks=ready.tasks)
+    result = worker.evaluate(Candidate(0, ready.experts[0], "test"))
     assert result.status == "ok", result.reason
     model = AutoModelForImageClassification.from_pretrained(experts / "a").eval()
     processor = AutoImageProcessor.from_pretrained(experts / "a")
@@ -129,6 +130,10 @@ def test_answers_are_those_of_a_plain_loop(configured, experts, kind, request):
             expected.append(float(int(model(pixels).logits[0].argmax()) == label))
     assert list(result.items) == expected
     assert 0 < sum(expected) < len(expected)
+    shown = ready.tasks.show("dev", range(len(expected)))
+    words = worker.scorer.score(0, len(expected)).words
+    assert [float(said == shown[place].right) for place, said in enumerate(words)] == expected
+    assert all(text.prompt.startswith("the image of row ") for text in shown.values())
 
 
 def test_an_image_is_the_same_item_wherever_it_lies(configured, paths, parquet, dataset, saved):

@@ -13,6 +13,7 @@ from evolver.evaluation.scores.comparison import compare, interval
 from evolver.evaluation.scores.metrics import JUDGED, Metric, perplexity
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Cross, Expert, Result
+from evolver.report.curve import BEST, looks
 from evolver.report.report import write_report
 from evolver.report.text import markdown_table
 from evolver.report.verdict import verdict
@@ -298,3 +299,16 @@ def test_a_licence_is_what_the_parent_s_own_card_says(tmp_path, text, licence):
     if text is not None:
         (tmp_path / "README.md").write_text(text)
     assert licence_of(tmp_path) == licence
+
+
+def test_no_two_lines_of_the_curve_look_alike():
+    done = outcome([1.0] * 4, [0.0] * 4)
+    names = [f"e{k}" for k in range(20)]
+    config = done.config.model_copy(update={"experts": {n: n for n in names}})
+    labels = ["base", *names, "average", "task_arithmetic@0.5", "winner"]
+    many = tuple(replace(done.finalists[0], label=label) for label in labels)
+    found = looks(replace(done, about=replace(done.about, config=config), finalists=many))
+    assert found.keys() == set(labels[:-1])
+    assert len({(look["color"], look["linestyle"]) for look in found.values()}) == len(found)
+    assert BEST not in {look["color"] for look in found.values()}
+    assert [label for label, look in found.items() if look["color"] == found["base"]["color"]] == ["base"]

@@ -1,20 +1,33 @@
-"""What can be done to a run from its page: stop it, go on with it, take a model of it."""
+"""What can be done from the pages: start a run, stop it, go on with it, take a model of it."""
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
-from typing import Protocol
+from threading import Lock
+from typing import IO, Protocol
 
 import psutil
 
+from evolver.config import load
 from evolver.dashboard.status import holder_of
 from evolver.errors import BadInput
 from evolver.runs.about import Job, read_about
+from evolver.runs.files import ABOUT_FILE, holds_a_run
 from evolver.storage import Storage, check_target, is_remote
 from evolver.storage.lease import this_machine
+
+PATH_LENGTH = 1000  # characters of the path of a configuration
+CONFIGURATION_BYTES = 2**20
+CHECK_SECONDS = 600.0  # which a check may take: task data may have to be fetched first
+WATCH_SECONDS = 20.0  # for which a new run is watched, so that a refusal is shown
+
+_checking = Lock()
 
 
 class Jobs(Protocol):
@@ -27,6 +40,35 @@ class Jobs(Protocol):
     def resume(self, job: Job, arguments: list[str]) -> None:
         """Submit a job again under its id; with ``arguments`` of ``evolver``, these are called instead."""
         ...
+
+
+def start_run(root: Storage, path: object) -> str:
+    """Start the run of a configuration file of this machine, in a process of its own that outlives the dashboard.
+
+    The file is checked before as ``evolver validate`` checks it. Waits until the run's folder is there, or for
+    ``WATCH_SECONDS``.
+
+    Args:
+        root: the folder of all runs.
+        path: of the file, as somebody typed it; a relative one is taken from where the dashboard was started.
+
+    Raises BadInput for what is no usable configuration, a run that is there already, and a run that ends at once.
+    """
+    file = _configuration(path)
+    if not _checking.acquire(blocking=False):
+        raise BadInput("another configuration is being checked; start this one when that is done.")
+    try:
+        _validate(file)
+        name = load(file).run
+        if holds_a_run(root.folder(name)):
+            raise BadInput(
+                f"{file}: there is a run {name} already; resume it on its page, or give the configuration another name."
+            )
+        with tempfile.TemporaryFile() as errors:
+            process = _start(["run", str(file), "--results", root.location], errors)
+            return _watch(process, root.folder(name), name, errors)
+    finally:
+        _checking.release()
 
 
 def stop_run(folder: Storage, jobs: Jobs) -> str:
@@ -97,7 +139,66 @@ def _terminate(pid: int, seen: float) -> None:
         raise BadInput(f"process {pid} runs it, and is another user's; stop it there.") from None
 
 
-def _start(arguments: list[str]) -> None:
+def _configuration(path: object) -> Path:
+    """The file that somebody named. Devices and pipes, which may have no end, are not opened.
+
+    Raises BadInput where it is none, or too large.
+    """
+    if not isinstance(path, str) or not path.strip() or not path.isprintable():
+        raise BadInput("the path of a configuration is missing; write one such as configs/demo.yaml.")
+    if len(path) > PATH_LENGTH:
+        raise BadInput(f"the path of the configuration has {len(path)} characters; at most {PATH_LENGTH} are read.")
+    file = Path(os.path.expanduser(path.strip())).absolute()  # variables would show what they hold in messages
+    try:
+        if not file.is_file():
+            raise BadInput(f"{file}: there is no such file on the dashboard's machine; check the path.")
+        size = file.stat().st_size
+    except OSError as error:
+        raise BadInput(f"{file}: cannot be read ({error.strerror or error}); check the path.") from error
+    if size > CONFIGURATION_BYTES:
+        raise BadInput(f"{file}: has {size} bytes and is no configuration; give the path of a YAML file.")
+    return file
+
+
+def _validate(file: Path) -> None:
+    """Raises BadInput, with the sentence that ``evolver validate`` says of a file."""
+    command = [sys.executable, "-m", "evolver", "validate", str(file)]
+    try:
+        ended = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CHECK_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise BadInput(
+            f"{file}: checking it took more than {CHECK_SECONDS:.0f} s; check it with: evolver validate {file}"
+        ) from None
+    if ended.returncode:
+        raise BadInput(_last_line(ended.stderr, file))
+
+
+def _watch(process: subprocess.Popen[bytes], folder: Storage, name: str, errors: IO[bytes]) -> str:
+    """What to say of a process that was started.
+
+    Raises BadInput where it ends without having made the run.
+    """
+    until = time.monotonic() + WATCH_SECONDS
+    while time.monotonic() < until:
+        if process.poll():
+            errors.seek(0)
+            raise BadInput(_last_line(errors.read().decode(errors="replace"), folder.location))
+        if folder.exists(ABOUT_FILE):
+            return f"{name} is started"
+        time.sleep(0.1)
+    return f"{name} is started and reads its models; it stands in the list once it has read them"
+
+
+def _last_line(text: str, what: object) -> str:
+    """The sentence with which a command ended."""
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else f"{what}: the run ended without saying why; call it on a terminal."
+
+
+def _start(arguments: list[str], errors: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
+    """Call ``evolver`` in a process that outlives this one; ``errors`` is the file for what it says of them."""
     quiet = subprocess.DEVNULL
     command = [sys.executable, "-m", "evolver", *arguments]
-    subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
+    return subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=errors or quiet, start_new_session=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.resources import files
@@ -23,7 +25,7 @@ from starlette.staticfiles import StaticFiles
 
 from evolver.config import NAME
 from evolver.dashboard import views
-from evolver.dashboard.actions import Jobs, export_candidate, resume_run, stop_run
+from evolver.dashboard.actions import Jobs, export_candidate, resume_run, start_run, stop_run
 from evolver.dashboard.guard import Guard
 from evolver.dashboard.overview import Overview
 from evolver.dashboard.status import Status, status_of
@@ -33,6 +35,9 @@ from evolver.runs.files import holds_a_run
 from evolver.storage import Storage
 
 HERE = Path(str(files("evolver.dashboard"))) / "static"
+BODY_BYTES = 2**14  # that an action is sent at most
+READERS = 2  # of runs for the list: a large one holds up no small ones
+LOOK_SECONDS = 1.0  # for which the list waits for runs to be read before it answers
 
 
 class Runs:
@@ -42,9 +47,8 @@ class Runs:
         self.root = root
         self._kept: dict[str, Overview] = {}
         self._locks: defaultdict[str, Lock] = defaultdict(Lock)
-
-    def names(self) -> list[str]:
-        return runs_in(self.root)
+        self._readers = ThreadPoolExecutor(READERS)
+        self._rows: dict[str, tuple[float, dict[str, Any]]] = {}  # of the list, with the time when each was read
 
     def folder(self, name: str) -> Storage:
         """Raises BadInput for a name that is no run's."""
@@ -63,12 +67,33 @@ class Runs:
                 self._kept[name] = Overview(folder)
             yield self._kept[name]
 
-    def status(self, name: str) -> Status:
+    def rows(self) -> list[dict[str, Any]]:
+        """The list of runs. Those that were not read for longest are read anew for ``LOOK_SECONDS``; the others are
+        listed as they were, and one that was never read as ``reading``. What takes longer is read to its end meanwhile.
+        """
+        names, until = runs_in(self.root), time.monotonic() + LOOK_SECONDS
+        self._rows = {name: self._rows[name] for name in names if name in self._rows}
+        for name in sorted(names, key=lambda name: self._rows.get(name, (0.0,))[0]):
+            left = until - time.monotonic()
+            if left <= 0:
+                break
+            if not self._locks[name].locked():  # else somebody reads it just now
+                for reading in wait([self._readers.submit(self._read_row, name)], timeout=left).done:
+                    reading.result()  # a fault of ours is not kept quiet
+        unread = {name: {**asdict(Status(name, "reading")), "line": []} for name in names}
+        return [self._rows[name][1] if name in self._rows else unread[name] for name in names]
+
+    def _read_row(self, name: str) -> None:
+        row = self._row(name)
+        self._rows[name] = time.monotonic(), row
+
+    def _row(self, name: str) -> dict[str, Any]:
         try:
             with self.look(name) as run:
-                return status_of(run, name)
+                status = status_of(run, name)
+                return {**asdict(status), "verdict": views.verdict_line(status), "line": views.sparkline(run)}
         except BadInput as error:
-            return Status(name, "unreadable", verdict=str(error))
+            return {**asdict(Status(name, "unreadable", verdict=str(error))), "line": []}
 
 
 def build_app(
@@ -84,7 +109,7 @@ def build_app(
         return FileResponse(str(files("plotly") / "package_data" / "plotly.min.js"), media_type="text/javascript")
 
     def all_runs(request: Request) -> Response:
-        return JSONResponse([asdict(runs.status(name)) for name in runs.names()])
+        return JSONResponse(runs.rows())
 
     def one_run(request: Request) -> Response:
         name = request.path_params["name"]
@@ -94,33 +119,26 @@ def build_app(
     def one_candidate(request: Request) -> Response:
         with runs.look(request.path_params["name"]) as run:
             candidate, result = run.candidate(request.path_params["number"])
-        shown = {"settings": views.settings(candidate.recipe), "lineage": views.lineage(candidate.recipe)}
+            shown = {"settings": views.settings(candidate.recipe), "lineage": views.lineage(run, candidate.recipe)}
         return JSONResponse({**shown, "tasks": dict(result.tasks), "reason": result.reason})
 
     def acting(act: Callable[[Storage, dict[str, Any]], str]) -> Callable[[Request], Awaitable[Response]]:
         """An action on a run; storage and clusters are asked beside the loop that answers everybody."""
 
         async def answer(request: Request) -> Response:
-            given = await body(request)
+            given = await _body(request)
             said = await run_in_threadpool(lambda: act(runs.folder(request.path_params["name"]), given))
             return JSONResponse({"said": said})
 
         return answer
 
-    async def body(request: Request) -> dict[str, Any]:
-        try:
-            given = json.loads(await request.body() or b"{}")
-        except ValueError:
-            given = None
-        if not isinstance(given, dict):
-            raise BadInput("what was sent is no JSON object.")
-        return given
-
-    def refused(request: Request, error: Exception) -> Response:
-        return JSONResponse({"error": str(error)}, 400)
+    async def start(request: Request) -> Response:
+        given = await _body(request)
+        return JSONResponse({"said": await run_in_threadpool(start_run, root, given.get("config"))})
 
     routes = [
         Route("/", page), Route("/run/{name}", page), Route("/plotly.js", plotly), Route("/api/runs", all_runs),
+        Route("/api/start", start, methods=["POST"]),
         Route("/api/runs/{name}", one_run), Route("/api/runs/{name}/candidates/{number:int}", one_candidate),
         Route("/api/runs/{name}/stop", acting(lambda run, given: stop_run(run, jobs)), methods=["POST"]),
         Route("/api/runs/{name}/resume", acting(lambda run, given: resume_run(run, jobs, given.get("candidates"))),
@@ -130,4 +148,27 @@ def build_app(
         Mount("/static", StaticFiles(directory=HERE)),
     ]  # fmt: skip
     guard = Middleware(Guard, token=token, hosts=hosts)
-    return Starlette(routes=routes, middleware=[guard], exception_handlers={BadInput: refused})
+    return Starlette(routes=routes, middleware=[guard], exception_handlers={BadInput: _refused})
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    """What an action was sent.
+
+    Raises BadInput for what is no JSON object, or too long.
+    """
+    sent = b""
+    async for piece in request.stream():  # one that is too long is not read to its end
+        sent += piece
+        if len(sent) > BODY_BYTES:
+            raise BadInput(f"what was sent is longer than {BODY_BYTES} bytes, which no action needs.")
+    try:
+        given = json.loads(sent or b"{}")
+    except (ValueError, RecursionError):
+        given = None
+    if not isinstance(given, dict):
+        raise BadInput("what was sent is no JSON object.")
+    return given
+
+
+def _refused(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": str(error)}, 400)

@@ -14,7 +14,7 @@ from evolver.runs.files import summary_of
 from evolver.storage import Storage
 from evolver.storage.lease import LEASE_SECONDS, read_lease
 
-State = Literal["running", "stopped", "done", "unreadable"]
+State = Literal["running", "stopped", "done", "unreadable", "reading"]  # reading: nobody has looked at it yet
 
 
 @dataclass(frozen=True)

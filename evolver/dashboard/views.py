@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -11,18 +12,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from evolver.dashboard.lineage import drawing
 from evolver.dashboard.overview import Column, Overview, Places, Rows
 from evolver.dashboard.status import Status
-from evolver.records import Expert, Merge, Recipe, ancestors
+from evolver.records import Merge, Recipe, ancestors
 from evolver.report.text import cost_rows
 from evolver.search.hypervolume import hypervolume
 
 POINTS = 2000  # of a curve
 HEAT_ROWS, COLUMNS = 60, 240  # of the heat map
-NODES = 200  # of a lineage
 BINS = 120  # of time
+SPARKS = 60  # points of the small curve of a run
 LISTED = 200  # candidates, failures
 FRONT = 200  # points of a front; one of many tasks may hold nearly all candidates
+# Where a sentence ends: names and numbers hold full stops, too, which no capital follows.
+FIRST_SENTENCE = re.compile(r"(?<=\.)\s+(?=[A-Z])")
 VOLUME = 10**5  # points of a front to the power of its tasks, less two: what its hypervolume takes
 
 
@@ -33,10 +37,11 @@ def details(run: Overview, status: Status) -> dict[str, Any]:
     return {
         "status": asdict(status),
         "curve": curve_points(search),
+        "experts": list(run.about.config.experts),
         "plain": {n: s for n, s in zip(plain.texts("label"), plain.numbers("score").tolist(), strict=True) if s == s},
         "tasks": tasks(run),
         "heat": heat(run),
-        "lineage": lineage(best.recipe) if best else {"nodes": [], "edges": []},
+        "lineage": lineage(run, best.recipe) if best else None,
         "best": best.number if best else None,
         "pareto": pareto(run),
         "failures": failures(search),
@@ -51,7 +56,7 @@ def curve_points(search: Rows) -> dict[str, list[Any]]:
     """Items scored against the best dev score so far, and the scores of those that were scored in full."""
     scores = search.numbers("score")
     best = np.maximum.accumulate(np.where(np.isnan(scores), -np.inf, scores)) if len(scores) else scores
-    improved = np.flatnonzero(np.diff(best, prepend=-np.inf) > 0)
+    improved = np.flatnonzero(best > np.concatenate([[-np.inf], best[:-1]])[: len(best)])
     kept = np.union1d(np.arange(0, len(scores), max(1, len(scores) // POINTS)), improved)
     kept = np.union1d(kept, [len(scores) - 1] if len(scores) else []).astype(int)
     return {
@@ -59,6 +64,20 @@ def curve_points(search: Rows) -> dict[str, list[Any]]:
         "best": _plain(best[kept]), "score": _plain(scores[kept]),
         "number": search.numbers("number")[kept].astype(int).tolist(),
     }  # fmt: skip
+
+
+def sparkline(run: Overview) -> list[float]:
+    """The best dev score after each of ``SPARKS`` shares of the search's candidates, from the first score on."""
+    scores = run.rows("search").numbers("score")
+    best = np.fmax.accumulate(scores)
+    best = best[~np.isnan(best)]
+    places = np.linspace(0, len(best) - 1, min(SPARKS, len(best))).round().astype(int)
+    return np.round(best[places], 6).tolist()  # type: ignore[no-any-return]
+
+
+def verdict_line(status: Status) -> str:
+    """The first sentence of a finished run's verdict; nothing for the others, which have none yet."""
+    return FIRST_SENTENCE.split(status.verdict, maxsplit=1)[0] if status.state == "done" else ""
 
 
 def tasks(run: Overview) -> dict[str, Any]:
@@ -85,19 +104,13 @@ def heat(run: Overview) -> dict[str, Any]:
     return {"models": [c.label or str(c.number) for c, _ in pairs], "items": np.round(cells, 4).tolist()}
 
 
-def lineage(recipe: Recipe) -> dict[str, Any]:
-    """Nodes with their depth under the model, and edges from what is used to what uses it."""
-    nodes = list(ancestors(recipe))
-    depth = {recipe.id: 0}
-    for node in reversed(nodes):
-        for below in node.inputs:
-            depth[below.id] = max(depth.get(below.id, 0), depth.get(node.id, 0) + 1)
-    kept = {n.id for n in nodes[-NODES:]} | {n.id for n in nodes if isinstance(n, Expert)}
-    shown = [n for n in nodes if n.id in kept]
-    return {
-        "nodes": [{"id": n.id, "label": n.label, "made": n.describe(), "depth": depth.get(n.id, 0)} for n in shown],
-        "edges": [[i.id, n.id] for n in shown for i in n.inputs if i.id in kept],
-    }
+def lineage(run: Overview, recipe: Recipe) -> dict[str, Any]:
+    """A model's lineage as it is drawn; the models in it that are candidates have their numbers."""
+    table = run.rows("search").table
+    ids = pa.array([node.id for node in ancestors(recipe)])
+    known = table.filter(pc.is_in(table["recipe_id"], ids)).select(["recipe_id", "number"])
+    numbers = dict(zip(*(reversed(column.to_pylist()) for column in known.columns), strict=True))  # the first counts
+    return drawing(recipe, numbers)
 
 
 def pareto(run: Overview) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from evolver.loop import Guesses, evolve
 from evolver.merging.export import export, write_heads
 from evolver.pool import Pool
 from evolver.records import Candidate, Merge, Recipe, Result, Rule, dump_recipe
+from evolver.report.examples import compared_items, read_texts, write_texts
 from evolver.report.report import write_report
 from evolver.report.verdict import verdict
 from evolver.runs.about import About, Job, write_about
@@ -194,7 +195,9 @@ def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Di
             agreement = score_again(prepared, best, outcome.best_dev.items, device)
         storage.write(AGREEMENT_FILE, json.dumps(agreement).encode())
         storage.write(RECIPE_FILE, text)  # last: only a folder that was checked counts as written
-    write_report(storage, outcome, agreement)
+    found = compared_items(outcome)
+    write_texts(storage, prepared.tasks.show("report", found.shown if found else []))
+    write_report(storage, outcome, agreement, read_texts(storage))
     display.say(verdict(outcome))
     display.say(f"report: {folder.location}/report.md")
 

@@ -11,6 +11,9 @@ from evolver.evaluation.items import Item
 from evolver.evaluation.scores.metrics import Metric
 from evolver.records import Split
 
+# Characters that are kept of an answer: generated texts may be long, and a report shows their beginning and end.
+SAID_LENGTH = 400
+
 
 @dataclass(frozen=True)
 class AskedItem:
@@ -18,6 +21,14 @@ class AskedItem:
 
     entry: TaskEntry
     item: Item
+
+
+@dataclass(frozen=True)
+class ItemText:
+    """An item as people read it: what the model is asked, and the right answer (empty: there is none to show)."""
+
+    prompt: str
+    right: str = ""
 
 
 @dataclass
@@ -30,12 +41,15 @@ class Scored:
         tokens: number of tokens that went through the model, without padding; an image counts as one.
         truncated: number of items whose prompt was cut, or whose generated answer reached its limit before its end.
         invalid: number of items in whose generated text lm-eval's filters found no answer.
+        said: the answers in words, for the examples of a report. A kind of evaluation whose answers are no words leaves
+            it empty.
     """
 
     answers: dict[int, float] = field(default_factory=dict)
     tokens: int = 0
     truncated: int = 0
     invalid: int = 0
+    said: dict[int, str] = field(default_factory=dict)
 
     def add(self, other: Scored, places: Sequence[int] | None = None) -> None:
         """Add the answers to some other items.
@@ -44,6 +58,7 @@ class Scored:
             places: ``places[i]`` is the place here of the other's place i; default: i itself.
         """
         self.answers.update({p if places is None else places[p]: answer for p, answer in other.answers.items()})
+        self.said.update({p if places is None else places[p]: text for p, text in other.said.items()})
         self.tokens += other.tokens
         self.truncated += other.truncated
         self.invalid += other.invalid
@@ -52,6 +67,12 @@ class Scored:
     def items(self) -> list[float]:
         """The answers in the order of the places."""
         return [self.answers[place] for place in sorted(self.answers)]
+
+    @property
+    def words(self) -> list[str]:
+        """The answers in words in the same order, shortened; an empty text where there are none."""
+        texts = (shortened(self.said.get(place, ""), SAID_LENGTH) for place in sorted(self.answers))
+        return [text.encode(errors="replace").decode() for text in texts]  # half a surrogate pair cannot be stored
 
     @property
     def counts(self) -> dict[str, float]:
@@ -138,6 +159,13 @@ class Checked(Protocol):
         ...
 
 
+@runtime_checkable
+class Shows(Protocol):
+    """A judge that can show its items to people, in the examples of a report."""
+
+    def show(self, asked: AskedItem) -> ItemText: ...
+
+
 JUDGES: dict[str, type[Judge]] = {}
 JudgeType = TypeVar("JudgeType", bound=type[Any])
 
@@ -150,3 +178,12 @@ def judge(name: str) -> Callable[[JudgeType], JudgeType]:
         return kind
 
     return register
+
+
+def shortened(text: str, length: int) -> str:
+    """A text of at most ``length`` characters: of a longer one the middle is left out, and a mark stands there."""
+    if len(text) <= length:
+        return text
+    mark = " […] "
+    head = (length - len(mark) + 1) // 2
+    return f"{text[:head]}{mark}{text[len(text) - (length - len(mark) - head) :]}"

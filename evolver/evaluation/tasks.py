@@ -11,7 +11,7 @@ from typing import Any
 from evolver.config import Config, TaskEntry
 from evolver.errors import BadInput, nearest
 from evolver.evaluation import judges
-from evolver.evaluation.base import JUDGES, AskedItem, Checked, Grouped, Judge, Scored, Scorer
+from evolver.evaluation.base import JUDGES, AskedItem, Checked, Grouped, ItemText, Judge, Scored, Scorer, Shows
 from evolver.evaluation.items import Item, Items, ItemSource, draw, in_order
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Split
@@ -92,6 +92,12 @@ class Tasks:
             if places:
                 parts.append((judge.scorer(model, [asked[p] for p in places], scored), places))
         return SplitScorer(parts)
+
+    def show(self, split: Split, places: Sequence[int]) -> dict[int, ItemText]:
+        """Items of a split as people read them, by their places; without those whose judge cannot show them."""
+        asked = self._asked(split)
+        found = {p: (self.judges[asked[p].entry.task], asked[p]) for p in places}
+        return {p: judge.show(item) for p, (judge, item) in found.items() if isinstance(judge, Shows)}
 
     def _asked(self, split: Split) -> list[AskedItem]:
         return [AskedItem(self._owners[split, item], item) for item in self.items.of(split)]

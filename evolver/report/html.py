@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 from markdown_it import MarkdownIt
 
-IMAGE = re.compile(r'<img src="([^":]+)"')
+# The report's own pictures lie beside it; whatever else a text names is left alone.
+IMAGE = re.compile(r'<img src="([\w-]+\.png)"')
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -36,7 +37,8 @@ th {{ color: var(--soft); font-weight: 600; }}
 blockquote {{ margin: 1rem 0; padding: 0.1rem 1rem; border-left: 4px solid #c77700; background: var(--mark); }}
 code, pre {{ font: 0.9em/1.5 ui-monospace, monospace; background: var(--mark); border-radius: 4px; }}
 code {{ padding: 0.1em 0.3em; overflow-wrap: anywhere; }}
-pre {{ padding: 0.8rem; overflow-x: auto; }}
+pre {{ padding: 0.8rem; white-space: pre-wrap; overflow-wrap: anywhere; }}
+li {{ overflow-wrap: anywhere; }}
 pre code {{ padding: 0; }}
 img {{ max-width: 100%; height: auto; }}
 </style>

@@ -13,12 +13,14 @@ from typing import Any
 import yaml
 
 from evolver.errors import BadInput, file_sentence
+from evolver.evaluation.base import ItemText
 from evolver.evaluation.scores.comparison import compare, interval
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Recipe, Result, ancestors, dump_recipe
 from evolver.report.curve import curve
+from evolver.report.examples import examples_section, read_texts
 from evolver.report.html import html_page
-from evolver.report.text import cost_rows, markdown_table, median_or_zero, of_task, score_text, signed
+from evolver.report.text import cost_rows, escaped, markdown_table, median_or_zero, of_task, score_text, signed
 from evolver.report.verdict import verdict
 from evolver.runs.files import SUMMARY_FILE, agreement_of
 from evolver.runs.history import History, read_history, rows_of
@@ -32,8 +34,15 @@ FLAWS = {
 }
 
 
-def write_report(folder: Storage, outcome: Outcome, agreement: Mapping[str, int]) -> None:
-    """Write ``report.md`` and its twin ``report.html`` with its picture, and for programs ``summary.json``."""
+def write_report(
+    folder: Storage, outcome: Outcome, agreement: Mapping[str, int], texts: Mapping[int, ItemText] | None = None
+) -> None:
+    """Write ``report.md`` and its twin ``report.html`` with its picture, and for programs ``summary.json``.
+
+    Args:
+        agreement: what scoring the exported winner again gave.
+        texts: of the report items that are shown as examples, by their places.
+    """
     folder.write("curve.png", curve(outcome))
     folder.write(SUMMARY_FILE, json.dumps(summary(outcome), indent=1).encode())
     sections = [
@@ -43,6 +52,7 @@ def write_report(folder: Storage, outcome: Outcome, agreement: Mapping[str, int]
         "\n\n".join(f"> Warning: {w}." for w in outcome.about.warnings),
         table_of(outcome),
         _against_others(outcome),
+        examples_section(outcome, texts or {}),
         "![best dev score against scored items](curve.png)",
         _winner_section(outcome, agreement),
         _lineage(outcome.winner.recipe),
@@ -59,7 +69,7 @@ def _question(outcome: Outcome) -> str:
     """What the run was to find out, and how."""
     config, dev = outcome.config, len(outcome.scales["dev"].tasks)
     heavy = {t.task: f", weight {t.weight:g}" if t.weight != 1 else "" for t in config.evaluation.tasks}
-    tasks = _listed([f"{t.task} ({t.metric}{heavy[t.task]})" for t in config.evaluation.tasks])
+    tasks = _listed([f"{escaped(t.task)} ({escaped(t.metric)}{heavy[t.task]})" for t in config.evaluation.tasks])
     limits = _listed([f"{n} {what}" for what, n in config.budget.model_dump(exclude_none=True).items()])
     settings = {key: value for key, value in config.search.items() if key != "algorithm"}
     said = yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=math.inf).strip()[1:-1]
@@ -109,7 +119,7 @@ def write_again(run: Storage, target: Storage) -> str:
     if outcome is None or agreement is None:
         raise BadInput(f"{run.location}: the run has not come to its end; go on with it first (evolver resume).")
     try:
-        write_report(target, outcome, agreement)
+        write_report(target, outcome, agreement, read_texts(run))
         target.write("candidates.csv", _csv(history).encode())
     except OSError as error:
         raise BadInput(file_sentence(error, target.location)) from error
@@ -141,14 +151,14 @@ def table_of(outcome: Outcome) -> str:
 def _headline(task: str, scale: Scale) -> str:
     """The task's name; with its metric where that is one of which less is better."""
     metric = scale.metrics[task]
-    return f"{task} ({metric.name}, less is better)" if metric.negative else task
+    return f"{escaped(task)} ({metric.name}, less is better)" if metric.negative else escaped(task)
 
 
 def _row(finalist: Finalist, outcome: Outcome, flawed: Sequence[str]) -> list[str]:
     name, scale = f"**{finalist.label}**" if finalist.label == "winner" else finalist.label, outcome.scales["report"]
     dev = score_text(finalist.dev.score, outcome.scales["dev"])
     if finalist.report.score is None:
-        return [name, dev, f"failed: {finalist.report.reason}", "", *["" for _ in (*scale.weights, *flawed)]]
+        return [name, dev, f"failed: {escaped(finalist.report.reason)}", "", *["" for _ in (*scale.weights, *flawed)]]
     low, high = interval(finalist.report.items, scale, outcome.config.seed)
     tasks = [of_task(finalist.report.tasks.get(t), scale.metrics[t]) for t in scale.weights]
     flaws = [f"{100 * finalist.report.counts.get(f, 0.0) / len(scale.tasks):.1f}" for f in flawed]
@@ -243,7 +253,7 @@ def _failures(outcome: Outcome) -> str:
     failed = [(c, r) for c, r in outcome.searched if r.status == "failed"]
     if not failed:
         return ""
-    rows = [[str(c.number), r.reason] for c, r in failed]
+    rows = [[str(c.number), escaped(r.reason)] for c, r in failed]
     return "## Failed candidates\n\n" + markdown_table(["candidate", "reason"], rows)
 
 

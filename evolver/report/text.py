@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 
@@ -22,6 +23,22 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+# What Markdown or HTML would take for more than text; an underscore within a word is only that.
+MARKED = re.compile(r"[\\`*\[\]<>|~&]|(?<![^\W_])_|_(?![^\W_])")
+
+
+def escaped(text: str) -> str:
+    """Somebody else's text in one line, so that Markdown shows it as it is: in a paragraph, a list or a table."""
+    return MARKED.sub(lambda found: "\\" + found[0], " ".join(text.split()))
+
+
+def fenced(text: str) -> str:
+    """Somebody else's text of several lines as a block that Markdown shows as it is."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"
 
 
 def score_text(value: float | None, scale: Scale) -> str:

@@ -36,7 +36,7 @@ def pack_result(result: Result) -> bytes:
 def unpack_result(data: bytes) -> Result:
     """The inverse of ``pack_result``."""
     result = Result(**_unpack(data))
-    return replace(result, items=tuple(result.items))
+    return replace(result, items=tuple(result.items), said=tuple(result.said))
 
 
 def _pack(fields: dict[str, Any]) -> bytes:

@@ -111,8 +111,10 @@ class SharedPool:
 
     def _join(self, shared: _Shared) -> Result:
         pieces = [shared.come[first] for first in sorted(shared.come)]
+        said = tuple(text for piece in pieces for text in piece.said)
         seconds, counts = ({k: math.fsum(p[k] for p in ps) for k in ps[0]} for ps in _columns(pieces))
-        return shared.course.result(shared.items, seconds, counts, "+".join(p.worker for p in pieces))
+        worker = "+".join(p.worker for p in pieces)
+        return replace(shared.course.result(shared.items, seconds, counts, worker), said=said)
 
 
 def _columns(pieces: Sequence[Result]) -> tuple[list[dict[str, float]], list[dict[str, float]]]:

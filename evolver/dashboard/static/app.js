@@ -1,7 +1,7 @@
 // The pages: fetched as JSON, drawn anew when something has changed. No state is kept but what the server says.
 "use strict";
 
-const REFRESH = 2000;
+const REFRESH = 2000, SOON = 200; // milliseconds
 const main = document.getElementById("main");
 const live = document.getElementById("live");
 const name = location.pathname.startsWith("/run/") ? decodeURIComponent(location.pathname.slice(5)) : null;
@@ -16,6 +16,8 @@ const age = (s) => {
   return `${Math.max(0, Math.floor(s))} s ago`;
 };
 const spent = (now, limit) => (limit === null ? `${now}` : `${now} of ${limit}`);
+
+const sentence = (r) => r.verdict || { running: "It is running.", stopped: "It was stopped; it can be resumed.", reading: "It is being read." }[r.state] || "";
 
 // Elements are made, not written as text: what a run is called can be no markup.
 function el(tag, given = {}, ...children) {
@@ -50,10 +52,34 @@ async function act(path, body) {
 const state = (s) => el("span", { class: `state ${s}` }, s);
 
 function list(runs) {
-  const rows = runs.map((r) => [el("a", { href: `/run/${encodeURIComponent(r.name)}` }, r.name), state(r.state), r.algorithm,
-    number(r.best), number(r.expert), spent(r.spent[0], r.budget[0]), spent(r.spent[1], r.budget[1]), `${r.workers}`, age(r.age)]);
-  const head = ["run", "state", "search", "best dev", "best expert", "candidates", "items", "workers", "last result"];
-  return [runs.length ? table(head, rows, "runs") : el("p", {}, "There are no runs in this folder yet.")];
+  const rows = runs.map((r) => [[el("a", { href: `/run/${encodeURIComponent(r.name)}`, title: r.name }, short(r.name, 40)), el("p", { class: "sentence" }, sentence(r))],
+    state(r.state), spark(r.line), number(r.best), number(r.expert), spent(r.spent[0], r.budget[0]), spent(r.spent[1], r.budget[1]), `${r.workers}`, age(r.age)]);
+  const head = ["run", "state", "best so far", "best dev", "best expert", "candidates", "items", "workers", "last result"];
+  return [starting(), runs.length ? table(head, rows, "runs") : el("p", {}, "There are no runs in this folder yet.")];
+}
+
+// A small curve of the best dev score, by share of the candidates.
+function spark(line) {
+  if (!line.length) return "–";
+  const low = Math.min(...line), high = Math.max(...line), size = [96, 24];
+  const at = (v, k) => [2 + ((size[0] - 4) * k) / Math.max(1, line.length - 1), size[1] - 3 - (high > low ? ((size[1] - 6) * (v - low)) / (high - low) : 0)].map((c) => c.toFixed(1));
+  const said = `best dev score so far, from ${number(line[0])} to ${number(line.at(-1))}`;
+  const d = line.map((v, k) => (k ? `H${at(v, k)[0]}V${at(v, k)[1]}` : `M${at(v, k)}`)).join("");
+  return svg("svg", { class: "spark", width: size[0], height: size[1], role: "img", "aria-label": said }, svg("title", {}, said),
+    svg("path", { d: line.length > 1 ? d : `${d}H${size[0] - 2}` }));
+}
+
+function starting() {
+  const file = el("input", { id: "config", maxlength: "1000", size: "40", placeholder: "configs/demo.yaml", "aria-label": "path of a configuration", spellcheck: "false" });
+  const start = async (event) => {
+    event.preventDefault();
+    button.disabled = true;
+    live.textContent = "The configuration is being checked.";
+    await act("/api/start", { config: file.value });
+    button.disabled = false;
+  };
+  const button = el("button", { id: "start", type: "submit" }, "Check and start");
+  return el("form", { class: "actions", on: { submit: start } }, el("label", { for: "config" }, "start the configuration"), file, button);
 }
 
 function facts(s) {
@@ -80,6 +106,8 @@ function card(title, content, wide = false) {
 }
 
 const plot = (id) => el("div", { class: "plot", id });
+// A plot, or a sentence where there is nothing to draw.
+const plotted = (there, id) => (there ? plot(id) : el("p", {}, "No model has a score yet."));
 
 function page(run) {
   const s = run.status;
@@ -92,13 +120,14 @@ function page(run) {
     s.verdict ? el("p", { class: "verdict" }, s.verdict) : null,
     ...run.warnings.map((w) => el("p", { class: "warning" }, w)),
     actions(s),
+    legend(run),
     el("div", { class: "cards" },
-      card("Best dev score against scored items", plot("curve"), true),
-      card("Scores per task", plot("tasks")),
+      card("Best dev score against scored items", plotted(Object.keys(run.plain).length || run.best !== null, "curve"), true),
+      card("Scores per task", plotted(Object.keys(run.tasks.models).length, "tasks"), !run.pareto.front.length), // no hole beside it
       run.pareto.front.length ? card(`Pareto front (hypervolume ${number(run.pareto.volume)})`,
         [run.pareto.whole ? null : el("p", {}, `The ${run.pareto.front.length} of it with the highest sums.`), axes(run), plot("pareto")]) : null,
-      card("Lineage of the best candidate", plot("lineage"), run.pareto.front.length > 0), // no hole beside it
-      card("Answers: models by items", plot("heat"), true),
+      card("Lineage of the best candidate", lineage(run, run.lineage, "lineage"), true),
+      card("Answers: models by items", plotted(run.heat.models.length, "heat"), true),
       card("Leading candidates", table(["candidate", "score", "items", "seconds", "proposed by"],
         run.candidates.slice(0, 25).map((c) => [el("a", { href: "#candidate", on: { click: () => choose(c.number) } }, `${c.number}`),
           number(c.score), `${c.size}`, number(c.total, 2), c.proposer]), "candidates")),
@@ -151,61 +180,8 @@ async function candidate() {
     el("p", {}, `Candidate ${chosen}, recipe ${found.settings.recipe}. ${found.reason || scores}`),
     found.settings.depth ? plot("layers") : "",
     rows.length ? table(["method", "where", "setting", "value"], rows, "settings") : el("p", {}, "It is made by crossovers alone: no coefficients are in force."),
-    plot("family"));
-  const lines = found.settings.lines.map((l) => ({ x: l.values.map((_, i) => i), y: l.values, name: l.name, mode: "lines+markers", line: { shape: "hvh" }, marker: { size: 4 } }));
-  if (lines.length) put("layers", lines, { xaxis: { title: { text: "layer" }, tickformat: "d", gridcolor: color("--line") }, yaxis: { title: { text: "coefficient" }, gridcolor: color("--line") } });
-  family("family", found.lineage);
-}
-
-const color = (v) => getComputedStyle(document.documentElement).getPropertyValue(v).trim();
-
-function put(id, data, more) {
-  if (!window.Plotly || !document.getElementById(id)) return;
-  const layout = { margin: { l: 50, r: 15, t: 10, b: 45 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    uirevision: "kept", font: { color: color("--text") }, legend: { orientation: "h", y: innerWidth < 600 ? -0.45 : -0.25 }, xaxis: { gridcolor: color("--line") },
-    yaxis: { gridcolor: color("--line") }, ...more };
-  Plotly.react(id, data, layout, { displaylogo: false, responsive: true });
-}
-
-function draw(run) {
-  const titled = (x, y) => ({ xaxis: { title: { text: x }, gridcolor: color("--line") }, yaxis: { title: { text: y }, gridcolor: color("--line") } });
-  const end = run.curve.spent.at(-1) || 1;
-  put("curve", [
-    { x: run.curve.spent, y: run.curve.score, mode: "markers", name: "candidates", marker: { color: color("--soft"), size: 5 }, text: run.curve.number },
-    { x: run.curve.spent, y: run.curve.best, mode: "lines", name: "best so far", line: { shape: "hv", width: 3, color: color("--accent") } },
-    ...Object.entries(run.plain).map(([label, v]) => ({ x: [0, end], y: [v, v], mode: "lines", name: label, line: { dash: "dot", width: 1.5 } })),
-  ], titled("items scored", "dev score"));
-  put("tasks", Object.entries(run.tasks.models).map(([m, v]) => ({ x: run.tasks.tasks, y: v, type: "bar", name: m })), { barmode: "group" });
-  if (run.pareto.front.length) {
-    const points = (rows, more) => ({ x: rows.map((r) => r.values[axis[0]]), y: rows.map((r) => r.values[axis[1]]), text: rows.map((r) => `${r.number}`), mode: "markers", ...more });
-    put("pareto", [points(run.pareto.others, { name: "others", marker: { color: color("--soft") } }),
-      points(run.pareto.front, { name: "front", marker: { color: color("--accent"), size: 9 } })],
-    titled(run.pareto.tasks[axis[0]], run.pareto.tasks[axis[1]]));
-  }
-  const models = run.heat.models;
-  if (models.length) put("heat", [{ z: run.heat.items, y: models.map((m, i) => `${i}: ${m}`), type: "heatmap", colorscale: "Viridis" }],
-    { yaxis: { autorange: "reversed", automargin: true }, xaxis: { title: { text: "dev items" } } });
-  put("busy", [{ x: run.busy.at.map((t) => new Date(1000 * t)), y: run.busy.share, type: "scatter", mode: "lines", fill: "tozeroy", line: { shape: "hvh", color: color("--accent") } }],
-    { xaxis: { gridcolor: color("--line") }, yaxis: { title: { text: "workers busy" }, tickformat: ".0%", range: [0, 1.05], gridcolor: color("--line") }, showlegend: false });
-  family("lineage", run.lineage);
-}
-
-function family(id, lineage) {
-  const at = new Map(), levels = new Map();
-  for (const n of lineage.nodes) {
-    const place = levels.get(n.depth) || 0;
-    levels.set(n.depth, place + 1);
-    at.set(n.id, [place + 0.3 * Math.sin(2.4 * n.depth), -n.depth, n.label, n.made]); // so that no line hides behind another
-  }
-  const lines = { x: [], y: [], mode: "lines", line: { color: color("--line") }, hoverinfo: "skip", showlegend: false };
-  for (const [a, b] of lineage.edges) {
-    lines.x.push(at.get(a)[0], at.get(b)[0], null);
-    lines.y.push(at.get(a)[1], at.get(b)[1], null);
-  }
-  const nodes = [...at.values()];
-  put(id, [lines, { x: nodes.map((n) => n[0]), y: nodes.map((n) => n[1]), text: nodes.map((n) => n[2]), hovertext: nodes.map((n) => n[3]),
-    mode: nodes.length < 25 ? "markers+text" : "markers", textposition: "top center", marker: { size: 10, color: color("--accent") },
-    hoverinfo: "text", showlegend: false, cliponaxis: false }], { xaxis: { visible: false }, yaxis: { visible: false } });
+    ...lineage(current, found.lineage, "family"));
+  drawLayers(current, found.settings);
 }
 
 // The page is made anew, but for what somebody may be looking into or typing at.
@@ -221,20 +197,29 @@ function renew(run) {
   draw(run);
 }
 
+// The list is made anew, but for the path that somebody may be typing.
+function relist(runs) {
+  const old = document.querySelector("form");
+  const made = list(runs);
+  main.replaceChildren(old || made[0], ...made.slice(1));
+}
+
 async function refresh() {
   try {
     const found = await get(name === null ? "/api/runs" : `/api/runs/${encodeURIComponent(name)}`);
+    if (name === null && found.some((r) => r.state === "reading")) setTimeout(refresh, SOON); // the rest of the list
     const now = JSON.stringify(found, (key, value) => (key === "age" ? undefined : value));
     if (now !== shown) {
       shown = now, current = found;
       const focused = document.activeElement?.id, top = scrollY;
-      if (name === null) main.replaceChildren(...list(found));
+      if (name === null) relist(found);
       else renew(found);
       if (focused) document.getElementById(focused)?.focus();
       scrollTo(0, top);
     }
   } catch (error) {
-    live.textContent = error.message;
+    if (current) live.textContent = error.message;
+    else main.replaceChildren(el("p", { class: "warning" }, error.message));
   }
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from evolver.config import Config, EvaluationSettings, TaskEntry
 from evolver.errors import BadInput, nearest
-from evolver.evaluation.base import AskedItem, Scored, judge
+from evolver.evaluation.base import AskedItem, ItemText, Scored, judge
 from evolver.evaluation.batches import Batches, by_length
 from evolver.evaluation.data import Row
 from evolver.evaluation.items import Item
@@ -44,35 +44,45 @@ class Classification(RowJudge):
 
     def scorer(self, model: LiveModel, asked: Sequence[AskedItem], scored: Iterable[Item]) -> ClassificationScorer:
         questions = [
-            TextQuestion(a.entry, _texts(self.row(a), a.entry), self.right(a), self._spaces.head(a.entry))
+            TextQuestion(
+                a.entry, _texts(self.row(a), a.entry), self.right(a), self._spaces.head(a.entry),
+                self._spaces.names(a.entry),
+            )
             for a in asked
-        ]
+        ]  # fmt: skip
         return ClassificationScorer(model, questions, self.settings)
+
+    def show(self, asked: AskedItem) -> ItemText:
+        """See ``Shows``."""
+        right = label_text(self.right(asked), asked.entry, self._spaces.names(asked.entry))
+        return ItemText("\n\n".join(_texts(self.row(asked), asked.entry)), right)
 
 
 @dataclass(frozen=True)
 class TextQuestion:
-    """One item: what is asked, the right answer, and whose head answers (None: the model's one)."""
+    """One item: what is asked, the right answer, whose head answers (None: the model's one), its labels' names."""
 
     entry: TaskEntry
     texts: tuple[str, ...]
     right: float
     head: str | None = None
+    names: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def metric(self) -> Metric:
         return _known(self.entry)[self.entry.metric]
 
-    def answer(self, logits: Tensor) -> float:
-        """What the model says, as it is kept: judged where the metric is the mean of judged items."""
+    def answer(self, logits: Tensor) -> tuple[float, str]:
+        """What the model says, as it is kept (judged where the metric is the mean of judged items), and in words."""
         if self.metric.name in VALUE:
-            return logits[0].item()
-        if self.entry.threshold is None:
+            said = logits[0].item()
+        elif self.entry.threshold is None:
             said = float(logits.argmax())
         else:
             chosen = (logits.sigmoid() > self.entry.threshold).nonzero().flatten().tolist()
             said = float(sum(1 << label for label in chosen))
-        return float(said == self.right) if self.metric.judged else said
+        words = label_text(said, self.entry, self.names)
+        return (float(said == self.right) if self.metric.judged else said), words
 
 
 class ClassificationScorer:
@@ -103,7 +113,7 @@ class ClassificationScorer:
             self._ready[key] = Batches(keys, self._inputs)
         out = Scored(tokens=sum(lengths.values()), truncated=sum(self.whole[p] > lengths[p] for p in places))
         for numbers, logits in self._ready[key].run(self._forward):
-            out.answers.update({p: self.questions[p].answer(row) for p, row in zip(numbers, logits, strict=True)})
+            take_in(out, self.questions, numbers, logits)
         return out
 
     @torch.inference_mode()
@@ -145,6 +155,12 @@ def by_head(
     return out
 
 
+def take_in(out: Scored, questions: Sequence[TextQuestion], places: Sequence[int], logits: Tensor) -> None:
+    """Add the answers to the items at ``places``, given their logits (rows, labels)."""
+    for place, row in zip(places, logits, strict=True):
+        out.answers[place], out.said[place] = questions[place].answer(row)
+
+
 class LabelSpaces:
     """Which labels a task's answers are among, and whose head says them."""
 
@@ -166,6 +182,10 @@ class LabelSpaces:
             return {name: number for number, name in enumerate(names)}
         head = self.head(entry)
         return self._of(self._model.base if head is None else self._experts[head])
+
+    def names(self, entry: TaskEntry) -> dict[int, str]:
+        """Names of the labels by number; raises as ``of`` does."""
+        return {} if entry.metric in VALUE else {number: name for name, number in self.of(entry).items()}
 
     def _of(self, location: str) -> Labels:
         if location not in self._known:
@@ -205,6 +225,16 @@ def _known(entry: TaskEntry) -> Mapping[str, Metric]:
 
 def _texts(row: Row, entry: TaskEntry) -> tuple[str, ...]:
     return (str(row[entry.text]), *([str(row[entry.text_pair])] if entry.text_pair else []))
+
+
+def label_text(answer: float, entry: TaskEntry, names: Mapping[int, str]) -> str:
+    """A class, a set of labels or a number, as it is kept, for people."""
+    if entry.metric in VALUE:
+        return f"{answer:.4g}"
+    if entry.threshold is None:
+        return names.get(int(answer), str(int(answer)))
+    chosen = [n for n in range(int(answer).bit_length()) if int(answer) >> n & 1]
+    return ", ".join(names.get(n, str(n)) for n in chosen) or "no label"
 
 
 def right_answer(value: Any, labels: Labels, entry: TaskEntry) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ import torch
 
 from evolver.config import Config, TaskEntry
 from evolver.errors import BadInput, nearest
-from evolver.evaluation.base import AskedItem, Scored, judge
+from evolver.evaluation.base import AskedItem, ItemText, Scored, judge
 from evolver.evaluation.data import Row
 from evolver.evaluation.items import Item
 from evolver.evaluation.judges.classifier import LabelSpaces
@@ -55,6 +56,10 @@ class Functions(RowJudge):
 
     def right(self, asked: AskedItem) -> float:
         return 0.0  # judged item by item, always
+
+    def show(self, asked: AskedItem) -> ItemText:
+        """See ``Shows``: what the function is given; the right answer, if there is one, only the function knows."""
+        return ItemText(json.dumps(self.row(asked), ensure_ascii=False, default=repr))
 
     def scorer(self, model: LiveModel, asked: Sequence[AskedItem], scored: Iterable[Item]) -> FunctionScorer:
         rows = [self.row(a) for a in asked]

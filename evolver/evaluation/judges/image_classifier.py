@@ -12,11 +12,19 @@ from torch import Tensor
 
 from evolver.config import Config, DataSet, TaskEntry
 from evolver.errors import BadInput
-from evolver.evaluation.base import AskedItem, Scored, judge
+from evolver.evaluation.base import AskedItem, ItemText, Scored, judge
 from evolver.evaluation.batches import Batches, by_length
 from evolver.evaluation.data import Row
 from evolver.evaluation.items import Item
-from evolver.evaluation.judges.classifier import LabelSpaces, TextQuestion, by_head, named_metric, right_answer
+from evolver.evaluation.judges.classifier import (
+    LabelSpaces,
+    TextQuestion,
+    by_head,
+    label_text,
+    named_metric,
+    right_answer,
+    take_in,
+)
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.rows import RowJudge
 from evolver.evaluation.scores.metrics import Metric
@@ -54,9 +62,17 @@ class Images(RowJudge):
         return right_answer(self.row(asked)[asked.entry.label], self._spaces.of(asked.entry), asked.entry)
 
     def scorer(self, model: LiveModel, asked: Sequence[AskedItem], scored: Iterable[Item]) -> ImageScorer:
-        questions = [TextQuestion(a.entry, (), self.right(a), self._spaces.head(a.entry)) for a in asked]
+        spaces = self._spaces
+        questions = [
+            TextQuestion(a.entry, (), self.right(a), spaces.head(a.entry), spaces.names(a.entry)) for a in asked
+        ]
         images = [self.row(a)[a.entry.image] for a in asked]
         return ImageScorer(model, questions, images, self.settings.batch_size or BATCH)
+
+    def show(self, asked: AskedItem) -> ItemText:
+        """See ``Shows``: a report holds no images, so it says which one it is."""
+        right = label_text(self.right(asked), asked.entry, self._spaces.names(asked.entry))
+        return ItemText(f"the image of row {asked.item.index + 1} of {asked.item.task.partition(':')[2]}", right)
 
 
 class ImageScorer:
@@ -78,7 +94,7 @@ class ImageScorer:
             self._ready[key] = Batches(keys, self._pixels)
         out = Scored(tokens=len(places))
         for numbers, logits in self._ready[key].run(self._forward):
-            out.answers.update({p: self.questions[p].answer(row) for p, row in zip(numbers, logits, strict=True)})
+            take_in(out, self.questions, numbers, logits)
         return out
 
     @torch.inference_mode()

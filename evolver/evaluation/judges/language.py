@@ -13,10 +13,10 @@ from lm_eval.api.instance import Instance
 
 from evolver.config import Config, TaskEntry
 from evolver.errors import BadInput
-from evolver.evaluation.base import AskedItem, Scorer, judge
+from evolver.evaluation.base import AskedItem, ItemText, Scorer, judge
 from evolver.evaluation.items import Item, item_hash
 from evolver.evaluation.language.library import Library, Meaning
-from evolver.evaluation.language.requests import PreparedRequests, build_requests, keep_apart, right
+from evolver.evaluation.language.requests import PreparedRequests, build_requests, item_text, keep_apart, right
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.scores.metrics import Metric
 from evolver.records import Split
@@ -76,6 +76,14 @@ class Language:
         task = self.library.tasks[asked.item.task]
         document = self._documents[asked.item.task][asked.item.index]
         return right(task, document, asked.entry.metric, self._meaning(asked.entry))
+
+    def show(self, asked: AskedItem) -> ItemText:
+        """See ``Shows``: the item alone, without the examples and the chat template of its prompt."""
+        name, number = asked.item.task, asked.item.index
+        try:
+            return item_text(self.library.tasks[name], self._documents[name][number])
+        except Exception:  # the task's own templates and functions, not all of which are needed to score it
+            return ItemText(f"document {number} of {name}")
 
     def scorer(self, model: LiveModel | LaunchedModel, asked: Sequence[AskedItem], scored: Iterable[Item]) -> Scorer:
         hashes = {i.hash for i in scored}

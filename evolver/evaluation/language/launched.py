@@ -150,7 +150,7 @@ class LaunchedScorer:
         for place, item in items.items():
             answers = [[next(said) for _ in range(_times(r))] for r in item.requests]
             judgement = item.judge([a if kind == "generate_until" else a[0] for a in answers])
-            out.answers[place] = judgement.answer
+            out.answers[place], out.said[place] = judgement.answer, judgement.said
             out.invalid += judgement.invalid
 
 

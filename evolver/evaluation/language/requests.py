@@ -12,6 +12,7 @@ from lm_eval.api.task import Task
 
 from evolver.config import EvaluationSettings
 from evolver.errors import BadInput
+from evolver.evaluation.base import ItemText
 from evolver.evaluation.items import Item, item_hash
 from evolver.evaluation.language.library import Meaning, filters, metric_name, quiet
 
@@ -21,10 +22,11 @@ INVALID = ("[invalid]", "", None)
 
 @dataclass(frozen=True)
 class Judgement:
-    """The result of an item: its answer as a number, and whether no answer was found in the generated text."""
+    """The result of an item: its answer as a number and in words, and whether the generated text held no answer."""
 
     answer: float
     invalid: bool
+    said: str = ""
 
 
 class PreparedRequests:
@@ -61,7 +63,34 @@ class PreparedRequests:
         outcome = self.task.process_results(self.requests[0].doc, filtered)
         first = filtered[0]
         invalid = self.kind == "generate_until" and not isinstance(first, list) and first in INVALID
-        return Judgement(self.meaning.answer(outcome[self.metric]), invalid)
+        return Judgement(self.meaning.answer(outcome[self.metric]), invalid, self._in_words(answers, first))
+
+    def _in_words(self, answers: Sequence[Any], filtered: Any) -> str:
+        """The answer as people read it: the chosen option, the written text and what was taken of it, or how likely the
+        given text is to the model.
+        """
+        if self.kind == "generate_until":
+            written = str(answers[0][0] if isinstance(answers[0], list) else answers[0])
+            taken = filtered if isinstance(filtered, str) else written
+            if not written.strip():
+                return "(an empty answer)"
+            return written if taken.strip() in ("", written.strip()) else f"{written} → {taken}"
+        if len(self.requests) > 1:
+            return self._chosen([likelihood for likelihood, _ in answers])
+        likelihood, greedy = answers[0] if isinstance(answers[0], tuple) else (answers[0], None)
+        is_first = {True: ", and the model's first choice", False: ", and not the model's first choice", None: ""}
+        return f"log-likelihood {float(likelihood):.2f}{is_first[greedy]}"
+
+    def _chosen(self, likelihoods: Sequence[float]) -> str:
+        """The option that the metric takes the model to have chosen."""
+        options = options_of(self.task, self.requests[0].doc) or [str(r.args[1]).strip() for r in self.requests]
+        scores = list(likelihoods[: len(options)])
+        if self.metric == "acc_mutual_info":  # behind them stand those of the options without the question
+            scores = [s - alone for s, alone in zip(scores, likelihoods[len(options) :], strict=True)]
+        elif self.metric in ("acc_norm", "acc_bytes"):
+            sizes = (len(o.encode() if self.metric == "acc_bytes" else o) for o in options)
+            scores = [s / max(1, size) for s, size in zip(scores, sizes, strict=True)]
+        return options[scores.index(max(scores))]
 
 
 def right(task: Task, document: Any, metric: str, meaning: Meaning) -> float:
@@ -74,6 +103,25 @@ def right(task: Task, document: Any, metric: str, meaning: Meaning) -> float:
     any_answer: dict[str, Any] = {"loglikelihood": (-1.0, False), "loglikelihood_rolling": -1.0}
     answers = [any_answer.get(str(r.request_type), "") for r in requests]
     return meaning.right(task.process_results(document, answers)[metric_name(metric)[0]])
+
+
+def options_of(task: Task, document: Any) -> list[str]:
+    """The options of a document, where its task has some."""
+    has_some = getattr(task.config, "doc_to_choice", None) is not None
+    return [str(option) for option in task.doc_to_choice(document)] if has_some else []
+
+
+def item_text(task: Task, document: Any) -> ItemText:
+    """A document as people read it: its question, with the options that a model chooses from, and the right answer."""
+    prompt, right, options = task.doc_to_text(document), task.doc_to_target(document), options_of(task, document)
+    if getattr(task, "multiple_input", False):  # the options are beginnings then, and the target is what goes on
+        prompt, right = f"… {right}", prompt
+    if prompt == "":  # a text whose likelihood is asked for
+        return ItemText(str(right))
+    rights = right if isinstance(right, list) else [right]
+    named = [options[r] if isinstance(r, int) and 0 <= r < len(options) else str(r) for r in rights]
+    listed = options if task.OUTPUT_TYPE == "multiple_choice" else []
+    return ItemText("".join([str(prompt), *(f"\n- {option.strip()}" for option in listed)]), " or ".join(named))
 
 
 def build_requests(

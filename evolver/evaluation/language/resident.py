@@ -62,7 +62,7 @@ class LanguageScorer:
         for place in places:
             answers: list[Any] = self._answers(place, likely) if place in self.groups else [written.texts[place]]
             judgement = self.prepared[place].judge(answers)
-            out.answers[place] = judgement.answer
+            out.answers[place], out.said[place] = judgement.answer, judgement.said
             out.invalid += judgement.invalid
         out.tokens = likely.tokens + written.tokens
         out.truncated = len(likely.truncated) + len(written.truncated)

@@ -136,6 +136,20 @@ def opposite(answers: Numbers, right: Numbers) -> Numbers:
     return -median_item(answers, right)
 
 
+def closeness(metric: Metric, answers: Numbers, right: Numbers) -> Numbers:
+    """How good each answer is, (n), more being better: comparable between models, not between metrics.
+
+    Args:
+        answers, right: as they are kept, (n) both.
+    """
+    found: Numbers = answers
+    if metric.of in (macro_f1, mcc, labels_f1, binary_f1):
+        found = (answers == right).astype(np.float64)
+    elif metric.of is pearson:
+        found = -np.abs(answers - right)
+    return -found if metric.of is opposite else found
+
+
 JUDGED = Metric("mean", mean, judged=True)
 ENDLESS = Metric("mean", mean, best=None, judged=True)
 # Judged items of which lower values are better are kept with the opposite sign.
