@@ -308,7 +308,7 @@ def explain(
 @app.command()
 def methods(name: Annotated[str | None, typer.Argument(help="one method, in full")] = None) -> None:
     """List the merge methods: settings, defaults, what a search may tune, paper."""
-    from evolver.commands.words import default_of, first_paragraph, kind_of, searched_of
+    from evolver.commands.words import default_of, first_paragraph, kind_of, remarks_of, searched_of
     from evolver.merging.methods import METHODS, get
 
     console = _console()
@@ -322,7 +322,8 @@ def methods(name: Annotated[str | None, typer.Argument(help="one method, in full
         console.print(shown)
         return
     method = get(name, "evolver methods")
-    console.print(f"[bold]{method.name}[/bold] ({method.paper})\n{first_paragraph(method.function)}", highlight=False)
+    said = "\n".join([first_paragraph(method.function), *remarks_of(method)])
+    console.print(f"[bold]{method.name}[/bold] ({method.paper})\n{said}", highlight=False)
     shown = Table("setting", "value", "default", "searched")
     for s in method.settings.values():
         shown.add_row(s.name, kind_of(s).replace("`", ""), str(default_of(s)), searched_of(s))
