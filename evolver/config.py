@@ -180,6 +180,17 @@ class Baselines(Section):
         return masses
 
 
+class StatisticsSettings(Section):
+    """What merge methods that ask for statistics of the experts, such as regmean, get them from: dev items only."""
+
+    items: int = Field(1000, ge=1, description="dev items that the statistics of one expert are collected on, at most")
+    tasks: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="expert → the tasks whose dev items its statistics are collected on; default: the task of the "
+        "expert's name, or all tasks where there is none",
+    )
+
+
 class PoolSettings(Section):
     """Where candidates are evaluated. Nothing here changes a result, so it may differ from call to call."""
 
@@ -235,6 +246,7 @@ class Config(Section):
     budget: Budget
     evaluation: EvaluationSettings
     baselines: Baselines = Baselines()
+    statistics: StatisticsSettings = StatisticsSettings()
     pool: PoolSettings = PoolSettings()
     loggers: dict[str, dict[str, Any] | None] = Field(
         default_factory=dict, description="trackers that are told of every result: name → settings, of those below"
@@ -260,6 +272,19 @@ class Config(Section):
                     f"evaluation.tasks[{number}].head: {entry.head or entry.task!r} is no expert; "
                     f"{nearest(entry.head or entry.task, self.experts)}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _statistics_of_experts(self) -> Config:
+        known = [t.task for t in self.evaluation.tasks]
+        for expert, tasks in self.statistics.tasks.items():
+            if expert not in self.experts:
+                raise ValueError(f"statistics.tasks: there is no expert {expert!r}; {nearest(expert, self.experts)}")
+            for name in tasks:
+                if name not in known:
+                    raise ValueError(f"statistics.tasks.{expert}: there is no task {name!r}; {nearest(name, known)}")
+            if not tasks:
+                raise ValueError(f"statistics.tasks.{expert}: names no task; give one, or leave {expert} out")
         return self
 
     @field_validator("search")

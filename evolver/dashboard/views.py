@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from evolver.dashboard.overview import Column, Overview, Places, Rows
 from evolver.dashboard.status import Status
-from evolver.records import Expert, Merge, Recipe, ancestors
+from evolver.records import Expert, Merge, Recipe, Statistic, ancestors
 from evolver.report.text import cost_rows
 from evolver.search.hypervolume import hypervolume
 
@@ -87,7 +87,7 @@ def heat(run: Overview) -> dict[str, Any]:
 
 def lineage(recipe: Recipe) -> dict[str, Any]:
     """Nodes with their depth under the model, and edges from what is used to what uses it."""
-    nodes = list(ancestors(recipe))
+    nodes = [n for n in ancestors(recipe) if not isinstance(n, Statistic)]
     depth = {recipe.id: 0}
     for node in reversed(nodes):
         for below in node.inputs:

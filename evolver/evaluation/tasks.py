@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from evolver.config import Config, TaskEntry
@@ -97,9 +97,13 @@ class SplitScorer:
 
     def score(self, start: int, stop: int) -> Scored:
         """The answers to the items ``start`` … ``stop - 1`` of the split's order."""
+        return self.score_at(range(start, stop))
+
+    def score_at(self, chosen: Collection[int]) -> Scored:
+        """The answers to the items at these places of the split's order."""
         out = Scored()
         for scorer, places in self.parts:
-            inside = [i for i, place in enumerate(places) if start <= place < stop]
+            inside = [i for i, place in enumerate(places) if place in chosen]
             if inside:
                 out.add(scorer.score(inside), places)
         return out
