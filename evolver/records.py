@@ -528,6 +528,12 @@ class Result:
             return True
         return candidate.limit is not None and len(self.items) >= candidate.limit
 
+    def objectives(self, tasks: Sequence[str]) -> tuple[float, ...] | None:
+        """What a search of several objectives is told: the scores of these tasks; None where one is missing."""
+        if self.score is None or not all(task in self.tasks for task in tasks):
+            return None
+        return tuple(self.tasks[task] for task in tasks)
+
     def beats(self, bar: float) -> bool:
         """Whether the score is known to be strictly above ``bar``."""
         return self.score is not None and self.score > bar

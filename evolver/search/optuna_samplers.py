@@ -29,7 +29,9 @@ class CoefficientSettings(Section):
     method: str = Field("task_arithmetic", description="merge method")
     layer_groups: int = Field(1, ge=1, description="groups of layers with coefficients of their own; 1: whole model")
     tune: list[str] | None = Field(
-        None, min_length=1, description="settings to tune; default: total mass and simplex weights"
+        None,
+        min_length=1,
+        description="settings to tune; default: total mass and simplex weights, or all numbers where it has neither",
     )
     settings: dict[str, Any] = Field(
         default_factory=dict,
@@ -154,9 +156,7 @@ class NSGA2(Coefficients):
         return k - k % self.population
 
     def values(self, result: Result) -> Sequence[float] | None:
-        tasks = self.setup.tasks
-        whole = result.score is not None and all(task in result.tasks for task in tasks)
-        return [result.tasks[task] for task in tasks] if whole else None
+        return result.objectives(self.setup.tasks)
 
 
 def default_population(dimensions: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from evolver.errors import BadInput
+from evolver.evaluation.collectors import collector_named
 from evolver.merging import methods
 from evolver.merging.settings.genome import Genome, genome
 from evolver.merging.settings.placed import fixed_rules
@@ -53,6 +54,8 @@ class RecipeMaker:
         experiments of Evolver's authors.
         """
         kinds = dict.fromkeys(method.statistics.values())
+        for kind in kinds:
+            collector_named(kind)
         origins = [_origin(m, method.name) for m in members] if kinds else []
         return tuple(Statistic(kind, o, self._sampled(o.name)) for kind in kinds for o in origins)
 
