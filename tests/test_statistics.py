@@ -23,8 +23,7 @@ from evolver.config import config_at
 from evolver.driver.deliver import deliver
 from evolver.driver.prepare import in_compute, materialiser_of, prepare
 from evolver.errors import BadInput
-from evolver.evaluation import collectors
-from evolver.evaluation.collectors import COLLECTORS, LayerSums
+from evolver.evaluation.collectors import LayerSums
 from evolver.merging.settings.maker import RecipeMaker
 from evolver.records import Candidate, Cross, Expert, Merge, Statistic, dump_recipe, load_recipe
 from evolver.storage import storage_at
@@ -187,8 +186,7 @@ def test_what_is_collected_is_kept_and_not_collected_again(configured, cache, mo
     said = capfd.readouterr().err
     assert said.count("collected on 20 dev items in") == 2
     assert "gram of a" in said
-    monkeypatch.setitem(COLLECTORS, "gram", lambda *_: pytest.fail("collected again"))
-    monkeypatch.setattr(statistics, "code_of", lambda _: collectors.digest_of(collectors.__file__))
+    monkeypatch.setattr(LayerSums, "__enter__", lambda _: pytest.fail("collected again"))
     for split, number in (("dev", 0), ("dev", 1), ("report", 0)):
         again = worker_of(ready, split).evaluate(Candidate(number, merge_of(ready), "test"))
         assert again.status == "ok", again.reason

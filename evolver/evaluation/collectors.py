@@ -7,7 +7,6 @@ come in a fixed order, so that sums over them are the same whoever collects.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.live import LiveModel
-from evolver.kernels.machine import digest_of
 
 Collect = Callable[[LiveModel, Callable[[], None]], Iterator[tuple[str, Tensor]]]
 COLLECTORS: dict[str, Collect] = {}
@@ -41,13 +39,8 @@ def collector_named(name: str) -> Collect:
     return COLLECTORS[name]
 
 
-def code_of(name: str) -> str:
-    """The digest of the source that a collector stands in: another version may collect something else."""
-    return digest_of(inspect.getfile(collector_named(name)))
-
-
 @collector("gram")
-def gram(live: LiveModel, score: Callable[[], None]) -> Iterator[tuple[str, Tensor]]:
+def input_grams(live: LiveModel, score: Callable[[], None]) -> Iterator[tuple[str, Tensor]]:
     """XᵀX of the inputs X (positions, d) of every linear layer but the one that names tokens, (d, d) float32.
 
     Positions that are padding are left out. Batches are multiplied in float32 and added in float64.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +16,10 @@ from torch import Tensor
 from evolver.checkpoints.kept import Damaged, open_kept, write_kept
 from evolver.config import Config
 from evolver.errors import BadInput
-from evolver.evaluation.collectors import code_of, collector_named
+from evolver.evaluation.collectors import collector_named
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.tasks import SplitScorer, Tasks
+from evolver.kernels.machine import digest_of
 from evolver.merging.materialise import StatisticTensors
 from evolver.records import Expert, Statistic, content_hash
 from evolver.storage.paths import expand
@@ -123,7 +125,8 @@ class Statistics:
         versions = {p: importlib.metadata.version(p) for p in SCORING_PACKAGES}
         # The items of both splits: none of them serves as an example in a prompt.
         run = [self._plan.digests["base"], dict(self._plan.items), config.seed]
-        return content_hash([node.id, code_of(node.collected), asked, tasks, model, versions, run])
+        code = digest_of(inspect.getfile(collector_named(node.collected)))  # another version may collect something else
+        return content_hash([node.id, code, asked, tasks, model, versions, run])
 
 
 def _say(line: str) -> None:
