@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from evolver.checkpoints.weights import cached, open_tensors, raw
@@ -62,15 +63,16 @@ def write_kept(file: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
     """
     seal = _sealed(key, _digest(sorted(tensors.items())))
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
-        try:
-            temporary.write(save(dict(tensors), {SEAL: seal}))
-            temporary.flush()
-            os.fsync(temporary.fileno())
-            os.replace(temporary.name, file)
-        except OSError:
-            os.unlink(temporary.name)
-            raise
+    handle, temporary = tempfile.mkstemp(dir=file.parent)
+    try:
+        save_file(dict(tensors), temporary, {SEAL: seal})
+        os.fsync(handle)
+        os.replace(temporary, file)
+    except (OSError, SafetensorError) as error:
+        os.unlink(temporary)
+        raise error if isinstance(error, OSError) else OSError(str(error)) from error
+    finally:
+        os.close(handle)
 
 
 def _sealed(key: str, digest: str) -> str:
