@@ -245,6 +245,17 @@ class Baselines(Section):
         return masses
 
 
+class StatisticsSettings(Section):
+    """What merge methods that ask for statistics of the experts, such as regmean, get them from: dev items only."""
+
+    items: int = Field(1000, ge=1, description="dev items that the statistics of one expert are collected on, at most")
+    tasks: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="expert → the tasks whose dev items its statistics are collected on; default: the task of the "
+        "expert's name, or all tasks where there is none",
+    )
+
+
 class PoolSettings(Section):
     """Where candidates are evaluated. These settings change no result, so each call of a run may use other ones."""
 
@@ -316,6 +327,7 @@ class Config(Section):
     budget: Budget = Field(description="number of candidates or of scored items")
     evaluation: EvaluationSettings = Field(description="tasks and how candidates are scored on them")
     baselines: Baselines = Baselines()
+    statistics: StatisticsSettings = StatisticsSettings()
     pool: PoolSettings = PoolSettings()
     loggers: dict[str, dict[str, Any] | None] = Field(
         default_factory=dict,
@@ -348,6 +360,19 @@ class Config(Section):
                     f"evaluation.tasks[{number}].head: there is no expert {entry.head or entry.task!r}; "
                     f"{nearest(entry.head or entry.task, self.experts)}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _statistics_of_experts(self) -> Config:
+        known = [t.task for t in self.evaluation.tasks]
+        for expert, tasks in self.statistics.tasks.items():
+            if expert not in self.experts:
+                raise ValueError(f"statistics.tasks: there is no expert {expert!r}; {nearest(expert, self.experts)}")
+            for name in tasks:
+                if name not in known:
+                    raise ValueError(f"statistics.tasks.{expert}: there is no task {name!r}; {nearest(name, known)}")
+            if not tasks:
+                raise ValueError(f"statistics.tasks.{expert}: names no task; give one, or leave {expert} out")
         return self
 
     @field_validator("search")

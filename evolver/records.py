@@ -230,29 +230,82 @@ class Rule:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Statistic(Node):
+    """What a collector has found out about a model on some items: tensors with names and shapes of their own.
+
+    It is a source like an expert, made from data and not from tensors; no model, so that nothing but a merge uses it.
+
+    Args:
+        collected: the name of its collector.
+        of: the model.
+        items: the hash of the items.
+    """
+
+    kind: ClassVar[str] = "statistic"
+    collected: str
+    of: Recipe
+    items: str
+    inputs: tuple[Recipe, ...] = field(default=(), init=False)
+
+    @property
+    def below(self) -> tuple[Recipe, ...]:
+        return (self.of,)
+
+    def needs(self, name: str) -> list[tuple[Recipe, str]]:
+        return []
+
+    def form(self) -> list[Any]:
+        return [self.kind, self.collected, self.of.id, self.items]
+
+    def entry(self, place: Mapping[str, int]) -> list[Any]:
+        return [self.collected, place[self.of.id], self.items]
+
+    @classmethod
+    def from_entry(cls, entry: Sequence[Any], nodes: Sequence[Recipe]) -> Statistic:
+        collected, of, items = entry
+        return cls(collected, nodes[of], items)
+
+    def describe(self) -> str:
+        return f"{self.collected} of {self.of.label} on dev items ({self.items[:8]})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Merge(Node):
-    """A merge method applied to its inputs. Task vectors are the differences of the inputs to ``base``."""
+    """A merge method applied to its inputs. Task vectors are the differences of the inputs to ``base``.
+
+    ``statistics`` are those that the method asks for: of every kind, one for each input, in the order of the inputs.
+    """
 
     kind: ClassVar[str] = "merge"
     method: str
     inputs: tuple[Recipe, ...]
     base: Recipe
     rules: tuple[Rule, ...] = ()
+    statistics: tuple[Statistic, ...] = ()
 
     @property
     def below(self) -> tuple[Recipe, ...]:
-        return (*self.inputs, self.base)
+        return (*self.inputs, self.base, *self.statistics)
+
+    def needs(self, name: str) -> list[tuple[Recipe, str]]:
+        return [(node, name) for node in (*self.inputs, self.base)]
 
     def form(self) -> list[Any]:
-        return [self.kind, self.method, [i.id for i in self.inputs], self.base.id, [r.form() for r in self.rules]]
+        own = [self.kind, self.method, [i.id for i in self.inputs], self.base.id, [r.form() for r in self.rules]]
+        return own + ([[s.id for s in self.statistics]] if self.statistics else [])
 
     def entry(self, place: Mapping[str, int]) -> list[Any]:
-        return [self.method, [place[i.id] for i in self.inputs], place[self.base.id], [r.form() for r in self.rules]]
+        own = [self.method, [place[i.id] for i in self.inputs], place[self.base.id], [r.form() for r in self.rules]]
+        return own + ([[place[s.id] for s in self.statistics]] if self.statistics else [])
 
     @classmethod
     def from_entry(cls, entry: Sequence[Any], nodes: Sequence[Recipe]) -> Merge:
-        method, places, base, rules = entry
-        return cls(method, tuple(nodes[i] for i in places), nodes[base], tuple(Rule.from_form(r) for r in rules))
+        method, places, base, rules, *more = entry
+        statistics = tuple(nodes[i] for i in (more[0] if more else ()))
+        if not all(isinstance(s, Statistic) for s in statistics):
+            raise ValueError("a merge has statistics that are none")
+        inputs = tuple(nodes[i] for i in places)
+        return cls(method, inputs, nodes[base], tuple(Rule.from_form(r) for r in rules), statistics)
 
     def describe(self) -> str:
         return f"merge ({self.method})"
@@ -367,7 +420,8 @@ class Layers(Node):
         return [self.kind, [i.id for i in self.inputs], [list(p) for p in self.program], list(self.ends)]
 
 
-Recipe = Expert | Merge | Cross | Layers
+# Every kind of node. Statistics stand inside of recipes only.
+Recipe = Expert | Merge | Cross | Layers | Statistic
 
 
 def ancestors(recipe: Recipe) -> Iterator[Recipe]:
@@ -405,6 +459,8 @@ def load_recipe(text: str) -> Recipe:
             if kind not in NODES:
                 raise ValueError(f"unknown kind of node {kind!r}")
             nodes.append(NODES[kind].from_entry(entry, nodes))  # type: ignore[arg-type]  # each kind is a recipe
+        if isinstance(nodes[-1], Statistic):
+            raise ValueError("a statistic is no model")
         return nodes[-1]
     except (TypeError, IndexError, KeyError) as error:
         raise ValueError(f"not a recipe: {error}") from error
@@ -528,6 +584,12 @@ class Result:
         if candidate.bar is not None and self.bound is not None and self.bound <= candidate.bar:
             return True
         return candidate.limit is not None and len(self.items) >= candidate.limit
+
+    def objectives(self, tasks: Sequence[str]) -> tuple[float, ...] | None:
+        """What a search of several objectives is told: the scores of these tasks; None where one is missing."""
+        if self.score is None or not all(task in self.tasks for task in tasks):
+            return None
+        return tuple(self.tasks[task] for task in tasks)
 
     def beats(self, bar: float) -> bool:
         """Whether the score is known to be strictly above ``bar``."""

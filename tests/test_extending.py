@@ -40,12 +40,13 @@ def evolver(extended, *arguments):
 
 
 def test_each_example_is_one_file():
-    assert len(re.findall(r"```python\n# \S+\.py\n", PAGE)) == 4
+    assert len(re.findall(r"```python\n# \S+\.py\n", PAGE)) == 5
 
 
 def test_what_is_added_is_found(extended):
     for command, name, said in (
         ("methods", "halfway", "Nobody 2026"),
+        ("methods", "energy", "It needs statistics of the experts on dev items (input-energy)"),
         ("searches", "hill", "standard deviation of a move"),
     ):
         done = evolver(extended, command, name)
@@ -53,14 +54,15 @@ def test_what_is_added_is_found(extended):
         assert said in done.stdout
 
 
-def test_what_is_added_makes_a_run(extended, make_config, tmp_path):
+@pytest.mark.parametrize("method", ["halfway", "energy"])
+def test_what_is_added_makes_a_run(extended, make_config, tmp_path, method):
     texts = tmp_path / "texts.jsonl"
     texts.write_text(
         "".join(json.dumps({"text": f"the {a} {b} the {a}"}) + "\n" for a in toys.THINGS for b in toys.THINGS)
     )
     task = {"task": "mine", "judge": "last-token", "data": str(texts), "dev": 12, "report": 12}
     changes = {
-        "evaluation.tasks": [task], "search": {"algorithm": "hill", "method": "halfway"}, "pool": {"kind": "batches"},
+        "evaluation.tasks": [task], "search": {"algorithm": "hill", "method": method}, "pool": {"kind": "batches"},
         "budget": {"candidates": 5},
     }  # fmt: skip
     done = evolver(extended, "run", make_config(tmp_path, changes), "--results", tmp_path)
@@ -69,7 +71,8 @@ def test_what_is_added_makes_a_run(extended, make_config, tmp_path):
     searched = [row for (stage, _), row in found.items() if stage == "search"]
     assert len(searched) == 5
     assert {row["status"] for row in found.values()} == {"ok"}
-    assert all("halfway" in row["recipe"] for row in searched)
+    assert all(method in row["recipe"] for row in searched)
+    assert done.stderr.count("input-energy of") == (3 if method == "energy" else 0)
     assert "hill" in (tmp_path / "toy" / "report.md").read_text()
 
 

@@ -13,9 +13,9 @@ from toys import rows, run_here
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from evolver.config import config_at
-from evolver.driver.prepare import prepare
+from evolver.driver.prepare import in_compute, prepare
 from evolver.errors import BadInput
-from evolver.records import Merge
+from evolver.records import Candidate, Merge
 from evolver.workers.worker import Worker
 
 SPACES = {"mood": ("bad", "fair", "good"), "colour": ("red", "good")}
@@ -162,6 +162,22 @@ def test_a_whole_run_over_the_union_of_labels(configured, tmp_path):
     found = next(r for r in rows(folder).values() if r["recipe"] == toys.winner(folder) and r["stage"] != "report")
     pairs = [(i, data[i.task.partition(":")[0]][i.index]) for i in items]
     assert found["items"] == plain_answers(best, words, pairs, labels)
+
+
+@pytest.mark.parametrize(("heads", "layers"), [("apart", 2 * 6 + 1), ("union", 2 * 6 + 2)])
+def test_statistics_are_those_of_the_layers_that_are_merged(configured, heads, layers):
+    """Six linear layers in each of two, the pooler, and the head where all share one; each expert on its own task."""
+    file = configured(heads)
+    raw = yaml.safe_load(file.read_text()) | {"search": {"algorithm": "tpe", "method": "regmean"}}
+    file.write_text(yaml.safe_dump(raw))
+    ready = in_compute(prepare(config_at(file)), "float32")
+    worker, recipe = Worker(ready.plan, "dev", tasks=ready.tasks), ready.search.space.decode({"a": 0.9})
+    result = worker.evaluate(Candidate(0, recipe, "test"))
+    assert result.status == "ok", result.reason
+    assert len({s.items for s in recipe.statistics}) == 2
+    for node in recipe.statistics:
+        found = [worker.materialiser._statistics[node.id].get(n) for n in ready.opened.base.names()]
+        assert sum(gram is not None for gram in found) == layers
 
 
 def test_a_language_model_has_no_heads(configured):

@@ -25,6 +25,7 @@ from transformers import (
 from evolver.config import config_at
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
+from evolver.evaluation.collectors import LayerSums
 from evolver.records import Candidate
 from evolver.workers.worker import Worker
 
@@ -171,3 +172,13 @@ def test_a_model_without_an_image_processor_is_one_sentence(configured, experts,
     ready = prepare(config_at(file))
     with pytest.raises(BadInput, match="has no image processor that can be read"):
         Worker(ready.plan, "dev", tasks=ready.tasks)
+
+
+def test_every_place_of_an_image_is_seen_by_the_layers(configured, paths):
+    """Four patches and one place more, of every image; the head sees one place of each."""
+    ready = prepare(config_at(configured(paths)))
+    worker = Worker(ready.plan, "dev", tasks=ready.tasks)
+    with LayerSums(worker.live, worker.live.linear_layers(), lambda rows: torch.tensor(len(rows))) as counted:
+        worker.scorer.score(0, 30)
+    assert int(counted.totals.pop("classifier.weight")) == 30
+    assert {int(count) for count in counted.totals.values()} == {30 * (4 + 1)}

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import re
+import zlib
 from typing import Annotated
 
 import pytest
@@ -12,7 +14,8 @@ from evolver.merging import methods
 from evolver.merging.engine import order
 from evolver.merging.engine.apply import apply
 from evolver.merging.engine.pieces import InputTensors
-from evolver.merging.methods import METHODS, Range, method, number
+from evolver.merging.methods import METHODS, Of, Range, method, number
+from evolver.merging.methods.here import Stack
 from evolver.merging.settings.genome import genome
 from evolver.records import Expert
 
@@ -31,12 +34,32 @@ def experts_of(name, shape=(70, 50), count=3, dtype=torch.float32):
     return base.to(dtype), [(base + torch.randn(shape, generator=generator) * 0.01).to(dtype) for _ in range(count)]
 
 
-def merge(name, inputs, base, ids=None, piece=None, kernels=None, **given):
+def statistics_of(name, inputs, ids):
+    """What a method asks for beside weights, for tensors that are matrices: positive definite, one an expert's id."""
+    if inputs[0].dim() != 2:
+        return {}
+    width = inputs[0].shape[1]
+    drawn = [torch.randn((2 * width, width), generator=_seeded(expert)) for expert in ids]
+    return {kind: [x.T @ x for x in drawn] for kind in METHODS[name].statistics.values()}
+
+
+def _seeded(word):
+    return torch.Generator().manual_seed(zlib.crc32(word.encode()))
+
+
+def same(name, one, other):
+    """Bit for bit, but for methods that say that they are not exact."""
+    return torch.equal(one, other) if METHODS[name].exact else torch.allclose(one, other, atol=1e-6)
+
+
+def merge(name, inputs, base, ids=None, piece=None, kernels=None, statistics=None, **given):
     """A method on one tensor, weights that sum to 1 unless others are given."""
     known = METHODS[name].settings
     weight = {"weight": 1 / len(inputs)} if "weight" in known and "weight" not in given else {}
     values = METHODS[name].complete({**REQUIRED.get(name, {}), **weight, **given}, len(inputs), "here")
-    whole = InputTensors("model.layers.1.w", inputs, base, ids or [str(i) for i in range(len(inputs))], 1 / 3)
+    ids = ids or [str(i) for i in range(len(inputs))]
+    statistics = statistics_of(name, inputs, ids) if statistics is None else statistics
+    whole = InputTensors("model.layers.1.w", inputs, base, ids, 1 / 3, statistics)
     return apply(METHODS[name], values, whole, piece=piece, kernels=kernels)
 
 
@@ -53,6 +76,9 @@ def variants(name):
         yield {"select_topk": 0.3}
     if "filter_wise" in known:
         yield {"filter_wise": True}
+    if "a" in known:
+        yield {"a": 0.0}
+        yield {"a": 1.0}
     if "nuslerp_flatten" in known:
         yield {"nuslerp_flatten": False, "nuslerp_row_wise": True, "task_vectors": True}
 
@@ -145,7 +171,7 @@ def test_repeats_pieces_and_threads_change_no_bit(name, monkeypatch):
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            assert torch.equal(merge(name, experts, base, **more), merged), more
+            assert same(name, merge(name, experts, base, **more), merged), more
         finally:
             torch.set_num_threads(threads)
 
@@ -379,3 +405,124 @@ def test_a_new_method_takes_one_function_and_nothing_else():
         assert "### halfway" in reference_page()
     finally:
         del METHODS["halfway"]
+
+
+@pytest.mark.parametrize(
+    ("signature", "more", "says"),
+    [
+        ("(tensors: Tensor)", {}, "its first parameter is called 'tensors'; call it models for weights, or deltas"),
+        ("(models: Tensor, mass: Tensor)", {}, "its parameter 'mass' is no setting; make it keyword-only"),
+        ("(models: Tensor, *, mass)", {}, "its parameter 'mass' is no setting"),
+        ("(models: Tensor, *, deltas: Stack)", {}, "its parameter 'deltas' is no setting"),
+        ("(deltas: Tensor, *, here: int)", {"whole": True}, "whole tensors have no pieces to ask about"),
+        ("(deltas: Tensor)", {"whole": True, "rows": True}, "whole tensors have no pieces to ask about"),
+        (
+            "(models: Tensor, *, g: Annotated[Stack, Of('gram')])",
+            {},
+            "methods on whole tensors only; declare whole=True",
+        ),
+    ],
+)
+def test_a_signature_that_does_not_say_what_is_what_is_refused(signature, more, says):
+    names = {"Tensor": torch.Tensor, "Annotated": Annotated, "Of": Of, "Stack": Stack}
+    exec(f"def mistaken{signature}: ...", names)
+    with pytest.raises(TypeError, match=f"^merge method mistaken: .*{re.escape(says)}"):
+        method("Nobody 2026", **more)(names["mistaken"])
+    assert "mistaken" not in METHODS
+
+
+def test_whole_tensors_come_in_their_own_shape_and_in_float32():
+    seen = []
+
+    @method("Nobody 2026, Turned round", whole=True)
+    def turned(deltas: Stack, *, share: Annotated[torch.Tensor, Range(0.1, 0.9)] = number(0.5)) -> torch.Tensor:
+        """A share of the first delta."""
+        seen.extend(deltas)
+        return share * deltas[0]
+
+    try:
+        base, experts = experts_of("turned", (3, 5), dtype=torch.bfloat16)
+        merged = merge("turned", experts, base)
+    finally:
+        del METHODS["turned"]
+    assert [(t.shape, t.dtype) for t in seen] == [((3, 5), torch.float32)] * 3
+    assert torch.equal(merged, (base.float() + 0.5 * (experts[0].float() - base.float())).to(torch.bfloat16))
+
+
+def by_formula(models, grams, a):
+    """RegMean as the paper writes it, in float64 and in its own layout: W is (inputs, outputs)."""
+    left, right = 0.0, 0.0
+    for model, gram in zip(models, grams, strict=True):
+        scaled = gram.double().clone()
+        for i, j in itertools.permutations(range(len(gram)), 2):
+            scaled[i, j] *= a
+        left, right = left + scaled, right + scaled @ model.double().T
+    return (torch.linalg.inv(left) @ right).T
+
+
+class TestRegMean:
+    def given(self, count=3):
+        base, models = experts_of("regmean", (9, 7), count)
+        return base, models, statistics_of("regmean", models, [str(n) for n in range(count)])["gram"]
+
+    @pytest.mark.parametrize("a", [0.0, 0.3, 0.9, 1.0])
+    def test_is_the_formula(self, a):
+        base, models, grams = self.given()
+        merged = merge("regmean", models, base, a=a)
+        assert torch.allclose(merged.double(), by_formula(models, grams, a), atol=1e-6)
+        assert not torch.allclose(merged, sum(models) / 3, atol=1e-4)
+
+    def test_equal_grams_give_the_mean(self):
+        base, models, grams = self.given()
+        merged = merge("regmean", models, base, statistics={"gram": [grams[0]] * 3})
+        assert torch.allclose(merged, sum(models) / 3, atol=1e-6)
+
+    def test_without_grams_it_is_the_mean(self):
+        base, models, _ = self.given()
+        assert torch.equal(merge("regmean", models, base, statistics={}), merge("simple", models, base))
+
+    def test_one_expert_is_that_expert(self):
+        base, (one,), _ = self.given(1)
+        assert torch.equal(merge("regmean", [one], base), one)
+
+    def test_without_what_is_off_the_diagonal_it_weighs_every_input(self):
+        base, models, grams = self.given()
+        weights = torch.stack([g.diagonal() for g in grams])
+        wanted = (torch.stack(models) * weights[:, None]).sum(0) / weights.sum(0)
+        assert torch.allclose(merge("regmean", models, base, a=0.0), wanted, atol=1e-6)
+
+    def test_nothing_is_nearer_to_what_the_layers_do(self):
+        """Least squares: every step away from the merge raises Σ |X W' - X W|²."""
+        base, models, grams = self.given()
+        merged = merge("regmean", models, base, a=1.0).double()
+
+        def error(w):
+            moved = [w - m.double() for m in models]
+            return sum(torch.trace(d @ g.double() @ d.T) for d, g in zip(moved, grams, strict=True))
+
+        steps = torch.randn((50, *merged.shape), generator=_seeded("steps"), dtype=torch.float64) * 1e-3
+        assert all(error(merged + step) > error(merged) for step in steps)
+
+    def test_what_no_input_determines_is_averaged(self):
+        """Inputs 0, 1 and 2 are seen by the first model, 3 by the second, the others by none."""
+        base, models, _ = self.given(2)
+        grams = [torch.diag(torch.tensor([1.0, 2, 3, 0, 0, 0, 0])), torch.diag(torch.tensor([0.0, 0, 0, 4, 0, 0, 0]))]
+        merged = merge("regmean", models, base, statistics={"gram": grams})
+        assert torch.allclose(merged[:, :3], models[0][:, :3], atol=1e-6)
+        assert torch.allclose(merged[:, 3], models[1][:, 3], atol=1e-6)
+        assert torch.allclose(merged[:, 4:], (models[0] + models[1])[:, 4:] / 2, atol=1e-7)
+        nothing = merge("regmean", models, base, statistics={"gram": [torch.zeros(7, 7)] * 2})
+        assert torch.equal(nothing, merge("simple", models, base))
+
+    def test_grams_of_few_inputs_are_solved(self):
+        base, models, _ = self.given()
+        rows = [torch.randn((2, 7), generator=_seeded(str(n))) * 10**n for n in range(3)]
+        merged = merge("regmean", models, base, a=1.0, statistics={"gram": [x.T @ x for x in rows]})
+        assert merged.isfinite().all()
+        assert torch.allclose(rows[2] @ merged.T, rows[2] @ models[2].T, atol=1e-2)
+
+    def test_what_is_no_gram_is_an_error(self):
+        base, models, grams = self.given()
+        for bad in (grams[0] * math.nan, -grams[0]):
+            with pytest.raises(FloatingPointError, match="no Grams"):
+                merge("regmean", models, base, statistics={"gram": [bad] * 3})

@@ -189,3 +189,19 @@ def test_what_a_result_beats_and_costs():
     assert full.cost == 2
     assert Result(0, "r", "ok", 0.6, 0.6, True, items=(1.0, 0.2), given=1).cost == 1
     assert Result(0, "r", "ok", 0.6, 0.6, True, items=(1.0, 0.2), reused=True).cost == 0
+
+
+def test_ids_and_text_of_merges_without_statistics_are_what_they_were():
+    """Written by the code of before there were statistics: old ledgers hold such recipes."""
+    experts = '["expert","a","aa"],["expert","b","bb"],["expert","base","cc"]'
+    text = f'[{experts},["merge","ties",[0,1],2,[[[null,false,""],[["density",0.5]]]]]]'
+    recipe = Merge("ties", (A, B), Expert("base", "cc"), (Rule.of({"density": 0.5}),))
+    assert (recipe.id, dump_recipe(recipe)) == ("556529b9fcec9805c525", text)
+    assert load_recipe(text) == recipe
+
+
+def test_objectives_are_the_scores_of_all_tasks_or_none():
+    result = Result(0, "r", "ok", score=0.5, tasks={"one": 0.25, "two": 0.75})
+    assert result.objectives(["two", "one"]) == (0.75, 0.25)
+    assert result.objectives(["one", "three"]) is None
+    assert Result(0, "r", "ok", bound=0.5, tasks=result.tasks).objectives(["one"]) is None

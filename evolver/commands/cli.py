@@ -342,7 +342,7 @@ def explain(
 @app.command()
 def methods(name: Annotated[str | None, typer.Argument(help="name of one method; default: all")] = None) -> None:
     """List the merge methods with their settings, defaults, search ranges and papers."""
-    from evolver.commands.words import default_of, first_paragraph, kind_of, searched_of
+    from evolver.commands.words import default_of, first_paragraph, kind_of, remarks_of, searched_of
     from evolver.merging.methods import METHODS, get
 
     console = _console()
@@ -356,7 +356,8 @@ def methods(name: Annotated[str | None, typer.Argument(help="name of one method;
         console.print(shown)
         return
     method = get(name, "evolver methods")
-    console.print(f"[bold]{method.name}[/bold] ({method.paper})\n{first_paragraph(method.function)}", highlight=False)
+    said = "\n".join([first_paragraph(method.function), *remarks_of(method)])
+    console.print(f"[bold]{method.name}[/bold] ({method.paper})\n{said}", highlight=False)
     shown = Table("setting", "value", "default", "searched")
     for s in method.settings.values():
         shown.add_row(s.name, kind_of(s).replace("`", ""), str(default_of(s)), searched_of(s))

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from evolver.commands.cli import app
-from evolver.commands.words import default_of, first_paragraph, kind_of, searched_of, type_name
+from evolver.commands.words import default_of, first_paragraph, kind_of, remarks_of, searched_of, type_name
 from evolver.config import Config, Section
 from evolver.loggers import LOGGERS
 from evolver.merging.methods import METHODS
@@ -48,7 +48,7 @@ def reference_page() -> str:
     parts += ["## Merge methods", METHODS_INTRODUCTION]
     for name, method in sorted(METHODS.items()):
         rows = [[f"`{s.name}`", kind_of(s), f"`{default_of(s)}`", searched_of(s)] for s in method.settings.values()]
-        parts += [f"### {name}", f"{first_paragraph(method.function)} ({method.paper})"]
+        parts += [f"### {name}", f"{first_paragraph(method.function)} ({method.paper})", *remarks_of(method)]
         parts += [markdown_table(["setting", "value", "default", "searched"], rows)] if rows else ["No settings."]
     return "\n\n".join(parts) + "\n"
 

@@ -6,7 +6,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from evolver.merging.methods import Range, Setting, Simplex
+from evolver.merging.methods import Method, Range, Setting, Simplex
 
 
 def type_name(annotation: Any) -> str:
@@ -45,6 +45,17 @@ def searched_of(setting: Setting) -> str:
     if isinstance(setting.search, Range):
         return f"{setting.search.low:g} – {setting.search.high:g}" + (", log" if setting.search.log else "")
     return "any of them, if listed in search.tune" if setting.options else ""
+
+
+def remarks_of(method: Method) -> list[str]:
+    """Sentences on what a method needs beside weights, and on what it does not promise."""
+    out = []
+    if method.statistics:
+        kinds = " and ".join(dict.fromkeys(method.statistics.values()))
+        out.append(f"It needs statistics of the experts on dev items ({kinds}), which a run collects.")
+    if not method.exact:
+        out.append("Not exact: another processor or number of threads may give other last bits.")
+    return out
 
 
 def first_paragraph(documented: Any) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from evolver.records import Cross, Expert, Recipe, ancestors
+from evolver.records import Cross, Expert, Recipe, Statistic, ancestors
 
 MOST_MODELS, MOST_EXPERTS = 20, 12  # that a drawing shows at most: more cannot be read
 FEWEST = 6  # models that it shows, however many arrows cross
@@ -50,7 +50,7 @@ def drawing(recipe: Recipe, numbers: Mapping[str, int]) -> dict[str, Any]:
         ``points`` (x, row) that they pass, and their ``kind``; ``width`` and ``rows`` of the whole; how many models
         are shown and how many there are.
     """
-    everybody = list(ancestors(recipe))
+    everybody = [node for node in ancestors(recipe) if not isinstance(node, Statistic)]
     for most in range(MOST_MODELS, FEWEST - 1, -2):
         graph = nearest_models(recipe, everybody, most)
         found = Layout(graph)

@@ -16,14 +16,13 @@ from evolver.checkpoints.gguf.keys import OPTION
 from evolver.checkpoints.lora_out import write_delta, write_lora
 from evolver.driver.card import companion_files, companion_files_of
 from evolver.driver.check import score_again
-from evolver.driver.prepare import Prepared, prepare_run
+from evolver.driver.prepare import Prepared, materialiser_of, prepare_run
 from evolver.errors import BadInput
 from evolver.evaluation.live import default_device
 from evolver.merging.export import TOKENIZER, export, merged_config
 from evolver.records import Candidate, Recipe, Result
 from evolver.runs.history import History, read_history
 from evolver.storage import Storage, check_export, check_target, exported_folder, new_file
-from evolver.workers.worker import build_materialiser
 
 Warn = Callable[[str], None]
 
@@ -66,7 +65,7 @@ def deliver(run: Storage, out: Path, wanted: str | None, say: Warn, force: bool 
         else companion_files_of(prepared, history.about, candidate, result)
     )
     with exported_folder(out, force) as folder:
-        export(candidate.recipe, build_materialiser(prepared.plan, prepared.opened), folder, more)
+        export(candidate.recipe, materialiser_of(prepared), folder, more)
     agreement = score_again(prepared, out, result.items, default_device())
     say(f"{out}: loaded anew, it gives the ledger's answers on {agreement['equal']} of {agreement['items']} dev items")
 
@@ -152,7 +151,7 @@ def deliver_gguf(
 
 
 def _model(prepared: Prepared, recipe: Recipe) -> gguf_out.FileContent:
-    materialiser = build_materialiser(prepared.plan, prepared.opened)
+    materialiser = materialiser_of(prepared)
     infos = {name: materialiser.info(recipe, name) for name in materialiser.names(recipe)}
     return gguf_out.FileContent(
         merged_config(recipe, materialiser), infos, materialiser.stream(recipe), prepared.opened.base.path,
@@ -181,4 +180,4 @@ def _of_base(prepared: Prepared) -> dict[str, Any]:
 
 
 def _stream(prepared: Prepared, recipe: Recipe) -> Iterator[tuple[str, Any]]:
-    return build_materialiser(prepared.plan, prepared.opened).stream(recipe)
+    return materialiser_of(prepared).stream(recipe)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from evolver.checkpoints.doubts import suspicions
@@ -14,6 +15,7 @@ from evolver.errors import BadInput, nearest
 from evolver.evaluation.scores.estimates import Estimates, first_unjudged
 from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.loggers import check_loggers
+from evolver.merging.materialise import Materialiser
 from evolver.merging.settings.maker import RecipeMaker
 from evolver.records import Expert, Recipe, Split
 from evolver.runs.folder import RunFolder, compute_of, config_of_run
@@ -25,10 +27,11 @@ from evolver.storage import Storage
 from evolver.threads import too_many
 from evolver.workers.compute import is_open, refuse_compute, settled
 from evolver.workers.opened import Opened, check_kind, check_memory, open_models
-from evolver.workers.plan import Plan, items_hash
+from evolver.workers.plan import SCORING_PACKAGES, Plan, items_hash
+from evolver.workers.statistics import sample_hash
+from evolver.workers.worker import build_materialiser, statistics_of
 
 SPLITS: tuple[Split, Split] = ("dev", "report")
-SCORING_PACKAGES = ("torch", "transformers", "lm-eval")
 RECORDED_PACKAGES = ("torch", "transformers", "lm-eval", "optuna", "safetensors", "numpy", "ray")
 
 
@@ -75,7 +78,9 @@ def prepare(
         tasks = load_tasks(config)
         estimates = Estimates(tasks.scale("dev"), config.evaluation.block_items)
         _refuse_racing(config, algorithm, estimates)
-        maker = RecipeMaker(list(config.experts), opened.base.names(), opened.digests() if weights else None)
+        digests = opened.digests() if weights else None
+        sampled = cache(lambda expert: sample_hash(config, tasks, expert))
+        maker = RecipeMaker(list(config.experts), opened.base.names(), digests, sampled)
         warnings = tuple(suspicions(opened.base, opened.experts.values())) if weights else ()
         warnings += tuple(filter(None, [too_many(config.evaluation.threads)]))
         setup = Setup(
@@ -90,6 +95,12 @@ def prepare(
     plan = Plan(config, maker.digests, items, _stops(algorithm, settings))
     identity = _identity(config, settings.model_dump(), plan)
     return Prepared(config, file, opened, tasks, plan, maker.base, maker.experts, estimates, search, identity, warnings)
+
+
+def materialiser_of(prepared: Prepared) -> Materialiser:
+    """What builds models here; statistics that their recipes ask for and that are not kept are collected here, too."""
+    statistics = statistics_of(prepared.plan, prepared.opened, prepared.tasks)
+    return build_materialiser(prepared.plan, prepared.opened, statistics=statistics)
 
 
 def in_compute(prepared: Prepared, compute: str) -> Prepared:

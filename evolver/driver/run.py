@@ -12,7 +12,7 @@ from functools import partial
 from evolver.config import Config, ConfigText
 from evolver.driver.card import companion_files
 from evolver.driver.check import score_again
-from evolver.driver.prepare import SPLITS, Prepared, in_compute, prepare, run_folder, versions
+from evolver.driver.prepare import SPLITS, Prepared, in_compute, materialiser_of, prepare, run_folder, versions
 from evolver.errors import BadInput, file_sentence
 from evolver.ledger import Ledger, write_items
 from evolver.loggers import Tracked, Trackers, build_loggers, tracked
@@ -37,7 +37,7 @@ from evolver.version import __version__
 from evolver.workers.compute import ComputeChoice, is_open
 from evolver.workers.opened import check_memory
 from evolver.workers.pools import PoolMaker
-from evolver.workers.worker import build_materialiser, choose_compute
+from evolver.workers.worker import choose_compute
 
 Chooser = Callable[[Config], ComputeChoice]
 
@@ -187,7 +187,7 @@ def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Di
     agreement = _checked_before(storage, text, display)
     if agreement is None:
         display.say(f"writing the best model to {folder.location}/best")
-        materialiser = build_materialiser(prepared.plan, prepared.opened)
+        materialiser = materialiser_of(prepared)
         heads = {n: (prepared.opened.experts[n].path, h) for n, h in prepared.opened.heads.items()}
         with storage.whole_folder("best") as best:
             export(winner.recipe, materialiser, best, companion_files(prepared, outcome))

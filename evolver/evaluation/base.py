@@ -118,6 +118,12 @@ class Judge(Protocol):
         """The right answer to an item, for metrics that look at all answers together."""
         ...
 
+    def tells_padding(self, entry: TaskEntry) -> bool:
+        """Whether its scorers call the model by ``LiveModel.forward``, which is told the positions that are padding;
+        else nothing can be found out about the model while they score it.
+        """
+        ...
+
     def scorer(self, model: Any, asked: Sequence[AskedItem], scored: Iterable[Item]) -> Scorer:
         """A scorer of the items ``asked``.
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -14,6 +14,13 @@ from torch import Tensor
 
 from evolver.config import ModelSettings
 from evolver.errors import BadInput
+
+
+class Listener(Protocol):
+    """Hears of the passes of a live model: ``end`` comes only after one that ended well."""
+
+    def begin(self, positions: Tensor | None) -> None: ...
+    def end(self) -> None: ...
 
 
 class LiveModel:
@@ -46,6 +53,7 @@ class LiveModel:
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()  # missing tensors, which it would report, are checked below
         self.device = torch.device(device)
+        self.listener: Listener | None = None
         self.folder, self._heads, names = folder, heads or {}, list(names)
         self.module, loaded = kinds[settings.kind].from_pretrained(
             folder, dtype=settings.compute, use_safetensors=True, output_loading_info=True, **_labelled(labels)
@@ -89,6 +97,26 @@ class LiveModel:
                 f"{len(left)} tensors of the model are missing, such as {min(left)}; the recipe has another number of "
                 "layers"
             )
+
+    def forward(self, positions: Tensor | None, **inputs: Any) -> Any:
+        """What the module says of a batch.
+
+        Args:
+            positions: (rows, places) bool, which of them are no padding; None: all.
+            inputs: of the module, by name.
+        """
+        if self.listener is not None:
+            self.listener.begin(positions)
+        outputs = self.module(**inputs)
+        if self.listener is not None:
+            self.listener.end()
+        return outputs
+
+    def linear_layers(self) -> dict[str, torch.nn.Linear]:
+        """The linear layers by the name of their weight in the checkpoint, without the one that names tokens."""
+        names, last = {t.data_ptr(): n for n, t in self._places.items()}, self.module.get_output_embeddings()
+        linear = (m for m in self.module.modules() if isinstance(m, torch.nn.Linear) and m is not last)
+        return {names[m.weight.data_ptr()]: m for m in linear if m.weight.data_ptr() in names}
 
     def close(self) -> None:
         """Does nothing: no part of the model outlives the process."""

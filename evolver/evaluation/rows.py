@@ -29,6 +29,10 @@ class RowJudge:
         self._rows: dict[str, list[Row]] = {}
         self.warnings: list[str] = []
 
+    def tells_padding(self, entry: TaskEntry) -> bool:
+        """See ``Judge``."""
+        return False
+
     def columns(self, entry: TaskEntry) -> list[str]:
         """The columns that every row must have."""
         return []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from evolver.config import Config, TaskEntry
@@ -139,9 +139,13 @@ class SplitScorer:
 
         Raises FloatingPointError where the model's outputs are not finite.
         """
+        return self.score_at(range(start, stop))
+
+    def score_at(self, chosen: Collection[int]) -> Scored:
+        """The answers to the items at these places of the split's order."""
         out = Scored()
         for scorer, places in self.parts:
-            inside = [i for i, place in enumerate(places) if start <= place < stop]
+            inside = [i for i, place in enumerate(places) if place in chosen]
             if inside:
                 out.add(scorer.score(inside), places)
         return out

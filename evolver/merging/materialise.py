@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import singledispatchmethod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,9 +20,20 @@ from evolver.kernels.compiled import Kernels
 from evolver.merging import crossing, methods
 from evolver.merging.engine.apply import AllTensors, apply
 from evolver.merging.engine.pieces import InputTensors
-from evolver.records import Cross, Expert, Layers, Merge, Recipe, ancestors, layer_of
+from evolver.merging.methods.here import Stack
+from evolver.records import Cross, Expert, Layers, Merge, Recipe, Statistic, ancestors, layer_of
 
 Task = tuple[Recipe, str]
+
+
+class StatisticTensors(Protocol):
+    """A statistic of a model; a tensor of the model may have none."""
+
+    def get(self, name: str) -> Tensor | None: ...
+
+
+# Opens a statistic, given the weights of the model that it is of, or collects it.
+OpenStatistic = Callable[[Statistic, Iterator[tuple[str, Tensor]]], StatisticTensors]
 
 
 class Materialiser:
@@ -34,6 +45,7 @@ class Materialiser:
         dtype: of floating tensors; None keeps each tensor's dtype in the base.
         cache_bytes: budget of the resident population.
         kernels: fused kernels, where there are some; the bits are the same.
+        statistics: opens those that methods ask for.
     """
 
     def __init__(
@@ -44,12 +56,14 @@ class Materialiser:
         cache_bytes: int = 0,
         device: torch.device | str = "cpu",
         kernels: Kernels | None = None,
+        statistics: OpenStatistic | None = None,
     ) -> None:
         self.base, self.sources, self.dtype, self.kernels = base, sources, dtype, kernels
         self.device = torch.device(device)
         self._slots = cache_bytes // max(1, sum(self._bytes(n) for n in base.names()))
         self._resident: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._models: dict[str, AllTensors] = {}
+        self._open_statistic, self._statistics = statistics, dict[str, StatisticTensors]()
 
     def names(self, recipe: Recipe) -> list[str]:
         """The names of the model's tensors, in the base's order."""
@@ -66,8 +80,11 @@ class Materialiser:
         return TensorInfo(self.base.headers[name].shape, self._dtype_of(name))
 
     def stream(self, recipe: Recipe) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the model, one at a time."""
-        order = self._order(recipe)
+        """Every tensor of the model, one at a time.
+
+        Statistics are opened first, and where they are missing collected, before the first tensor comes.
+        """
+        order = self._opened(self._order(recipe))
         keep: dict[str, dict[str, Tensor]] = {i: {} for i in self._worth_keeping(recipe, order)}
         self._models.clear()
         straight = not any(isinstance(n, Layers) for n in order)
@@ -115,6 +132,15 @@ class Materialiser:
                 if node.id not in self._resident:
                     stack.extend(node.below)
         return [n for n in ancestors(recipe) if n.id in needed]
+
+    def _opened(self, order: list[Recipe]) -> list[Recipe]:
+        """The nodes without the statistics among them, which are open then."""
+        for node in order:
+            if isinstance(node, Statistic) and node.id not in self._statistics:
+                if self._open_statistic is None:
+                    raise ValueError(f"nobody here can collect {node.describe()}")
+                self._statistics[node.id] = self._open_statistic(node, self.stream(node.of))
+        return [node for node in order if not isinstance(node, Statistic)]
 
     def _worth_keeping(self, recipe: Recipe, order: list[Recipe]) -> list[str]:
         """Inputs of the recipe and theirs: the population. Memory-mapped checkpoints are the system's to cache."""
@@ -168,18 +194,29 @@ class Materialiser:
             self._models[node.id] = self._model(node)
         return apply(method, values, self._whole(node, name, below), self._models[node.id], self.kernels)
 
+    def _statistics_of(self, node: Merge, name: str) -> dict[str, Stack | None]:
+        """What a merge is handed for one tensor, by kind: one an input, or None where one of them has none."""
+        count, out = len(node.inputs), dict[str, Stack | None]()
+        for start in range(0, len(node.statistics), count):
+            mine = node.statistics[start : start + count]
+            found = [self._statistics[s.id].get(name) for s in mine]
+            whole = [t.to(self.device) for t in found if t is not None]
+            out[mine[0].collected] = whole if len(whole) == count else None
+        return out
+
     def _whole(self, node: Merge, name: str, below: list[Tensor]) -> InputTensors:
         *inputs, base = below
         layer = layer_of(name)
         depth = None if layer is None else layer / max(1, self.base.layers - 1)
-        return InputTensors(name, inputs, base, [i.id for i in node.inputs], depth)
+        statistics = self._statistics_of(node, name)
+        return InputTensors(name, inputs, base, [i.id for i in node.inputs], depth, statistics)
 
     def _model(self, node: Merge) -> AllTensors:
         """All tensors that a merge goes over, read afresh for statistics of the model as a whole."""
 
         def tensors() -> Iterator[InputTensors]:
             for name in self.names(node):
-                below = [self._run(self._tasks(n, name), {}) for n in node.below]
+                below = [self._run(self._tasks(n, of), {}) for n, of in node.needs(name)]
                 if below[-1].is_floating_point():
                     yield self._whole(node, name, below)
 

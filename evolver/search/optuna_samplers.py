@@ -39,7 +39,7 @@ class CoefficientSettings(Section):
         None,
         min_length=1,
         description="names of the settings to tune; default: lambda (total mass), weight (weights that sum to 1), and "
-        "settings without a default",
+        "settings without a default; all numbers of a method that has neither lambda nor weight",
     )
     settings: dict[str, Any] = Field(
         default_factory=dict,
@@ -192,9 +192,7 @@ class NSGA2(Coefficients):
         return k - k % self.population
 
     def values(self, result: Result) -> Sequence[float] | None:
-        tasks = self.setup.tasks
-        whole = result.score is not None and all(task in result.tasks for task in tasks)
-        return [result.tasks[task] for task in tasks] if whole else None
+        return result.objectives(self.setup.tasks)
 
 
 def default_population(dimensions: int) -> int:

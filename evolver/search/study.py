@@ -49,9 +49,9 @@ def write_study(search: Search, recorded: Callable[[Candidate], Result | None], 
         result = results[trial.number]
         trial.user_attrs |= {"recipe": result.recipe_id, "items": len(result.items), "reason": result.reason}
     storage = f"sqlite:///{file}"
-    _create(storage, name, ["score"], [_valued(t, [results[t.number].score]) for t in told])
+    _create(storage, name, ["score"], [_valued(t, _alone(results[t.number].score)) for t in told])
     if len(tasks := search.setup.tasks) > 1:
-        by_task = [_valued(t, [results[t.number].tasks.get(task) for task in tasks]) for t in told]
+        by_task = [_valued(t, results[t.number].objectives(tasks)) for t in told]
         _create(storage, f"{name}, by task", tasks, by_task)
     return len(told)
 
@@ -64,11 +64,14 @@ def _create(storage: str, name: str, objectives: Sequence[str], trials: Sequence
     study.add_trials(trials)
 
 
-def _valued(trial: FrozenTrial, values: Sequence[float | None]) -> FrozenTrial:
-    """A copy of the trial with these objective values; if one of them is missing, the trial counts as failed."""
-    given = [v for v in values if v is not None]
-    whole = trial.state == TrialState.COMPLETE and len(given) == len(values)
+def _alone(score: float | None) -> tuple[float, ...] | None:
+    return None if score is None else (score,)
+
+
+def _valued(trial: FrozenTrial, values: Sequence[float] | None) -> FrozenTrial:
+    """The trial with these values in place of its own; without any, it has failed."""
+    whole = trial.state == TrialState.COMPLETE and values is not None
     return optuna.trial.create_trial(
         state=TrialState.COMPLETE if whole else TrialState.FAIL, params=trial.params, distributions=trial.distributions,
-        user_attrs=trial.user_attrs, values=given if whole else None,
+        user_attrs=trial.user_attrs, values=values if whole else None,
     )  # fmt: skip

@@ -8,6 +8,9 @@ from evolver.config import Config
 from evolver.evaluation.tasks import Tasks
 from evolver.records import Split, content_hash
 
+# Whose versions scores, and statistics of models, depend on.
+SCORING_PACKAGES = ("torch", "transformers", "lm-eval")
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ from evolver.records import Candidate, Result, Split
 from evolver.workers.compute import ComputeChoice, choose, is_open, refuse_compute
 from evolver.workers.opened import GIB, Opened, open_models
 from evolver.workers.plan import Plan, items_hash
+from evolver.workers.statistics import Statistics
 
 # Models with fewer scalars are merged without compiling kernels first: compiling one takes some ten seconds.
 COMPILE_FROM = 3 * 10**7
@@ -42,13 +44,21 @@ def choose_compute(config: Config, device: str | None = None) -> ComputeChoice:
     return choose(config, open_base(config.model.base).headers, device or default_device())
 
 
-def build_materialiser(plan: Plan, opened: Opened, device: str = "cpu") -> Materialiser:
+def build_materialiser(
+    plan: Plan, opened: Opened, device: str = "cpu", statistics: Statistics | None = None
+) -> Materialiser:  # fmt: skip
     """The materialiser that builds the models of a plan. It keeps models in memory up to ``pool.cache_gb``."""
     config = plan.config
     dtype = None if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     sources = {plan.digests[n]: s for n, s in {"base": opened.base, **opened.experts}.items()}
     kernels = Kernels(build=opened.base.scalars >= COMPILE_FROM)
-    return Materialiser(opened.base, sources, dtype, int(config.pool.cache_gb * GIB), device, kernels)
+    return Materialiser(opened.base, sources, dtype, int(config.pool.cache_gb * GIB), device, kernels, statistics)
+
+
+def statistics_of(plan: Plan, opened: Opened, tasks: Tasks) -> Statistics:
+    """The statistics of a plan's experts where there is no worker: a live model is made if one has to be collected."""
+    model = cache(lambda: build_model(plan.config, opened, default_device()))
+    return Statistics(plan, tasks, model, lambda live: tasks.scorer(live, "dev"))
 
 
 def build_model(
@@ -119,6 +129,9 @@ class Worker:
         self.scale = tasks.scale(split)
         self.block = plan.block(split, len(self.scale.tasks))
         self.scorer = tasks.scorer(self.live, split)
+        scorer = self.scorer if split == "dev" else None
+        statistics = Statistics(plan, tasks, lambda: self.live, lambda live: scorer or tasks.scorer(live, "dev"))
+        self.materialiser = build_materialiser(plan, opened, device, statistics)
         self.alpha = config.evaluation.racing
 
     def evaluate(self, candidate: Candidate) -> Result:

@@ -33,6 +33,9 @@ class Classification(RowJudge):
         super().__init__(config, numbers)
         self._spaces = LabelSpaces(config)
 
+    def tells_padding(self, entry: TaskEntry) -> bool:
+        return True
+
     def columns(self, entry: TaskEntry) -> list[str]:
         return [entry.text, *([entry.text_pair] if entry.text_pair else []), entry.label]
 
@@ -85,6 +88,14 @@ class TextQuestion:
         return (float(said == self.right) if self.metric.judged else said), words
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """What the model is given, (rows, longest) each, and which positions are no padding."""
+
+    inputs: dict[str, Tensor]
+    positions: Tensor
+
+
 class ClassificationScorer:
     """One text (or a pair), one row of a forward pass."""
 
@@ -99,7 +110,7 @@ class ClassificationScorer:
             for q, row, length in zip(questions, whole, self.whole, strict=True)
         ]
         self.pad = model.tokenizer.pad_token_id or 0
-        self._ready: dict[tuple[int, ...], Batches[dict[str, Tensor]]] = {}
+        self._ready: dict[tuple[int, ...], Batches[_Batch]] = {}
         for question in questions:
             self._check(question)
 
@@ -110,30 +121,32 @@ class ClassificationScorer:
         key, lengths = tuple(places), {p: len(self.rows[p]["input_ids"]) for p in places}
         if key not in self._ready:
             keys = by_length(lengths, self.settings.batch_tokens, self.settings.batch_size)
-            self._ready[key] = Batches(keys, self._inputs)
+            self._ready[key] = Batches(keys, self._batch)
         out = Scored(tokens=sum(lengths.values()), truncated=sum(self.whole[p] > lengths[p] for p in places))
         for numbers, logits in self._ready[key].run(self._forward):
             take_in(out, self.questions, numbers, logits)
         return out
 
     @torch.inference_mode()
-    def _forward(self, inputs: dict[str, Tensor]) -> Tensor:
+    def _forward(self, batch: _Batch) -> Tensor:
         """Logits (rows, labels)."""
-        logits: Tensor = self.model.module(**inputs).logits.float()
+        logits: Tensor = self.model.forward(batch.positions, **batch.inputs).logits.float()
         if not torch.isfinite(logits).all():
             raise FloatingPointError("the model's outputs are not finite")
         return logits.cpu()
 
-    def _inputs(self, batch: Sequence[int]) -> dict[str, Tensor]:
-        """The batch's rows, padded at the right, (rows, longest) each."""
-        width = max(len(self.rows[i]["input_ids"]) for i in batch)
+    def _batch(self, batch: Sequence[int]) -> _Batch:
+        """The batch's rows, padded at the right."""
+        lengths = torch.tensor([len(self.rows[i]["input_ids"]) for i in batch])
+        width = int(lengths.max())
         filler = {"input_ids": self.pad}
-        return {
+        inputs = {
             name: torch.tensor(
                 [[*self.rows[i][name], *[filler.get(name, 0)] * (width - len(self.rows[i][name]))] for i in batch]
             ).to(self.model.device)
             for name in self.rows[batch[0]]
         }
+        return _Batch(inputs, (torch.arange(width) < lengths[:, None]).to(self.model.device))
 
     def _check(self, asked: TextQuestion) -> None:
         outputs = self.model.outputs(asked.head)

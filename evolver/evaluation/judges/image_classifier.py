@@ -42,6 +42,9 @@ class Images(RowJudge):
         super().__init__(config, numbers)
         self._spaces = LabelSpaces(config)
 
+    def tells_padding(self, entry: TaskEntry) -> bool:
+        return True  # there is none
+
     def columns(self, entry: TaskEntry) -> list[str]:
         return [entry.image, entry.label]
 
@@ -101,7 +104,7 @@ class ImageScorer:
     def _forward(self, pixels: Tensor) -> Tensor:
         """Logits (rows, labels)."""
         there = pixels.to(self.model.device, self.model.module.dtype)
-        logits: Tensor = self.model.module(pixel_values=there).logits.float()
+        logits: Tensor = self.model.forward(None, pixel_values=there).logits.float()
         if not torch.isfinite(logits).all():
             raise FloatingPointError("the model's outputs are not finite")
         return logits.cpu()

@@ -30,7 +30,7 @@ class Language:
     """The judge of lm-eval's tasks and groups, and of the user's own texts."""
 
     def __init__(self, config: Config, numbers: Sequence[int]) -> None:
-        self.settings, self.seed = config.evaluation, config.seed
+        self.settings, self.seed, self._model = config.evaluation, config.seed, config.model.kind
         entries = {n: config.evaluation.tasks[n] for n in numbers}
         self._keys = {e.task: f"evaluation.tasks[{n}]" for n, e in entries.items()}
         self.library = Library(config.evaluation, entries)
@@ -84,6 +84,13 @@ class Language:
             return item_text(self.library.tasks[name], self._documents[name][number])
         except Exception:  # the task's own templates and functions, not all of which are needed to score it
             return ItemText(f"document {number} of {name}")
+
+    def tells_padding(self, entry: TaskEntry) -> bool:
+        """In rows of log-likelihoods padding is known. An encoder–decoder is called part by part, and what is written
+        goes through Transformers' own loop.
+        """
+        asked = {self.library.tasks[m].OUTPUT_TYPE for m in self.library.members[entry.task]}
+        return self.settings.backend == "resident" and self._model == "causal-lm" and "generate_until" not in asked
 
     def scorer(self, model: LiveModel | LaunchedModel, asked: Sequence[AskedItem], scored: Iterable[Item]) -> Scorer:
         hashes = {i.hash for i in scored}

@@ -76,7 +76,7 @@ class DecoderOnly:
 
     @torch.inference_mode()
     def score(self, batch: Packed) -> list[Likelihood]:
-        logits = self.model.module(**self.inputs(batch)).logits
+        logits = self.model.forward(batch.parts != PADDING, **self.inputs(batch)).logits
         scores, misses = of_tokens(logits, batch.rows, batch.columns, batch.targets)
         return summed(scores, misses, batch.owner, batch.count)
 

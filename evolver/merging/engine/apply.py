@@ -45,11 +45,23 @@ def apply(
         kernels: fused kernels, where there are some; the bits are the same.
         piece: scalars that are handled at a time, about.
     """
+    if method.whole:
+        return _apply_whole(method, values, whole)
     pieces = Pieces(method, values, whole, kernels, piece)
     known: list[Tensor] = []
     while (question := pieces.question(known)) is not None:
         known.append(_answer(pieces, question, known, model).to(whole.base.device))
     return pieces.merge(known).view(whole.base.shape)
+
+
+def _apply_whole(method: Method, values: Mapping[str, Value], whole: InputTensors) -> Tensor:
+    """The merged tensor by a method that wants whole ones; it asks nothing, and no kernel replaces it."""
+    numbers, flags = method.handed(values, whole.base.device)
+    handed = {parameter: whole.statistics.get(kind) for parameter, kind in method.statistics.items()}
+    origin = whole.base.float()
+    inputs = [i.float() - origin if method.on_deltas else i.float() for i in whole.inputs]
+    merged = method.function(inputs, **numbers, **flags, **handed)
+    return (origin + merged if method.on_deltas else merged).to(whole.base.dtype).view(whole.base.shape)
 
 
 def _answer(pieces: Pieces, asked: NeedsAnswer, known: Sequence[Tensor], model: AllTensors | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import TypeVar, cast
 
@@ -43,6 +43,7 @@ class InputTensors:
         base: of the same shape.
         ids: one id an input; what is drawn for an input depends on it, not on its place in the row.
         depth: 0 in the first layer, 1 in the last; None outside the layers.
+        statistics: of every input, by kind; None where not every input has one for this tensor.
     """
 
     name: str
@@ -50,6 +51,7 @@ class InputTensors:
     base: Tensor
     ids: Sequence[str]
     depth: float | None = None
+    statistics: Mapping[str, Stack | None] = field(default_factory=dict)
 
 
 class _Made(Exception):  # not an error: the way out of a call that was for nothing else

@@ -293,7 +293,14 @@ def parse(raw: Mapping[str, Any], file: str) -> Configuration:
         raise BadInput(f"{file}: models: no model is named; give at least one.")
     if checked.tokenizer and checked.tokenizer_source:
         raise BadInput(f"{file}: tokenizer_source: stands beside tokenizer; write one of them.")
-    return Configuration(file, checked, get(checked.merge_method, f"{file}: merge_method"))
+    method = get(checked.merge_method, f"{file}: merge_method")
+    if method.statistics:
+        raise BadInput(
+            f"{file}: merge_method: {method.name} needs statistics of the models on items, and this file names none; "
+            f"write the configuration of a run, with search: {{algorithm: tpe, method: {method.name}}} and the items "
+            "under evaluation.tasks, and call evolver run."
+        )
+    return Configuration(file, checked, method)
 
 
 def _without_modules(raw: Mapping[str, Any], file: str) -> Mapping[str, Any]:

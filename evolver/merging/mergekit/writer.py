@@ -49,7 +49,7 @@ def dump(recipe: Recipe, locations: Mapping[str, str], names: Sequence[str], dty
 
 def _outputs(recipe: Recipe) -> list[Recipe]:
     """The nodes that are documents of their own, inputs first: the recipe, and every merge that a merge uses."""
-    used = {_whole(i).id for n in ancestors(recipe) if isinstance(n, Merge) for i in n.below}
+    used = {_whole(i).id for n in ancestors(recipe) if isinstance(n, Merge) for i in (*n.inputs, n.base)}
     return [n for n in ancestors(recipe) if n is recipe or (n.id in used and not isinstance(n, Expert))]
 
 

@@ -6,6 +6,11 @@ declares ``rows``, (rows, columns), always float32. Keyword-only parameters are 
 ``Simplex`` and a search can tune it; a setting that is a tuple has one number an expert. Numbers arrive as float64
 tensors, () or (E,), so that a change of a number never compiles a kernel anew: do not branch on them. A parameter
 ``here`` is handed in, not set: what a method may ask about the tensor beyond its piece.
+
+A method that declares ``whole`` gets whole tensors in their own shapes instead of pieces, and nothing to ask. It may
+want statistics of the models beside their weights: a parameter annotated ``Of("gram")`` is handed one tensor an expert,
+or None where not every expert has one for the tensor that is merged. A signature that says none of this is refused
+when the method is registered.
 """
 
 from __future__ import annotations
@@ -57,6 +62,13 @@ class Simplex:
 
 
 @dataclass(frozen=True)
+class Of:
+    """Marks a parameter that is handed a statistic of every model: of this kind, under its collector's name."""
+
+    statistic: str
+
+
+@dataclass(frozen=True)
 class Setting:
     """One setting of a method: its type, its default, and how a search may vary it (None: not searched)."""
 
@@ -83,6 +95,8 @@ class Method:
     paper: str
     on_deltas: bool
     rows: bool
+    whole: bool
+    exact: bool
     takes: int | None
     least: int
     asks: bool
@@ -90,6 +104,8 @@ class Method:
     identity: Mapping[str, Any] | None
     divides: str | None
     settings: Mapping[str, Setting]
+    # Kinds of statistics by the parameters that are handed them.
+    statistics: Mapping[str, str]
 
     def in_force(self, checked: Mapping[str, Value], experts: int) -> dict[str, Value]:
         """The settings of a recipe, which were checked when it was composed, with defaults for what it leaves open."""
@@ -151,6 +167,10 @@ class Method:
 METHODS: dict[str, Method] = {}
 # Weights whose sum is smaller in size cancel.
 SMALLEST_SUM = 1e-8
+# What the first parameter of a method may be called, and whether it then holds task vectors.
+OPERANDS = {"models": False, "deltas": True}
+# What a setting may be: a number, a switch, a count.
+SETTING_KINDS = (Tensor, bool, int)
 
 
 def number(value: float) -> Tensor:
@@ -171,6 +191,8 @@ def method(
     symmetric: bool = True,
     identity: Mapping[str, Any] | None = MappingProxyType({}),
     divides: str | None = None,
+    whole: bool = False,
+    exact: bool = True,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a merge method under its function's name.
 
@@ -181,33 +203,55 @@ def method(
         symmetric: the order of the models does not matter.
         identity: settings, beside a mass of one, with which copies of one model give that model; None: there are none.
         divides: the setting that asks for a division by the sum of all weights, which must not vanish then.
+        whole: the method gets whole tensors in their own shapes, no pieces.
+        exact: the result is the same bit for bit on every processor and with any number of threads.
+
+    Raises TypeError for a signature that does not say what each parameter is.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        parameters = inspect.signature(function).parameters
+        name, parameters = function.__name__, inspect.signature(function).parameters
+        first, *others = parameters.values()
         hints = typing.get_type_hints(function, include_extras=True)
-        settings = {}
-        for parameter in list(parameters.values())[1:]:
-            if parameter.name != "here":
-                setting = _setting(parameter, hints[parameter.name])
+        _check_operand(name, first, whole, rows, "here" in parameters)
+        settings: dict[str, Setting] = {}
+        statistics: dict[str, str] = {}
+        for parameter in (p for p in others if p.name != "here"):
+            wanted = _statistic(hints.get(parameter.name))
+            if wanted is None:
+                setting = _setting(name, parameter, hints.get(parameter.name))
                 settings[setting.name] = setting
-        METHODS[function.__name__] = Method(
-            function.__name__,
-            function,
-            paper,
-            on_deltas=next(iter(parameters)) == "deltas",
-            rows=rows,
-            takes=takes,
-            least=least,
-            symmetric=symmetric,
-            identity=identity,
-            divides=divides,
-            asks="here" in parameters,
-            settings=settings,
-        )
+            else:
+                statistics[parameter.name] = wanted.statistic
+        if statistics and not whole:
+            raise TypeError(
+                f"merge method {name}: statistics are handed to methods on whole tensors only; declare whole=True."
+            )
+        METHODS[name] = Method(
+            name, function, paper, OPERANDS[first.name], rows, whole, exact, takes, least, "here" in parameters,
+            symmetric, identity, divides, settings, statistics,
+        )  # fmt: skip
         return function
 
     return register
+
+
+def _check_operand(name: str, first: inspect.Parameter, whole: bool, rows: bool, asks: bool) -> None:
+    """Raises TypeError where a signature does not say what a method works on."""
+    if first.name not in OPERANDS:
+        raise TypeError(
+            f"merge method {name}: its first parameter is called {first.name!r}; call it models for weights, or deltas "
+            "for task vectors against the base."
+        )
+    if whole and (rows or asks):
+        raise TypeError(
+            f"merge method {name}: whole tensors have no pieces to ask about; leave out the parameter here and rows."
+        )
+
+
+def _statistic(hint: Any) -> Of | None:
+    """The statistic that a parameter asks for, if it does."""
+    return next((m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Of)), None)
 
 
 def get(name: str, place: str) -> Method:
@@ -220,12 +264,17 @@ def get(name: str, place: str) -> Method:
     return METHODS[name]
 
 
-def _setting(parameter: inspect.Parameter, hint: Any) -> Setting:
+def _setting(name: str, parameter: inspect.Parameter, hint: Any) -> Setting:
     search, choices, kind = None, (), hint
     if typing.get_origin(hint) is typing.Annotated:
         kind, search = typing.get_args(hint)[:2]
     if typing.get_origin(kind) is Literal:
         kind, choices = str, typing.get_args(kind)
+    if parameter.kind is not parameter.KEYWORD_ONLY or not (kind in SETTING_KINDS or choices):
+        raise TypeError(
+            f"merge method {name}: its parameter {parameter.name!r} is no setting; make it keyword-only, and annotate "
+            'it as Tensor, bool, int or Literal, or with Of("KIND") where it is a statistic of the models.'
+        )
     default = parameter.default
     if kind is Tensor:
         kind = tuple if isinstance(default, Tensor) and default.dim() else float

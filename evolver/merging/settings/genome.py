@@ -11,7 +11,7 @@ from typing import Any
 from evolver.errors import BadInput, nearest
 from evolver.merging.methods import Method, Range, Setting, Simplex
 from evolver.merging.settings.placed import fixed_rules
-from evolver.records import Choice, Expert, Knob, Merge, Place, Recipe, Rule, layer_of
+from evolver.records import Choice, Expert, Knob, Merge, Place, Recipe, Rule, Statistic, layer_of
 
 # A weight on the simplex is drawn as e / Σ e with e = -log(u): uniform u then means uniform weights (Dirichlet(1)).
 # The ends are cut off so that no weight is exactly 0 or 1.
@@ -29,6 +29,7 @@ class Genome:
     groups: int
     tune: tuple[str, ...]
     fixed: tuple[Rule, ...]
+    statistics: tuple[Statistic, ...] = ()
 
     @property
     def knobs(self) -> tuple[Knob | Choice, ...]:
@@ -48,7 +49,7 @@ class Genome:
     def decode(self, values: Mapping[str, Any]) -> Recipe:
         """The recipe that one point of the space stands for."""
         tuned = [Rule.of(self._settings(values, suffix), place) for suffix, place in self._places()]
-        return Merge(self.method.name, self.experts, self.base, (*self.fixed, *tuned))
+        return Merge(self.method.name, self.experts, self.base, (*self.fixed, *tuned), self.statistics)
 
     def encode_equal(self, mass: float) -> dict[str, Any]:
         """The point with equal weights, what is chosen at its default and, where it is tuned, the given total mass: a
@@ -90,12 +91,15 @@ def genome(
     tune: Sequence[str] | None,
     settings: Mapping[str, Any],
     place: str,
+    statistics: tuple[Statistic, ...] = (),
 ) -> Genome:
-    """A genome, checked. Without ``tune``, total mass, simplex weights and what has no default are tuned.
+    """A genome, checked. Without ``tune``, total mass, simplex weights and what has no default are tuned; of a method
+    that has none of these, all of its numbers.
 
     Args:
         names: of the base's tensors.
         settings: those that stay fixed, in the forms of ``placed``.
+        statistics: that the method asks for.
 
     Raises BadInput that names ``place``.
     """
@@ -103,7 +107,8 @@ def genome(
     searchable = {n for n, s in method.settings.items() if s.search is not None or s.options}
     if tune is None:
         needed = [n for n, s in method.settings.items() if s.required and n not in settings]
-        tune = [n for n in ("lambda", "weight", *needed) if n in searchable]
+        usual = [n for n in ("lambda", "weight", *needed) if n in searchable]
+        tune = usual or [n for n, s in method.settings.items() if s.search is not None and n not in settings]
     for name in tune:
         if name not in searchable:
             raise BadInput(
@@ -119,7 +124,7 @@ def genome(
         raise BadInput(f"{place}.layer_groups: {groups} groups of {layers} layers; write a number from 1 to {layers}.")
     examples = {n: _example(method.settings[n]) for n in tune}
     fixed = fixed_rules(method, settings, [e.name for e in experts], names, f"{place}.settings", examples)
-    return Genome(method, tuple(experts), base, layers, groups, tuple(tune), fixed)
+    return Genome(method, tuple(experts), base, layers, groups, tuple(tune), fixed, statistics)
 
 
 def _example(setting: Setting) -> bool | float | str:

@@ -1,0 +1,87 @@
+"""Tensors that were computed once and are kept: a safetensors file, sealed with the digest of what it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from evolver.checkpoints.weights import cached, open_tensors, raw
+from evolver.errors import BadInput, EvolverError
+
+SEAL = "evolver.sha256"
+
+
+class Damaged(EvolverError):
+    """A file that is not as it was written."""
+
+
+class KeptTensors:
+    """The tensors of a sealed file, mapped: only those that are asked for are read."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle, self._names = handle, frozenset(handle.keys())
+
+    def get(self, name: str) -> Tensor | None:
+        """The tensor of that name, where there is one."""
+        return self._handle.get_tensor(name) if name in self._names else None
+
+
+def open_kept(file: Path, key: str) -> KeptTensors | None:
+    """The file's tensors; None where there is no file.
+
+    Args:
+        key: what it was sealed for.
+
+    Raises Damaged where the file is not what was written for that key.
+    """
+    if not file.exists():
+        return None
+    try:
+        handle = open_tensors(file, "cache")
+        names = sorted(handle.keys())
+        sealed = (handle.metadata() or {}).get(SEAL)
+        found = cached("digests-kept", [file], lambda: _digest((n, handle.get_tensor(n)) for n in names))
+    except (BadInput, OSError) as error:
+        raise Damaged(str(error)) from error
+    if sealed != _sealed(key, found):
+        raise Damaged(f"{file} holds other bytes than were written")
+    return KeptTensors(handle)
+
+
+def write_kept(file: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors, sealed for ``key``, whole or not at all.
+
+    Raises OSError where that cannot be done.
+    """
+    seal = _sealed(key, _digest(sorted(tensors.items())))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=file.parent)
+    try:
+        save_file(dict(tensors), temporary, {SEAL: seal})
+        os.fsync(handle)
+        os.replace(temporary, file)
+    except (OSError, SafetensorError) as error:
+        os.unlink(temporary)
+        raise error if isinstance(error, OSError) else OSError(str(error)) from error
+    finally:
+        os.close(handle)
+
+
+def _sealed(key: str, digest: str) -> str:
+    return hashlib.sha256(f"{key} {digest}".encode()).hexdigest()
+
+
+def _digest(tensors: Iterator[tuple[str, Tensor]] | list[tuple[str, Tensor]]) -> str:
+    sha = hashlib.sha256()
+    for name, tensor in tensors:
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(raw(tensor))
+    return sha.hexdigest()

@@ -1,0 +1,127 @@
+"""What can be found out about a model while it is scored on items: the registry of collectors, and the Grams.
+
+A collector is one function. It gets the live model, which holds the weights in question, and ``score``, which lets the
+judges score it on the items; it yields tensors by the name of the tensor in the checkpoint that they belong to. Batches
+come in a fixed order, so that sums over them are the same whoever collects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from evolver.errors import BadInput, nearest
+from evolver.evaluation.live import LiveModel
+
+Collect = Callable[[LiveModel, Callable[[], None]], Iterator[tuple[str, Tensor]]]
+COLLECTORS: dict[str, Collect] = {}
+
+
+def collector(name: str) -> Callable[[Collect], Collect]:
+    """Register a collector: merge methods ask for what it collects by this name, with ``Of(name)``."""
+
+    def register(function: Collect) -> Collect:
+        COLLECTORS[name] = function
+        return function
+
+    return register
+
+
+def collector_named(name: str) -> Collect:
+    """The collector of that name.
+
+    Raises BadInput, naming the nearest known ones, where there is none.
+    """
+    if name not in COLLECTORS:
+        raise BadInput(f"statistics: there is no collector {name!r}; {nearest(name, COLLECTORS)}")
+    return COLLECTORS[name]
+
+
+@collector("gram")
+def input_grams(live: LiveModel, score: Callable[[], None]) -> Iterator[tuple[str, Tensor]]:
+    """XᵀX of the inputs X (positions, d) of every linear layer but the one that names tokens, (d, d) float32.
+
+    Positions that are padding are left out. Batches are multiplied in float32 and added in float64.
+    """
+    with LayerSums(live, live.linear_layers(), lambda rows: (rows.T @ rows).double()) as sums:
+        score()
+    for name, total in sums.totals.items():
+        if not total.isfinite().all():
+            raise FloatingPointError(f"the inputs of the layer of {name} are not finite")
+        yield name, total.float().cpu()
+
+
+class LayerSums:
+    """Sums over batches of what is made of the inputs of linear layers, while the context is open.
+
+    A pass that does not end, as where memory did not suffice for it, adds nothing.
+
+    Args:
+        layers: by the name of their weight in the checkpoint.
+        of: from a layer's inputs (M, d), float32, in M positions that are no padding, to what is added.
+
+    Attributes:
+        totals: by the same names; layers without inputs are left out.
+    """
+
+    def __init__(self, live: LiveModel, layers: Mapping[str, nn.Linear], of: Callable[[Tensor], Tensor]) -> None:
+        self._live, self._layers, self._of = live, layers, of
+        self._positions: Tensor | None = None
+        self._running = False
+        self._pass: dict[str, Tensor] = {}
+        self.totals: dict[str, Tensor] = {}
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Self:
+        self._live.listener = self
+        for name, layer in self._layers.items():
+            self._hooks.append(layer.register_forward_pre_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.listener = None
+        for hook in self._hooks:
+            hook.remove()
+
+    def begin(self, positions: Tensor | None) -> None:
+        """See ``Listener``."""
+        self._positions, self._running = positions, True
+        self._pass.clear()
+
+    def end(self) -> None:
+        """See ``Listener``."""
+        for name, more in self._pass.items():
+            self.totals[name] = self.totals[name] + more if name in self.totals else more
+        self._pass.clear()
+        self._running = False
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hear(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            if not self._running:
+                raise RuntimeError("a judge called the model without saying which positions are padding")
+            more = self._of(_rows(given[0], self._positions, name).float())
+            self._pass[name] = self._pass[name] + more if name in self._pass else more
+
+        return hear
+
+
+def _rows(inputs: Tensor, positions: Tensor | None, name: str) -> Tensor:
+    """The inputs (M, d) in the positions that count.
+
+    Args:
+        inputs: (rows, places, d); (rows, d) where a layer sees one place of each row; (rows · places, d).
+        positions: (rows, places); None: all count.
+
+    Raises ValueError for inputs of another shape.
+    """
+    flat = inputs.flatten(0, -2)
+    if positions is None or inputs.shape[:-1] == positions.shape[:1]:
+        return flat
+    if inputs.shape[:-1] in (positions.shape, (positions.numel(),)):
+        return flat[positions.flatten()]
+    raise ValueError(
+        f"the layer of {name} gets inputs {tuple(inputs.shape)} for a batch of {tuple(positions.shape)} tokens, so "
+        "that nobody can tell which of them are padding"
+    )
