@@ -112,7 +112,9 @@ def test_rungs_are_nested_parts_in_whole_blocks_and_end_with_all():
     assert rungs(30, 3, dev(1000, 64)) == (64, 192, 576, None)
     assert rungs(30, 3, dev(90)) == (30, None)
     assert rungs(1, 2, dev(2)) == (1, None)
-    with pytest.raises(BadInput, match=r"search\.first: 30 items, in blocks of 64 .* no part of 40 dev items; make"):
+    with pytest.raises(
+        BadInput, match=r"search\.first: 30 items, rounded up to blocks of 64 .* are all of the 40 dev items; write"
+    ):
         rungs(30, 3, dev(40, 64))
 
 
@@ -360,7 +362,7 @@ def test_estimates_of_items_that_are_not_judged_alone_are_refused():
         of = Estimates(Scale(("t",) * COUNT, {"t": 1.0}, {"t": metric}, (0.0,) * COUNT), 1)
         assert first_unjudged(of.scale) == "t"
         halving(of)
-        with pytest.raises(BadInput, match=r"search\.estimate: p-irt needs items .* not those of t; write mean"):
+        with pytest.raises(BadInput, match=r"search\.estimate: p-irt needs items .* and t has none; write mean"):
             halving(of, estimate="p-irt")
     assert first_unjudged(ONE) is None
 
@@ -380,10 +382,13 @@ def test_estimates_of_items_that_are_not_judged_alone_are_refused():
             {"of": HALVING | {"of": TPE}},
             r"^search\.of\.algorithm: 'halving' cannot be the inner search of halving; known",
         ),
-        ({"of": {}}, r"^search\.of\.algorithm: None is no search"),
+        ({"of": {}}, r"^search\.of\.algorithm: None cannot be the inner search of halving"),
         ({"of": {"algorithm": "tpe", "statrup": 3}}, r"^search\.of: statrup: unknown key; did you mean 'startup'"),
         ({"of": {"algorithm": "evolver", "mode": "generational", "strategy": "rand/2"}}, r"^search\.of\.strategy"),
-        ({"first": 40}, r"^search\.first: 40 items, .* no part of 40 dev items; make either smaller\.$"),
+        (
+            {"first": 40},
+            r"^search\.first: 40 items, .* are all of the 40 dev items; write a smaller first or block_items, or",
+        ),
         ({"batch": 1}, r"search\.batch"),
         ({"estimate": "median"}, r"search\.estimate"),
     ],

@@ -463,7 +463,9 @@ def test_a_race_is_given_the_incumbent_s_items(settings, early_stopping):
 
 
 def test_strategies_that_need_more_experts_are_refused():
-    with pytest.raises(BadInput, match=r"search\.strategy: rand/2 needs 6 experts and there are 4; write evolver"):
+    with pytest.raises(
+        BadInput, match=r"search\.strategy: rand/2 needs 6 experts, and the configuration has 4; write evolver"
+    ):
         build(EVOLVER | {"strategy": "rand/2"})
     with pytest.raises(BadInput, match=r"search\.startegy: unknown key; did you mean 'strategy'"):
         build(EVOLVER | {"startegy": "rand/2"})

@@ -331,7 +331,10 @@ def test_standard_errors():
         ({"kind": "classifer"}, "kind: 'classifer' is not usable"),
         ({"train": {"steps": 3, "bach": 4}}, "experts.one.train.bach: unknown key; did you mean 'batch'"),
         ({"experts": {}}, "experts: "),
-        ({"experts": {"one": {"data": "one.jsonl"}}}, "experts: give at least two experts"),
+        (
+            {"experts": {"one": {"data": "one.jsonl"}}},
+            "experts: a merge needs several models; give at least two experts",
+        ),
         ({"kind": "seq2seq", "template": "Which?"}, "template: write {text} where the text belongs"),
     ],
 )
