@@ -197,9 +197,7 @@ class EvaluationSettings(Section):
     def _data_of_both(self) -> EvaluationSettings:
         for number, task in enumerate(self.tasks):
             if task.report_data is not None and task.data is None:
-                raise ValueError(
-                    f"tasks[{number}].report_data is given without data; give the data of the dev items, too"
-                )
+                raise ValueError(f"task {number} has report_data and no data; give data for its dev items, too")
         return self
 
     @model_validator(mode="after")
@@ -564,7 +562,8 @@ def _sentence(kind: type[BaseModel], error: ErrorDetails, prefix: str) -> str:
         description = _fields(within.type)[str(last)].description
         return f"{place}: this key is missing; add it{f' ({description})' if description else ''}."
     if error["type"] == "value_error":
-        return f"{place}: {error['msg'].removeprefix('Value error, ')}."
+        said = error["msg"].removeprefix("Value error, ")
+        return f"{place}: {said}." if keys or prefix else f"{said}."  # what concerns several sections names them itself
     return f"{place}: {error['input']!r} is not usable; write {_wanted(error, here)}."
 
 

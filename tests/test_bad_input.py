@@ -305,7 +305,7 @@ def disk(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [("ro", ["Read-only file system", "choose a folder that can"]), ("size=4k", ["No space left on device"])],
+    [("ro", ["Read-only file system", "mend the rights"]), ("size=4k", ["No space left on device"])],
 )
 def test_a_results_folder_that_takes_nothing(make_config, disk, tmp_path, capsys, options, words):
     folder = disk(options)

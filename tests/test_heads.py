@@ -119,7 +119,9 @@ def test_a_head_can_be_borrowed(configured, tmp_path):
 
 def test_a_head_of_nobody_is_refused(configured):
     file = configured("apart", head="colur")
-    with pytest.raises(BadInput, match=r"evaluation.tasks\[0\].head: 'colur' is no expert; did you mean 'colour'"):
+    with pytest.raises(
+        BadInput, match=r"evaluation.tasks\[0\].head: there is no expert 'colur'; did you mean 'colour'"
+    ):
         prepare(config_at(file))
 
 
@@ -185,5 +187,5 @@ def test_a_language_model_has_no_heads(configured):
     raw = yaml.safe_load(file.read_text())
     raw["model"]["kind"] = "causal-lm"
     file.write_text(yaml.safe_dump(raw, sort_keys=False))
-    with pytest.raises(BadInput, match="a causal-lm has no classification heads; write merged"):
+    with pytest.raises(BadInput, match="a model of kind causal-lm has no classification heads; write merged"):
         prepare(config_at(file))

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from evolver.config import Config, ConfigText, differences
-from evolver.errors import BadInput
+from evolver.errors import BadInput, file_sentence
 from evolver.ledger import part_names, read_parts
 from evolver.records import content_hash
 from evolver.runs.files import CONFIG_FILE, CONFIG_REMEDY, IDENTITY_FILE, mapping_of, no_run, text_of
@@ -95,9 +95,7 @@ class RunFolder:
             self.storage.write(CONFIG_FILE, configuration.encode())
             self._found()
         except OSError as error:
-            raise BadInput(
-                f"{self.location}: cannot be written ({error.strerror or error}); choose a folder that can."
-            ) from error
+            raise BadInput(file_sentence(error, self.location)) from error
 
     def _found(self) -> None:
         """Make the folder this run's, unless it is; of several that try at once, one succeeds."""
