@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from evolver.config import Config, TaskEntry
 from evolver.evaluation.items import Item
@@ -74,6 +74,8 @@ class Judge(Protocol):
 
     def __init__(self, config: Config, numbers: Sequence[int]) -> None: ...
 
+    # The keys of a task that it reads, beside those of ``COMMON_KEYS``; ``judge`` sets them.
+    keys: ClassVar[frozenset[str]]
     # What the user should hear before the run.
     warnings: list[str]
 
@@ -81,7 +83,12 @@ class Judge(Protocol):
         """All items that a split can be drawn from; None where the report split is drawn from the dev split's."""
         ...
 
-    def metric(self, entry: TaskEntry) -> Metric: ...
+    def metric(self, entry: TaskEntry) -> Metric:
+        """The metric that a task names.
+
+        Raises BadInput for one that this kind of evaluation does not have.
+        """
+        ...
 
     def right(self, asked: AskedItem) -> float:
         """The right answer, for metrics that look at all answers together."""
@@ -97,15 +104,22 @@ class Judge(Protocol):
         ...
 
 
+# The keys of a task that have a meaning for every kind of evaluation.
+COMMON_KEYS = frozenset({"task", "judge", "metric", "weight", "dev", "report"})
 JUDGES: dict[str, type[Judge]] = {}
 JudgeType = TypeVar("JudgeType", bound=type[Any])
 
 
-def judge(name: str) -> Callable[[JudgeType], JudgeType]:
-    """Register a kind of evaluation: a task names it by its key ``judge``."""
+def judge(name: str, *keys: str) -> Callable[[JudgeType], JudgeType]:
+    """Register a kind of evaluation: a task names it by its key ``judge``.
+
+    Args:
+        keys: the further keys of a task that it reads; a task of this kind that sets another one is refused.
+    """
 
     def register(kind: JudgeType) -> JudgeType:
         JUDGES[name] = kind
+        kind.keys = frozenset(keys)
         return kind
 
     return register

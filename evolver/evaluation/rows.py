@@ -14,11 +14,15 @@ from evolver.records import Split
 
 
 class RowJudge:
-    """The half of a judge that reads rows. A kind of evaluation says which columns it needs and what makes an item."""
+    """The half of a judge that reads rows. A kind of evaluation says which columns it needs and what makes an item.
+
+    Attributes:
+        named: the key under which the configuration names a task, such as ``evaluation.tasks[0]``, for messages.
+    """
 
     def __init__(self, config: Config, numbers: Sequence[int]) -> None:
         self.settings = config.evaluation
-        self._keys = {config.evaluation.tasks[n].task: f"evaluation.tasks[{n}]" for n in numbers}
+        self.named = {config.evaluation.tasks[n].task: f"evaluation.tasks[{n}]" for n in numbers}
         self._rows: dict[str, list[Row]] = {}
         self.warnings: list[str] = []
 
@@ -36,7 +40,7 @@ class RowJudge:
 
     def items(self, entry: TaskEntry, split: Split) -> list[Item] | None:
         """See ``Judge``."""
-        key = self._keys[entry.task]
+        key = self.named[entry.task]
         if split == "report":
             return self._read(entry, entry.report_data, f"{key}.report_data") if entry.report_data else None
         if entry.data is None:
