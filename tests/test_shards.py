@@ -10,7 +10,6 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-
 from toys import ROOT
 
 from evolver.checkpoints import shards
