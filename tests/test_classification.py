@@ -11,7 +11,7 @@ import toys
 import yaml
 from scipy import stats
 from sklearn.metrics import f1_score
-from toys import rows, run_here
+from toys import MOODS, rows, run_here, texts
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from evolver.config import config_at
@@ -19,27 +19,11 @@ from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.workers.worker import Worker
 
-LABELS = ("bad", "fair", "good")
-
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
-    """A tiny BERT with three labels, and two noisy fine-tunes of it."""
-    folder, words = tmp_path_factory.mktemp("encoders"), toys.tokenizer()
-    config = BertConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=len(words),
-        max_position_embeddings=toys.LENGTH, initializer_range=0.3, pad_token_id=2,
-        id2label=dict(enumerate(LABELS)), label2id={n: i for i, n in enumerate(LABELS)},
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = BertForSequenceClassification(config)
-    weights = {k: v.clone() for k, v in model.state_dict().items()}
-    for seed, name in enumerate(("base", "a", "b")):
-        torch.manual_seed(seed)
-        noisy = {k: v + 0.1 * (seed > 0) * torch.randn_like(v) for k, v in weights.items()}
-        model.load_state_dict(noisy)
-        model.save_pretrained(folder / name)
-        words.save_pretrained(folder / name)
+    folder = tmp_path_factory.mktemp("encoders")
+    toys.make_encoders(folder)
     return folder
 
 
@@ -48,8 +32,8 @@ def classify(encoders, tmp_path):
     """``classify(rows)`` writes the data and a configuration over them."""
 
     def make(lines, **changes):
-        (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-        entry = {"task": "mood", "data": str(tmp_path / "data.jsonl"), "dev": 40, "report": 30, **changes}
+        data = toys.write_rows(tmp_path / "data.jsonl", lines)
+        entry = {"task": "mood", "data": data, "dev": 40, "report": 30, **changes}
         settings = {
             "run": "mood",
             "model": {"base": str(encoders / "base"), "kind": "classifier"},
@@ -64,15 +48,10 @@ def classify(encoders, tmp_path):
     return make
 
 
-def texts(count=75):
-    draw = random.Random(3)
-    return [" ".join([str(n), *draw.choices(toys.COLOURS + toys.THINGS, k=draw.randint(1, 20))]) for n in range(count)]
-
-
 @pytest.mark.whole
 def test_whole_run_and_a_plain_loop_agree(classify, tmp_path):
     draw = random.Random(1)
-    data = [{"text": t, "label": draw.choice(LABELS)} for t in texts()]
+    data = [{"text": t, "label": draw.choice(MOODS)} for t in texts()]
     file = classify(data)
     folder = run_here(file, tmp_path / "results")
     assert json.loads((folder / "best.json").read_text()) == {"items": 40, "equal": 40}
@@ -83,7 +62,7 @@ def test_whole_run_and_a_plain_loop_agree(classify, tmp_path):
         row = data[item.index]
         with torch.inference_mode():
             logits = best(torch.tensor([words(row["text"])["input_ids"]])).logits[0]
-        expected.append(float(LABELS[int(logits.argmax())] == row["label"]))
+        expected.append(float(MOODS[int(logits.argmax())] == row["label"]))
     found = [r for r in rows(folder).values() if r["recipe"] == toys.winner(folder) and r["stage"] != "report"]
     assert found
     assert all(r["items"] == expected for r in found)
@@ -98,7 +77,7 @@ def questions(scorer):
 
 def test_labels_as_words_and_as_numbers_mean_the_same(classify):
     numbers = [random.Random(2).randrange(3) for _ in range(75)]
-    said = [{"text": t, "label": LABELS[n]} for t, n in zip(texts(), numbers, strict=True)]
+    said = [{"text": t, "label": MOODS[n]} for t, n in zip(texts(), numbers, strict=True)]
     counted = [{"text": t, "label": n} for t, n in zip(texts(), numbers, strict=True)]
     golds = []
     for data in (said, counted):
@@ -142,18 +121,18 @@ def said(file, words_of, base):
 
 
 def test_a_metric_of_all_answers_keeps_the_answers(classify, encoders):
-    data = [{"text": t, "label": random.Random(t).choice(LABELS)} for t in texts()]
+    data = [{"text": t, "label": random.Random(t).choice(MOODS)} for t in texts()]
     file = classify(data, metric="macro_f1")
     ready, worker, kept, logits = said(file, lambda i: (data[i]["text"],), encoders / "base")
     assert kept == [float(row.argmax()) for row in logits]
-    assert worker.scorer.score(0, 40).words == [LABELS[int(row.argmax())] for row in logits]
-    right = [LABELS.index(data[i.index]["label"]) for i in ready.tasks.items.dev]
+    assert worker.scorer.score(0, 40).words == [MOODS[int(row.argmax())] for row in logits]
+    right = [MOODS.index(data[i.index]["label"]) for i in ready.tasks.items.dev]
     assert worker.scale.score(kept) == pytest.approx(f1_score(right, kept, average="macro"))
 
 
 @pytest.mark.whole
 def test_a_whole_run_by_a_metric_of_all_answers(classify, tmp_path):
-    data = [{"text": t, "label": random.Random(t).choice(LABELS)} for t in texts()]
+    data = [{"text": t, "label": random.Random(t).choice(MOODS)} for t in texts()]
     folder = run_here(classify(data, metric="mcc"), tmp_path / "results")
     report = (folder / "report.md").read_text()
     assert "on 30 report items" in report
@@ -175,12 +154,12 @@ def test_pairs_of_texts_from_a_table(classify, encoders, tmp_path):
 
 @pytest.mark.parametrize("metric", ["acc", "macro_f1"])
 def test_sets_of_labels(classify, encoders, metric):
-    data = [{"text": t, "label": [n for n in LABELS if random.Random(t + n).random() < 0.5]} for t in texts()]
+    data = [{"text": t, "label": [n for n in MOODS if random.Random(t + n).random() < 0.5]} for t in texts()]
     file = classify(data, metric=metric, threshold=0.4)
     ready, worker, kept, logits = said(file, lambda i: (data[i]["text"],), encoders / "base")
     chosen = [(row.sigmoid() > 0.4).int().tolist() for row in logits]
-    right = [[int(n in data[i.index]["label"]) for n in LABELS] for i in ready.tasks.items.dev]
-    words = [", ".join(n for n, c in zip(LABELS, row, strict=True) if c) or "no label" for row in chosen]
+    right = [[int(n in data[i.index]["label"]) for n in MOODS] for i in ready.tasks.items.dev]
+    words = [", ".join(n for n, c in zip(MOODS, row, strict=True) if c) or "no label" for row in chosen]
     assert worker.scorer.score(0, 40).words == words
     shown = ready.tasks.show("dev", range(40))
     assert {p: (text.prompt, text.right) for p, text in shown.items()} == {

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import toys
 import yaml
+from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.whole
 
@@ -40,7 +41,7 @@ def evolver(extended, *arguments):
 
 
 def test_each_example_is_one_file():
-    assert len(re.findall(r"```python\n# \S+\.py\n", PAGE)) == 5
+    assert len(re.findall(r"```python\n# \S+\.py\n", PAGE)) == 7
 
 
 def test_what_is_added_is_found(extended):
@@ -55,15 +56,18 @@ def test_what_is_added_is_found(extended):
 
 
 @pytest.mark.parametrize("method", ["halfway", "energy"])
-def test_what_is_added_makes_a_run(extended, make_config, tmp_path, method):
+def test_what_is_added_makes_a_run(extended, models, make_config, tmp_path, method):
     texts = tmp_path / "texts.jsonl"
     texts.write_text(
         "".join(json.dumps({"text": f"the {a} {b} the {a}"}) + "\n" for a in toys.THINGS for b in toys.THINGS)
     )
+    base, tuned = (load_file(models / name / "model.safetensors") for name in ("base", "c"))
+    (tmp_path / "c").mkdir()
+    save_file({name: tensor - base[name] for name, tensor in tuned.items()}, tmp_path / "c" / "delta.safetensors")
     task = {"task": "mine", "judge": "last-token", "data": str(texts), "dev": 12, "report": 12}
     changes = {
         "evaluation.tasks": [task], "search": {"algorithm": "hill", "method": method}, "pool": {"kind": "batches"},
-        "budget": {"candidates": 5},
+        "experts.c": str(tmp_path / "c"), "budget": {"candidates": 5}, "loggers": {"lines": {"name": "table.csv"}},
     }  # fmt: skip
     done = evolver(extended, "run", make_config(tmp_path, changes), "--results", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -74,11 +78,18 @@ def test_what_is_added_makes_a_run(extended, make_config, tmp_path, method):
     assert all(method in row["recipe"] for row in searched)
     assert done.stderr.count("input-energy of") == (3 if method == "energy" else 0)
     assert "hill" in (tmp_path / "toy" / "report.md").read_text()
+    head, *lines = (tmp_path / "toy" / "table.csv").read_text().splitlines()
+    assert head == "step,candidate,score"
+    scores = {number: row["score"] for (stage, number), row in found.items() if stage == "search"}
+    assert {int(n): float(score) for _, n, score in (line.split(",") for line in lines)} == scores
+    assert [line.split(",")[0] for line in lines] == ["0", "1", "2", "3", "4"]
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"loggers": {"line": {}}}, "loggers.line: unknown logger; did you mean 'lines'"),
+        ({"loggers": {"lines": {"nam": "x"}}}, "loggers.lines.nam: unknown key"),
         ({"pool": {"kind": "batch"}}, "pool.kind: unknown pool 'batch'"),
         ({"evaluation.tasks": [{"task": "mine", "judge": "last-tokens", "dev": 1, "report": 1}]},
          "evaluation.tasks[0].judge: unknown judge 'last-tokens'; did you mean 'last-token'"),
@@ -92,3 +103,22 @@ def test_an_unknown_name_is_told_with_the_nearest(extended, make_config, tmp_pat
         assert said in done.stderr
     assert yaml.safe_load(file.read_text())
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "test", "said"),
+    [
+        ("test_search.py", "test_every_search_is_held_to_the_laws", "the search 'hill' is held to no law; add a"),
+        ("test_judge_laws.py", "test_every_judge_has_a_toy", "the judge 'last-token' is held to no law; add to TOYS"),
+        ("test_logger_laws.py", "test_every_logger_has_a_toy", "the logger 'lines' is held to no law; add to TOYS"),
+    ],
+)
+def test_the_laws_say_what_they_need_of_what_is_added(extended, module, test, said):
+    shutil.copytree(toys.ROOT / "tests", extended / "tests", dirs_exist_ok=True)
+    shutil.copyfile(toys.ROOT / "pyproject.toml", extended / "pyproject.toml")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"tests/{module}::{test}"],
+        cwd=extended, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(extended)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert said in done.stdout

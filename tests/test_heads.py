@@ -9,7 +9,7 @@ import pytest
 import torch
 import toys
 import yaml
-from toys import rows, run_here
+from toys import rows, run_here, texts
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from evolver.config import config_at
@@ -19,11 +19,6 @@ from evolver.records import Candidate, Merge
 from evolver.workers.worker import Worker
 
 SPACES = {"mood": ("bad", "fair", "good"), "colour": ("red", "good")}
-
-
-def texts(count=75):
-    draw = random.Random(3)
-    return [" ".join([str(n), *draw.choices(toys.COLOURS + toys.THINGS, k=draw.randint(1, 20))]) for n in range(count)]
 
 
 def classifier(labels, body, seed):

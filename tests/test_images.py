@@ -10,17 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import toys
 import yaml
 from PIL import Image
-from sklearn.datasets import load_digits
-from toys import rows, run_here
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessorPil,
-)
+from toys import digits, rows, run_here
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from evolver.config import config_at
 from evolver.driver.prepare import prepare
@@ -31,35 +25,11 @@ from evolver.workers.worker import Worker
 
 pytestmark = pytest.mark.whole
 
-COUNT = 70
-
-
-def digits():
-    """Handwritten digits (images of 8 by 8), as PNG, and what they are."""
-    found = load_digits()
-    for pixels, label in zip(found.images[:COUNT], found.target[:COUNT], strict=True):
-        file = io.BytesIO()
-        Image.fromarray((pixels * 15).astype("uint8")).save(
-            file, format="PNG", compress_level=0
-        )  # as nobody else would
-        yield file.getvalue(), int(label)
-
 
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vit")
-    config = ViTConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8,
-        num_labels=10, initializer_range=0.3,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = ViTForImageClassification(config)
-    weights = {k: v.clone() for k, v in model.state_dict().items()}
-    for seed, name in enumerate(("base", "a", "b")):
-        torch.manual_seed(seed)
-        model.load_state_dict({k: v + 0.1 * (seed > 0) * torch.randn_like(v) for k, v in weights.items()})
-        model.save_pretrained(folder / name)
-        ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder / name)
+    toys.make_image_classifiers(folder)
     return folder
 
 

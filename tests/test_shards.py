@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from toys import ROOT
 
 from evolver.checkpoints import shards
 from evolver.checkpoints.weights import TensorInfo
@@ -53,17 +54,17 @@ def test_an_interrupted_merge_leaves_nothing_under_its_name(tmp_path):
 import sys, time; sys.path[:0] = {[os.path.dirname(__file__)]!r}
 from pathlib import Path
 from evolver.storage import whole_folder
-from evolver import shards
+from evolver.checkpoints import shards
 from test_shards import TENSORS, INFOS
 def slowly():
     for item in TENSORS.items():
         print("writing", flush=True); time.sleep(1); yield item
 with whole_folder(Path({str(tmp_path / "out")!r})) as folder:
-    shards.write(slowly(), INFOS, folder, 1000)
+    shards.write_shards(slowly(), INFOS, folder, 1000)
 """
-    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    child = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE)
     assert child.stdout is not None
-    child.stdout.readline()
+    assert child.stdout.readline() == b"writing\n"
     child.send_signal(signal.SIGKILL)
     child.wait()
     time.sleep(0.1)

@@ -1,22 +1,16 @@
 """Where runs are kept, here and on an object store: whole files, one writer, nothing lost."""
 
-import errno
-import json
-import logging
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import toys
-from moto.server import ThreadedMotoServer
 from starlette.testclient import TestClient
 
 from evolver.checkpoints.sources import open_base
@@ -25,121 +19,12 @@ from evolver.dashboard.app import build_app
 from evolver.driver.run import run
 from evolver.errors import BadInput
 from evolver.ledger import Ledger, answer_table, read_table
-from evolver.records import Candidate, Expert, Result
 from evolver.storage import lease as lease_module
-from evolver.storage import read_all, remote, storage_at
-from evolver.storage.lease import LEASE_FILE, Lease
+from evolver.storage import remote, storage_at
+from evolver.storage.lease import LEASE_FILE
 from evolver.workers.pools.local import LocalPool
 
 pytestmark = pytest.mark.whole
-
-
-@pytest.fixture(scope="module")
-def s3():
-    """A bucket of an S3 server on the loopback, as a URI."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    given = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in given.items():
-            patch.setenv(name, value)
-        import s3fs
-
-        s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
-        yield "s3://bucket"
-    server.stop()
-
-
-@pytest.fixture(params=["local", "s3"])
-def storage(request, tmp_path):
-    """An empty folder of either kind."""
-    if request.param == "local":
-        return storage_at(tmp_path / "folder")
-    return storage_at(f"{request.getfixturevalue('s3')}/{uuid.uuid4().hex}")
-
-
-def test_a_file_is_what_was_written_last(storage):
-    assert storage.names() == []
-    assert not storage.exists("a.txt")
-    storage.write("a.txt", b"one")
-    storage.write("a.txt", b"two")
-    storage.folder("inner").write("b.txt", b"three")
-    assert storage.read("a.txt") == b"two"
-    assert storage.names() == ["a.txt", "inner"]
-    assert storage.exists("inner")
-    assert storage_at(storage.location).folder("inner").read("b.txt") == b"three"
-    storage.move("a.txt", "inner")
-    assert storage.names() == ["inner"]
-    assert storage.folder("inner").names() == ["a.txt", "b.txt"]
-    storage.folder("inner").remove("b.txt")
-    assert storage.folder("inner").names() == ["a.txt"]
-
-
-def test_what_is_not_there_is_a_file_not_found(storage):
-    with pytest.raises(FileNotFoundError):
-        storage.read("gone")
-    found, missing = read_all(storage_at_with(storage, "there"), ["there", "gone"])
-    assert found == b"there"
-    assert isinstance(missing, FileNotFoundError)
-
-
-def storage_at_with(storage, name):
-    storage.write(name, name.encode())
-    return storage
-
-
-def test_nothing_gives_way_to_what_is_created(storage):
-    storage.create("part", b"first")
-    with pytest.raises(FileExistsError):
-        storage.create("part", b"second")
-    assert storage.read("part") == b"first"
-
-
-def test_of_many_that_create_one_succeeds(storage):
-    def attempt(k):
-        try:
-            storage_at(storage.location).create("part", b"%d" % k)
-        except FileExistsError:
-            return None
-        return k
-
-    with ThreadPoolExecutor(8) as pool:
-        made = [k for k in pool.map(attempt, range(16)) if k is not None]
-    assert len(made) == 1
-    assert storage.read("part") == b"%d" % made[0]
-    assert storage.names() == ["part"]
-
-
-def test_a_whole_folder_takes_the_place_of_the_old_one(storage):
-    for files in ({"a": "1", "b/c": "2"}, {"a": "3", "d": "4"}):
-        with storage.whole_folder("best") as folder:
-            for name, text in files.items():
-                (folder / name).parent.mkdir(exist_ok=True)
-                (folder / name).write_text(text)
-    best = storage.folder("best")
-    assert best.names() == ["a", "d"]
-    assert best.read("a") == b"3"
-    with pytest.raises(ZeroDivisionError), storage.whole_folder("best") as folder:
-        (folder / "a").write_text(str(1 / 0))
-    assert best.read("a") == b"3"
-
-
-def test_file_systems_without_links_create_as_well(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.EPERM, "no links here")
-
-    monkeypatch.setattr(os, "link", refuse)
-    storage = storage_at(tmp_path)
-    storage.create("part", b"first")
-    with pytest.raises(FileExistsError):
-        storage.create("part", b"second")
-    assert storage.read("part") == b"first"
-    assert [p.name for p in tmp_path.iterdir()] == ["part"]
 
 
 # An object store that fails now and then.
@@ -202,97 +87,6 @@ def test_an_unknown_kind_of_address_is_one_sentence():
 
 
 # One writer.
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Leases that last a second."""
-    monkeypatch.setattr(lease_module, "BEAT_SECONDS", 0.2)
-    monkeypatch.setattr(lease_module, "LEASE_SECONDS", 1.5)
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_second_holder_is_told_who_the_first_is(storage):
-    first = Lease(storage)
-    with pytest.raises(BadInput, match=rf"in use by process {os.getpid()} on \S+; wait for it, or stop it first"):
-        Lease(storage_at(storage.location))
-    first.close()
-    assert LEASE_FILE not in storage.names()
-    Lease(storage).close()
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_holder_of_another_machine_is_waited_for_as_long_as_its_lease(storage):
-    gone = {"host": "spot-7", "pid": 12, "machine": "another", "token": "t", "beat": 41}
-    storage.write(LEASE_FILE, json.dumps(gone).encode())
-    said, began = [], time.monotonic()
-    lease = Lease(storage, said.append)
-    assert time.monotonic() - began >= 1.5
-    assert "in use by process 12 on spot-7; going on in" in said[0]
-    lease.close()
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_holder_of_another_machine_that_lives_keeps_it(storage):
-    held = {"host": "node-2", "pid": 12, "machine": "another", "token": "t", "beat": 0}
-    ended = threading.Event()
-
-    def live():
-        while not ended.wait(0.2):
-            held["beat"] += 1
-            storage.write(LEASE_FILE, json.dumps(held).encode())
-
-    storage.write(LEASE_FILE, json.dumps(held).encode())
-    holder = threading.Thread(target=live)
-    holder.start()
-    try:
-        with pytest.raises(BadInput, match="in use by process 12 on node-2"):
-            Lease(storage)
-    finally:
-        ended.set()
-        holder.join()
-
-
-def candidate(k):
-    return Candidate(k, Expert(f"e{k}", f"{k:x}"), "test")
-
-
-def result(k):
-    return Result(k, candidate(k).recipe.id, "ok", 0.5, 0.5, True, (0.5,))
-
-
-def taken_over(storage):
-    """The lease of another driver, which took ours for ended."""
-    other = {"host": "node-9", "pid": 3, "machine": "another", "token": "other", "beat": 1}
-    storage.write(LEASE_FILE, json.dumps(other).encode())
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_driver_that_was_taken_for_dead_writes_nothing_more(storage):
-    """It finds out by its lease, within a beat."""
-    ledger = Ledger(storage, "me")
-    ledger.write_result(candidate(0), result(0))
-    taken_over(storage)
-    time.sleep(1.0)
-    with pytest.raises(BadInput, match="in use by process 3 on node-9"):
-        ledger.write_result(candidate(1), result(1))
-    assert read_table(storage).num_rows == 1
-    ledger.close()
-    assert LEASE_FILE in storage.names()  # it is the other one's
-
-
-def test_of_two_drivers_that_write_one_is_too_late(storage):
-    """A frozen one has no beat to find out by: what the other one wrote under its number stops it."""
-    frozen = Ledger(storage, "me")
-    frozen.write_result(candidate(0), result(0))
-    frozen._lease._end.set()
-    taken_over(storage)
-    storage.create("part-00000001.parquet", storage.read("part-00000000.parquet"))
-    with pytest.raises(BadInput, match="in use by process 3 on node-9"):
-        frozen.write_result(candidate(1), result(1))
-    assert storage.names().count("part-00000001.parquet") == 1
-    assert frozen.answer(candidate(1)) is None
-    frozen.close()
 
 
 def hold(location, ready):

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from evolver.workers.pools.local import LocalPool
 ROOT = Path(__file__).parent.parent
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")
 THINGS = ("house", "river", "stone", "tree", "bird", "boat")
+MOODS = ("bad", "fair", "good")  # the labels of the toy classifiers of texts
 # Of a processor, for the loop in slowness(): on an idle core of the machine where bounds were set.
 REFERENCE_SECONDS = 0.11
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -91,6 +92,71 @@ def make_models(folder: Path) -> None:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     adapter.save_pretrained(folder / "lora")
+
+
+def noisy_experts(model: Any, folder: Path, *beside: Any) -> None:
+    """Save a model as ``base``, and two fine-tunes of it, ``a`` and ``b``, each with what belongs ``beside`` it."""
+    import torch
+
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    for seed, name in enumerate(("base", "a", "b")):
+        torch.manual_seed(seed)
+        model.load_state_dict({k: v + 0.1 * (seed > 0) * torch.randn_like(v) for k, v in weights.items()})
+        for part in (model, *beside):
+            part.save_pretrained(folder / name)
+
+
+def make_encoders(folder: Path) -> None:
+    """A tiny BERT that names one of ``MOODS``, and two noisy fine-tunes of it."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    words = tokenizer()
+    config = BertConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=len(words),
+        max_position_embeddings=LENGTH, initializer_range=0.3, pad_token_id=2,
+        id2label=dict(enumerate(MOODS)), label2id={n: i for i, n in enumerate(MOODS)},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    noisy_experts(BertForSequenceClassification(config), folder, words)
+
+
+def make_image_classifiers(folder: Path) -> None:
+    """A tiny ViT for handwritten digits, and two noisy fine-tunes of it."""
+    import torch
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+    config = ViTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8,
+        num_labels=10, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    noisy_experts(ViTForImageClassification(config), folder, ViTImageProcessorPil(size={"height": 16, "width": 16}))
+
+
+def texts(count: int = 75) -> list[str]:
+    """Texts of one to twenty words, each with its number before them."""
+    draw = random.Random(3)
+    return [" ".join([str(n), *draw.choices(COLOURS + THINGS, k=draw.randint(1, 20))]) for n in range(count)]
+
+
+def digits(count: int = 70) -> Iterator[tuple[bytes, int]]:
+    """Handwritten digits (images of 8 by 8 pixels) as PNG files, and what they are."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    for pixels, label in zip(found.images[:count], found.target[:count], strict=True):
+        file = io.BytesIO()
+        # Not compressed, as nobody else would save it: a digest of the file has to be one of this very file.
+        Image.fromarray((pixels * 15).astype("uint8")).save(file, format="PNG", compress_level=0)
+        yield file.getvalue(), int(label)
+
+
+def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> str:
+    """Write a JSONL file; returns its path."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
 
 
 class Oracle:

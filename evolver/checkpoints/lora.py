@@ -7,16 +7,19 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from evolver.checkpoints.formats import model_format
 from evolver.checkpoints.weights import HEAD, Checkpoint, cached, check_finite, is_head, open_tensors, raw, read_json
 from evolver.errors import BadInput
 from evolver.records import layer_of
 
-ADAPTER = "adapter_model.safetensors"
+ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Matrices of an adapter, and how PEFT marks a layer that it has wrapped.
 MATRIX = re.compile(r"(.+)(\.lora_[AB]\.weight|\.lora_embedding_[AB])")
 OF_LAYER, BASE_LAYER = ".lora_A.", ".base_layer."
@@ -47,7 +50,7 @@ class LoraAdapter:
 
     def __init__(self, path: Path, key: str, base: Checkpoint) -> None:
         self.path, self.key, self.base = path, key, base
-        self.config = read_json(path / "adapter_config.json", key)
+        self.config = read_json(path / CONFIG, key)
         self._check_kind()
         self._handle = open_tensors(path / ADAPTER, key)
         self._shapes = {k: tuple(self._handle.get_slice(k).get_shape()) for k in sorted(self._handle.keys())}
@@ -77,7 +80,7 @@ class LoraAdapter:
         return {n: self._handle.get_tensor(k) for n, k in found.items() if wanted(n)}
 
     def files(self) -> list[Path]:
-        return [self.path / ADAPTER, self.path / "adapter_config.json", *self.base.files()]
+        return [self.path / ADAPTER, self.path / CONFIG, *self.base.files()]
 
     def _digest(self) -> str:
         sha = hashlib.sha256(self.base.digest().encode())
@@ -153,7 +156,7 @@ class LoraAdapter:
                 )
             if self.base.headers[name].shape != self._shapes[key]:
                 raise self._misfit(name, self._shapes[key])
-            if BASE_LAYER not in key and self._is_tied_embedding(name) and not self.config.get("ensure_weight_tying"):
+            if BASE_LAYER not in key and self._is_tied_embedding(name) and not self._stays_tied:
                 raise BadInput(
                     f"{self.key}: the adapter {self.path} trains {name} without the head, which the base ties to it; "
                     "train it anew with ensure_weight_tying."
@@ -161,9 +164,21 @@ class LoraAdapter:
         return whole
 
     def _is_tied_twin(self, key: str) -> bool:
-        """Whether PEFT stored for the head what it stored for the embedding that the head is tied to."""
+        """Whether what is stored for the head is what is stored for the embedding that the base ties it to."""
         name = _plain_name(MATRIX.sub(r"\1.weight", key))
-        return bool(self.config.get("ensure_weight_tying")) and HEAD in name and name not in self.base.headers
+        return HEAD in name and name not in self.base.headers and self._stays_tied
+
+    @cached_property
+    def _stays_tied(self) -> bool:
+        """Whether the embedding and the head are one tensor still: PEFT tied them, or both came whole and are equal."""
+        if self.config.get("ensure_weight_tying"):
+            return True
+        whole = {_plain_name(k): k for k in self._shapes if not MATRIX.fullmatch(k)}
+        pairs = [
+            (key, whole[HEAD]) for name, key in whole.items()
+            if HEAD in whole and name in self.base.headers and self._is_tied_embedding(name)
+        ]  # fmt: skip
+        return any(torch.equal(self._handle.get_tensor(a), self._handle.get_tensor(b)) for a, b in pairs)
 
     def _is_tied_embedding(self, name: str) -> bool:
         config, shape = self.base.config, self.base.headers[name].shape
@@ -181,6 +196,15 @@ class LoraAdapter:
         module = name.removesuffix(".weight")
         alpha = _pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8))
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+@model_format("lora", lambda path: (path / CONFIG).exists(), delta=True)
+def open_adapter(path: Path, key: str, base: Checkpoint, headless: bool) -> LoraAdapter:
+    """The adapter in a folder; the base says whether there are heads.
+
+    Raises BadInput, see ``LoraAdapter``.
+    """
+    return LoraAdapter(path, key, base)
 
 
 def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:

@@ -1,41 +1,58 @@
-"""Base and experts by the places that a user names: folders, adapters, GGUF files, hub ids, object stores."""
+"""Base and experts by the places that a user names: folders and files of every format, hub ids, object stores."""
 
 from __future__ import annotations
 
 import filecmp
+import importlib
+import pkgutil
 import re
 from pathlib import Path
 
-from evolver.checkpoints.gguf import reader
-from evolver.checkpoints.lora import LoraAdapter
-from evolver.checkpoints.weights import HEAD, TOKEN_MATRICES, TOKENIZER_FILE, Checkpoint
+from evolver import checkpoints
+from evolver.checkpoints.formats import FORMATS, ModelFormat
+from evolver.checkpoints.weights import HEAD, TOKEN_MATRICES, TOKENIZER_FILE, Checkpoint, Source
 from evolver.errors import BadInput, cause_of
 from evolver.storage import is_remote
 from evolver.storage.fetch import fetched
 from evolver.storage.paths import expand
 
+for _found in pkgutil.walk_packages(checkpoints.__path__, f"{checkpoints.__name__}."):
+    importlib.import_module(_found.name)  # formats register themselves in FORMATS
+
 
 def open_base(location: str, key: str = "model.base", headless: bool = False) -> Checkpoint:
-    """The base at ``location``: a folder, a GGUF file, or a hub id; ``headless``: it and its experts without their
-    classification heads.
+    """The base at ``location``: a folder, a file of a format that holds whole models, such as GGUF, or a hub id.
+
+    Args:
+        headless: it and its experts are seen without their classification heads.
 
     Raises BadInput that names ``key``.
     """
-    return Checkpoint(_locate(location, key), key, headless)
+    path = _locate(location, key)
+    known = _format_of(path)
+    if known is None or known.delta:
+        return Checkpoint(path, key, headless)
+    base: Checkpoint = known.open(path, key, None, headless)
+    return base
 
 
-def open_expert(location: str, base: Checkpoint, key: str, same_tokens: bool = True) -> Checkpoint | LoraAdapter:
-    """The expert at ``location``, checked against the base: a folder of weights or of a LoRA adapter, a GGUF file, or
-    a hub id.
+def open_expert(location: str, base: Checkpoint, key: str, same_tokens: bool = True) -> Source:
+    """The expert at ``location``, checked against the base: a folder of weights, what any other format holds, such as a
+    LoRA adapter or a GGUF file, or a hub id.
 
     Raises BadInput for another architecture, another vocabulary, or tensors that do not match.
     """
     path = _locate(location, key)
-    if (path / "adapter_config.json").exists():
-        return LoraAdapter(path, key, base)
-    expert = Checkpoint(path, key, base.headless)
-    _check_same_family(expert, base, key, same_tokens)
+    known = _format_of(path)
+    expert: Source = known.open(path, key, base, base.headless) if known else Checkpoint(path, key, base.headless)
+    if isinstance(expert, Checkpoint):
+        _check_same_family(expert, base, key, same_tokens)
     return expert
+
+
+def _format_of(path: Path) -> ModelFormat | None:
+    """The format of what lies at a path; None: a plain Hugging Face folder."""
+    return next((f for f in FORMATS.values() if f.recognises(path)), None)
 
 
 def _check_same_family(expert: Checkpoint, base: Checkpoint, key: str, same_tokens: bool) -> None:
@@ -84,16 +101,14 @@ def _check_same_tensors(expert: Checkpoint, base: Checkpoint, key: str, same_tok
 
 def _locate(location: str, key: str) -> Path:
     if is_remote(location := expand(location)):
-        return _plain_folder(fetched(location, key), key)
+        return fetched(location, key)
     path = Path(location.removeprefix("file://"))
     try:
-        there = path.is_dir()
+        there = path.is_dir() or (path.exists() and _format_of(path))
     except (OSError, ValueError) as error:  # longer than any name may be, or with a zero in it
         raise BadInput(f"{key}: {location[:100]!r} cannot be a path ({cause_of(error)}); give a folder.") from error
     if there:
-        return _plain_folder(path, key)
-    if path.suffix == ".gguf" and path.exists():
-        return reader.folder_of(path, key)
+        return path
     if path.exists():
         raise BadInput(f"{key}: {location} is a file; give the folder that holds the model, or a GGUF file.")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", location):
@@ -108,13 +123,3 @@ def _locate(location: str, key: str) -> Path:
             f"{key}: there is no folder {location}, and the hub did not give it "
             f"({type(error).__name__}); give the folder of a model, or check the name and the network."
         ) from error
-
-
-def _plain_folder(path: Path, key: str) -> Path:
-    """The folder itself, or what its only GGUF file was converted to where it holds no safetensors."""
-    files = sorted(path.glob("*.gguf"))
-    if not files or any(path.glob("*.safetensors")):
-        return path
-    if len(files) > 1:
-        raise BadInput(f"{key}: {path} holds several GGUF files; name one, such as {files[0]}.")
-    return reader.folder_of(files[0], key)

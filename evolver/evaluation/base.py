@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from evolver.config import Config, TaskEntry
 from evolver.evaluation.items import Item
@@ -102,6 +102,8 @@ class Judge(Protocol):
 
     def __init__(self, config: Config, numbers: Sequence[int]) -> None: ...
 
+    # The keys of a task that it reads, beside those of ``COMMON_KEYS``; ``judge`` sets them.
+    keys: ClassVar[frozenset[str]]
     # Sentences that the user should read before the run.
     warnings: list[str]
 
@@ -112,7 +114,12 @@ class Judge(Protocol):
         """
         ...
 
-    def metric(self, entry: TaskEntry) -> Metric: ...
+    def metric(self, entry: TaskEntry) -> Metric:
+        """The metric that a task names.
+
+        Raises BadInput for one that this kind of evaluation does not have.
+        """
+        ...
 
     def right(self, asked: AskedItem) -> float:
         """The right answer to an item, for metrics that look at all answers together."""
@@ -172,15 +179,22 @@ class Shows(Protocol):
     def show(self, asked: AskedItem) -> ItemText: ...
 
 
+# The keys of a task that have a meaning for every kind of evaluation.
+COMMON_KEYS = frozenset({"task", "judge", "metric", "weight", "dev", "report"})
 JUDGES: dict[str, type[Judge]] = {}
 JudgeType = TypeVar("JudgeType", bound=type[Any])
 
 
-def judge(name: str) -> Callable[[JudgeType], JudgeType]:
-    """Register a kind of evaluation under ``name``; a task of the configuration chooses it with its key ``judge``."""
+def judge(name: str, *keys: str) -> Callable[[JudgeType], JudgeType]:
+    """Register a kind of evaluation under ``name``; a task of the configuration chooses it with its key ``judge``.
+
+    Args:
+        keys: the further keys of a task that it reads; a task of this kind that sets another one is refused.
+    """
 
     def register(kind: JudgeType) -> JudgeType:
         JUDGES[name] = kind
+        kind.keys = frozenset(keys)
         return kind
 
     return register

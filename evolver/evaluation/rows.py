@@ -21,11 +21,14 @@ class RowJudge:
 
     A subclass says which columns it needs and which content of a row identifies the item. See ``Judge`` for the
     arguments.
+
+    Attributes:
+        named: the key under which the configuration names a task, such as ``evaluation.tasks[0]``, for messages.
     """
 
     def __init__(self, config: Config, numbers: Sequence[int]) -> None:
         self.settings = config.evaluation
-        self._keys = {config.evaluation.tasks[n].task: f"evaluation.tasks[{n}]" for n in numbers}
+        self.named = {config.evaluation.tasks[n].task: f"evaluation.tasks[{n}]" for n in numbers}
         self._rows: dict[str, list[Row]] = {}
         self.warnings: list[str] = []
 
@@ -50,7 +53,7 @@ class RowJudge:
 
         Raises BadInput where the data are missing or cannot be read, and where a row lacks a column.
         """
-        key = self._keys[entry.task]
+        key = self.named[entry.task]
         if split == "report":
             return self._read(entry, entry.report_data, f"{key}.report_data") if entry.report_data else None
         if entry.data is None:

@@ -11,7 +11,18 @@ from typing import Any
 from evolver.config import Config, TaskEntry
 from evolver.errors import BadInput, nearest
 from evolver.evaluation import judges
-from evolver.evaluation.base import JUDGES, AskedItem, Checked, Grouped, ItemText, Judge, Scored, Scorer, Shows
+from evolver.evaluation.base import (
+    COMMON_KEYS,
+    JUDGES,
+    AskedItem,
+    Checked,
+    Grouped,
+    ItemText,
+    Judge,
+    Scored,
+    Scorer,
+    Shows,
+)
 from evolver.evaluation.items import Item, Items, ItemSource, draw, in_order
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Split
@@ -165,9 +176,22 @@ def _judges(config: Config) -> dict[str, Judge]:
         kinds.setdefault(kind, []).append(number)
     made: dict[str, Judge] = {}
     for kind, numbers in kinds.items():
-        judge = judge_named(kind, f"evaluation.tasks[{numbers[0]}].judge")(config, numbers)
+        found = judge_named(kind, f"evaluation.tasks[{numbers[0]}].judge")
+        for number in numbers:
+            _refuse_unread_keys(config.evaluation.tasks[number], f"evaluation.tasks[{number}]", kind, found.keys)
+        judge = found(config, numbers)
         made |= {config.evaluation.tasks[n].task: judge for n in numbers}
     return made
+
+
+def _refuse_unread_keys(entry: TaskEntry, key: str, kind: str, read: frozenset[str]) -> None:
+    """Raises BadInput for a key that is set and that the task's kind of evaluation would pass over."""
+    for name, value in entry:
+        if name not in COMMON_KEYS | read and value != TaskEntry.model_fields[name].default:
+            raise BadInput(
+                f"{key}.{name}: a task that is judged as {kind} has no use for this key; leave it out, or use one of "
+                f"{', '.join(sorted(read))}."
+            )
 
 
 def _kind(entry: TaskEntry, model: str) -> str:

@@ -37,17 +37,18 @@ def build_loggers(config: Config, file: str, run: Storage) -> dict[str, Logger]:
     place = RunPlace(config.run, run.path if isinstance(run, LocalStorage) else None)
     built: dict[str, Logger] = {}
     for name, settings in config.loggers.items():
-        if not installed(name):
+        kind = LOGGERS[name]
+        if kind.package is not None and not installed(kind.package):
             raise BadInput(f"{file}: loggers.{name}: its package is missing; pip install 'evolver[{name}]'")
         try:
-            LOGGERS[name].load()
+            kind.load()
         except ImportError as error:
             raise BadInput(
                 f"{file}: loggers.{name}: its package cannot be imported ({' '.join(str(error).split())[:200]}); "
                 f"install it anew by pip install 'evolver[{name}]', or leave the logger out."
             ) from error
         try:
-            built[name] = LOGGERS[name].build(LOGGERS[name].settings.model_validate(settings or {}), place)
+            built[name] = kind.build(kind.settings.model_validate(settings or {}), place)
         except BadInput as error:
             raise BadInput(f"{file}: loggers.{name}.{error}") from error
     return built

@@ -44,7 +44,10 @@ class Logger(Protocol):
 
     @staticmethod
     def load() -> None:
-        """Import the tracker's package, before the run has threads: two that import at once may find half a module."""
+        """Import the tracker's package, before the run has threads: two that import at once may find half a module.
+
+        Only asked of a logger that is registered with a package.
+        """
         ...
 
     def begin(self, run: Tracked) -> None:
@@ -78,11 +81,17 @@ class RunPlace:
 
 @dataclass(frozen=True)
 class LoggerKind:
-    """A registered logger. Its name is also that of the package that it needs, and of the extra that installs it."""
+    """A registered logger.
+
+    Args:
+        package: what it imports; the extra of Evolver that installs it bears the logger's name. None: nothing.
+        load: see ``Logger``.
+    """
 
     name: str
     settings: type[Section]
     build: Callable[[Any, RunPlace], Logger]
+    package: str | None
     load: Callable[[], None]
 
 
@@ -90,17 +99,22 @@ LOGGERS: dict[str, LoggerKind] = {}
 LoggerSettings = TypeVar("LoggerSettings", bound=Section)
 
 
-def logger(name: str, settings: type[LoggerSettings]) -> Callable[[Any], Any]:
+def logger(name: str, settings: type[LoggerSettings], package: str | None = None) -> Callable[[Any], Any]:
     """Register a logger under ``name``; it is built as ``logger(settings, place)``, which may raise BadInput.
 
-    The package is imported no earlier than by ``load``: it takes seconds, and only runs that use it should pay.
+    Args:
+        package: what it imports beside what Evolver itself needs. It is imported no earlier than by the logger's
+            ``load``: that takes seconds, and only runs that use it should pay.
     """
 
     def register(build: Any) -> Any:
-        LOGGERS[name] = LoggerKind(name, settings, build, build.load)
+        LOGGERS[name] = LoggerKind(name, settings, build, package, _nothing if package is None else build.load)
         return build
 
     return register
+
+
+def _nothing() -> None: ...
 
 
 def installed(package: str) -> bool:

@@ -41,7 +41,7 @@ class MlflowSettings(Section):
     experiment: str = Field("evolver", min_length=1, description="made where it is not there")
 
 
-@logger("mlflow", MlflowSettings)
+@logger("mlflow", MlflowSettings, package="mlflow")
 class MlflowLogger:
     """A run of MLflow, found again by a tag; what a later call may change of the configuration stands in tags."""
 

@@ -27,7 +27,7 @@ class TensorBoardSettings(Section):
     )
 
 
-@logger("tensorboard", TensorBoardSettings)
+@logger("tensorboard", TensorBoardSettings, package="tensorboard")
 class TensorBoardLogger:
     """Event files, written anew in every call of the run: a file cannot take anything back.
 

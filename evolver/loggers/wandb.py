@@ -31,7 +31,7 @@ class WandbSettings(Section):
     folder: str | None = Field(None, description="of W&B's local files; default: WANDB_DIR, else the working folder")
 
 
-@logger("wandb", WandbSettings)
+@logger("wandb", WandbSettings, package="wandb")
 class WandbLogger:
     """A run of W&B under an id of ours, resumed where the server knows it.
 
@@ -70,7 +70,8 @@ class WandbLogger:
         )  # fmt: skip
         if not online:
             own = Path(self._run.settings.sync_dir)
-            for old in own.parent.glob(f"offline-run-*-{run.id}"):
+            # A call in the same second as another one has a number behind the id.
+            for old in own.parent.glob(f"offline-run-*-{run.id}*"):
                 if old != own:
                     shutil.rmtree(old)
         self._next = self._run.starting_step  # what the server has

@@ -17,15 +17,20 @@ class Storage(Protocol):
     location: str
 
     def names(self) -> list[str]:
-        """Of the files and folders in it, without those that begin with a dot; none where it does not exist."""
+        """Of the files and folders in it, sorted, without those that begin with a dot; none where it does not exist."""
         ...
 
     def exists(self, name: str) -> bool: ...
 
-    def read(self, name: str) -> bytes: ...
+    def read(self, name: str) -> bytes:
+        """The whole file.
+
+        Raises FileNotFoundError.
+        """
+        ...
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file, over one that is there."""
+        """Write a file, over one that is there: who reads it meanwhile gets the old one or the new one, whole."""
         ...
 
     def create(self, name: str, data: bytes) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +31,8 @@ class RemoteStorage:
             found = self._try(lambda: self._fs.ls(self._root, detail=False))
         except FileNotFoundError:
             return []
-        return sorted(n for n in (p.rstrip("/").rpartition("/")[2] for p in found) if n)
+        names = (path.rstrip("/").rpartition("/")[2] for path in found)
+        return sorted(n for n in names if n and not n.startswith("."))
 
     def exists(self, name: str) -> bool:
         return bool(self._try(lambda: self._fs.exists(self._at(name))))
@@ -69,13 +70,21 @@ class RemoteStorage:
             for file in files:
                 target = self._at(f"{name}/{file.relative_to(temporary)}")
                 self._try(lambda f=file, t=target: self._fs.put_file(str(f), t))  # type: ignore[misc]
-            kept = {str(f.relative_to(temporary)) for f in files}
-            for path in self._try(lambda: self._fs.find(self._at(name))):
-                if path.removeprefix(self._at(name)).lstrip("/") not in kept:
-                    self._try(lambda p=path: self._fs.rm_file(p))  # type: ignore[misc]
+            self._keep(name, {str(f.relative_to(temporary)) for f in files})
 
     def lock(self) -> Callable[[], None] | None:
         return None
+
+    def _keep(self, folder: str, files: Set[str]) -> None:
+        """Remove from a folder all but these files, named by their paths in it, and the folders that are then empty."""
+        root = self._at(folder)
+        for path in self._try(lambda: self._fs.find(root)):
+            if path.removeprefix(root).lstrip("/") not in files:
+                self._try(lambda p=path: self._fs.rm_file(p))  # type: ignore[misc]
+        for path in sorted(self._try(lambda: self._fs.find(root, withdirs=True)), reverse=True):  # the deepest first
+            inside = path.removeprefix(root).strip("/")
+            if inside and inside not in files and not any(f.startswith(f"{inside}/") for f in files):
+                self._try(lambda p=path: self._fs.rmdir(p))  # type: ignore[misc]
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"

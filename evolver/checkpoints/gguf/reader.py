@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
+from evolver.checkpoints.formats import model_format
 from evolver.checkpoints.gguf.keys import ARCHITECTURES, FACTORS, scaling_in
+from evolver.checkpoints.weights import Checkpoint
 from evolver.errors import BadInput
 from evolver.storage.paths import expand
 
@@ -28,6 +30,25 @@ EXACT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
 COMPUTED = "rope_"
 TOKENS_KEY = "tokenizer.ggml.tokens"
 FILLER = re.compile(r"\[PAD(\d+)\]")
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a GGUF file, or a folder with such a file and no safetensors."""
+    if path.is_dir():
+        return any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
+    return path.suffix == ".gguf"
+
+
+@model_format("gguf", is_gguf)
+def open_gguf(path: Path, key: str, base: Checkpoint | None, headless: bool) -> Checkpoint:
+    """The model of a GGUF file, or of the only one in a folder, converted into a Hugging Face folder once.
+
+    Raises BadInput that names ``key``, for a folder with several files, too.
+    """
+    files = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
+    if len(files) > 1:
+        raise BadInput(f"{key}: {path} holds several GGUF files; name one, such as {files[0]}.")
+    return Checkpoint(folder_of(files[0], key), key, headless)
 
 
 def folder_of(file: Path, key: str) -> Path:

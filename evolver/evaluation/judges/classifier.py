@@ -17,7 +17,7 @@ from evolver.evaluation.data import Row
 from evolver.evaluation.items import Item
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.rows import RowJudge
-from evolver.evaluation.scores.metrics import CLASS, LABELS, VALUE, Metric
+from evolver.evaluation.scores.metrics import CLASS, LABELS, VALUE, Metric, metric_named
 from evolver.storage.paths import expand
 
 Labels = Mapping[str, int]
@@ -25,7 +25,7 @@ Labels = Mapping[str, int]
 MOST_LABELS = 52
 
 
-@judge("classifier")
+@judge("classifier", "data", "report_data", "text", "text_pair", "label", "threshold", "head")
 class Classification(RowJudge):
     """The judge of data sets of texts and labels, one each (or one for dev and one for report)."""
 
@@ -40,7 +40,7 @@ class Classification(RowJudge):
         return [entry.text, *([entry.text_pair] if entry.text_pair else []), entry.label]
 
     def metric(self, entry: TaskEntry) -> Metric:
-        return named_metric(entry, self._keys[entry.task])
+        return named_metric(entry, self.named[entry.task])
 
     def right(self, asked: AskedItem) -> float:
         return right_answer(self.row(asked)[asked.entry.label], self._spaces.of(asked.entry), asked.entry)
@@ -226,10 +226,7 @@ def named_metric(entry: TaskEntry, key: str) -> Metric:
 
     Raises BadInput for an unknown one.
     """
-    known = _known(entry)
-    if entry.metric not in known:
-        raise BadInput(f"{key}.metric: unknown metric {entry.metric!r}; {nearest(entry.metric, known)}")
-    return known[entry.metric]
+    return metric_named(entry.metric, _known(entry), f"{key}.metric")
 
 
 def _known(entry: TaskEntry) -> Mapping[str, Metric]:

@@ -21,7 +21,7 @@ from evolver.evaluation.items import Item
 from evolver.evaluation.judges.classifier import LabelSpaces
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.rows import RowJudge
-from evolver.evaluation.scores.metrics import ENDLESS, JUDGED, Metric
+from evolver.evaluation.scores.metrics import ENDLESS, JUDGED, Metric, metric_named
 from evolver.storage.paths import expand
 
 ScoreFunction = Callable[[LiveModel, Sequence[Row]], Any]
@@ -29,7 +29,7 @@ ScoreFunction = Callable[[LiveModel, Sequence[Row]], Any]
 FUNCTION_METRICS = {"acc": JUDGED, "mean": ENDLESS}
 
 
-@judge("function")
+@judge("function", "function", "data", "report_data", "head")
 class Functions(RowJudge):
     """The judge of tasks with a ``function``.
 
@@ -41,7 +41,7 @@ class Functions(RowJudge):
     def __init__(self, config: Config, numbers: Sequence[int]) -> None:
         super().__init__(config, numbers)
         entries = [config.evaluation.tasks[n] for n in numbers]
-        self._functions = {e.task: _load(e.function or "", f"{self._keys[e.task]}.function") for e in entries}
+        self._functions = {e.task: _load(e.function or "", f"{self.named[e.task]}.function") for e in entries}
         self._spaces, self._seed = LabelSpaces(config), config.seed
 
     def content(self, row: Row, entry: TaskEntry) -> Any:
@@ -49,10 +49,7 @@ class Functions(RowJudge):
         return [row, hashlib.sha256(_path(entry.function or "").read_bytes()).hexdigest()]
 
     def metric(self, entry: TaskEntry) -> Metric:
-        if entry.metric not in FUNCTION_METRICS:
-            key = self._keys[entry.task]
-            raise BadInput(f"{key}.metric: unknown metric {entry.metric!r}; {nearest(entry.metric, FUNCTION_METRICS)}")
-        return FUNCTION_METRICS[entry.metric]
+        return metric_named(entry.metric, FUNCTION_METRICS, f"{self.named[entry.task]}.metric")
 
     def right(self, asked: AskedItem) -> float:
         return 0.0  # judged item by item, always

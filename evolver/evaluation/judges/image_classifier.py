@@ -34,7 +34,7 @@ from evolver.storage.paths import expand
 BATCH = 32
 
 
-@judge("image-classifier")
+@judge("image-classifier", "data", "report_data", "image", "label", "threshold", "head")
 class Images(RowJudge):
     """The judge of data sets of images: files by path, or the images of a Parquet file or a data set."""
 
@@ -59,7 +59,7 @@ class Images(RowJudge):
         return [row[entry.image].hex(), row[entry.label]]
 
     def metric(self, entry: TaskEntry) -> Metric:
-        return named_metric(entry, self._keys[entry.task])
+        return named_metric(entry, self.named[entry.task])
 
     def right(self, asked: AskedItem) -> float:
         return right_answer(self.row(asked)[asked.entry.label], self._spaces.of(asked.entry), asked.entry)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from evolver.evaluation.language.launched import LaunchedModel
 
 
-@judge("language")
+@judge("language", "report_task", "num_fewshot", "gen_kwargs", "data", "report_data", "text")
 class Language:
     """The judge of lm-eval's tasks and groups, and of the user's own texts."""
 

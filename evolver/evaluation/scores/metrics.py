@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evolver.errors import BadInput, nearest
+
 Numbers = NDArray[np.float64]
 
 
@@ -51,6 +53,16 @@ class Metric:
         Raises KeyError for a function that is not one of this module's.
         """
         return Metric(**{**form, "of": _functions()[form["of"]]})
+
+
+def metric_named(name: str, known: Mapping[str, Metric], key: str) -> Metric:
+    """The metric of a name.
+
+    Raises BadInput that names ``key`` for one that is not among the ``known``.
+    """
+    if name not in known:
+        raise BadInput(f"{key}: unknown metric {name!r}; {nearest(name, known)}")
+    return known[name]
 
 
 def mean(answers: Numbers, _: Numbers) -> Numbers:
