@@ -111,6 +111,7 @@ def test_an_unknown_name_is_told_with_the_nearest(extended, make_config, tmp_pat
         ("test_search.py", "test_every_search_is_held_to_the_laws", "the search 'hill' is held to no law; add a"),
         ("test_judge_laws.py", "test_every_judge_has_a_toy", "the judge 'last-token' is held to no law; add to TOYS"),
         ("test_logger_laws.py", "test_every_logger_has_a_toy", "the logger 'lines' is held to no law; add to TOYS"),
+        ("test_format_laws.py", "test_every_format_has_a_toy", "the format 'difference' is held to no law"),
     ],
 )
 def test_the_laws_say_what_they_need_of_what_is_added(extended, module, test, said):
