@@ -462,7 +462,7 @@ def load_recipe(text: str) -> Recipe:
         if isinstance(nodes[-1], Statistic):
             raise ValueError("a statistic is no model")
         return nodes[-1]
-    except (TypeError, IndexError, KeyError) as error:
+    except (TypeError, IndexError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a recipe: {error}") from error
 
 

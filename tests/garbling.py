@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 
 # Files of a finished run, but for its ledger and the exported model.
 FILES = (
-    "config.yaml", "identity.json", "about.json", "best.json", "recipe.json", "summary.json", "report.md",
-    "report.html", "curve.png", "items.parquet",
+    "config.yaml", "identity.json", "about.json", "best.json", "recipe.json", "summary.json", "examples.json",
+    "report.md", "report.html", "curve.png", "items.parquet",
 )  # fmt: skip
 Change = Callable[[Path], None]
 

@@ -265,7 +265,7 @@ def test_a_coefficient_search_is_a_study_of_optuna_s(tuned, run, tmp_path):
     ]
     refused = evolver("study", run, tmp_path / "other.db")
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert "only searches of coefficients" in refused.stderr
+    assert "only coefficient searches" in refused.stderr
 
 
 def test_optuna_s_dashboard_shows_the_study(tuned):

@@ -400,7 +400,9 @@ def missing(name):
 @pytest.mark.parametrize(("given", "said"), [(["--lora", "4"], "--lora"), (["--energy", "1"], "--lora"), (["--delta"], "--delta")])  # fmt: skip  # noqa: E501
 def test_one_form_at_a_time(tmp_path, given, said):
     done = CliRunner().invoke(app, ["export", "run", str(tmp_path / "out"), "--gguf", "f16", *given])
-    assert str(done.exception) == f"{said}, --gguf: each is a form of its own; give one."
+    assert (
+        str(done.exception) == f"{said}, --gguf: a model is exported in one form at a time; give one of these options."
+    )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -209,7 +209,7 @@ def test_what_cannot_be_raced_is_refused():
             Race(Scale(("t",) * 2, {"t": 1.0}, {"t": metric}, (0.0, 1.0)), [0.0, 1.0], 0.05)
     with pytest.raises(ValueError, match="1 of 2 items of the rival"):
         Race(even(2), [0.0], 0.05)
-    with pytest.raises(ValueError, match=r"between 0 and 1, not at 1\.5"):
+    with pytest.raises(ValueError, match=r"between 0 and 1, and 1\.5 does not"):
         Race(even(2), [0.0, 1.5], 0.05)
     with pytest.raises(ValueError, match="error rate"):
         Race(even(2), [0.0, 1.0], 0.0)

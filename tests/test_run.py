@@ -41,6 +41,7 @@ FILES = {
     "report.html",
     "about.json",
     "curve.png",
+    "examples.json",
 }
 
 

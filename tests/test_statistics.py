@@ -12,8 +12,9 @@ import pytest
 import torch
 import toys
 import yaml
-from test_classification import LABELS, classify, encoders, texts  # noqa: F401  # two are fixtures
+from test_classification import classify, encoders  # noqa: F401  # fixtures
 from test_methods import by_formula
+from toys import MOODS, texts
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from evolver.checkpoints.kept import Damaged, open_kept, write_kept
@@ -48,7 +49,7 @@ def configured(classify):  # noqa: F811
     """``configured(changes)`` writes a configuration of two experts with a task of its own each."""
 
     def make(**changes):
-        file = classify([{"text": t, "label": LABELS[n % 3]} for n, t in enumerate(texts(90))])
+        file = classify([{"text": t, "label": MOODS[n % 3]} for n, t in enumerate(texts(90))])
         raw = yaml.safe_load(file.read_text())
         (task,) = raw["evaluation"]["tasks"]
         rows = Path(task["data"]).read_text().splitlines(keepends=True)

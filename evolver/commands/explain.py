@@ -5,6 +5,7 @@ The merge is described by a mergekit file, by the configuration or the winner of
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from evolver.checkpoints.sources import open_base
 from evolver.commands.merge import open_merge
 from evolver.config import load
 from evolver.driver.prepare import planned_merge
-from evolver.errors import BadInput
+from evolver.errors import BadInput, cause_of
 from evolver.merging import mergekit, methods
 from evolver.records import Expert, Layers, Merge, Recipe, layer_of, load_recipe
+from evolver.runs.files import RECIPE_FILE, RUN_FILE
 
 SettingRow = tuple[str, str, Mapping[str, Any]]
 
@@ -32,8 +34,14 @@ def explain(path: str | Path) -> list[SettingRow]:
     Raises BadInput, naming file and key, where the path describes no merge.
     """
     place = Path(path)
-    if place.is_dir():
-        if (place / "recipe.json").exists():
+    try:
+        there = place.is_dir()
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"{str(path)[:100]}: it cannot be a path ({cause_of(error)}); give a file or a folder."
+        ) from error
+    if there:
+        if os.path.lexists(place / RECIPE_FILE):
             return _of_winner(place)
         if not (place / mergekit.CONFIG_FILE).exists():
             raise BadInput(
@@ -52,13 +60,16 @@ def explain(path: str | Path) -> list[SettingRow]:
 
 def _of_winner(run: Path) -> list[SettingRow]:
     """The rows of a run's winner."""
-    file = run / "recipe.json"
+    file = run / RECIPE_FILE
     try:
         recipe = load_recipe(file.read_text())
-    except ValueError as error:
-        raise BadInput(f"{file}: {error}; run the search again, which writes the file.") from error
-    base = open_base(load(run / "config.yaml").model.base, f"{run}/config.yaml: model.base")
-    return _rows(recipe, base.names(), ())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{file}: {cause_of(error)}; call the run again, which writes the file anew.") from error
+    base = open_base(load(run / RUN_FILE).model.base, f"{run / RUN_FILE}: model.base")
+    try:
+        return _rows(recipe, base.names(), ())
+    except BadInput as error:
+        raise BadInput(f"{file}: {error}") from error
 
 
 def table(rows: Sequence[SettingRow]) -> str:
@@ -70,7 +81,7 @@ def table(rows: Sequence[SettingRow]) -> str:
 def _is_run(path: str | Path) -> bool:
     try:
         raw = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
         return False  # a file of several documents, or one that the reader of mergekit files refuses with a message
     return isinstance(raw, dict) and "search" in raw
 
@@ -86,7 +97,7 @@ def _settings(recipe: Recipe, name: str, tuned: Collection[str]) -> tuple[str, M
         raise BadInput(f"{name}: is copied from one model, so no merge method has settings for it.")
     if not isinstance(recipe, Merge):
         return recipe.describe(), {}
-    method = methods.METHODS[recipe.method]
+    method = methods.get(recipe.method, "the recipe")
     values = method.complete(recipe.settings(name, layer_of(name)), len(recipe.inputs), recipe.method)
     return recipe.method, {k: "tuned" if k in tuned else v for k, v in values.items()}
 

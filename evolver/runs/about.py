@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from evolver.config import Config, computing
-from evolver.errors import BadInput
+from evolver.errors import BadInput, cause_of
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Split, content_hash
-from evolver.runs.files import ABOUT_FILE, CONFIG_FILE, CONFIG_REMEDY, IDENTITY_FILE, holds_a_run, mapping_of, no_run
+from evolver.runs.files import ABOUT_FILE, CONFIG_REMEDY, IDENTITY_FILE, RUN_FILE, holds_a_run, mapping_of, no_run
 from evolver.runs.folder import config_of_run
 from evolver.storage import Storage
 
@@ -93,7 +93,11 @@ def read_about(folder: Storage) -> About:
 
 def runs_in(root: Storage) -> list[str]:
     """Names of the runs in a folder of all runs."""
-    return [name for name in root.names() if holds_a_run(root.folder(name))]
+    try:
+        names = root.names()
+    except OSError as error:
+        raise BadInput(f"{root.location[:200]}: it is no folder of runs ({cause_of(error)}); give one.") from error
+    return [name for name in names if holds_a_run(root.folder(name))]
 
 
 def _refuse_files_of_another_run(folder: Storage, config: Config, form: Mapping[str, Any]) -> None:
@@ -118,6 +122,6 @@ def _refuse_files_of_another_run(folder: Storage, config: Config, form: Mapping[
     for key, value in facts.items():
         if found[key] not in (None, value):
             raise BadInput(
-                f"{folder.location}/{CONFIG_FILE}: its {key} is not that of {IDENTITY_FILE} beside it, so it is "
+                f"{folder.location}/{RUN_FILE}: its {key} is not that of {IDENTITY_FILE} beside it, so it is "
                 f"of another run; {CONFIG_REMEDY}."
             )

@@ -9,7 +9,7 @@ from evolver.errors import BadInput, cause_of
 from evolver.storage import Storage
 
 # The files by which a folder is known as that of a run.
-CONFIG_FILE, ABOUT_FILE, IDENTITY_FILE = "config.yaml", "about.json", "identity.json"
+RUN_FILE, ABOUT_FILE, IDENTITY_FILE = "config.yaml", "about.json", "identity.json"
 SUMMARY_FILE, AGREEMENT_FILE, RECIPE_FILE = "summary.json", "best.json", "recipe.json"
 CONFIG_REMEDY = "restore it from the configuration that the run was called with, or call that configuration again"
 

@@ -14,7 +14,7 @@ from evolver.config import Config, ConfigText, differences
 from evolver.errors import BadInput, file_sentence
 from evolver.ledger import part_names, read_parts
 from evolver.records import content_hash
-from evolver.runs.files import CONFIG_FILE, CONFIG_REMEDY, IDENTITY_FILE, mapping_of, no_run, text_of
+from evolver.runs.files import CONFIG_REMEDY, IDENTITY_FILE, RUN_FILE, mapping_of, no_run, text_of
 from evolver.storage import Storage
 from evolver.storage.lease import Lease
 
@@ -33,7 +33,7 @@ def config_of_run(folder: Storage, candidates: int | None = None, items: int | N
     Raises BadInput where the folder holds no run.
     """
     try:
-        found = ConfigText(text_of(folder, CONFIG_FILE, CONFIG_REMEDY), f"{folder.location}/{CONFIG_FILE}")
+        found = ConfigText(text_of(folder, RUN_FILE, CONFIG_REMEDY), f"{folder.location}/{RUN_FILE}")
     except (FileNotFoundError, NotADirectoryError):
         raise no_run(folder) from None
     budget = {k: v for k, v in {"candidates": candidates, "items": items}.items() if v is not None}
@@ -92,7 +92,7 @@ class RunFolder:
         try:
             if self.takes_over:
                 self._clear()
-            self.storage.write(CONFIG_FILE, configuration.encode())
+            self.storage.write(RUN_FILE, configuration.encode())
             self._found()
         except OSError as error:
             raise BadInput(file_sentence(error, self.location)) from error
