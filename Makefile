@@ -10,7 +10,7 @@ CRD ?= https://raw.githubusercontent.com/ray-project/kuberay/v1.7.0/ray-operator
 export HF_HUB_OFFLINE ?= 1
 export HF_DATASETS_OFFLINE ?= 1
 
-.PHONY: help demo demo-llm check fast test lint browser kuberay docs prove benchmark benchmark-merging benchmark-evaluation benchmark-cluster benchmark-dashboard benchmark-machine gpu pools experts experts-llm clean
+.PHONY: help demo demo-llm check fast test lint browser kuberay docs prove benchmark benchmark-merging benchmark-evaluation benchmark-cluster benchmark-dashboard benchmark-machine benchmark-faults gpu pools experts experts-llm clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -66,6 +66,9 @@ benchmark-cluster: $(VENV)/.dev ## what a cluster costs and is worth: simulated 
 
 benchmark-dashboard: $(VENV)/.dev ## what the dashboard takes of a hundred thousand candidates; needs Chromium
 	$(BIN)/python tests/benchmarks/dashboard.py
+
+benchmark-faults: $(VENV)/.dev ## thousands of wrong inputs, and how they are answered
+	$(BIN)/python tests/benchmarks/faults.py
 
 benchmark-machine: $(VENV)/.dev ## the main job, first use, tests and merging on any machine; MERGEKIT=path-of-mergekit-yaml
 	$(BIN)/python configs/demo/prepare_demo.py
