@@ -162,7 +162,10 @@ def assert_seen(results):
     """The dashboard shows a finished run of an object store, and says how its model is taken."""
     with TestClient(build_app(results, "secret", None), base_url="http://127.0.0.1") as browser:
         browser.get("/?token=secret")
-        (row,) = browser.get("/api/runs").json()
+        for _ in range(50):  # a list answers after a second, with the runs that it has read by then
+            (row,) = browser.get("/api/runs").json()
+            if row["state"] != "reading":
+                break
         assert (row["name"], row["state"]) == ("toy", "done")
         page = browser.get("/api/runs/toy").json()
         assert page["curve"]["best"][-1] == row["best"]
