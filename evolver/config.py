@@ -7,6 +7,7 @@ section names then checks it against its own settings with ``check_section``.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -429,19 +430,18 @@ class ConfigText:
 
         Raises BadInput for text that is not YAML or has no mapping at its top level.
         """
-        raw = yaml_in(self.text, self.origin)
+        with valid_yaml(self.origin):
+            raw = yaml.load(self.text, Loader=Loader)
         if not isinstance(raw, dict):
             raise BadInput(f"{self.origin}: the configuration must be a mapping with the keys {', '.join(keys)}.")
         return raw
 
 
-def yaml_in(text: str, origin: str) -> Any:
-    """What a YAML text says.
-
-    Raises BadInput that names ``origin`` for a text that is no YAML, or is nested too deeply.
-    """
+@contextlib.contextmanager
+def valid_yaml(origin: str) -> Iterator[None]:
+    """While YAML is parsed: raises BadInput that names ``origin`` for what is no YAML, or is nested too deeply."""
     try:
-        return yaml.load(text, Loader=Loader)
+        yield
     except RecursionError:
         raise BadInput(f"{origin}: its lists and mappings are nested too deeply; mend the file.") from None
     except (yaml.YAMLError, ValueError, TypeError) as error:  # a date of month 13 is a ValueError, {[]: 1} a TypeError

@@ -203,14 +203,17 @@ class Ledger:
         return result
 
     def _append(self, rows: list[dict[str, Any]]) -> None:
-        number, self._next = self._next, self._next + 1
-        name = f"part-{number:08d}.parquet"
+        number, name = self._new_name()
         table = pa.Table.from_pylist(rows, schema=self._schema())
         self._create(name, _bytes(table, small=True))
         self._parts.append((number, number, name))
         self._loose[name] = table
         if len(self._loose) >= JOIN_FROM:
             self._join([p for p in self._parts if p[2] in self._loose])
+
+    def _new_name(self) -> tuple[int, str]:
+        number, self._next = self._next, self._next + 1
+        return number, f"part-{number:08d}.parquet"
 
     def _schema(self) -> pa.Schema:
         return SCHEMA.with_metadata(self._metadata())
@@ -242,33 +245,53 @@ class Ledger:
 
     def _read(self) -> Iterator[dict[str, Any]]:
         found = sorted(self._find(), key=lambda p: (p[0], -p[1]))
-        held: set[RowName] = set()  # rows of the wide part that was read last
+        self._next = max((end + 1 for _, end, _ in found), default=0)
+        wide_end, held = -1, set[RowName]()  # the last number and the rows of the wide part that was read last
         for (start, end, name), data in zip(found, read_all(self.storage, [n for _, _, n in found]), strict=True):
-            self._next = max(self._next, end + 1)
-            try:
-                table = part_table(data, self._at(name), with_recipes=True)
-            except DamagedPart as error:
-                table = self._set_aside(name, error)
-            if not self._is_ours(table, name):
+            table = self._own_table(name, data)
+            if table is None:
                 continue
             rows = table.to_pylist(maps_as_pydicts="strict")
-            names = {_name_of(row) for row in rows}
-            if self._parts and end <= self._parts[-1][1] and names <= held:
-                self.storage.remove(name)  # joined already; the crash came before it was removed
-                continue
-            held = names if end > start else held | names
+            if end <= wide_end:
+                lost = [_name_of(row) not in held for row in rows]
+                if not any(lost):
+                    self.storage.remove(name)  # joined already; the crash came before it was removed
+                    continue
+                table = table.filter(pa.array(lost))
+                rows = table.to_pylist(maps_as_pydicts="strict")
+                start = end = self._next
+                name = self._move_up(name, table)
+            elif end > start:
+                wide_end, held = end, {_name_of(row) for row in rows}
             self._parts.append((start, end, name))
             if start == end:
                 self._loose[name] = table
             yield from rows
 
-    def _is_ours(self, table: pa.Table | None, name: str) -> bool:
-        if table is None:
-            return False
+    def _own_table(self, name: str, data: bytes | OSError) -> pa.Table | None:
+        """The whole rows of a part, if it is this run's and has any."""
+        try:
+            table = part_table(data, self._at(name), with_recipes=True)
+        except DamagedPart as error:
+            return self._set_aside(name, error)
+        return table if self._is_ours(table, name) else None
+
+    def _is_ours(self, table: pa.Table, name: str) -> bool:
         ours = (table.schema.metadata or {}).get(OWNER) == self.owner.encode()
         if not ours:
             self.warnings.append(f"{self._at(name)} belongs to another run and was left alone")
         return ours
+
+    def _move_up(self, name: str, lost: pa.Table) -> str:
+        """Give rows that the wide part over theirs lacks a part of their own, which every reader finds; its name."""
+        _, own = self._new_name()
+        self._create(own, _bytes(lost, small=True))
+        self.storage.move(name, DAMAGED)
+        self.warnings.append(
+            f"{self._at(name)} holds results that the part over it lacks; they stand in {own} now, and the file was "
+            f"kept as {DAMAGED}/{name}"
+        )
+        return own
 
     def _find(self) -> Iterator[tuple[int, int, str]]:
         for name in self.storage.names():
@@ -278,11 +301,13 @@ class Ledger:
                 self.warnings.append(f"{self._at(name)} is no part of the ledger and was left alone")
 
     def _set_aside(self, name: str, error: DamagedPart) -> pa.Table | None:
-        """Keep a damaged part under ``damaged/``; what is whole of it takes its place."""
+        """Keep a damaged part under ``damaged/``; what is whole of it takes its place, and is returned."""
         whole = error.whole
-        if whole is None or not len(whole) or not self._is_ours(whole, name):
-            if whole is None or self._is_ours(whole, name):
-                self.storage.move(name, DAMAGED)
+        if whole is not None and not self._is_ours(whole, name):
+            return None
+        if whole is None or not len(whole):
+            self.storage.move(name, DAMAGED)
+            whole = None
         else:
             self.storage.folder(DAMAGED).write(name, self.storage.read(name))
             self.storage.write(name, _bytes(whole))

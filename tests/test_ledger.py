@@ -428,3 +428,36 @@ def test_a_column_that_no_version_knows_is_damage(old):
         read_table(old)
     with contextlib.closing(Ledger(old, "the owner of 2026-11")):
         assert old.folder("damaged").names() == [name]
+
+
+def test_no_whole_result_goes_because_a_wide_part_lies_over_it(reopen, tmp_path, monkeypatch):
+    """A part is removed where the one over it holds its rows; other rows get a part that every reader finds."""
+    monkeypatch.setattr(module, "JOIN_FROM", 6)
+    first, folder = reopen(), tmp_path / "ledger"
+    fill(first, range(4))
+    wide = next(folder.glob("part-????????-*.parquet"))
+    inside, own = folder / "part-00000002.parquet", result(9)
+    fill(reopen(), [9])
+    max(folder.glob("part-????????.parquet")).rename(inside)  # the result, which was written last
+    again = reopen()
+    assert again.answer(candidate(9)) is not None
+    assert any(inside.name in w and "lacks" in w for w in again.warnings)
+    assert wide.exists()
+    assert not inside.exists()
+    finished = [row["number"] for row in read_table(again.storage).to_pylist() if row["event"] == "finished"]
+    assert sorted(finished) == [0, 1, 2, 3, own.number]
+    assert not reopen().warnings
+
+
+def test_a_part_without_any_whole_row_is_none_of_the_parts_that_are_joined(reopen, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "JOIN_FROM", 6)
+    fill(reopen(), [0])
+    part = max((tmp_path / "ledger").glob("part-*.parquet"))
+    given = pq.read_table(part)
+    rows = [{**row, "status": "well"} for row in given.to_pylist()]
+    pq.write_table(given.from_pylist(rows, schema=given.schema), part)
+    again = reopen()
+    assert len([w for w in again.warnings if part.name in w]) == 1
+    fill(again, range(1, 5))
+    assert sorted(r.number for r in again.results("search")) == [1, 2, 3, 4]
+    assert (tmp_path / "ledger" / "damaged" / part.name).exists()

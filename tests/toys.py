@@ -320,6 +320,14 @@ def settings(models: Path, tasks: Path, changes: Mapping[str, Any]) -> dict[str,
     return out
 
 
+# Changes that make the toy's run a short one.
+SHORT = {
+    "budget.candidates": 3,
+    "evaluation.tasks": [{"task": "toy", "dev": 12, "report": 8}],
+    "baselines.masses": [1.0],
+}
+
+
 class Silent:
     """A display that keeps what it was told."""
 
@@ -383,6 +391,15 @@ def evolver(*arguments: Any, cwd: Path | None = None) -> Ended:
         sys.argv = given
         signal.signal(signal.SIGTERM, handler)
     return Ended(code or 0, out.getvalue(), err.getvalue())
+
+
+def refusal(code: int, err: str) -> str:
+    """The one sentence with which a command refused its input, after warnings if there are any."""
+    assert code == 2, err
+    assert "Traceback" not in err
+    said = [line for line in err.strip().splitlines() if not line.startswith("warning: ")]
+    assert len(said) == 1, err
+    return said[0]
 
 
 def command(file: Path, results: Path) -> list[str]:

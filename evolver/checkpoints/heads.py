@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from evolver.checkpoints.lora import LoraAdapter
-from evolver.checkpoints.weights import Checkpoint, Source, TensorInfo, is_head
+from evolver.checkpoints.weights import Checkpoint, Source, TensorInfo, digest_of_tensors, is_head
 from evolver.errors import BadInput
 
 Head = dict[str, Tensor]
@@ -36,11 +36,7 @@ def head_of(source: Source) -> Head:
 
 def head_digest(head: Head) -> str:
     """80 bits of the SHA-256 of a head's names, shapes and bytes."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(head.items()):
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()[:20]
+    return digest_of_tensors(sorted(head.items()))[:20]
 
 
 def labels_in_order(config: Mapping[str, Any]) -> list[str]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from evolver.checkpoints.weights import cached, open_tensors, raw
+from evolver.checkpoints.weights import cached, digest_of_tensors, open_tensors
 from evolver.errors import BadInput, EvolverError
+from evolver.storage.local import whole_file
 
 SEAL = "evolver.sha256"
 
@@ -48,7 +47,7 @@ def open_kept(file: Path, key: str) -> KeptTensors | None:
         handle = open_tensors(file, "cache")
         names = sorted(handle.keys())
         sealed = (handle.metadata() or {}).get(SEAL)
-        found = cached("digests-kept", [file], lambda: _digest((n, handle.get_tensor(n)) for n in names))
+        found = cached("digests-kept", [file], lambda: digest_of_tensors((n, handle.get_tensor(n)) for n in names))
     except (BadInput, OSError) as error:
         raise Damaged(str(error)) from error
     if sealed != _sealed(key, found):
@@ -61,27 +60,13 @@ def write_kept(file: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
 
     Raises OSError where that cannot be done.
     """
-    seal = _sealed(key, _digest(sorted(tensors.items())))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent)
-    try:
-        save_file(dict(tensors), temporary, {SEAL: seal})
-        os.fsync(handle)
-        os.replace(temporary, file)
-    except (OSError, SafetensorError) as error:
-        os.unlink(temporary)
-        raise error if isinstance(error, OSError) else OSError(str(error)) from error
-    finally:
-        os.close(handle)
+    seal = _sealed(key, digest_of_tensors(sorted(tensors.items())))
+    with whole_file(file) as temporary:
+        try:
+            save_file(dict(tensors), temporary, {SEAL: seal})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
 
 
 def _sealed(key: str, digest: str) -> str:
     return hashlib.sha256(f"{key} {digest}".encode()).hexdigest()
-
-
-def _digest(tensors: Iterator[tuple[str, Tensor]] | list[tuple[str, Tensor]]) -> str:
-    sha = hashlib.sha256()
-    for name, tensor in tensors:
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(raw(tensor))
-    return sha.hexdigest()

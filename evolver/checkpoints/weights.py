@@ -11,7 +11,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -150,13 +150,21 @@ class Checkpoint:
         return TensorInfo(tuple(piece.get_shape()), DTYPES[dtype])
 
     def _digest(self) -> str:
-        sha = hashlib.sha256()
-        for name, info in self.headers.items():
-            tensor = self.tensor(name)
-            check_finite(tensor, name, self.path, self.key)
-            sha.update(f"{name} {info.dtype} {info.shape}\n".encode())
-            sha.update(raw(tensor))
-        return sha.hexdigest()[:20]
+        return digest_of_tensors((name, self._finite(name)) for name in self.headers)[:20]
+
+    def _finite(self, name: str) -> Tensor:
+        tensor = self.tensor(name)
+        check_finite(tensor, name, self.path, self.key)
+        return tensor
+
+
+def digest_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """The SHA-256, in hexadecimal digits, of tensors with their names, dtypes and shapes, in the order given."""
+    sha = hashlib.sha256()
+    for name, tensor in tensors:
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(raw(tensor))
+    return sha.hexdigest()
 
 
 def digests(sources: Mapping[str, Source]) -> dict[str, str]:

@@ -99,7 +99,6 @@ class Overview:
         self._parts: dict[str, Part] = {}
         self._rows: dict[Stage, Rows] = {}
         self._pairs: dict[tuple[str, str, int], tuple[Candidate, Result]] = {}
-        self.about = read_about(folder)
         self.refresh()
 
     def refresh(self) -> None:

@@ -82,7 +82,7 @@ def statuses(root: Storage) -> list[Status]:
 def _holder(held: Mapping[str, Any] | None, job: Job | None) -> str:
     if held is None:
         return ""
-    return f"job {job.id}, on {held.get('host')}" if job else f"process {held.get('pid')} on {held.get('host')}"
+    return f"job {job.id}, on {held['host']}" if job else f"process {held['pid']} on {held['host']}"
 
 
 def holder_of(ledger: Storage) -> dict[str, Any] | None:

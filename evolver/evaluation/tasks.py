@@ -68,7 +68,8 @@ class Tasks:
 
     def scale(self, split: Split) -> Scale:
         """The scale of a split, which says how the answers to its items make up the score."""
-        asked, shares = self._asked(split), self._shares(split)
+        asked = self._asked(split)
+        shares = self._shares(split, asked)
         metrics = {e.task: self.judges[e.task].metric(e) for e in self.entries}
         judged = all(m.judged for m in metrics.values())
         right = () if judged else tuple(self._right(a, metrics[a.entry.task].judged) for a in asked)
@@ -79,13 +80,15 @@ class Tasks:
             right,
         )
 
-    def _shares(self, split: Split) -> dict[str, dict[str, float]]:
+    def _shares(self, split: Split, asked: Sequence[AskedItem]) -> dict[str, dict[str, float]]:
         """For each task what its metric is made of, and at which shares: itself, or the tasks of a group."""
+        sizes: dict[str, Counter[str]] = {entry.task: Counter() for entry in self.entries}
+        for a in asked:
+            sizes[a.entry.task][a.item.task] += 1
         out = {}
         for entry in self.entries:
             judge = self.judges[entry.task]
-            sizes = Counter(a.item.task for a in self._asked(split) if a.entry is entry)
-            shares = judge.shares(entry, split, sizes) if isinstance(judge, Grouped) else None
+            shares = judge.shares(entry, split, sizes[entry.task]) if isinstance(judge, Grouped) else None
             out[entry.task] = {entry.task: 1.0} if shares is None else dict(shares)
         return out
 

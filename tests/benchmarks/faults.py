@@ -33,13 +33,6 @@ import yaml  # noqa: E402
 from forked import Answer  # noqa: E402
 
 PAGE = ROOT / "results" / "benchmarks" / "faults.md"
-SHORT = {
-    "search": {"algorithm": "evolver"},
-    "budget.candidates": 3,
-    "evaluation.tasks": [{"task": "toy", "dev": 12, "report": 8}],
-    "baselines.masses": [1.0],
-}
-MODEL_FILES = ("config.json", "adapter_config.json", "model.safetensors.index.json", "tokenizer.json")
 # Sets up models, data and one finished run; in a process of its own, so that the forked ones have no threads.
 SET_UP = """
 import sys
@@ -87,7 +80,7 @@ class Bench:
         forked.prepare()
         import toys
 
-        self.valid = toys.settings(place / "models", place / "tasks", SHORT)
+        self.valid = toys.settings(place / "models", place / "tasks", toys.SHORT)
         self.config = self.write(self.valid, "run.yaml")
         done = forked.evolver("run", self.config, "--results", place / "results", cwd=place)
         assert done.code == 0, done.err

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field
 
-from evolver.config import Loader, Section, check_section
+from evolver.config import Loader, Section, check_section, config_at, valid_yaml
 from evolver.errors import BadInput, nearest
 from evolver.merging.methods import Method, get
 from evolver.merging.settings.placed import Placed, Spot, depth, over
@@ -273,10 +273,9 @@ def read(path: str | Path) -> Configuration:
     Raises BadInput for an unreadable file, an unknown key, method or parameter, with the nearest known one.
     """
     file = str(path)
-    try:
-        documents = list(yaml.load_all(Path(path).read_text(), Loader=Loader))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadInput(f"{file}: cannot be read ({' '.join(str(error).split())}); give a YAML file.") from error
+    text = config_at(path).text
+    with valid_yaml(file):
+        documents = list(yaml.load_all(text, Loader=Loader))
     if not documents or not all(isinstance(d, dict) for d in documents):
         raise BadInput(f"{file}: is no mapping; give one with merge_method and models.")
     if len(documents) == 1:
