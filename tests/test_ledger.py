@@ -11,9 +11,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from evolver import ledger as module
 from evolver.errors import BadInput
-from evolver.ledger import OLDEST, DamagedPart, Ledger, read_table, result_of
+from evolver.ledger import DamagedPart, Ledger, read_table, result_of
+from evolver.ledger import ledger as module
+from evolver.ledger.rows import OLDEST
 from evolver.records import Candidate, Cross, Expert, Result, dump_recipe
 from evolver.storage import local, storage_at
 

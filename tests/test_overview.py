@@ -70,7 +70,7 @@ def test_read_on_part_by_part_it_is_the_same(run, tmp_path):
 
 
 def test_parts_that_are_joined_while_somebody_looks(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(ledger, "JOIN_FROM", 6)
+    monkeypatch.setattr("evolver.ledger.ledger.JOIN_FROM", 6)
     shutil.copytree(run, tmp_path / "toy")
     shutil.rmtree(tmp_path / "toy" / "ledger")
     storage = storage_at(tmp_path / "toy")

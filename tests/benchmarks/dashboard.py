@@ -26,13 +26,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from playwright.sync_api import Browser, Error, Page, sync_playwright
 
-from evolver import ledger
 from evolver.config import Config
 from evolver.dashboard import views
 from evolver.dashboard.overview import Overview
 from evolver.dashboard.status import status_of
 from evolver.evaluation.scores.metrics import JUDGED
 from evolver.evaluation.scores.scoring import Scale
+from evolver.ledger.ledger import JOIN_FROM
+from evolver.ledger.parts import part_bytes
+from evolver.ledger.rows import SCHEMA, row_of
 from evolver.records import Candidate, Expert, Merge, Result, Rule
 from evolver.report.text import markdown_table
 from evolver.runs.about import About, write_about
@@ -73,10 +75,10 @@ def make_run(run: Path, count: int) -> None:
     scale = Scale(TASKS * (ITEMS // 2), dict.fromkeys(TASKS, 1.0), dict.fromkeys(TASKS, JUDGED))
     write_about(storage, About(Config.model_validate(config), {"dev": scale, "report": scale}, {}))
     parts, number = storage.folder("ledger"), 0
-    for first in range(0, count, ledger.JOIN_FROM // 2):
-        found = list(candidates(first, min(count, first + ledger.JOIN_FROM // 2), scale))
-        lines = [line for c, r in found for line in (ledger._row(c, None), ledger._row(c, r))]
-        data = ledger._bytes(pa.Table.from_pylist(lines, schema=ledger.SCHEMA))
+    for first in range(0, count, JOIN_FROM // 2):
+        found = list(candidates(first, min(count, first + JOIN_FROM // 2), scale))
+        lines = [line for c, r in found for line in (row_of(c, None), row_of(c, r))]
+        data = part_bytes(pa.Table.from_pylist(lines, schema=SCHEMA))
         parts.create(f"part-{number:08d}-{number + len(lines) - 1:08d}.parquet", data)
         number += len(lines)
 
@@ -111,8 +113,8 @@ def read_figures(run: Path) -> list[str]:
     scale = overview.about.scales["dev"]
     (candidate, result) = next(candidates(0, 1, scale))
     candidate, result = (replace(x, number=len(overview.rows("search"))) for x in (candidate, result))
-    line = pa.Table.from_pylist([ledger._row(candidate, result)], schema=ledger.SCHEMA)
-    storage_at(run / "ledger").create(f"part-{last:08d}.parquet", ledger._bytes(line))
+    line = pa.Table.from_pylist([row_of(candidate, result)], schema=SCHEMA)
+    storage_at(run / "ledger").create(f"part-{last:08d}.parquet", part_bytes(line))
     began = time.perf_counter()
     overview.refresh()
     size = look(overview)

@@ -1,0 +1,59 @@
+"""Every answer of a run: the items that it was asked, and what each candidate scored on each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from evolver.errors import BadInput, cause_of
+from evolver.ledger.parts import part_bytes, read_table
+from evolver.records import Split
+from evolver.storage import Storage
+
+ITEMS_FILE = "items.parquet"
+
+
+def write_items(run: Storage, items: Mapping[Split, Sequence[tuple[str, int, str]]]) -> None:
+    """Write ``items.parquet`` into a run's folder: of every place of both splits the task, its index in the task's
+    data, and the hash of its content. The ledger's answers stand in this order.
+    """
+    rows = [
+        {"split": split, "place": place, "task": task, "index": index, "hash": content}
+        for split, members in items.items()
+        for place, (task, index, content) in enumerate(members)
+    ]
+    run.write(ITEMS_FILE, part_bytes(pa.Table.from_pylist(rows)))
+
+
+def answer_table(run: Storage) -> pa.Table:
+    """Every answer of a run: one row for each candidate and item, with the item's hash."""
+    items: dict[str, list[dict[str, Any]]] = {"dev": [], "report": []}
+    for row in _items_of(run):
+        items[row["split"]].append(row)
+    finished = [r for r in read_table(run.folder("ledger")).to_pylist() if r["event"] == "finished" and not r["reused"]]
+    rows = [
+        {**{k: r[k] for k in ("stage", "number", "recipe_id")}, "task": i["task"], "hash": i["hash"], "answer": a}
+        for r in finished
+        for i, a in zip(items["report" if r["stage"] == "report" else "dev"], r["items"] or (), strict=False)
+    ]
+    return pa.Table.from_pylist(rows)
+
+
+def _items_of(run: Storage) -> list[dict[str, Any]]:
+    """The rows of ``items.parquet``.
+
+    Raises BadInput where it cannot be read.
+    """
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(run.read(ITEMS_FILE))).to_pylist()
+        if not all({"split", "task", "hash"} <= row.keys() and row["split"] in ("dev", "report") for row in rows):
+            raise ValueError("it has other columns or splits")
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise BadInput(
+            f"{run.location}/{ITEMS_FILE}: it cannot be read ({cause_of(error)}); call the run again, which writes "
+            "this file anew."
+        ) from error
+    return rows

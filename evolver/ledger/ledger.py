@@ -1,0 +1,271 @@
+"""The ledger: the ordered, durable record of everything that was proposed and scored. It is a run's only state.
+
+A part is one Parquet file under a running number: it is there whole or not at all, and whoever creates it knows all
+parts before it. So of two drivers on one ledger, one comes too late and stops, before it says anything. Three kinds of
+rows stand in it: ``asked``, ``finished``, and ``guessed`` for the result of a candidate that no search had asked for
+yet. Small parts are joined into larger ones now and then. A part that cannot be read is set aside under ``damaged/``,
+a file that belongs to another run is left alone; both are named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+
+from evolver.errors import BadInput
+from evolver.ledger.parts import (
+    OWNER,
+    PART,
+    SCHEMA_VERSION,
+    VERSION,
+    DamagedPart,
+    part_bytes,
+    part_table,
+    span_of,
+)  # fmt: skip
+from evolver.ledger.rows import SCHEMA, result_of, row_of
+from evolver.records import Candidate, Result, Split
+from evolver.storage import Storage, lease, read_all
+from evolver.storage.lease import Lease
+
+# Stage, number, recipe id, bar, limit, and how many items were known: the result depends on nothing else.
+RowName = tuple[str, str, int, str, int]
+LedgerQuestion = tuple[str, int, str, float | None, int | None, int]
+JOIN_FROM = 256
+DAMAGED = "damaged"
+
+
+class Ledger:
+    """The ledger of one run, open for writing by one process.
+
+    Args:
+        storage: where the parts lie.
+        owner: the identity of the run's configuration; parts of another owner are not ours.
+        say: where to tell that another driver's lease has to be waited for.
+
+    Raises BadInput where another process has it open, naming that process.
+    """
+
+    def __init__(self, storage: Storage, owner: str, say: Callable[[str], None] = lambda line: None) -> None:
+        self.storage, self.owner = storage, owner
+        self.warnings: list[str] = []
+        self._finished: dict[tuple[str, int], Result] = {}
+        self._by_recipe: dict[tuple[str, Split], list[Result]] = {}
+        self._guessed: dict[LedgerQuestion, Result] = {}
+        self._ranks: dict[str, int] = {}
+        self._lease = Lease(storage, say)
+        self._parts: list[tuple[int, int, str]] = []
+        self._loose: dict[str, pa.Table] = {}  # those that are to be joined, by name
+        self._next = 0  # above every number in the folder, so that no file of anybody is ever overwritten
+        try:
+            for row in self._read():
+                if row["event"] == "finished":
+                    self._index(result_of(row))
+                elif row["event"] == "guessed":
+                    self._guessed[_asked_in(row)] = result_of(row)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let another process in."""
+        self._lease.close()
+
+    def answer(self, candidate: Candidate) -> Result | None:
+        """What answers a candidate's question without an evaluation, if anything does.
+
+        That is, in this order: what this very candidate scored before; an earlier result of the same recipe on the
+        same items; and what this very candidate scored when it was only guessed, with the same items known.
+        """
+        own = self._finished.get((candidate.stage, candidate.number))
+        if own is not None and own.recipe_id == candidate.recipe.id:
+            return own
+        for result in self._by_recipe.get((candidate.recipe.id, candidate.split), []):
+            if result.answers(candidate):
+                return replace(result, number=candidate.number, stage=candidate.stage, reused=True)
+        return self._guessed.get(_question(candidate, len(self.with_known_items(candidate).known)))
+
+    def with_known_items(self, candidate: Candidate) -> Candidate:
+        """The candidate with the longest first part of its items that is known of its recipe."""
+        found = self._by_recipe.get((candidate.recipe.id, candidate.split), [])
+        return replace(candidate, known=max((r.items for r in found), key=len, default=()))
+
+    def write_asked(self, candidate: Candidate) -> None:
+        """Record that a candidate was sent out.
+
+        Raises BadInput where the ledger holds another recipe under its number: another search wrote it.
+        """
+        self._recorded(candidate)
+        self._append([row_of(candidate, None)])
+
+    def write_result(self, candidate: Candidate, result: Result) -> Result:
+        """Record a candidate's result, unless it is recorded; it is on disk when this returns, with its rank.
+
+        Raises BadInput where the ledger holds another recipe under its number: another search wrote it.
+        """
+        if (recorded := self._recorded(candidate)) is not None:
+            return recorded
+        self._append([row_of(candidate, result)])
+        return self._index(result)
+
+    def write_guess(self, candidate: Candidate, result: Result) -> None:
+        """Record the result of a candidate that no search has asked for yet."""
+        self._append([row_of(candidate, result) | {"event": "guessed"}])
+        self._guessed[_question(candidate, result.given)] = result
+
+    def _recorded(self, candidate: Candidate) -> Result | None:
+        result = self._finished.get((candidate.stage, candidate.number))
+        if result is not None and result.recipe_id != candidate.recipe.id:
+            raise BadInput(
+                f"{self.storage.location}: candidate {candidate.number} of stage {candidate.stage} is "
+                f"{result.recipe_id} in the ledger and {candidate.recipe.id} now; the run was made by another version, "
+                "start one of another name."
+            )
+        return result
+
+    def results(self, stage: str) -> list[Result]:
+        """The results of a stage by number."""
+        return [r for (s, _), r in sorted(self._finished.items()) if s == stage]
+
+    def _index(self, result: Result) -> Result:
+        rank = self._ranks.get(result.stage, 0)
+        self._ranks[result.stage] = rank + 1
+        result = replace(result, rank=rank)
+        self._finished[result.stage, result.number] = result
+        split: Split = "report" if result.stage == "report" else "dev"
+        self._by_recipe.setdefault((result.recipe_id, split), []).append(result)
+        return result
+
+    def _append(self, rows: list[dict[str, Any]]) -> None:
+        number, name = self._new_name()
+        table = pa.Table.from_pylist(rows, schema=self._schema())
+        self._create(name, part_bytes(table, small=True))
+        self._parts.append((number, number, name))
+        self._loose[name] = table
+        if len(self._loose) >= JOIN_FROM:
+            self._join([p for p in self._parts if p[2] in self._loose])
+
+    def _new_name(self) -> tuple[int, str]:
+        number, self._next = self._next, self._next + 1
+        return number, f"part-{number:08d}.parquet"
+
+    def _schema(self) -> pa.Schema:
+        return SCHEMA.with_metadata(self._metadata())
+
+    def _metadata(self) -> dict[bytes, bytes]:
+        return {OWNER: self.owner.encode(), VERSION: str(SCHEMA_VERSION).encode()}
+
+    def _create(self, name: str, data: bytes) -> None:
+        self._lease.check()
+        try:
+            self.storage.create(name, data)
+        except FileExistsError:
+            raise self._lease.lost() from None
+        except OSError as error:
+            raise BadInput(
+                f"{self.storage.location}: the ledger cannot be written ({error.strerror or error}); nothing finished "
+                "so far is lost: make room or mend the rights, and run the same command again."
+            ) from error
+
+    def _join(self, parts: list[tuple[int, int, str]]) -> None:
+        """One file for many. Readers prefer the wide part, so a crash between the two steps does no harm."""
+        first, last = parts[0][0], parts[-1][1]
+        wide = f"part-{first:08d}-{last:08d}.parquet"
+        tables = [self._loose.pop(name) for _, _, name in parts]
+        self._create(wide, part_bytes(pa.concat_tables(tables).replace_schema_metadata(self._metadata())))
+        for _, _, name in parts:
+            self.storage.remove(name)
+        self._parts = [*(p for p in self._parts if p not in parts), (first, last, wide)]
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        found = sorted(self._find(), key=lambda p: (p[0], -p[1]))
+        self._next = max((end + 1 for _, end, _ in found), default=0)
+        wide_end, held = -1, set[RowName]()  # the last number and the rows of the wide part that was read last
+        for (start, end, name), data in zip(found, read_all(self.storage, [n for _, _, n in found]), strict=True):
+            table = self._own_table(name, data)
+            if table is None:
+                continue
+            rows = table.to_pylist(maps_as_pydicts="strict")
+            if end <= wide_end:
+                lost = [_name_of(row) not in held for row in rows]
+                if not any(lost):
+                    self.storage.remove(name)  # joined already; the crash came before it was removed
+                    continue
+                table = table.filter(pa.array(lost))
+                rows = table.to_pylist(maps_as_pydicts="strict")
+                start = end = self._next
+                name = self._move_up(name, table)
+            elif end > start:
+                wide_end, held = end, {_name_of(row) for row in rows}
+            self._parts.append((start, end, name))
+            if start == end:
+                self._loose[name] = table
+            yield from rows
+
+    def _own_table(self, name: str, data: bytes | OSError) -> pa.Table | None:
+        """The whole rows of a part, if it is this run's and has any."""
+        try:
+            table = part_table(data, self._at(name), with_recipes=True)
+        except DamagedPart as error:
+            return self._set_aside(name, error)
+        return table if self._is_ours(table, name) else None
+
+    def _is_ours(self, table: pa.Table, name: str) -> bool:
+        ours = (table.schema.metadata or {}).get(OWNER) == self.owner.encode()
+        if not ours:
+            self.warnings.append(f"{self._at(name)} belongs to another run and was left alone")
+        return ours
+
+    def _move_up(self, name: str, lost: pa.Table) -> str:
+        """Give rows that the wide part over theirs lacks a part of their own, which every reader finds; its name."""
+        _, own = self._new_name()
+        self._create(own, part_bytes(lost, small=True))
+        self.storage.move(name, DAMAGED)
+        self.warnings.append(
+            f"{self._at(name)} holds results that the part over it lacks; they stand in {own} now, and the file was "
+            f"kept as {DAMAGED}/{name}"
+        )
+        return own
+
+    def _find(self) -> Iterator[tuple[int, int, str]]:
+        for name in self.storage.names():
+            if PART.fullmatch(name):
+                yield *span_of(name), name
+            elif name not in {"lock", lease.LEASE_FILE, DAMAGED}:
+                self.warnings.append(f"{self._at(name)} is no part of the ledger and was left alone")
+
+    def _set_aside(self, name: str, error: DamagedPart) -> pa.Table | None:
+        """Keep a damaged part under ``damaged/``; what is whole of it takes its place, and is returned."""
+        whole = error.whole
+        if whole is not None and not self._is_ours(whole, name):
+            return None
+        if whole is None or not len(whole):
+            self.storage.move(name, DAMAGED)
+            whole = None
+        else:
+            self.storage.folder(DAMAGED).write(name, self.storage.read(name))
+            self.storage.write(name, part_bytes(whole))
+        self.warnings.append(
+            f"{self._at(name)} is damaged ({error.reason}); it was kept as {DAMAGED}/{name}, and what is lost with it "
+            "is scored again"
+        )
+        return whole
+
+    def _at(self, name: str) -> str:
+        return f"{self.storage.location}/{name}"
+
+
+def _name_of(row: Mapping[str, Any]) -> RowName:
+    """What tells a row from all others of a ledger."""
+    return row["event"], row["stage"], row["number"], row["recipe_id"], len(row["items"] or ())
+
+
+def _question(candidate: Candidate, known: int) -> LedgerQuestion:
+    return candidate.stage, candidate.number, candidate.recipe.id, candidate.bar, candidate.limit, known
+
+
+def _asked_in(row: Mapping[str, Any]) -> LedgerQuestion:
+    return row["stage"], row["number"], row["recipe_id"], row["bar"], row["limit"], row["given"]

@@ -1,0 +1,189 @@
+"""A part of the ledger: one Parquet file, which is checked row by row when it is read."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import re
+from collections.abc import Collection, Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from evolver.errors import BadInput, cause_of, is_misplaced
+from evolver.ledger.rows import DEFAULTS, EVENTS, MAPS, OLDEST, SCHEMA, STAGES, STATUSES
+from evolver.records import load_recipe
+from evolver.storage import Storage, read_all
+
+PART = re.compile(r"part-(\d{8})(?:-(\d{8}))?\.parquet")
+OWNER, VERSION = b"evolver.run", b"evolver.ledger"
+# Of the columns. Whoever adds one counts it up, so that an earlier version leaves such a ledger alone.
+SCHEMA_VERSION = 1
+
+
+class DamagedPart(BadInput):
+    """A part of a ledger holds something else than results.
+
+    Attributes:
+        reason: what is wrong with it, in a few words.
+        whole: those of its rows that are whole; None where it cannot be read at all.
+    """
+
+    reason: str = ""
+    whole: pa.Table | None = None
+
+
+def damaged(file: str, reason: str, whole: pa.Table | None = None) -> DamagedPart:
+    """The error for a damaged part, which says what to do."""
+    error = DamagedPart(
+        f"{file}: it is damaged ({reason}); call the run again, which sets this file aside and scores again what is "
+        "lost with it."
+    )
+    error.reason, error.whole = reason, whole
+    return error
+
+
+def part_table(data: bytes | OSError, file: str, with_recipes: bool = False) -> pa.Table:
+    """The rows of a part, given its bytes or why they could not be read, with all columns of this version: those that
+    an earlier one did not have hold their defaults. Every row is a proposal or a result; ``with_recipes`` says that
+    their recipes are looked at, too.
+
+    Raises DamagedPart where it holds something else, BadInput where it cannot be read now, or a newer version wrote
+    it, and FileNotFoundError where it is gone.
+    """
+    if isinstance(data, OSError):
+        if isinstance(data, FileNotFoundError):
+            raise data
+        if is_misplaced(data):
+            raise damaged(file, cause_of(data))
+        raise BadInput(
+            f"{file}: it cannot be read now ({cause_of(data)}); nothing of it is lost: mend the rights or the disk, "
+            "and call again."
+        ) from data
+    try:
+        # Of small files, threads and what reads whole data sets take longer than the reading.
+        table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read(use_threads=False)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise damaged(file, " ".join(str(error).split())[:200]) from error
+    table = with_all_columns(table, file)
+    whole = _whole_rows(table)
+    if with_recipes and pc.all(whole).as_py():
+        whole = pa.array([_is_recipe(text) for text in table["recipe"].to_pylist()], pa.bool_())
+    if not pc.all(whole).as_py():
+        lost = len(table) - pc.sum(whole).as_py()
+        raise damaged(file, f"{lost} of its {len(table)} rows are no proposals or results", table.filter(whole))
+    return table
+
+
+def with_all_columns(table: pa.Table, file: str) -> pa.Table:
+    """A table of this or an earlier version with the columns of this one: those that it lacks hold their defaults.
+
+    Raises BadInput where a newer version wrote it, and DamagedPart where nobody did.
+    """
+    version = (table.schema.metadata or {}).get(VERSION, b"0")
+    if not version.isdigit() or int(version) > SCHEMA_VERSION:
+        raise BadInput(f"{file}: a newer version of Evolver wrote it; go on with that one.")
+    new = [name for name in table.column_names if name not in SCHEMA.names]
+    if new:
+        raise damaged(file, f"it has columns that no ledger has: {', '.join(new)[:100]}")
+    if table.column_names != [name for name in SCHEMA.names if name in table.column_names]:
+        raise damaged(file, "its columns stand in an order in which no version writes them")
+    for field in SCHEMA:
+        if field.name in table.column_names:
+            if table.schema.field(field.name).type != field.type:
+                raise damaged(file, f"its column {field.name} is no {field.type}")
+        elif field.name in OLDEST:
+            raise damaged(file, f"it has no column {field.name}")
+        else:
+            default = [] if pa.types.is_nested(field.type) else DEFAULTS.get(field.name)
+            table = table.append_column(field, pa.array([default] * len(table), field.type))
+    return table.select(SCHEMA.names)
+
+
+def _whole_rows(table: pa.Table) -> pa.ChunkedArray:
+    """For each row whether it says all that a proposal or a result says. Recipes are read by whoever wants them."""
+
+    def among(column: str, values: Sequence[str]) -> pa.ChunkedArray:
+        return pc.is_in(table[column], pa.array(values))
+
+    def both(*conditions: pa.ChunkedArray) -> pa.ChunkedArray:
+        return functools.reduce(pc.and_, (pc.fill_null(c, False) for c in conditions))
+
+    proposal = both(
+        among("event", EVENTS), among("stage", STAGES), pc.greater_equal(table["number"], 0),
+        *(pc.is_valid(table[name]) for name in ("time", "recipe_id", "label", "proposer", "parents")),
+        pc.starts_with(table["recipe"], "[["), pc.ends_with(table["recipe"], "]]"),
+    )  # fmt: skip
+    scored = pc.or_(pc.invert(both(table["complete"])), both(pc.is_finite(table["score"])))
+    result = both(
+        among("status", STATUSES), scored, pc.greater_equal(table["given"], 0),
+        *(pc.is_valid(table[name]) for name in ("items", "reason", "worker", "reused", "raced", *MAPS)),
+        pc.or_(pc.equal(table["status"], "failed"), pc.greater(pc.list_value_length(table["items"]), 0)),
+    )  # fmt: skip
+    return pc.and_(proposal, pc.or_(both(pc.equal(table["event"], "asked")), result))
+
+
+def read_table(storage: Storage) -> pa.Table:
+    """All rows of a ledger, for reports; a run may be writing meanwhile."""
+    tables = read_parts(storage)
+    return pa.concat_tables([t for t in tables.values() if t is not None]) if tables else SCHEMA.empty_table()
+
+
+def _is_recipe(text: str) -> bool:
+    try:
+        load_recipe(text)
+    except ValueError:
+        return False
+    return True
+
+
+def part_names(storage: Storage) -> list[str]:
+    """The names of a ledger's parts, in their order; of a wide part and those that were joined in it, all.
+
+    Raises BadInput where the ledger cannot be looked into.
+    """
+    try:
+        parts = sorted((int(m[1]), -int(m[2] or m[1]), n) for n in storage.names() if (m := PART.fullmatch(n)))
+    except OSError as error:
+        remedy = "restore it from a copy, or move it away" if is_misplaced(error) else "mend the rights and call again"
+        raise BadInput(f"{storage.location}: the ledger cannot be read ({cause_of(error)}); {remedy}.") from error
+    return [name for _, _, name in parts]
+
+
+def read_parts(storage: Storage, known: Collection[str] = ()) -> dict[str, pa.Table | None]:
+    """The parts of a ledger in their order, by name; None for those that are known and were not read again."""
+    while True:
+        names, end = [], -1
+        for name in part_names(storage):
+            if (last := span_of(name)[1]) > end:
+                names.append(name)
+                end = last
+        new = [n for n in names if n not in known]
+        with contextlib.suppress(FileNotFoundError):  # parts were joined meanwhile: look again
+            data = zip(new, read_all(storage, new), strict=True)
+            tables = {n: part_table(d, f"{storage.location}/{n}") for n, d in data}
+            return {n: tables.get(n) for n in names}
+
+
+def read_part(storage: Storage, name: str) -> pa.Table:
+    """One part of a ledger.
+
+    Raises FileNotFoundError where it is not there any more, as small ones are joined.
+    """
+    return part_table(read_all(storage, [name])[0], f"{storage.location}/{name}")
+
+
+def part_bytes(table: pa.Table, small: bool = False) -> bytes:
+    """A Parquet file; a small one goes without what helps to find a row in it."""
+    file, more = io.BytesIO(), {"use_dictionary": False, "write_statistics": False} if small else {}
+    pq.write_table(table, file, compression="zstd", write_page_checksum=True, **more)
+    return file.getvalue()
+
+
+def span_of(name: str) -> tuple[int, int]:
+    """The first and the last running number of a part."""
+    match = PART.fullmatch(name)
+    assert match is not None
+    return int(match[1]), int(match[2] or match[1])

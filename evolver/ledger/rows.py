@@ -1,0 +1,93 @@
+"""A row of the ledger: its columns, and how a candidate and its result are written into one and read from it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any
+
+import pyarrow as pa
+
+from evolver.records import Candidate, Result, dump_recipe, load_recipe
+
+STAGES, EVENTS, STATUSES = ("baseline", "search", "report"), ("asked", "finished", "guessed"), ("ok", "failed")
+
+SCHEMA = pa.schema(
+    [
+        ("event", pa.string()),  # asked | finished | guessed
+        ("time", pa.timestamp("us", tz="UTC")),
+        ("stage", pa.string()),
+        ("number", pa.int64()),
+        ("recipe_id", pa.string()),
+        ("recipe", pa.string()),
+        ("label", pa.string()),
+        ("proposer", pa.string()),
+        ("parents", pa.list_(pa.string())),
+        ("bar", pa.float64()),
+        ("limit", pa.int64()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("score", pa.float64()),
+        ("bound", pa.float64()),
+        ("complete", pa.bool_()),
+        ("reused", pa.bool_()),
+        ("raced", pa.bool_()),
+        ("given", pa.int64()),
+        ("items", pa.list_(pa.float64())),
+        ("tasks", pa.map_(pa.string(), pa.float64())),
+        ("seconds", pa.map_(pa.string(), pa.float64())),
+        ("counts", pa.map_(pa.string(), pa.float64())),
+        ("worker", pa.string()),
+        ("said", pa.list_(pa.string())),
+    ]
+)
+
+# Without these a table is no ledger. Any other column that a table lacks came later, and holds its default there:
+# whoever adds a column adds it to SCHEMA only.
+OLDEST = ("event", "time", "stage", "number", "recipe_id", "recipe")
+DEFAULTS = {f.name: f.default for kind in (Candidate, Result) for f in fields(kind) if f.default is not MISSING}
+
+# Fields of a result that stand in a row as they are, and those that are mappings.
+PLAIN_FIELDS = ("status", "reason", "score", "bound", "complete", "reused", "raced", "given", "worker")
+MAPS = ("tasks", "seconds", "counts")
+
+
+def row_of(candidate: Candidate, result: Result | None) -> dict[str, Any]:
+    """The row of a result or, where there is none yet, that of a candidate that is sent out."""
+    row: dict[str, Any] = {
+        "event": "finished" if result else "asked",
+        "time": _now(),
+        "stage": candidate.stage,
+        "number": candidate.number,
+        "recipe_id": candidate.recipe.id,
+        "recipe": dump_recipe(candidate.recipe),
+        "label": candidate.label,
+        "proposer": candidate.proposer,
+        "parents": list(candidate.parents),
+        "bar": candidate.bar,
+        "limit": candidate.limit,
+    }
+    if result:
+        row |= {name: getattr(result, name) for name in PLAIN_FIELDS} | {"items": list(result.items)}
+        row["said"] = list(result.said)
+        row |= {name: list(getattr(result, name).items()) for name in MAPS}
+    return row
+
+
+def candidate_of(row: Mapping[str, Any]) -> Candidate:
+    """The candidate of a row; what a worker was told beside it (rival, known items) is not kept."""
+    return Candidate(
+        row["number"], load_recipe(row["recipe"]), row["proposer"], tuple(row["parents"]), row["bar"], row["stage"],
+        row["label"], row["limit"],
+    )  # fmt: skip
+
+
+def result_of(row: Mapping[str, Any]) -> Result:
+    """The result of a row that has one."""
+    same = ("number", "recipe_id", "stage", *PLAIN_FIELDS, *MAPS)
+    return Result(**{name: row[name] for name in same}, items=tuple(row["items"]), said=tuple(row["said"] or ()))
+
+
+def _now() -> int:
+    return time.time_ns() // 1000
