@@ -60,7 +60,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.EnvBuilder(with_pip=False, symlinks=True).create(folder)
     python = folder / "bin" / "python"
     place = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).stdout.strip())
-    for packages in map(Path, site.getsitepackages()):
+    # Some systems name folders here that nobody has made.
+    for packages in filter(Path.is_dir, map(Path, site.getsitepackages())):
         for found in packages.iterdir():
             if "evolver" not in found.name and found.suffix != ".pth" and not (place / found.name).exists():
                 (place / found.name).symlink_to(found)
