@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -9,6 +10,7 @@ import ray
 
 from evolver.evaluation.live import default_device
 from evolver.records import Split
+from evolver.workers.failures import BrokenDevice
 from evolver.workers.messages import pack_result, unpack_candidate
 from evolver.workers.plan import Plan
 from evolver.workers.worker import Worker
@@ -38,5 +40,13 @@ class PopulationWorker:
         return {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
 
     def evaluate(self, message: bytes) -> bytes:
-        """Score a candidate, and return the result; both travel as ``evolver.workers.messages`` packs them."""
-        return pack_result(self.worker.evaluate(unpack_candidate(message)))
+        """Score a candidate, and return the result; both travel as ``evolver.workers.messages`` packs them.
+
+        The actor ends where its accelerator has failed; the pool then starts another one.
+        """
+        try:
+            return pack_result(self.worker.evaluate(unpack_candidate(message)))
+        except BrokenDevice as error:
+            logging.getLogger(__name__).error("%s", error)
+            ray.actor.exit_actor()
+            raise  # not reached: the call above ends the process

@@ -30,6 +30,7 @@ from evolver.runs.about import Job
 from evolver.storage import Storage, storage_at
 from evolver.workers.compute import ComputeChoice
 from evolver.workers.plan import Plan
+from evolver.workers.retrying import RetryingPool
 from evolver.workers.shared import SharedPool
 from evolver.workers.worker import choose_compute
 
@@ -39,6 +40,8 @@ DRAWN_BY_RAY = "raysubmit_"
 RESULTS = (
     "folder of all runs, or a URI such as s3://bucket/runs (default: ./results, or ~/evolver-results in a Ray job)"
 )
+
+RETRY_FAILED = "try candidates again that failed in an earlier call, and continue the search from the first of them"
 
 
 class Stopped(BaseException):
@@ -61,27 +64,29 @@ def run_job(arguments: Sequence[str] | None = None) -> int:
         "--run", help="name of the run (default: the id of the Ray job if you chose one, else the key `run`)"
     )
     parser.add_argument("--results", help=RESULTS)
+    parser.add_argument("--retry-failed", action="store_true", help=RETRY_FAILED)
     given = parser.parse_args(arguments)
     try:
         config = config_at(given.config)
     except BadInput as error:
         print(error, file=sys.stderr)
         return 2
-    return drive(config, given.results, given.run)
+    return drive(config, given.results, given.run, given.retry_failed)
 
 
-def drive(given: ConfigText, results: str | None, name: str | None) -> int:
+def drive(given: ConfigText, results: str | None, name: str | None, retry_failed: bool = False) -> int:
     """Run a configuration or continue it, show its progress on the terminal, and return the exit status.
 
     Args:
         given: the configuration.
         results: folder of all runs, or its URI; default: see ``results_at``.
         name: name of the run; default: the id of the Ray job if the user chose one, else the key ``run``.
+        retry_failed: whether candidates that failed in an earlier call are tried again.
     """
     signal.signal(signal.SIGTERM, _stop)
     shown = display()
     try:
-        run_here(given, results_at(results), name or submission_id(), shown)
+        run_here(given, results_at(results), name or submission_id(), shown, retry_failed)
         return 0
     except BadInput as error:
         shown.close()
@@ -98,13 +103,15 @@ def drive(given: ConfigText, results: str | None, name: str | None) -> int:
         shown.close()
 
 
-def run_here(given: ConfigText, results: Storage, name: str | None, shown: Display) -> Storage:
+def run_here(
+    given: ConfigText, results: Storage, name: str | None, shown: Display, retry_failed: bool = False
+) -> Storage:  # fmt: skip
     """Run a configuration or continue it on the pool that it asks for, and return the run's folder.
 
     Raises BadInput for anything that the user has to correct.
     """
     device = device_of(given.parsed().pool)
-    return run(given, results, make_pool, shown, device, name, this_job(), choose_for_workers)
+    return run(given, results, make_pool, shown, device, name, this_job(), choose_for_workers, retry_failed)
 
 
 def make_pool(plan: Plan, split: Split, tasks: Tasks) -> Pool:
@@ -114,10 +121,10 @@ def make_pool(plan: Plan, split: Split, tasks: Tasks) -> Pool:
     """
     settings, scale = plan.config.pool, tasks.scale(split)
     pool = pool_named(pool_kind(settings))(plan, split, tasks)
-    if settings.share == 1:
-        return pool
-    block, alpha = plan.block(split, len(scale.tasks)), plan.config.evaluation.racing
-    return SharedPool(pool, settings.share, lambda candidate: Evaluation(candidate, scale, block, alpha))
+    if settings.share > 1:
+        block, alpha = plan.block(split, len(scale.tasks)), plan.config.evaluation.racing
+        pool = SharedPool(pool, settings.share, lambda candidate: Evaluation(candidate, scale, block, alpha))
+    return RetryingPool(pool, settings.retries)
 
 
 def choose_for_workers(config: Config) -> ComputeChoice:

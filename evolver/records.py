@@ -538,6 +538,7 @@ class Result:
         worker: name of the worker.
         reused: whether the result was copied from an earlier candidate with the same recipe, at no cost.
         raced: whether a race stopped the evaluation: the score is not above the bar, at the run's error rate.
+        transient: whether the failure is not the candidate's own, so that another try may succeed.
         given: the number of first items that were known before.
         rank: the number of results of the same stage that the ledger held before this one.
         said: the answers to the new items in words, shortened, if they are report items and the kind of evaluation puts
@@ -558,6 +559,7 @@ class Result:
     worker: str = ""
     reused: bool = False
     raced: bool = False
+    transient: bool = False
     given: int = 0
     said: tuple[str, ...] = ()
     stage: Stage = "search"
@@ -576,10 +578,12 @@ class Result:
     def answers(self, candidate: Candidate) -> bool:
         """Whether this result is enough for a candidate with the same recipe, so that nothing has to be scored.
 
-        It is if it failed or is complete, if its bound is not above the candidate's bar, or if it has as many items as
-        the candidate asks for.
+        It is if it failed by its own fault or is complete, if its bound is not above the candidate's bar, or if it has
+        as many items as the candidate asks for.
         """
-        if self.status == "failed" or self.complete:
+        if self.status == "failed":
+            return not self.transient
+        if self.complete:
             return True
         if candidate.bar is not None and self.bound is not None and self.bound <= candidate.bar:
             return True

@@ -350,10 +350,11 @@ class NoWork(LocalPool):
 
 
 def run_here(
-    file: Path, results: Path, make_pool: Callable[..., Pool] = LocalPool, display: Silent | None = None
-) -> Path:
+    file: Path, results: Path, make_pool: Callable[..., Pool] = LocalPool, display: Silent | None = None,
+    **options: Any,
+) -> Path:  # fmt: skip
     """A whole run in this process; returns its folder."""
-    return Path(run(config_at(file), storage_at(results), make_pool, display or Silent(), "cpu").location)
+    return Path(run(config_at(file), storage_at(results), make_pool, display or Silent(), "cpu", **options).location)
 
 
 def no_work(plan: Plan, split: Split, tasks: Any) -> Pool:

@@ -36,13 +36,17 @@ def merge(file: str | Path, target: str | Path, *, device: str = "cpu", seed: in
     return Path(target)
 
 
-def run(config: str | Path | Mapping[str, Any], results: str | Path = "results", name: str | None = None) -> str:
+def run(
+    config: str | Path | Mapping[str, Any], results: str | Path = "results", name: str | None = None, *,
+    retry_failed: bool = False,
+) -> str:  # fmt: skip
     """Run a search, or continue it where it was stopped, and return the path or URI of the run's folder.
 
     Args:
         config: path of a YAML file, or a mapping with the same keys.
         results: folder of all runs, or its URI.
         name: name of the run; default: the key ``run`` of the configuration.
+        retry_failed: whether candidates that failed in an earlier call are tried again.
 
     Raises BadInput for anything that the user has to correct. Everything that finished before that is kept.
     """
@@ -50,7 +54,7 @@ def run(config: str | Path | Mapping[str, Any], results: str | Path = "results",
 
     given = ConfigText(yaml.safe_dump(dict(config)), "config") if isinstance(config, Mapping) else config_at(config)
     with contextlib.closing(display()) as shown:
-        return run_here(given, storage_at(str(results)), name, shown).location
+        return run_here(given, storage_at(str(results)), name, shown, retry_failed).location
 
 
 def evaluate(config: str | Path, models: Sequence[str | Path], split: Split = "report") -> list[ModelScore]:
@@ -70,7 +74,9 @@ def ledger_table(folder: str | Path) -> pa.Table:
     """The ledger of a run as an Arrow table.
 
     The column ``event`` says what a row is: a proposal (``asked``), a result (``finished``), or the result of a
-    candidate that an idle worker scored before the search asked for it (``guessed``).
+    candidate that an idle worker scored before the search asked for it (``guessed``). After a call with
+    ``retry_failed``, a failure that was taken back is ``retried``, and a result that the search had asked for after it
+    is ``orphaned``, unless the search asks for it again.
 
     Args:
         folder: folder of the run, or its URI.

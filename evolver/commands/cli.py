@@ -26,6 +26,13 @@ app = typer.Typer(add_completion=True, no_args_is_help=True, help="Search for th
 # Python's garbage collector runs after so many new objects; see main().
 SELDOM = 50_000
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
+RetryFailed = Annotated[
+    bool,
+    typer.Option(
+        "--retry-failed",
+        help="try candidates again that failed in an earlier call, and continue the search from the first of them",
+    ),
+]
 
 
 @app.command()
@@ -41,9 +48,10 @@ def run(
             "--run", help="name of the run; default: the id of the Ray job, else the name in the configuration"
         ),
     ] = None,
+    retry_failed: RetryFailed = False,
 ) -> None:
     """Search for the best merge, or continue where an earlier call stopped."""
-    raise typer.Exit(_job(config, results, name))
+    raise typer.Exit(_job(config, results, name, retry_failed))
 
 
 @app.command()
@@ -51,6 +59,7 @@ def resume(
     folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
     candidates: Annotated[int | None, typer.Option(min=1, help="new budget: candidates in all")] = None,
     items: Annotated[int | None, typer.Option(min=1, help="new budget: scored items in all")] = None,
+    retry_failed: RetryFailed = False,
 ) -> None:
     """Continue a run from its folder, with a new budget if you give one."""
     from cluster.job import drive
@@ -58,7 +67,7 @@ def resume(
     from evolver.storage import storage_at
 
     place, _, name = folder.rstrip("/").rpartition("/")
-    raise typer.Exit(drive(config_of_run(storage_at(folder), candidates, items), place or ".", name))
+    raise typer.Exit(drive(config_of_run(storage_at(folder), candidates, items), place or ".", name, retry_failed))
 
 
 @app.command()
@@ -425,12 +434,12 @@ def main() -> None:
         gc.freeze()
 
 
-def _job(config: Path, results: str | None, name: str | None) -> int:
+def _job(config: Path, results: str | None, name: str | None, retry_failed: bool = False) -> int:
     """Run a search as ``evolve.py`` does, and return its exit status."""
     from cluster.job import run_job as job
 
     given = [*(["--results", results] if results else []), *(["--run", name] if name else [])]
-    return job([str(config), *given])
+    return job([str(config), *given, *(["--retry-failed"] if retry_failed else [])])
 
 
 def _console() -> Console:

@@ -106,6 +106,9 @@ class Overview:
         self.about = read_about(self.folder)
         found = ledger.read_parts(self._ledger, self._parts)
         if found.keys() != self._parts.keys():
+            if any(ledger.has_retries(t) for t in found.values() if t is not None):
+                # Rows that were read before a failure was taken back count otherwise now.
+                found = {**ledger.standing(ledger.read_all_parts(self._ledger))}
             tasks = list(self.about.scales["dev"].weights)
             self._parts = {n: self._parts[n] if t is None else part_of(t, n, tasks) for n, t in found.items()}
             self._rows = {}
@@ -176,7 +179,7 @@ def part_of(table: pa.Table, name: str, tasks: Iterable[str]) -> Part:
     return Part(
         {stage: columns(rows, name, tasks) for stage, rows in finished.items()},
         {stage: rows["number"].to_numpy() for stage, rows in asked.items()},
-        len(table) - len(done) - len(sent),
+        len(table.filter(pc.equal(table["event"], "guessed"))),
         latest.timestamp() if latest else 0.0,
     )
 

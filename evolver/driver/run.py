@@ -44,7 +44,7 @@ Chooser = Callable[[Config], ComputeChoice]
 
 def run(
     given: ConfigText, results: Storage, make_pool: PoolMaker, display: Display, device: str, name: str | None = None,
-    job: Job | None = None, choose: Chooser = choose_compute,
+    job: Job | None = None, choose: Chooser = choose_compute, retry_failed: bool = False,
 ) -> Storage:  # fmt: skip
     """Run a configuration, or the rest of it, and return the run's folder.
 
@@ -57,6 +57,7 @@ def run(
         name: of the run, instead of the configuration's.
         job: the Ray job that this is, if it is one.
         choose: chooses the dtype of forward passes where workers are; a run is asked once for it.
+        retry_failed: whether candidates that failed in an earlier call are tried again.
 
     Raises BadInput for anything that the user has to mend.
     """
@@ -84,6 +85,8 @@ def run(
         ):
             for warning in (*about.warnings, *ledger.warnings):
                 display.say(f"warning: {warning}")
+            if retry_failed:
+                display.say(_retried(ledger.retry_failed()))
             if listeners:
                 trackers.begin(_tracked(prepared, folder))
             outcome = _stages(prepared, folder, ledger, pool, make_pool, display, trackers)
@@ -94,6 +97,13 @@ def run(
     finally:
         pool.close()
     return folder.storage
+
+
+def _retried(failures: int) -> str:
+    """What the user is told of the candidates that are tried again."""
+    if not failures:
+        return "no candidate has failed in an earlier call, so none is tried again"
+    return f"{failures} failed before: the search continues from the first of them, and they are tried again"
 
 
 def _in_chosen_compute(

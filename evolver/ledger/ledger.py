@@ -1,19 +1,21 @@
 """The ledger: the ordered, durable record of everything that was proposed and scored. It is a run's only state.
 
 A part is one Parquet file under a running number: it is there whole or not at all, and whoever creates it knows all
-parts before it. So of two drivers on one ledger, one comes too late and stops, before it says anything. Three kinds of
-rows stand in it: ``asked``, ``finished``, and ``guessed`` for the result of a candidate that no search had asked for
-yet. Small parts are joined into larger ones now and then. A part that cannot be read is set aside under ``damaged/``,
-a file that belongs to another run is left alone; both are named.
+parts before it. So of two drivers on one ledger, one comes too late and stops, before it says anything. There are four
+kinds of rows: ``asked``, ``finished``, ``guessed`` for the result of a candidate that no search had asked for yet, and
+``retried``, which takes failures back. Small parts are joined into larger ones now and then. A part that cannot be read
+is set aside under ``damaged/``, a file that belongs to another run is left alone; both are named.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from evolver.errors import BadInput
 from evolver.ledger.parts import (
@@ -24,16 +26,18 @@ from evolver.ledger.parts import (
     DamagedPart,
     part_bytes,
     part_table,
+    read_table,
     span_of,
 )  # fmt: skip
-from evolver.ledger.rows import SCHEMA, result_of, row_of
+from evolver.ledger.retried import ORPHANED, RETRIED, standing
+from evolver.ledger.rows import SCHEMA, now, result_of, row_of
 from evolver.records import Candidate, Result, Split
 from evolver.storage import Storage, lease, read_all
 from evolver.storage.lease import Lease
 
-# Stage, number, recipe id, bar, limit, and how many items were known: the result depends on nothing else.
-RowName = tuple[str, str, int, str, int]
-LedgerQuestion = tuple[str, int, str, float | None, int | None, int]
+RowName = tuple[str, str, int, str, datetime]
+# Stage, recipe id, bar, limit, and how many items were known: the result depends on nothing else.
+LedgerQuestion = tuple[str, str, float | None, int | None, int]
 JOIN_FROM = 256
 DAMAGED = "damaged"
 
@@ -52,23 +56,30 @@ class Ledger:
     def __init__(self, storage: Storage, owner: str, say: Callable[[str], None] = lambda line: None) -> None:
         self.storage, self.owner = storage, owner
         self.warnings: list[str] = []
-        self._finished: dict[tuple[str, int], Result] = {}
-        self._by_recipe: dict[tuple[str, Split], list[Result]] = {}
-        self._guessed: dict[LedgerQuestion, Result] = {}
-        self._ranks: dict[str, int] = {}
         self._lease = Lease(storage, say)
-        self._parts: list[tuple[int, int, str]] = []
-        self._loose: dict[str, pa.Table] = {}  # those that are to be joined, by name
-        self._next = 0  # above every number in the folder, so that no file of anybody is ever overwritten
         try:
-            for row in self._read():
-                if row["event"] == "finished":
-                    self._index(result_of(row))
-                elif row["event"] == "guessed":
-                    self._guessed[_asked_in(row)] = result_of(row)
+            self._load()
         except BaseException:
             self.close()
             raise
+
+    def _load(self) -> None:
+        self._finished: dict[tuple[str, int], Result] = {}
+        self._by_recipe: dict[tuple[str, Split], list[Result]] = {}
+        self._guessed: dict[tuple[int, LedgerQuestion], Result] = {}
+        self._orphaned: dict[LedgerQuestion, Result] = {}
+        self._ranks: dict[str, int] = {}
+        self._parts: list[tuple[int, int, str]] = []
+        self._loose: dict[str, pa.Table] = {}  # those that are to be joined, by name
+        self._next = 0  # above every number in the folder, so that no file of anybody is ever overwritten
+        for table in standing(dict(self._read())).values():
+            for row in table.to_pylist(maps_as_pydicts="strict"):
+                if row["event"] == "finished":
+                    self._index(result_of(row))
+                elif row["event"] == "guessed":
+                    self._index_guess(row["number"], _question_in(row), result_of(row))
+                elif row["event"] == ORPHANED:
+                    self._orphaned[_question_in(row)] = result_of(row)
 
     def close(self) -> None:
         """Let another process in."""
@@ -78,7 +89,8 @@ class Ledger:
         """What answers a candidate's question without an evaluation, if anything does.
 
         That is, in this order: what this very candidate scored before; an earlier result of the same recipe on the
-        same items; and what this very candidate scored when it was only guessed, with the same items known.
+        same items; what this very candidate scored when it was only guessed, with the same items known; and what the
+        same recipe scored, asked alike, before an earlier failure was taken back.
         """
         own = self._finished.get((candidate.stage, candidate.number))
         if own is not None and own.recipe_id == candidate.recipe.id:
@@ -86,7 +98,11 @@ class Ledger:
         for result in self._by_recipe.get((candidate.recipe.id, candidate.split), []):
             if result.answers(candidate):
                 return replace(result, number=candidate.number, stage=candidate.stage, reused=True)
-        return self._guessed.get(_question(candidate, len(self.with_known_items(candidate).known)))
+        question = _question(candidate, len(self.with_known_items(candidate).known))
+        if (guess := self._guessed.get((candidate.number, question))) is not None:
+            return guess
+        orphan = self._orphaned.get(question)
+        return None if orphan is None else replace(orphan, number=candidate.number)
 
     def with_known_items(self, candidate: Candidate) -> Candidate:
         """The candidate with the longest first part of its items that is known of its recipe."""
@@ -114,7 +130,22 @@ class Ledger:
     def write_guess(self, candidate: Candidate, result: Result) -> None:
         """Record the result of a candidate that no search has asked for yet."""
         self._append([row_of(candidate, result) | {"event": "guessed"}])
-        self._guessed[_question(candidate, result.given)] = result
+        self._index_guess(candidate.number, _question(candidate, result.given), result)
+
+    def retry_failed(self) -> int:
+        """Take every failure back, so that a search asks for these candidates again, and return how many there were.
+
+        The results before the first of them stay as they are. Those after it are kept for the questions that the search
+        asks again.
+        """
+        failed = [result for result in self._finished.values() if result.status == "failed"]
+        if failed:
+            first, table = failed[0], read_table(self.storage)
+            is_it = (pc.field("event") == "finished") & (pc.field("stage") == first.stage)
+            row = table.filter(is_it & (pc.field("number") == first.number)).to_pylist()[-1]
+            self._append([row | {"event": RETRIED, "time": now()}])
+            self._load()
+        return len(failed)
 
     def _recorded(self, candidate: Candidate) -> Result | None:
         result = self._finished.get((candidate.stage, candidate.number))
@@ -138,6 +169,10 @@ class Ledger:
         split: Split = "report" if result.stage == "report" else "dev"
         self._by_recipe.setdefault((result.recipe_id, split), []).append(result)
         return result
+
+    def _index_guess(self, number: int, question: LedgerQuestion, result: Result) -> None:
+        if not result.transient:
+            self._guessed[number, question] = result
 
     def _append(self, rows: list[dict[str, Any]]) -> None:
         number, name = self._new_name()
@@ -180,7 +215,8 @@ class Ledger:
             self.storage.remove(name)
         self._parts = [*(p for p in self._parts if p not in parts), (first, last, wide)]
 
-    def _read(self) -> Iterator[dict[str, Any]]:
+    def _read(self) -> Iterator[tuple[str, pa.Table]]:
+        """The parts of this run in their order, each with its name."""
         found = sorted(self._find(), key=lambda p: (p[0], -p[1]))
         self._next = max((end + 1 for _, end, _ in found), default=0)
         wide_end, held = -1, set[RowName]()  # the last number and the rows of the wide part that was read last
@@ -188,22 +224,20 @@ class Ledger:
             table = self._own_table(name, data)
             if table is None:
                 continue
-            rows = table.to_pylist(maps_as_pydicts="strict")
             if end <= wide_end:
-                lost = [_name_of(row) not in held for row in rows]
+                lost = [name not in held for name in _names_of(table)]
                 if not any(lost):
                     self.storage.remove(name)  # joined already; the crash came before it was removed
                     continue
                 table = table.filter(pa.array(lost))
-                rows = table.to_pylist(maps_as_pydicts="strict")
                 start = end = self._next
                 name = self._move_up(name, table)
             elif end > start:
-                wide_end, held = end, {_name_of(row) for row in rows}
+                wide_end, held = end, set(_names_of(table))
             self._parts.append((start, end, name))
             if start == end:
                 self._loose[name] = table
-            yield from rows
+            yield name, table
 
     def _own_table(self, name: str, data: bytes | OSError) -> pa.Table | None:
         """The whole rows of a part, if it is this run's and has any."""
@@ -258,14 +292,16 @@ class Ledger:
         return f"{self.storage.location}/{name}"
 
 
-def _name_of(row: Mapping[str, Any]) -> RowName:
-    """What tells a row from all others of a ledger."""
-    return row["event"], row["stage"], row["number"], row["recipe_id"], len(row["items"] or ())
+def _names_of(table: pa.Table) -> list[RowName]:
+    """What tells each row from all others of a ledger."""
+    return list(
+        zip(*(table[name].to_pylist() for name in ("event", "stage", "number", "recipe_id", "time")), strict=True)
+    )
 
 
 def _question(candidate: Candidate, known: int) -> LedgerQuestion:
-    return candidate.stage, candidate.number, candidate.recipe.id, candidate.bar, candidate.limit, known
+    return candidate.stage, candidate.recipe.id, candidate.bar, candidate.limit, known
 
 
-def _asked_in(row: Mapping[str, Any]) -> LedgerQuestion:
-    return row["stage"], row["number"], row["recipe_id"], row["bar"], row["limit"], row["given"]
+def _question_in(row: Mapping[str, Any]) -> LedgerQuestion:
+    return row["stage"], row["recipe_id"], row["bar"], row["limit"], row["given"]

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from evolver.errors import BadInput, cause_of, is_misplaced
+from evolver.ledger.retried import standing
 from evolver.ledger.rows import DEFAULTS, EVENTS, MAPS, OLDEST, SCHEMA, STAGES, STATUSES
 from evolver.records import load_recipe
 from evolver.storage import Storage, read_all
@@ -20,7 +21,7 @@ from evolver.storage import Storage, read_all
 PART = re.compile(r"part-(\d{8})(?:-(\d{8}))?\.parquet")
 OWNER, VERSION = b"evolver.run", b"evolver.ledger"
 # Of the columns. Whoever adds one counts it up, so that an earlier version leaves such a ledger alone.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class DamagedPart(BadInput):
@@ -119,16 +120,16 @@ def _whole_rows(table: pa.Table) -> pa.ChunkedArray:
     scored = pc.or_(pc.invert(both(table["complete"])), both(pc.is_finite(table["score"])))
     result = both(
         among("status", STATUSES), scored, pc.greater_equal(table["given"], 0),
-        *(pc.is_valid(table[name]) for name in ("items", "reason", "worker", "reused", "raced", *MAPS)),
+        *(pc.is_valid(table[name]) for name in ("items", "reason", "worker", "reused", "raced", "transient", *MAPS)),
         pc.or_(pc.equal(table["status"], "failed"), pc.greater(pc.list_value_length(table["items"]), 0)),
     )  # fmt: skip
     return pc.and_(proposal, pc.or_(both(pc.equal(table["event"], "asked")), result))
 
 
 def read_table(storage: Storage) -> pa.Table:
-    """All rows of a ledger, for reports; a run may be writing meanwhile."""
-    tables = read_parts(storage)
-    return pa.concat_tables([t for t in tables.values() if t is not None]) if tables else SCHEMA.empty_table()
+    """All rows of a ledger as they count now, for reports; a run may be writing meanwhile."""
+    tables = standing(read_all_parts(storage))
+    return pa.concat_tables(list(tables.values())) if tables else SCHEMA.empty_table()
 
 
 def _is_recipe(text: str) -> bool:
@@ -165,6 +166,11 @@ def read_parts(storage: Storage, known: Collection[str] = ()) -> dict[str, pa.Ta
             data = zip(new, read_all(storage, new), strict=True)
             tables = {n: part_table(d, f"{storage.location}/{n}") for n, d in data}
             return {n: tables.get(n) for n in names}
+
+
+def read_all_parts(storage: Storage) -> dict[str, pa.Table]:
+    """All parts of a ledger in their order, by name."""
+    return {name: table for name, table in read_parts(storage).items() if table is not None}
 
 
 def read_part(storage: Storage, name: str) -> pa.Table:

@@ -11,11 +11,12 @@ import pyarrow as pa
 
 from evolver.records import Candidate, Result, dump_recipe, load_recipe
 
-STAGES, EVENTS, STATUSES = ("baseline", "search", "report"), ("asked", "finished", "guessed"), ("ok", "failed")
+STAGES, STATUSES = ("baseline", "search", "report"), ("ok", "failed")
+EVENTS = ("asked", "finished", "guessed", "retried")
 
 SCHEMA = pa.schema(
     [
-        ("event", pa.string()),  # asked | finished | guessed
+        ("event", pa.string()),  # one of EVENTS
         ("time", pa.timestamp("us", tz="UTC")),
         ("stage", pa.string()),
         ("number", pa.int64()),
@@ -33,6 +34,7 @@ SCHEMA = pa.schema(
         ("complete", pa.bool_()),
         ("reused", pa.bool_()),
         ("raced", pa.bool_()),
+        ("transient", pa.bool_()),
         ("given", pa.int64()),
         ("items", pa.list_(pa.float64())),
         ("tasks", pa.map_(pa.string(), pa.float64())),
@@ -49,7 +51,7 @@ OLDEST = ("event", "time", "stage", "number", "recipe_id", "recipe")
 DEFAULTS = {f.name: f.default for kind in (Candidate, Result) for f in fields(kind) if f.default is not MISSING}
 
 # Fields of a result that stand in a row as they are, and those that are mappings.
-PLAIN_FIELDS = ("status", "reason", "score", "bound", "complete", "reused", "raced", "given", "worker")
+PLAIN_FIELDS = ("status", "reason", "score", "bound", "complete", "reused", "raced", "transient", "given", "worker")
 MAPS = ("tasks", "seconds", "counts")
 
 
@@ -57,7 +59,7 @@ def row_of(candidate: Candidate, result: Result | None) -> dict[str, Any]:
     """The row of a result or, where there is none yet, that of a candidate that is sent out."""
     row: dict[str, Any] = {
         "event": "finished" if result else "asked",
-        "time": _now(),
+        "time": now(),
         "stage": candidate.stage,
         "number": candidate.number,
         "recipe_id": candidate.recipe.id,
@@ -89,5 +91,6 @@ def result_of(row: Mapping[str, Any]) -> Result:
     return Result(**{name: row[name] for name in same}, items=tuple(row["items"]), said=tuple(row["said"] or ()))
 
 
-def _now() -> int:
+def now() -> int:
+    """The time of a row that is written now, in microseconds since 1970."""
     return time.time_ns() // 1000

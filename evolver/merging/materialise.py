@@ -94,6 +94,11 @@ class Materialiser:
         self._models.clear()
         self._admit(keep)
 
+    def clear(self) -> None:
+        """Let all models go that are kept in memory."""
+        self._resident.clear()
+        self._models.clear()
+
     def _run(self, tasks: list[Task], keep: Mapping[str, dict[str, Tensor]]) -> Tensor:
         """The tensor of the last task, after those that it needs."""
         last = {below: step for step, task in enumerate(tasks) for below in task[0].needs(task[1])}

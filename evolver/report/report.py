@@ -215,19 +215,23 @@ def _cost(outcome: Outcome) -> str:
         ["of these: scoring", f"{spent['forward']:.1f}"],
         ["of these: the rest", f"{spent['total'] - spent['materialise'] - spent['forward']:.1f}"],
         ["seconds a candidate, median", f"{median_or_zero(r.seconds.get('total', 0.0) for r in fresh):.2f}"],
-        *_waste_rows(outcome.wasted),
+        *_waste_rows("candidates scored ahead on wrong guesses, beside the above", outcome.wasted),
+        *_waste_rows(
+            "candidates that no longer belong to the search, as an earlier failure was tried again", outcome.lost
+        ),
         *cost_rows(
-            outcome.config.pool, spent["total"] + math.fsum(r.seconds.get("total", 0.0) for r in outcome.wasted)
+            outcome.config.pool,
+            spent["total"] + math.fsum(r.seconds.get("total", 0.0) for r in (*outcome.wasted, *outcome.lost)),
         ),
     ]
     parts = ["## What the search cost", markdown_table(["", ""], rows), _savings_table(outcome.searched, full, outcome)]
     return "\n\n".join(p for p in parts if p)
 
 
-def _waste_rows(wasted: Sequence[Result]) -> Iterable[list[str]]:
-    """What running ahead cost beside the budget."""
+def _waste_rows(what: str, wasted: Sequence[Result]) -> Iterable[list[str]]:
+    """What was scored beside the search and its budget."""
     if wasted:
-        yield ["candidates scored ahead on wrong guesses, beside the above", str(len(wasted))]
+        yield [what, str(len(wasted))]
         yield ["their items", str(sum(r.cost for r in wasted))]
         yield ["their seconds", f"{math.fsum(r.seconds.get('total', 0.0) for r in wasted):.1f}"]
 
@@ -254,7 +258,8 @@ def _failures(outcome: Outcome) -> str:
     if not failed:
         return ""
     rows = [[str(c.number), escaped(r.reason)] for c, r in failed]
-    return "## Failed candidates\n\n" + markdown_table(["candidate", "reason"], rows)
+    again = "The same command with `--retry-failed` tries them again and continues the search from the first of them."
+    return "\n\n".join(["## Failed candidates", markdown_table(["candidate", "reason"], rows), again])
 
 
 def _provenance(outcome: Outcome) -> str:

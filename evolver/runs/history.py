@@ -24,11 +24,13 @@ class History:
     Attributes:
         stages: candidates with their results, by stage, in the order of their numbers.
         guessed: results of candidates that were scored ahead of being asked for.
+        orphaned: results after a failure that was taken back later.
     """
 
     about: About
     stages: Mapping[Stage, Pairs]
     guessed: tuple[Result, ...] = ()
+    orphaned: tuple[Result, ...] = ()
 
     @property
     def config(self) -> Config:
@@ -52,6 +54,12 @@ class History:
         asked = {(r.number, r.recipe_id) for _, r in self.stages["search"]}
         return tuple(r for r in self.guessed if (r.number, r.recipe_id) not in asked and r.stage == "search")
 
+    @property
+    def lost(self) -> tuple[Result, ...]:
+        """Orphaned results of models that the run has not asked for again, up to now."""
+        asked = {(r.stage == "report", r.recipe_id) for pairs in self.stages.values() for _, r in pairs}
+        return tuple(r for r in self.orphaned if (r.stage == "report", r.recipe_id) not in asked)
+
     def outcome(self) -> Outcome | None:
         """What the report says; None before the finalists are scored."""
         best, dev = self.best, {c.label: r for c, r in self.stages["baseline"]}
@@ -62,18 +70,19 @@ class History:
             return None
         rows = [Finalist(label, c.recipe, dev[label], r) for label, (c, r) in report.items()]
         last = Finalist("winner", best[0].recipe, best[1], winner[-1][1])
-        return Outcome(self.about, (*rows, last), best[0], self.stages["search"], self.wasted)
+        return Outcome(self.about, (*rows, last), best[0], self.stages["search"], self.wasted, self.lost)
 
 
 def history_of(
-    about: About, pairs: Iterable[tuple[Candidate, Result]], guessed: Iterable[Result] = ()
+    about: About, pairs: Iterable[tuple[Candidate, Result]], guessed: Iterable[Result] = (),
+    orphaned: Iterable[Result] = (),
 ) -> History:  # fmt: skip
     """The history that results make up, in whichever order they come; of two under one number the later one counts."""
     stages: dict[Stage, dict[int, tuple[Candidate, Result]]] = {"baseline": {}, "search": {}, "report": {}}
     for candidate, result in pairs:
         stages[candidate.stage][candidate.number] = candidate, result
     ordered = {stage: tuple(found[n] for n in sorted(found)) for stage, found in stages.items()}
-    return History(about, ordered, tuple(guessed))
+    return History(about, ordered, tuple(guessed), tuple(orphaned))
 
 
 def read_history(folder: Storage) -> History:
@@ -84,13 +93,16 @@ def read_history(folder: Storage) -> History:
     about, place = read_about(folder), folder.folder("ledger")
     pairs: list[tuple[Candidate, Result]] = []
     guessed: list[Result] = []
-    for name, part in ledger.read_parts(place).items():
-        for row in part.to_pylist(maps_as_pydicts="strict") if part is not None else ():
+    orphaned: list[Result] = []
+    for name, part in ledger.standing(ledger.read_all_parts(place)).items():
+        for row in part.to_pylist(maps_as_pydicts="strict"):
             if row["event"] == "guessed":
                 guessed.append(ledger.result_of(row))
+            elif row["event"] == "orphaned":
+                orphaned.append(ledger.result_of(row))
             elif row["event"] == "finished":
                 pairs.append((_candidate(row, f"{place.location}/{name}"), ledger.result_of(row)))
-    history = history_of(about, pairs, guessed)
+    history = history_of(about, pairs, guessed, orphaned)
     if history.best is not None and history.best[0].recipe.id != history.best[1].recipe_id:
         raise BadInput(
             f"{place.location}: candidate {history.best[0].number} of the search is kept with the recipe of another "

@@ -26,7 +26,8 @@ class Finalist:
 class Outcome:
     """All that a report says of a run. The winner is the last of the finalists.
 
-    ``wasted`` are results of candidates that were scored ahead on guesses that proved wrong.
+    ``wasted`` are results of candidates that were scored ahead on guesses that proved wrong. ``lost`` are results that
+    the search did not ask for again after an earlier failure was tried again.
     """
 
     about: About
@@ -34,6 +35,7 @@ class Outcome:
     winning: Candidate
     searched: tuple[tuple[Candidate, Result], ...]
     wasted: tuple[Result, ...] = ()
+    lost: tuple[Result, ...] = ()
 
     @property
     def config(self) -> Config:

@@ -158,10 +158,12 @@ class CrewPool:
 
     def _land(self, event: Answered) -> None:
         del self._busy[event.worker]
-        self._idle.append(event.worker)
+        result = unpack_result(event.message)
+        # Where a file or a server was missing, another worker is the next one, if there is one.
+        self._idle.insert(0 if result.transient else len(self._idle), event.worker)
         self.bytes_received += len(event.message)
         self.messages += 1
-        self._landed.append(unpack_result(event.message))
+        self._landed.append(result)
 
     def _lose(self, event: Gone) -> None:
         self._stillborn += event.worker in self._coming

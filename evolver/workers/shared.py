@@ -25,6 +25,8 @@ class _Shared:
         come: the results of the pieces that have arrived, by their first item.
         waiting: how many pieces are still being evaluated.
         answered: whether the candidate's result has been given already.
+        failed: the result of a piece that has failed. It is given only when all pieces have come, as the candidate may
+            then be tried again.
     """
 
     course: Evaluation
@@ -33,6 +35,7 @@ class _Shared:
     come: dict[int, Result] = field(default_factory=dict)
     waiting: int = 0
     answered: bool = False
+    failed: Result | None = None
 
 
 class SharedPool:
@@ -88,8 +91,10 @@ class SharedPool:
         if shared.answered:
             return
         if result.status == "failed":
-            shared.answered = True
-            yield result
+            shared.failed = result
+        if shared.failed is not None:
+            if not shared.waiting:
+                yield shared.failed
             return
         shared.come[result.given] = result
         if self._go_over(shared):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import replace
 from functools import cache
@@ -25,12 +26,15 @@ from evolver.merging.export import export
 from evolver.merging.materialise import Materialiser
 from evolver.records import Candidate, Result, Split
 from evolver.workers.compute import ComputeChoice, choose, is_open, refuse_compute
+from evolver.workers.failures import BrokenDevice, is_broken_device, is_out_of_memory, is_transient, reason_of
 from evolver.workers.opened import GIB, Opened, open_models
 from evolver.workers.plan import Plan, items_hash
 from evolver.workers.statistics import Statistics
 
 # Models with fewer scalars are merged without compiling kernels first: compiling one takes some ten seconds.
 COMPILE_FROM = 3 * 10**7
+# How long a worker waits after its first failure for lack of a file or a server, and at most.
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 30.0
 
 
 def choose_compute(config: Config, device: str | None = None) -> ComputeChoice:
@@ -133,22 +137,51 @@ class Worker:
         statistics = Statistics(plan, tasks, lambda: self.live, lambda live: scorer or tasks.scorer(live, "dev"))
         self.materialiser = build_materialiser(plan, opened, device, statistics)
         self.alpha = config.evaluation.racing
+        self._failed_in_a_row = 0
 
     def evaluate(self, candidate: Candidate) -> Result:
-        """Score a candidate. An exception becomes a failed result that says the reason; none is raised."""
-        seconds = {"materialise": 0.0, "forward": 0.0, "total": 0.0}
+        """Score a candidate. An exception becomes a failed result that says the reason.
+
+        After a failure that is not the candidate's own, the worker waits before it answers, longer each time, because
+        a server or a file system may need a moment.
+
+        Raises BrokenDevice where the accelerator has failed.
+        """
         began = time.perf_counter()
         try:
-            self._load(candidate)
-            seconds["materialise"] = time.perf_counter() - began
-            result = self._score(candidate)
-            seconds["forward"] = time.perf_counter() - began - seconds["materialise"]
-            seconds["total"] = time.perf_counter() - began
-            return replace(result, seconds=seconds)
+            result = self._with_memory(candidate)
         except Exception as error:
-            seconds["total"] = time.perf_counter() - began
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-            return Result.failed(candidate, reason, seconds=seconds, worker=self.name)
+            if is_broken_device(error):
+                raise BrokenDevice(f"the accelerator of worker {self.name} has failed: {reason_of(error)}") from error
+            seconds = {"materialise": 0.0, "forward": 0.0, "total": time.perf_counter() - began}
+            result = Result.failed(
+                candidate, reason_of(error), transient=is_transient(error), seconds=seconds, worker=self.name
+            )
+        self._failed_in_a_row = self._failed_in_a_row + 1 if result.transient else 0
+        if result.transient:
+            time.sleep(min(FIRST_PAUSE_SECONDS * 2 ** (self._failed_in_a_row - 1), LONGEST_PAUSE_SECONDS))
+        return result
+
+    def _with_memory(self, candidate: Candidate) -> Result:
+        """Score a candidate; where memory runs out, once more after the models in the cache were let go."""
+        try:
+            return self._timed(candidate)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self.materialiser.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return self._timed(candidate)
+
+    def _timed(self, candidate: Candidate) -> Result:
+        began = time.perf_counter()
+        self._load(candidate)
+        built = time.perf_counter()
+        result = self._score(candidate)
+        ended = time.perf_counter()
+        return replace(result, seconds={"materialise": built - began, "forward": ended - built, "total": ended - began})
 
     def close(self) -> None:
         """End servers that were started, and free node-local memory."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from evolver.errors import BadInput
 from evolver.evaluation.tasks import Tasks
 from evolver.pool import Pool
 from evolver.records import Candidate, Result, Split
 from evolver.workers.crew_pool import CrewPool
+from evolver.workers.failures import BrokenDevice
 from evolver.workers.plan import Plan
 from evolver.workers.pools import pool
 from evolver.workers.process import ProcessCrew
@@ -41,7 +43,10 @@ class LocalPool:
 
     def wait(self) -> list[Result]:
         self._worker = self._worker or self._make()
-        return [self._worker.evaluate(self._waiting.pop(0))]
+        try:
+            return [self._worker.evaluate(self._waiting.pop(0))]
+        except BrokenDevice as error:
+            raise BadInput(f"pool: {error}; all scores are kept, and the same command continues the run.") from error
 
     def close(self) -> None:
         if self._worker is not None:
