@@ -22,11 +22,11 @@ from evolver.evaluation.live import labelled, model_class, open_tokenizer, place
 
 # No model has as many layers or experts. Transformers would make them one by one, for hours.
 MOST_PARTS = 10_000
-PARTS = re.compile(r"(n|num)_.*(layer|expert)")
+PART_COUNTS = re.compile(r"(n|num)_.*(layer|expert)")
 # How Transformers says that a value of config.json has another type than the key wants.
 WRONG_TYPE = re.compile(r"Field '(\w+)' expected (\w+), got \w+ \(value: (.*?)\)")
 WRONG_TYPES = re.compile(r"Field '(\w+)' with value (.*?) doesn't match any type")
-TYPES = {"int": "an integer", "float": "a number", "str": "text", "bool": "true or false", "dict": "a mapping"}
+TYPE_WORDS = {"int": "an integer", "float": "a number", "str": "text", "bool": "true or false", "dict": "a mapping"}
 
 
 class Blueprint:
@@ -87,7 +87,7 @@ def _built(settings: ModelSettings, folder: Path, labels: Sequence[str]) -> Any:
     for key, value in _values(raw):
         if isinstance(value, float) and math.isnan(value):
             raise _unusable(folder, f"{key} is no number")
-        if PARTS.match(key) and isinstance(value, int) and value > MOST_PARTS:
+        if PART_COUNTS.match(key) and isinstance(value, int) and value > MOST_PARTS:
             raise _unusable(folder, f"{key} is {value}")
     transformers.utils.logging.set_verbosity_error()
     try:
@@ -144,7 +144,7 @@ def reason_of(error: Exception) -> str:
     if found := WRONG_TYPES.search(text):
         return f"{found[1]} is {found[2][:60]}, which is of a wrong type"
     if found := WRONG_TYPE.search(text):
-        return f"{found[1]} is {found[3][:60]}, and {TYPES.get(found[2], found[2])} belongs there"
+        return f"{found[1]} is {found[3][:60]}, and {TYPE_WORDS.get(found[2], found[2])} belongs there"
     match error:
         case ZeroDivisionError():
             return "one of its sizes is 0"

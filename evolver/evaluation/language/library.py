@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 from evolver.config import EvaluationSettings, TaskEntry
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.language.index import Index, manager_of
-from evolver.evaluation.language.written import LIMITS, check_generation
+from evolver.evaluation.language.written import ANSWER_LIMITS, check_generation
 from evolver.evaluation.scores import metrics
 from evolver.evaluation.scores.metrics import Metric
 from evolver.storage.paths import expand
@@ -211,9 +211,9 @@ class Library:
 
     def _refuse_hidden_limit(self, given: Mapping[str, Any], task: Task, key: str) -> None:
         """Raises BadInput for a limit of answers that lm-eval passes over, as the task has one under another name."""
-        name = next((n for n in LIMITS if given.get(n) is not None), LIMITS[0])
+        name = next((n for n in ANSWER_LIMITS if given.get(n) is not None), ANSWER_LIMITS[0])
         own = task.get_config("generation_kwargs") or {}
-        if any(own.get(n) is not None for n in LIMITS[: LIMITS.index(name)]):
+        if any(own.get(n) is not None for n in ANSWER_LIMITS[: ANSWER_LIMITS.index(name)]):
             raise BadInput(
                 f"{key}.gen_kwargs.{name}: {task.task_name} says max_gen_toks itself, which counts before {name}; "
                 "write max_gen_toks."

@@ -9,16 +9,16 @@ from typing import Any
 from evolver.errors import BadInput, nearest
 
 # What lm-eval calls the most tokens of an answer, in its order of precedence.
-LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-SWITCHES = ("do_sample", "use_cache", "renormalize_logits", "remove_invalid_values", "early_stopping")
-COUNTS = ("num_beams", "top_k", "min_length", "min_new_tokens", "no_repeat_ngram_size")
+ANSWER_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+SWITCH_SETTINGS = ("do_sample", "use_cache", "renormalize_logits", "remove_invalid_values", "early_stopping")
+COUNT_SETTINGS = ("num_beams", "top_k", "min_length", "min_new_tokens", "no_repeat_ngram_size")
 # Numbers, with the range (above, up to) that they lie in.
-NUMBERS = {
+NUMBER_SETTINGS = {
     "temperature": (-1e-300, math.inf), "top_p": (0.0, 1.0), "min_p": (-1e-300, 1.0), "typical_p": (0.0, 1.0),
     "repetition_penalty": (0.0, math.inf), "length_penalty": (-math.inf, math.inf), "max_time": (0.0, math.inf),
 }  # fmt: skip
 # What Transformers reads from the same place and what is Evolver's to say, as it changes what an answer is.
-OURS = ("max_length", "num_return_sequences", "return_dict_in_generate", "output_scores", "output_logits")
+NOT_TO_BE_SET = ("max_length", "num_return_sequences", "return_dict_in_generate", "output_scores", "output_logits")
 
 
 def check_generation(given: Mapping[str, Any], key: str, resident: bool) -> None:
@@ -46,7 +46,7 @@ def check_generation(given: Mapping[str, Any], key: str, resident: bool) -> None
 def _check_known(name: str, key: str) -> None:
     from transformers import GenerationConfig  # slow
 
-    known = {*vars(GenerationConfig()), "until", *LIMITS} - {*OURS, "transformers_version"}
+    known = {*vars(GenerationConfig()), "until", *ANSWER_LIMITS} - {*NOT_TO_BE_SET, "transformers_version"}
     known = {k for k in known if not k.startswith("_")}
     if name not in known:
         raise BadInput(f"{key}.{name}: this is no setting of generation that can be used here; {nearest(name, known)}")
@@ -55,19 +55,19 @@ def _check_known(name: str, key: str) -> None:
 def _wanted(name: str, value: Any) -> str:
     """What to write instead of a value; empty where it is usable."""
     whole = isinstance(value, int) and not isinstance(value, bool)
-    if name in LIMITS:
+    if name in ANSWER_LIMITS:
         return "" if whole and value >= 1 else "an integer from 1 (tokens)"
     if name == "until":
         texts = [value] if isinstance(value, str) else value
         usable = isinstance(texts, list) and all(isinstance(t, str) for t in texts)
         return "" if usable else "a text or a list of texts at which an answer ends"
-    if name in SWITCHES:
+    if name in SWITCH_SETTINGS:
         return "" if isinstance(value, bool) else "true or false"
-    if name in COUNTS:
+    if name in COUNT_SETTINGS:
         least = 1 if name == "num_beams" else 0
         return "" if whole and value >= least else f"an integer from {least}"
-    if name in NUMBERS:
-        above, most = NUMBERS[name]
+    if name in NUMBER_SETTINGS:
+        above, most = NUMBER_SETTINGS[name]
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if number and math.isfinite(value) and above < value <= most:
             return ""
