@@ -40,6 +40,23 @@ def make_huge(folder, shards, gib):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
 
 
+def spoil_bases(copy, edit):
+    """Bases whose description or tokenizer is wrong, by ``copy(name)`` of a whole one."""
+    for name, change in {
+        "of-no-type": {"model_type": None}, "of-an-unknown-type": {"model_type": "llamma"},
+        "of-words": {"hidden_size": "64"}, "narrower": {"hidden_size": 32}, "deeper": {"num_hidden_layers": 3},
+        "bottomless": {"num_hidden_layers": 10**9}, "headless": {"num_attention_heads": 0},
+        "untied": {"tie_word_embeddings": False}, "unread": {"max_position_embeddings": 0},
+        "of-no-number": {"rms_norm_eps": float("nan")},
+    }.items():  # fmt: skip
+        edit(copy(name) / "config.json", lambda raw, change=change: raw.update(change))
+    (copy("mute") / "tokenizer.json").unlink()
+    (copy("stuttering") / "tokenizer_config.json").write_text("[]")
+    edit(copy("wordless") / "tokenizer.json", lambda raw: raw.update(model=None))
+    (copy("unfinished") / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content ")
+    (copy("deaf") / "chat_template.jinja").write_text("Hello!")
+
+
 @pytest.fixture(scope="module")
 def spoilt(models, tasks, tmp_path_factory):
     """Folders that are no usable experts, by name."""
@@ -52,6 +69,9 @@ def spoilt(models, tasks, tmp_path_factory):
         raw = json.loads(file.read_text())
         change(raw)
         file.write_text(json.dumps(raw))
+
+    def copy_base(name):
+        return shutil.copytree(models / "base", folder / name)
 
     weights = copy("truncated") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
@@ -69,6 +89,7 @@ def spoilt(models, tasks, tmp_path_factory):
     shutil.copytree(models / "lora", folder / "biased")
     edit(folder / "biased" / "adapter_config.json", lambda raw: raw.update(lora_bias=True))
     (folder / "file").write_text("not a folder")
+    spoil_bases(copy_base, edit)
     shutil.copytree(tasks, folder / "tasks")
     make_huge(copy("many"), shards=40, gib=16)
     make_huge(copy("huge"), shards=1, gib=8192)
@@ -80,6 +101,12 @@ def spoilt(models, tasks, tmp_path_factory):
 
 def task(**changes):
     return {"evaluation.tasks": [{"task": "toy", "dev": 40, "report": 30, **changes}]}
+
+
+def written(**settings):
+    """A task whose answers are generated with these settings."""
+    entry = {"task": "free", "metric": "exact_match", "dev": 5, "report": 5}
+    return {"evaluation.tasks": [entry], "evaluation.gen_kwargs": settings}
 
 
 # What is changed ("SPOILT/x" stands for a folder above), and what the sentence has to hold: place and remedy.
@@ -143,6 +170,69 @@ TABLE = {
         ["model.base", "huge/model-0.safetensors", "cannot be mapped", "smaller shards"],
     ),
     "base is an adapter": ({"model.base": "SPOILT/dora"}, ["model.base", "SPOILT/dora", "give a Hugging Face"]),
+    "base of no type": (
+        {"model.base": "SPOILT/of-no-type"},
+        ["model.base", "of-no-type/config.json", "model_type None"],
+    ),
+    "base of an unknown type": (
+        {"model.base": "SPOILT/of-an-unknown-type"},
+        ["model.base", "of-an-unknown-type/config.json", "'llamma'", "'llama'"],
+    ),
+    "base with a word as size": (
+        {"model.base": "SPOILT/of-words"},
+        ["model.base", "of-words/config.json", "hidden_size is '64'", "an integer"],
+    ),
+    "base that its config.json makes narrower": (
+        {"model.base": "SPOILT/narrower"},
+        ["model.base", "SPOILT/narrower", "(319, 64)", "(319, 32)"],
+    ),
+    "base that its config.json makes deeper": (
+        {"model.base": "SPOILT/deeper"},
+        ["model.base", "SPOILT/deeper", "lacks model.layers.2.", "config.json"],
+    ),
+    "base of a billion layers": (
+        {"model.base": "SPOILT/bottomless"},
+        ["model.base", "bottomless/config.json", "num_hidden_layers is 1000000000"],
+    ),
+    "base of no heads": ({"model.base": "SPOILT/headless"}, ["model.base", "headless/config.json", "mend the file"]),
+    "base without the head that it names": ({"model.base": "SPOILT/untied"}, ["model.base", "lacks lm_head.weight"]),
+    "base that reads no token": ({"model.base": "SPOILT/unread"}, ["model.base", "SPOILT/unread", "reads 0 tokens"]),
+    "base with a value that is no number": (
+        {"model.base": "SPOILT/of-no-number"},
+        ["model.base", "of-no-number/config.json", "rms_norm_eps is no number"],
+    ),
+    "no tokenizer": ({"model.base": "SPOILT/mute"}, ["model.base", "SPOILT/mute", "no tokenizer.json", "copy"]),
+    "tokenizer settings in a list": (
+        {"model.base": "SPOILT/stuttering"},
+        ["model.base", "SPOILT/stuttering", "tokenizer_config.json", "copy"],
+    ),
+    "tokenizer without a vocabulary": (
+        {"model.base": "SPOILT/wordless"},
+        ["model.base", "wordless/tokenizer.json", "vocabulary", "copy"],
+    ),
+    "no chat template": ({"evaluation.apply_chat_template": True}, ["evaluation.apply_chat_template", "write false"]),
+    "broken chat template": (
+        {"evaluation.apply_chat_template": True, "model.base": "SPOILT/unfinished"},
+        ["evaluation.apply_chat_template", "cannot be applied", "chat_template.jinja"],
+    ),
+    "chat template without the question": (
+        {"evaluation.apply_chat_template": True, "model.base": "SPOILT/deaf"},
+        ["evaluation.apply_chat_template", "leaves out what the user asks"],
+    ),
+    "answers as long as the model": (written(max_gen_toks=128), ["gen_kwargs.max_gen_toks", "128", "no room", "free"]),
+    "answers of no token": (written(max_gen_toks=0), ["evaluation.gen_kwargs.max_gen_toks", "0", "an integer from 1"]),
+    "limit that the task hides": (written(max_new_tokens=9), ["gen_kwargs.max_new_tokens", "write max_gen_toks"]),
+    "unknown setting of generation": (
+        written(temprature=0.5),
+        ["evaluation.gen_kwargs.temprature", "did you mean 'temperature'?"],
+    ),
+    "answers end at a number": (written(until=7), ["evaluation.gen_kwargs.until", "7", "a text or a list of texts"]),
+    "share above 1": (written(top_p=7), ["evaluation.gen_kwargs.top_p", "7", "up to 1"]),
+    "sampling without a temperature": (written(do_sample=True), ["evaluation.gen_kwargs.do_sample", "temperature"]),
+    "settings of generation for a choice": (
+        task(gen_kwargs={"max_gen_toks": 3}),
+        ["evaluation.tasks[0].gen_kwargs", "generates no answer", "leave the key out"],
+    ),
     "unknown search": ({"search.algorithm": "evolve"}, ["search.algorithm", "'evolve'", "'evolver'"]),
     "no search": ({"search": {}}, ["search", "'algorithm'"]),
     "unknown strategy": ({"search.strategy": "rand/3"}, ["search.strategy", "'rand/3'", "'rand/2'"]),
@@ -343,11 +433,6 @@ def test_an_expert_with_values_that_are_no_numbers(make_config, models, tmp_path
     save_file(tensors, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
     code, err = call(make_config(tmp_path, {"experts.a": str(tmp_path / "a")}), tmp_path / "results", capsys)
     assert_one_sentence(code, err, ["experts.a", "model.norm.weight", "NaN or infinite"])
-
-
-def test_chat_template_that_is_not_there(make_config, tmp_path, capsys):
-    code, err = call(make_config(tmp_path, {"evaluation.apply_chat_template": True}), tmp_path / "results", capsys)
-    assert_one_sentence(code, err, ["evaluation.apply_chat_template", "no chat template", "write false"])
 
 
 @pytest.mark.whole

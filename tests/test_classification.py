@@ -104,8 +104,9 @@ def test_base_without_a_head_is_refused(classify, models, tmp_path):
     raw |= {"model": {"base": str(models / "base"), "kind": "classifier"}}
     raw |= {"experts": {n: str(models / n) for n in ("a", "b")}}
     file.write_text(yaml.safe_dump(raw))
-    with pytest.raises(BadInput, match=r"model\.base: .* lacks score\.weight, which LlamaForSequenceClassification"):
+    with pytest.raises(BadInput, match=r"model\.base: .* lacks score\.weight, which a model of its config"):
         run_here(file, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
 
 
 def said(file, words_of, base):

@@ -139,9 +139,8 @@ def test_a_model_without_an_image_processor_is_one_sentence(configured, experts,
     (tmp_path / "base" / "preprocessor_config.json").unlink()
     file = configured(paths)
     file.write_text(file.read_text().replace(str(experts / "base"), str(tmp_path / "base")))
-    ready = prepare(config_at(file))
-    with pytest.raises(BadInput, match="has no image processor that can be read"):
-        Worker(ready.plan, "dev", tasks=ready.tasks)
+    with pytest.raises(BadInput, match=r"model\.base: .* has no image processor that can be read"):
+        prepare(config_at(file))
 
 
 def test_every_place_of_an_image_is_seen_by_the_layers(configured, paths):

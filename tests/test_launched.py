@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 from toys import DROP, ROOT, rows, run_here
 
-from evolver.config import config_at
+from evolver.config import config_at, load
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.evaluation.language import scratch
-from evolver.evaluation.language.launched import LaunchedScorer
+from evolver.evaluation.language.launched import LaunchedModel, LaunchedScorer
 from evolver.evaluation.language.requests import Judgement
 from evolver.evaluation.language.scratch import Scratch
 from evolver.records import Candidate
@@ -212,11 +212,33 @@ def test_a_server_that_ends_is_a_failed_result_with_its_last_words(served, tmp_p
             {"evaluation.backend": "local-completions"},
             r"evaluation\.serve: missing; local-completions needs a server",
         ),
+        ({"evaluation.backend": "steered"}, r"evaluation\.model_args\.steer_path: missing; steered cannot start"),
+        (
+            {**HF, "evaluation.model_args": {"device": "cpu", "gpu_memory_utilization": 0.5}},
+            r"evaluation\.model_args\.gpu_memory_utilization: hf does not read this key, which belongs to vllm",
+        ),
+        (
+            {**HF, "evaluation.serve": "true"},
+            r"evaluation\.serve: hf talks to no server, so the command would do nothing; leave",
+        ),
+        ({"evaluation.serve": "true"}, r"evaluation\.serve: the backend resident does not read this key; leave it out"),
+        (
+            {"evaluation.model_args": {"max_model_len": 9}},
+            r"evaluation\.model_args: the backend resident does not read this key; leave it out",
+        ),
     ],
 )
 def test_backends_are_checked(make_config, tmp_path, changes, said):
     with pytest.raises(BadInput, match=said):
         prepare(config_at(make_config(tmp_path, changes)))
+
+
+def test_a_missing_accelerator_is_found_before_a_run(make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    file = make_config(tmp_path, {**HF, "evaluation.model_args": {"dtype": "float32"}})
+    with pytest.raises(BadInput, match=r"evaluation\.model_args\.device: hf computes on cuda.*write device: cpu"):
+        prepare(config_at(file))
+    prepare(config_at(make_config(tmp_path, HF)))
 
 
 def test_what_is_no_task_of_lm_eval_stays_with_the_resident_model(make_config, tasks, tmp_path):
@@ -235,12 +257,31 @@ def test_what_is_no_task_of_lm_eval_stays_with_the_resident_model(make_config, t
             {"evaluation.backend": "local-completions", "evaluation.serve": "vlllm serve {model}"},
             "evaluation.serve: there is no program 'vlllm' on this machine; install it, or give its path.",
         ),
+        (
+            {"evaluation.backend": "local-completions", "evaluation.serve": "serve 'it {model}"},
+            'evaluation.serve: "serve \'it {model}" is no command (No closing quotation); correct it.',
+        ),
+        (
+            {"evaluation.backend": "local-completions", "evaluation.serve": " "},
+            "evaluation.serve: ' ' is no command (it is empty); correct it.",
+        ),
+        (
+            {"evaluation.backend": "mamba_ssm"},
+            "evaluation.backend: mamba_ssm needs mamba_ssm; run `pip install 'lm-eval[mamba]'`.",
+        ),
+        (
+            {"evaluation.backend": "vllm-vlm"},
+            "evaluation.backend: vllm-vlm needs vllm; run `pip install 'lm-eval[vllm]'`.",
+        ),
     ],
 )
 def test_what_is_not_installed_is_one_sentence(make_config, memory, tmp_path, changes, said):
-    ready = prepare(config_at(make_config(tmp_path, {"evaluation.tasks": TASKS[:1], **changes})))
+    file = make_config(tmp_path, {"evaluation.tasks": TASKS[:1], **changes})
     with pytest.raises(BadInput) as caught:
-        Worker(ready.plan, "dev", tasks=ready.tasks)
+        prepare(config_at(file))
+    assert str(caught.value) == f"{file}: {said}"
+    with pytest.raises(BadInput) as caught:  # a worker may stand on another machine
+        LaunchedModel(load(file).evaluation, 1 << 10)
     assert str(caught.value) == said
     assert not list(memory.iterdir())
 

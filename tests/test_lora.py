@@ -137,6 +137,31 @@ def test_dora_is_refused_with_the_reason(tmp_path):
         opened(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"peft_type": "IA3"}, r"of the kind 'IA3' \(peft_type\), and only LORA"),
+        ({"peft_type": None}, r"of the kind None \(peft_type\)"),
+        ({"r": 5}, "says r = 5 for .*, and its matrices there have the rank"),
+        ({"r": "8"}, "r: '8' is not usable; it has to be an integer from 1"),
+        ({"lora_alpha": float("nan")}, "lora_alpha: nan is not usable; it has to be a number"),
+        ({"lora_alpha": [16]}, r"lora_alpha: \[16\] is not usable"),
+        ({"use_rslora": "yes"}, "use_rslora: 'yes' is not usable; it has to be true or false"),
+        ({"rank_pattern": []}, r"rank_pattern: \[\] is not usable; it has to be a mapping"),
+        ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern: .* is not usable; it has to be a mapping"),
+        ({"alpha_pattern": {"(": 1}}, r"alpha_pattern: '\(' is no regular expression"),
+        ({"target_modules": 7}, "target_modules: 7 is not usable"),
+        ({"target_modules": ["nowhere"]}, "holds matrices for .*, which target_modules in .* does not name"),
+    ],
+)
+def test_an_adapter_is_held_against_its_configuration(tmp_path, settings, says):
+    train(tmp_path, llama())
+    file = tmp_path / "lora" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(BadInput, match=rf"^experts\.x: .*{says}"):
+        opened(tmp_path)
+
+
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_an_adapter_that_moved_its_base_is_refused(tmp_path, start):
     """Their beginning takes the largest components out of the base: what was saved does not belong to the base."""

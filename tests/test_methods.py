@@ -367,6 +367,8 @@ def test_defaults_are_filled_in_one_weight_an_expert():
         ("ties", {"rescale": "l3"}, "here.rescale: unknown choice 'l3'"),
         ("ties", {"normalize": 1}, "here.normalize: 1 is not usable; write a value of type bool"),
         ("slerp", {}, "here.t: missing; slerp has no default for it"),
+        ("slerp", {"t": 1.5}, "here.t: 1.5 is not usable; write a number from 0 and up to 1"),
+        ("slerp", {"t": -0.1}, "here.t: -0.1 is not usable; write a number from 0 and up to 1"),
         ("linear", {"weight": math.nan}, "here.weight: nan is not usable"),
     ],
 )

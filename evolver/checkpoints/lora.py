@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evolver.checkpoints.adapter_settings import check_rank, check_settings, check_targets, pattern_value
 from evolver.checkpoints.formats import model_format
 from evolver.checkpoints.weights import HEAD, Checkpoint, cached, check_finite, is_head, open_tensors, raw, read_json
 from evolver.errors import BadInput
@@ -51,10 +52,12 @@ class LoraAdapter:
     def __init__(self, path: Path, key: str, base: Checkpoint) -> None:
         self.path, self.key, self.base = path, key, base
         self.config = read_json(path / CONFIG, key)
+        check_settings(self.config, path / CONFIG, key)
         self._check_kind()
         self._handle = open_tensors(path / ADAPTER, key)
         self._shapes = {k: tuple(self._handle.get_slice(k).get_shape()) for k in sorted(self._handle.keys())}
         self._pairs, self._whole = self._find_pairs(), self._find_whole()
+        self._check_pairs()
 
     def names(self) -> list[str]:
         return self.base.names()
@@ -107,6 +110,13 @@ class LoraAdapter:
                 f"{self.key}: the adapter {self.path} uses {[*used, start][0]}, which is no low-rank delta of the "
                 "base; merge it into its base with PEFT (merge_and_unload) and give that folder."
             )
+
+    def _check_pairs(self) -> None:
+        """Check the matrices against the adapter's configuration."""
+        modules = {name.removesuffix(".weight"): pair.rank for name, pair in self._pairs.items()}
+        for module, rank in modules.items():
+            check_rank(self.config, module, rank, self.path / CONFIG, self.key)
+        check_targets(self.config, modules, self.path / CONFIG, self.key)
 
     def _find_pairs(self) -> dict[str, LowRank]:
         """The low-rank deltas by the name of the tensor that they change."""
@@ -194,7 +204,7 @@ class LoraAdapter:
 
     def _scale(self, name: str, rank: int) -> float:
         module = name.removesuffix(".weight")
-        alpha = _pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8))
+        alpha = pattern_value(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8))
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
 
@@ -205,14 +215,6 @@ def open_adapter(path: Path, key: str, base: Checkpoint, headless: bool) -> Lora
     Raises BadInput, see ``LoraAdapter``.
     """
     return LoraAdapter(path, key, base)
-
-
-def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: a pattern is for every module whose dotted name ends in it."""
-    for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return value
-    return default
 
 
 def _plain_name(key: str) -> str:

@@ -137,9 +137,15 @@ class Checkpoint:
         if not file.exists():
             return None
         raw = read_json(file, self.key)
-        vocab = raw.get("model", {}).get("vocab", {})
-        tokens = dict(vocab) if isinstance(vocab, dict) else {t[0]: i for i, t in enumerate(vocab)}
-        tokens.update({t["content"]: t["id"] for t in raw.get("added_tokens", [])})
+        try:
+            vocab = raw["model"]["vocab"]
+            tokens = dict(vocab) if isinstance(vocab, dict) else {t[0]: i for i, t in enumerate(vocab)}
+            tokens.update({t["content"]: t["id"] for t in raw.get("added_tokens") or []})
+            whole = all(isinstance(t, str) and isinstance(i, int) for t, i in tokens.items())
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError):
+            whole = False
+        if not whole or not tokens or isinstance(vocab, str):
+            raise BadInput(f"{self.key}: {file} is no tokenizer with a vocabulary; copy the model again.")
         return tokens
 
     def _info(self, name: str) -> TensorInfo:
@@ -226,7 +232,7 @@ def _indexed_files(index: Path, key: str) -> list[str]:
 
 def refuse_quantised(config: Mapping[str, Any], path: Path, key: str) -> None:
     """Raises BadInput for weights that are stored as integers with scales: their sums mean nothing."""
-    if quantised := config.get("quantization_config"):
+    if (quantised := config.get("quantization_config")) is not None:
         kind = quantised.get("quant_method", "some way") if isinstance(quantised, dict) else "some way"
         raise BadInput(
             f"{key}: the weights of {path} are quantised ({kind}), and only plain floating numbers can be merged; give "

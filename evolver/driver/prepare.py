@@ -26,7 +26,7 @@ from evolver.search.optuna_samplers import CoefficientSettings
 from evolver.storage import Storage
 from evolver.threads import too_many
 from evolver.workers.compute import is_open, refuse_compute, settled
-from evolver.workers.opened import Opened, check_kind, check_memory, open_models
+from evolver.workers.opened import Opened, check_memory, draw_up, open_models
 from evolver.workers.plan import SCORING_PACKAGES, Plan, items_hash
 from evolver.workers.statistics import sample_hash
 from evolver.workers.worker import build_materialiser, statistics_of
@@ -69,13 +69,13 @@ def prepare(
     check_loggers(config, file)
     try:
         opened = open_models(config)
-        check_kind(config, opened.base)
         config = settled(config, opened.base.headers)
         if device:
             check_memory(config, opened, device)
             if config.model.compute != "auto":
                 refuse_compute(config.model.compute, device)
         tasks = load_tasks(config)
+        tasks.check_model(draw_up(config, opened))
         estimates = Estimates(tasks.scale("dev"), config.evaluation.block_items)
         _refuse_racing(config, algorithm, estimates)
         digests = opened.digests() if weights else None

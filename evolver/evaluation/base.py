@@ -173,6 +173,22 @@ class Checked(Protocol):
 
 
 @runtime_checkable
+class ChecksModel(Protocol):
+    """A judge that needs more of a model than its weights, such as a tokenizer."""
+
+    def check_model(self, model: Any, asked: Sequence[AskedItem]) -> None:
+        """Look at everything that can be known of a model before its weights are read.
+
+        Args:
+            model: a Blueprint of the base; None where another model class than Transformers' loads candidates.
+            asked: every item of this judge.
+
+        Raises BadInput for a model that the items cannot be scored with.
+        """
+        ...
+
+
+@runtime_checkable
 class Shows(Protocol):
     """A judge that can show its items to people, in the examples of a report."""
 

@@ -44,19 +44,13 @@ class LiveModel:
     ) -> None:  # fmt: skip
         import transformers
 
-        kinds: dict[str, Any] = {
-            "causal-lm": transformers.AutoModelForCausalLM,
-            "seq2seq": transformers.AutoModelForSeq2SeqLM,
-            "classifier": transformers.AutoModelForSequenceClassification,
-            "image-classifier": transformers.AutoModelForImageClassification,
-        }
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()  # missing tensors, which it would report, are checked below
         self.device = torch.device(device)
         self.listener: Listener | None = None
         self.folder, self._heads, names = folder, heads or {}, list(names)
-        self.module, loaded = kinds[settings.kind].from_pretrained(
-            folder, dtype=settings.compute, use_safetensors=True, output_loading_info=True, **_labelled(labels)
+        self.module, loaded = model_class(settings.kind).from_pretrained(
+            folder, dtype=settings.compute, use_safetensors=True, output_loading_info=True, **labelled(labels)
         )
         written = {*names, *(n for head in self._heads.values() for n in head)}
         missing = set(loaded["missing_keys"]) - written
@@ -73,9 +67,7 @@ class LiveModel:
     @cached_property
     def tokenizer(self) -> Any:
         """The base's tokenizer."""
-        import transformers
-
-        return transformers.AutoTokenizer.from_pretrained(self.folder)
+        return open_tokenizer(self.folder)
 
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Overwrite the parameters of the model with the tensors of a candidate.
@@ -133,18 +125,7 @@ class LiveModel:
         return int(list(self._heads[head].values())[-1].shape[0])
 
     def _find(self, names: Iterable[str], folder: Path) -> dict[str, Tensor]:
-        state = self.module.state_dict(keep_vars=False)
-        prefix, renamed = self.module.base_model_prefix + ".", _renaming(self.module)
-        places = {}
-        for name in names:
-            possible = (name, prefix + name, name.removeprefix(prefix), renamed(name))
-            found = next((n for n in possible if n in state), None)
-            if found is None:
-                raise BadInput(
-                    f"model.base: {folder} holds {name}, which {type(self.module).__name__} has no place for; "
-                    "give a base that was saved with this class, or correct model.kind."
-                )
-            places[name] = found
+        places = places_of(self.module, names, folder)
         self._untie(places.values())
         state = self.module.state_dict(keep_vars=False)
         return {name: state[found] for name, found in places.items()}
@@ -165,12 +146,72 @@ class LiveModel:
             seen.add(parameters[name].data_ptr())
 
 
-def _labelled(labels: Sequence[str]) -> dict[str, Any]:
-    """The arguments with which Transformers gives a classifier a head for these labels."""
+def model_class(kind: str) -> Any:
+    """The class of Transformers that loads models of this kind."""
+    import transformers
+
+    kinds: dict[str, Any] = {
+        "causal-lm": transformers.AutoModelForCausalLM,
+        "seq2seq": transformers.AutoModelForSeq2SeqLM,
+        "classifier": transformers.AutoModelForSequenceClassification,
+        "image-classifier": transformers.AutoModelForImageClassification,
+    }
+    return kinds[kind]
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model's folder.
+
+    Raises BadInput where there is none that can be read.
+    """
+    import transformers
+
+    try:
+        found = transformers.AutoTokenizer.from_pretrained(folder)
+        found("a", truncation=True)  # what cannot cut a text shows only now
+        found.decode([found.eos_token_id or 0])
+        return found
+    except Exception as error:  # each kind of tokenizer reads its files in its own way
+        said = " ".join(str(error).split())[:160]
+        files = [n for n in ("tokenizer.json", "tokenizer_config.json") if not (folder / n).exists()]
+        found_out = f"there is no {' and no '.join(files)}" if files else said
+        raise BadInput(
+            f"model.base: {folder} has no tokenizer that can be read ({found_out}); copy tokenizer.json and "
+            "tokenizer_config.json there from the model that the weights belong to."
+        ) from error
+
+
+def places_of(module: Any, names: Iterable[str], folder: Path) -> dict[str, str]:
+    """The names that tensors of a checkpoint have in a Transformers model.
+
+    Raises BadInput for a tensor that has no place in the model.
+    """
+    state = module.state_dict(keep_vars=False)
+    prefix, renamed = module.base_model_prefix + ".", _renaming(module)
+    places = {}
+    for name in names:
+        possible = (name, prefix + name, name.removeprefix(prefix), renamed(name))
+        found = next((n for n in possible if n in state), None)
+        if found is None:
+            raise BadInput(
+                f"model.base: {folder} holds {name}, which {type(module).__name__} has no place for; "
+                "give a base that was saved with this class, or correct model.kind."
+            )
+        places[name] = found
+    return places
+
+
+def labelled(labels: Sequence[str], loads: bool = True) -> dict[str, Any]:
+    """The arguments with which Transformers gives a classifier a head for these labels.
+
+    Args:
+        loads: whether it also loads weights, of which those of the head may have other shapes.
+    """
     if not labels:
         return {}
     ids = dict(enumerate(labels))
-    return {"id2label": ids, "label2id": {v: k for k, v in ids.items()}, "ignore_mismatched_sizes": True}
+    own = {"id2label": ids, "label2id": {v: k for k, v in ids.items()}}
+    return {**own, "ignore_mismatched_sizes": True} if loads else own
 
 
 def _renaming(module: Any) -> Callable[[str], str]:

@@ -16,6 +16,7 @@ from evolver.evaluation.base import (
     JUDGES,
     AskedItem,
     Checked,
+    ChecksModel,
     Grouped,
     ItemText,
     Judge,
@@ -23,6 +24,7 @@ from evolver.evaluation.base import (
     Scorer,
     Shows,
 )
+from evolver.evaluation.blueprint import Blueprint
 from evolver.evaluation.items import Item, Items, ItemSource, draw, in_order
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Split
@@ -44,7 +46,6 @@ class Tasks:
         entries: the tasks as the configuration gives them.
         judges: the judge of each task, by the task's name.
         items: the items of both splits, in the order in which every candidate is scored on them.
-        warnings: sentences that the user should read before the run.
 
     Raises BadInput as ``load_tasks`` does.
     """
@@ -64,7 +65,24 @@ class Tasks:
         for judge in dict.fromkeys(self.judges.values()):
             if isinstance(judge, Checked):
                 judge.check(asked)
-        self.warnings = [w for judge in dict.fromkeys(self.judges.values()) for w in judge.warnings]
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences that the user should read before the run."""
+        return [w for judge in dict.fromkeys(self.judges.values()) for w in judge.warnings]
+
+    def check_model(self, model: Blueprint | None) -> None:
+        """Let the judges look at the model that they will score, as far as it shows without weights.
+
+        Args:
+            model: the base; None where another model class than Transformers' loads candidates.
+
+        Raises BadInput for a model that the tasks cannot be scored with.
+        """
+        asked = [*self._asked("dev"), *self._asked("report")]
+        for judge in dict.fromkeys(self.judges.values()):
+            if isinstance(judge, ChecksModel):
+                judge.check_model(model, [a for a in asked if self.judges[a.entry.task] is judge])
 
     def scale(self, split: Split) -> Scale:
         """The scale of a split, which says how the answers to its items make up the score."""
@@ -167,16 +185,13 @@ class SplitScorer:
 
 def _judges(config: Config) -> dict[str, Judge]:
     """The judge of every task, by the task's name. Tasks of the same kind share one judge."""
-    if config.evaluation.backend != "resident":
-        from evolver.evaluation.language.launched import check_backend  # importing lm-eval takes seconds
-
-        check_backend(config.evaluation, config.model.kind)
     kinds: dict[str, list[int]] = {}
     for number, entry in enumerate(config.evaluation.tasks):
         kind = _kind(entry, config.model.kind)
         if config.evaluation.backend != "resident" and kind != "language":
             raise BadInput(f"evaluation.backend: {entry.task} is no task of lm-eval; write resident.")
         kinds.setdefault(kind, []).append(number)
+    _check_backend(config)
     made: dict[str, Judge] = {}
     for kind, numbers in kinds.items():
         found = judge_named(kind, f"evaluation.tasks[{numbers[0]}].judge")
@@ -185,6 +200,22 @@ def _judges(config: Config) -> dict[str, Judge]:
         judge = found(config, numbers)
         made |= {config.evaluation.tasks[n].task: judge for n in numbers}
     return made
+
+
+def _check_backend(config: Config) -> None:
+    """Raises BadInput for a backend that cannot score candidates here, and for keys that it does not read."""
+    settings = config.evaluation
+    if settings.backend != "resident":
+        from evolver.evaluation.language.launched import check_backend  # importing lm-eval takes seconds
+
+        check_backend(settings, config.model.kind)
+        return
+    for key in ("serve", "model_args"):
+        if getattr(settings, key):
+            raise BadInput(
+                f"evaluation.{key}: the backend resident does not read this key; leave it out, or write the backend "
+                "that it is for."
+            )
 
 
 def _refuse_unread_keys(entry: TaskEntry, key: str, kind: str, read: frozenset[str]) -> None:

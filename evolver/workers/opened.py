@@ -13,10 +13,13 @@ from evolver.checkpoints.sources import open_base, open_expert
 from evolver.checkpoints.weights import Checkpoint, Source, digests
 from evolver.config import Config
 from evolver.errors import BadInput
+from evolver.evaluation.blueprint import Blueprint, check_architecture
 from evolver.evaluation.live import free_memory, kinds_of
 from evolver.workers.compute import stored_dtype
 
 GIB = 1 << 30
+# Values of evaluation.backend with which Transformers loads candidates.
+TRANSFORMERS = ("resident", "hf", "hf-auto", "huggingface")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ def open_models(config: Config) -> Opened:
     Raises BadInput where one is no usable checkpoint, and where an expert does not fit the base.
     """
     base = open_base(config.model.base, headless=config.model.heads != "merged")
+    check_kind(config, base)  # an expert would be said to differ from a base that is wrong itself
     experts: dict[str, Source] = {n: open_expert(p, base, f"experts.{n}") for n, p in config.experts.items()}
     if config.model.heads == "apart":
         return Opened(base, experts, {n: head_of(s) for n, s in experts.items()})
@@ -59,14 +63,26 @@ def check_kind(config: Config, base: Checkpoint) -> None:
     architecture, kind = base.config.get("model_type"), config.model.kind
     if config.evaluation.backend != "resident":
         return
-    if not isinstance(architecture, str):
-        raise BadInput(f"model.base: config.json of {base.path} names no model_type; copy the model again.")
-    able = kinds_of(architecture)
+    check_architecture(base.config, base.path)
+    able = kinds_of(str(architecture))
     if kind not in able:
         raise BadInput(
             f"model.kind: {base.path} is a {architecture} model, which Transformers cannot load as a {kind}; "
             + (f"write {' or '.join(able)}." if able else "give a base of another architecture.")
         )
+
+
+def draw_up(config: Config, opened: Opened) -> Blueprint | None:
+    """The base as Transformers will build it, without its weights; None where another model class loads candidates.
+
+    Raises BadInput for a config.json that describes no model, or another one than that of the weights.
+    """
+    own = config.evaluation.model_args
+    if config.evaluation.backend not in TRANSFORMERS or "tokenizer" in own or "max_length" in own:
+        return None
+    shapes = {name: info.shape for name, info in opened.base.headers.items()}
+    heads = {name for head in opened.heads.values() for name in head}
+    return Blueprint(config.model, opened.base.path, shapes, heads, opened.labels)
 
 
 def check_memory(config: Config, opened: Opened, device: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.instance import Instance
 
-from evolver.config import Config, TaskEntry
+from evolver.config import Config, EvaluationSettings, TaskEntry
 from evolver.errors import BadInput
 from evolver.evaluation.base import AskedItem, ItemText, Scorer, judge
 from evolver.evaluation.items import Item, item_hash
@@ -22,7 +22,12 @@ from evolver.evaluation.scores.metrics import Metric
 from evolver.records import Split
 
 if TYPE_CHECKING:
+    from evolver.evaluation.blueprint import Blueprint
     from evolver.evaluation.language.launched import LaunchedModel
+
+
+# Items of each task whose prompts are built before a run, to see whether they can be.
+LOOKED_AT = 8
 
 
 @judge("language", "report_task", "num_fewshot", "gen_kwargs", "data", "report_data", "text")
@@ -37,6 +42,7 @@ class Language:
         self._meanings: dict[str, Meaning] = {}
         self._documents: dict[str, list[Any]] = {}
         self.warnings = [_seen(e.task) for e in entries.values() if self._searches_test_set(e)]
+        self.warnings += _without_effect(config.evaluation, self.library)
 
     def items(self, entry: TaskEntry, split: Split) -> list[Item] | None:
         name = entry.task if split == "dev" else entry.report_task
@@ -92,30 +98,57 @@ class Language:
         asked = {self.library.tasks[m].OUTPUT_TYPE for m in self.library.members[entry.task]}
         return self.settings.backend == "resident" and self._model == "causal-lm" and "generate_until" not in asked
 
+    def check_model(self, model: Blueprint | None, asked: Sequence[AskedItem]) -> None:
+        """See ``ChecksModel``: the prompts of a few items of each task are built."""
+        if model is None:
+            return
+        from evolver.evaluation.language.resident import check_requests
+
+        names = dict.fromkeys(a.item.task for a in asked)
+        few = [a for name in names for a in [a for a in asked if a.item.task == name][:LOOKED_AT]]
+        hashes = {a.item.hash for a in asked}
+        for name in check_requests(model, lambda lm: self._prepared(lm, few, hashes)):
+            self.warnings.append(
+                f"the beginnings of prompts of {name} are cut off, since the base reads too few tokens for them beside "
+                "their answers; ask for fewer examples or for shorter answers"
+            )
+
     def scorer(self, model: LiveModel | LaunchedModel, asked: Sequence[AskedItem], scored: Iterable[Item]) -> Scorer:
         hashes = {i.hash for i in scored}
 
         def prepare(lm: Any) -> list[PreparedRequests]:
-            requests: dict[Item, list[Instance]] = {}
-            for name in dict.fromkeys(a.item.task for a in asked):
-                items = [a.item for a in asked if a.item.task == name]
-                requests |= build_requests(self.library.tasks[name], items, hashes, self.settings, lm, self.seed)
-            return [
-                PreparedRequests(
-                    self.library.tasks[a.item.task], a.entry.metric, self._meaning(a.entry), requests[a.item]
-                )
-                for a in asked
-            ]  # fmt: skip
+            return self._prepared(lm, asked, hashes)
 
         if isinstance(model, LiveModel):
             from evolver.evaluation.language.resident import (
-                resident,  # it brings Transformers' models: to check needs none
+                resident,  # it brings Transformers' models: to check names needs none
             )
 
             return resident(model, prepare, self.settings, self.seed)
         from evolver.evaluation.language.launched import LaunchedScorer
 
         return LaunchedScorer(model, prepare)
+
+    def _prepared(self, lm: Any, asked: Sequence[AskedItem], hashes: set[str]) -> list[PreparedRequests]:
+        """The requests of items, built by lm-eval; ``hashes`` are those of all items that are scored anywhere."""
+        requests: dict[Item, list[Instance]] = {}
+        for name in dict.fromkeys(a.item.task for a in asked):
+            items = [a.item for a in asked if a.item.task == name]
+            try:
+                requests |= build_requests(self.library.tasks[name], items, hashes, self.settings, lm, self.seed)
+            except BadInput:
+                raise
+            except Exception as error:  # the task's own templates and functions
+                reason = " ".join(str(error).split())[:200]
+                raise BadInput(
+                    f"evaluation.tasks: the prompts of {name} cannot be built ({reason}); mend the task's file."
+                ) from error
+        return [
+            PreparedRequests(
+                self.library.tasks[a.item.task], a.entry.metric, self._meaning(a.entry), requests[a.item]
+            )
+            for a in asked
+        ]  # fmt: skip
 
     def _meaning(self, entry: TaskEntry) -> Meaning:
         if entry.task not in self._meanings:
@@ -140,3 +173,15 @@ def _seen(name: str) -> str:
         "on it is one of unseen items any more; take dev items from its training or validation set, for example by a "
         "task of your own, and name this one as report_task"
     )
+
+
+def _without_effect(settings: EvaluationSettings, library: Library) -> list[str]:
+    """Keys for all tasks that no task of this run has a use for; a sentence each."""
+    out = []
+    if settings.gen_kwargs and not library.generates():
+        out.append("evaluation.gen_kwargs does nothing: no task of this run generates answers")
+    if "fewshot_as_multiturn" in settings.model_fields_set and not settings.apply_chat_template:
+        out.append("evaluation.fewshot_as_multiturn does nothing: apply_chat_template is false")
+    if settings.confirm_run_unsafe_code and not any(getattr(t, "UNSAFE_CODE", False) for t in library.tasks.values()):
+        out.append("evaluation.confirm_run_unsafe_code does nothing: no task of this run executes what a model writes")
+    return out

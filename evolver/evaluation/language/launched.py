@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import inspect
 import os
 import shlex
 import shutil
@@ -20,6 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from evolver.config import EvaluationSettings
 from evolver.errors import BadInput, nearest
@@ -39,12 +42,24 @@ HF = ("hf", "hf-auto", "huggingface")
 # The package that a class needs, and what the user has to install for it.
 BACKEND_PACKAGES = {
     "vllm": ("vllm", "'lm-eval[vllm]'"),
+    "vllm-vlm": ("vllm", "'lm-eval[vllm]'"),
+    "mamba_ssm": ("mamba_ssm", "'lm-eval[mamba]'"),
+    "nemo_lm": ("nemo", "nemo-toolkit"),
+    "megatron_lm": ("megatron", "megatron-core"),
+    "neuronx": ("optimum", "optimum-neuron"),
+    "habana": ("optimum", "optimum-habana"),
+    "ipex": ("optimum", "optimum-intel"),
+    "winml": ("onnxruntime_genai", "onnxruntime-genai"),
     "sglang": ("sglang", "sglang"),
     "openvino": ("optimum", "'lm-eval[optimum]'"),
     "local-completions": ("tenacity", "'lm-eval[api]'"),
     "local-chat-completions": ("tenacity", "'lm-eval[api]'"),
     "sglang-generate": ("tenacity", "'lm-eval[api]'"),
 }
+
+
+# Arguments that lm-eval hands on to vLLM itself.
+VLLM_KEYS = ("gpu_memory_utilization", "swap_space", "enforce_eager", "max_num_seqs", "cpu_offload_gb")
 
 
 class LaunchedModel:
@@ -81,7 +96,7 @@ class LaunchedModel:
         port = _free_port()
         names = {"model": str(folder), "port": str(port)}
         if self._settings.serve:
-            self._serve([_filled(part, names) for part in shlex.split(self._settings.serve)], port)
+            self._serve([_filled(part, names) for part in _command(self._settings.serve)], port)
         given = {k: _filled(v, names) if isinstance(v, str) else v for k, v in self._settings.model_args.items()}
         key = "model" if self._settings.backend in REMOTE else "pretrained"
         size = {"batch_size": self._settings.batch_size} if self._settings.batch_size else {}
@@ -161,7 +176,8 @@ def check_backend(settings: EvaluationSettings, kind: str) -> None:
         settings: the section ``evaluation`` of the configuration.
         kind: ``model.kind`` of the configuration.
 
-    Raises BadInput for a model type that lm-eval does not know, and for one that would not score the candidate.
+    Raises BadInput for a model type that lm-eval does not know, for one that would not score the candidate, for one
+    whose package, device or arguments are missing, and for arguments that do nothing for it.
     """
     from lm_eval.models import MODEL_MAPPING
 
@@ -179,17 +195,84 @@ def check_backend(settings: EvaluationSettings, kind: str) -> None:
         )
     if name in REMOTE and not settings.serve:
         raise BadInput(f"evaluation.serve: missing; {name} needs a server: give the command that serves a candidate.")
+    if name in HF and settings.serve:
+        raise BadInput(f"evaluation.serve: {name} talks to no server, so the command would do nothing; leave it out.")
+    _check_installed(settings)
+    _check_arguments(settings)
 
 
 def _check_installed(settings: EvaluationSettings) -> None:
     package, install = BACKEND_PACKAGES.get(settings.backend, ("lm_eval", ""))
     if find_spec(package) is None:
         raise BadInput(f"evaluation.backend: {settings.backend} needs {package}; run `pip install {install}`.")
-    program = shlex.split(settings.serve or "true")[0]
+    program = _command(settings.serve or "true")[0]
     if "{" not in program and shutil.which(program) is None:
         raise BadInput(
             f"evaluation.serve: there is no program {program!r} on this machine; install it, or give its path."
         )
+
+
+def _command(written: str) -> list[str]:
+    """The words of a command.
+
+    Raises BadInput where it has none, or a quotation is not closed.
+    """
+    try:
+        words = shlex.split(written)
+    except ValueError as error:
+        raise BadInput(f"evaluation.serve: {written!r} is no command ({error}); correct it.") from error
+    if not words:
+        raise BadInput(f"evaluation.serve: {written!r} is no command (it is empty); correct it.")
+    return words
+
+
+def _check_arguments(settings: EvaluationSettings) -> None:
+    """Raises BadInput for arguments that the backend lacks or does not read, and for a device that is missing."""
+    name, given = settings.backend, settings.model_args
+    if name in REMOTE:
+        return
+    own = _parameters(name)
+    handed = {"self", "model" if name in REMOTE else "pretrained"}
+    for argument, parameter in own.items():
+        free = parameter.default is not parameter.empty or parameter.kind in (
+            parameter.VAR_KEYWORD,
+            parameter.VAR_POSITIONAL,
+        )
+        if not free and argument not in handed | given.keys():
+            raise BadInput(f"evaluation.model_args.{argument}: missing; {name} cannot start without it.")
+    if name not in HF:
+        return
+    # What lm-eval does not know goes on to Transformers, which fails on it when the first candidate is loaded.
+    for key in sorted(given.keys() - own.keys()):
+        if key in VLLM_KEYS or key in _parameters("vllm"):
+            raise BadInput(
+                f"evaluation.model_args.{key}: {name} does not read this key, which belongs to vllm; leave it out, or "
+                "write backend: vllm."
+            )
+    device = str(given.get("device", "cuda"))
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise BadInput(
+            f"evaluation.model_args.device: {name} computes on {device}, and torch finds no GPU on this machine; write "
+            "device: cpu."
+        )
+
+
+def _parameters(backend: str) -> Mapping[str, inspect.Parameter]:
+    """The arguments that a model class of lm-eval takes.
+
+    Raises BadInput where a package that it needs is missing.
+    """
+    from lm_eval.api.registry import get_model
+
+    try:
+        with quiet():
+            return inspect.signature(get_model(backend).__init__).parameters
+    except Exception as error:  # a class may fail in any way where a package that it needs is missing or of another age
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(
+            f"evaluation.backend: lm-eval's model type {backend} cannot be loaded ({reason}); install what it needs, "
+            "or write another backend."
+        ) from error
 
 
 def _times(request: Any) -> int:

@@ -18,6 +18,7 @@ from lm_eval.tasks import TaskManager
 from evolver.config import EvaluationSettings, TaskEntry
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.language.index import Index, manager_of
+from evolver.evaluation.language.written import ANSWER_LIMITS, check_generation
 from evolver.evaluation.scores import metrics
 from evolver.evaluation.scores.metrics import Metric
 from evolver.storage.paths import expand
@@ -97,6 +98,7 @@ class Library:
         self.tasks: dict[str, Task] = {}
         self.members: dict[str, list[str]] = {}
         self.groups: dict[str, Group] = {}
+        self._check_settings(entries)
         with quiet():
             names = {name: key for key, name in _named(entries)}
             if names:
@@ -144,6 +146,17 @@ class Library:
         own = config.custom_dataset is not None or path in LOCAL_BUILDERS or Path(path).exists()
         return not own and bool(self.tasks[name].has_test_docs())
 
+    def _check_settings(self, entries: Mapping[int, TaskEntry]) -> None:
+        resident = self.settings.backend == "resident"
+        check_generation(self.settings.gen_kwargs or {}, "evaluation.gen_kwargs", resident)
+        for number, entry in entries.items():
+            given = {**(self.settings.gen_kwargs or {}), **(entry.gen_kwargs or {})}
+            check_generation(given, f"evaluation.tasks[{number}].gen_kwargs", resident)
+
+    def generates(self) -> bool:
+        """Whether any task wants generated answers."""
+        return any(task.OUTPUT_TYPE == "generate_until" for task in self.tasks.values())
+
     def _add(self, name: str, key: str, manager: TaskManager, spec: str | dict[str, Any]) -> None:
         try:
             loaded = manager.load([spec])
@@ -187,8 +200,24 @@ class Library:
             if own is None or (shots is not None and own != 0):
                 task.set_config("num_fewshot", shots or 0)
             given = {**(self.settings.gen_kwargs or {}), **(entry.gen_kwargs or {})}
+            if entry.gen_kwargs and task.OUTPUT_TYPE != "generate_until":
+                raise BadInput(
+                    f"{key}.gen_kwargs: {task.task_name} asks for likelihoods and generates no answer, so these "
+                    "settings would do nothing; leave the key out."
+                )
+            self._refuse_hidden_limit(given, task, key)
             if given and task.OUTPUT_TYPE == "generate_until":
                 task.set_config("generation_kwargs", given, update=True)
+
+    def _refuse_hidden_limit(self, given: Mapping[str, Any], task: Task, key: str) -> None:
+        """Raises BadInput for a limit of answers that lm-eval passes over, as the task has one under another name."""
+        name = next((n for n in ANSWER_LIMITS if given.get(n) is not None), ANSWER_LIMITS[0])
+        own = task.get_config("generation_kwargs") or {}
+        if any(own.get(n) is not None for n in ANSWER_LIMITS[: ANSWER_LIMITS.index(name)]):
+            raise BadInput(
+                f"{key}.gen_kwargs.{name}: {task.task_name} says max_gen_toks itself, which counts before {name}; "
+                "write max_gen_toks."
+            )
 
 
 def filters(task: Task) -> Iterator[Any]:

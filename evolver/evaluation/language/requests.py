@@ -16,6 +16,8 @@ from evolver.evaluation.base import ItemText
 from evolver.evaluation.items import Item, item_hash
 from evolver.evaluation.language.library import Meaning, filters, metric_name, quiet
 
+# What a chat template that is tried out has to repeat.
+ASKED = "Which colour has the sky?"
 # The values that lm-eval's filters return if they find no answer in a generated text.
 INVALID = ("[invalid]", "", None)
 
@@ -137,11 +139,12 @@ def build_requests(
         lm: lm-eval's model, for its chat template.
         seed: seed of the few-shot examples.
 
-    Raises BadInput where a chat template is asked for and missing, and where too few few-shot examples are left.
+    Raises BadInput where a chat template is asked for and missing or broken, and where too few few-shot examples are
+    left.
     """
     in_place, chat = sorted(items, key=lambda i: i.index), settings.apply_chat_template
-    if chat and not lm.tokenizer.chat_template:
-        raise BadInput("evaluation.apply_chat_template: the base's tokenizer has no chat template; write false.")
+    if chat:
+        check_chat_template(lm, settings.system_instruction)
     keep_apart(task, scored)
     _remember(task)
     task.set_fewshot_seed(seed)  # before every build, as a build continues the random draws of the one before it
@@ -159,6 +162,30 @@ def build_requests(
         # doc_id is the document's position among the chosen documents, in the order of the data set.
         grouped[in_place[instance.doc_id or 0]].append(instance)
     return grouped
+
+
+def check_chat_template(lm: Any, system: str | None) -> None:
+    """Let a model's chat template write down a short conversation.
+
+    Raises BadInput where there is no template, where it cannot be applied, and where it loses what is asked.
+    """
+    key = "evaluation.apply_chat_template"
+    if not lm.tokenizer.chat_template:
+        raise BadInput(f"{key}: the base's tokenizer has no chat template; write false.")
+    history = [{"role": "user", "content": ASKED}]
+    if system is not None:
+        history.insert(0, {"role": "system", "content": system})
+    try:
+        with quiet():
+            said = lm.apply_chat_template(history)
+    except Exception as error:  # a template is a program, which may fail in any way
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(
+            f"{key}: the chat template of the base's tokenizer cannot be applied ({reason}); mend it in "
+            "chat_template.jinja or tokenizer_config.json, or write false."
+        ) from error
+    if ASKED not in said:
+        raise BadInput(f"{key}: the chat template of the base's tokenizer leaves out what the user asks; mend it.")
 
 
 def _remember(task: Task) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from evolver.config import EvaluationSettings
+from evolver.errors import BadInput
 from evolver.evaluation.base import Scored
+from evolver.evaluation.blueprint import Blueprint
 from evolver.evaluation.language.decoder import DecoderOnly
 from evolver.evaluation.language.encoder_decoder import EncoderDecoder
 from evolver.evaluation.language.generation import Generations
@@ -15,6 +17,9 @@ from evolver.evaluation.language.loglikelihood import Forward, Likelihoods, LogL
 from evolver.evaluation.language.requests import PreparedRequests
 from evolver.evaluation.language.tokens import Tokens
 from evolver.evaluation.live import LiveModel
+
+# A model that reads fewer tokens cannot hold a question and the first token of its answer.
+SHORTEST = 2
 
 
 def resident(
@@ -31,6 +36,38 @@ def resident(
     with quiet():
         lm = Tokens(pretrained=model.module, tokenizer=model.tokenizer, batch_size=1)
     return LanguageScorer(model, lm, prepare(lm), settings, seed)
+
+
+def check_requests(model: Blueprint, prepare: Callable[[Any], list[PreparedRequests]]) -> list[str]:
+    """Turn some requests into tokens as ``resident`` does, for a model without weights.
+
+    Args:
+        model: the base, as far as it is known without weights.
+        prepare: builds the requests, given lm-eval's wrapper of the model.
+
+    Returns the names of the tasks of which prompts have to be cut, so that their answers find room.
+
+    Raises BadInput where the base's tokenizer, its chat template or its length do not allow it.
+    """
+    with quiet():
+        lm = Tokens(pretrained=model.module, tokenizer=model.tokenizer, batch_size=1)
+    if lm.max_length < SHORTEST:
+        raise BadInput(
+            f"model.base: by its config.json, {model.folder} reads {lm.max_length} tokens; copy the file from the "
+            "model that the weights belong to."
+        )
+    if lm.tokenizer.eos_token_id is None and lm.tokenizer.bos_token_id is None:
+        raise BadInput(
+            f"model.base: the tokenizer of {model.folder} names neither a first nor a last token of texts; copy "
+            "tokenizer_config.json from the model that the weights belong to."
+        )
+    cut = []
+    for item in prepare(lm):
+        if item.kind == "generate_until":
+            cut += [item.task.task_name] if lm.prompt(item.requests[0]).truncated else []
+        else:
+            lm.group(item.kind, item.requests)
+    return list(dict.fromkeys(cut))
 
 
 class LanguageScorer:

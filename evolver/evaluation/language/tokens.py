@@ -12,6 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
+from evolver.errors import BadInput
 from evolver.evaluation.language.library import quiet
 from evolver.evaluation.language.loglikelihood import Group
 from evolver.evaluation.language.loglikelihood import TokenIds as Ids
@@ -68,7 +69,7 @@ class Tokens(HFLM):  # type: ignore[misc]  # lm-eval ships no types
     def prompt(self, request: Instance) -> Prompt:
         """The prompt of a request whose answer is generated.
 
-        Raises ValueError where the model's length leaves no room for a prompt beside the answer.
+        Raises BadInput where the model's length leaves no room for a prompt beside the answer.
         """
         context, given = request.args[:2]
         settings: Mapping[str, Any] = normalize_gen_kwargs(given, self.max_gen_toks)
@@ -77,8 +78,9 @@ class Tokens(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         until, most = handle_stop_sequences(other.pop("until", None), eos=eos), int(other.pop("max_gen_toks"))
         room = self.max_length - (most if self.backend == "causal" else 0)
         if room <= 0:
-            raise ValueError(
-                f"max_gen_toks: {most} leaves no room for a prompt in the model's {self.max_length} tokens"
+            raise BadInput(
+                f"evaluation.gen_kwargs.max_gen_toks: answers of {most} tokens to {request.task_name} leave no room "
+                f"for a prompt in the {self.max_length} tokens of the base; write fewer than {self.max_length}."
             )
         ids, _ = self.tok_batch_encode([context])
         whole = tuple(ids[0].tolist())

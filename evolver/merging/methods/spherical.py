@@ -12,7 +12,8 @@ from evolver.merging.methods import Range, each, method, number, operators
 from evolver.merging.methods.averages import Weight
 from evolver.merging.methods.here import PieceView, Stack
 
-Share = Annotated[Tensor, Range(0.0, 1.0)]
+# Beyond the two models the arc goes on around the sphere, away from both: no merge of them lies there.
+Share = Annotated[Tensor, Range(0.0, 1.0, least=0.0, most=1.0)]
 
 
 @method("Shoemake 1985, Animating rotation with quaternion curves", takes=2, symmetric=False)

@@ -1,0 +1,122 @@
+"""The configuration of a LoRA adapter (``adapter_config.json``), checked by itself and against its tensors."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from evolver.errors import BadInput
+
+# PEFT's words for all linear layers.
+ALL_LINEAR = "all-linear"
+
+
+def check_settings(config: Mapping[str, Any], file: Path, key: str) -> None:
+    """Check the settings that decide what an adapter adds to its base.
+
+    Raises BadInput that names ``key``, the file and the setting for a kind of adapter other than LoRA, and for a value
+    of a wrong type or outside its range.
+    """
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise BadInput(
+            f"{key}: {file} is of an adapter of the kind {_short(kind)} (peft_type), and only LORA adapters are "
+            "low-rank deltas; merge it into its base with PEFT (merge_and_unload) and give that folder."
+        )
+    wanted = {
+        "r": (_is_rank, "an integer from 1"), "lora_alpha": (_is_number, "a number"),
+        "use_rslora": (_is_switch, "true or false"), "fan_in_fan_out": (_is_switch, "true or false"),
+        "ensure_weight_tying": (_is_switch, "true or false"),
+        "rank_pattern": (lambda v: _is_pattern(v, _is_rank), "a mapping from names of modules to integers from 1"),
+        "alpha_pattern": (lambda v: _is_pattern(v, _is_number), "a mapping from names of modules to numbers"),
+        "target_modules": (_is_names, "a text or a list of names of modules"),
+        "modules_to_save": (_is_names, "a list of names of modules"),
+    }  # fmt: skip
+    for name, (usable, words) in wanted.items():
+        value = config.get(name)
+        if value is not None and not usable(value):
+            raise BadInput(f"{key}: {file}: {name}: {_short(value)} is not usable; it has to be {words}.")
+    for name in ("rank_pattern", "alpha_pattern", "target_modules"):
+        for pattern in [config[name]] if isinstance(config.get(name), str) else config.get(name) or ():
+            _check_pattern(pattern, f"{key}: {file}: {name}")
+
+
+def check_rank(config: Mapping[str, Any], module: str, rank: int, file: Path, key: str) -> None:
+    """Raises BadInput where the matrices of a module have another rank than the configuration says.
+
+    The scale of a delta is alpha / r. PEFT refuses to load such an adapter, since its matrices do not fit.
+    """
+    said = pattern_value(config.get("rank_pattern"), module, config.get("r"))
+    if said is not None and said != rank:
+        raise BadInput(
+            f"{key}: {file} says r = {said} for {module}, and its matrices there have the rank {rank}; copy the file "
+            "from the training that wrote the weights."
+        )
+
+
+def check_targets(config: Mapping[str, Any], modules: Iterable[str], file: Path, key: str) -> None:
+    """Raises BadInput for matrices of a module that the configuration does not name as a target.
+
+    PEFT makes no place for them, so that it would leave them out; here they would count, which is another model. Names
+    of targets for which there are no matrices are allowed: PEFT leaves these modules as they are in the base.
+    """
+    targets = config.get("target_modules")
+    if targets is None or targets == ALL_LINEAR:
+        return
+    for module in modules:
+        if not _is_target(module, targets):
+            raise BadInput(
+                f"{key}: the adapter holds matrices for {module}, which target_modules in {file} does not name; copy "
+                "the file from the training that wrote the weights."
+            )
+
+
+def pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """PEFT's rule: a pattern is for every module whose dotted name ends in it."""
+    for pattern, value in (patterns or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            return value
+    return default
+
+
+def _is_target(module: str, targets: str | list[str]) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(module == target or module.endswith(f".{target}") for target in targets)
+
+
+def _check_pattern(pattern: str, place: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise BadInput(f"{place}: {_short(pattern)} is no regular expression ({error}); correct it.") from error
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 and math.isfinite(value)
+    )
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+
+
+def _is_pattern(value: Any, usable: Any) -> bool:
+    return isinstance(value, dict) and all(map(usable, value.values()))
+
+
+def _short(value: Any) -> str:
+    said = repr(value)
+    return said if len(said) <= 60 else f"{said[:60]}…"
