@@ -198,6 +198,7 @@ def test_a_report_says_it_all(tmp_path):
     assert "| 1 | it broke |" in text
     assert CHILD.id in text
     assert "4 of 4 items" in text
+    assert "Run `evolver run config.yaml` with the configuration file beside this report; its seed is 0." in text
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["curve.png", "report.html", "report.md", "summary.json"]
 

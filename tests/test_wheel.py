@@ -76,7 +76,8 @@ def test_every_file_of_the_packages_is_in_the_wheel(wheel):
     files = [p for package in PACKAGES for p in (toys.ROOT / package).rglob("*") if p.is_file()]
     meant = {str(p.relative_to(toys.ROOT)): p for p in files if "__pycache__" not in p.parts}
     meant = {name: path for name, path in meant.items() if not name.startswith(NOT_INSTALLED)}
-    assert {"evolver/kernels/native.c", "evolver/kernels/native.h", "evolver/dashboard/static/index.html"} <= set(meant)
+    kinds = {"native.c": "kernels", "native.h": "kernels", "index.html": "dashboard/static"}
+    assert {"evolver/py.typed", *(f"evolver/{folder}/{name}" for name, folder in kinds.items())} <= set(meant)
     for name, path in meant.items():
         assert name in held, f"{name} is not in the wheel: name its kind in pyproject.toml under package-data"
         assert held[name] == path.read_bytes()

@@ -266,13 +266,13 @@ def _provenance(outcome: Outcome) -> str:
     )
     if outcome.config.order == "arrival":
         same = (
-            "Results were learnt as they came (`order: arrival`): called again in this folder, the run repeats itself "
-            "from its ledger; in another one, other timing makes other candidates."
+            "The search learnt results in the order in which they arrived (`order: arrival`). The same command repeats "
+            "this run from the ledger in this folder; in another folder, other timing leads to other candidates."
         )
     compute = outcome.config.model.compute
     passes = f"Forward passes ran in {compute}. " if compute != "auto" else ""
     return (
         "## How to reproduce\n\n"
-        f"`python evolve.py config.yaml` with the configuration beside this file, seed {outcome.config.seed}. {passes}"
-        f"Versions: {versions}. {same}"
+        f"Run `evolver run config.yaml` with the configuration file beside this report; its seed is "
+        f"{outcome.config.seed}. {passes}Versions: {versions}. {same}"
     )
