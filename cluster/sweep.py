@@ -82,7 +82,7 @@ def load_sweep(file: Path) -> Sweep:
         check_section(Config, config, f"{file} ({_said(values)})")
         cells.append(Cell(config["run"], values, config))
     if len({c.name for c in cells}) < len(cells):
-        raise BadInput(f"{file}: vary: a value stands twice; list every value once.")
+        raise BadInput(f"{file}: vary: a value is listed twice; list every value once.")
     return Sweep(settings.sweep, tuple(cells))
 
 

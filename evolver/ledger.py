@@ -94,8 +94,8 @@ class DamagedPart(BadInput):
 def damaged(file: str, reason: str, whole: pa.Table | None = None) -> DamagedPart:
     """The error for a damaged part, which says what to do."""
     error = DamagedPart(
-        f"{file}: it is damaged ({reason}); call the run again, which sets this file aside and scores again what is "
-        "lost with it."
+        f"{file}: it is damaged ({reason}); run the configuration again, which keeps this file under {DAMAGED}/ and "
+        "scores again what is lost with it."
     )
     error.reason, error.whole = reason, whole
     return error
@@ -183,9 +183,9 @@ class Ledger:
         result = self._finished.get((candidate.stage, candidate.number))
         if result is not None and result.recipe_id != candidate.recipe.id:
             raise BadInput(
-                f"{self.storage.location}: candidate {candidate.number} of stage {candidate.stage} is "
-                f"{result.recipe_id} in the ledger and {candidate.recipe.id} now; the run was made by another version, "
-                "start one of another name."
+                f"{self.storage.location}: candidate {candidate.number} of stage {candidate.stage} has the recipe "
+                f"{result.recipe_id} in the ledger, but {candidate.recipe.id} now; another version of Evolver made "
+                "this run, so start a run of another name."
             )
         return result
 
@@ -230,7 +230,7 @@ class Ledger:
         except OSError as error:
             raise BadInput(
                 f"{self.storage.location}: the ledger cannot be written ({error.strerror or error}); nothing finished "
-                "so far is lost: make room or mend the rights, and run the same command again."
+                "so far is lost: free disk space or correct the permissions, and run the same command again."
             ) from error
 
     def _join(self, parts: list[tuple[int, int, str]]) -> None:
@@ -279,7 +279,7 @@ class Ledger:
     def _is_ours(self, table: pa.Table, name: str) -> bool:
         ours = (table.schema.metadata or {}).get(OWNER) == self.owner.encode()
         if not ours:
-            self.warnings.append(f"{self._at(name)} belongs to another run and was left alone")
+            self.warnings.append(f"{self._at(name)} belongs to another run and is ignored")
         return ours
 
     def _move_up(self, name: str, lost: pa.Table) -> str:
@@ -288,8 +288,8 @@ class Ledger:
         self._create(own, _bytes(lost, small=True))
         self.storage.move(name, DAMAGED)
         self.warnings.append(
-            f"{self._at(name)} holds results that the part over it lacks; they stand in {own} now, and the file was "
-            f"kept as {DAMAGED}/{name}"
+            f"{self._at(name)} holds results that are missing in the file of joined parts; they are in {own} now, and "
+            f"the file was kept as {DAMAGED}/{name}"
         )
         return own
 
@@ -298,7 +298,7 @@ class Ledger:
             if PART.fullmatch(name):
                 yield *_span(name), name
             elif name not in {"lock", lease.LEASE_FILE, DAMAGED}:
-                self.warnings.append(f"{self._at(name)} is no part of the ledger and was left alone")
+                self.warnings.append(f"{self._at(name)} does not belong to the ledger and is ignored")
 
     def _set_aside(self, name: str, error: DamagedPart) -> pa.Table | None:
         """Keep a damaged part under ``damaged/``; what is whole of it takes its place, and is returned."""
@@ -312,8 +312,8 @@ class Ledger:
             self.storage.folder(DAMAGED).write(name, self.storage.read(name))
             self.storage.write(name, _bytes(whole))
         self.warnings.append(
-            f"{self._at(name)} is damaged ({error.reason}); it was kept as {DAMAGED}/{name}, and what is lost with it "
-            "is scored again"
+            f"{self._at(name)} is damaged ({error.reason}); it was kept as {DAMAGED}/{name}, and the candidates that "
+            "are lost with it are scored again"
         )
         return whole
 
@@ -335,8 +335,8 @@ def part_table(data: bytes | OSError, file: str, with_recipes: bool = False) -> 
         if is_misplaced(data):
             raise damaged(file, cause_of(data))
         raise BadInput(
-            f"{file}: it cannot be read now ({cause_of(data)}); nothing of it is lost: mend the rights or the disk, "
-            "and call again."
+            f"{file}: it cannot be read now ({cause_of(data)}); nothing is lost: correct the permissions or repair "
+            "the disk, and run the command again."
         ) from data
     try:
         # Of small files, threads and what reads whole data sets take longer than the reading.
@@ -349,7 +349,7 @@ def part_table(data: bytes | OSError, file: str, with_recipes: bool = False) -> 
         whole = pa.array([_is_recipe(text) for text in table["recipe"].to_pylist()], pa.bool_())
     if not pc.all(whole).as_py():
         lost = len(table) - pc.sum(whole).as_py()
-        raise damaged(file, f"{lost} of its {len(table)} rows are no proposals or results", table.filter(whole))
+        raise damaged(file, f"{lost} of its {len(table)} rows are neither proposals nor results", table.filter(whole))
     return table
 
 
@@ -360,16 +360,16 @@ def with_all_columns(table: pa.Table, file: str) -> pa.Table:
     """
     version = (table.schema.metadata or {}).get(VERSION, b"0")
     if not version.isdigit() or int(version) > SCHEMA_VERSION:
-        raise BadInput(f"{file}: a newer version of Evolver wrote it; go on with that one.")
+        raise BadInput(f"{file}: a newer version of Evolver wrote it; continue the run with that version.")
     new = [name for name in table.column_names if name not in SCHEMA.names]
     if new:
         raise damaged(file, f"it has columns that no ledger has: {', '.join(new)[:100]}")
     if table.column_names != [name for name in SCHEMA.names if name in table.column_names]:
-        raise damaged(file, "its columns stand in an order in which no version writes them")
+        raise damaged(file, "its columns are in an order in which no version writes them")
     for field in SCHEMA:
         if field.name in table.column_names:
             if table.schema.field(field.name).type != field.type:
-                raise damaged(file, f"its column {field.name} is no {field.type}")
+                raise damaged(file, f"its column {field.name} is not of type {field.type}")
         elif field.name in OLDEST:
             raise damaged(file, f"it has no column {field.name}")
         else:
@@ -423,7 +423,11 @@ def part_names(storage: Storage) -> list[str]:
     try:
         parts = sorted((int(m[1]), -int(m[2] or m[1]), n) for n in storage.names() if (m := PART.fullmatch(n)))
     except OSError as error:
-        remedy = "restore it from a copy, or move it away" if is_misplaced(error) else "mend the rights and call again"
+        remedy = (
+            "restore it from a copy, or move it away"
+            if is_misplaced(error)
+            else ("correct the permissions and run the command again")
+        )
         raise BadInput(f"{storage.location}: the ledger cannot be read ({cause_of(error)}); {remedy}.") from error
     return [name for _, _, name in parts]
 
@@ -488,8 +492,8 @@ def _items_of(run: Storage) -> list[dict[str, Any]]:
             raise ValueError("it has other columns or splits")
     except (pa.ArrowException, OSError, ValueError) as error:
         raise BadInput(
-            f"{run.location}/{ITEMS_FILE}: it cannot be read ({cause_of(error)}); call the run again, which writes "
-            "this file anew."
+            f"{run.location}/{ITEMS_FILE}: it cannot be read ({cause_of(error)}); run the configuration again, which "
+            "writes this file again."
         ) from error
     return rows
 

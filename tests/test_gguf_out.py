@@ -341,7 +341,10 @@ def deliver_one(run, out, kind="q8_0", wanted=None):
 def test_a_run_s_best_model_is_one_file(run, tmp_path):
     done = CliRunner().invoke(app, ["export", str(run), str(tmp_path / "out.gguf"), "--gguf", "q8_0"])
     assert done.exit_code == 0, done.output
-    assert f"{tmp_path / 'out.gguf'}: 20 tensors as q8_0, each read anew; loaded by Transformers" in done.output
+    assert (
+        f"{tmp_path / 'out.gguf'}: 20 tensors as q8_0, each read back and compared; loaded by Transformers"
+        in done.output
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["out.gguf"]
     assert fields(tmp_path / "out.gguf")["general.name"] == "toy"
     recipe = read_history(storage_at(run)).best[0].recipe.id
@@ -351,7 +354,7 @@ def test_a_run_s_best_model_is_one_file(run, tmp_path):
 def test_in_float32_it_is_the_exported_model(run, tmp_path):
     out = tmp_path / "out.gguf"
     (line,) = deliver_one(run, out, "F32")
-    assert line.endswith("it gives the ledger's answers on 40 of 40 dev items")
+    assert line.endswith("the model gives the answers in the ledger on 40 of 40 dev items")
     reader.convert(out, tmp_path / "back", "x")
     one, two = Checkpoint(tmp_path / "back", ""), Checkpoint(run / "best", "")
     assert one.names() == two.names()
@@ -385,7 +388,7 @@ def test_bad_input_is_one_sentence(run, tmp_path, monkeypatch):
     model = prepared.config.model.model_copy(update={"kind": "classifier"})
     classifier = replace(prepared, config=prepared.config.model_copy(update={"model": model}))
     monkeypatch.setattr(deliver, "prepare_run", lambda _: classifier)
-    refused(lambda: deliver_one(run, out), "--gguf: ", "of this run are of classifier", "leave it out")
+    refused(lambda: deliver_one(run, out), "--gguf: ", "this run merges models of the kind classifier", "leave it out")
     monkeypatch.setattr("importlib.metadata.version", missing)
     refused(lambda: deliver_one(run, out), "--gguf: ", out, "the package gguf", "pip install 'evolver[gguf]'")
     assert list(tmp_path.iterdir()) == []

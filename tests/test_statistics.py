@@ -393,7 +393,7 @@ def test_a_run_from_end_to_end(configured, tmp_path, cache, merged):
     assert f"gram of a on dev items ({recipe.statistics[0].items[:8]})" in (folder / "report.md").read_text()
     told: list[str] = []
     deliver(storage_at(folder), tmp_path / "out", None, told.append)
-    assert "gives the ledger's answers on 40 of 40 dev items" in told[0]
+    assert "gives the answers in the ledger on 40 of 40 dev items" in told[0]
     best = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert best == (folder / "best" / "model.safetensors").read_bytes()
     for kept in cache.iterdir():

@@ -60,7 +60,7 @@ def test_a_larger_grid_keeps_the_names_of_what_was_in_it(made):
     ("vary", "says"),
     [
         ({"seed": []}, "vary.seed: the list is empty"),
-        ({"seed": [1, 1]}, "vary: a value stands twice"),
+        ({"seed": [1, 1]}, "vary: a value is listed twice"),
         ({"sead": [1]}, r"sead: unknown key; .*seed"),
         ({"seed": ["one"]}, r"\(seed one\): seed: 'one' is not usable; write an integer"),
         ({"evaluation.tasks.7.dev": [1]}, "vary.evaluation.tasks.7.dev: the configuration has no such key"),

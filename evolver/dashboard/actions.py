@@ -78,14 +78,14 @@ def stop_run(folder: Storage, jobs: Jobs) -> str:
     """
     held = holder_of(folder.folder("ledger"))
     if held is None:
-        raise BadInput("nobody runs it.")
+        raise BadInput("no process is running it.")
     if job := read_about(folder).job:
         jobs.stop(job)
     elif held["host"] == socket.gethostname() and held["machine"] == this_machine():
         _terminate(int(held["pid"]), float(held["at"]))
     else:
-        raise BadInput(f"process {held['pid']} on {held['host']} runs it; stop it there.")
-    return "asked to stop; everything that is finished is kept"
+        raise BadInput(f"process {held['pid']} on {held['host']} is running it; stop it there.")
+    return "the run was asked to stop; everything that is finished is kept"
 
 
 def resume_run(folder: Storage, jobs: Jobs, candidates: int | None) -> str:
@@ -94,7 +94,7 @@ def resume_run(folder: Storage, jobs: Jobs, candidates: int | None) -> str:
     Raises BadInput where somebody runs it already.
     """
     if (held := holder_of(folder.folder("ledger"))) is not None:
-        raise BadInput(f"process {held['pid']} on {held['host']} runs it already.")
+        raise BadInput(f"process {held['pid']} on {held['host']} is running it already.")
     if candidates is not None and not (_is_whole(candidates) and candidates >= 1):
         raise BadInput(f"a budget of {candidates!r} candidates is not usable; write a number above 0.")
     more = [] if candidates is None else ["--candidates", str(candidates)]
@@ -111,9 +111,9 @@ def export_candidate(folder: Storage, candidate: int | None) -> str:
     Raises BadInput for a run in an object store, or where it was exported before.
     """
     if is_remote(folder.location):
-        raise BadInput(f"export it to where you want it: evolver export {folder.location} FOLDER")
+        raise BadInput(f"to write the model to a folder of your choice, run: evolver export {folder.location} FOLDER")
     if candidate is not None and not _is_whole(candidate):
-        raise BadInput(f"{candidate!r} is no candidate; give its number.")
+        raise BadInput(f"{candidate!r} is not the number of a candidate; give a number.")
     which = "best" if candidate is None else str(candidate)
     target = Path(folder.location).parent / f"{Path(folder.location).name}-export-{which}"
     check_target(target)
@@ -134,9 +134,9 @@ def _terminate(pid: int, seen: float) -> None:
             raise psutil.NoSuchProcess(pid)
         process.terminate()
     except psutil.NoSuchProcess:
-        raise BadInput(f"process {pid} ran it, and is gone; it can be resumed in a minute.") from None
+        raise BadInput(f"process {pid} was running it and has ended; the run can be resumed in a minute.") from None
     except psutil.AccessDenied:
-        raise BadInput(f"process {pid} runs it, and is another user's; stop it there.") from None
+        raise BadInput(f"process {pid} of another user is running it; stop it as that user.") from None
 
 
 def _configuration(path: object) -> Path:
@@ -154,9 +154,11 @@ def _configuration(path: object) -> Path:
             raise BadInput(f"{file}: there is no such file on the dashboard's machine; check the path.")
         size = file.stat().st_size
     except OSError as error:
-        raise BadInput(f"{file}: cannot be read ({error.strerror or error}); check the path.") from error
+        raise BadInput(f"{file}: the file cannot be read ({error.strerror or error}); check the path.") from error
     if size > CONFIGURATION_BYTES:
-        raise BadInput(f"{file}: has {size} bytes and is no configuration; give the path of a YAML file.")
+        raise BadInput(
+            f"{file}: has {size} bytes, which is too large for a configuration; give the path of a YAML file."
+        )
     return file
 
 
@@ -188,13 +190,13 @@ def _watch(process: subprocess.Popen[bytes], folder: Storage, name: str, errors:
         if folder.exists(ABOUT_FILE):
             return f"{name} is started"
         time.sleep(0.1)
-    return f"{name} is started and reads its models; it stands in the list once it has read them"
+    return f"{name} is started and reads its models; it appears in the list once it has read them"
 
 
 def _last_line(text: str, what: object) -> str:
     """The sentence with which a command ended."""
     lines = text.strip().splitlines()
-    return lines[-1] if lines else f"{what}: the run ended without saying why; call it on a terminal."
+    return lines[-1] if lines else f"{what}: the run ended without a message; run it on a terminal to see why."
 
 
 def _start(arguments: list[str], errors: IO[bytes] | None = None) -> subprocess.Popen[bytes]:

@@ -160,13 +160,13 @@ async def _body(request: Request) -> dict[str, Any]:
     async for piece in request.stream():  # one that is too long is not read to its end
         sent += piece
         if len(sent) > BODY_BYTES:
-            raise BadInput(f"what was sent is longer than {BODY_BYTES} bytes, which no action needs.")
+            raise BadInput(f"the request is longer than {BODY_BYTES} bytes, which no action needs.")
     try:
         given = json.loads(sent or b"{}")
     except (ValueError, RecursionError):
         given = None
     if not isinstance(given, dict):
-        raise BadInput("what was sent is no JSON object.")
+        raise BadInput("the request is not a JSON object.")
     return given
 
 

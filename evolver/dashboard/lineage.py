@@ -69,7 +69,7 @@ def box_texts(key: str, node: Recipe | None, numbers: Mapping[str, int], left_ou
     """What a box says: a name, the operations that made the model, and all of it in words."""
     if node is None:
         return {"id": key, "label": f"{left_out} more", "lines": ["models between"], "role": "left out", "number": None,
-                "made": f"{left_out} models of this lineage are not drawn"}  # fmt: skip
+                "made": f"{left_out} more models of this lineage are not drawn"}  # fmt: skip
     number = numbers.get(key)
     label = node.label if isinstance(node, Expert) or number is None else f"candidate {number}"
     role = "expert" if isinstance(node, Expert) else "model"

@@ -154,7 +154,7 @@ def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
         return space.decode(space.encode_equal(1.0)), space.tune, opened.base
     merger = getattr(settings, "merger", None)
     if merger is None:
-        raise BadInput(f"{file}: search: this search merges by no method, so no settings are in force.")
+        raise BadInput(f"{file}: search: this search uses no merge method, so there are no settings to explain.")
     return maker.merger(merger)(maker.experts), (), opened.base
 
 
@@ -198,16 +198,19 @@ def _refuse_racing(config: Config, algorithm: str, estimates: Estimates) -> None
     if not SEARCHES[algorithm].incumbent:
         able = ", ".join(n for n, a in SEARCHES.items() if a.incumbent)
         raise BadInput(
-            f"evaluation.racing: {algorithm} holds its candidates against no incumbent; leave racing out, or search "
-            f"with {able}."
+            f"evaluation.racing: racing compares each candidate with the best one so far, which {algorithm} does not "
+            f"do; leave racing out, or search with {able}."
         )
     if not config.evaluation.early_stopping:
-        raise BadInput("evaluation.racing: a race stops early; leave it out, or write early_stopping: true.")
+        raise BadInput(
+            "evaluation.racing: racing stops candidates early, but early_stopping is false; leave racing out, or "
+            "write early_stopping: true."
+        )
     task = first_unjudged(estimates.scale)
     if task is not None:
         raise BadInput(
-            f"evaluation.racing: the items of {task} are not judged one by one, from 0 to 1; leave racing out, or "
-            "choose another metric."
+            f"evaluation.racing: racing needs a score from 0 to 1 for each item, which the metric of {task} does not "
+            "give; leave racing out, or choose another metric."
         )
 
 

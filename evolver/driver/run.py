@@ -71,7 +71,10 @@ def run(
         raise BadInput(f"{given.origin}: {error}") from error
     try:
         if folder.takes_over:
-            display.say(f"{folder.location}: another configuration was called here and scored nothing; it gives way")
+            display.say(
+                f"{folder.location}: an earlier run of this name had another configuration and scored nothing, so "
+                "this run replaces it"
+            )
         folder.create(given.text)
         write_items(
             folder.storage, {s: [(i.task, i.index, i.hash) for i in prepared.tasks.items.of(s)] for s in SPLITS}
@@ -155,7 +158,7 @@ def _stages(
         pool.close()
     outcome = read_history(folder.storage).outcome()
     if outcome is None:
-        raise RuntimeError("all finalists are scored and there is no outcome")
+        raise RuntimeError("all finalists are scored, but there is no outcome")
     return outcome
 
 
@@ -207,7 +210,7 @@ def _checked_before(storage: Storage, text: bytes, display: Display) -> dict[str
     try:
         agreement = agreement_of(storage)
     except BadInput as error:
-        display.say(f"warning: {error} It is checked anew now.")
+        display.say(f"warning: {error} The model is checked again now.")
         return None
     whole = agreement is not None and storage.exists("best") and storage.exists(RECIPE_FILE)
     return agreement if whole and storage.read(RECIPE_FILE) == text else None

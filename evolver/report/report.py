@@ -29,8 +29,8 @@ from evolver.storage import Storage
 
 # What can be wrong with answers, by the name of its count.
 FLAWS = {
-    "truncated": "the prompt was cut, or the answer met its limit before its end",
-    "invalid": "no answer was found in what was written",
+    "truncated": "the prompt was cut, or the answer was cut at its length limit",
+    "invalid": "no answer was found in the text that the model wrote",
 }
 
 
@@ -117,7 +117,7 @@ def write_again(run: Storage, target: Storage) -> str:
     outcome = history.outcome()
     agreement = agreement_of(run)
     if outcome is None or agreement is None:
-        raise BadInput(f"{run.location}: the run has not come to its end; go on with it first (evolver resume).")
+        raise BadInput(f"{run.location}: the run is not finished; continue it first (evolver resume).")
     try:
         write_report(target, outcome, agreement, read_texts(run))
         target.write("candidates.csv", _csv(history).encode())
@@ -151,7 +151,7 @@ def table_of(outcome: Outcome) -> str:
 def _headline(task: str, scale: Scale) -> str:
     """The task's name; with its metric where that is one of which less is better."""
     metric = scale.metrics[task]
-    return f"{escaped(task)} ({metric.name}, less is better)" if metric.negative else escaped(task)
+    return f"{escaped(task)} ({metric.name}, lower is better)" if metric.negative else escaped(task)
 
 
 def _row(finalist: Finalist, outcome: Outcome, flawed: Sequence[str]) -> list[str]:
@@ -184,10 +184,10 @@ def _winner_section(outcome: Outcome, agreement: Mapping[str, int]) -> str:
     candidate, models = outcome.winning, len({r.recipe_id for _, r in outcome.searched})
     same = f"{agreement['equal']} of {agreement['items']}"
     return (
-        "## The winner\n\n"
-        f"One of {models} models, proposed by `{candidate.proposer}` as candidate {candidate.number}, recipe "
-        f"`{candidate.recipe.id}` ({len(dump_recipe(candidate.recipe))} bytes, in `recipe.json`). The folder `best/`, "
-        f"loaded anew and scored on the dev items, gives the ledger's score on {same} items."
+        f"## The winner\n\nOne of {models} models, proposed by `{candidate.proposer}` as candidate "
+        f"{candidate.number}, recipe `{candidate.recipe.id}` ({len(dump_recipe(candidate.recipe))} bytes, in "
+        "`recipe.json`). The model in the folder `best/` was loaded again and scored on the dev items; its scores "
+        f"are those in the ledger on {same} items."
     )
 
 
@@ -207,14 +207,14 @@ def _cost(outcome: Outcome) -> str:
     }
     rows = [
         ["candidates", str(len(results))],
-        ["of these known already, at no cost", str(sum(r.reused for r in results))],
+        ["of these, known from earlier candidates, at no cost", str(sum(r.reused for r in results))],
         ["items scored", str(sum(r.cost for r in results))],
         ["tokens", f"{math.fsum(r.counts.get('tokens', 0.0) for r in fresh):.0f}"],
         ["seconds of evaluation", f"{spent['total']:.1f}"],
         ["of these: materialising", f"{spent['materialise']:.1f}"],
         ["of these: scoring", f"{spent['forward']:.1f}"],
         ["of these: the rest", f"{spent['total'] - spent['materialise'] - spent['forward']:.1f}"],
-        ["seconds a candidate, median", f"{median_or_zero(r.seconds.get('total', 0.0) for r in fresh):.2f}"],
+        ["seconds per candidate, median", f"{median_or_zero(r.seconds.get('total', 0.0) for r in fresh):.2f}"],
         *_waste_rows(outcome.wasted),
         *cost_rows(
             outcome.config.pool, spent["total"] + math.fsum(r.seconds.get("total", 0.0) for r in outcome.wasted)
@@ -227,7 +227,7 @@ def _cost(outcome: Outcome) -> str:
 def _waste_rows(wasted: Sequence[Result]) -> Iterable[list[str]]:
     """What running ahead cost beside the budget."""
     if wasted:
-        yield ["candidates scored ahead on wrong guesses, beside the above", str(len(wasted))]
+        yield ["candidates scored ahead on wrong guesses, in addition to the above", str(len(wasted))]
         yield ["their items", str(sum(r.cost for r in wasted))]
         yield ["their seconds", f"{math.fsum(r.seconds.get('total', 0.0) for r in wasted):.1f}"]
 
@@ -241,7 +241,7 @@ def _savings_table(searched: Sequence[tuple[Candidate, Result]], full: int, outc
             last[result.recipe_id] = (candidate, result)
     partial = [(c, r) for c, r in last.values() if not r.complete]
     ways = {
-        "could no longer reach the bar": [r for c, r in partial if not r.raced and c.limit is None],
+        "could no longer reach the score to beat": [r for c, r in partial if not r.raced and c.limit is None],
         f"lost a race, at an error rate of {outcome.config.evaluation.racing}": [r for _, r in partial if r.raced],
         "did not go on to the next rung": [r for c, r in partial if not r.raced and c.limit is not None],
     }
@@ -260,9 +260,9 @@ def _failures(outcome: Outcome) -> str:
 def _provenance(outcome: Outcome) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in outcome.about.versions.items())
     same = (
-        "The same configuration gives the same candidates and the same winner, with one worker or many, interrupted or "
-        "not; sums of forward passes are rounded in the order of a processor, so this holds on processors that compute "
-        "alike."
+        "The same configuration gives the same candidates and the same winner, with one worker or many, interrupted "
+        "or not; this holds on processors of the same kind, since others round the sums of forward passes "
+        "differently."
     )
     if outcome.config.order == "arrival":
         same = (

@@ -69,11 +69,12 @@ class RunFolder:
             frozen, names = _frozen(storage), storage.names()
         except NotADirectoryError:
             raise BadInput(
-                f"{self.location}: there is a file of that name; choose another run name or remove it."
+                f"{self.location}: there is a file of that name; choose another run name, or remove the file."
             ) from None
         except OSError as error:
             raise BadInput(
-                f"{self.location}: cannot be read ({error.strerror or error}); check the address and the rights."
+                f"{self.location}: the folder cannot be read ({error.strerror or error}); check the address and the "
+                "permissions."
             ) from error
         self.takes_over = frozen is not None and self._changed(frozen) is not None and not _has_results(storage)
         self.owner = content_hash(identity if frozen is None or self.takes_over else frozen)
@@ -81,7 +82,8 @@ class RunFolder:
             self._compare(frozen)
         elif frozen is None and names:
             raise BadInput(
-                f"{self.location}: the folder holds files that are no run; choose another run name or empty it."
+                f"{self.location}: the folder holds files, but they are not those of a run; choose another run name, "
+                "or empty the folder."
             )
 
     def create(self, configuration: str) -> None:
@@ -126,8 +128,8 @@ class RunFolder:
             key, was, now = changed
             what = "other weights" if key.startswith(("experts.", "model.base")) else f"{was!r} → {now!r}"
             raise BadInput(
-                f"{self.location}: the run was made with another configuration ({key}: {what}); "
-                "give the changed configuration another run name, or restore the key."
+                f"{self.location}: the run was made with another configuration ({key}: {what}); give the changed "
+                "configuration another run name, or set the key to its old value again."
             )
 
 
@@ -146,6 +148,6 @@ def _frozen(folder: Storage) -> Mapping[str, Any] | None:
     Raises BadInput where it cannot be read.
     """
     try:
-        return mapping_of(folder, IDENTITY_FILE, "restore it, or choose another run name")
+        return mapping_of(folder, IDENTITY_FILE, "restore the file from a copy, or choose another run name")
     except FileNotFoundError:
         return None

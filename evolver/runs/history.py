@@ -93,8 +93,8 @@ def read_history(folder: Storage) -> History:
     history = history_of(about, pairs, guessed)
     if history.best is not None and history.best[0].recipe.id != history.best[1].recipe_id:
         raise BadInput(
-            f"{place.location}: candidate {history.best[0].number} of the search is kept with the recipe of another "
-            "model; restore the ledger from a copy."
+            f"{place.location}: candidate {history.best[0].number} of the search is recorded with the recipe of one "
+            "model and the id of another; restore the ledger from a copy."
         )
     return history
 
