@@ -1,10 +1,10 @@
 """The ledger: the ordered, durable record of everything that was proposed and scored. It is a run's only state.
 
-A part is one Parquet file under a running number: it is there whole or not at all, and whoever creates it knows all
-parts before it. So of two drivers on one ledger, one comes too late and stops, before it says anything. Three kinds of
-rows stand in it: ``asked``, ``finished``, and ``guessed`` for the result of a candidate that no search had asked for
-yet. Small parts are joined into larger ones now and then. A part that cannot be read is set aside under ``damaged/``,
-a file that belongs to another run is left alone; both are named.
+A part is one Parquet file with a running number. It is either complete or not there, and a driver creates a part only
+if it knows all parts before it. So if two drivers write one ledger, one of them finds its number taken, and stops
+before it tells its search anything. There are three kinds of rows: ``asked``, ``finished``, and ``guessed`` for the
+result of a candidate that no search had asked for yet. Sometimes, small parts are joined into a larger one, a *wide*
+part. A damaged part is kept under ``damaged/``, and a file of another run is ignored; a warning names either.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PART = re.compile(r"part-(\d{8})(?:-(\d{8}))?\.parquet")
 JOIN_FROM = 256
 ITEMS_FILE = "items.parquet"
 OWNER, VERSION = b"evolver.run", b"evolver.ledger"
-# Of the columns. Whoever adds one counts it up, so that an earlier version leaves such a ledger alone.
+# The version of the columns. Increase it when you add a column: earlier versions then refuse such a ledger.
 SCHEMA_VERSION = 1
 STAGES, EVENTS, STATUSES = ("baseline", "search", "report"), ("asked", "finished", "guessed"), ("ok", "failed")
 DAMAGED = "damaged"
@@ -69,18 +69,18 @@ SCHEMA = pa.schema(
     ]
 )
 
-# Without these a table is no ledger. Any other column that a table lacks came later, and holds its default there:
-# whoever adds a column adds it to SCHEMA only.
+# A table without these columns is not a ledger. If any other column is missing, an earlier version wrote the table, and
+# the column has its default. To add a column, add it to SCHEMA only.
 OLDEST = ("event", "time", "stage", "number", "recipe_id", "recipe")
 DEFAULTS = {f.name: f.default for kind in (Candidate, Result) for f in fields(kind) if f.default is not MISSING}
 
-# Fields of a result that stand in a row as they are, and those that are mappings.
+# The fields of a result that a row holds unchanged, and those that are mappings.
 PLAIN_FIELDS = ("status", "reason", "score", "bound", "complete", "reused", "raced", "given", "worker")
 MAPS = ("tasks", "seconds", "counts")
 
 
 class DamagedPart(BadInput):
-    """A part of a ledger holds something else than results.
+    """A part of a ledger is damaged.
 
     Attributes:
         reason: what is wrong with it, in a few words.
@@ -106,10 +106,10 @@ class Ledger:
 
     Args:
         storage: where the parts lie.
-        owner: the identity of the run's configuration; parts of another owner are not ours.
-        say: where to tell that another driver's lease has to be waited for.
+        owner: the identity of the run's configuration; parts of other owners are ignored.
+        say: is called with a line if another driver's lease has to be waited for.
 
-    Raises BadInput where another process has it open, naming that process.
+    Raises BadInput, naming the process, if another process has it open.
     """
 
     def __init__(self, storage: Storage, owner: str, say: Callable[[str], None] = lambda line: None) -> None:
@@ -122,7 +122,7 @@ class Ledger:
         self._lease = Lease(storage, say)
         self._parts: list[tuple[int, int, str]] = []
         self._loose: dict[str, pa.Table] = {}  # those that are to be joined, by name
-        self._next = 0  # above every number in the folder, so that no file of anybody is ever overwritten
+        self._next = 0  # above every number in the folder, so that no file is ever overwritten
         try:
             for row in self._read():
                 if row["event"] == "finished":
@@ -138,7 +138,7 @@ class Ledger:
         self._lease.close()
 
     def answer(self, candidate: Candidate) -> Result | None:
-        """What answers a candidate's question without an evaluation, if anything does.
+        """The result of a candidate, if it is known without an evaluation.
 
         That is, in this order: what this very candidate scored before; an earlier result of the same recipe on the
         same items; and what this very candidate scored when it was only guessed, with the same items known.
@@ -157,7 +157,7 @@ class Ledger:
         return replace(candidate, known=max((r.items for r in found), key=len, default=()))
 
     def write_asked(self, candidate: Candidate) -> None:
-        """Record that a candidate was sent out.
+        """Record that a candidate was sent to a worker.
 
         Raises BadInput where the ledger holds another recipe under its number: another search wrote it.
         """
@@ -234,7 +234,7 @@ class Ledger:
             ) from error
 
     def _join(self, parts: list[tuple[int, int, str]]) -> None:
-        """One file for many. Readers prefer the wide part, so a crash between the two steps does no harm."""
+        """Write many parts into one file. Readers prefer it, so a crash before the old ones are removed is harmless."""
         first, last = parts[0][0], parts[-1][1]
         wide = f"part-{first:08d}-{last:08d}.parquet"
         tables = [self._loose.pop(name) for _, _, name in parts]
@@ -283,7 +283,7 @@ class Ledger:
         return ours
 
     def _move_up(self, name: str, lost: pa.Table) -> str:
-        """Give rows that the wide part over theirs lacks a part of their own, which every reader finds; its name."""
+        """Write rows that are missing in the wide part of their range into a new part, and return its name."""
         _, own = self._new_name()
         self._create(own, _bytes(lost, small=True))
         self.storage.move(name, DAMAGED)
@@ -301,7 +301,7 @@ class Ledger:
                 self.warnings.append(f"{self._at(name)} does not belong to the ledger and is ignored")
 
     def _set_aside(self, name: str, error: DamagedPart) -> pa.Table | None:
-        """Keep a damaged part under ``damaged/``; what is whole of it takes its place, and is returned."""
+        """Keep a damaged part under ``damaged/``. Its undamaged rows replace it, and are returned."""
         whole = error.whole
         if whole is not None and not self._is_ours(whole, name):
             return None
@@ -339,7 +339,7 @@ def part_table(data: bytes | OSError, file: str, with_recipes: bool = False) -> 
             "the disk, and run the command again."
         ) from data
     try:
-        # Of small files, threads and what reads whole data sets take longer than the reading.
+        # For small files, starting threads or the reader for whole data sets takes longer than reading.
         table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read(use_threads=False)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise damaged(file, " ".join(str(error).split())[:200]) from error
@@ -379,7 +379,7 @@ def with_all_columns(table: pa.Table, file: str) -> pa.Table:
 
 
 def _whole_rows(table: pa.Table) -> pa.ChunkedArray:
-    """For each row whether it says all that a proposal or a result says. Recipes are read by whoever wants them."""
+    """For each row, whether it holds all that a proposal or a result needs. Recipes are not read here."""
 
     def among(column: str, values: Sequence[str]) -> pa.ChunkedArray:
         return pc.is_in(table[column], pa.array(values))
@@ -402,7 +402,7 @@ def _whole_rows(table: pa.Table) -> pa.ChunkedArray:
 
 
 def read_table(storage: Storage) -> pa.Table:
-    """All rows of a ledger, for reports; a run may be writing meanwhile."""
+    """All rows of a ledger, for reports. The run may be writing to it meanwhile."""
     tables = read_parts(storage)
     return pa.concat_tables([t for t in tables.values() if t is not None]) if tables else SCHEMA.empty_table()
 
@@ -418,7 +418,7 @@ def _is_recipe(text: str) -> bool:
 def part_names(storage: Storage) -> list[str]:
     """The names of a ledger's parts, in their order; of a wide part and those that were joined in it, all.
 
-    Raises BadInput where the ledger cannot be looked into.
+    Raises BadInput if the folder of the ledger cannot be listed.
     """
     try:
         parts = sorted((int(m[1]), -int(m[2] or m[1]), n) for n in storage.names() if (m := PART.fullmatch(n)))
@@ -499,7 +499,7 @@ def _items_of(run: Storage) -> list[dict[str, Any]]:
 
 
 def _bytes(table: pa.Table, small: bool = False) -> bytes:
-    """A Parquet file; a small one goes without what helps to find a row in it."""
+    """The bytes of a Parquet file; a small one has no dictionaries and statistics, which only help to find rows."""
     file, more = io.BytesIO(), {"use_dictionary": False, "write_statistics": False} if small else {}
     pq.write_table(table, file, compression="zstd", write_page_checksum=True, **more)
     return file.getvalue()
@@ -534,7 +534,7 @@ def _row(candidate: Candidate, result: Result | None) -> dict[str, Any]:
 
 
 def _name_of(row: Mapping[str, Any]) -> RowName:
-    """What tells a row from all others of a ledger."""
+    """The values that identify a row of a ledger."""
     return row["event"], row["stage"], row["number"], row["recipe_id"], len(row["items"] or ())
 
 

@@ -178,11 +178,17 @@ def test_explain_looks_inside(make_config, tmp_path):
     [
         (
             {"search": {"algorithm": "tpe"}},
-            "evaluation.racing: racing compares each candidate with the best one so far, which tpe does not do; leave",
+            (
+                "evaluation.racing: in a race, a candidate competes with the model that it would replace, and tpe "
+                "replaces none; leave"
+            ),
         ),
         (
             {"search": HALVING},
-            "evaluation.racing: racing compares each candidate with the best one so far, which halving does",
+            (
+                "evaluation.racing: in a race, a candidate competes with the model that it would replace, and halving "
+                "replaces none; leave"
+            ),
         ),
         (
             {"evaluation.early_stopping": False},

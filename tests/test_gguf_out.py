@@ -298,8 +298,8 @@ def words_only(raw):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (other_cut, "cuts texts as none of gpt-2, smollm"), (lower_case, "cuts texts as none of"),
-        (other_end, "other tokens around a text"), (words_only, "is a WordLevel, no BPE"),
+        (other_cut, "splits texts in another way than gpt-2, smollm"), (lower_case, "splits texts in another way than"),
+        (other_end, "other tokens around a text"), (words_only, "is a WordLevel and not BPE"),
     ],
 )  # fmt: skip
 def test_a_tokenizer_that_would_become_another_is_refused(made, tmp_path, change, said):
@@ -318,7 +318,11 @@ def test_a_changed_bit_is_found(made, tmp_path):
     content = bytearray((tmp_path / "m.gguf").read_bytes())
     content[-100] ^= 1
     (tmp_path / "m.gguf").write_bytes(content)
-    refused(lambda: writer.verify(tmp_path / "m.gguf", done), "reads otherwise than it was written", "check the disk")
+    refused(
+        lambda: writer.verify(tmp_path / "m.gguf", done),
+        "differs from what was written when it is read back",
+        "check the disk",
+    )
 
 
 def test_the_types_are_those_of_the_package():
@@ -381,7 +385,7 @@ def test_bad_input_is_one_sentence(run, tmp_path, monkeypatch):
     refused(lambda: deliver_one(run, out, "q4_k_m"), "--gguf: ", "cannot compute 'q4_k_m'", "q8_0", "llama-quantize")
     refused(lambda: deliver_one(run, tmp_path), tmp_path, "is no file", "name the file")
     monkeypatch.setattr("shutil.copyfile", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    refused(lambda: deliver_one(run, out), out, "No space left on device", "make room")
+    refused(lambda: deliver_one(run, out), out, "No space left on device", "free disk space")
     monkeypatch.setattr(keys, "ARCHITECTURES", {"gpt2": "gpt2"})
     refused(lambda: deliver_one(run, out), "a llama model cannot be written, only gpt2", "leave --gguf out")
     prepared = deliver.prepare_run(storage_at(run))

@@ -345,5 +345,5 @@ def test_a_worker_has_to_fit_on_one_node():
 def test_a_worker_that_finds_other_weights_refuses_to_work(ready):
     plan = ready("generational").plan
     moved = type(plan)(plan.config, {**plan.digests, "a": "other"}, plan.items)
-    with pytest.raises(BadInput, match="finds other weights than the driver"):
+    with pytest.raises(BadInput, match="finds different weights than the driver"):
         on_ray(moved, "dev", None)

@@ -1,4 +1,4 @@
-"""Who is let in by the dashboard."""
+"""Which requests the dashboard accepts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' d
 
 
 class Guard(BaseHTTPMiddleware):
-    """Lets in who has the token; actions only from our own pages.
+    """Accepts requests that have the token, and actions only from our own pages.
 
-    A browser that was misled to our port by another name is turned away by the name that it asks for.
+    A request under another host name is refused: a foreign page may have sent the browser here under its own name.
     """
 
     def __init__(self, app: Any, token: str, hosts: frozenset[str]) -> None:

@@ -1,4 +1,4 @@
-"""Any candidate of a run as files to take along: a Hugging Face folder, a LoRA adapter, a delta against the base, or
+"""The export of any candidate of a run: a Hugging Face folder, a LoRA adapter, a delta against the base, or
 one GGUF file.
 """
 
@@ -50,12 +50,12 @@ def find(history: History, wanted: str | None) -> tuple[Candidate, Result]:
 
 
 def deliver(run: Storage, out: Path, wanted: str | None, say: Warn, force: bool = False) -> None:
-    """Write a candidate as a Hugging Face folder, and check it: loaded anew, it has to give the ledger's answers.
+    """Write a candidate as a Hugging Face folder, load it again, and check that it gives the answers in the ledger.
 
     Args:
         force: take the place of an earlier export.
 
-    Raises BadInput for a run whose models or data are not there any more, and where something else is at ``out``.
+    Raises BadInput if the run's models or data are not there any more, or if something else is at ``out``.
     """
     check_export(out, force)
     history = read_history(run)

@@ -1,4 +1,4 @@
-"""A run from end to end: puts the parts together, and goes on where an earlier call of it stopped."""
+"""A run from beginning to end: this module puts the parts together. A run that was stopped continues from there."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def run(
         job: the Ray job that this is, if it is one.
         choose: chooses the dtype of forward passes where workers are; a run is asked once for it.
 
-    Raises BadInput for anything that the user has to mend.
+    Raises BadInput for anything that the user has to correct.
     """
     prepared = prepare(given, name, device=device)
     prepared = _in_chosen_compute(prepared, results.folder(prepared.config.run), device, choose, display)
@@ -147,7 +147,7 @@ def _stages(
     pool.close()  # its resources are the next one's
     winner = _winner(read_history(folder.storage))
     finalists = _finalists(prepared, plain, winner)
-    # Each winner has a number of its own: a raised budget may bring another one.
+    # Each winner gets its own number, because a larger budget may lead to another winner.
     fixed = len(finalists) - 1
     listed = Listed(finalists, "report", [*range(fixed), fixed + winner.number])
     pool = make_pool(prepared.plan, "report", prepared.tasks)
@@ -184,7 +184,7 @@ def _guesses(prepared: Prepared) -> Guesses | None:
 
 
 def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Display, device: str) -> None:
-    """Write the best model, check it by loading and scoring it anew, and write the report."""
+    """Write the best model, check it by loading and scoring it again, and write the report."""
     storage, winner = folder.storage, outcome.winner
     text = dump_recipe(winner.recipe).encode()
     agreement = _checked_before(storage, text, display)

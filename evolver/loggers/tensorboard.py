@@ -29,7 +29,7 @@ class TensorBoardSettings(Section):
 
 @logger("tensorboard", TensorBoardSettings, package="tensorboard")
 class TensorBoardLogger:
-    """Event files, written anew in every call of the run: a file cannot take anything back.
+    """Event files, written again each time the run is started, because an event file cannot be changed.
 
     The best score stands there twice, by steps and by scored items, as TensorBoard draws everything over steps.
     """

@@ -1,7 +1,7 @@
 """The examples of a report: items on which the winner and the best expert differ, with what both answered.
 
 Scores and answers come from the ledger. Only the texts of the items that are shown have a file of their own in the
-run's folder, so that a report can be written anew without the data.
+run's folder, so that a report can be written again without the data.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def examples_section(outcome: Outcome, texts: Texts) -> str:
 
 
 def _missing(found: Differences, outcome: Outcome, texts: Texts) -> Iterator[str]:
-    """What the examples lack, and why."""
+    """What is missing in the examples, and why."""
     shown, tasks = found.shown, outcome.scales["report"].tasks
     unshown = sorted({tasks[p] for p in shown if p not in texts})
     if unshown:

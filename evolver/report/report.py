@@ -1,4 +1,4 @@
-"""The report of a run: a verdict in one sentence, and what it rests on. Reads results only."""
+"""The report of a run: a verdict in one sentence, and the figures behind it. Only results are read."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FLAWS = {
 def write_report(
     folder: Storage, outcome: Outcome, agreement: Mapping[str, int], texts: Mapping[int, ItemText] | None = None
 ) -> None:
-    """Write ``report.md`` and its twin ``report.html`` with its picture, and for programs ``summary.json``.
+    """Write ``report.md``, the same as ``report.html`` with its picture, and ``summary.json`` for programs.
 
     Args:
         agreement: what scoring the exported winner again gave.
@@ -109,9 +109,9 @@ def summary(outcome: Outcome) -> dict[str, Any]:
 
 
 def write_again(run: Storage, target: Storage) -> str:
-    """Write the report of a run anew, from its folder alone, with all candidates as ``candidates.csv``; the verdict.
+    """Write the report of a run again, from its folder alone, and ``candidates.csv``. Returns the verdict.
 
-    Raises BadInput where the folder holds no run, or one whose finalists are not scored yet.
+    Raises BadInput if the folder holds no run, or a run whose finalists are not scored yet.
     """
     history = read_history(run)
     outcome = history.outcome()
@@ -149,7 +149,7 @@ def table_of(outcome: Outcome) -> str:
 
 
 def _headline(task: str, scale: Scale) -> str:
-    """The task's name; with its metric where that is one of which less is better."""
+    """The task's name, and its metric if lower values of it are better."""
     metric = scale.metrics[task]
     return f"{escaped(task)} ({metric.name}, lower is better)" if metric.negative else escaped(task)
 
@@ -167,7 +167,7 @@ def _row(finalist: Finalist, outcome: Outcome, flawed: Sequence[str]) -> list[st
 
 
 def _against_others(outcome: Outcome) -> str:
-    """Paired tests of the winner against everybody else."""
+    """Paired tests of the winner against all other finalists."""
     rows = []
     for other in outcome.finalists[:-1]:
         if other.report.score is None or outcome.winner.report.score is None:
@@ -225,7 +225,7 @@ def _cost(outcome: Outcome) -> str:
 
 
 def _waste_rows(wasted: Sequence[Result]) -> Iterable[list[str]]:
-    """What running ahead cost beside the budget."""
+    """The cost of candidates that were scored ahead on wrong guesses, which is not part of the budget."""
     if wasted:
         yield ["candidates scored ahead on wrong guesses, in addition to the above", str(len(wasted))]
         yield ["their items", str(sum(r.cost for r in wasted))]
@@ -233,7 +233,7 @@ def _waste_rows(wasted: Sequence[Result]) -> Iterable[list[str]]:
 
 
 def _savings_table(searched: Sequence[tuple[Candidate, Result]], full: int, outcome: Outcome) -> str:
-    """What each way of scoring less has saved, against scoring every item of every model once."""
+    """How many items each way of scoring fewer items has saved, compared with scoring all items of every model."""
     last: dict[str, tuple[Candidate, Result]] = {}  # of each model the evaluation that knows most
     for candidate, result in searched:
         known = last.get(result.recipe_id)

@@ -1,4 +1,4 @@
-"""What a run's folder says of the run itself, so that it can be read back without its models and data."""
+"""The file ``about.json`` of a run: what readers need to know about the run without its models and data."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class Job:
 
 @dataclass(frozen=True)
 class About:
-    """A run, but for its ledger.
+    """All facts about a run that are not in its ledger.
 
     Attributes:
-        config: as it was called last, with the dtype of forward passes that was chosen.
+        config: the one with which the run was started last, with the dtype of forward passes that was chosen.
         scales: how items make up scores, of both splits.
         versions: of the packages that were used.
-        warnings: what was said before the run began.
-        job: the Ray job that called it last; None: it was called as a process.
+        warnings: the warnings that were printed before the run began.
+        job: the Ray job that drove it last; None: a process drove it.
         owner: the name of the run's identity.
     """
 
@@ -70,7 +70,7 @@ def write_about(folder: Storage, about: About) -> None:
 def read_about(folder: Storage) -> About:
     """The inverse of ``write_about``.
 
-    Raises BadInput where the folder is none of a run, or a file of it cannot be read.
+    Raises BadInput if the folder is not that of a run, or if one of its files cannot be read.
     """
     config = config_of_run(folder).parsed()
     try:
@@ -104,8 +104,8 @@ def runs_in(root: Storage) -> list[str]:
 
 
 def _refuse_files_of_another_run(folder: Storage, config: Config, form: Mapping[str, Any]) -> None:
-    """Raises BadInput where a file was copied from the folder of another run. An identity that cannot be read, or is
-    not there, proves nothing; whoever goes on with the run says so.
+    """Raises BadInput if a file was copied from the folder of another run. If the identity is missing or cannot be
+    read, nothing is refused here; continuing the run reports that.
     """
     try:
         identity = mapping_of(folder, IDENTITY_FILE, "")

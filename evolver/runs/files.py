@@ -1,4 +1,4 @@
-"""Files of a run's folder, read so that whatever is wrong with one is said in a sentence that names it."""
+"""Reading the files of a run's folder. If a file is damaged, the error is one sentence that names it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def mapping_of(folder: Storage, name: str, remedy: str) -> dict[str, Any]:
 
 
 def unreadable(folder: Storage, name: str, error: Exception, remedy: str) -> BadInput:
-    """The sentence for a file that cannot be read."""
+    """The error for a file that cannot be read."""
     return BadInput(f"{folder.location}/{name}: it cannot be read ({cause_of(error)}); {remedy}.")
 
 
@@ -53,12 +53,12 @@ def holds_a_run(folder: Storage) -> bool:
         return not {ABOUT_FILE, IDENTITY_FILE}.isdisjoint(folder.names())
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except OSError:  # nobody may look into it, so it may well be one
+    except OSError:  # the folder may not be read, so it may be that of a run
         return True
 
 
 def no_run(folder: Storage) -> BadInput:
-    """The sentence for a folder in which there is no run."""
+    """The error for a folder in which there is no run."""
     return BadInput(
         f"{folder.location}: there is no run in this folder; give the folder of a run, such as results/demo."
     )
@@ -76,7 +76,7 @@ def summary_of(folder: Storage) -> tuple[dict[str, Any], str]:
 
 
 def agreement_of(folder: Storage) -> dict[str, int] | None:
-    """On how many of its ``items`` the exported winner, loaded anew, gave ``equal`` answers; None before that check.
+    """The check of the exported winner: of ``items`` answers, ``equal`` were as in the ledger. None before the check.
 
     Raises BadInput where that cannot be read.
     """
