@@ -261,7 +261,10 @@ def test_a_window_is_where_the_file_ends(made, tmp_path):
             "rope_type dynamic, factor 2",
         ),
         ({"rope_parameters": {**YARN, "beta_fast": 16.0}}, "beta_fast 16"),
-        ({"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight has no place in the file of a llama model"),
+        (
+            {"num_hidden_layers": 1},
+            "model.layers.1.input_layernorm.weight cannot be put into the file of a llama model",
+        ),
     ],
 )
 def test_what_a_file_cannot_hold_is_refused(made, tmp_path, change, said):
@@ -383,7 +386,7 @@ def test_what_is_interrupted_leaves_nothing(run, tmp_path, monkeypatch, stage):
 def test_bad_input_is_one_sentence(run, tmp_path, monkeypatch):
     out = tmp_path / "out.gguf"
     refused(lambda: deliver_one(run, out, "q4_k_m"), "--gguf: ", "cannot compute 'q4_k_m'", "q8_0", "llama-quantize")
-    refused(lambda: deliver_one(run, tmp_path), tmp_path, "is no file", "name the file")
+    refused(lambda: deliver_one(run, tmp_path), tmp_path, "this is not a file", "name the file")
     monkeypatch.setattr("shutil.copyfile", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     refused(lambda: deliver_one(run, out), out, "No space left on device", "free disk space")
     monkeypatch.setattr(keys, "ARCHITECTURES", {"gpt2": "gpt2"})
@@ -392,7 +395,12 @@ def test_bad_input_is_one_sentence(run, tmp_path, monkeypatch):
     model = prepared.config.model.model_copy(update={"kind": "classifier"})
     classifier = replace(prepared, config=prepared.config.model_copy(update={"model": model}))
     monkeypatch.setattr(deliver, "prepare_run", lambda _: classifier)
-    refused(lambda: deliver_one(run, out), "--gguf: ", "this run merges models of the kind classifier", "leave it out")
+    refused(
+        lambda: deliver_one(run, out),
+        "--gguf: ",
+        "this run merges models of the kind classifier",
+        "leave the option out",
+    )
     monkeypatch.setattr("importlib.metadata.version", missing)
     refused(lambda: deliver_one(run, out), "--gguf: ", out, "the package gguf", "pip install 'evolver[gguf]'")
     assert list(tmp_path.iterdir()) == []

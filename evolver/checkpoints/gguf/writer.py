@@ -189,7 +189,7 @@ def _places(infos: Mapping[str, TensorInfo], config: Any, kind: Any) -> dict[str
         if name.endswith(BUFFERS) or (name == HEAD and config.tie_word_embeddings):
             continue
         if (their := theirs.get_name(name, try_suffixes=(".weight", ".bias"))) is None:
-            raise BadInput(f"{OPTION}: {name} cannot be stored in the file of a {config.model_type} model; {INSTEAD}")
+            raise BadInput(f"{OPTION}: {name} cannot be put into the file of a {config.model_type} model; {INSTEAD}")
         turned = config.model_type == "gpt2" and name.endswith(TURNED)
         shape = info.shape[::-1] if turned else info.shape
         paired = heads.get(name.split(".")[-2], 0) if architecture == "llama" else 0
