@@ -28,7 +28,7 @@ def choose_on_ray(config: Config) -> ComputeChoice:
             raise cause from error
         said = " ".join(str(cause or error).split())[:300]
         raise BadInput(
-            f"pool: no worker could measure in which dtype it computes faster ({said}); write one as model.compute."
+            f"pool: no worker could measure which dtype is faster ({said}); set model.compute to a dtype."
         ) from error
     return found
 

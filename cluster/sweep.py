@@ -82,7 +82,7 @@ def load_sweep(file: Path) -> Sweep:
         check_section(Config, config, f"{file} ({_said(values)})")
         cells.append(Cell(config["run"], values, config))
     if len({c.name for c in cells}) < len(cells):
-        raise BadInput(f"{file}: vary: a value stands twice; list every value once.")
+        raise BadInput(f"{file}: vary: a value is listed twice; list every value once.")
     return Sweep(settings.sweep, tuple(cells))
 
 
@@ -187,7 +187,7 @@ def _job(address: str) -> Callable[[str, Path, str], tuple[int, str]]:
         if name in known and JobStatus(known[name]).is_terminal():
             client.delete_job(name)  # frees the id for a new job; the run itself stays in its folder
         if name not in known or JobStatus(known[name]).is_terminal():
-            command = f"python evolve.py {file} --results {results}"
+            command = f"python -m evolver run {file} --results {results}"  # runs in a clone and from a wheel
             client.submit_job(entrypoint=command, submission_id=name, runtime_env={"working_dir": os.getcwd()})
         while not client.get_job_status(name).is_terminal():
             time.sleep(POLL_SECONDS)

@@ -145,7 +145,7 @@ class EvaluationSettings(Section):
     )
     apply_chat_template: bool = Field(False, description="put prompts into the chat template of the base's tokenizer")
     fewshot_as_multiturn: bool = Field(
-        True, description="with a chat template, each few-shot example becomes a turn of its own"
+        True, description="with a chat template, each few-shot example becomes a separate turn"
     )
     system_instruction: str | None = Field(None, description="system prompt for all tasks")
     gen_kwargs: dict[str, Any] | None = Field(
@@ -198,7 +198,7 @@ class EvaluationSettings(Section):
     def _data_of_both(self) -> EvaluationSettings:
         for number, task in enumerate(self.tasks):
             if task.report_data is not None and task.data is None:
-                raise ValueError(f"task {number} has report_data and no data; give data for its dev items, too")
+                raise ValueError(f"task {number} has report_data but no data; give data for its dev items, too")
         return self
 
     @model_validator(mode="after")
@@ -240,7 +240,7 @@ class Baselines(Section):
         if not masses or min(masses) <= 0:
             raise ValueError("the list needs at least one mass, all above 0")
         if len({f"{mass:g}" for mass in masses}) < len(masses):
-            raise ValueError("a mass stands twice (six digits tell them apart); write each once")
+            raise ValueError("a mass is listed twice (masses are compared by six digits); list each mass once")
         return masses
 
 
@@ -443,7 +443,7 @@ def valid_yaml(origin: str) -> Iterator[None]:
     try:
         yield
     except RecursionError:
-        raise BadInput(f"{origin}: its lists and mappings are nested too deeply; mend the file.") from None
+        raise BadInput(f"{origin}: its lists and mappings are nested too deeply; correct the file.") from None
     except (yaml.YAMLError, ValueError, TypeError) as error:  # a date of month 13 is a ValueError, {[]: 1} a TypeError
         reason = " ".join(str(error).split())[:300]
         raise BadInput(f"{origin}: the file is not valid YAML ({reason}); correct it there.") from error

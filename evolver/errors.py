@@ -26,7 +26,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
     if not known:
-        return "none is known here"
+        return "there are no known names here"
     return "known: " + ", ".join(known[:20]) + (", …" if len(known) > 20 else "")
 
 
@@ -34,11 +34,11 @@ def cause_of(error: Exception) -> str:
     """Why a file could not be read or written, in a few words of a sentence."""
     match error:
         case IsADirectoryError():
-            return "a folder stands in its place"
+            return "there is a folder in its place"
         case NotADirectoryError() | FileExistsError():
-            return "a file stands where a folder should be"
+            return "there is a file where a folder should be"
         case UnicodeDecodeError():
-            return "it is no text"
+            return "it is not a text file"
         case OSError() if error.errno == errno.ELOOP:
             return "it is a link to itself"
     said = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
@@ -47,8 +47,11 @@ def cause_of(error: Exception) -> str:
 
 def file_sentence(error: OSError, place: str) -> str:
     """Which file could not be read or written, and what to do; it lies at ``place``, if the error does not say."""
-    remedy = "move it away" if is_misplaced(error) else "make room or mend the rights"
-    return f"{error.filename or place}: it cannot be read or written ({cause_of(error)}); {remedy}, and call again."
+    remedy = "move it away" if is_misplaced(error) else "free disk space or correct the permissions"
+    return (
+        f"{error.filename or place}: it cannot be read or written ({cause_of(error)}); {remedy}, and run the command "
+        "again."
+    )
 
 
 def is_misplaced(error: Exception) -> bool:

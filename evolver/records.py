@@ -303,7 +303,7 @@ class Merge(Node):
         method, places, base, rules, *more = entry
         statistics = tuple(nodes[i] for i in (more[0] if more else ()))
         if not all(isinstance(s, Statistic) for s in statistics):
-            raise ValueError("a merge has statistics that are none")
+            raise ValueError("something among the statistics of a merge is not a statistic")
         inputs = tuple(nodes[i] for i in places)
         return cls(method, inputs, nodes[base], tuple(Rule.from_form(r) for r in rules), statistics)
 
@@ -460,7 +460,7 @@ def load_recipe(text: str) -> Recipe:
                 raise ValueError(f"unknown kind of node {kind!r}")
             nodes.append(NODES[kind].from_entry(entry, nodes))  # type: ignore[arg-type]  # each kind is a recipe
         if isinstance(nodes[-1], Statistic):
-            raise ValueError("a statistic is no model")
+            raise ValueError("a statistic is not a model")
         return nodes[-1]
     except (TypeError, IndexError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a recipe: {error}") from error

@@ -239,7 +239,7 @@ TABLE = {
     "too few experts": ({"search.strategy": "rand/1"}, ["search.strategy", "needs 4 experts", "give more"]),
     "in flight without steady": (
         {"search.in_flight": 3},
-        ["search.in_flight", "mode sequential decides", "mode: steady"],
+        ["search.in_flight", "in mode sequential, the search itself decides", "mode: steady"],
     ),
     "unknown order": ({"order": "exakt"}, ["order", "'exakt'", "'exact' or 'arrival'"]),
     "a share of no worker": ({"pool.share": 0}, ["pool.share", "0", "write"]),
@@ -395,7 +395,7 @@ def disk(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [("ro", ["Read-only file system", "mend the rights"]), ("size=4k", ["No space left on device"])],
+    [("ro", ["Read-only file system", "correct the permissions"]), ("size=4k", ["No space left on device"])],
 )
 def test_a_results_folder_that_takes_nothing(make_config, disk, tmp_path, capsys, options, words):
     folder = disk(options)

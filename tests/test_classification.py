@@ -194,7 +194,7 @@ def test_a_number_each(classify, encoders, tmp_path):
 
 def test_a_number_is_not_asked_of_a_model_that_names_classes(classify):
     ready = prepare(config_at(classify([{"text": t, "label": 0.5} for t in texts()], metric="pearson")))
-    with pytest.raises(BadInput, match=r"^evaluation: mood wants a number, and the model names one of 3 labels\."):
+    with pytest.raises(BadInput, match=r"^evaluation: mood asks for a number, but the model gives one of 3 labels\."):
         Worker(ready.plan, "dev", tasks=ready.tasks)
 
 

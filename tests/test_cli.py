@@ -94,12 +94,12 @@ BAD = {
     "wrong density": (lambda c, m: c | {"parameters": {"density": 1.5}}, "density: 1.5 is not usable"),
     "text for a number": (lambda c, m: c | {"parameters": {"density": "much"}}, "density: 'much' is not usable"),
     "no such model": (lambda c, m: c | {"base_model": "/nowhere/at/all"}, "base_model: there is no folder"),
-    "twice": (lambda c, m: c | {"models": [c["models"][0]] * 2}, "a model stands twice"),
+    "twice": (lambda c, m: c | {"models": [c["models"][0]] * 2}, "a model is listed twice"),
     "other tokens": (lambda c, m: c | {"tokenizer_source": "union"}, "has no tokenizer.json, so its rows"),
     "a condition misspelt": (lambda c, m: c | {"parameters": {"density": [{"filtre": "mlp", "value": 1}]}}, "density: unknown key 'filtre'; did you mean 'filter'"),  # noqa: E501
     "a list of lists": (lambda c, m: c | {"parameters": {"density": [[0.1], [0.2]]}}, "density: [[0.1], [0.2]] is not usable"),  # noqa: E501
     "a condition without value": (lambda c, m: c | {"parameters": {"density": {"filter": "mlp"}}}, "density: {'filter': 'mlp'} is not usable"),  # noqa: E501
-    "shared, at a model": (lambda c, m: c | {"models": [s | {"parameters": {"weight": 1, "lambda": 2}} for s in c["models"]]}, "lambda: is one value for all models"),  # noqa: E501
+    "shared, at a model": (lambda c, m: c | {"models": [s | {"parameters": {"weight": 1, "lambda": 2}} for s in c["models"]]}, "lambda: this setting has one value for all models"),  # noqa: E501
     "half a count": (lambda c, m: c | {"merge_method": "karcher", "models": [{"model": m["e1"]}, {"model": m["e2"]}], "parameters": {"max_iter": [1, 4, 2]}}, "max_iter: 3.33"),  # noqa: E501
     "bad dtype": (lambda c, m: c | {"dtype": "float8"}, "dtype: 'float8' is not usable"),
 }  # fmt: skip

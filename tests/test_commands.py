@@ -80,7 +80,10 @@ def test_what_is_no_run_cannot_go_on(tmp_path):
     for command in ("resume", "report"):
         done = evolver(command, tmp_path)
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr == f"{tmp_path}: there is no run; give the folder of one, such as results/demo.\n"
+        assert (
+            done.stderr
+            == f"{tmp_path}: there is no run in this folder; give the folder of a run, such as results/demo.\n"
+        )
 
 
 def test_a_configuration_is_checked_without_reading_weights(file, monkeypatch, tmp_path):
@@ -143,7 +146,7 @@ def test_a_report_is_written_again_from_the_folder_alone(run, tmp_path):
 def test_the_best_model_is_taken_along(run, tmp_path):
     done = evolver("export", run, tmp_path / "best")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "gives the ledger's answers on 40 of 40 dev items" in done.stdout
+    assert "gives the answers in the ledger on 40 of 40 dev items" in done.stdout
     one, two = (load_file(f / "model.safetensors") for f in (run / "best", tmp_path / "best"))
     assert one.keys() == two.keys()
     assert all(one[n].equal(two[n]) for n in one)
@@ -159,7 +162,7 @@ def test_any_candidate_is_taken_along_by_number_or_recipe(run, tmp_path):
     assert all(one[n].equal(two[n]) for n in one)
     done = evolver("export", run, tmp_path / "x", "--candidate", "zz")
     assert done.returncode == 2
-    assert "no candidate of this run goes by 'zz'" in done.stderr
+    assert "no candidate of this run matches 'zz'" in done.stderr
     assert not (tmp_path / "x").exists()
 
 
@@ -265,7 +268,7 @@ def test_a_coefficient_search_is_a_study_of_optuna_s(tuned, run, tmp_path):
     ]
     refused = evolver("study", run, tmp_path / "other.db")
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert "only coefficient searches" in refused.stderr
+    assert "only runs of the searches tpe, cmaes and nsga2" in refused.stderr
 
 
 def test_optuna_s_dashboard_shows_the_study(tuned):

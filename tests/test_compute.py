@@ -135,7 +135,7 @@ def test_a_run_computes_as_was_chosen_once(configured, narrow, tmp_path):
     assert log == ["toy"]
     assert toys.essence(again) == toys.essence(folder)
     done = toys.evolver("export", folder, tmp_path / "out")
-    assert "gives the ledger's answers on 40 of 40 dev items" in done.out, done
+    assert "gives the answers in the ledger on 40 of 40 dev items" in done.out, done
     # Named, it is the same run; another one is not.
     named, _ = go(configured(compute="float32"), tmp_path / "results", asked("bfloat16", log))
     assert (named, log) == (folder, ["toy"])

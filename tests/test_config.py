@@ -163,4 +163,4 @@ def test_differences():
 def test_a_misspelt_word_gets_its_nearest():
     assert nearest("wieght", ["weight", "density"]) == "did you mean 'weight'?"
     assert nearest("zzz", ["weight", "density"]) == "known: density, weight"
-    assert nearest("zzz", []) == "none is known here"
+    assert nearest("zzz", []) == "there are no known names here"

@@ -184,7 +184,7 @@ def test_what_is_no_configuration_is_not_even_opened(inside, config, says, monke
 
 def test_a_large_file_is_no_configuration(inside, tmp_path):
     (tmp_path / "large.yaml").write_bytes(b"#" * (2**20 + 1))
-    assert "is no configuration" in start(inside, str(tmp_path / "large.yaml"))["error"]
+    assert "is too large for a configuration" in start(inside, str(tmp_path / "large.yaml"))["error"]
 
 
 def test_a_run_is_started_once(results, inside, make_config, tmp_path):
@@ -198,7 +198,7 @@ def test_a_run_is_started_once(results, inside, make_config, tmp_path):
         assert "there is a run started already; resume it on its page" in start(inside, str(file))["error"]
         (results / "started" / "about.json").unlink()
         (results / "started" / "identity.json").unlink()  # what is left is no run, which the run itself finds out
-        assert "the folder holds files that are no run" in start(inside, str(file))["error"]
+        assert "the folder holds files, but they are not those of a run" in start(inside, str(file))["error"]
     finally:
         shutil.rmtree(results / "started")
 
@@ -227,7 +227,7 @@ def test_long_requests_are_not_read_to_their_end(inside, path):
     answer = inside.post(path, headers={"x-evolver": "1"}, content=endless())
     assert (answer.status_code, "longer than" in answer.json()["error"]) == (400, True)
     deep = inside.post(path, headers={"x-evolver": "1"}, content=b"[" * 2**13)
-    assert deep.json()["error"] == "what was sent is no JSON object."
+    assert deep.json()["error"] == "the request is not a JSON object."
 
 
 def test_the_front_is_of_those_that_nobody_beats(inside):
@@ -257,7 +257,7 @@ def test_what_cannot_be_done_is_said(inside):
     def act(path, body=None):
         return inside.post(path, headers={"x-evolver": "1"}, content=json.dumps(body or {})).json()
 
-    assert act("/api/runs/toy/stop") == {"error": "nobody runs it."}
+    assert act("/api/runs/toy/stop") == {"error": "no process is running it."}
     assert "no run gone" in act("/api/runs/gone/stop")["error"]
     assert "not usable" in act("/api/runs/toy/resume", {"candidates": -3})["error"]
 
@@ -274,13 +274,13 @@ def test_only_the_process_that_has_the_run_is_stopped(results, inside):
 
     try:
         long_ago = psutil.Process(bystander.pid).create_time() - 1
-        assert "and is gone" in stop(at=long_ago)["error"]
+        assert "and has ended" in stop(at=long_ago)["error"]
         assert "stop it there" in stop(at=time.time(), host="elsewhere")["error"]
         assert "stop it there" in stop(at=time.time(), machine="another")["error"]
         assert bystander.poll() is None
         assert "asked to stop" in stop(at=time.time())["said"]
         assert bystander.wait(10) == -signal.SIGTERM
-        assert "and is gone" in stop(at=time.time())["error"]
+        assert "and has ended" in stop(at=time.time())["error"]
     finally:
         bystander.kill()
         lease.unlink()

@@ -162,7 +162,7 @@ def test_a_head_that_the_base_ties(tmp_path, head, count):
     content["lm_head.weight"] = second if head == "embedding" else second + 1
     lines = said(base, write(tmp_path / "m", content, tie_word_embeddings=head == "embedding"))
     assert len(lines) == count
-    assert all("has a head of its own, which is left out" in line and str(base.path) in line for line in lines)
+    assert all("has an output head, which is left out" in line and str(base.path) in line for line in lines)
 
 
 def configure(tmp_path, base, models):

@@ -200,7 +200,7 @@ def test_a_model_whose_answers_start_in_a_way_of_their_own_is_refused(worker, mo
     forward.check()
     with monkeypatch.context() as patch:
         patch.setattr(worker.live.module, "prepare_decoder_input_ids_from_labels", lambda labels: labels.flip(1))
-        with pytest.raises(BadInput, match=r"^model\.base: .* starts answers with the token of a language"):
+        with pytest.raises(BadInput, match=r"^model\.base: .* begins each answer with a token that names its language"):
             forward.check()
     monkeypatch.setattr(worker.live.module.config, "decoder_start_token_id", None)
     with pytest.raises(BadInput, match="has no decoder_start_token_id; write it into its config"):

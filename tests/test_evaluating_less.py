@@ -176,12 +176,33 @@ def test_explain_looks_inside(make_config, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"search": {"algorithm": "tpe"}}, "evaluation.racing: tpe holds its candidates against no incumbent; leave"),
-        ({"search": HALVING}, "evaluation.racing: halving holds"),
-        ({"evaluation.early_stopping": False}, "evaluation.racing: a race stops early; leave it out, or write early"),
+        (
+            {"search": {"algorithm": "tpe"}},
+            (
+                "evaluation.racing: in a race, a candidate competes with the model that it would replace, and tpe "
+                "replaces none; leave"
+            ),
+        ),
+        (
+            {"search": HALVING},
+            (
+                "evaluation.racing: in a race, a candidate competes with the model that it would replace, and halving "
+                "replaces none; leave"
+            ),
+        ),
+        (
+            {"evaluation.early_stopping": False},
+            (
+                "evaluation.racing: racing stops candidates early, but early_stopping is false; leave racing out, or "
+                "write early"
+            ),
+        ),
         (
             {"evaluation.tasks": [{"task": "yesno", "metric": "mcc", "dev": 40, "report": 30}]},
-            "evaluation.racing: the items of yesno are not judged one by one, from 0 to 1; leave racing out, or",
+            (
+                "evaluation.racing: racing needs a score from 0 to 1 for each item, which the metric of yesno does "
+                "not give; leave racing out, or"
+            ),
         ),
     ],
 )

@@ -105,11 +105,11 @@ def test_no_report_scores_no_examples():
 def test_what_is_missing_is_said():
     texts = {0: ItemText("one", ""), 1: ItemText("two", "")}
     old = examples_section(finished([1.0, 0.0], [0.0, 1.0]), {})
-    assert "The run's folder holds no texts of the items of t." in old
+    assert "The run's folder does not hold the texts of the items of t." in old
     assert "An earlier version of Evolver made this run and kept scores only" in old
     assert "###" not in old  # an example would hold two numbers and nothing else
     own = examples_section(finished([1.0, 0.25], [0.5, 1.0], said=(("", ""), ("", ""))), texts)
-    assert "What judges t gives scores and no answers, so the scores are shown." in own
+    assert "The kind of evaluation of t gives scores but no answers in words, so the scores are shown." in own
     assert "- **winner**: score 0.25\n- a: score 1" in own
     assert "right:" not in own
 
@@ -226,7 +226,7 @@ def test_a_run_whose_texts_are_lost_has_a_report(make_config, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     assert toys.evolver("report", copy).code == 0
-    assert "The run's folder holds no texts of the items of toy." in (copy / "report.md").read_text()
+    assert "The run's folder does not hold the texts of the items of toy." in (copy / "report.md").read_text()
     assert shown(copy) == []
 
 
@@ -248,7 +248,7 @@ def test_a_function_of_the_user_s_own(make_config, tasks, tmp_path):
         make_config(tmp_path, {"evaluation.tasks": [task], "search.generations": 9, "budget.candidates": 12}), tmp_path
     )
     text = (folder / "report.md").read_text()
-    assert "What judges mine gives scores and no answers, so the scores are shown." in text
+    assert "The kind of evaluation of mine gives scores but no answers in words, so the scores are shown." in text
     examples = shown(folder)
     assert examples
     assert all(json.loads(prompt)["question"] for prompt, *_ in examples)

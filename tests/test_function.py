@@ -121,7 +121,7 @@ def test_what_a_function_leaves_behind_does_not_meet_the_next_candidate(configur
 def test_code_that_cannot_be_run_is_one_sentence(configured, tmp_path):
     file = configured()
     (tmp_path / "mine.py").write_text("raise SystemExit(3)")
-    with pytest.raises(BadInput, match=r"function: .*mine.py cannot be run \(SystemExit: 3\); mend it"):
+    with pytest.raises(BadInput, match=r"function: .*mine.py cannot be run \(SystemExit: 3\); correct the file"):
         prepare(config_at(file))
 
 

@@ -80,7 +80,7 @@ def test_a_garbled_part_is_set_aside_and_scored_again(runs, finished, config, wa
     (WAYS | TABLES)[way](part)
     if way != "gone":
         for command in (("report", run), ("export", run, runs / "out")):
-            assert_one_sentence(evolver(*command), part.name, "call the run again")
+            assert_one_sentence(evolver(*command), part.name, "run the configuration again")
     ended = evolver("run", config, "--results", runs)
     assert ended.code == 0, ended
     assert way == "gone" or part.name in ended.out

@@ -134,7 +134,7 @@ def test_what_is_not_tuned_stays_as_given():
         ({"fixed": {"lamda": 1.0}}, r"^search\.settings: .*did you mean 'lambda'"),
         ({"fixed": {"weight": [1.0] * 2}, "tune": ["lambda"]}, r"^search\.settings\.weight: 2 numbers for 3 experts"),
         ({"fixed": {"weight": [1.0] * 3}}, r"^search\.settings\.weight: weight is tuned"),
-        ({"tune": ["lambda", "lambda"]}, r"^search\.tune: a setting stands twice"),
+        ({"tune": ["lambda", "lambda"]}, r"^search\.tune: a setting is listed twice"),
     ],
 )  # fmt: skip
 def test_bad_spaces_are_refused(change, message):

@@ -203,7 +203,7 @@ def test_a_truncated_file_is_refused(tmp_path, keep):
 def test_a_foreign_file_is_refused(tmp_path, content):
     file = tmp_path / "m.gguf"
     file.write_bytes(content)
-    refused(lambda: open_base(str(file)), "model.base: ", file, "is no GGUF file", "give one")
+    refused(lambda: open_base(str(file)), "model.base: ", file, "is not a GGUF file", "give a GGUF file")
 
 
 @pytest.mark.parametrize("architecture", ["bert", "nonesuch"])

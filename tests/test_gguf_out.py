@@ -261,7 +261,10 @@ def test_a_window_is_where_the_file_ends(made, tmp_path):
             "rope_type dynamic, factor 2",
         ),
         ({"rope_parameters": {**YARN, "beta_fast": 16.0}}, "beta_fast 16"),
-        ({"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight has no place in the file of a llama model"),
+        (
+            {"num_hidden_layers": 1},
+            "model.layers.1.input_layernorm.weight cannot be put into the file of a llama model",
+        ),
     ],
 )
 def test_what_a_file_cannot_hold_is_refused(made, tmp_path, change, said):
@@ -298,8 +301,8 @@ def words_only(raw):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (other_cut, "cuts texts as none of gpt-2, smollm"), (lower_case, "cuts texts as none of"),
-        (other_end, "other tokens around a text"), (words_only, "is a WordLevel, no BPE"),
+        (other_cut, "splits texts in another way than gpt-2, smollm"), (lower_case, "splits texts in another way than"),
+        (other_end, "other tokens around a text"), (words_only, "is a WordLevel and not BPE"),
     ],
 )  # fmt: skip
 def test_a_tokenizer_that_would_become_another_is_refused(made, tmp_path, change, said):
@@ -318,7 +321,11 @@ def test_a_changed_bit_is_found(made, tmp_path):
     content = bytearray((tmp_path / "m.gguf").read_bytes())
     content[-100] ^= 1
     (tmp_path / "m.gguf").write_bytes(content)
-    refused(lambda: writer.verify(tmp_path / "m.gguf", done), "reads otherwise than it was written", "check the disk")
+    refused(
+        lambda: writer.verify(tmp_path / "m.gguf", done),
+        "differs from what was written when it is read back",
+        "check the disk",
+    )
 
 
 def test_the_types_are_those_of_the_package():
@@ -341,7 +348,10 @@ def deliver_one(run, out, kind="q8_0", wanted=None):
 def test_a_run_s_best_model_is_one_file(run, tmp_path):
     done = CliRunner().invoke(app, ["export", str(run), str(tmp_path / "out.gguf"), "--gguf", "q8_0"])
     assert done.exit_code == 0, done.output
-    assert f"{tmp_path / 'out.gguf'}: 20 tensors as q8_0, each read anew; loaded by Transformers" in done.output
+    assert (
+        f"{tmp_path / 'out.gguf'}: 20 tensors as q8_0, each read back and compared; loaded by Transformers"
+        in done.output
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["out.gguf"]
     assert fields(tmp_path / "out.gguf")["general.name"] == "toy"
     recipe = read_history(storage_at(run)).best[0].recipe.id
@@ -351,7 +361,7 @@ def test_a_run_s_best_model_is_one_file(run, tmp_path):
 def test_in_float32_it_is_the_exported_model(run, tmp_path):
     out = tmp_path / "out.gguf"
     (line,) = deliver_one(run, out, "F32")
-    assert line.endswith("it gives the ledger's answers on 40 of 40 dev items")
+    assert line.endswith("the model gives the answers in the ledger on 40 of 40 dev items")
     reader.convert(out, tmp_path / "back", "x")
     one, two = Checkpoint(tmp_path / "back", ""), Checkpoint(run / "best", "")
     assert one.names() == two.names()
@@ -376,16 +386,21 @@ def test_what_is_interrupted_leaves_nothing(run, tmp_path, monkeypatch, stage):
 def test_bad_input_is_one_sentence(run, tmp_path, monkeypatch):
     out = tmp_path / "out.gguf"
     refused(lambda: deliver_one(run, out, "q4_k_m"), "--gguf: ", "cannot compute 'q4_k_m'", "q8_0", "llama-quantize")
-    refused(lambda: deliver_one(run, tmp_path), tmp_path, "is no file", "name the file")
+    refused(lambda: deliver_one(run, tmp_path), tmp_path, "this is not a file", "name the file")
     monkeypatch.setattr("shutil.copyfile", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    refused(lambda: deliver_one(run, out), out, "No space left on device", "make room")
+    refused(lambda: deliver_one(run, out), out, "No space left on device", "free disk space")
     monkeypatch.setattr(keys, "ARCHITECTURES", {"gpt2": "gpt2"})
     refused(lambda: deliver_one(run, out), "a llama model cannot be written, only gpt2", "leave --gguf out")
     prepared = deliver.prepare_run(storage_at(run))
     model = prepared.config.model.model_copy(update={"kind": "classifier"})
     classifier = replace(prepared, config=prepared.config.model_copy(update={"model": model}))
     monkeypatch.setattr(deliver, "prepare_run", lambda _: classifier)
-    refused(lambda: deliver_one(run, out), "--gguf: ", "of this run are of classifier", "leave it out")
+    refused(
+        lambda: deliver_one(run, out),
+        "--gguf: ",
+        "this run merges models of the kind classifier",
+        "leave the option out",
+    )
     monkeypatch.setattr("importlib.metadata.version", missing)
     refused(lambda: deliver_one(run, out), "--gguf: ", out, "the package gguf", "pip install 'evolver[gguf]'")
     assert list(tmp_path.iterdir()) == []

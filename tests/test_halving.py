@@ -113,7 +113,8 @@ def test_rungs_are_nested_parts_in_whole_blocks_and_end_with_all():
     assert rungs(30, 3, dev(90)) == (30, None)
     assert rungs(1, 2, dev(2)) == (1, None)
     with pytest.raises(
-        BadInput, match=r"search\.first: 30 items, rounded up to blocks of 64 .* are all of the 40 dev items; write"
+        BadInput,
+        match=r"search\.first: 30 items, rounded up to blocks of 64 .* are all of the 40 dev items; write",
     ):
         rungs(30, 3, dev(40, 64))
 
@@ -324,7 +325,7 @@ def test_a_rung_is_in_the_air_at_once():
     for candidate in first:
         search.tell(Pool().evaluate(candidate))
     assert [c.limit for c in search.ask(99)] == [16] * 2
-    with pytest.raises(ValueError, match="the search waits for no result"):
+    with pytest.raises(ValueError, match="the search does not wait for a result"):
         halving().tell(Result(0, "r", "ok"))
 
 
@@ -376,7 +377,7 @@ def test_estimates_of_items_that_are_not_judged_alone_are_refused():
         ({"of": {"algorithm": "evolver"}}, r"^search\.of\.mode: sequential .* write generational\.$"),
         (
             {"of": TPE | {"in_flight": 4}},
-            r"^search\.of\.in_flight: inside of halving, candidates come in batches of 4; leave in_flight out",
+            r"^search\.of\.in_flight: inside halving, 4 candidates are evaluated at the same time; leave in_flight out",
         ),
         (
             {"of": HALVING | {"of": TPE}},

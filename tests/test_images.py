@@ -130,7 +130,7 @@ def test_an_image_that_is_not_there_is_named(configured, tmp_path):
 
 def test_a_broken_image_is_named(configured, paths, tmp_path):
     (tmp_path / "4.png").write_bytes(b"no image")
-    with pytest.raises(BadInput, match=r"evaluation.tasks\[0\].data: the image of row 5 is of no known format"):
+    with pytest.raises(BadInput, match=r"evaluation.tasks\[0\].data: the image of row 5 has no known format"):
         prepare(config_at(configured(paths)))
 
 

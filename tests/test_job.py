@@ -191,7 +191,7 @@ def test_a_job_that_cannot_run_says_why_and_fails(job, make_config, tmp_path):
     given = ("--submission-id", "too-much", "--working-dir", ".")
     code, said = job("submit", *given, "--", sys.executable, "evolve.py", str(file), "--results", str(tmp_path))
     assert code != 0
-    assert f"{file}: pool.num_gpus: a worker asks for 8 GPU, and the best of 1 nodes has 0" in said
+    assert f"{file}: pool.num_gpus: a worker needs 8 GPU, and the best of 1 nodes has 0" in said
     assert not (tmp_path / "too-much").exists()
 
 

@@ -232,7 +232,7 @@ def test_a_worker_of_its_own_gives_the_same_bits(judges, configured, name, tmp_p
 def test_a_key_that_it_does_not_read_is_refused(configured, name, tmp_path):
     raw = configured(name)
     for key in set(SOME) - judge_named(name, "here").keys:
-        said = f"evaluation.tasks[0].{key}: ", f"judged as {name}"
+        said = f"evaluation.tasks[0].{key}: ", f"the kind of evaluation {name} does not use"
         toys.refused(lambda key=key: opened(raw, tmp_path, **{key: SOME[key]}), *said)
 
 

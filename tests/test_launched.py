@@ -245,7 +245,7 @@ def test_what_is_no_task_of_lm_eval_stays_with_the_resident_model(make_config, t
     (tmp_path / "mine.py").write_text("def score(model, items):\n    return [1.0 for _ in items]\n")
     task = {"task": "mine", "function": f"{tmp_path / 'mine.py'}:score", "data": str(tasks / "toy.jsonl")}
     file = make_config(tmp_path, {"evaluation.tasks": [{**task, "dev": 4, "report": 4}], "evaluation.backend": "hf"})
-    with pytest.raises(BadInput, match=r"evaluation\.backend: mine is no task of lm-eval; write resident"):
+    with pytest.raises(BadInput, match=r"evaluation\.backend: mine is not a task of lm-eval; write resident"):
         prepare(config_at(file))
 
 

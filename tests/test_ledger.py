@@ -138,9 +138,9 @@ def test_a_partial_result_answers_where_it_decides(reopen):
 def test_another_recipe_under_the_same_number_is_refused(reopen):
     ledger = reopen()
     fill(ledger, [0])
-    with pytest.raises(BadInput, match=r"candidate 0 of stage search is \w+ in the ledger"):
+    with pytest.raises(BadInput, match=r"candidate 0 of stage search has the recipe \w+ in the ledger"):
         ledger.write_asked(Candidate(0, recipe(5), "evolver"))
-    with pytest.raises(BadInput, match=r"candidate 0 of stage search is \w+ in the ledger"):
+    with pytest.raises(BadInput, match=r"candidate 0 of stage search has the recipe \w+ in the ledger"):
         ledger.write_result(Candidate(0, recipe(5), "evolver"), result(5))
     assert ledger.answer(Candidate(0, recipe(5), "evolver")) is None
 
@@ -293,7 +293,7 @@ def test_a_full_disk_loses_nothing_that_was_finished(reopen, monkeypatch, step):
     fill(ledger, range(2))
     with monkeypatch.context() as patch:
         patch.setattr(os, step, full_disk)
-        with pytest.raises(BadInput, match=r"No space left.*nothing finished so far is lost: make room"):
+        with pytest.raises(BadInput, match=r"No space left.*nothing finished so far is lost: free disk space"):
             ledger.write_result(candidate(2), result(2))
     assert ledger.answer(candidate(2)) is None
     assert not list(ledger.storage.path.glob(".part*"))
@@ -418,7 +418,7 @@ def test_a_ledger_of_a_newer_version_is_left_to_it(old):
     of_version(old, b"2")
     before = old.names()
     for reading in (lambda: Ledger(old, "the owner of 2026-11"), lambda: read_table(old)):
-        with pytest.raises(BadInput, match=r"a newer version of Evolver wrote it; go on with that one"):
+        with pytest.raises(BadInput, match=r"a newer version of Evolver wrote it; continue the run with that version"):
             reading()
     assert [n for n in old.names() if n != "lock"] == before
 
@@ -442,7 +442,7 @@ def test_no_whole_result_goes_because_a_wide_part_lies_over_it(reopen, tmp_path,
     max(folder.glob("part-????????.parquet")).rename(inside)  # the result, which was written last
     again = reopen()
     assert again.answer(candidate(9)) is not None
-    assert any(inside.name in w and "lacks" in w for w in again.warnings)
+    assert any(inside.name in w and "are missing in the file of joined parts" in w for w in again.warnings)
     assert wide.exists()
     assert not inside.exists()
     finished = [row["number"] for row in read_table(again.storage).to_pylist() if row["event"] == "finished"]

@@ -168,7 +168,7 @@ def test_one_that_fails_is_warned_of_once_and_a_later_call_fills_the_gap(call, n
     failing = call(name, TOYS[name].spoilt(tmp_path))
     failing(RESULTS, finish=True)
     assert len(failing.said) == 1
-    assert failing.said[0].startswith(f"warning: loggers.{name}: off, up to the next call")
+    assert failing.said[0].startswith(f"warning: loggers.{name}: off for the rest of this run")
     assert "\n" not in failing.said[0]
     assert "secret" not in failing.said[0]
     assert failing.beside.steps == [*range(RESULTS)]
@@ -192,7 +192,7 @@ def test_one_that_is_stuck_slows_nothing(call, name, tmp_path, monkeypatch):
     assert stuck.beside.steps == [*range(RESULTS)]
     assert len(stuck.said) == 1
     assert f"loggers.{name}: off" in stuck.said[0]
-    assert "it is not done 2 s after the run" in stuck.said[0]
+    assert "the tracker was still busy 2 s after the run" in stuck.said[0]
 
 
 @EVERY

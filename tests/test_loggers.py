@@ -303,7 +303,7 @@ def test_a_folder_is_no_package(tmp_path, monkeypatch):
 
 def test_tensorboard_wants_a_folder_where_the_run_has_none_here(make_config, tmp_path):
     far = storage_at("memory://runs/toy")
-    with pytest.raises(BadInput, match=r"loggers\.tensorboard\.folder: missing, .* give a folder"):
+    with pytest.raises(BadInput, match=r"loggers\.tensorboard\.folder: this key is missing; .* give a folder"):
         loggers.build_loggers(load(make_config(tmp_path, {"loggers": {"tensorboard": {}}})), "run.yaml", far)
     near = load(make_config(tmp_path, {"loggers": {"tensorboard": {"folder": str(tmp_path / "events")}}}))
     assert loggers.build_loggers(near, "run.yaml", far)["tensorboard"].folder == tmp_path / "events" / "toy"

@@ -133,7 +133,9 @@ def copy_adapter(source, target):
 
 def test_dora_is_refused_with_the_reason(tmp_path):
     train(tmp_path, llama(), use_dora=True)
-    with pytest.raises(BadInput, match=r"^experts\.x: .*lora uses use_dora, .* no low-rank delta .*merge_and_unload"):
+    with pytest.raises(
+        BadInput, match=r"^experts\.x: .*lora uses use_dora, .* not a low-rank change .*merge_and_unload"
+    ):
         opened(tmp_path)
 
 
@@ -171,7 +173,7 @@ def test_an_adapter_that_moved_its_base_is_refused(tmp_path, start):
 
 
 @pytest.mark.parametrize(
-    ("module", "says"), [("embed_tokens", "without the head"), ("lm_head", "no tensor of the base")]
+    ("module", "says"), [("embed_tokens", "without the head"), ("lm_head", "nor a tensor of the base")]
 )
 def test_half_of_a_tied_pair_cannot_be_trained_apart(tmp_path, module, says):
     train(tmp_path, llama(), modules_to_save=[module])

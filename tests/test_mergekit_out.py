@@ -151,10 +151,10 @@ def test_the_last_of_named_documents_is_the_model(world, tmp_path):
 @pytest.mark.parametrize(
     ("raw", "says"),
     [
-        ([document(["x"], "a"), document(["y"], "a")], "stands twice"),
+        ([document(["x"], "a"), document(["y"], "a")], "is used twice"),
         ([document(["x"]), document(["y"])], "have no name"),
-        ([document(["b"], "a"), document(["a"], "b")], "made of itself"),
-        ([document(["x"]), ["a list"]], "no mapping"),
+        ([document(["b"], "a"), document(["a"], "b")], "uses itself"),
+        ([document(["x"]), ["a list"]], "not a mapping"),
         ([{"merge_method": "linear", "modules": {"a": {}, "b": {}}}], "several modules"),
     ],
 )

@@ -526,5 +526,5 @@ class TestRegMean:
     def test_what_is_no_gram_is_an_error(self):
         base, models, grams = self.given()
         for bad in (grams[0] * math.nan, -grams[0]):
-            with pytest.raises(FloatingPointError, match="no Grams"):
+            with pytest.raises(FloatingPointError, match="are not Gram matrices"):
                 merge("regmean", models, base, statistics={"gram": [bad] * 3})

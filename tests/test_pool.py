@@ -117,7 +117,7 @@ def test_all_workers_gone_for_good_is_said():
 
 def test_workers_that_die_before_they_are_ready_end_the_run():
     crew = SimulatedCrew(fine, start=5.0, deaths=[(1.0 + k, k, False) for k in range(50)])
-    with pytest.raises(BadInput, match="end before they are ready"):
+    with pytest.raises(BadInput, match="ended before they were ready"):
         CrewPool(crew, Settings(num_workers=1))
     assert crew.hired == STILLBORN
 

@@ -82,7 +82,7 @@ def test_a_worker_that_cannot_be_built_is_one_sentence(configured):
     ready.plan.digests["base"] = "another"
     pool = CrewPool(ProcessCrew(ready.plan, "dev"), ready.plan.config.pool, eager=False)
     pool.submit(Candidate(0, ready.experts[0], "test"))
-    with pytest.raises(BadInput, match="finds other weights than the driver"):
+    with pytest.raises(BadInput, match="finds different weights than the driver"):
         pool.wait()
     pool.close()
 

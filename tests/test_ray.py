@@ -295,9 +295,9 @@ def test_messages_are_undone_exactly():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"num_gpus": 4.0}, "pool.num_gpus: a worker asks for 4 GPU, and the best of 1 nodes has 0"),
-        ({"num_cpus": 3.0}, "pool.num_cpus: a worker asks for 3 CPU, and the best of 1 nodes has 2"),
-        ({"resources": {"tpu": 1.0}}, "pool.resources.tpu: a worker asks for 1 tpu, and the best of 1 nodes has 0"),
+        ({"num_gpus": 4.0}, "pool.num_gpus: a worker needs 4 GPU, and the best of 1 nodes has 0"),
+        ({"num_cpus": 3.0}, "pool.num_cpus: a worker needs 3 CPU, and the best of 1 nodes has 2"),
+        ({"resources": {"tpu": 1.0}}, "pool.resources.tpu: a worker needs 1 tpu, and the best of 1 nodes has 0"),
     ],
 )
 def test_what_the_cluster_can_never_offer_is_refused(fragile_pool, settings, says):
@@ -315,7 +315,7 @@ def test_the_refusal_is_one_sentence(make_config, tmp_path, capsys):
     err = capsys.readouterr().err
     assert code == 2
     assert len(err.splitlines()) == 1
-    assert err.startswith(f"{file}: pool.num_gpus: a worker asks for 4 GPU")
+    assert err.startswith(f"{file}: pool.num_gpus: a worker needs 4 GPU")
     assert not (tmp_path / "results").exists()
 
 
@@ -345,5 +345,5 @@ def test_a_worker_has_to_fit_on_one_node():
 def test_a_worker_that_finds_other_weights_refuses_to_work(ready):
     plan = ready("generational").plan
     moved = type(plan)(plan.config, {**plan.digests, "a": "other"}, plan.items)
-    with pytest.raises(BadInput, match="finds other weights than the driver"):
+    with pytest.raises(BadInput, match="finds different weights than the driver"):
         on_ray(moved, "dev", None)

@@ -198,6 +198,7 @@ def test_a_report_says_it_all(tmp_path):
     assert "| 1 | it broke |" in text
     assert CHILD.id in text
     assert "4 of 4 items" in text
+    assert "Run `evolver run config.yaml` with the configuration file beside this report; its seed is 0." in text
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["curve.png", "report.html", "report.md", "summary.json"]
 
@@ -222,7 +223,7 @@ def test_what_was_not_scored_stands_in_the_report(tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "| items scored | 8 |" in text
     assert "| tokens | 14 |" in text
-    assert "| could no longer reach the bar | 1 | 3 |" in text
+    assert "| could no longer reach the score to beat | 1 | 3 |" in text
     assert "| lost a race, at an error rate of None | 1 | 2 |" in text
     assert "| did not go on to the next rung | 1 | 2 |" in text  # of two rungs, what the second has left
     assert "| price (estimated) | 0.0300 |" in text  # three evaluations of a second each
@@ -250,7 +251,7 @@ def test_perplexities_are_shown_as_the_field_writes_them(tmp_path):
     about = replace(done.about, scales=scales)
     write_report(storage_at(tmp_path), replace(done, about=about, finalists=tuple(again)), {"items": 4, "equal": 4})
     text = (tmp_path / "report.md").read_text()
-    assert "t (word_perplexity, less is better)" in text
+    assert "t (word_perplexity, lower is better)" in text
     assert "| **winner** | 50.0 | -7.389 | -7.389 – -7.389 | 7.389 |" in text
     assert "**Improvement: the winner beats the best expert, a (+12.7 points" in text
 

@@ -310,7 +310,7 @@ def test_a_task_that_does_not_tell_its_padding_is_refused(make_config, tmp_path,
     mine = {"task": "mine", "function": f"{tmp_path}/mine.py:score", "data": str(tmp_path / "rows.jsonl")}
     toy = {"task": "toy", "dev": 10, "report": 10}
     changes = {"evaluation.tasks": [toy, {**mine, "dev": 10, "report": 10}], "search": search}
-    with pytest.raises(BadInput, match=r"evaluation\.tasks\[1\]: mine is scored in a way that does not tell which"):
+    with pytest.raises(BadInput, match=r"evaluation\.tasks\[1\]: mine is scored in a way that does not say which"):
         prepare(config_at(make_config(tmp_path, changes)), weights=False)
     others = {"statistics.tasks": {expert: ["toy"] for expert in "abc"}}
     assert prepare(config_at(make_config(tmp_path, changes | others)), weights=False)
@@ -338,7 +338,7 @@ def test_a_statistic_of_a_merge_or_of_other_items_is_refused(configured):
     worker, (one, other) = worker_of(ready), merge_of(ready).statistics
     inner = Merge("simple", ready.experts, ready.base)
     for bad, said in (
-        (Statistic("gram", inner, one.items), "collected of experts only"),
+        (Statistic("gram", inner, one.items), "can be collected from experts only"),
         (Statistic("gram", one.of, "another hash"), "on other items than those of this run"),
         (Statistic("gramm", one.of, one.items), "no collector 'gramm'; did you mean 'gram'"),
     ):
@@ -372,7 +372,7 @@ def test_an_offspring_has_the_statistics_of_the_expert_in_whose_place_it_stands(
     merged = maker.merger({"method": "regmean"})([a, child])
     assert merged.statistics == (Statistic("gram", a, "items of a"), Statistic("gram", b, "items of b"))
     assert maker.merger({"method": "simple"})([a, child]).statistics == ()
-    with pytest.raises(BadInput, match=r"regmean needs statistics of experts, and a merge \(simple\) is none of them"):
+    with pytest.raises(BadInput, match=r"regmean needs statistics of experts, and a merge \(simple\) is not an expert"):
         maker.merger({"method": "regmean"})([a, Merge("simple", (a, b), maker.base)])
 
 
@@ -393,7 +393,7 @@ def test_a_run_from_end_to_end(configured, tmp_path, cache, merged):
     assert f"gram of a on dev items ({recipe.statistics[0].items[:8]})" in (folder / "report.md").read_text()
     told: list[str] = []
     deliver(storage_at(folder), tmp_path / "out", None, told.append)
-    assert "gives the ledger's answers on 40 of 40 dev items" in told[0]
+    assert "gives the answers in the ledger on 40 of 40 dev items" in told[0]
     best = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert best == (folder / "best" / "model.safetensors").read_bytes()
     for kept in cache.iterdir():

@@ -172,7 +172,9 @@ def assert_seen(results):
         assert page["heat"]["models"]
         assert browser.get(f"/api/runs/toy/candidates/{page['best']}").json()["settings"]["recipe"]
         said = browser.post("/api/runs/toy/export", headers={"x-evolver": "1"}).json()["error"]
-        assert said == f"export it to where you want it: evolver export {results.location}/toy FOLDER"
+        assert (
+            said == f"to write the model to a folder of your choice, run: evolver export {results.location}/toy FOLDER"
+        )
 
 
 def test_experts_of_an_object_store_are_brought_here_once(make_config, models, s3, tmp_path, monkeypatch):

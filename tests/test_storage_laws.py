@@ -258,7 +258,7 @@ def test_a_holder_of_another_machine_is_waited_for_as_long_as_its_lease(storage)
     said, began = [], time.monotonic()
     lease = Lease(storage, said.append)
     assert time.monotonic() - began >= 1.5
-    assert "in use by process 12 on spot-7; going on in" in said[0]
+    assert "in use by process 12 on spot-7; this process continues it in" in said[0]
     lease.close()
 
 

@@ -1,10 +1,16 @@
 """Sweeps: every combination is a run, done ones are left, and the table says what came out."""
 
 import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import toys
 import yaml
+from ray.job_submission import JobStatus
 from typer.testing import CliRunner
 
 from cluster.sweep import gather, load_sweep, run_all
@@ -54,7 +60,7 @@ def test_a_larger_grid_keeps_the_names_of_what_was_in_it(made):
     ("vary", "says"),
     [
         ({"seed": []}, "vary.seed: the list is empty"),
-        ({"seed": [1, 1]}, "vary: a value stands twice"),
+        ({"seed": [1, 1]}, "vary: a value is listed twice"),
         ({"sead": [1]}, r"sead: unknown key; .*seed"),
         ({"seed": ["one"]}, r"\(seed one\): seed: 'one' is not usable; write an integer"),
         ({"evaluation.tasks.7.dev": [1]}, "vary.evaluation.tasks.7.dev: the configuration has no such key"),
@@ -83,6 +89,39 @@ def test_a_sweep_is_run_once_and_gathered(made, tmp_path):
     said.clear()
     run_all(sweep, "results", 1, None, said.append)
     assert all("done already" in line for line in said)
+
+
+class Jobs:
+    """Ray's client for jobs, without a cluster: a job runs at once, in the working folder itself."""
+
+    def __init__(self, address):
+        self.ended = {}
+
+    def list_jobs(self):
+        return []
+
+    def submit_job(self, entrypoint, submission_id, runtime_env):
+        first = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        command, folder = shlex.split(entrypoint), runtime_env["working_dir"]
+        done = subprocess.run(
+            command, cwd=folder, env=os.environ | first, capture_output=True, text=True, check=False
+        )  # fmt: skip
+        self.ended[submission_id] = done
+
+    def get_job_status(self, name):
+        return JobStatus.FAILED if self.ended[name].returncode else JobStatus.SUCCEEDED
+
+    def get_job_logs(self, name):
+        return self.ended[name].stderr
+
+
+def test_a_job_of_a_sweep_needs_no_clone_in_the_working_folder(made, tmp_path, monkeypatch):
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Jobs)
+    sweep = load_sweep(made({"seed": [0]}))
+    assert not (tmp_path / "evolve.py").exists()
+    said = []
+    assert run_all(sweep, "results", 1, "http://127.0.0.1:8265", said.append) == {sweep.cells[0].name: 0}, said
+    assert (tmp_path / "results" / sweep.cells[0].name / "summary.json").exists()
 
 
 def test_the_command_says_which_run_failed_and_shows_the_others(made, tmp_path):

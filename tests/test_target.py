@@ -75,7 +75,7 @@ def test_force_replaces_an_earlier_export_only_as_it_was_written(tmp_path):
     ):
         spoil()
         before = tree(target)
-        refused(lambda: write(target, force=True), target, "--force replaces nothing else")
+        refused(lambda: write(target, force=True), target, "--force replaces only what an export wrote")
         assert tree(target) == before
         for path in (target / "sub" / "notes.txt", target / "home"):
             path.unlink(missing_ok=True)

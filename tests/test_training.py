@@ -228,7 +228,9 @@ def test_what_is_frozen_stays(encoder, tmp_path):
     assert "bert.encoder.layer.0.output.dense.weight" not in still
 
 
-@pytest.mark.parametrize(("freeze", "said"), [("embedings", "is in no parameter's name"), ("e", "nothing to train")])
+@pytest.mark.parametrize(
+    ("freeze", "said"), [("embedings", "is not in the name of any parameter"), ("e", "nothing can be trained")]
+)
 def test_what_cannot_be_frozen_is_named(encoder, tmp_path, freeze, said):
     raw = classifiers(encoder, tmp_path)
     raw["train"]["freeze"] = [freeze]
@@ -348,7 +350,7 @@ def test_a_bad_configuration_is_one_sentence(encoder, tmp_path, change, said):
 def test_rows_that_cannot_be_learnt_from_are_named(encoder, tmp_path):
     raw = classifiers(encoder, tmp_path)
     write(tmp_path / "one.jsonl", [{"text": "the red boat", "label": "purple"}])
-    with pytest.raises(BadInput, match=r"experts.one.data: row 1 cannot be learnt from"):
+    with pytest.raises(BadInput, match=r"experts.one.data: row 1 cannot be used for training"):
         make_experts(PoolConfig.model_validate(raw), Silent())
 
 

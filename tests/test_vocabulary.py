@@ -139,9 +139,9 @@ def test_the_merge_loads_in_a_new_process(world, tmp_path):
     ("more", "says"),
     [
         ({}, "differs from that of the base"),
-        ({"tokenizer_source": "FOLDER/e3"}, "is no model of this merge"),
-        ({"tokenizer": {"source": "base", "tokens": {"q": {}}}}, "'q' is in no vocabulary"),
-        ({"tokenizer": {"source": "base", "tokens": {"c": {"source": "FOLDER/e3"}}}}, "is no model of this merge"),
+        ({"tokenizer_source": "FOLDER/e3"}, "is not a model of this merge"),
+        ({"tokenizer": {"source": "base", "tokens": {"q": {}}}}, "'q' is not in the vocabulary of any model"),
+        ({"tokenizer": {"source": "base", "tokens": {"c": {"source": "FOLDER/e3"}}}}, "is not a model of this merge"),
         ({"tokenizer": {"source": "base", "tokens": {"c": {"source": "FOLDER/e1"}}}}, "has no token 'c'"),
         ({"tokenizer_source": "base", "chat_template": "llama3"}, "chat_template: 'llama3' is not usable"),
     ],

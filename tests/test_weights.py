@@ -215,7 +215,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path, base):
     refused(lambda: LoraAdapter(empty, "experts.x", base), empty, "holds no LoRA matrices")
     odd = write_adapter(tmp_path / "odd", {Q: low_rank(6, 6)})
     add(odd, {"base_model.model.x.lora_magnitude_vector": torch.ones(6)})
-    refused(lambda: LoraAdapter(odd, "experts.x", base), "lora_magnitude_vector", "no LoRA matrix of a layer")
+    refused(lambda: LoraAdapter(odd, "experts.x", base), "lora_magnitude_vector", "neither a LoRA matrix of a layer")
     resized = write_adapter(tmp_path / "resized", {Q: low_rank(6, 6)})
     add(resized, {"base_model.model.model.embed_tokens.weight": torch.ones(9, 6)})
     refused(lambda: LoraAdapter(resized, "experts.x", base), resized, "model.embed_tokens.weight", "(9, 6)")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import venv
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,8 @@ def test_every_file_of_the_packages_is_in_the_wheel(wheel):
     files = [p for package in PACKAGES for p in (toys.ROOT / package).rglob("*") if p.is_file()]
     meant = {str(p.relative_to(toys.ROOT)): p for p in files if "__pycache__" not in p.parts}
     meant = {name: path for name, path in meant.items() if not name.startswith(NOT_INSTALLED)}
-    assert {"evolver/kernels/native.c", "evolver/kernels/native.h", "evolver/dashboard/static/index.html"} <= set(meant)
+    kinds = {"native.c": "kernels", "native.h": "kernels", "index.html": "dashboard/static"}
+    assert {"evolver/py.typed", *(f"evolver/{folder}/{name}" for name, folder in kinds.items())} <= set(meant)
     for name, path in meant.items():
         assert name in held, f"{name} is not in the wheel: name its kind in pyproject.toml under package-data"
         assert held[name] == path.read_bytes()
@@ -120,6 +122,55 @@ def test_it_runs_a_configuration_in_an_empty_folder(installed, make_config, tmp_
     if shutil.which("cc") or shutil.which("gcc"):
         code = "from evolver.kernels import native; print(native.library() is not None)"
         assert run(installed, "-c", code, cwd=empty, EVOLVER_CACHE=cache).stdout.strip() == "True"
+
+
+def interpreter(version: str) -> Path:
+    """An interpreter of another version of Python on this machine; the test is skipped where there is none."""
+    names = [f"python{version}", *map(str, Path("~/.pyenv/versions").expanduser().glob(f"{version}.*/bin/python"))]
+    for found in filter(None, map(shutil.which, names)):
+        asked = "import sys; print('%d.%d' % sys.version_info[:2])"
+        if subprocess.run([found, "-c", asked], capture_output=True, text=True, check=False).stdout.strip() == version:
+            return Path(found)
+    pytest.skip(f"there is no Python {version} on this machine")
+
+
+# Imports every module of both packages, and prints those that could be; a package that is missing is no fault of ours.
+IMPORT_ALL = """
+import importlib, json, pkgutil, sys
+done = []
+for package in ("evolver", "cluster"):
+    place = importlib.util.find_spec(package).submodule_search_locations
+    for found in pkgutil.walk_packages(place, package + ".", onerror=lambda name: None):
+        try:
+            importlib.import_module(found.name)
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] in ("evolver", "cluster"):
+                raise
+        else:
+            done.append(found.name)
+print(json.dumps(done))
+"""
+
+
+@pytest.mark.parametrize("version", ["3.12", "3.13"])
+def test_it_is_installed_and_compiled_by_other_versions_of_python(wheel, version, tmp_path):
+    """Without torch, which not every machine has for all of them: so nothing is run but what needs no package."""
+    run(interpreter(version), "-m", "venv", "--without-pip", tmp_path / "environment", cwd=tmp_path)
+    python = tmp_path / "environment" / "bin" / "python"
+    run(
+        sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path
+    )  # fmt: skip
+    place = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).stdout.strip()
+    run(python, "-W", "error", "-m", "compileall", "-q", "-f", *(Path(place) / p for p in PACKAGES), cwd=tmp_path)
+    imported = json.loads(run(python, "-W", "error", "-c", IMPORT_ALL, cwd=tmp_path).stdout)
+    assert {"evolver.version", "evolver.errors", "evolver.records", "evolver.pool"} <= set(imported)
+
+
+def test_python_versions_before_the_oldest_one_are_refused(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        metadata = message_from_bytes(archive.read(name))
+    assert metadata["Requires-Python"] == ">=3.11"
 
 
 def test_its_dashboard_shows_its_pages(installed, tmp_path):

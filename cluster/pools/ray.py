@@ -154,10 +154,10 @@ def check_resources(wanted: Mapping[str, Any], nodes: Sequence[Mapping[str, floa
     most = {key: max((n.get(name, 0.0) for n in nodes), default=0.0) for key, (name, _) in asked.items()}
     key = next((k for k, (_, count) in asked.items() if count > most[k] + 1e-9), "pool.num_cpus")
     name, count = asked[key]
-    together = "" if count > most[key] + 1e-9 else " and lacks the other resources that a worker asks for"
+    together = "" if count > most[key] + 1e-9 else " and lacks the other resources that a worker needs"
     raise BadInput(
-        f"{key}: a worker asks for {count:g} {name}, and the best of {len(nodes)} nodes has {most[key]:g}{together}; "
-        "ask for less, or add a node that has it."
+        f"{key}: a worker needs {count:g} {name}, and the best of {len(nodes)} nodes has {most[key]:g}{together}; ask "
+        "for less, or add a node that has it."
     )
 
 

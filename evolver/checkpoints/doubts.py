@@ -46,7 +46,8 @@ def suspicions(base: Checkpoint, experts: Iterable[Source]) -> list[str]:
             )
         if own_head:
             out.append(
-                f"{which} has a head of its own, which is left out: the base ({base.path}) ties its to the embedding."
+                f"{which} has an output head, which is left out, because the base ({base.path}) uses its embedding as "
+                "the head."
             )
     return out
 

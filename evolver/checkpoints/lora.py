@@ -107,7 +107,7 @@ class LoraAdapter:
         start = str(self.config.get("init_lora_weights"))
         if used or start.lower().startswith(MOVES_THE_BASE):
             raise BadInput(
-                f"{self.key}: the adapter {self.path} uses {[*used, start][0]}, which is no low-rank delta of the "
+                f"{self.key}: the adapter {self.path} uses {[*used, start][0]}, which is not a low-rank change of the "
                 "base; merge it into its base with PEFT (merge_and_unload) and give that folder."
             )
 
@@ -126,7 +126,10 @@ class LoraAdapter:
             if match and not self._is_tied_twin(f"{match[1]}.weight"):
                 pair = (match[1] + match[2].replace("B", "A"), match[1] + match[2].replace("A", "B"))
                 if not set(pair) <= self._shapes.keys():
-                    raise BadInput(f"{self.key}: the adapter {self.path} holds {key} without its pair; copy it again.")
+                    raise BadInput(
+                        f"{self.key}: the adapter {self.path} holds {key} without the other matrix of its pair; copy "
+                        "the adapter again."
+                    )
                 found[_plain_name(f"{match[1]}.weight")] = pair
         if not found:
             raise BadInput(f"{self.key}: the adapter {self.path} holds no LoRA matrices.")
@@ -161,15 +164,15 @@ class LoraAdapter:
         for name, key in whole.items():
             if name not in self.base.headers:
                 raise BadInput(
-                    f"{self.key}: the adapter {self.path} holds {key}, which is no LoRA matrix of a layer and no "
-                    f"tensor of the base {self.base.path}; merge it into its base with PEFT and give that folder."
+                    f"{self.key}: the adapter {self.path} holds {key}, which is neither a LoRA matrix of a layer nor "
+                    f"a tensor of the base {self.base.path}; merge it into its base with PEFT and give that folder."
                 )
             if self.base.headers[name].shape != self._shapes[key]:
                 raise self._misfit(name, self._shapes[key])
             if BASE_LAYER not in key and self._is_tied_embedding(name) and not self._stays_tied:
                 raise BadInput(
-                    f"{self.key}: the adapter {self.path} trains {name} without the head, which the base ties to it; "
-                    "train it anew with ensure_weight_tying."
+                    f"{self.key}: the adapter {self.path} trains {name} without the head, although the base uses one "
+                    "tensor for both; train the adapter again with ensure_weight_tying."
                 )
         return whole
 

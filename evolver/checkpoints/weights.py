@@ -207,8 +207,8 @@ def _weight_files(path: Path, key: str) -> list[str]:
         return [WEIGHTS]
     if shards := sorted(p.name for p in path.glob("*.safetensors")):
         raise BadInput(
-            f"{key}: {path} holds {len(shards)} files of weights ({shards[0]} …) and no {INDEX}, which says what is in "
-            "which; copy the index, too, or save the model anew."
+            f"{key}: {path} holds {len(shards)} files of weights ({shards[0]} …) but no {INDEX}, which says which "
+            "tensor is in which file; copy the index, too, or save the model again."
         )
     pickled = next((p.name for p in path.glob("*.bin")), None)
     if pickled:
@@ -226,7 +226,7 @@ def _indexed_files(index: Path, key: str) -> list[str]:
         raise BadInput(f"{key}: {index} has no weight_map from tensors to files; copy the model again.")
     for file in files.values():
         if not isinstance(file, str) or Path(file).name != file:
-            raise BadInput(f"{key}: {index} names {file!r}, which is no file of its folder; copy the model again.")
+            raise BadInput(f"{key}: {index} names {file!r}, which is not in its folder; copy the model again.")
     return sorted(set(files.values()))
 
 

@@ -96,7 +96,7 @@ def compile_ahead() -> str:
 def _accelerator() -> Iterator[Finding]:
     device = default_device()
     if device == "cpu":
-        yield "accelerator", "torch finds none, so candidates are scored on the CPU", ""
+        yield "accelerator", "torch finds no GPU, so candidates are scored on the CPU", ""
         return
     name = torch.cuda.get_device_name() if device.startswith("cuda") else device
     yield "accelerator", f"{torch.cuda.device_count() if torch.cuda.is_available() else 1} × {name}", ""
@@ -106,5 +106,5 @@ def _cache() -> Iterator[Finding]:
     folder = Path(expand("$EVOLVER_CACHE"))
     there = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(there).free
-    problem = "" if os.access(there, os.W_OK) else "it cannot be written; set EVOLVER_CACHE to another folder"
+    problem = "" if os.access(there, os.W_OK) else "this folder cannot be written; set EVOLVER_CACHE to another folder"
     yield "cache", f"{folder}, {free / GIB:.0f} GiB free", problem

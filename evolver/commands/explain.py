@@ -38,7 +38,7 @@ def explain(path: str | Path) -> list[SettingRow]:
         there = place.is_dir()
     except (OSError, ValueError) as error:
         raise BadInput(
-            f"{str(path)[:100]}: it cannot be a path ({cause_of(error)}); give a file or a folder."
+            f"{str(path)[:100]}: this cannot be a path ({cause_of(error)}); give a file or a folder."
         ) from error
     if there:
         if os.path.lexists(place / RECIPE_FILE):
@@ -64,7 +64,9 @@ def _of_winner(run: Path) -> list[SettingRow]:
     try:
         recipe = load_recipe(file.read_text())
     except (OSError, ValueError) as error:
-        raise BadInput(f"{file}: {cause_of(error)}; call the run again, which writes the file anew.") from error
+        raise BadInput(
+            f"{file}: {cause_of(error)}; run the configuration again, which writes the file again."
+        ) from error
     base = open_base(load(run / RUN_FILE).model.base, f"{run / RUN_FILE}: model.base")
     try:
         return _rows(recipe, base.names(), ())
@@ -94,7 +96,7 @@ def _settings(recipe: Recipe, name: str, tuned: Collection[str]) -> tuple[str, M
     while isinstance(recipe, Layers):
         recipe, name = recipe.source(name)
     if isinstance(recipe, Expert):
-        raise BadInput(f"{name}: is copied from one model, so no merge method has settings for it.")
+        raise BadInput(f"{name}: this tensor is copied from one model, so no merge method has settings for it.")
     if not isinstance(recipe, Merge):
         return recipe.describe(), {}
     method = methods.get(recipe.method, "the recipe")

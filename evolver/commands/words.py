@@ -52,9 +52,11 @@ def remarks_of(method: Method) -> list[str]:
     out = []
     if method.statistics:
         kinds = " and ".join(dict.fromkeys(method.statistics.values()))
-        out.append(f"It needs statistics of the experts on dev items ({kinds}), which a run collects.")
+        out.append(
+            f"It needs statistics of the experts on dev items ({kinds}), which a run collects before the first merge."
+        )
     if not method.exact:
-        out.append("Not exact: another processor or number of threads may give other last bits.")
+        out.append("Not exact: with another processor or number of threads, the last bits of the result may differ.")
     return out
 
 

@@ -1,1 +1,1 @@
-"""The dashboard: runs of a results folder in a browser, as they are and as they go."""
+"""The dashboard: it shows the runs of a results folder in a browser, also while they run."""

@@ -1,4 +1,4 @@
-"""What can be done from the pages: start a run, stop it, go on with it, take a model of it."""
+"""What a user can do from the pages: start a run, stop it, continue it, and export a model of it."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ from evolver.storage.lease import this_machine
 
 PATH_LENGTH = 1000  # characters of the path of a configuration
 CONFIGURATION_BYTES = 2**20
-CHECK_SECONDS = 600.0  # which a check may take: task data may have to be fetched first
-WATCH_SECONDS = 20.0  # for which a new run is watched, so that a refusal is shown
+CHECK_SECONDS = 600.0  # that a check may take: task data may have to be fetched first
+WATCH_SECONDS = 20.0  # that a new run is watched, so that the page can show why it was refused
 
 _checking = Lock()
 
 
 class Jobs(Protocol):
-    """The jobs of clusters. Raises BadInput for what cannot be done, saying why."""
+    """The jobs of clusters. Raises BadInput, with the reason, for what cannot be done."""
 
     def stop(self, job: Job) -> None:
         """Ask a job to stop."""
         ...
 
     def resume(self, job: Job, arguments: list[str]) -> None:
-        """Submit a job again under its id; with ``arguments`` of ``evolver``, these are called instead."""
+        """Submit a job again under its id; if ``arguments`` are given, the job runs ``evolver`` with them."""
         ...
 
 
 def start_run(root: Storage, path: object) -> str:
     """Start the run of a configuration file of this machine, in a process of its own that outlives the dashboard.
 
-    The file is checked before as ``evolver validate`` checks it. Waits until the run's folder is there, or for
+    The file is first checked as ``evolver validate`` checks it. Waits until the run's folder is there, or for
     ``WATCH_SECONDS``.
 
     Args:
         root: the folder of all runs.
         path: of the file, as somebody typed it; a relative one is taken from where the dashboard was started.
 
-    Raises BadInput for what is no usable configuration, a run that is there already, and a run that ends at once.
+    Raises BadInput for a configuration that cannot be used, a run that exists already, and a run that ends at once.
     """
     file = _configuration(path)
     if not _checking.acquire(blocking=False):
@@ -72,29 +72,29 @@ def start_run(root: Storage, path: object) -> str:
 
 
 def stop_run(folder: Storage, jobs: Jobs) -> str:
-    """Ask whoever drives a run to stop: a process of this machine, or a Ray job.
+    """Ask the driver of a run to stop: a process of this machine, or a Ray job.
 
-    Raises BadInput where nobody does, or a process of another machine.
+    Raises BadInput if no process drives the run, or a process of another machine does.
     """
     held = holder_of(folder.folder("ledger"))
     if held is None:
-        raise BadInput("nobody runs it.")
+        raise BadInput("no process is running it.")
     if job := read_about(folder).job:
         jobs.stop(job)
     elif held["host"] == socket.gethostname() and held["machine"] == this_machine():
         _terminate(int(held["pid"]), float(held["at"]))
     else:
-        raise BadInput(f"process {held['pid']} on {held['host']} runs it; stop it there.")
-    return "asked to stop; everything that is finished is kept"
+        raise BadInput(f"process {held['pid']} on {held['host']} is running it; stop it there.")
+    return "the run was asked to stop; everything that is finished is kept"
 
 
 def resume_run(folder: Storage, jobs: Jobs, candidates: int | None) -> str:
-    """Go on with a run as it was called last: as a Ray job, or in a process of its own that outlives the dashboard.
+    """Continue a run as it was started last: as a Ray job, or in a separate process that outlives the dashboard.
 
-    Raises BadInput where somebody runs it already.
+    Raises BadInput if a process is running it already.
     """
     if (held := holder_of(folder.folder("ledger"))) is not None:
-        raise BadInput(f"process {held['pid']} on {held['host']} runs it already.")
+        raise BadInput(f"process {held['pid']} on {held['host']} is running it already.")
     if candidates is not None and not (_is_whole(candidates) and candidates >= 1):
         raise BadInput(f"a budget of {candidates!r} candidates is not usable; write a number above 0.")
     more = [] if candidates is None else ["--candidates", str(candidates)]
@@ -106,14 +106,14 @@ def resume_run(folder: Storage, jobs: Jobs, candidates: int | None) -> str:
 
 
 def export_candidate(folder: Storage, candidate: int | None) -> str:
-    """Write a candidate's model, in a process of its own, beside the run's folder.
+    """Write a candidate's model into a new folder beside the run's folder, in a separate process.
 
-    Raises BadInput for a run in an object store, or where it was exported before.
+    Raises BadInput for a run in an object store, and if the candidate was exported before.
     """
     if is_remote(folder.location):
-        raise BadInput(f"export it to where you want it: evolver export {folder.location} FOLDER")
+        raise BadInput(f"to write the model to a folder of your choice, run: evolver export {folder.location} FOLDER")
     if candidate is not None and not _is_whole(candidate):
-        raise BadInput(f"{candidate!r} is no candidate; give its number.")
+        raise BadInput(f"{candidate!r} is not the number of a candidate; give a number.")
     which = "best" if candidate is None else str(candidate)
     target = Path(folder.location).parent / f"{Path(folder.location).name}-export-{which}"
     check_target(target)
@@ -122,41 +122,45 @@ def export_candidate(folder: Storage, candidate: int | None) -> str:
 
 
 def _is_whole(value: object) -> bool:
-    """Whether what was sent is a whole number; in Python true and false are, too."""
+    """Whether a value is a whole number. In Python, True and False are integers; here they do not count."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _terminate(pid: int, seen: float) -> None:
-    """Ask a process of this machine to end, if it is the one that had this number at that time."""
+    """Ask a process of this machine to end, if it already had this number at the time ``seen``."""
     try:
         process = psutil.Process(pid)
         if process.create_time() > seen:
             raise psutil.NoSuchProcess(pid)
         process.terminate()
     except psutil.NoSuchProcess:
-        raise BadInput(f"process {pid} ran it, and is gone; it can be resumed in a minute.") from None
+        raise BadInput(f"process {pid} was running it and has ended; the run can be resumed in a minute.") from None
     except psutil.AccessDenied:
-        raise BadInput(f"process {pid} runs it, and is another user's; stop it there.") from None
+        raise BadInput(f"process {pid} of another user is running it; stop it as that user.") from None
 
 
 def _configuration(path: object) -> Path:
-    """The file that somebody named. Devices and pipes, which may have no end, are not opened.
+    """The file that the user named. Devices and pipes are not opened, because reading them may never end.
 
-    Raises BadInput where it is none, or too large.
+    Raises BadInput if it is not a file, or too large.
     """
     if not isinstance(path, str) or not path.strip() or not path.isprintable():
         raise BadInput("the path of a configuration is missing; write one such as configs/demo.yaml.")
     if len(path) > PATH_LENGTH:
         raise BadInput(f"the path of the configuration has {len(path)} characters; at most {PATH_LENGTH} are read.")
-    file = Path(os.path.expanduser(path.strip())).absolute()  # variables would show what they hold in messages
+    file = Path(
+        os.path.expanduser(path.strip())
+    ).absolute()  # environment variables are not expanded: messages would show their values
     try:
         if not file.is_file():
             raise BadInput(f"{file}: there is no such file on the dashboard's machine; check the path.")
         size = file.stat().st_size
     except OSError as error:
-        raise BadInput(f"{file}: cannot be read ({error.strerror or error}); check the path.") from error
+        raise BadInput(f"{file}: the file cannot be read ({error.strerror or error}); check the path.") from error
     if size > CONFIGURATION_BYTES:
-        raise BadInput(f"{file}: has {size} bytes and is no configuration; give the path of a YAML file.")
+        raise BadInput(
+            f"{file}: has {size} bytes, which is too large for a configuration; give the path of a YAML file."
+        )
     return file
 
 
@@ -176,9 +180,9 @@ def _validate(file: Path) -> None:
 
 
 def _watch(process: subprocess.Popen[bytes], folder: Storage, name: str, errors: IO[bytes]) -> str:
-    """What to say of a process that was started.
+    """What to tell the user about a process that was started.
 
-    Raises BadInput where it ends without having made the run.
+    Raises BadInput if it ends before the run's folder is there.
     """
     until = time.monotonic() + WATCH_SECONDS
     while time.monotonic() < until:
@@ -188,17 +192,17 @@ def _watch(process: subprocess.Popen[bytes], folder: Storage, name: str, errors:
         if folder.exists(ABOUT_FILE):
             return f"{name} is started"
         time.sleep(0.1)
-    return f"{name} is started and reads its models; it stands in the list once it has read them"
+    return f"{name} is started and reads its models; it appears in the list once it has read them"
 
 
 def _last_line(text: str, what: object) -> str:
-    """The sentence with which a command ended."""
+    """The last line that a command printed, which says why it ended."""
     lines = text.strip().splitlines()
-    return lines[-1] if lines else f"{what}: the run ended without saying why; call it on a terminal."
+    return lines[-1] if lines else f"{what}: the run ended without a message; run it on a terminal to see why."
 
 
 def _start(arguments: list[str], errors: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
-    """Call ``evolver`` in a process that outlives this one; ``errors`` is the file for what it says of them."""
+    """Call ``evolver`` in a process that outlives this one; its error output goes to the file ``errors``."""
     quiet = subprocess.DEVNULL
     command = [sys.executable, "-m", "evolver", *arguments]
     return subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=errors or quiet, start_new_session=True)

@@ -1,4 +1,4 @@
-"""The dashboard's server: pages, what they show, and actions, on the loopback, behind a token."""
+"""The dashboard's server: the pages, their data, and the actions. It listens on the loopback and asks for a token."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from evolver.runs.files import holds_a_run
 from evolver.storage import Storage
 
 HERE = Path(str(files("evolver.dashboard"))) / "static"
-BODY_BYTES = 2**14  # that an action is sent at most
-READERS = 2  # of runs for the list: a large one holds up no small ones
-LOOK_SECONDS = 1.0  # for which the list waits for runs to be read before it answers
+BODY_BYTES = 2**14  # that the request of an action may have
+READERS = 2  # that read runs for the list, so that a large run does not delay small ones
+LOOK_SECONDS = 1.0  # that the list waits for runs to be read before it answers
 
 
 class Runs:
-    """The runs of a results folder; what was read of them is kept, and read on."""
+    """The runs of a results folder. What was read of them is kept, and only what is new is read later."""
 
     def __init__(self, root: Storage) -> None:
         self.root = root
@@ -51,14 +51,14 @@ class Runs:
         self._rows: dict[str, tuple[float, dict[str, Any]]] = {}  # of the list, with the time when each was read
 
     def folder(self, name: str) -> Storage:
-        """Raises BadInput for a name that is no run's."""
+        """Raises BadInput if there is no run of that name."""
         if not re.fullmatch(NAME, name) or not holds_a_run(self.root.folder(name)):
             raise BadInput(f"{self.root.location}: there is no run {name}.")
         return self.root.folder(name)
 
     @contextmanager
     def look(self, name: str) -> Iterator[Overview]:
-        """A run as it is now, which nobody else reads on meanwhile: requests are answered by several threads."""
+        """A run as it is now. No other thread updates it meanwhile; several threads answer requests."""
         folder = self.folder(name)
         with self._locks[name]:
             if name in self._kept:
@@ -68,8 +68,9 @@ class Runs:
             yield self._kept[name]
 
     def rows(self) -> list[dict[str, Any]]:
-        """The list of runs. Those that were not read for longest are read anew for ``LOOK_SECONDS``; the others are
-        listed as they were, and one that was never read as ``reading``. What takes longer is read to its end meanwhile.
+        """The list of runs. For ``LOOK_SECONDS``, runs are read again, beginning with those that were read
+        longest ago. The others are listed as they were, or as ``reading`` if they were never read. Threads go on
+        reading after the answer.
         """
         names, until = runs_in(self.root), time.monotonic() + LOOK_SECONDS
         self._rows = {name: self._rows[name] for name in names if name in self._rows}
@@ -77,9 +78,9 @@ class Runs:
             left = until - time.monotonic()
             if left <= 0:
                 break
-            if not self._locks[name].locked():  # else somebody reads it just now
+            if not self._locks[name].locked():  # else another thread is reading it now
                 for reading in wait([self._readers.submit(self._read_row, name)], timeout=left).done:
-                    reading.result()  # a fault of ours is not kept quiet
+                    reading.result()  # a bug of ours must be seen
         unread = {name: {**asdict(Status(name, "reading")), "line": []} for name in names}
         return [self._rows[name][1] if name in self._rows else unread[name] for name in names]
 
@@ -123,7 +124,7 @@ def build_app(
         return JSONResponse({**shown, "tasks": dict(result.tasks), "reason": result.reason})
 
     def acting(act: Callable[[Storage, dict[str, Any]], str]) -> Callable[[Request], Awaitable[Response]]:
-        """An action on a run; storage and clusters are asked beside the loop that answers everybody."""
+        """An action on a run. It runs in a thread, so that slow storage or clusters do not block the other requests."""
 
         async def answer(request: Request) -> Response:
             given = await _body(request)
@@ -152,21 +153,21 @@ def build_app(
 
 
 async def _body(request: Request) -> dict[str, Any]:
-    """What an action was sent.
+    """The JSON object in the request of an action.
 
-    Raises BadInput for what is no JSON object, or too long.
+    Raises BadInput if it is not a JSON object, or too long.
     """
     sent = b""
     async for piece in request.stream():  # one that is too long is not read to its end
         sent += piece
         if len(sent) > BODY_BYTES:
-            raise BadInput(f"what was sent is longer than {BODY_BYTES} bytes, which no action needs.")
+            raise BadInput(f"the request is longer than {BODY_BYTES} bytes, which no action needs.")
     try:
         given = json.loads(sent or b"{}")
     except (ValueError, RecursionError):
         given = None
     if not isinstance(given, dict):
-        raise BadInput("what was sent is no JSON object.")
+        raise BadInput("the request is not a JSON object.")
     return given
 
 

@@ -1,4 +1,4 @@
-"""Who is let in by the dashboard."""
+"""Which requests the dashboard accepts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' d
 
 
 class Guard(BaseHTTPMiddleware):
-    """Lets in who has the token; actions only from our own pages.
+    """Accepts requests that have the token, and actions only from our own pages.
 
-    A browser that was misled to our port by another name is turned away by the name that it asks for.
+    A request under another host name is refused: a foreign page may have sent the browser here under its own name.
     """
 
     def __init__(self, app: Any, token: str, hosts: frozenset[str]) -> None:
@@ -26,7 +26,11 @@ class Guard(BaseHTTPMiddleware):
     async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
         host = request.headers.get("host", "")
         if host.partition(":")[0] not in self._hosts:
-            return PlainTextResponse("this server is not known by that name", 403)
+            return PlainTextResponse(
+                "the dashboard does not answer under that host name; open the address that `evolver dashboard` has "
+                "printed",
+                403,
+            )
         given = request.query_params.get("token")
         if request.method == "GET" and given is not None and self._is_token(given):
             answer: Response = RedirectResponse(request.url.path, 303)
@@ -37,7 +41,7 @@ class Guard(BaseHTTPMiddleware):
         if request.method != "GET":
             origin = request.headers.get("origin", f"http://{host}")
             if request.headers.get("x-evolver") != "1" or origin != f"http://{host}":
-                return PlainTextResponse("actions are taken from the dashboard's own pages only", 403)
+                return PlainTextResponse("the dashboard accepts actions from its own pages only", 403)
         answer = await call_next(request)
         answer.headers["Content-Security-Policy"] = POLICY
         answer.headers["X-Content-Type-Options"] = "nosniff"

@@ -1,4 +1,4 @@
-"""The drawing of a lineage: layers from the experts down to the model, of which each box stands in one.
+"""The drawing of a lineage: boxes in layers, from the experts at the top down to the model.
 
 It is laid out as Sugiyama, Tagawa and Toda (1981) do it: layers by the longest path, an order within each layer that
 crosses few arrows, and places near those of the neighbours.
@@ -20,7 +20,7 @@ FEWEST = 6  # models that it shows, however many arrows cross
 CROSSINGS = 25  # of arrows, above which fewer models are shown
 LEFT_OUT = "left out"  # the id of the box that stands for the others
 BOX, BEND, GAP = 104.0, 12.0, 11.0  # widths: of a box, of an arrow that passes a layer, and between them, in pixels
-SPREAD = 0.7  # the part of a box's side on which arrows begin and end
+SPREAD = 0.7  # the part of the width of a box on which arrows begin and end
 SWEEPS = 12
 
 Arrow = tuple[str, str]
@@ -66,10 +66,10 @@ def drawing(recipe: Recipe, numbers: Mapping[str, int]) -> dict[str, Any]:
 
 
 def box_texts(key: str, node: Recipe | None, numbers: Mapping[str, int], left_out: int) -> dict[str, Any]:
-    """What a box says: a name, the operations that made the model, and all of it in words."""
+    """The texts of a box: a name, the operations that made the model, and a description in words."""
     if node is None:
         return {"id": key, "label": f"{left_out} more", "lines": ["models between"], "role": "left out", "number": None,
-                "made": f"{left_out} models of this lineage are not drawn"}  # fmt: skip
+                "made": f"{left_out} more models of this lineage are not drawn"}  # fmt: skip
     number = numbers.get(key)
     label = node.label if isinstance(node, Expert) or number is None else f"candidate {number}"
     role = "expert" if isinstance(node, Expert) else "model"
@@ -118,7 +118,7 @@ def uses(node: Recipe) -> Iterator[tuple[Recipe, str]]:
 
 
 class Layout:
-    """Where everything stands.
+    """The positions of all boxes and arrows.
 
     Attributes:
         rows: of each layer from the top the boxes, and the bends of arrows that pass it, from the left.

@@ -1,4 +1,4 @@
-"""A run as pages show it: its ledger in columns, read on as it grows. Recipes and answers are read one at a time."""
+"""A run as the pages show it: the columns of its ledger, updated as it grows. Recipes and answers are read singly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from evolver.records import Candidate, Result, Stage
 from evolver.runs.about import read_about
 from evolver.storage import Storage
 
-# What is kept of a row as it stands there. The answers and the recipe, which are nearly all of it, are not.
+# The columns that are kept of each row. The answers and the recipe, which make up most of its bytes, are not kept.
 KEPT_COLUMNS = (
     "time", "number", "recipe_id", "label", "proposer", "limit", "status", "reason", "score", "complete", "reused",
     "worker",
@@ -88,9 +88,9 @@ class Part:
 
 
 class Overview:
-    """A run that is looked at again and again.
+    """A run that pages read again and again.
 
-    Raises BadInput where the folder is none of a run.
+    Raises BadInput if the folder is not that of a run.
     """
 
     def __init__(self, folder: Storage) -> None:

@@ -1,4 +1,4 @@
-"""How far the runs of a folder have come, as their folders tell: nothing is asked of the processes behind them."""
+"""How far the runs of a folder have come. Only the folders are read; the drivers of the runs are not asked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from evolver.runs.files import summary_of
 from evolver.storage import Storage
 from evolver.storage.lease import LEASE_SECONDS, read_lease
 
-State = Literal["running", "stopped", "done", "unreadable", "reading"]  # reading: nobody has looked at it yet
+State = Literal["running", "stopped", "done", "unreadable", "reading"]  # reading: the run has not been read yet
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Status:
         best: dev score of the best candidate; ``expert`` that of the best expert.
         spent: candidates, items; ``budget`` what they may come to, where it is limited.
         age: seconds since the last result, by this machine's clock.
-        holder: who runs it, where somebody does.
+        holder: the process that drives it, if there is one.
     """
 
     name: str
@@ -50,7 +50,7 @@ def status_of(run: Overview, name: str) -> Status:
               if label in config.experts and s == s]  # fmt: skip
     summary, verdict = summary_of(run.folder)
     held = holder_of(run.folder.folder("ledger"))
-    # A run that was called again with a larger budget has an end behind it, and is not done.
+    # A run that is continued with a larger budget has a report already, but is not done.
     done = summary.get("budget") == config.budget.model_dump() and summary.get("candidates") == len(search)
     return Status(
         name,
@@ -86,7 +86,7 @@ def _holder(held: Mapping[str, Any] | None, job: Job | None) -> str:
 
 
 def holder_of(ledger: Storage) -> dict[str, Any] | None:
-    """Who has the lease, if it was renewed lately: ``host``, ``pid``."""
+    """The process that has the lease, if it renewed the lease lately: ``host``, ``pid``."""
     try:
         held = read_lease(ledger)
     except OSError:

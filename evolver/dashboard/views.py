@@ -25,7 +25,7 @@ BINS = 120  # of time
 SPARKS = 60  # points of the small curve of a run
 LISTED = 200  # candidates, failures
 FRONT = 200  # points of a front; one of many tasks may hold nearly all candidates
-# Where a sentence ends: names and numbers hold full stops, too, which no capital follows.
+# The end of a sentence: a full stop before a capital letter. Full stops within names and numbers do not count.
 FIRST_SENTENCE = re.compile(r"(?<=\.)\s+(?=[A-Z])")
 VOLUME = 10**5  # points of a front to the power of its tasks, less two: what its hypervolume takes
 

@@ -1,4 +1,4 @@
-"""An exported model, scored anew as it lies on disk: its answers are those that the ledger holds."""
+"""The check of an exported model: loaded from disk and scored again, it must give the answers in the ledger."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from evolver.workers.worker import build_model
 
 
 def score_again(prepared: Prepared, best: Path, recorded: Sequence[float], device: str) -> dict[str, int]:
-    """Load an exported folder as any user would and score it on the first dev items: do they say what was recorded?"""
+    """Load an exported folder as any user would, score it on the first dev items, and count the equal answers."""
     config = prepared.config
     torch.set_num_threads(config.evaluation.threads)
     live = build_model(config, prepared.opened, device, best)

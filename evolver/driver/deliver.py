@@ -1,4 +1,4 @@
-"""Any candidate of a run as files to take along: a Hugging Face folder, a LoRA adapter, a delta against the base, or
+"""The export of any candidate of a run: a Hugging Face folder, a LoRA adapter, a delta against the base, or
 one GGUF file.
 """
 
@@ -34,24 +34,28 @@ def find(history: History, wanted: str | None) -> tuple[Candidate, Result]:
     """
     if wanted is None:
         if history.best is None:
-            raise BadInput("evolver export: the run has no candidate with a score yet; go on with it first.")
+            raise BadInput(
+                "evolver export: no candidate of the run has a score yet; continue the run first (evolver resume)."
+            )
         return history.best
     searched = history.stages["search"]
     numbered = [(c, r) for c, r in searched if wanted == str(c.number)]
     found = numbered or [(c, r) for c, r in searched if c.recipe.id.startswith(wanted)]
     if len({c.recipe.id for c, _ in found}) != 1:
-        many = "several candidates of this run go" if found else "no candidate of this run goes"
-        raise BadInput(f"--candidate: {many} by {wanted!r}; give a number, or more of a recipe's id.")
+        many = "several candidates of this run match" if found else "no candidate of this run matches"
+        raise BadInput(
+            f"--candidate: {many} {wanted!r}; give the number of a candidate, or more characters of its recipe's id."
+        )
     return max(found, key=lambda pair: len(pair[1].items))
 
 
 def deliver(run: Storage, out: Path, wanted: str | None, say: Warn, force: bool = False) -> None:
-    """Write a candidate as a Hugging Face folder, and check it: loaded anew, it has to give the ledger's answers.
+    """Write a candidate as a Hugging Face folder, load it again, and check that it gives the answers in the ledger.
 
     Args:
         force: take the place of an earlier export.
 
-    Raises BadInput for a run whose models or data are not there any more, and where something else is at ``out``.
+    Raises BadInput if the run's models or data are not there any more, or if something else is at ``out``.
     """
     check_export(out, force)
     history = read_history(run)
@@ -67,7 +71,10 @@ def deliver(run: Storage, out: Path, wanted: str | None, say: Warn, force: bool 
     with exported_folder(out, force) as folder:
         export(candidate.recipe, materialiser_of(prepared), folder, more)
     agreement = score_again(prepared, out, result.items, default_device())
-    say(f"{out}: loaded anew, it gives the ledger's answers on {agreement['equal']} of {agreement['items']} dev items")
+    say(
+        f"{out}: the model was loaded again and gives the answers in the ledger on {agreement['equal']} of "
+        f"{agreement['items']} dev items"
+    )
 
 
 def deliver_delta(run: Storage, out: Path, wanted: str | None, say: Warn, force: bool = False) -> None:
@@ -123,8 +130,8 @@ def deliver_gguf(
     prepared = prepare_run(run)
     if prepared.config.model.kind != "causal-lm":
         raise BadInput(
-            f"{OPTION}: such files are for models of the kind causal-lm, and those of this run are of "
-            f"{prepared.config.model.kind}; leave it out."
+            f"{OPTION}: only models of the kind causal-lm can be written as GGUF, and this run merges models of the "
+            f"kind {prepared.config.model.kind}; leave the option out."
         )
     model = _model(prepared, candidate.recipe)
     try:
@@ -139,12 +146,12 @@ def deliver_gguf(
             gguf_seal.seal(file)
     except OSError as error:
         raise BadInput(
-            f"{error.filename or out}: cannot be read or written ({error.strerror or error}); make room or mend the "
-            "rights, and export again."
+            f"{error.filename or out}: cannot be read or written ({error.strerror or error}); free disk space or "
+            "correct the permissions, and export again."
         ) from error
     say(
-        f"{out}: {len(written.digests)} tensors as {kind}, each read anew; loaded by Transformers, it gives the "
-        f"ledger's answers on {agreement['equal']} of {agreement['items']} dev items"
+        f"{out}: {len(written.digests)} tensors as {kind}, each read back and compared; loaded by Transformers, the "
+        f"model gives the answers in the ledger on {agreement['equal']} of {agreement['items']} dev items"
     )
     for note in written.notes:
         say(f"{out}: {note}")

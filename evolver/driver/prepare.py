@@ -113,7 +113,7 @@ def in_compute(prepared: Prepared, compute: str) -> Prepared:
 
 
 def prepare_run(run: Storage) -> Prepared:
-    """What a run that is in a folder stands on.
+    """The models, data and settings of a run that is in a folder.
 
     Raises BadInput where it is not there any more, or has other weights or items now.
     """
@@ -139,9 +139,9 @@ def run_folder(prepared: Prepared, run: Storage) -> RunFolder:
 
 
 def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
-    """The merge that a configuration's search makes, what it tunes of it (its numbers here are examples), the base.
+    """The merge that a configuration's search makes (with example numbers), the settings that it tunes, and the base.
 
-    Raises BadInput, for a search that makes none, too.
+    Raises BadInput for a configuration that cannot be used, and for a search that uses no merge method.
     """
     config = load(file)
     _, settings = _algorithm(config, file)
@@ -154,7 +154,7 @@ def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
         return space.decode(space.encode_equal(1.0)), space.tune, opened.base
     merger = getattr(settings, "merger", None)
     if merger is None:
-        raise BadInput(f"{file}: search: this search merges by no method, so no settings are in force.")
+        raise BadInput(f"{file}: search: this search uses no merge method, so there are no settings to explain.")
     return maker.merger(merger)(maker.experts), (), opened.base
 
 
@@ -192,27 +192,30 @@ def _named(section: Mapping[str, Any], file: str, prefix: str) -> tuple[str, Any
 
 
 def _refuse_racing(config: Config, algorithm: str, estimates: Estimates) -> None:
-    """Raises BadInput for a race that is asked for where none can be held."""
+    """Raises BadInput if racing is switched on but cannot be used."""
     if config.evaluation.racing is None:
         return
     if not SEARCHES[algorithm].incumbent:
         able = ", ".join(n for n, a in SEARCHES.items() if a.incumbent)
         raise BadInput(
-            f"evaluation.racing: {algorithm} holds its candidates against no incumbent; leave racing out, or search "
-            f"with {able}."
+            "evaluation.racing: in a race, a candidate competes with the model that it would replace, and "
+            f"{algorithm} replaces none; leave racing out, or search with {able}."
         )
     if not config.evaluation.early_stopping:
-        raise BadInput("evaluation.racing: a race stops early; leave it out, or write early_stopping: true.")
+        raise BadInput(
+            "evaluation.racing: racing stops candidates early, but early_stopping is false; leave racing out, or "
+            "write early_stopping: true."
+        )
     task = first_unjudged(estimates.scale)
     if task is not None:
         raise BadInput(
-            f"evaluation.racing: the items of {task} are not judged one by one, from 0 to 1; leave racing out, or "
-            "choose another metric."
+            f"evaluation.racing: racing needs a score from 0 to 1 for each item, which the metric of {task} does not "
+            "give; leave racing out, or choose another metric."
         )
 
 
 def _identity(config: Config, search: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    """What makes two calls the same run: contents of models and items, not where they lie."""
+    """What identifies a run: the contents of models and items, not the places of their files."""
     identity: dict[str, Any] = config.model_dump(mode="json", exclude=set(FREE_KEYS))
     identity["search"] = dict(search)
     identity["model"]["base"] = plan.digests["base"]

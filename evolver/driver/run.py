@@ -1,4 +1,4 @@
-"""A run from end to end: puts the parts together, and goes on where an earlier call of it stopped."""
+"""A run from beginning to end: this module puts the parts together. A run that was stopped continues from there."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def run(
         choose: chooses the dtype of forward passes where workers are; a run is asked once for it.
         retry_failed: whether candidates that failed in an earlier call are tried again.
 
-    Raises BadInput for anything that the user has to mend.
+    Raises BadInput for anything that the user has to correct.
     """
     prepared = prepare(given, name, device=device)
     prepared = _in_chosen_compute(prepared, results.folder(prepared.config.run), device, choose, display)
@@ -72,7 +72,10 @@ def run(
         raise BadInput(f"{given.origin}: {error}") from error
     try:
         if folder.takes_over:
-            display.say(f"{folder.location}: another configuration was called here and scored nothing; it gives way")
+            display.say(
+                f"{folder.location}: an earlier run of this name had another configuration and scored nothing, so "
+                "this run replaces it"
+            )
         folder.create(given.text)
         write_items(
             folder.storage, {s: [(i.task, i.index, i.hash) for i in prepared.tasks.items.of(s)] for s in SPLITS}
@@ -154,7 +157,7 @@ def _stages(
     pool.close()  # its resources are the next one's
     winner = _winner(read_history(folder.storage))
     finalists = _finalists(prepared, plain, winner)
-    # Each winner has a number of its own: a raised budget may bring another one.
+    # Each winner gets its own number, because a larger budget may lead to another winner.
     fixed = len(finalists) - 1
     listed = Listed(finalists, "report", [*range(fixed), fixed + winner.number])
     pool = make_pool(prepared.plan, "report", prepared.tasks)
@@ -165,7 +168,7 @@ def _stages(
         pool.close()
     outcome = read_history(folder.storage).outcome()
     if outcome is None:
-        raise RuntimeError("all finalists are scored and there is no outcome")
+        raise RuntimeError("all finalists are scored, but there is no outcome")
     return outcome
 
 
@@ -191,7 +194,7 @@ def _guesses(prepared: Prepared) -> Guesses | None:
 
 
 def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Display, device: str) -> None:
-    """Write the best model, check it by loading and scoring it anew, and write the report."""
+    """Write the best model, check it by loading and scoring it again, and write the report."""
     storage, winner = folder.storage, outcome.winner
     text = dump_recipe(winner.recipe).encode()
     agreement = _checked_before(storage, text, display)
@@ -217,7 +220,7 @@ def _checked_before(storage: Storage, text: bytes, display: Display) -> dict[str
     try:
         agreement = agreement_of(storage)
     except BadInput as error:
-        display.say(f"warning: {error} It is checked anew now.")
+        display.say(f"warning: {error} The model is checked again now.")
         return None
     whole = agreement is not None and storage.exists("best") and storage.exists(RECIPE_FILE)
     return agreement if whole and storage.read(RECIPE_FILE) == text else None

@@ -42,7 +42,7 @@ def read_rows(data: str | DataSet, key: str) -> list[Row]:
         raise BadInput(f"{key}: {path} cannot be read ({reason}); give a {path.suffix[1:].upper()} file.") from error
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise BadInput(f"{key}: row {number} of {path} is no mapping; write one JSON object on each line.")
+            raise BadInput(f"{key}: row {number} of {path} is not a mapping; write one JSON object on each line.")
     return rows
 
 

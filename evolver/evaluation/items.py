@@ -91,8 +91,8 @@ def _draw_report(source: ItemSource, dev: Sequence[Item], searched: Collection[s
         shared = {i.hash for i in dev} & {i.hash for i in ranked[: entry.report]}
         if shared:
             raise BadInput(
-                f"{key}: {len(shared)} items are both dev items and report items of {entry.task}; "
-                "name data that share no item, or leave the report data out, so that one set is split."
+                f"{key}: {len(shared)} items are both dev items and report items of {entry.task}; give data that "
+                "share no item, or leave the report data out, so that the dev data is split."
             )
     free = [item for item in ranked if item.hash not in searched]
     if len(free) < entry.report:
@@ -119,7 +119,7 @@ def _ranked(items: Sequence[Item], seed: int) -> list[Item]:
 def require_items(name: str, have: int, wanted: int, key: str) -> None:
     """Raises BadInput where a task holds too few items."""
     if have == 0:
-        raise BadInput(f"{key}: {name} has no items; name data that are not empty.")
+        raise BadInput(f"{key}: {name} has no items; give data that are not empty.")
     if have < wanted:
         raise BadInput(f"{key}: {wanted} items are asked for, but {name} has {have} different ones; ask for fewer.")
 

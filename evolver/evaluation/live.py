@@ -80,7 +80,8 @@ class LiveModel:
             for name, tensor in tensors:
                 if name not in left:
                     raise ValueError(
-                        f"the model has no tensor {name}, or it came twice; the recipe has another number of layers"
+                        f"the model has no tensor {name}, or the recipe gives it twice; the recipe has another number "
+                        "of layers"
                     )
                 self._places[name].copy_(tensor)
                 left.discard(name)

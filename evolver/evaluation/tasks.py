@@ -189,7 +189,7 @@ def _judges(config: Config) -> dict[str, Judge]:
     for number, entry in enumerate(config.evaluation.tasks):
         kind = _kind(entry, config.model.kind)
         if config.evaluation.backend != "resident" and kind != "language":
-            raise BadInput(f"evaluation.backend: {entry.task} is no task of lm-eval; write resident.")
+            raise BadInput(f"evaluation.backend: {entry.task} is not a task of lm-eval; write resident.")
         kinds.setdefault(kind, []).append(number)
     _check_backend(config)
     made: dict[str, Judge] = {}
@@ -223,7 +223,7 @@ def _refuse_unread_keys(entry: TaskEntry, key: str, kind: str, read: frozenset[s
     for name, value in entry:
         if name not in COMMON_KEYS | read and value != TaskEntry.model_fields[name].default:
             raise BadInput(
-                f"{key}.{name}: a task that is judged as {kind} has no use for this key; leave it out, or use one of "
+                f"{key}.{name}: the kind of evaluation {kind} does not use this key; leave it out, or use one of "
                 f"{', '.join(sorted(read))}."
             )
 

@@ -82,7 +82,7 @@ def compile_loops() -> float:
     try:
         _compile(found, file)
     except OSError as error:
-        raise BadInput(f"EVOLVER_CACHE: {error}; name a folder that can be written.") from None
+        raise BadInput(f"EVOLVER_CACHE: {error}; set it to a folder that can be written.") from None
     except subprocess.CalledProcessError as error:
         said = (error.stderr or "").strip().splitlines() or ["it says nothing"]
         raise BadInput(f"CC: {found} does not compile the loops ({said[-1]}); name another compiler in CC.") from None

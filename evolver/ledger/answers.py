@@ -53,7 +53,7 @@ def _items_of(run: Storage) -> list[dict[str, Any]]:
             raise ValueError("it has other columns or splits")
     except (pa.ArrowException, OSError, ValueError) as error:
         raise BadInput(
-            f"{run.location}/{ITEMS_FILE}: it cannot be read ({cause_of(error)}); call the run again, which writes "
-            "this file anew."
+            f"{run.location}/{ITEMS_FILE}: it cannot be read ({cause_of(error)}); run the configuration again, which "
+            "writes this file again."
         ) from error
     return rows

@@ -47,10 +47,10 @@ class Ledger:
 
     Args:
         storage: where the parts lie.
-        owner: the identity of the run's configuration; parts of another owner are not ours.
-        say: where to tell that another driver's lease has to be waited for.
+        owner: the identity of the run's configuration; parts of other owners are ignored.
+        say: is called with a line if another driver's lease has to be waited for.
 
-    Raises BadInput where another process has it open, naming that process.
+    Raises BadInput, naming the process, if another process has it open.
     """
 
     def __init__(self, storage: Storage, owner: str, say: Callable[[str], None] = lambda line: None) -> None:
@@ -71,7 +71,7 @@ class Ledger:
         self._ranks: dict[str, int] = {}
         self._parts: list[tuple[int, int, str]] = []
         self._loose: dict[str, pa.Table] = {}  # those that are to be joined, by name
-        self._next = 0  # above every number in the folder, so that no file of anybody is ever overwritten
+        self._next = 0  # above every number in the folder, so that no file is ever overwritten
         for table in standing(dict(self._read())).values():
             for row in table.to_pylist(maps_as_pydicts="strict"):
                 if row["event"] == "finished":
@@ -86,7 +86,7 @@ class Ledger:
         self._lease.close()
 
     def answer(self, candidate: Candidate) -> Result | None:
-        """What answers a candidate's question without an evaluation, if anything does.
+        """The result of a candidate, if it is known without an evaluation.
 
         That is, in this order: what this very candidate scored before; an earlier result of the same recipe on the
         same items; what this very candidate scored when it was only guessed, with the same items known; and what the
@@ -110,7 +110,7 @@ class Ledger:
         return replace(candidate, known=max((r.items for r in found), key=len, default=()))
 
     def write_asked(self, candidate: Candidate) -> None:
-        """Record that a candidate was sent out.
+        """Record that a candidate was sent to a worker.
 
         Raises BadInput where the ledger holds another recipe under its number: another search wrote it.
         """
@@ -151,9 +151,9 @@ class Ledger:
         result = self._finished.get((candidate.stage, candidate.number))
         if result is not None and result.recipe_id != candidate.recipe.id:
             raise BadInput(
-                f"{self.storage.location}: candidate {candidate.number} of stage {candidate.stage} is "
-                f"{result.recipe_id} in the ledger and {candidate.recipe.id} now; the run was made by another version, "
-                "start one of another name."
+                f"{self.storage.location}: candidate {candidate.number} of stage {candidate.stage} has the recipe "
+                f"{result.recipe_id} in the ledger, but {candidate.recipe.id} now; another version of Evolver made "
+                "this run, so start a run of another name."
             )
         return result
 
@@ -202,11 +202,11 @@ class Ledger:
         except OSError as error:
             raise BadInput(
                 f"{self.storage.location}: the ledger cannot be written ({error.strerror or error}); nothing finished "
-                "so far is lost: make room or mend the rights, and run the same command again."
+                "so far is lost: free disk space or correct the permissions, and run the same command again."
             ) from error
 
     def _join(self, parts: list[tuple[int, int, str]]) -> None:
-        """One file for many. Readers prefer the wide part, so a crash between the two steps does no harm."""
+        """Write many parts into one file. Readers prefer it, so a crash before the old ones are removed is harmless."""
         first, last = parts[0][0], parts[-1][1]
         wide = f"part-{first:08d}-{last:08d}.parquet"
         tables = [self._loose.pop(name) for _, _, name in parts]
@@ -250,17 +250,17 @@ class Ledger:
     def _is_ours(self, table: pa.Table, name: str) -> bool:
         ours = (table.schema.metadata or {}).get(OWNER) == self.owner.encode()
         if not ours:
-            self.warnings.append(f"{self._at(name)} belongs to another run and was left alone")
+            self.warnings.append(f"{self._at(name)} belongs to another run and is ignored")
         return ours
 
     def _move_up(self, name: str, lost: pa.Table) -> str:
-        """Give rows that the wide part over theirs lacks a part of their own, which every reader finds; its name."""
+        """Write rows that are missing in the wide part of their range into a new part, and return its name."""
         _, own = self._new_name()
         self._create(own, part_bytes(lost, small=True))
         self.storage.move(name, DAMAGED)
         self.warnings.append(
-            f"{self._at(name)} holds results that the part over it lacks; they stand in {own} now, and the file was "
-            f"kept as {DAMAGED}/{name}"
+            f"{self._at(name)} holds results that are missing in the file of joined parts; they are in {own} now, and "
+            f"the file was kept as {DAMAGED}/{name}"
         )
         return own
 
@@ -269,10 +269,10 @@ class Ledger:
             if PART.fullmatch(name):
                 yield *span_of(name), name
             elif name not in {"lock", lease.LEASE_FILE, DAMAGED}:
-                self.warnings.append(f"{self._at(name)} is no part of the ledger and was left alone")
+                self.warnings.append(f"{self._at(name)} does not belong to the ledger and is ignored")
 
     def _set_aside(self, name: str, error: DamagedPart) -> pa.Table | None:
-        """Keep a damaged part under ``damaged/``; what is whole of it takes its place, and is returned."""
+        """Keep a damaged part under ``damaged/``. Its undamaged rows replace it, and are returned."""
         whole = error.whole
         if whole is not None and not self._is_ours(whole, name):
             return None
@@ -283,8 +283,8 @@ class Ledger:
             self.storage.folder(DAMAGED).write(name, self.storage.read(name))
             self.storage.write(name, part_bytes(whole))
         self.warnings.append(
-            f"{self._at(name)} is damaged ({error.reason}); it was kept as {DAMAGED}/{name}, and what is lost with it "
-            "is scored again"
+            f"{self._at(name)} is damaged ({error.reason}); it was kept as {DAMAGED}/{name}, and the candidates that "
+            "are lost with it are scored again"
         )
         return whole
 

@@ -20,12 +20,12 @@ from evolver.storage import Storage, read_all
 
 PART = re.compile(r"part-(\d{8})(?:-(\d{8}))?\.parquet")
 OWNER, VERSION = b"evolver.run", b"evolver.ledger"
-# Of the columns. Whoever adds one counts it up, so that an earlier version leaves such a ledger alone.
+# The version of the columns. Increase it when you add a column: earlier versions then refuse such a ledger.
 SCHEMA_VERSION = 2
 
 
 class DamagedPart(BadInput):
-    """A part of a ledger holds something else than results.
+    """A part of a ledger is damaged.
 
     Attributes:
         reason: what is wrong with it, in a few words.
@@ -39,8 +39,8 @@ class DamagedPart(BadInput):
 def damaged(file: str, reason: str, whole: pa.Table | None = None) -> DamagedPart:
     """The error for a damaged part, which says what to do."""
     error = DamagedPart(
-        f"{file}: it is damaged ({reason}); call the run again, which sets this file aside and scores again what is "
-        "lost with it."
+        f"{file}: it is damaged ({reason}); run the configuration again, which keeps this file under {DAMAGED}/ and "
+        "scores again what is lost with it."
     )
     error.reason, error.whole = reason, whole
     return error
@@ -60,11 +60,11 @@ def part_table(data: bytes | OSError, file: str, with_recipes: bool = False) -> 
         if is_misplaced(data):
             raise damaged(file, cause_of(data))
         raise BadInput(
-            f"{file}: it cannot be read now ({cause_of(data)}); nothing of it is lost: mend the rights or the disk, "
-            "and call again."
+            f"{file}: it cannot be read now ({cause_of(data)}); nothing is lost: correct the permissions or repair "
+            "the disk, and run the command again."
         ) from data
     try:
-        # Of small files, threads and what reads whole data sets take longer than the reading.
+        # For small files, starting threads or the reader for whole data sets takes longer than reading.
         table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read(use_threads=False)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise damaged(file, " ".join(str(error).split())[:200]) from error
@@ -74,7 +74,7 @@ def part_table(data: bytes | OSError, file: str, with_recipes: bool = False) -> 
         whole = pa.array([_is_recipe(text) for text in table["recipe"].to_pylist()], pa.bool_())
     if not pc.all(whole).as_py():
         lost = len(table) - pc.sum(whole).as_py()
-        raise damaged(file, f"{lost} of its {len(table)} rows are no proposals or results", table.filter(whole))
+        raise damaged(file, f"{lost} of its {len(table)} rows are neither proposals nor results", table.filter(whole))
     return table
 
 
@@ -85,16 +85,16 @@ def with_all_columns(table: pa.Table, file: str) -> pa.Table:
     """
     version = (table.schema.metadata or {}).get(VERSION, b"0")
     if not version.isdigit() or int(version) > SCHEMA_VERSION:
-        raise BadInput(f"{file}: a newer version of Evolver wrote it; go on with that one.")
+        raise BadInput(f"{file}: a newer version of Evolver wrote it; continue the run with that version.")
     new = [name for name in table.column_names if name not in SCHEMA.names]
     if new:
         raise damaged(file, f"it has columns that no ledger has: {', '.join(new)[:100]}")
     if table.column_names != [name for name in SCHEMA.names if name in table.column_names]:
-        raise damaged(file, "its columns stand in an order in which no version writes them")
+        raise damaged(file, "its columns are in an order in which no version writes them")
     for field in SCHEMA:
         if field.name in table.column_names:
             if table.schema.field(field.name).type != field.type:
-                raise damaged(file, f"its column {field.name} is no {field.type}")
+                raise damaged(file, f"its column {field.name} is not of type {field.type}")
         elif field.name in OLDEST:
             raise damaged(file, f"it has no column {field.name}")
         else:
@@ -104,7 +104,7 @@ def with_all_columns(table: pa.Table, file: str) -> pa.Table:
 
 
 def _whole_rows(table: pa.Table) -> pa.ChunkedArray:
-    """For each row whether it says all that a proposal or a result says. Recipes are read by whoever wants them."""
+    """For each row, whether it holds all that a proposal or a result needs. Recipes are not read here."""
 
     def among(column: str, values: Sequence[str]) -> pa.ChunkedArray:
         return pc.is_in(table[column], pa.array(values))
@@ -143,12 +143,16 @@ def _is_recipe(text: str) -> bool:
 def part_names(storage: Storage) -> list[str]:
     """The names of a ledger's parts, in their order; of a wide part and those that were joined in it, all.
 
-    Raises BadInput where the ledger cannot be looked into.
+    Raises BadInput if the folder of the ledger cannot be listed.
     """
     try:
         parts = sorted((int(m[1]), -int(m[2] or m[1]), n) for n in storage.names() if (m := PART.fullmatch(n)))
     except OSError as error:
-        remedy = "restore it from a copy, or move it away" if is_misplaced(error) else "mend the rights and call again"
+        remedy = (
+            "restore it from a copy, or move it away"
+            if is_misplaced(error)
+            else ("correct the permissions and run the command again")
+        )
         raise BadInput(f"{storage.location}: the ledger cannot be read ({cause_of(error)}); {remedy}.") from error
     return [name for _, _, name in parts]
 
@@ -182,7 +186,7 @@ def read_part(storage: Storage, name: str) -> pa.Table:
 
 
 def part_bytes(table: pa.Table, small: bool = False) -> bytes:
-    """A Parquet file; a small one goes without what helps to find a row in it."""
+    """The bytes of a Parquet file; a small one has no dictionaries and statistics, which only help to find rows."""
     file, more = io.BytesIO(), {"use_dictionary": False, "write_statistics": False} if small else {}
     pq.write_table(table, file, compression="zstd", write_page_checksum=True, **more)
     return file.getvalue()

@@ -45,12 +45,12 @@ SCHEMA = pa.schema(
     ]
 )
 
-# Without these a table is no ledger. Any other column that a table lacks came later, and holds its default there:
-# whoever adds a column adds it to SCHEMA only.
+# A table without these columns is not a ledger. If any other column is missing, an earlier version wrote the table, and
+# the column has its default. To add a column, add it to SCHEMA only.
 OLDEST = ("event", "time", "stage", "number", "recipe_id", "recipe")
 DEFAULTS = {f.name: f.default for kind in (Candidate, Result) for f in fields(kind) if f.default is not MISSING}
 
-# Fields of a result that stand in a row as they are, and those that are mappings.
+# The fields of a result that a row holds unchanged, and those that are mappings.
 PLAIN_FIELDS = ("status", "reason", "score", "bound", "complete", "reused", "raced", "transient", "given", "worker")
 MAPS = ("tasks", "seconds", "counts")
 

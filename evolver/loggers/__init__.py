@@ -45,7 +45,7 @@ def build_loggers(config: Config, file: str, run: Storage) -> dict[str, Logger]:
         except ImportError as error:
             raise BadInput(
                 f"{file}: loggers.{name}: its package cannot be imported ({' '.join(str(error).split())[:200]}); "
-                f"install it anew by pip install 'evolver[{name}]', or leave the logger out."
+                f"install it again by pip install 'evolver[{name}]', or leave the logger out."
             ) from error
         try:
             built[name] = kind.build(kind.settings.model_validate(settings or {}), place)

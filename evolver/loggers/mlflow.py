@@ -38,7 +38,7 @@ class MlflowSettings(Section):
     uri: str | None = Field(
         None, description="tracking server, or a store such as sqlite:///mlflow.db; default: MLflow's own"
     )
-    experiment: str = Field("evolver", min_length=1, description="made where it is not there")
+    experiment: str = Field("evolver", min_length=1, description="it is made if there is none")
 
 
 @logger("mlflow", MlflowSettings, package="mlflow")

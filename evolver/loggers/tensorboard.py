@@ -23,20 +23,22 @@ class TensorBoardSettings(Section):
     """Where the event files go."""
 
     folder: str | None = Field(
-        None, description="the run gets a folder of its name in it; default: `tensorboard/` in the run's folder"
+        None, description="a folder with the run's name is made in it; default: `tensorboard/` in the run's folder"
     )
 
 
 @logger("tensorboard", TensorBoardSettings, package="tensorboard")
 class TensorBoardLogger:
-    """Event files, written anew in every call of the run: a file cannot take anything back.
+    """Event files, written again each time the run is started, because an event file cannot be changed.
 
     The best score stands there twice, by steps and by scored items, as TensorBoard draws everything over steps.
     """
 
     def __init__(self, settings: TensorBoardSettings, place: RunPlace) -> None:
         if settings.folder is None and place.folder is None:
-            raise BadInput("folder: missing, as the run's folder is not on this machine; give a folder that is.")
+            raise BadInput(
+                "folder: this key is missing; the run's folder is not on this machine, so give a folder that is."
+            )
         if settings.folder is not None and is_remote(settings.folder):
             raise BadInput(f"folder: {settings.folder} is not on this machine; give a folder that is.")
         if settings.folder is not None:

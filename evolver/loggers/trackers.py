@@ -84,7 +84,7 @@ class Trackers:
         late = [c.name for c in self._couriers if not c.ended(until)]
         self._warn()
         for name in late:
-            self._off(name, f"it is not done {seconds:g} s after the run")
+            self._off(name, f"the tracker was still busy {seconds:g} s after the run")
 
     def _pass_on(self, step: int) -> None:
         values = self._values(*self._held.pop(step))
@@ -118,7 +118,10 @@ class Trackers:
     def _off(self, name: str, why: str) -> None:
         if name not in self._warned:
             self._warned.add(name)
-            self._say(f"warning: loggers.{name}: off, up to the next call, which logs what is missing ({why})")
+            self._say(
+                f"warning: loggers.{name}: off for the rest of this run ({why}); the next start of the run sends what "
+                "is missing"
+            )
 
 
 def tracked(config: Config, search: Mapping[str, Any], run: Storage, facts: Mapping[str, str]) -> Tracked:

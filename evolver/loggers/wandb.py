@@ -55,7 +55,7 @@ class WandbLogger:
 
         online = (self.settings.mode or os.environ.get("WANDB_MODE", "online")) == "online"
         if online and not wandb.login(prompt=False):  # a question would wait behind the run's own output
-            raise RuntimeError("no key: call `wandb login`, or set WANDB_API_KEY")
+            raise RuntimeError("there is no API key; run `wandb login`, or set WANDB_API_KEY")
         folder = self.settings.folder and Path(expand(self.settings.folder))
         if folder:
             folder.mkdir(parents=True, exist_ok=True)

@@ -67,7 +67,7 @@ def _usable(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor
         zero = zero and not bool(tensor.any())
         yield name, tensor
     if zero:
-        raise BadInput("the merged model is zero everywhere; write weights that do not all vanish.")
+        raise BadInput("all values of the merged model are zero; write weights that are not all zero.")
 
 
 def write_heads(folder: Path, heads: Mapping[str, tuple[Path, Head]]) -> None:

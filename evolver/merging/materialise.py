@@ -143,7 +143,7 @@ class Materialiser:
         for node in order:
             if isinstance(node, Statistic) and node.id not in self._statistics:
                 if self._open_statistic is None:
-                    raise ValueError(f"nobody here can collect {node.describe()}")
+                    raise ValueError(f"this process cannot collect {node.describe()}")
                 self._statistics[node.id] = self._open_statistic(node, self.stream(node.of))
         return [node for node in order if not isinstance(node, Statistic)]
 
@@ -173,7 +173,7 @@ class Materialiser:
     @singledispatchmethod
     def _compute(self, node: Any, name: str, below: list[Tensor]) -> Tensor:
         """One tensor of a node from those that it needs; every kind of node is registered below."""
-        raise TypeError(f"nobody knows how to compute a {type(node).__name__}")
+        raise TypeError(f"there is no code that computes a {type(node).__name__}")
 
     @_compute.register
     def _(self, node: Expert, name: str, below: list[Tensor]) -> Tensor:

@@ -1,1 +1,1 @@
-"""What people are told of a run: the report, its verdict, its curve, and its page."""
+"""The report of a run: its text, its verdict, its curve, and its HTML page."""

@@ -1,7 +1,7 @@
 """The examples of a report: items on which the winner and the best expert differ, with what both answered.
 
 Scores and answers come from the ledger. Only the texts of the items that are shown have a file of their own in the
-run's folder, so that a report can be written anew without the data.
+run's folder, so that a report can be written again without the data.
 """
 
 from __future__ import annotations
@@ -113,16 +113,19 @@ def examples_section(outcome: Outcome, texts: Texts) -> str:
 
 
 def _missing(found: Differences, outcome: Outcome, texts: Texts) -> Iterator[str]:
-    """What the examples lack, and why."""
+    """What is missing in the examples, and why."""
     shown, tasks = found.shown, outcome.scales["report"].tasks
     unshown = sorted({tasks[p] for p in shown if p not in texts})
     if unshown:
-        yield f"The run's folder holds no texts of the items of {', '.join(map(escaped, unshown))}."
+        yield f"The run's folder does not hold the texts of the items of {', '.join(map(escaped, unshown))}."
     mute = sorted({tasks[p] for p in shown if not _words(outcome, p)[0]})
     if mute and not (outcome.winner.report.said and outcome.best_expert.report.said):
         yield "An earlier version of Evolver made this run and kept scores only, so no answers are shown."
     elif mute:
-        yield f"What judges {', '.join(map(escaped, mute))} gives scores and no answers, so the scores are shown."
+        yield (
+            f"The kind of evaluation of {', '.join(map(escaped, mute))} gives scores but no answers in words, so the "
+            "scores are shown."
+        )
 
 
 def _example(place: int, outcome: Outcome, texts: Texts) -> Iterator[str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from markdown_it import MarkdownIt
 
-# The report's own pictures lie beside it; whatever else a text names is left alone.
+# The report's own pictures are in the same folder; other pictures that a text names are not read.
 IMAGE = re.compile(r'<img src="([\w-]+\.png)"')
 
 PAGE = """<!doctype html>

@@ -1,4 +1,4 @@
-"""The report of a run: a verdict in one sentence, and what it rests on. Reads results only."""
+"""The report of a run: a verdict in one sentence, and the figures behind it. Only results are read."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from evolver.storage import Storage
 
 # What can be wrong with answers, by the name of its count.
 FLAWS = {
-    "truncated": "the prompt was cut, or the answer met its limit before its end",
-    "invalid": "no answer was found in what was written",
+    "truncated": "the prompt was cut, or the answer was cut at its length limit",
+    "invalid": "no answer was found in the text that the model wrote",
 }
 
 
 def write_report(
     folder: Storage, outcome: Outcome, agreement: Mapping[str, int], texts: Mapping[int, ItemText] | None = None
 ) -> None:
-    """Write ``report.md`` and its twin ``report.html`` with its picture, and for programs ``summary.json``.
+    """Write ``report.md``, the same as ``report.html`` with its picture, and ``summary.json`` for programs.
 
     Args:
         agreement: what scoring the exported winner again gave.
@@ -109,15 +109,15 @@ def summary(outcome: Outcome) -> dict[str, Any]:
 
 
 def write_again(run: Storage, target: Storage) -> str:
-    """Write the report of a run anew, from its folder alone, with all candidates as ``candidates.csv``; the verdict.
+    """Write the report of a run again, from its folder alone, and ``candidates.csv``. Returns the verdict.
 
-    Raises BadInput where the folder holds no run, or one whose finalists are not scored yet.
+    Raises BadInput if the folder holds no run, or a run whose finalists are not scored yet.
     """
     history = read_history(run)
     outcome = history.outcome()
     agreement = agreement_of(run)
     if outcome is None or agreement is None:
-        raise BadInput(f"{run.location}: the run has not come to its end; go on with it first (evolver resume).")
+        raise BadInput(f"{run.location}: the run is not finished; continue it first (evolver resume).")
     try:
         write_report(target, outcome, agreement, read_texts(run))
         target.write("candidates.csv", _csv(history).encode())
@@ -149,9 +149,9 @@ def table_of(outcome: Outcome) -> str:
 
 
 def _headline(task: str, scale: Scale) -> str:
-    """The task's name; with its metric where that is one of which less is better."""
+    """The task's name, and its metric if lower values of it are better."""
     metric = scale.metrics[task]
-    return f"{escaped(task)} ({metric.name}, less is better)" if metric.negative else escaped(task)
+    return f"{escaped(task)} ({metric.name}, lower is better)" if metric.negative else escaped(task)
 
 
 def _row(finalist: Finalist, outcome: Outcome, flawed: Sequence[str]) -> list[str]:
@@ -167,7 +167,7 @@ def _row(finalist: Finalist, outcome: Outcome, flawed: Sequence[str]) -> list[st
 
 
 def _against_others(outcome: Outcome) -> str:
-    """Paired tests of the winner against everybody else."""
+    """Paired tests of the winner against all other finalists."""
     rows = []
     for other in outcome.finalists[:-1]:
         if other.report.score is None or outcome.winner.report.score is None:
@@ -184,10 +184,10 @@ def _winner_section(outcome: Outcome, agreement: Mapping[str, int]) -> str:
     candidate, models = outcome.winning, len({r.recipe_id for _, r in outcome.searched})
     same = f"{agreement['equal']} of {agreement['items']}"
     return (
-        "## The winner\n\n"
-        f"One of {models} models, proposed by `{candidate.proposer}` as candidate {candidate.number}, recipe "
-        f"`{candidate.recipe.id}` ({len(dump_recipe(candidate.recipe))} bytes, in `recipe.json`). The folder `best/`, "
-        f"loaded anew and scored on the dev items, gives the ledger's score on {same} items."
+        f"## The winner\n\nOne of {models} models, proposed by `{candidate.proposer}` as candidate "
+        f"{candidate.number}, recipe `{candidate.recipe.id}` ({len(dump_recipe(candidate.recipe))} bytes, in "
+        "`recipe.json`). The model in the folder `best/` was loaded again and scored on the dev items; its scores "
+        f"are those in the ledger on {same} items."
     )
 
 
@@ -207,17 +207,17 @@ def _cost(outcome: Outcome) -> str:
     }
     rows = [
         ["candidates", str(len(results))],
-        ["of these known already, at no cost", str(sum(r.reused for r in results))],
+        ["of these, known from earlier candidates, at no cost", str(sum(r.reused for r in results))],
         ["items scored", str(sum(r.cost for r in results))],
         ["tokens", f"{math.fsum(r.counts.get('tokens', 0.0) for r in fresh):.0f}"],
         ["seconds of evaluation", f"{spent['total']:.1f}"],
         ["of these: materialising", f"{spent['materialise']:.1f}"],
         ["of these: scoring", f"{spent['forward']:.1f}"],
         ["of these: the rest", f"{spent['total'] - spent['materialise'] - spent['forward']:.1f}"],
-        ["seconds a candidate, median", f"{median_or_zero(r.seconds.get('total', 0.0) for r in fresh):.2f}"],
-        *_waste_rows("candidates scored ahead on wrong guesses, beside the above", outcome.wasted),
+        ["seconds per candidate, median", f"{median_or_zero(r.seconds.get('total', 0.0) for r in fresh):.2f}"],
+        *_waste_rows("candidates scored ahead on wrong guesses, in addition to the above", outcome.wasted),
         *_waste_rows(
-            "candidates that no longer belong to the search, as an earlier failure was tried again", outcome.lost
+            "candidates after a failure that was tried again, which the search no longer asks for", outcome.lost
         ),
         *cost_rows(
             outcome.config.pool,
@@ -237,7 +237,7 @@ def _waste_rows(what: str, wasted: Sequence[Result]) -> Iterable[list[str]]:
 
 
 def _savings_table(searched: Sequence[tuple[Candidate, Result]], full: int, outcome: Outcome) -> str:
-    """What each way of scoring less has saved, against scoring every item of every model once."""
+    """How many items each way of scoring fewer items has saved, compared with scoring all items of every model."""
     last: dict[str, tuple[Candidate, Result]] = {}  # of each model the evaluation that knows most
     for candidate, result in searched:
         known = last.get(result.recipe_id)
@@ -245,7 +245,7 @@ def _savings_table(searched: Sequence[tuple[Candidate, Result]], full: int, outc
             last[result.recipe_id] = (candidate, result)
     partial = [(c, r) for c, r in last.values() if not r.complete]
     ways = {
-        "could no longer reach the bar": [r for c, r in partial if not r.raced and c.limit is None],
+        "could no longer reach the score to beat": [r for c, r in partial if not r.raced and c.limit is None],
         f"lost a race, at an error rate of {outcome.config.evaluation.racing}": [r for _, r in partial if r.raced],
         "did not go on to the next rung": [r for c, r in partial if not r.raced and c.limit is not None],
     }
@@ -265,19 +265,19 @@ def _failures(outcome: Outcome) -> str:
 def _provenance(outcome: Outcome) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in outcome.about.versions.items())
     same = (
-        "The same configuration gives the same candidates and the same winner, with one worker or many, interrupted or "
-        "not; sums of forward passes are rounded in the order of a processor, so this holds on processors that compute "
-        "alike."
+        "The same configuration gives the same candidates and the same winner, with one worker or many, interrupted "
+        "or not; this holds on processors of the same kind, since others round the sums of forward passes "
+        "differently."
     )
     if outcome.config.order == "arrival":
         same = (
-            "Results were learnt as they came (`order: arrival`): called again in this folder, the run repeats itself "
-            "from its ledger; in another one, other timing makes other candidates."
+            "The search learnt results in the order in which they arrived (`order: arrival`). The same command repeats "
+            "this run from the ledger in this folder; in another folder, other timing leads to other candidates."
         )
     compute = outcome.config.model.compute
     passes = f"Forward passes ran in {compute}. " if compute != "auto" else ""
     return (
         "## How to reproduce\n\n"
-        f"`python evolve.py config.yaml` with the configuration beside this file, seed {outcome.config.seed}. {passes}"
-        f"Versions: {versions}. {same}"
+        f"Run `evolver run config.yaml` with the configuration file beside this report; its seed is "
+        f"{outcome.config.seed}. {passes}Versions: {versions}. {same}"
     )

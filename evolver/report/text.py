@@ -12,7 +12,7 @@ from evolver.evaluation.scores.scoring import Scale
 
 
 def cost_rows(pool: PoolSettings, seconds: float) -> list[list[str]]:
-    """Energy and money, where the configuration says what an hour of a worker takes."""
+    """Energy and costs, if the configuration says how much power and money a worker takes."""
     hours = seconds / 3600
     energy = [] if pool.watts is None else [["energy (kWh, estimated)", f"{pool.watts * hours / 1000:.4f}"]]
     price = [] if pool.price_per_hour is None else [["price (estimated)", f"{pool.price_per_hour * hours:.4f}"]]
@@ -25,17 +25,17 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-# What Markdown or HTML would take for more than text; an underscore within a word is only that.
+# Characters that have a meaning in Markdown or HTML; an underscore within a word has none.
 MARKED = re.compile(r"[\\`*\[\]<>|~&]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def escaped(text: str) -> str:
-    """Somebody else's text in one line, so that Markdown shows it as it is: in a paragraph, a list or a table."""
+    """A text from outside in one line, escaped so that Markdown shows it unchanged in paragraphs, lists and tables."""
     return MARKED.sub(lambda found: "\\" + found[0], " ".join(text.split()))
 
 
 def fenced(text: str) -> str:
-    """Somebody else's text of several lines as a block that Markdown shows as it is."""
+    """A text of several lines from outside, as a block that Markdown shows unchanged."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"
@@ -61,6 +61,6 @@ def of_task(value: float | None, metric: Metric) -> str:
 
 
 def median_or_zero(values: Iterable[float]) -> float:
-    """The median; 0 of nothing."""
+    """The median; 0 if there are no values."""
     found = list(values)
     return statistics.median(found) if found else 0.0

@@ -1,4 +1,4 @@
-"""What a run's folder says of the run itself, so that it can be read back without its models and data."""
+"""The file ``about.json`` of a run: what readers need to know about the run without its models and data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from evolver.runs.files import ABOUT_FILE, CONFIG_REMEDY, IDENTITY_FILE, RUN_FIL
 from evolver.runs.folder import config_of_run
 from evolver.storage import Storage
 
-ABOUT_REMEDY = "call the run again, which writes this file anew"
+ABOUT_REMEDY = "run the configuration again, which writes this file again"
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Job:
 
 @dataclass(frozen=True)
 class About:
-    """A run, but for its ledger.
+    """All facts about a run that are not in its ledger.
 
     Attributes:
-        config: as it was called last, with the dtype of forward passes that was chosen.
+        config: the one with which the run was started last, with the dtype of forward passes that was chosen.
         scales: how items make up scores, of both splits.
         versions: of the packages that were used.
-        warnings: what was said before the run began.
-        job: the Ray job that called it last; None: it was called as a process.
+        warnings: the warnings that were printed before the run began.
+        job: the Ray job that drove it last; None: a process drove it.
         owner: the name of the run's identity.
     """
 
@@ -70,7 +70,7 @@ def write_about(folder: Storage, about: About) -> None:
 def read_about(folder: Storage) -> About:
     """The inverse of ``write_about``.
 
-    Raises BadInput where the folder is none of a run, or a file of it cannot be read.
+    Raises BadInput if the folder is not that of a run, or if one of its files cannot be read.
     """
     config = config_of_run(folder).parsed()
     try:
@@ -83,7 +83,7 @@ def read_about(folder: Storage) -> About:
         versions, warnings, compute = dict(form["versions"]), tuple(form["warnings"]), str(form["compute"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(
-            f"{folder.location}/{ABOUT_FILE}: it lacks or garbles what it should say ({error!r}); {ABOUT_REMEDY}."
+            f"{folder.location}/{ABOUT_FILE}: a value in it is missing or not readable ({error!r}); {ABOUT_REMEDY}."
         ) from error
     _refuse_files_of_another_run(folder, config, form)
     name = folder.location.rstrip("/").rpartition("/")[2]  # a run may have been called by another name than its file's
@@ -96,13 +96,16 @@ def runs_in(root: Storage) -> list[str]:
     try:
         names = root.names()
     except OSError as error:
-        raise BadInput(f"{root.location[:200]}: it is no folder of runs ({cause_of(error)}); give one.") from error
+        raise BadInput(
+            f"{root.location[:200]}: the folder cannot be read ({cause_of(error)}); give a folder that holds runs, "
+            "such as results."
+        ) from error
     return [name for name in names if holds_a_run(root.folder(name))]
 
 
 def _refuse_files_of_another_run(folder: Storage, config: Config, form: Mapping[str, Any]) -> None:
-    """Raises BadInput where a file was copied from the folder of another run. An identity that cannot be read, or is
-    not there, proves nothing; whoever goes on with the run says so.
+    """Raises BadInput if a file was copied from the folder of another run. If the identity is missing or cannot be
+    read, nothing is refused here; continuing the run reports that.
     """
     try:
         identity = mapping_of(folder, IDENTITY_FILE, "")
@@ -110,7 +113,8 @@ def _refuse_files_of_another_run(folder: Storage, config: Config, form: Mapping[
         return
     if form.get("owner") not in (None, content_hash(identity)):
         raise BadInput(
-            f"{folder.location}/{ABOUT_FILE}: it belongs to another run than {IDENTITY_FILE} beside it; {ABOUT_REMEDY}."
+            f"{folder.location}/{ABOUT_FILE}: it does not belong to the same run as {IDENTITY_FILE} in the same "
+            f"folder; {ABOUT_REMEDY}."
         )
     facts = {"seed": config.seed, "experts": set(config.experts), "search": config.search["algorithm"]}
     experts, search = identity.get("experts"), identity.get("search")
@@ -122,6 +126,6 @@ def _refuse_files_of_another_run(folder: Storage, config: Config, form: Mapping[
     for key, value in facts.items():
         if found[key] not in (None, value):
             raise BadInput(
-                f"{folder.location}/{RUN_FILE}: its {key} is not that of {IDENTITY_FILE} beside it, so it is "
-                f"of another run; {CONFIG_REMEDY}."
+                f"{folder.location}/{RUN_FILE}: its {key} differs from the one in {IDENTITY_FILE} in the same folder, "
+                f"so the file is from another run; {CONFIG_REMEDY}."
             )

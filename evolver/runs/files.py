@@ -1,4 +1,4 @@
-"""Files of a run's folder, read so that whatever is wrong with one is said in a sentence that names it."""
+"""Reading the files of a run's folder. If a file is damaged, the error is one sentence that names it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from evolver.storage import Storage
 # The files by which a folder is known as that of a run.
 RUN_FILE, ABOUT_FILE, IDENTITY_FILE = "config.yaml", "about.json", "identity.json"
 SUMMARY_FILE, AGREEMENT_FILE, RECIPE_FILE = "summary.json", "best.json", "recipe.json"
-CONFIG_REMEDY = "restore it from the configuration that the run was called with, or call that configuration again"
+CONFIG_REMEDY = "copy the configuration that you ran to this place, or run that configuration again"
 
 
 def text_of(folder: Storage, name: str, remedy: str) -> str:
@@ -36,14 +36,14 @@ def mapping_of(folder: Storage, name: str, remedy: str) -> dict[str, Any]:
     try:
         found = json.loads(text_of(folder, name, remedy))
     except (ValueError, RecursionError) as error:
-        raise BadInput(f"{folder.location}/{name}: it is no JSON ({cause_of(error)}); {remedy}.") from error
+        raise BadInput(f"{folder.location}/{name}: it is not valid JSON ({cause_of(error)}); {remedy}.") from error
     if not isinstance(found, dict):
-        raise BadInput(f"{folder.location}/{name}: it holds no mapping of names to values; {remedy}.")
+        raise BadInput(f"{folder.location}/{name}: it is not a mapping of names to values; {remedy}.")
     return found
 
 
 def unreadable(folder: Storage, name: str, error: Exception, remedy: str) -> BadInput:
-    """The sentence for a file that cannot be read."""
+    """The error for a file that cannot be read."""
     return BadInput(f"{folder.location}/{name}: it cannot be read ({cause_of(error)}); {remedy}.")
 
 
@@ -53,19 +53,21 @@ def holds_a_run(folder: Storage) -> bool:
         return not {ABOUT_FILE, IDENTITY_FILE}.isdisjoint(folder.names())
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except OSError:  # nobody may look into it, so it may well be one
+    except OSError:  # the folder may not be read, so it may be that of a run
         return True
 
 
 def no_run(folder: Storage) -> BadInput:
-    """The sentence for a folder in which there is no run."""
-    return BadInput(f"{folder.location}: there is no run; give the folder of one, such as results/demo.")
+    """The error for a folder in which there is no run."""
+    return BadInput(
+        f"{folder.location}: there is no run in this folder; give the folder of a run, such as results/demo."
+    )
 
 
 def summary_of(folder: Storage) -> tuple[dict[str, Any], str]:
     """What a run's report says for programs, and its verdict; where it cannot be read, why."""
     try:
-        found = mapping_of(folder, SUMMARY_FILE, "evolver report writes it anew")
+        found = mapping_of(folder, SUMMARY_FILE, "evolver report writes it again")
     except (FileNotFoundError, NotADirectoryError):
         return {}, ""
     except BadInput as error:
@@ -74,15 +76,15 @@ def summary_of(folder: Storage) -> tuple[dict[str, Any], str]:
 
 
 def agreement_of(folder: Storage) -> dict[str, int] | None:
-    """On how many of its ``items`` the exported winner, loaded anew, gave ``equal`` answers; None before that check.
+    """The check of the exported winner: of ``items`` answers, ``equal`` were as in the ledger. None before the check.
 
     Raises BadInput where that cannot be read.
     """
-    remedy = "call the run again, which checks its best model anew"
+    remedy = "run the configuration again, which checks the best model again"
     try:
         found = mapping_of(folder, AGREEMENT_FILE, remedy)
     except (FileNotFoundError, NotADirectoryError):
         return None
     if not all(isinstance(found.get(key), int) for key in ("items", "equal")):
-        raise BadInput(f"{folder.location}/{AGREEMENT_FILE}: it lacks a number of items; {remedy}.")
+        raise BadInput(f"{folder.location}/{AGREEMENT_FILE}: a number of items is missing; {remedy}.")
     return {key: found[key] for key in ("items", "equal")}

@@ -1,4 +1,4 @@
-"""The folder of a run: the frozen configuration, the ledger, and what comes out. It belongs to one configuration."""
+"""The folder of a run: its configuration, its ledger and its results. A folder belongs to one configuration."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def compute_of(folder: Storage) -> str | None:
 
 
 def config_of_run(folder: Storage, candidates: int | None = None, items: int | None = None) -> ConfigText:
-    """The configuration that a run was called with last, with another budget where one is given.
+    """The configuration with which a run was started last, with another budget if one is given.
 
     Raises BadInput where the folder holds no run.
     """
@@ -47,12 +47,12 @@ def config_of_run(folder: Storage, candidates: int | None = None, items: int | N
 class RunFolder:
     """``results/<run>/``. Nothing is written before ``create``.
 
-    A run that was made before there was some key is one in which the key has its default. A folder in which nothing was
-    scored takes another configuration.
+    If a run is older than a key of the configuration, the key counts as having its default. If nothing was scored in a
+    folder, another configuration may take the folder over.
 
     Args:
-        identity: what makes two calls the same run.
-        default: of a key of the configuration, dotted.
+        identity: what identifies the run; a start with another identity is refused.
+        default: gives the default of a key of the configuration, such as ``search.F``.
 
     Attributes:
         owner: the name of the run's identity as it was when the folder was made, under which its ledger is written.
@@ -69,11 +69,12 @@ class RunFolder:
             frozen, names = _frozen(storage), storage.names()
         except NotADirectoryError:
             raise BadInput(
-                f"{self.location}: there is a file of that name; choose another run name or remove it."
+                f"{self.location}: there is a file of that name; choose another run name, or remove the file."
             ) from None
         except OSError as error:
             raise BadInput(
-                f"{self.location}: cannot be read ({error.strerror or error}); check the address and the rights."
+                f"{self.location}: the folder cannot be read ({error.strerror or error}); check the address and the "
+                "permissions."
             ) from error
         self.takes_over = frozen is not None and self._changed(frozen) is not None and not _has_results(storage)
         self.owner = content_hash(identity if frozen is None or self.takes_over else frozen)
@@ -81,7 +82,8 @@ class RunFolder:
             self._compare(frozen)
         elif frozen is None and names:
             raise BadInput(
-                f"{self.location}: the folder holds files that are no run; choose another run name or empty it."
+                f"{self.location}: the folder holds files, but they are not those of a run; choose another run name, "
+                "or empty the folder."
             )
 
     def create(self, configuration: str) -> None:
@@ -98,16 +100,16 @@ class RunFolder:
             raise BadInput(file_sentence(error, self.location)) from error
 
     def _found(self) -> None:
-        """Make the folder this run's, unless it is; of several that try at once, one succeeds."""
+        """Write the identity, unless it is there. If several processes try at the same time, one succeeds."""
         try:
             self.storage.create(IDENTITY_FILE, json.dumps(self.identity, indent=1, sort_keys=True).encode())
         except FileExistsError:
             self._compare(_frozen(self.storage) or {})
 
     def _clear(self) -> None:
-        """Take what another configuration left that never scored anything: its identity, and what it was about to do.
+        """Remove what another configuration left that scored nothing: its identity and its proposals.
 
-        Raises BadInput where it is at work.
+        Raises BadInput if a process is running it.
         """
         ledger = self.storage.folder("ledger")
         with contextlib.closing(Lease(ledger)):
@@ -126,13 +128,13 @@ class RunFolder:
             key, was, now = changed
             what = "other weights" if key.startswith(("experts.", "model.base")) else f"{was!r} → {now!r}"
             raise BadInput(
-                f"{self.location}: the run was made with another configuration ({key}: {what}); "
-                "give the changed configuration another run name, or restore the key."
+                f"{self.location}: the run was made with another configuration ({key}: {what}); give the changed "
+                "configuration another run name, or set the key to its old value again."
             )
 
 
 def _has_results(folder: Storage) -> bool:
-    """Whether a run has scored anything; it may have where its ledger cannot be read."""
+    """Whether a run has scored anything; True also if its ledger cannot be read."""
     try:
         parts = read_parts(folder.folder("ledger")).values()
     except (BadInput, OSError):
@@ -141,11 +143,11 @@ def _has_results(folder: Storage) -> bool:
 
 
 def _frozen(folder: Storage) -> Mapping[str, Any] | None:
-    """What makes the run in a folder what it is; None where there is none.
+    """The identity of the run in a folder; None if there is no run.
 
     Raises BadInput where it cannot be read.
     """
     try:
-        return mapping_of(folder, IDENTITY_FILE, "restore it, or choose another run name")
+        return mapping_of(folder, IDENTITY_FILE, "restore the file from a copy, or choose another run name")
     except FileNotFoundError:
         return None

@@ -1,4 +1,4 @@
-"""A run read back from its folder: all that was proposed and scored. Needs neither its models nor its data."""
+"""The history of a run, read from its folder: all that was proposed and scored. Models and data are not needed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Pairs = tuple[tuple[Candidate, Result], ...]
 
 @dataclass(frozen=True)
 class History:
-    """What a run has come to by now.
+    """The candidates and results of a run up to now.
 
     Attributes:
         stages: candidates with their results, by stage, in the order of their numbers.
@@ -61,7 +61,7 @@ class History:
         return tuple(r for r in self.orphaned if (r.stage == "report", r.recipe_id) not in asked)
 
     def outcome(self) -> Outcome | None:
-        """What the report says; None before the finalists are scored."""
+        """The outcome for the report; None before the finalists are scored."""
         best, dev = self.best, {c.label: r for c, r in self.stages["baseline"]}
         report = {c.label: (c, r) for c, r in self.stages["report"] if c.label != "winner"}
         winner = [(c, r) for c, r in self.stages["report"] if best and r.recipe_id == best[0].recipe.id]
@@ -77,7 +77,7 @@ def history_of(
     about: About, pairs: Iterable[tuple[Candidate, Result]], guessed: Iterable[Result] = (),
     orphaned: Iterable[Result] = (),
 ) -> History:  # fmt: skip
-    """The history that results make up, in whichever order they come; of two under one number the later one counts."""
+    """The history that consists of these results. Of two results with the same number, the later one counts."""
     stages: dict[Stage, dict[int, tuple[Candidate, Result]]] = {"baseline": {}, "search": {}, "report": {}}
     for candidate, result in pairs:
         stages[candidate.stage][candidate.number] = candidate, result
@@ -86,9 +86,9 @@ def history_of(
 
 
 def read_history(folder: Storage) -> History:
-    """Read a run's folder, also while the run goes.
+    """Read a run's folder; the run may be going on meanwhile.
 
-    Raises BadInput where the folder is none of a run, or something in it cannot be read.
+    Raises BadInput if the folder is not that of a run, or if something in it cannot be read.
     """
     about, place = read_about(folder), folder.folder("ledger")
     pairs: list[tuple[Candidate, Result]] = []
@@ -105,8 +105,8 @@ def read_history(folder: Storage) -> History:
     history = history_of(about, pairs, guessed, orphaned)
     if history.best is not None and history.best[0].recipe.id != history.best[1].recipe_id:
         raise BadInput(
-            f"{place.location}: candidate {history.best[0].number} of the search is kept with the recipe of another "
-            "model; restore the ledger from a copy."
+            f"{place.location}: candidate {history.best[0].number} of the search is recorded with the recipe of one "
+            "model and the id of another; restore the ledger from a copy."
         )
     return history
 

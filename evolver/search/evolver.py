@@ -41,20 +41,21 @@ class EvolverSettings(Section):
     algorithm: Literal["evolver"] = Field(description="name of this search")
     mode: Literal["sequential", "generational", "steady"] = Field(
         "sequential",
-        description="sequential: one candidate after the other; generational: a child of every member at once; steady: "
-        "in_flight candidates at any time",
+        description="sequential: one candidate after the other; generational: one child of every member of the "
+        "population, all at the same time; steady: in_flight candidates at any time",
     )
     in_flight: int = Field(
         1, ge=1, description="with mode: steady, number of candidates in evaluation at the same time"
     )
     merger: dict[str, Any] | None = Field(
         None,
-        description="merge method and its settings, such as {method: simple}: candidates are merges of the whole "
-        "population; default: candidates are single members",
+        description="merge method and its settings, such as {method: simple}: each candidate is a merge of the "
+        "whole population; default: each candidate is a single member",
     )
     strategy: Strategy = Field(
         "evolver",
-        description="how a mutant is made of other members: as in the paper, or by a form of differential evolution",
+        description="how a mutant is made from other members: as in the paper (evolver), or by a form of "
+        "differential evolution",
     )
     F: float = Field(0.5, gt=0, le=2, description="scale of the mutation")
     Cr: float = Field(
@@ -80,8 +81,8 @@ def build_evolver(setup: Setup, settings: EvolverSettings) -> Ordered:
         )
     if settings.in_flight > 1 and settings.mode != "steady":
         raise BadInput(
-            f"search.in_flight: mode {settings.mode} decides itself how many candidates are in evaluation; "
-            "leave in_flight out, or write mode: steady."
+            f"search.in_flight: in mode {settings.mode}, the search itself decides how many candidates are evaluated "
+            "at the same time; leave in_flight out, or write mode: steady."
         )
     needed = PARTNERS[settings.strategy] + 1
     if len(setup.experts) < needed:

@@ -87,7 +87,9 @@ class Halving:
 
     def tell(self, result: Result) -> None:
         if self._bracket is None:
-            raise ValueError(f"the result of candidate {result.number} is told, but the search waits for no result")
+            raise ValueError(
+                f"the result of candidate {result.number} has arrived, but the search does not wait for a result"
+            )
         self._bracket.tell(result.number % self.settings.batch, result)
         if self._bracket.done:
             self._end(self._bracket)

@@ -126,8 +126,8 @@ class TPE(Coefficients):
     def __init__(self, setup: Setup, settings: TPESettings) -> None:
         if setup.together > 1 and settings.in_flight > 1:
             raise BadInput(
-                f"search.in_flight: inside of halving, candidates come in batches of {setup.together}; "
-                "leave in_flight out."
+                f"search.in_flight: inside halving, {setup.together} candidates are evaluated at the same time; leave "
+                "in_flight out."
             )
         several = max(setup.together, settings.in_flight) > 1
         sampler = optuna.samplers.TPESampler(

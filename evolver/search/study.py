@@ -32,11 +32,11 @@ def write_study(search: Search, recorded: Callable[[Candidate], Result | None], 
     """
     if not isinstance(search, Coefficients):
         raise BadInput(
-            "evolver study: only coefficient searches (tpe, cmaes, nsga2) can be written as an Optuna "
-            "study, and the search of this run is none of them; give the folder of another run."
+            "evolver study: only runs of the searches tpe, cmaes and nsga2 can be written as an Optuna study, and "
+            "this run used another search; give the folder of another run."
         )
     if file.exists():
-        raise BadInput(f"{file}: this file exists already; name another file, or remove it.")
+        raise BadInput(f"{file}: this file exists already; name another file, or remove this one.")
     results: dict[int, Result] = {}
     while asked := search.ask(1):
         result = recorded(asked[0])

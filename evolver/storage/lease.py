@@ -87,7 +87,10 @@ class Lease:
                 held = self._read()
         # A process of this machine that has not locked the folder is dead.
         if held and not (self._unlock and held.get("machine") == self._holder["machine"]):
-            say(f"the run was in use by {_name(held)}; going on in {LEASE_SECONDS:.0f} s, if that one is gone")
+            say(
+                f"the run was in use by {_name(held)}; this process continues it in {LEASE_SECONDS:.0f} s if the "
+                "other one has ended"
+            )
             self._outlast(held)
         self._storage.write(LEASE_FILE, data)
 

@@ -40,30 +40,32 @@ def check_target(target: Path, what: str = "folder", exported: Exported | None =
         if what == "folder" and not target.is_dir():
             raise BadInput(f"{target}: there is a file of that name; name a folder, new or empty.")
         if what == "file" and not target.is_file():
-            raise BadInput(f"{target}: is there already and is no file; name the file to write, such as merged.gguf.")
+            raise BadInput(f"{target}: this is not a file; name the file to write, such as merged.gguf.")
         if what == "folder" and not any(target.iterdir()):
             return
         if exported is None:
             raise BadInput(f"{target}: is there already{' and not empty' * (what == 'folder')}; name another {what}.")
         if not exported(target):
             raise BadInput(
-                f"{target}: holds something that no export wrote, or that was changed since, and --force replaces "
-                f"nothing else; name another {what}, or remove this one yourself."
+                f"{target}: --force replaces only what an export wrote and nobody has changed since, and this is "
+                f"something else; name another {what}, or remove this one yourself."
             )
     except OSError as error:
         raise BadInput(
-            f"{error.filename or target}: cannot be looked at ({error.strerror or error}); name another {what}."
+            f"{error.filename or target}: it cannot be read ({error.strerror or error}); name another {what}."
         ) from error
 
 
 def _check_place(target: Path) -> None:
     """Raises BadInput for a link, and for a place in a run."""
     if target.is_symlink():
-        raise BadInput(f"{target}: is a link; name the place itself, where nothing stands yet.")
+        raise BadInput(f"{target}: this is a link; name the place itself, which must not exist yet.")
     place = target.resolve()
     run = next((p for p in (place, *place.parents) if any((p / name).exists() for name in OF_A_RUN)), None)
     if run is not None:
-        raise BadInput(f"{target}: {run} is the folder of a run, which keeps its own files there; name another place.")
+        raise BadInput(
+            f"{target}: {run} is the folder of a run, and only the run itself writes there; name another place."
+        )
     file = next((p for p in place.parents if p.exists() and not p.is_dir()), None)
     if file is not None:
         raise BadInput(f"{target}: {file} is a file, so nothing can be written below it; name another place.")

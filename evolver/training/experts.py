@@ -75,7 +75,7 @@ def _expert(pool: PoolConfig, name: str, base: Path, show: Show) -> Path:
     )
     target = cache() / key
     if target.exists():
-        show.say(f"{name}: there already ({target})")
+        show.say(f"{name}: it exists already ({target})")
     else:
         _train(pool, name, base, rows, labels, seed, target, show)
     return _linked(pool, name, target)
@@ -162,12 +162,13 @@ def _frozen(module: Any, parts: Sequence[str]) -> Any:
     for part in parts:
         if not any(part in name for name in parameters):
             raise BadInput(
-                f"train.freeze: {part!r} is in no parameter's name; give a part of one, such as {min(parameters)}."
+                f"train.freeze: {part!r} is not in the name of any parameter; give a part of a name, such as "
+                f"{min(parameters)}."
             )
     for name, parameter in parameters.items():
         parameter.requires_grad = not any(part in name for part in parts)
     if not any(p.requires_grad for p in parameters.values()):
-        raise BadInput("train.freeze: it leaves nothing to train; leave a part out.")
+        raise BadInput("train.freeze: this freezes all parameters, so that nothing can be trained; leave a part out.")
     return module
 
 

@@ -146,11 +146,13 @@ def lessons_of(loss: Loss, rows: Sequence[Row], key: str) -> list[Any]:
         try:
             lesson = loss.lesson(row)
         except (KeyError, ValueError, TypeError) as error:
-            raise BadInput(f"{key}: row {number} cannot be learnt from ({error}); mend the row or the keys.") from error
+            raise BadInput(
+                f"{key}: row {number} cannot be used for training ({error}); correct the row or the keys."
+            ) from error
         if lesson is not None:
             out.append(lesson)
     if not out:
-        raise BadInput(f"{key}: no row can be learnt from; are max_tokens too few?")
+        raise BadInput(f"{key}: no row can be used for training; write a larger max_tokens if it is too small.")
     return out
 
 

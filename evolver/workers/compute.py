@@ -105,7 +105,9 @@ def choose(config: Config, headers: Headers, device: str) -> ComputeChoice:
     if own not in NARROW:
         return ComputeChoice(COMPUTE_WIDE, f"the weights are {own}")
     if scalars * 4 > free_memory(device):
-        return ComputeChoice(own, f"the weights' dtype, as the model in {COMPUTE_WIDE} does not fit into memory here")
+        return ComputeChoice(
+            own, f"it is the weights' dtype, and the model in {COMPUTE_WIDE} does not fit into memory here"
+        )
     return _choose(own, _shapes(headers), device)
 
 

@@ -168,7 +168,7 @@ class CrewPool:
     def _lose(self, event: Gone) -> None:
         self._stillborn += event.worker in self._coming
         if self._stillborn >= self._policy.stillborn:
-            raise BadInput(f"pool: workers end before they are ready ({event.reason}); their logs may say why.")
+            raise BadInput(f"pool: the workers ended before they were ready ({event.reason}); their logs may say why.")
         self._coming.discard(event.worker)
         self._idle = [w for w in self._idle if w != event.worker]
         flight = self._busy.pop(event.worker, None)

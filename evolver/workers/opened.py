@@ -107,7 +107,8 @@ def _with_all_labels(base: Checkpoint, experts: Mapping[str, Source]) -> Opened:
     for name, source in experts.items():
         if not labels.get(name):
             raise BadInput(
-                f"{source.key}: {source.path} names no labels (id2label); give a classifier with its labels."
+                f"{source.key}: config.json of {source.path} names no labels (id2label); give a classifier that names "
+                "its labels."
             )
     target = all_labels(labels)
     known = labels_in_order(base.config)

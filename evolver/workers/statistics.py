@@ -41,8 +41,8 @@ def sample(config: Config, tasks: Tasks, expert: str) -> list[int]:
     for number, entry in enumerate(tasks.entries):
         if entry.task in wanted and not tasks.judges[entry.task].tells_padding(entry):
             raise BadInput(
-                f"evaluation.tasks[{number}]: {entry.task} is scored in a way that does not tell which positions of a "
-                "batch are padding, so that no statistics of experts can be collected on it; choose a merge method "
+                f"evaluation.tasks[{number}]: {entry.task} is scored in a way that does not say which positions of a "
+                "batch are padding, so no statistics of experts can be collected on it; choose a merge method "
                 "without statistics, or name other tasks under statistics.tasks."
             )
     places = [place for place, task in enumerate(tasks.scale("dev").tasks) if task in wanted]
@@ -79,7 +79,10 @@ class Statistics:
         Raises BadInput for a statistic of a merge, or of other items than those of the run.
         """
         if not isinstance(node.of, Expert):
-            raise BadInput(f"statistics: {node.collected} is collected of experts only, and this is one of a merge.")
+            raise BadInput(
+                f"statistics: {node.collected} can be collected from experts only, and the recipe asks for that of a "
+                "merge."
+            )
         places = sample(self._plan.config, self._tasks, node.of.name)
         if sample_hash(self._plan.config, self._tasks, node.of.name) != node.items:
             raise BadInput(f"statistics: {node.describe()} was collected on other items than those of this run.")
@@ -88,7 +91,7 @@ class Statistics:
         try:
             kept = open_kept(file, key)
         except Damaged as error:
-            _say(f"statistics: {file} is damaged ({error}); {node.collected} of {node.of.name} is collected anew")
+            _say(f"statistics: {file} is damaged ({error}); {node.collected} of {node.of.name} is collected again")
             kept = None
         return kept or self._collect(node, weights, places, file, key)
 

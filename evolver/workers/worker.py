@@ -121,12 +121,14 @@ class Worker:
         opened = open_models(config)
         if opened.digests() != plan.digests:
             raise BadInput(
-                f"experts: worker {name} finds other weights than the driver under the same paths; use a shared folder."
+                f"experts: the worker {name} finds different weights than the driver under the same paths; put the "
+                "models into a shared folder."
             )
         tasks = tasks or load_tasks(config)
         if items_hash(tasks, split) != plan.items[split]:
             raise BadInput(
-                f"evaluation.tasks: worker {name} finds other items than the driver; use a shared data folder."
+                f"evaluation.tasks: the worker {name} finds different items than the driver; put the data into a "
+                "shared folder."
             )
         self.materialiser = build_materialiser(plan, opened, device)
         self.live = build_model(config, opened, device)

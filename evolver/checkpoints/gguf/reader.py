@@ -71,8 +71,8 @@ def folder_of(file: Path, key: str) -> Path:
     except OSError as error:
         if not target.is_dir():
             raise BadInput(
-                f"{key}: {file} cannot be converted into {target} ({error.strerror or error}); make room there, or "
-                "set EVOLVER_CACHE to a folder that can be written."
+                f"{key}: {file} cannot be converted into {target} ({error.strerror or error}); free disk space there, "
+                "or set EVOLVER_CACHE to a folder that can be written."
             ) from error
     return target
 
@@ -123,7 +123,7 @@ def _read(file: Path, key: str) -> Any:
 
     with file.open("rb") as handle:
         if handle.read(4) != b"GGUF":
-            raise BadInput(f"{key}: {file} is no GGUF file; give one, or a Hugging Face model folder.")
+            raise BadInput(f"{key}: {file} is not a GGUF file; give a GGUF file, or a Hugging Face model folder.")
     try:
         return GGUFReader(file)
     except Exception as error:  # it checks nothing, so anything can go wrong

@@ -53,7 +53,7 @@ def add_words(writer: Any, folder: Path, rows: int, config: Any) -> None:
     words = AutoTokenizer.from_pretrained(folder)
     raw = json.loads(words.backend_tokenizer.to_str())
     if raw["model"]["type"] != "BPE":
-        raise BadInput(f"{OPTION}: the tokenizer of {folder} is a {raw['model']['type']}, no BPE; {INSTEAD}")
+        raise BadInput(f"{OPTION}: the tokenizer of {folder} is a {raw['model']['type']} and not BPE; {INSTEAD}")
     merges = [m.split(" ") if isinstance(m, str) else m for m in raw["model"]["merges"]]
     known = {i: t for t, i in words.get_vocab().items() if i < rows}
     tokens = [known.get(i, f"[PAD{i}]") for i in range(rows)]
@@ -81,8 +81,8 @@ def _family(raw: Mapping[str, Any], folder: Path) -> str:
         if definition == (normalizer[0] if normalizer else None, cuts, whole) and len(normalizer) < 2:
             return name
     raise BadInput(
-        f"{OPTION}: the tokenizer of {folder} cuts texts as none of {', '.join(FAMILIES)} does, and a file can only "
-        f"name its way; {INSTEAD}"
+        f"{OPTION}: the tokenizer of {folder} splits texts in another way than {', '.join(FAMILIES)}, and a GGUF file "
+        f"can only name one of these; {INSTEAD}"
     )
 
 

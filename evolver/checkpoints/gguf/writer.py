@@ -141,7 +141,9 @@ def verify(file: Path, written: WrittenFile) -> None:
     }
     odd = min((n for n in meant.keys() | found.keys() if meant.get(n) != found.get(n)), default=None)
     if odd is not None:
-        raise BadInput(f"{OPTION}: {odd} reads otherwise than it was written; check the disk, and export again.")
+        raise BadInput(
+            f"{OPTION}: {odd} differs from what was written when it is read back; check the disk, and export again."
+        )
 
 
 def read_back(file: Path, folder: Path, dtype: torch.dtype) -> None:
@@ -187,7 +189,7 @@ def _places(infos: Mapping[str, TensorInfo], config: Any, kind: Any) -> dict[str
         if name.endswith(BUFFERS) or (name == HEAD and config.tie_word_embeddings):
             continue
         if (their := theirs.get_name(name, try_suffixes=(".weight", ".bias"))) is None:
-            raise BadInput(f"{OPTION}: {name} has no place in the file of a {config.model_type} model; {INSTEAD}")
+            raise BadInput(f"{OPTION}: {name} cannot be put into the file of a {config.model_type} model; {INSTEAD}")
         turned = config.model_type == "gpt2" and name.endswith(TURNED)
         shape = info.shape[::-1] if turned else info.shape
         paired = heads.get(name.split(".")[-2], 0) if architecture == "llama" else 0
@@ -212,7 +214,10 @@ def _notes(places: Mapping[str, TensorPlace], config: Any, kind: Any) -> Iterato
         block = GGML_QUANT_SIZES[kind][0]
         yield f"{odd} matrices are f16: their rows cannot be cut into blocks of {block}, as {kind.name.lower()} is"
     if (tokens := keys.context(config)) < config.max_position_embeddings:
-        yield f"it says that it takes {tokens} tokens: beyond, the model's window slides, and llama.cpp's would not"
+        yield (
+            f"the file says that the model takes {tokens} tokens, because beyond that the model's attention window "
+            "slides, and llama.cpp's does not"
+        )
 
 
 def _arrays(

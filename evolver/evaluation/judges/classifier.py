@@ -158,7 +158,7 @@ class ClassificationScorer:
         outputs = self.model.outputs(asked.head)
         if asked.metric.name in VALUE and outputs != 1:
             raise BadInput(
-                f"evaluation: {asked.entry.task} wants a number, and the model names one of {outputs} labels."
+                f"evaluation: {asked.entry.task} asks for a number, but the model gives one of {outputs} labels."
             )
 
 
@@ -259,7 +259,7 @@ def right_answer(value: Any, labels: Labels, entry: TaskEntry) -> float:
         try:
             return float(value)
         except ValueError as error:
-            raise BadInput(f"evaluation: {entry.task} has {value!r} where a number is wanted.") from error
+            raise BadInput(f"evaluation: {entry.task} has {value!r} where a number is expected.") from error
     if entry.threshold is None:
         return float(_label(value, labels, entry))
     if len(labels) > MOST_LABELS:

@@ -123,7 +123,7 @@ def _load(spelled: str, key: str) -> ScoreFunction:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # it is the user's code
-        raise BadInput(f"{key}: {path} cannot be run ({type(error).__name__}: {error}); mend it.") from error
+        raise BadInput(f"{key}: {path} cannot be run ({type(error).__name__}: {error}); correct the file.") from error
     found = getattr(module, name, None)
     if not callable(found):
         raise BadInput(

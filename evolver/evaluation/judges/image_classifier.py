@@ -145,7 +145,9 @@ def _check(image: bytes, what: str) -> None:
     try:
         Image.open(io.BytesIO(image))  # reads its head only
     except UnidentifiedImageError as error:
-        raise BadInput(f"{what} is of no known format, or broken; give PNG, JPEG and their like.") from error
+        raise BadInput(
+            f"{what} has no known format, or is damaged; give an image in a format such as PNG or JPEG."
+        ) from error
 
 
 def _encoded(image: Any, folder: Path, key: str) -> bytes:
@@ -159,7 +161,7 @@ def _encoded(image: Any, folder: Path, key: str) -> bytes:
         try:
             return (folder / expand(path)).read_bytes()
         except OSError as error:
-            raise BadInput(f"{key}: the image {path} cannot be read ({error.strerror}); mend the path.") from error
+            raise BadInput(f"{key}: the image {path} cannot be read ({error.strerror}); correct the path.") from error
     if hasattr(image, "save"):
         file = io.BytesIO()
         image.save(file, format="PNG")

@@ -67,8 +67,8 @@ class Language:
         for member in members:
             if not sizes.get(member):
                 raise BadInput(
-                    f"{self._keys[entry.task]}.{split}: none of the items drawn is of {member}, and in the group "
-                    f"{name} each task counts the same; ask for more items."
+                    f"{self._keys[entry.task]}.{split}: none of the items that were drawn belongs to {member}, but in "
+                    f"the group {name} each task has the same weight; ask for more items."
                 )
         return {member: 1.0 / len(members) for member in members}
 
@@ -169,9 +169,9 @@ class Language:
 
 def _seen(name: str) -> str:
     return (
-        f"the dev items of {name} come from the test set of a public benchmark: the search selects on it, so no score "
-        "on it is one of unseen items any more; take dev items from its training or validation set, for example by a "
-        "task of your own, and name this one as report_task"
+        f"the dev items of {name} come from the test set of a public benchmark: the search chooses the winner on "
+        "these items, so a score on this test set no longer measures unseen items; take dev items from its training "
+        "or validation set, for example by a task of your own, and name this one as report_task"
     )
 
 

@@ -59,8 +59,8 @@ class EncoderDecoder:
         shifted = module.prepare_decoder_input_ids_from_labels(torch.tensor([[5, 6]], device=self.model.device))
         if shifted.tolist() != [[start, 5]]:
             raise BadInput(
-                f"model.base: {type(module).__name__} starts answers with the token of a language, so the likelihood "
-                "of an answer cannot be computed; choose tasks with generated answers."
+                f"model.base: {type(module).__name__} begins each answer with a token that names its language, so the "
+                "likelihood of an answer cannot be computed; choose tasks with generated answers."
             )
 
     def cut(self, context: TokenIds, continuation: TokenIds) -> TokenIds:

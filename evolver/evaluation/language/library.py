@@ -168,7 +168,7 @@ class Library:
             ) from error
         found: dict[str, Task] = loaded["tasks"]
         if not found:
-            raise BadInput(f"{key}: {name!r} is a group that holds no task; name another one.")
+            raise BadInput(f"{key}: {name!r} is a group without tasks; name another one.")
         self.members[name] = list(found)
         self.tasks |= found
         self.groups |= loaded["groups"]

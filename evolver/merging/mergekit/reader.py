@@ -136,7 +136,8 @@ class Configuration:
         recipes = {n: c.recipe(nodes, names, seed) for n, c in self.earlier.items()}
         if any(r.names(names) != list(names) for r in recipes.values()):
             raise BadInput(
-                f"{self.file}: a merge that another one uses has other layers than the models; merge it first."
+                f"{self.file}: a merge that another merge uses has a different number of layers than the models; run "
+                "that merge first, and give its folder."
             )
         return self._recipe({**nodes, **recipes}, names, seed)
 
@@ -160,7 +161,7 @@ class Configuration:
     def _merge(self, group: _Group, nodes: Mapping[str, Recipe], names: Sequence[str], seed: int) -> Recipe:
         found = {reference(s.model): s for s in group.sources}
         if len(found) < len(group.sources):
-            raise BadInput(f"{self.file}: {group.place}: a model stands twice; give each model once.")
+            raise BadInput(f"{self.file}: {group.place}: a model is listed twice; list each model once.")
         base = reference(group.base) if group.base else self.base
         inputs = self._inputs(found, group)
         usual = group.sources[0].layer_range or [0, _depth(names)]
@@ -181,7 +182,10 @@ class Configuration:
             self._check_known(model.parameters, f"{where}: {reference(model.model)}")
             for key in model.parameters:
                 if key in settings and key not in own and not lone:
-                    raise BadInput(f"{where}: {key}: is one value for all models; move it to the parameters of all.")
+                    raise BadInput(
+                        f"{where}: {key}: this setting has one value for all models; move it to the parameters of the "
+                        "whole merge."
+                    )
         shared = over((models[0].parameters, *group.scopes) if lone else group.scopes)
         each = [over((m.parameters, *group.scopes)) for m in models]
         for key, setting in settings.items():
@@ -277,7 +281,7 @@ def read(path: str | Path) -> Configuration:
     with valid_yaml(file):
         documents = list(yaml.load_all(text, Loader=Loader))
     if not documents or not all(isinstance(d, dict) for d in documents):
-        raise BadInput(f"{file}: is no mapping; give one with merge_method and models.")
+        raise BadInput(f"{file}: the file is not a mapping; write one with merge_method and models.")
     if len(documents) == 1:
         return parse(documents[0], file)
     return _linked([parse(d, f"{file}: document {i}") for i, d in enumerate(documents, 1)], file)
@@ -291,7 +295,7 @@ def parse(raw: Mapping[str, Any], file: str) -> Configuration:
     if not (checked.models or checked.slices):
         raise BadInput(f"{file}: models: no model is named; give at least one.")
     if checked.tokenizer and checked.tokenizer_source:
-        raise BadInput(f"{file}: tokenizer_source: stands beside tokenizer; write one of them.")
+        raise BadInput(f"{file}: tokenizer_source: the file also has the key tokenizer; write only one of them.")
     method = get(checked.merge_method, f"{file}: merge_method")
     if method.statistics:
         raise BadInput(
@@ -318,17 +322,21 @@ def _linked(documents: Sequence[Configuration], file: str) -> Configuration:
     named: dict[str, Configuration] = {}
     for document in documents:
         if document.raw.name in named:
-            raise BadInput(f"{file}: name: {document.raw.name} stands twice; give every document a name of its own.")
+            raise BadInput(f"{file}: name: {document.raw.name} is used twice; give every document a different name.")
         if document.raw.name:
             named[document.raw.name] = document
     nameless = [d for d in documents if not d.raw.name]
     if len(nameless) > 1:
-        raise BadInput(f"{file}: {len(nameless)} documents have no name; only the one that is the model needs none.")
+        raise BadInput(
+            f"{file}: {len(nameless)} documents have no name; only the last merge, which gives the model, needs none."
+        )
 
     def link(document: Configuration, above: tuple[str, ...]) -> Configuration:
         used = {document.base, *document._bases(), *(reference(s.model) for s in document._sources())} & named.keys()
         if circle := used & set(above):
-            raise BadInput(f"{file}: the merge {min(circle)} is made of itself; break the circle.")
+            raise BadInput(
+                f"{file}: the merge {min(circle)} uses itself, directly or through other merges; remove this circle."
+            )
         return replace(document, earlier={n: link(named[n], (*above, n)) for n in sorted(used)})
 
     last = [*documents, *nameless][-1]

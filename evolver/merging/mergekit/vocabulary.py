@@ -64,7 +64,7 @@ def vocabulary(
     Raises BadInput that names ``file`` and the key.
     """
     if source not in ("union", "base", *models):
-        raise BadInput(f"{file}: tokenizer_source: {source} is no model of this merge; {nearest(source, models)}")
+        raise BadInput(f"{file}: tokenizer_source: {source} is not a model of this merge; {nearest(source, models)}")
     ids = dict(models[base if source in ("base", "union") else source])
     if source == "union":
         for other in models.values():
@@ -78,7 +78,7 @@ def vocabulary(
     others = {i: _usual(token, models, base) for token, i in ids.items()}
     for token, entry in tokens.items():
         if token not in ids:
-            raise BadInput(f"{file}: tokenizer.tokens: {token!r} is in no vocabulary of this merge.")
+            raise BadInput(f"{file}: tokenizer.tokens: {token!r} is not in the vocabulary of any model of this merge.")
         if entry.source is not None:
             others[ids[token]] = _configured(entry.source, token, models, f"{file}: tokenizer.tokens.{token}.source")
         if entry.force:
@@ -100,7 +100,7 @@ def _configured(source: Any, token: str, models: Mapping[str, Ids], place: str) 
     form = source if isinstance(source, dict) and source.get("kind") == "model_token" else {"model": source}
     model = reference(form.get("model"))
     if model not in models:
-        raise BadInput(f"{place}: {model} is no model of this merge; {nearest(model, models)}")
+        raise BadInput(f"{place}: {model} is not a model of this merge; {nearest(model, models)}")
     if "token_id" in form:
         return ((model, int(form["token_id"])),)
     wanted = form.get("token", token)

@@ -55,4 +55,4 @@ def _factor(total: Tensor) -> Tensor:
         if not failed:
             return factor
         ridge = 10 * ridge
-    raise FloatingPointError("the Grams of the experts are no Grams")
+    raise FloatingPointError("the statistics of the experts are not Gram matrices")

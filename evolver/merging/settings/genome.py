@@ -117,7 +117,7 @@ def genome(
         if name in settings:
             raise BadInput(f"{place}.settings.{name}: {name} is tuned; remove it here or in {place}.tune.")
     if len(set(tune)) < len(tune):
-        raise BadInput(f"{place}.tune: a setting stands twice; name each once.")
+        raise BadInput(f"{place}.tune: a setting is listed twice; list each setting once.")
     if not tune:
         raise BadInput(f"{place}.method: {method.name} has nothing to tune; choose task_arithmetic, ties or another.")
     if not 1 <= groups <= layers:

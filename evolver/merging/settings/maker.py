@@ -65,5 +65,5 @@ def _origin(member: Recipe, method: str) -> Expert:
     while isinstance(member, Cross):
         member = member.parent
     if not isinstance(member, Expert):
-        raise BadInput(f"search: {method} needs statistics of experts, and a {member.describe()} is none of them.")
+        raise BadInput(f"search: {method} needs statistics of experts, and a {member.describe()} is not an expert.")
     return member
