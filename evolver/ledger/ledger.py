@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from evolver.errors import BadInput
 from evolver.ledger.parts import (
+    DAMAGED,
     OWNER,
     PART,
     SCHEMA_VERSION,
@@ -39,7 +40,6 @@ RowName = tuple[str, str, int, str, datetime]
 # Stage, recipe id, bar, limit, and how many items were known: the result depends on nothing else.
 LedgerQuestion = tuple[str, str, float | None, int | None, int]
 JOIN_FROM = 256
-DAMAGED = "damaged"
 
 
 class Ledger:
