@@ -184,9 +184,8 @@ def test_other_classes_compute_as_they_do(make_config, tmp_path):
         lambda: prepare(config_at(make_config(tmp_path, changes))),
         "model.compute: the backend hf chooses its dtype itself",
     )
-    assert (
-        prepare(config_at(make_config(tmp_path, {"evaluation.backend": "hf"}))).identity["model"]["compute"] == "auto"
-    )
+    on_cpu = {"evaluation.backend": "hf", "evaluation.model_args": {"device": "cpu"}}
+    assert prepare(config_at(make_config(tmp_path, on_cpu))).identity["model"]["compute"] == "auto"
 
 
 def test_validate_says_what_it_would_be(configured, monkeypatch):

@@ -415,7 +415,7 @@ def of_version(old, version):
 
 
 def test_a_ledger_of_a_newer_version_is_left_to_it(old):
-    of_version(old, b"2")
+    of_version(old, b"3")
     before = old.names()
     for reading in (lambda: Ledger(old, "the owner of 2026-11"), lambda: read_table(old)):
         with pytest.raises(BadInput, match=r"a newer version of Evolver wrote it; continue the run with that version"):

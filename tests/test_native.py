@@ -106,7 +106,7 @@ def test_preparing_compiles_once_and_says_why_it_cannot(tmp_path, monkeypatch):
         native.compile_loops()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EVOLVER_CACHE", str(tmp_path / "file"))
-    with pytest.raises(BadInput, match=r"^EVOLVER_CACHE: .* name a folder that can be written"):
+    with pytest.raises(BadInput, match=r"^EVOLVER_CACHE: .* set it to a folder that can be written"):
         native.compile_loops()
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
     with pytest.raises(BadInput, match=r"^CC: there is no C compiler"):

@@ -18,7 +18,7 @@ from evolver.records import Candidate, Result
 from evolver.runs.history import read_history
 from evolver.storage import storage_at
 from evolver.workers import worker as working
-from evolver.workers.failures import BrokenDevice, is_broken_device, is_out_of_memory, is_transient, reason_of
+from evolver.workers.failures import BrokenDevice, is_broken_device, is_out_of_memory, is_transient, told_reason
 from evolver.workers.pools.local import LocalPool
 from evolver.workers.retrying import IN_A_ROW, RetryingPool
 from evolver.workers.shared import SharedPool
@@ -109,8 +109,8 @@ MISSING = FileNotFoundError(2, "No such file or directory", "experts/maths/model
 )
 def test_what_an_exception_says_of_its_candidate(error, transient, memory, said):
     assert (is_transient(error), is_out_of_memory(error)) == (transient, memory)
-    assert said in reason_of(error)
-    assert "FileNotFoundError" not in reason_of(error)
+    assert said in told_reason(error)
+    assert "FileNotFoundError" not in told_reason(error)
     assert not is_broken_device(error)
 
 

@@ -37,7 +37,7 @@ def is_broken_device(error: BaseException) -> bool:
     return any(isinstance(e, torch.AcceleratorError) for e in _causes(error)) and not is_out_of_memory(error)
 
 
-def reason_of(error: Exception) -> str:
+def told_reason(error: Exception) -> str:
     """Why a candidate has failed, in a sentence for the report."""
     if is_out_of_memory(error):
         said = "memory ran out; lower evaluation.batch_size or pool.cache_gb, or use a device with more memory"

@@ -26,7 +26,7 @@ from evolver.merging.export import export
 from evolver.merging.materialise import Materialiser
 from evolver.records import Candidate, Result, Split
 from evolver.workers.compute import ComputeChoice, choose, is_open, refuse_compute
-from evolver.workers.failures import BrokenDevice, is_broken_device, is_out_of_memory, is_transient, reason_of
+from evolver.workers.failures import BrokenDevice, is_broken_device, is_out_of_memory, is_transient, told_reason
 from evolver.workers.opened import GIB, Opened, open_models
 from evolver.workers.plan import Plan, items_hash
 from evolver.workers.statistics import Statistics
@@ -154,10 +154,10 @@ class Worker:
             result = self._with_memory(candidate)
         except Exception as error:
             if is_broken_device(error):
-                raise BrokenDevice(f"the accelerator of worker {self.name} has failed: {reason_of(error)}") from error
+                raise BrokenDevice(f"the accelerator of worker {self.name} has failed: {told_reason(error)}") from error
             seconds = {"materialise": 0.0, "forward": 0.0, "total": time.perf_counter() - began}
             result = Result.failed(
-                candidate, reason_of(error), transient=is_transient(error), seconds=seconds, worker=self.name
+                candidate, told_reason(error), transient=is_transient(error), seconds=seconds, worker=self.name
             )
         self._failed_in_a_row = self._failed_in_a_row + 1 if result.transient else 0
         if result.transient:
