@@ -59,7 +59,8 @@ def prepare(
 
     Args:
         weights: whether base and experts are read for their digests, without which nothing can be run.
-        device: on which a model has to find room; None: not here.
+        device: on which models are going to be scored, so that one has to find room and suit the tasks; None: no
+            model is scored.
 
     Raises BadInput, one sentence with file, key and remedy.
     """
@@ -75,7 +76,8 @@ def prepare(
             if config.model.compute != "auto":
                 refuse_compute(config.model.compute, device)
         tasks = load_tasks(config)
-        tasks.check_model(draw_up(config, opened))
+        if device:
+            tasks.check_model(draw_up(config, opened))
         estimates = Estimates(tasks.scale("dev"), config.evaluation.block_items)
         _refuse_racing(config, algorithm, estimates)
         digests = opened.digests() if weights else None

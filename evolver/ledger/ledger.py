@@ -1,10 +1,11 @@
 """The ledger: the ordered, durable record of everything that was proposed and scored. It is a run's only state.
 
-A part is one Parquet file under a running number: it is there whole or not at all, and whoever creates it knows all
-parts before it. So of two drivers on one ledger, one comes too late and stops, before it says anything. There are four
-kinds of rows: ``asked``, ``finished``, ``guessed`` for the result of a candidate that no search had asked for yet, and
-``retried``, which takes failures back. Small parts are joined into larger ones now and then. A part that cannot be read
-is set aside under ``damaged/``, a file that belongs to another run is left alone; both are named.
+A part is one Parquet file with a running number. It is either complete or not there, and a driver creates a part only
+if it knows all parts before it. So if two drivers write one ledger, one of them finds its number taken, and stops
+before it tells its search anything. There are four kinds of rows: ``asked``, ``finished``, ``guessed`` for the result
+of a candidate that no search had asked for yet, and ``retried``, which takes failures back. Sometimes, small parts are
+joined into a larger one, a *wide* part. A damaged part is kept under ``damaged/``, and a file of another run is
+ignored; a warning names either.
 """
 
 from __future__ import annotations
@@ -293,7 +294,7 @@ class Ledger:
 
 
 def _names_of(table: pa.Table) -> list[RowName]:
-    """What tells each row from all others of a ledger."""
+    """The values that identify each row of a ledger."""
     return list(
         zip(*(table[name].to_pylist() for name in ("event", "stage", "number", "recipe_id", "time")), strict=True)
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.api.instance import Instance
 
 from evolver.config import Config, EvaluationSettings, TaskEntry
-from evolver.errors import BadInput
+from evolver.errors import BadInput, cause_of
 from evolver.evaluation.base import AskedItem, ItemText, Scorer, judge
 from evolver.evaluation.items import Item, item_hash
 from evolver.evaluation.language.library import Library, Meaning
@@ -139,9 +139,9 @@ class Language:
             except BadInput:
                 raise
             except Exception as error:  # the task's own templates and functions
-                reason = " ".join(str(error).split())[:200]
                 raise BadInput(
-                    f"evaluation.tasks: the prompts of {name} cannot be built ({reason}); mend the task's file."
+                    f"evaluation.tasks: the prompts of {name} cannot be built ({cause_of(error)}); mend the task's "
+                    "file."
                 ) from error
         return [
             PreparedRequests(

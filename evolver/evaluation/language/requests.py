@@ -11,7 +11,7 @@ from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import Task
 
 from evolver.config import EvaluationSettings
-from evolver.errors import BadInput
+from evolver.errors import BadInput, cause_of
 from evolver.evaluation.base import ItemText
 from evolver.evaluation.items import Item, item_hash
 from evolver.evaluation.language.library import Meaning, filters, metric_name, quiet
@@ -179,9 +179,8 @@ def check_chat_template(lm: Any, system: str | None) -> None:
         with quiet():
             said = lm.apply_chat_template(history)
     except Exception as error:  # a template is a program, which may fail in any way
-        reason = " ".join(str(error).split())[:200]
         raise BadInput(
-            f"{key}: the chat template of the base's tokenizer cannot be applied ({reason}); mend it in "
+            f"{key}: the chat template of the base's tokenizer cannot be applied ({cause_of(error)}); mend it in "
             "chat_template.jinja or tokenizer_config.json, or write false."
         ) from error
     if ASKED not in said:
