@@ -11,7 +11,7 @@ import time
 import pytest
 from toys import ROOT
 
-from cluster.job import make_pool
+from cluster.pools import pool_named
 from evolver.config import config_at
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
@@ -139,4 +139,4 @@ def _alive(pid):
 def test_a_local_worker_has_a_process_of_its_own_where_there_is_a_timeout(configured, make_config, tmp_path):
     for file, kind in ((configured, CrewPool), (make_config(tmp_path, name="plain.yaml"), LocalPool)):
         ready = prepare(config_at(file))
-        assert type(make_pool(ready.plan, "dev", ready.tasks)) is kind
+        assert type(pool_named("local")(ready.plan, "dev", ready.tasks)) is kind

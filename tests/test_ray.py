@@ -15,7 +15,8 @@ import ray
 import toys
 from tenacity import Retrying, stop_after_attempt, wait_fixed
 
-from cluster.job import make_pool, run_job
+from cluster.job import run_job
+from cluster.pools import pool_named
 from cluster.pools import ray as crew
 from cluster.pools.ray import check_resources, on_ray, resources_of
 from cluster.survey import choose_on_ray
@@ -157,7 +158,7 @@ def test_a_whole_run_is_the_same_run(make_config, tmp_path):
 
     def complete(*arguments):
         """The pool with all of its workers there, however long that takes on a busy machine."""
-        pool = make_pool(*arguments)
+        pool = pool_named("ray")(*arguments)
         while pool._coming:
             pool._hear(pool._events())
         return pool
