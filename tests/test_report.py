@@ -168,8 +168,31 @@ def test_the_search_is_held_against_the_merges_that_need_none(winner, plain, say
     assert says in verdict(outcome(winner, [0.0] * 20, weak=plain))
 
 
-def test_the_best_expert_is_the_one_to_beat():
-    assert outcome([1.0] * 4, [0.0] * 4, weak=[1.0, 0.0, 0.0, 0.0]).best_expert.label == "b"
+def with_dev(done, **answers):
+    """The same outcome, but that the finalists of these labels gave other answers on the dev set."""
+    changed = [replace(f, dev=result(answers[f.label])) if f.label in answers else f for f in done.finalists]
+    return replace(done, finalists=tuple(changed))
+
+
+def test_the_best_expert_is_the_best_on_dev_whatever_it_scores_on_the_report_items():
+    done = outcome([1.0] * 4, [0.0] * 4, weak=[1.0, 0.0, 0.0, 0.0])
+    assert with_dev(done, a=[1.0] * 4).best_expert.label == "a"
+    assert with_dev(done, b=[1.0] * 4).best_expert.label == "b"
+
+
+def test_the_best_plain_merge_is_the_best_on_dev():
+    done = outcome([1.0] * 4, [0.0] * 4, weak=[1.0, 0.0, 0.0, 0.0])
+    tuned = Finalist("task_arithmetic", CHILD, result([1.0] * 4), result([0.0] * 4))
+    done = replace(done, finalists=(*done.finalists[:-1], tuned, done.winner))
+    assert done.best_plain.label == "task_arithmetic"
+    assert with_dev(done, average=[1.0] * 4, task_arithmetic=[0.0] * 4).best_plain.label == "average"
+
+
+def test_an_expert_without_report_scores_is_not_the_one_to_beat():
+    done = with_dev(outcome([1.0] * 4, [0.0] * 4), a=[1.0] * 4)
+    failed = Result(0, A.id, "failed", reason="boom", stage="report")
+    finalists = tuple(replace(f, report=failed) if f.label == "a" else f for f in done.finalists)
+    assert replace(done, finalists=finalists).best_expert.label == "b"
 
 
 def test_no_verdict_without_scores():

@@ -55,14 +55,19 @@ class Outcome:
 
     @property
     def best_expert(self) -> Finalist:
-        """The expert with the highest report score: the hardest one to beat."""
+        """The expert with the highest dev score: the one that a user who has not seen the report items would take.
+
+        Chosen on the report items, the highest of several noisy scores would be too high, and every difference to it
+        too small.
+        """
         return _highest(f for f in self.finalists if f.label in self.config.experts)
 
     @property
     def best_plain(self) -> Finalist:
-        """The merge without a search (simple average, tuned task arithmetic) with the highest report score."""
+        """The merge without a search (simple average, tuned task arithmetic) with the highest dev score."""
         return _highest(f for f in self.finalists[:-1] if f.label != "base" and f.label not in self.config.experts)
 
 
 def _highest(finalists: Iterable[Finalist]) -> Finalist:
-    return max(finalists, key=lambda f: f.report.score if f.report.score is not None else -math.inf)
+    """The highest dev score; a model that could not be scored on the report set only if there is no other."""
+    return max(finalists, key=lambda f: (f.report.score is not None, -math.inf if f.dev.score is None else f.dev.score))
