@@ -213,9 +213,9 @@ class EvaluationSettings(Section):
 class Budget(Section):
     """When the search ends: after a number of candidates, or of scored items. You may raise it later."""
 
-    candidates: int | None = Field(None, ge=1, description="number of candidates that the search may propose")
+    candidates: int | None = Field(None, ge=1, le=10**12, description="number of candidates that the search may propose")
     items: int | None = Field(
-        None, ge=1, description="number of items that the search may score; known results cost nothing"
+        None, ge=1, le=10**12, description="number of items that the search may score; known results cost nothing"
     )
 
     @model_validator(mode="after")

@@ -140,7 +140,7 @@ def test_a_model_without_an_image_processor_is_one_sentence(configured, experts,
     file = configured(paths)
     file.write_text(file.read_text().replace(str(experts / "base"), str(tmp_path / "base")))
     with pytest.raises(BadInput, match=r"model\.base: .* has no image processor that can be read"):
-        prepare(config_at(file))
+        prepare(config_at(file), device="cpu")
 
 
 def test_every_place_of_an_image_is_seen_by_the_layers(configured, paths):

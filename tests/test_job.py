@@ -146,7 +146,7 @@ def test_a_job_is_stopped_resumed_and_extended_by_the_dashboard(head, job, act, 
     code, said = submit(job, file, tmp_path, "--no-wait")
     assert code == 0, said
     wait(job, lambda: len(list((night / "ledger").glob("part-*"))) >= 15)
-    assert "runs it already" in act("resume")["error"]
+    assert "is running it already" in act("resume")["error"]
     assert act("stop") == {"said": "asked to stop; everything that is finished is kept"}
     wait(job, lambda: not (night / "ledger" / "lease.json").exists())
     wait(job, lambda: is_now("STOPPED"))

@@ -61,7 +61,7 @@ class EvolverSettings(Section):
     Cr: float = Field(
         0.5, gt=0, le=1, description="crossover rate: probability that a single weight takes the mutant's value"
     )
-    generations: int = Field(15, ge=1, description="number of generations, T in the paper")
+    generations: int = Field(15, ge=1, le=1_000_000, description="number of generations, T in the paper")
 
 
 @algorithm("evolver", EvolverSettings, incumbent=True)
