@@ -84,7 +84,10 @@ class TaskEntry(Section):
         "several; of a classifier: acc, macro_f1, mcc or pearson",
     )
     weight: float = Field(
-        1.0, gt=0, description="weight of this task's metric in the score, which is the weighted mean of all tasks"
+        1.0,
+        ge=1e-6,
+        le=1e6,
+        description="weight of this task's metric in the score, which is the weighted mean of all tasks",
     )
     dev: int = Field(ge=1, description="number of dev items, which the search sees")
     report: int = Field(ge=1, description="number of report items, which are scored once at the end")
@@ -170,13 +173,16 @@ class EvaluationSettings(Section):
         description="command that starts a server on a candidate for the backend, such as "
         "`vllm serve {model} --port {port}`",
     )
-    batch_tokens: int = Field(2048, ge=16, description="largest number of tokens in one forward pass, with padding")
+    batch_tokens: int = Field(
+        2048, ge=16, le=10**9, description="largest number of tokens in one forward pass, with padding"
+    )
     batch_size: int | None = Field(
-        None, ge=1, description="largest number of rows in one forward pass; default: no limit"
+        None, ge=1, le=10**9, description="largest number of rows in one forward pass; default: no limit"
     )
     block_items: int = Field(
         64,
         ge=1,
+        le=10**9,
         description="items that are scored at a time by searches that may stop early; after each block they look "
         "whether to stop",
     )
@@ -213,7 +219,9 @@ class EvaluationSettings(Section):
 class Budget(Section):
     """When the search ends: after a number of candidates, or of scored items. You may raise it later."""
 
-    candidates: int | None = Field(None, ge=1, le=10**12, description="number of candidates that the search may propose")
+    candidates: int | None = Field(
+        None, ge=1, le=10**12, description="number of candidates that the search may propose"
+    )
     items: int | None = Field(
         None, ge=1, le=10**12, description="number of items that the search may score; known results cost nothing"
     )
@@ -247,7 +255,9 @@ class Baselines(Section):
 class StatisticsSettings(Section):
     """What merge methods that ask for statistics of the experts, such as regmean, get them from: dev items only."""
 
-    items: int = Field(1000, ge=1, description="dev items that the statistics of one expert are collected on, at most")
+    items: int = Field(
+        1000, ge=1, le=10**9, description="dev items that the statistics of one expert are collected on, at most"
+    )
     tasks: dict[str, list[str]] = Field(
         default_factory=dict,
         description="expert → the tasks whose dev items its statistics are collected on; default: the task of the "
@@ -268,10 +278,11 @@ class PoolSettings(Section):
         description="number of workers, which are processes on this machine or Ray actors. Actors that do not fit on "
         "the cluster join when there is room",
     )
-    num_cpus: float | None = Field(None, gt=0, description="CPUs of one Ray actor; default: evaluation.threads")
+    num_cpus: float | None = Field(None, gt=0, le=1e6, description="CPUs of one Ray actor; default: evaluation.threads")
     num_gpus: float | None = Field(
         None,
         ge=0,
+        le=10_000,
         description="GPUs of one Ray actor, also a share such as 0.5; default: 1 if the cluster has GPUs, else 0",
     )
     resources: dict[str, float] = Field(
@@ -288,9 +299,11 @@ class PoolSettings(Section):
         description="seconds after which an evaluation is ended and counts as failed; default: no limit",
     )
     price_per_hour: float | None = Field(
-        None, ge=0, description="price of one worker for an hour; the report then states costs"
+        None, ge=0, le=1e9, description="price of one worker for an hour; the report then states costs"
     )
-    watts: float | None = Field(None, ge=0, description="power of one worker in watts; the report then states energy")
+    watts: float | None = Field(
+        None, ge=0, le=1e9, description="power of one worker in watts; the report then states energy"
+    )
     share: int = Field(
         1,
         ge=1,

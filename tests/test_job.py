@@ -147,7 +147,7 @@ def test_a_job_is_stopped_resumed_and_extended_by_the_dashboard(head, job, act, 
     assert code == 0, said
     wait(job, lambda: len(list((night / "ledger").glob("part-*"))) >= 15)
     assert "is running it already" in act("resume")["error"]
-    assert act("stop") == {"said": "asked to stop; everything that is finished is kept"}
+    assert act("stop") == {"said": "the run was asked to stop; everything that is finished is kept"}
     wait(job, lambda: not (night / "ledger" / "lease.json").exists())
     wait(job, lambda: is_now("STOPPED"))
     (tmp_path / "hold").unlink()

@@ -45,7 +45,7 @@ class EvolverSettings(Section):
         "population, all at the same time; steady: in_flight candidates at any time",
     )
     in_flight: int = Field(
-        1, ge=1, description="with mode: steady, number of candidates in evaluation at the same time"
+        1, ge=1, le=100_000, description="with mode: steady, number of candidates in evaluation at the same time"
     )
     merger: dict[str, Any] | None = Field(
         None,

@@ -34,16 +34,18 @@ class HalvingSettings(Section):
         "{algorithm: tpe}"
     )
     first: int = Field(
-        30, ge=1, description="items of the first rung, rounded up to a multiple of evaluation.block_items"
+        30, ge=1, le=10**9, description="items of the first rung, rounded up to a multiple of evaluation.block_items"
     )
     eta: int = Field(
         3,
         ge=2,
+        le=100_000,
         description="the best 1/eta of a rung's candidates go on to the next rung, with eta times as many items",
     )
     batch: int = Field(
         9,
         ge=2,
+        le=100_000,
         description="candidates that are compared with one another; evolver and cmaes propose at most a generation at "
         "a time",
     )

@@ -33,6 +33,7 @@ class CoefficientSettings(Section):
     layer_groups: int = Field(
         1,
         ge=1,
+        le=10_000,
         description="number of groups of layers that get coefficients of their own; 1: one set for the whole model",
     )
     tune: list[str] | None = Field(
@@ -52,8 +53,10 @@ class TPESettings(CoefficientSettings):
     """Settings of the tree-structured Parzen estimator."""
 
     algorithm: Literal["tpe"] = Field(description="name of this search")
-    startup: int = Field(10, ge=1, description="number of candidates that are drawn at random at the beginning")
-    in_flight: int = Field(1, ge=1, description="number of candidates in evaluation at the same time")
+    startup: int = Field(
+        10, ge=1, le=1_000_000, description="number of candidates that are drawn at random at the beginning"
+    )
+    in_flight: int = Field(1, ge=1, le=100_000, description="number of candidates in evaluation at the same time")
 
 
 class CMAESSettings(CoefficientSettings):
@@ -61,16 +64,19 @@ class CMAESSettings(CoefficientSettings):
 
     algorithm: Literal["cmaes"] = Field(description="name of this search")
     population: int | None = Field(
-        None, ge=2, description="number of candidates of a generation; default: 4 + 3 ln(dimensions), rounded down"
+        None,
+        ge=2,
+        le=100_000,
+        description="number of candidates of a generation; default: 4 + 3 ln(dimensions), rounded down",
     )
-    sigma: float | None = Field(None, gt=0, description="initial step size; default: a sixth of the range")
+    sigma: float | None = Field(None, gt=0, le=1000, description="initial step size; default: a sixth of the range")
 
 
 class NSGA2Settings(CoefficientSettings):
     """Settings of NSGA-II."""
 
     algorithm: Literal["nsga2"] = Field(description="name of this search")
-    population: int = Field(12, ge=2, description="number of candidates of a generation")
+    population: int = Field(12, ge=2, le=100_000, description="number of candidates of a generation")
 
 
 class Coefficients(Ordered):
