@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from cluster import options
 from cluster.connection import connect
 from cluster.pools import check_pool, pool_named
 from evolver.config import Config, ConfigText, PoolSettings, config_at
@@ -37,11 +38,6 @@ from evolver.workers.worker import choose_compute
 # The environment variable in which Ray describes a job to its driver, and the prefix of ids that Ray chose itself.
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 DRAWN_BY_RAY = "raysubmit_"
-RESULTS = (
-    "folder of all runs, or a URI such as s3://bucket/runs (default: ./results, or ~/evolver-results in a Ray job)"
-)
-
-RETRY_FAILED = "try candidates again that failed in an earlier call, and continue the search from the first of them"
 
 
 class Stopped(BaseException):
@@ -60,11 +56,9 @@ def run_job(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="evolve.py", description="Search for the best merge of fine-tuned models.")
     parser.add_argument("config", help="the YAML file of the run")
-    parser.add_argument(
-        "--run", help="name of the run (default: the id of the Ray job if you chose one, else the key `run`)"
-    )
-    parser.add_argument("--results", help=RESULTS)
-    parser.add_argument("--retry-failed", action="store_true", help=RETRY_FAILED)
+    parser.add_argument("--run", help=options.RUN_NAME)
+    parser.add_argument("--results", help=options.RESULTS)
+    parser.add_argument("--retry-failed", action="store_true", help=options.RETRY_FAILED)
     given = parser.parse_args(arguments)
     try:
         config = config_at(given.config)

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cluster import options
 from evolver.errors import BadInput
 from evolver.threads import let_threads_sleep
 
@@ -26,28 +27,14 @@ app = typer.Typer(add_completion=True, no_args_is_help=True, help="Search for th
 # Python's garbage collector runs after so many new objects; see main().
 SELDOM = 50_000
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
-RetryFailed = Annotated[
-    bool,
-    typer.Option(
-        "--retry-failed",
-        help="try candidates again that failed in an earlier call, and continue the search from the first of them",
-    ),
-]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help=options.RETRY_FAILED)]
 
 
 @app.command()
 def run(
     config: Annotated[Path, typer.Argument(help="the YAML file of the run")],
-    results: Annotated[
-        str | None,
-        typer.Option(help="folder for all runs, or its URI; default: results, or ~/evolver-results in a Ray job"),
-    ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option(
-            "--run", help="name of the run; default: the id of the Ray job, else the name in the configuration"
-        ),
-    ] = None,
+    results: Annotated[str | None, typer.Option(help=options.RESULTS)] = None,
+    name: Annotated[str | None, typer.Option("--run", help=options.RUN_NAME)] = None,
     retry_failed: RetryFailed = False,
 ) -> None:
     """Search for the best merge, or continue where an earlier call stopped."""
