@@ -180,7 +180,7 @@ def test_settings_that_differ_are_checked(settings, says):
     ("tune", "fixed", "refused"),
     [
         (["lambda"], {"density": 0.9, "epsilon": 0.3}, True),
-        (["lambda"], {"density": [0.5, 0.9], "epsilon": 0.3}, True),
+        (["lambda"], {"density": [{"filter": "embed", "value": 0.5}, {"value": 0.9}], "epsilon": 0.3}, True),
         (["lambda"], {"density": {"a": 0.5, "b": 0.9, "c": 0.5}, "epsilon": 0.3}, True),
         (["lambda"], {"density": 0.5, "epsilon": {"a": 0.6, "b": 0.1, "c": 0.1}}, True),
         (["lambda"], {"density": 0.9, "epsilon": 0.1}, False),
