@@ -30,6 +30,7 @@ from evolver.records import Split
 from evolver.runs.about import Job
 from evolver.storage import Storage, storage_at
 from evolver.workers.compute import ComputeChoice
+from evolver.workers.opened import check_backend_device
 from evolver.workers.plan import Plan
 from evolver.workers.retrying import RetryingPool
 from evolver.workers.shared import SharedPool
@@ -38,6 +39,8 @@ from evolver.workers.worker import choose_compute
 # The environment variable in which Ray describes a job to its driver, and the prefix of ids that Ray chose itself.
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 DRAWN_BY_RAY = "raysubmit_"
+# Keys of the section ``pool`` that describe a Ray actor.
+RAY_KEYS = ("num_cpus", "num_gpus", "resources")
 
 
 class Stopped(BaseException):
@@ -104,7 +107,10 @@ def run_here(
 
     Raises BadInput for anything that the user has to correct.
     """
-    device = device_of(given.parsed().pool)
+    config = given.parsed()
+    device = device_of(config, given.origin)
+    for warning in unread_by_pool(config.pool):
+        shown.say(f"warning: {warning}")
     return run(given, results, make_pool, shown, device, name, this_job(), choose_for_workers, retry_failed)
 
 
@@ -131,9 +137,30 @@ def choose_for_workers(config: Config) -> ComputeChoice:
     return choose_on_ray(config)
 
 
-def device_of(settings: PoolSettings) -> str:
-    """The device on which this process computes: the CPU where Ray actors do the work, because they need the GPUs."""
-    return "cpu" if uses_ray(settings) else default_device()
+def device_of(config: Config, file: str) -> str:
+    """The device on which this process computes: the CPU where Ray actors do the work, because they need the GPUs.
+
+    Raises BadInput where this machine does the work and lacks the device of ``evaluation.backend``. Where Ray actors do
+    it, each of them looks at its own machine.
+    """
+    if uses_ray(config.pool):
+        return "cpu"
+    try:
+        check_backend_device(config.evaluation)
+    except BadInput as error:
+        raise BadInput(f"{file}: {error}") from error
+    return default_device()
+
+
+def unread_by_pool(settings: PoolSettings) -> list[str]:
+    """A sentence on each key of the section ``pool`` that the user wrote and that the kind of pool does not read."""
+    if pool_kind(settings) != "local":
+        return []
+    return [
+        f"pool.{key} does nothing: the pool is local, and the key describes a Ray actor; leave it out, or write "
+        "kind: ray"
+        for key in RAY_KEYS if key in settings.model_fields_set
+    ]  # fmt: skip
 
 
 def pool_kind(settings: PoolSettings) -> str:

@@ -170,7 +170,11 @@ class EvaluationSettings(Section):
         description="command that starts a server on a candidate for the backend, such as "
         "`vllm serve {model} --port {port}`",
     )
-    batch_tokens: int = Field(2048, ge=16, description="largest number of tokens in one forward pass, with padding")
+    batch_tokens: int = Field(
+        2048,
+        ge=16,
+        description="largest number of tokens in one forward pass, with padding; only the backend resident reads it",
+    )
     batch_size: int | None = Field(
         None, ge=1, description="largest number of rows in one forward pass; default: no limit"
     )

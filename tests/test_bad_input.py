@@ -15,6 +15,8 @@ import yaml
 from toys import DROP
 
 from cluster.job import run_job
+from evolver.commands.evaluate import score_models
+from evolver.errors import BadInput
 
 SECONDS = 5.0  # of a processor: what else a machine does is not ours
 
@@ -452,3 +454,24 @@ def test_as_a_process(make_config, tmp_path, changes, words):
     assert spent.ru_utime + spent.ru_stime - began.ru_utime - began.ru_stime < SECONDS * toys.slowness()
     assert ended.out == ""
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("mute", {}, "has no tokenizer that can be read (there is no tokenizer.json)"),
+        ("unfinished", {"evaluation.apply_chat_template": True}, "cannot be applied"),
+        ("deaf", {"evaluation.apply_chat_template": True}, "leaves out what the user asks"),
+    ],
+)
+def test_models_are_checked_before_one_of_them_is_loaded(
+    make_config, models, spoilt, tmp_path, monkeypatch, name, changes, says
+):
+    monkeypatch.setattr("evolver.commands.evaluate.build_model", lambda *_: pytest.fail("a model is loaded"))
+    talking = shutil.copytree(models / "base", tmp_path / "talking")
+    (talking / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    file, model = make_config(tmp_path, {"model.base": str(talking), **changes}), str(spoilt / name)
+    with pytest.raises(BadInput) as caught:
+        score_models(str(file), [str(talking), model], "dev")
+    assert str(caught.value).startswith(f"{file}: evolver evaluate {model}: ")
+    assert says in str(caught.value)

@@ -60,16 +60,16 @@ def resume(
 @app.command()
 def validate(config: Annotated[Path, typer.Argument(help="the YAML file of a run")]) -> None:
     """Check a configuration, its models and its tasks, as far as this is possible without reading weights."""
-    from cluster.job import device_of
+    from cluster.job import device_of, unread_by_pool
     from evolver.config import config_at
     from evolver.driver.prepare import prepare
     from evolver.workers.worker import choose_compute
 
     written = config_at(config)
     given = written.parsed()
-    device = device_of(given.pool)
+    device = device_of(given, written.origin)
     prepared = prepare(written, weights=False, device=device)
-    for warning in (*prepared.warnings, *prepared.tasks.warnings):
+    for warning in (*unread_by_pool(given.pool), *prepared.warnings, *prepared.tasks.warnings):
         typer.echo(f"warning: {warning}", err=True)
     sizes = {split: len(prepared.tasks.items.of(split)) for split in ("dev", "report")}
     total = prepared.search.total
@@ -236,7 +236,10 @@ def evaluate(
     """Score any models on the tasks of a configuration, and print them in one table with 95 % intervals."""
     from evolver.commands.evaluate import score_models, score_table
 
-    typer.echo(score_table(score_models(str(config), models, "dev" if dev else "report")))
+    def warn(sentence: str) -> None:
+        typer.echo(f"warning: {sentence}", err=True)
+
+    typer.echo(score_table(score_models(str(config), models, "dev" if dev else "report", warn)))
 
 
 @app.command()

@@ -25,8 +25,8 @@ from evolver.search.halving import HalvingSettings
 from evolver.search.optuna_samplers import CoefficientSettings
 from evolver.storage import Storage
 from evolver.threads import too_many
-from evolver.workers.compute import is_open, refuse_compute, settled
-from evolver.workers.opened import Opened, check_memory, draw_up, open_models
+from evolver.workers.compute import is_open, settled
+from evolver.workers.opened import Opened, check_device, draw_up, open_models
 from evolver.workers.plan import SCORING_PACKAGES, Plan, items_hash
 from evolver.workers.statistics import sample_hash
 from evolver.workers.worker import build_materialiser, statistics_of
@@ -72,9 +72,7 @@ def prepare(
         opened = open_models(config)
         config = settled(config, opened.base.headers)
         if device:
-            check_memory(config, opened, device)
-            if config.model.compute != "auto":
-                refuse_compute(config.model.compute, device)
+            check_device(config, opened, device)
         tasks = load_tasks(config)
         if device:
             tasks.check_model(draw_up(config, opened))
