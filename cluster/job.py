@@ -1,4 +1,4 @@
-"""The job: from the command line to a finished run, on a laptop or inside a Ray job.
+"""The job: from a configuration to a finished run, on a laptop or inside a Ray job.
 
 The exit status is 0 when the run is done (or when a Ray job was stopped), 2 when the user's input is wrong, 3 when the
 run was stopped and can be continued, and 1 when Evolver itself has a bug.
@@ -6,19 +6,16 @@ run was stopped and can be continued, and 1 when Evolver itself has a bug.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from cluster import options
 from cluster.connection import connect
 from cluster.pools import check_pool, pool_named
-from evolver.config import Config, ConfigText, PoolSettings, config_at
+from evolver.config import Config, ConfigText, PoolSettings
 from evolver.driver.run import run
 from evolver.errors import BadInput
 from evolver.evaluation.live import default_device
@@ -49,26 +46,6 @@ class Stopped(BaseException):
     It does not derive from Exception, as KeyboardInterrupt does not: a worker turns every Exception into a failed
     result.
     """
-
-
-def run_job(arguments: Sequence[str] | None = None) -> int:
-    """Run the configuration that the command line names, and return the exit status.
-
-    Args:
-        arguments: of ``evolve.py``; default: those of this process.
-    """
-    parser = argparse.ArgumentParser(prog="evolve.py", description="Search for the best merge of fine-tuned models.")
-    parser.add_argument("config", help="the YAML file of the run")
-    parser.add_argument("--run", help=options.RUN_NAME)
-    parser.add_argument("--results", help=options.RESULTS)
-    parser.add_argument("--retry-failed", action="store_true", help=options.RETRY_FAILED)
-    given = parser.parse_args(arguments)
-    try:
-        config = config_at(given.config)
-    except BadInput as error:
-        print(error, file=sys.stderr)
-        return 2
-    return drive(config, given.results, given.run, given.retry_failed)
 
 
 def drive(given: ConfigText, results: str | None, name: str | None, retry_failed: bool = False) -> int:

@@ -60,12 +60,16 @@ def resume(
 @app.command()
 def validate(config: Annotated[Path, typer.Argument(help="the YAML file of a run")]) -> None:
     """Check a configuration, its models and its tasks, as far as this is possible without reading weights."""
-    from cluster.job import device_of, unread_by_pool
     from evolver.config import config_at
+    from evolver.driver.early import refuse_early
+
+    written = config_at(config)
+    refuse_early(written)
+    # These bring torch.
+    from cluster.job import device_of, unread_by_pool
     from evolver.driver.prepare import prepare
     from evolver.workers.worker import choose_compute
 
-    written = config_at(config)
     given = written.parsed()
     device = device_of(given, written.origin)
     prepared = prepare(written, weights=False, device=device)
@@ -426,7 +430,7 @@ def main() -> None:
 
 def _job(config: Path, results: str | None, name: str | None, retry_failed: bool = False) -> int:
     """Run a search as ``evolve.py`` does, and return its exit status."""
-    from cluster.job import run_job as job
+    from cluster.command import run_job as job
 
     given = [*(["--results", results] if results else []), *(["--run", name] if name else [])]
     return job([str(config), *given, *(["--retry-failed"] if retry_failed else [])])

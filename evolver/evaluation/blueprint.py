@@ -20,6 +20,8 @@ from evolver.config import ModelSettings
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.live import labelled, model_class, open_tokenizer, places_of
 
+# Values of evaluation.backend with which a class of lm-eval loads candidates by Transformers.
+HF = ("hf", "hf-auto", "huggingface")
 # No model has as many layers or experts. Transformers would make them one by one, for hours.
 MOST_PARTS = 10_000
 PART_COUNTS = re.compile(r"(n|num)_.*(layer|expert)")

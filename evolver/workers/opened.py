@@ -13,13 +13,12 @@ from evolver.checkpoints.sources import open_base, open_expert
 from evolver.checkpoints.weights import Checkpoint, Source, digests
 from evolver.config import Config, EvaluationSettings
 from evolver.errors import BadInput
-from evolver.evaluation.blueprint import Blueprint, ModelFolder, check_architecture
+from evolver.evaluation.blueprint import HF, Blueprint, ModelFolder, check_architecture
 from evolver.evaluation.live import free_memory, kinds_of
 from evolver.workers.compute import refuse_compute, stored_dtype
 
 GIB = 1 << 30
 # Values of evaluation.backend with which Transformers loads candidates.
-HF = ("hf", "hf-auto", "huggingface")
 TRANSFORMERS = ("resident", *HF)
 # Further values, of classes that read the tokenizer in a candidate's folder, which is that of the base.
 READ_TOKENIZER = ("vllm", "sglang", "openvino", "ipex", "habana", "neuronx")

@@ -25,6 +25,7 @@ from typing import Any
 from evolver.config import EvaluationSettings
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.base import Scored
+from evolver.evaluation.blueprint import HF
 from evolver.evaluation.language.library import quiet
 from evolver.evaluation.language.requests import PreparedRequests
 from evolver.evaluation.language.scratch import Scratch
@@ -36,7 +37,6 @@ SHUTDOWN_SECONDS = 30.0
 # classes that can only talk to models of other providers.
 REMOTE = ("local-completions", "local-chat-completions", "sglang-generate", "gguf", "ggml")
 ELSEWHERE = ("anthropic", "openai", "litellm", "textsynth", "watsonx", "dummy")
-HF = ("hf", "hf-auto", "huggingface")
 # The package that a class needs, and what the user has to install for it.
 BACKEND_PACKAGES = {
     "vllm": ("vllm", "'lm-eval[vllm]'"),
