@@ -49,12 +49,16 @@ def resume(
     retry_failed: RetryFailed = False,
 ) -> None:
     """Continue a run from its folder, with a new budget if you give one."""
-    from cluster.job import drive
+    from evolver.driver.early import refuse_early
     from evolver.runs.folder import config_of_run
     from evolver.storage import storage_at
 
     place, _, name = folder.rstrip("/").rpartition("/")
-    raise typer.Exit(drive(config_of_run(storage_at(folder), candidates, items), place or ".", name, retry_failed))
+    config = config_of_run(storage_at(folder), candidates, items)
+    refuse_early(config)
+    from cluster.job import drive  # it brings torch
+
+    raise typer.Exit(drive(config, place or ".", name, retry_failed))
 
 
 @app.command()
