@@ -8,7 +8,7 @@ from evolver.threads import let_threads_sleep
 def start() -> int:
     """Run the search that the command line asks for, and return the exit status."""
     let_threads_sleep()
-    from cluster.job import run_job as job  # this imports torch, which reads the environment when it is loaded
+    from cluster.command import run_job as job  # it will import torch, which reads the environment when it is loaded
 
     return job()
 

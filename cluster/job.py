@@ -1,4 +1,4 @@
-"""The job: from the command line to a finished run, on a laptop or inside a Ray job.
+"""The job: from a configuration to a finished run, on a laptop or inside a Ray job.
 
 The exit status is 0 when the run is done (or when a Ray job was stopped), 2 when the user's input is wrong, 3 when the
 run was stopped and can be continued, and 1 when Evolver itself has a bug.
@@ -6,18 +6,16 @@ run was stopped and can be continued, and 1 when Evolver itself has a bug.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 from cluster.connection import connect
 from cluster.pools import check_pool, pool_named
-from evolver.config import Config, ConfigText, PoolSettings, config_at
+from evolver.config import Config, ConfigText, PoolSettings
 from evolver.driver.run import run
 from evolver.errors import BadInput
 from evolver.evaluation.live import default_device
@@ -29,6 +27,7 @@ from evolver.records import Split
 from evolver.runs.about import Job
 from evolver.storage import Storage, storage_at
 from evolver.workers.compute import ComputeChoice
+from evolver.workers.opened import check_backend_device
 from evolver.workers.plan import Plan
 from evolver.workers.retrying import RetryingPool
 from evolver.workers.shared import SharedPool
@@ -37,11 +36,8 @@ from evolver.workers.worker import choose_compute
 # The environment variable in which Ray describes a job to its driver, and the prefix of ids that Ray chose itself.
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 DRAWN_BY_RAY = "raysubmit_"
-RESULTS = (
-    "folder of all runs, or a URI such as s3://bucket/runs (default: ./results, or ~/evolver-results in a Ray job)"
-)
-
-RETRY_FAILED = "try candidates again that failed in an earlier call, and continue the search from the first of them"
+# Keys of the section ``pool`` that describe a Ray actor.
+RAY_KEYS = ("num_cpus", "num_gpus", "resources")
 
 
 class Stopped(BaseException):
@@ -50,28 +46,6 @@ class Stopped(BaseException):
     It does not derive from Exception, as KeyboardInterrupt does not: a worker turns every Exception into a failed
     result.
     """
-
-
-def run_job(arguments: Sequence[str] | None = None) -> int:
-    """Run the configuration that the command line names, and return the exit status.
-
-    Args:
-        arguments: of ``evolve.py``; default: those of this process.
-    """
-    parser = argparse.ArgumentParser(prog="evolve.py", description="Search for the best merge of fine-tuned models.")
-    parser.add_argument("config", help="the YAML file of the run")
-    parser.add_argument(
-        "--run", help="name of the run (default: the id of the Ray job if you chose one, else the key `run`)"
-    )
-    parser.add_argument("--results", help=RESULTS)
-    parser.add_argument("--retry-failed", action="store_true", help=RETRY_FAILED)
-    given = parser.parse_args(arguments)
-    try:
-        config = config_at(given.config)
-    except BadInput as error:
-        print(error, file=sys.stderr)
-        return 2
-    return drive(config, given.results, given.run, given.retry_failed)
 
 
 def drive(given: ConfigText, results: str | None, name: str | None, retry_failed: bool = False) -> int:
@@ -110,7 +84,10 @@ def run_here(
 
     Raises BadInput for anything that the user has to correct.
     """
-    device = device_of(given.parsed().pool)
+    config = given.parsed()
+    device = device_of(config, given.origin)
+    for warning in unread_by_pool(config.pool):
+        shown.say(f"warning: {warning}")
     return run(given, results, make_pool, shown, device, name, this_job(), choose_for_workers, retry_failed)
 
 
@@ -137,9 +114,30 @@ def choose_for_workers(config: Config) -> ComputeChoice:
     return choose_on_ray(config)
 
 
-def device_of(settings: PoolSettings) -> str:
-    """The device on which this process computes: the CPU where Ray actors do the work, because they need the GPUs."""
-    return "cpu" if uses_ray(settings) else default_device()
+def device_of(config: Config, file: str) -> str:
+    """The device on which this process computes: the CPU where Ray actors do the work, because they need the GPUs.
+
+    Raises BadInput where this machine does the work and lacks the device of ``evaluation.backend``. Where Ray actors do
+    it, each of them looks at its own machine.
+    """
+    if uses_ray(config.pool):
+        return "cpu"
+    try:
+        check_backend_device(config.evaluation)
+    except BadInput as error:
+        raise BadInput(f"{file}: {error}") from error
+    return default_device()
+
+
+def unread_by_pool(settings: PoolSettings) -> list[str]:
+    """A sentence on each key of the section ``pool`` that the user wrote and that the kind of pool does not read."""
+    if pool_kind(settings) != "local":
+        return []
+    return [
+        f"pool.{key} does nothing: the pool is local, and the key describes a Ray actor; leave it out, or write "
+        "kind: ray"
+        for key in RAY_KEYS if key in settings.model_fields_set
+    ]  # fmt: skip
 
 
 def pool_kind(settings: PoolSettings) -> str:

@@ -174,7 +174,10 @@ class EvaluationSettings(Section):
         "`vllm serve {model} --port {port}`",
     )
     batch_tokens: int = Field(
-        2048, ge=16, le=10**9, description="largest number of tokens in one forward pass, with padding"
+        2048,
+        ge=16,
+        le=10**9,
+        description="largest number of tokens in one forward pass, with padding; only the backend resident reads it",
     )
     batch_size: int | None = Field(
         None, ge=1, le=10**9, description="largest number of rows in one forward pass; default: no limit"

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -14,7 +15,9 @@ import toys
 import yaml
 from toys import DROP
 
-from cluster.job import run_job
+from cluster.command import run_job
+from evolver.commands.evaluate import score_models
+from evolver.errors import BadInput
 
 SECONDS = 5.0  # of a processor: what else a machine does is not ours
 
@@ -452,3 +455,58 @@ def test_as_a_process(make_config, tmp_path, changes, words):
     assert spent.ru_utime + spent.ru_stime - began.ru_utime - began.ru_stime < SECONDS * toys.slowness()
     assert ended.out == ""
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("mute", {}, "has no tokenizer that can be read (there is no tokenizer.json)"),
+        ("unfinished", {"evaluation.apply_chat_template": True}, "cannot be applied"),
+        ("deaf", {"evaluation.apply_chat_template": True}, "leaves out what the user asks"),
+    ],
+)
+def test_models_are_checked_before_one_of_them_is_loaded(
+    make_config, models, spoilt, tmp_path, monkeypatch, name, changes, says
+):
+    monkeypatch.setattr("evolver.commands.evaluate.build_model", lambda *_: pytest.fail("a model is loaded"))
+    talking = shutil.copytree(models / "base", tmp_path / "talking")
+    (talking / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    file, model = make_config(tmp_path, {"model.base": str(talking), **changes}), str(spoilt / name)
+    with pytest.raises(BadInput) as caught:
+        score_models(str(file), [str(talking), model], "dev")
+    assert str(caught.value).startswith(f"{file}: evolver evaluate {model}: ")
+    assert says in str(caught.value)
+
+
+EARLY = {
+    "unknown key": {"sead": 1},
+    "unknown search": {"search.algorithm": "evolvr"},
+    "unknown setting of a search": {"search.generatons": 8},
+    "unknown logger": {"loggers": {"mlfow": {}}},
+    "no base": {"model.base": "/nowhere/base"},
+    "no expert": {"experts.a": "/nowhere/a"},
+}
+HEAVY = """
+import sys
+from {module} import {name}
+sys.argv = ["", *{arguments!r}]
+try:
+    code = {name}()
+except SystemExit as end:
+    code = end.code
+print(code, [m for m in ("torch", "transformers", "lm_eval", "ray") if m in sys.modules])
+"""
+
+
+@pytest.mark.parametrize("name", EARLY)
+@pytest.mark.parametrize(
+    ("module", "call", "words"),
+    [("cluster.command", "run_job", []), ("evolver.commands.cli", "main", ["validate"])],
+    ids=["run", "validate"],
+)
+def test_what_needs_no_torch_is_refused_before_it_is_imported(make_config, tmp_path, name, module, call, words):
+    file = make_config(tmp_path, EARLY[name])
+    code = HEAVY.format(module=module, name=call, arguments=[*words, str(file)])
+    done = subprocess.run([sys.executable, "-c", code], cwd=toys.ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "2 []"
+    assert_one_sentence(2, done.stderr, [str(file), "nowhere" if name.startswith("no ") else "did you mean"])

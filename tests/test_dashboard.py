@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 
+import httpx
 import psutil
 import pytest
 import toys
@@ -228,6 +230,92 @@ def test_long_requests_are_not_read_to_their_end(inside, path):
     assert (answer.status_code, "longer than" in answer.json()["error"]) == (400, True)
     deep = inside.post(path, headers={"x-evolver": "1"}, content=b"[" * 2**13)
     assert deep.json()["error"] == "the request is not a JSON object."
+
+
+OURS = {"x-evolver": "1"}
+ACTIONS = ["/api/start", "/api/runs/toy/stop", "/api/runs/toy/resume", "/api/runs/toy/export"]
+LEVELS = 100_000
+
+
+@pytest.mark.parametrize("path", ACTIONS)
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 2**13, b'{"a":' * 2**11, b"[" * LEVELS, b'{"a":' * LEVELS, b"a" + b"[b]" * LEVELS + b"=1",
+        b'{"candidates": ' + b"9" * 5000 + b"}", b"candidates=3", b"\xff", b'"text"', b"null",
+    ],
+    ids=lambda body: f"{body[:6]!r}…{len(body)}",
+)  # fmt: skip
+def test_a_body_that_is_no_object_is_refused_with_a_sentence(inside, path, body):
+    for kind in ("application/json", "application/x-www-form-urlencoded", "multipart/form-data; boundary=a"):
+        answer = inside.post(path, headers={**OURS, "content-type": kind}, content=body)
+        assert answer.status_code == 400
+        assert re.match(r"the request is (not a JSON object|longer than \d+ bytes)", answer.json()["error"])
+
+
+@pytest.mark.parametrize("value", [-1, 10**6, 2**63, 10**400, True, 1.5, "3", [], {"a": 1}], ids=str)
+def test_a_candidate_that_the_run_lacks_is_not_exported(inside, monkeypatch, value):
+    monkeypatch.setattr(actions.subprocess, "Popen", lambda *_, **__: pytest.fail("it is exported"))
+    answer = inside.post("/api/runs/toy/export", headers=OURS, content=json.dumps({"candidate": value}))
+    assert answer.status_code == 400
+    assert re.search("there is no candidate|is not the number of a candidate", answer.json()["error"])
+    if value != 10**6:
+        more = inside.post("/api/runs/toy/resume", headers=OURS, content=json.dumps({"candidates": value}))
+        assert (more.status_code, "is not usable" in more.json()["error"]) == (400, True)
+
+
+@pytest.mark.parametrize("action", ["stop", "resume", "export"])
+@pytest.mark.parametrize("name", ["gone", "x" * 255, "x" * 3000, "%00", ".hidden", "%2e%2e", "a%0ab", "é"])
+def test_an_action_on_a_run_that_is_not_there_is_refused(inside, action, name):
+    answer = inside.post(f"/api/runs/{name}/{action}", headers=OURS, content=b"{}")
+    assert 400 <= answer.status_code < 500
+    if answer.status_code != 404:  # of ..: no page of ours
+        assert "there is no run" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("action", ["delete", "start", "extend"])
+def test_an_action_that_is_none_is_refused(inside, action):
+    assert inside.post(f"/api/runs/toy/{action}", headers=OURS).status_code == 404
+    assert inside.delete("/api/runs/toy", headers=OURS).status_code == 405
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        (f"/api/runs/{'x' * 5000}", {}, 414), (f"/?token={'x' * 5000}", {}, 414), (f"/{'[' * 5000}", {}, 414),
+        (f"/api/runs/toy/candidates/{'9' * 5000}", {}, 414), (f"/api/runs/toy/candidates/{'9' * 4000}", {}, 400),
+        (f"/api/runs/{'x' * 3000}", {}, 400), (f"/static/{'x' * 3000}", {}, 404), ("/static/a%00b", {}, 404),
+        ("/api/runs", {"x-more": "x" * 2**15}, 431), ("/api/runs", {f"x-{n}": "y" * 90 for n in range(200)}, 431),
+        ("/api/runs/toy/candidates/-1", {}, 404), ("/api/runs/toy/candidates/1e3", {}, 404),
+    ],
+    ids=lambda value: str(value)[:30],
+)  # fmt: skip
+def test_long_and_strange_requests_are_refused_with_a_sentence(inside, path, headers, status):
+    answer = inside.get(path, headers=headers)
+    assert answer.status_code == status
+    assert answer.text
+
+
+def test_the_way_in_leads_to_this_dashboard_only(results):
+    """Whatever the address and the header look like that came with the token."""
+    for path, headers in (("//evil.example/?token=secret", {}), ("/?token=secret", {"host": "127.0.0.1:["})):
+        answer = client(results).get(f"{HERE}{path}", headers=headers)
+        assert answer.status_code == 303
+        assert re.match(r"/(?!/)", answer.headers["location"])
+
+
+def test_the_server_itself_refuses_what_is_too_long(served, results):
+    """No traceback is printed, and the next request is answered."""
+    address = served(results)
+    port = int(re.search(r":(\d+)/", address)[1])
+    for request in (
+        b"GET /" + b"x" * 2**20, b"GET / HTTP/1.1\r\nhost: a\r\nx: " + b"y" * 2**20,
+        b"GET /" + b"x" * 5000 + b" HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n",
+    ):  # fmt: skip
+        with socket.create_connection(("127.0.0.1", port)) as sock, contextlib.suppress(OSError):
+            sock.sendall(request)
+            assert re.match(rb"HTTP/1.1 4\d\d ", sock.recv(2**12))
+    assert httpx.get(address).status_code == 303
 
 
 def test_the_front_is_of_those_that_nobody_beats(inside):

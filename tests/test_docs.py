@@ -15,7 +15,10 @@ import yaml
 
 from evolver.commands.cli import app
 from evolver.ledger import answer_table
+from evolver.ledger.retried import ORPHANED, RETRIED
 from evolver.storage import storage_at
+from evolver.workers.retrying import IN_A_ROW
+from evolver.workers.worker import LONGEST_PAUSE_SECONDS
 
 pytestmark = pytest.mark.whole
 
@@ -139,3 +142,14 @@ def test_every_command_is_in_the_docs():
     names = {(c.name or c.callback.__name__) for c in app.registered_commands}
     text = "".join(Path(p).read_text() for p in PAGES)
     assert {n for n in names if f"evolver {n}" not in text} == set()
+
+
+def test_the_docs_say_how_failed_candidates_are_tried_again():
+    """The numbers and words are those of the code."""
+    runs = " ".join((DOCS / "runs.md").read_text().split())
+    assert IN_A_ROW == 3
+    assert "three candidates in a row" in runs
+    assert f"up to {LONGEST_PAUSE_SECONDS:g} seconds" in runs
+    assert {word for word in (RETRIED, ORPHANED) if f"`{word}`" not in runs} == set()
+    for page in ("runs.md", "kept.md", "cluster.md"):
+        assert "`--retry-failed`" in (DOCS / page).read_text(), page

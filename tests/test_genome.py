@@ -176,6 +176,27 @@ def test_settings_that_differ_are_checked(settings, says):
         decoded(settings)
 
 
+@pytest.mark.parametrize(
+    ("tune", "fixed", "refused"),
+    [
+        (["lambda"], {"density": 0.9, "epsilon": 0.3}, True),
+        (["lambda"], {"density": [{"filter": "embed", "value": 0.5}, {"value": 0.9}], "epsilon": 0.3}, True),
+        (["lambda"], {"density": {"a": 0.5, "b": 0.9, "c": 0.5}, "epsilon": 0.3}, True),
+        (["lambda"], {"density": 0.5, "epsilon": {"a": 0.6, "b": 0.1, "c": 0.1}}, True),
+        (["lambda"], {"density": 0.9, "epsilon": 0.1}, False),
+        (["lambda"], {"density": 0.9}, False),  # the default is cut
+        (["density"], {"epsilon": 0.3}, False),  # so is what the search chooses, or what it makes too large
+        (["epsilon"], {"density": 0.9}, False),
+    ],
+)
+def test_an_epsilon_is_refused_if_it_was_written_and_does_not_fit(tune, fixed, refused):
+    if refused:
+        with pytest.raises(BadInput, match=r"settings\.epsilon: 0\.[36] is too large for density 0\.[59]"):
+            make("della", tune=tune, fixed=fixed)
+    else:
+        assert make("della", tune=tune, fixed=fixed).tune == tuple(tune)
+
+
 def test_what_is_no_number_is_chosen_among_its_values():
     """A setting with words or a switch, where it is tuned by name."""
     space = make("ties", groups=2, tune=["density", "sign", "normalize"])

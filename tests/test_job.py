@@ -16,6 +16,7 @@ import pytest
 import toys
 
 import cluster.job as job_of
+from cluster.command import run_job
 from cluster.job import RAY_JOB, submission_id
 
 pytestmark = [pytest.mark.ray, pytest.mark.whole]
@@ -181,9 +182,9 @@ def test_a_signal_inside_of_compiled_code_is_a_signal(raised, code, make_config,
     given = [str(make_config(tmp_path)), "--results", str(tmp_path)]
     if code is None:
         with pytest.raises(SystemError):
-            job_of.run_job(given)
+            run_job(given)
     else:
-        assert job_of.run_job(given) == code
+        assert run_job(given) == code
 
 
 def test_a_job_that_cannot_run_says_why_and_fails(job, make_config, tmp_path):

@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluster.job import run_job
+from cluster.command import run_job
 from evolver.config import config_at
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput

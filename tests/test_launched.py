@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
 import pytest
-from toys import DROP, ROOT, rows, run_here
+from toys import DROP, ROOT, Silent, rows, run_here
 
+from cluster import job
+from evolver.commands.evaluate import score_models
 from evolver.config import config_at, load
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
@@ -19,6 +22,7 @@ from evolver.evaluation.language.launched import LaunchedModel, LaunchedScorer
 from evolver.evaluation.language.requests import Judgement
 from evolver.evaluation.language.scratch import Scratch
 from evolver.records import Candidate
+from evolver.storage import storage_at
 from evolver.workers.worker import Worker
 
 pytestmark = pytest.mark.whole
@@ -221,6 +225,10 @@ def test_a_server_that_ends_is_a_failed_result_with_its_last_words(served, tmp_p
             {**HF, "evaluation.serve": "true"},
             r"evaluation\.serve: hf talks to no server, so the command would do nothing; leave",
         ),
+        (
+            {**HF, "evaluation.batch_tokens": 2048},
+            r"evaluation\.batch_tokens: the backend hf does not read this key; leave it out",
+        ),
         ({"evaluation.serve": "true"}, r"evaluation\.serve: the backend resident does not read this key; leave it out"),
         (
             {"evaluation.model_args": {"max_model_len": 9}},
@@ -233,12 +241,60 @@ def test_backends_are_checked(make_config, tmp_path, changes, said):
         prepare(config_at(make_config(tmp_path, changes)))
 
 
-def test_a_missing_accelerator_is_found_before_a_run(make_config, tmp_path, monkeypatch):
+@pytest.fixture
+def without_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    file = make_config(tmp_path, {**HF, "evaluation.model_args": {"dtype": "float32"}})
-    with pytest.raises(BadInput, match=r"evaluation\.model_args\.device: hf computes on cuda.*write device: cpu"):
-        prepare(config_at(file))
-    prepare(config_at(make_config(tmp_path, HF)))
+
+
+def test_a_missing_accelerator_is_found_before_a_run(make_config, tmp_path, without_gpu):
+    given = config_at(make_config(tmp_path, {**HF, "evaluation.model_args": {"dtype": "float32"}}))
+    says = r"evaluation\.model_args\.device: hf computes on cuda.*write device: cpu"
+    with pytest.raises(BadInput, match=f"^{given.origin}: {says}"):
+        job.run_here(given, storage_at(tmp_path / "results"), None, Silent())
+    assert not (tmp_path / "results").exists()
+    with pytest.raises(BadInput, match=says):
+        score_models(given.origin, ["model"], "dev")
+    assert job.device_of(load(make_config(tmp_path, HF)), "run.yaml") == "cpu"
+
+
+def test_a_driver_without_an_accelerator_leaves_it_to_the_workers(make_config, tmp_path, without_gpu):
+    """Whether those of a Ray cluster have one is seen where they are."""
+    changes = {**HF, "evaluation.model_args": {"dtype": "float32"}, "pool": {"kind": "ray"}}
+    given = config_at(make_config(tmp_path, changes))
+    ready = prepare(given, device=job.device_of(given.parsed(), given.origin))
+    with pytest.raises(BadInput, match=r"^evaluation\.model_args\.device: hf computes on cuda"):
+        Worker(ready.plan, "dev", "on a node", ready.tasks)
+
+
+@pytest.mark.parametrize("pool", [{}, {"kind": "local"}])
+def test_keys_of_ray_actors_are_said_to_do_nothing_on_this_machine(make_config, tmp_path, monkeypatch, pool):
+    monkeypatch.setattr(job, "run", lambda *_: None)
+    lines = Silent()
+    changes = {"pool": {**pool, "num_workers": 2, "num_gpus": 0.5, "resources": {"a100": 1}}}
+    job.run_here(config_at(make_config(tmp_path, changes)), storage_at(tmp_path), None, lines)
+    assert [line.partition(" does nothing")[0] for line in lines.lines] == [
+        "warning: pool.num_gpus", "warning: pool.resources"
+    ]  # fmt: skip
+    ours = load(make_config(tmp_path, {"pool": {**changes["pool"], "kind": "ray"}})).pool
+    assert job.unread_by_pool(ours) == []
+
+
+@pytest.mark.parametrize("backend", ["vllm", "sglang", "hf"])
+def test_the_base_has_what_a_backend_reads_in_a_candidates_folder(make_config, models, tmp_path, monkeypatch, backend):
+    monkeypatch.setattr("evolver.evaluation.language.launched.check_backend", lambda *_: None)  # it is not installed
+
+    def check(**changes):
+        prepare(config_at(make_config(tmp_path, {"evaluation.backend": backend, **changes})), device="cpu")
+
+    check()
+    with pytest.raises(BadInput, match=r"evaluation\.apply_chat_template: the base's tokenizer has no chat template"):
+        check(**{"evaluation.apply_chat_template": True})
+    shutil.copytree(models / "base", tmp_path / "mute")
+    (tmp_path / "mute" / "tokenizer.json").unlink()
+    with pytest.raises(BadInput, match=r"model\.base: .*/mute has no tokenizer that can be read .*no tokenizer\.json"):
+        check(**{"model.base": str(tmp_path / "mute")})
+    elsewhere = {"evaluation.model_args": {"tokenizer": str(models / "base")}}
+    check(**{"model.base": str(tmp_path / "mute"), **elsewhere})
 
 
 def test_what_is_no_task_of_lm_eval_stays_with_the_resident_model(make_config, tasks, tmp_path):

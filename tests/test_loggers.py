@@ -179,6 +179,31 @@ def test_mlflow_says_that_a_run_was_stopped(tmp_path):
     assert client.get_run(run.info.run_id).info.status == "KILLED"
 
 
+def test_mlflow_gets_as_much_in_one_call_as_it_accepts(tmp_path, monkeypatch):
+    """Its limits are 1000 metrics, 100 parameters and 100 tags. It refuses more, and fewer would need more calls."""
+    from mlflow import MlflowClient
+
+    sizes, log_batch = [], MlflowClient.log_batch
+
+    def counted(self, run_id, metrics=(), params=(), tags=()):
+        sizes.append((len(metrics), len(params), len(tags)))
+        return log_batch(self, run_id, metrics, params, tags)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", counted)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    logger = MlflowLogger(MlflowSettings(uri=uri), RunPlace("toy", None))
+    many = {f"key{n}": n for n in range(250)}
+    logger.begin(Tracked("id", "toy", many, {}, {key: str(value) for key, value in many.items()}))
+    assert sizes == [(0, 100, 100), (0, 100, 100), (0, 50, 50)]
+    sizes.clear()
+    logger.results([(step, {"search/items": step, "search/score": 0.5}) for step in range(1250)])
+    assert sizes == [(1000, 0, 0), (1000, 0, 0), (500, 0, 0)]
+    logger.close()
+    (run,) = MlflowClient(uri).search_runs(["1"])
+    assert run.data.params == {key: str(value) for key, value in many.items()}
+    assert {key: run.data.tags[key] for key in many} == run.data.params
+
+
 def test_wandb_has_every_candidate_once(followed):
     (file,) = followed.parent.parent.glob("wandb/offline-run-*/run-*.wandb")
     records = list(shown.wandb_records(file))

@@ -106,9 +106,45 @@ def test_what_mergekit_cannot_make_says_why(world):
         (Merge("ties", (one, two), base, (Rule.of({"weight": 0.5, "rescale": "l2"}),)), "rescale by l2"),
         (Merge("karcher", (one, two), base, (Rule.of({"weight": (0.2, 0.8)}),)), "no weights"),
         (woven, "woven"),
+        # A search may choose such numbers; mergekit takes no probability of 0 or of 1.
+        (
+            Merge("della", (one, two), base, (Rule.of({"weight": 0.5, "density": 0.9, "epsilon": 0.3}),)),
+            "epsilon 0.3 b",
+        ),
+        (
+            Merge("della", (one, two), base, (Rule.of({"weight": 0.5, "density": 0.2, "epsilon": 0.2}),)),
+            "epsilon 0.2 b",
+        ),
+        (Merge("della", (one, two), base, (Rule.of({"weight": 0.5, "density": 0.9}),)), "epsilon 0.15 b"),
     ]:
         with pytest.raises(Inexpressible, match=why):
             written(recipe, world)
+
+
+def test_an_epsilon_that_the_density_has_no_room_for_is_refused(world, tmp_path):
+    """Only a default, and what a search chooses, is cut."""
+    folders = world[0]
+
+    def della(shared, *own):
+        models = [{"model": folders[f"e{n}"], "parameters": {"weight": 0.5, **o}} for n, o in enumerate(own, 1)]
+        parameters = {"parameters": shared} if shared else {}
+        file = {"merge_method": "della", "base_model": folders["base"], "models": models, **parameters}
+        return read(documents(file), world, tmp_path)
+
+    for fits in (
+        {"density": 0.9, "epsilon": 0.1},
+        {"density": 0.05, "epsilon": 0.05},
+        {"density": 0.9},
+        {"epsilon": 0.9},
+    ):
+        assert della(fits, {}, {}).method == "della"
+    says = r"epsilon: 0\.3 is too large for density 0\.9, .*; write a number from 0 to 0\.1\."
+    with pytest.raises(BadInput, match=says):
+        della({"density": 0.9, "epsilon": 0.3}, {}, {})
+    with pytest.raises(BadInput, match=says):
+        della({"epsilon": 0.3}, {"density": 0.5}, {"density": 0.9})
+    with pytest.raises(BadInput, match=says):
+        della({"density": [{"filter": "mlp", "value": 0.9}, {"value": 0.5}], "epsilon": 0.3}, {}, {})
 
 
 def test_filters_that_name_every_tensor_need_no_last_one(world, tmp_path):

@@ -338,6 +338,10 @@ def test_della_cuts_epsilon_to_what_the_density_allows():
     base, experts = experts_of("della", (20, 30))
     assert merge("della", experts, base, density=0.05, epsilon=0.3).isfinite().all()
     assert merge("della", experts, base, density=0.95, epsilon=0.3).isfinite().all()
+    assert torch.equal(
+        merge("della", experts, base, density=0.75, epsilon=0.3),
+        merge("della", experts, base, density=0.75, epsilon=0.25),
+    )
 
 
 def test_sce_without_variance_keeps_its_shape_and_gives_the_common_delta():

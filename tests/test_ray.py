@@ -15,7 +15,7 @@ import ray
 import toys
 from tenacity import Retrying, stop_after_attempt, wait_fixed
 
-from cluster.job import run_job
+from cluster.command import run_job
 from cluster.pools import pool_named
 from cluster.pools import ray as crew
 from cluster.pools.ray import check_resources, on_ray, resources_of

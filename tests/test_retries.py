@@ -82,6 +82,26 @@ def test_the_run_stops_where_every_candidate_fails_for_want_of_something_else():
     assert len(drive(RetryingPool(scattered, retries=1), candidates(9))) == 9
 
 
+def test_what_landed_with_the_failure_that_stops_a_run_is_kept():
+    class Wide(Failing):
+        """Everything that waits lands at once, in the order of the numbers."""
+
+        def free(self):
+            return 9 - len(self.waiting)
+
+        def wait(self):
+            return [result for _ in list(self.waiting) for result in super(Wide, self).wait()]
+
+    pool = RetryingPool(Wide(dict.fromkeys(range(1, 1 + IN_A_ROW), 9)), retries=0)
+    for candidate in reversed(candidates(2 + IN_A_ROW)):
+        pool.submit(candidate)
+    landed = pool.wait()
+    assert [(r.number, r.status) for r in landed] == [
+        (0, "ok"), *((n, "failed") for n in range(1, IN_A_ROW)), (1 + IN_A_ROW, "ok")
+    ]  # fmt: skip
+    toys.refused(pool.wait, "experts/maths: it cannot be read", "--retry-failed")
+
+
 def _caused(error, cause):
     error.__cause__ = cause
     return error

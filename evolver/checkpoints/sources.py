@@ -5,13 +5,13 @@ from __future__ import annotations
 import filecmp
 import importlib
 import pkgutil
-import re
 from pathlib import Path
 
 from evolver import checkpoints
 from evolver.checkpoints.formats import FORMATS, ModelFormat
+from evolver.checkpoints.places import refuse_missing
 from evolver.checkpoints.weights import HEAD, TOKEN_MATRICES, TOKENIZER_FILE, Checkpoint, Source
-from evolver.errors import BadInput, cause_of
+from evolver.errors import BadInput
 from evolver.storage import is_remote
 from evolver.storage.fetch import fetched
 from evolver.storage.paths import expand
@@ -102,17 +102,12 @@ def _check_same_tensors(expert: Checkpoint, base: Checkpoint, key: str, same_tok
 def _locate(location: str, key: str) -> Path:
     if is_remote(location := expand(location)):
         return fetched(location, key)
+    refuse_missing(location, key)
     path = Path(location.removeprefix("file://"))
-    try:
-        there = path.is_dir() or (path.exists() and _format_of(path))
-    except (OSError, ValueError) as error:  # longer than any name may be, or with a zero in it
-        raise BadInput(f"{key}: {location[:100]!r} cannot be a path ({cause_of(error)}); give a folder.") from error
-    if there:
+    if path.is_dir() or (path.exists() and _format_of(path)):
         return path
     if path.exists():
         raise BadInput(f"{key}: {location} is a file; give the folder that holds the model, or a GGUF file.")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", location):
-        raise BadInput(f"{key}: there is no folder {path}; give the folder of a model, or a hub id such as org/name.")
     name, _, revision = location.partition("@")
     try:
         from huggingface_hub import snapshot_download  # slow, and models are folders mostly

@@ -57,17 +57,20 @@ def run(
         return run_here(given, storage_at(str(results)), name, shown, retry_failed).location
 
 
-def evaluate(config: str | Path, models: Sequence[str | Path], split: Split = "report") -> list[ModelScore]:
+def evaluate(
+    config: str | Path, models: Sequence[str | Path], split: Split = "report", *, warn: Callable[[str], None] = print
+) -> list[ModelScore]:  # fmt: skip
     """Score models on the tasks of a configuration, in the same way as the end of a run does.
 
     Args:
         config: path of the YAML file of a run, whose tasks, items and base are used.
         models: folders, hub ids or URIs of models with the architecture of the base.
         split: the items: ``dev`` or ``report``.
+        warn: is called with each warning; default: it is printed.
 
     Raises BadInput where the configuration is wrong or a model cannot be scored.
     """
-    return score_models(str(config), [str(m) for m in models], split)
+    return score_models(str(config), [str(m) for m in models], split, warn)
 
 
 def ledger_table(folder: str | Path) -> pa.Table:

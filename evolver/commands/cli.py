@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cluster import options
 from evolver.errors import BadInput
 from evolver.threads import let_threads_sleep
 
@@ -26,28 +27,14 @@ app = typer.Typer(add_completion=True, no_args_is_help=True, help="Search for th
 # Python's garbage collector runs after so many new objects; see main().
 SELDOM = 50_000
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
-RetryFailed = Annotated[
-    bool,
-    typer.Option(
-        "--retry-failed",
-        help="try candidates again that failed in an earlier call, and continue the search from the first of them",
-    ),
-]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help=options.RETRY_FAILED)]
 
 
 @app.command()
 def run(
     config: Annotated[Path, typer.Argument(help="the YAML file of the run")],
-    results: Annotated[
-        str | None,
-        typer.Option(help="folder for all runs, or its URI; default: results, or ~/evolver-results in a Ray job"),
-    ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option(
-            "--run", help="name of the run; default: the id of the Ray job, else the name in the configuration"
-        ),
-    ] = None,
+    results: Annotated[str | None, typer.Option(help=options.RESULTS)] = None,
+    name: Annotated[str | None, typer.Option("--run", help=options.RUN_NAME)] = None,
     retry_failed: RetryFailed = False,
 ) -> None:
     """Search for the best merge, or continue where an earlier call stopped."""
@@ -62,27 +49,35 @@ def resume(
     retry_failed: RetryFailed = False,
 ) -> None:
     """Continue a run from its folder, with a new budget if you give one."""
-    from cluster.job import drive
+    from evolver.driver.early import refuse_early
     from evolver.runs.folder import config_of_run
     from evolver.storage import storage_at
 
     place, _, name = folder.rstrip("/").rpartition("/")
-    raise typer.Exit(drive(config_of_run(storage_at(folder), candidates, items), place or ".", name, retry_failed))
+    config = config_of_run(storage_at(folder), candidates, items)
+    refuse_early(config)
+    from cluster.job import drive  # it brings torch
+
+    raise typer.Exit(drive(config, place or ".", name, retry_failed))
 
 
 @app.command()
 def validate(config: Annotated[Path, typer.Argument(help="the YAML file of a run")]) -> None:
     """Check a configuration, its models and its tasks, as far as this is possible without reading weights."""
-    from cluster.job import device_of
     from evolver.config import config_at
+    from evolver.driver.early import refuse_early
+
+    written = config_at(config)
+    refuse_early(written)
+    # These bring torch.
+    from cluster.job import device_of, unread_by_pool
     from evolver.driver.prepare import prepare
     from evolver.workers.worker import choose_compute
 
-    written = config_at(config)
     given = written.parsed()
-    device = device_of(given.pool)
+    device = device_of(given, written.origin)
     prepared = prepare(written, weights=False, device=device)
-    for warning in (*prepared.warnings, *prepared.tasks.warnings):
+    for warning in (*unread_by_pool(given.pool), *prepared.warnings, *prepared.tasks.warnings):
         typer.echo(f"warning: {warning}", err=True)
     sizes = {split: len(prepared.tasks.items.of(split)) for split in ("dev", "report")}
     total = prepared.search.total
@@ -249,7 +244,10 @@ def evaluate(
     """Score any models on the tasks of a configuration, and print them in one table with 95 % intervals."""
     from evolver.commands.evaluate import score_models, score_table
 
-    typer.echo(score_table(score_models(str(config), models, "dev" if dev else "report")))
+    def warn(sentence: str) -> None:
+        typer.echo(f"warning: {sentence}", err=True)
+
+    typer.echo(score_table(score_models(str(config), models, "dev" if dev else "report", warn)))
 
 
 @app.command()
@@ -436,7 +434,7 @@ def main() -> None:
 
 def _job(config: Path, results: str | None, name: str | None, retry_failed: bool = False) -> int:
     """Run a search as ``evolve.py`` does, and return its exit status."""
-    from cluster.job import run_job as job
+    from cluster.command import run_job as job
 
     given = [*(["--results", results] if results else []), *(["--run", name] if name else [])]
     return job([str(config), *given, *(["--retry-failed"] if retry_failed else [])])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 
 from evolver.checkpoints.sources import open_base
-from evolver.config import computing, load
+from evolver.config import Config, computing, load
 from evolver.driver.check import answer_again
 from evolver.driver.prepare import block_of
 from evolver.errors import BadInput
@@ -20,8 +20,10 @@ from evolver.evaluation.tasks import load_tasks
 from evolver.records import Split
 from evolver.report.text import markdown_table, score_text
 from evolver.workers.compute import is_open, settled
-from evolver.workers.opened import open_models
+from evolver.workers.opened import Opened, check_backend_device, check_device, check_kind, draw_up, open_models
 from evolver.workers.worker import build_model, choose_compute
+
+COMMAND = "evolver evaluate"
 
 
 @dataclass(frozen=True)
@@ -46,35 +48,67 @@ class ModelScore:
     scale: Scale
 
 
-def score_models(file: str, models: Sequence[str], split: Split) -> list[ModelScore]:
+def score_models(
+    file: str, models: Sequence[str], split: Split, warn: Callable[[str], None] = print
+) -> list[ModelScore]:  # fmt: skip
     """Score models on the tasks of a configuration.
 
     Args:
         file: path of the YAML file of a run, whose tasks, items and base are used.
         models: folders, hub ids or URIs of models with the architecture of the base.
         split: the items: ``dev`` or ``report``.
+        warn: is called with each warning; default: it is printed.
 
-    Raises BadInput where the configuration is wrong or a model cannot be scored.
+    Raises BadInput where the configuration is wrong or a model cannot be scored, before any weight is read.
     """
-    config = load(file)
+    config, device = load(file), default_device()
     try:
-        opened, tasks = open_models(config), load_tasks(config)
+        check_backend_device(config.evaluation)
+        opened = open_models(config)
         config = settled(config, opened.base.headers)
+        given = {model: _opened(config, opened, model, device) for model in models}
+        tasks = load_tasks(config)
+        for model, one in given.items():
+            with _said_of(model):
+                tasks.check_model(draw_up(config, one))
         if is_open(config):
             config = computing(config, choose_compute(config).compute)
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from error
+    for warning in dict.fromkeys(tasks.warnings):
+        warn(warning)
     torch.set_num_threads(config.evaluation.threads)
     scale, found = tasks.scale(split), []
     block = block_of(config, file, split, len(scale.tasks))
     for model in models:
-        folder: Path = open_base(model, "evolver evaluate").path
-        live = build_model(config, opened, default_device(), folder)
+        live = build_model(config, opened, device, given[model].base.path)
         items = answer_again(tasks.scorer(live, split), len(scale.tasks), block)
         live.close()
         low, high = interval(items, scale, config.seed)
         found.append(ModelScore(model, split, scale.score(items), low, high, scale.of_tasks(items), scale))
     return found
+
+
+def _opened(config: Config, opened: Opened, model: str, device: str) -> Opened:
+    """A model in the place of the base, which the device can hold. It has a head of its own, with its own labels."""
+    with _said_of(model):
+        found = replace(opened, base=open_base(model, COMMAND), labels=())
+        check_kind(config, found.base)
+        check_device(config, found, device)
+        return found
+
+
+@contextmanager
+def _said_of(model: str) -> Iterator[None]:
+    """Errors about the base are said of a model that stands in its place.
+
+    Raises BadInput that names the model.
+    """
+    try:
+        yield
+    except BadInput as error:
+        said = str(error).removeprefix("model.base: ").removeprefix(f"{COMMAND}: ")
+        raise BadInput(f"{COMMAND} {model}: {said}") from error
 
 
 def score_table(scores: Sequence[ModelScore]) -> str:

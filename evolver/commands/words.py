@@ -55,6 +55,13 @@ def remarks_of(method: Method) -> list[str]:
         out.append(
             f"It needs statistics of the experts on dev items ({kinds}), which a run collects before the first merge."
         )
+    for name, setting in method.settings.items():
+        if isinstance(setting.search, Range) and (around := setting.search.around):
+            out.append(
+                f"`{around}` - `{name}` and `{around}` + `{name}` have to lie between 0 and 1. If you write a `{name}` "
+                "that is too large, it is refused. The default, and a number that a search chooses, is cut to what "
+                "fits."
+            )
     if not method.exact:
         out.append("Not exact: with another processor or number of threads, the last bits of the result may differ.")
     return out

@@ -24,6 +24,7 @@ from evolver.storage.lease import this_machine
 
 PATH_LENGTH = 1000  # characters of the path of a configuration
 CONFIGURATION_BYTES = 2**20
+COUNT_LIMIT = 2**53  # numbers of candidates are below this: browsers round larger integers
 CHECK_SECONDS = 600.0  # that a check may take: task data may have to be fetched first
 WATCH_SECONDS = 20.0  # that a new run is watched, so that the page can show why it was refused
 
@@ -95,8 +96,8 @@ def resume_run(folder: Storage, jobs: Jobs, candidates: int | None) -> str:
     """
     if (held := holder_of(folder.folder("ledger"))) is not None:
         raise BadInput(f"process {held['pid']} on {held['host']} is running it already.")
-    if candidates is not None and not (_is_whole(candidates) and candidates >= 1):
-        raise BadInput(f"a budget of {candidates!r} candidates is not usable; write a number above 0.")
+    if candidates is not None and not (_is_whole(candidates) and 1 <= candidates < COUNT_LIMIT):
+        raise BadInput(f"a budget of {str(candidates)[:40]} candidates is not usable; write a number above 0.")
     more = [] if candidates is None else ["--candidates", str(candidates)]
     if job := read_about(folder).job:
         jobs.resume(job, ["resume", job.location, *more] if more else [])
@@ -112,13 +113,21 @@ def export_candidate(folder: Storage, candidate: int | None) -> str:
     """
     if is_remote(folder.location):
         raise BadInput(f"to write the model to a folder of your choice, run: evolver export {folder.location} FOLDER")
-    if candidate is not None and not _is_whole(candidate):
-        raise BadInput(f"{candidate!r} is not the number of a candidate; give a number.")
     which = "best" if candidate is None else str(candidate)
     target = Path(folder.location).parent / f"{Path(folder.location).name}-export-{which}"
     check_target(target)
     _start(["export", folder.location, str(target), *([] if candidate is None else ["--candidate", which])])
     return f"writes {target}"
+
+
+def candidate_number(given: object) -> int:
+    """The number of a candidate as a request names it.
+
+    Raises BadInput if it is no number that a candidate can have.
+    """
+    if not (isinstance(given, int) and _is_whole(given) and 0 <= given < COUNT_LIMIT):
+        raise BadInput(f"{str(given)[:40]!r} is not the number of a candidate; give a number.")
+    return given
 
 
 def _is_whole(value: object) -> bool:

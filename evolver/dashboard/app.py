@@ -25,7 +25,7 @@ from starlette.staticfiles import StaticFiles
 
 from evolver.config import NAME
 from evolver.dashboard import views
-from evolver.dashboard.actions import Jobs, export_candidate, resume_run, start_run, stop_run
+from evolver.dashboard.actions import Jobs, candidate_number, export_candidate, resume_run, start_run, stop_run
 from evolver.dashboard.guard import Guard
 from evolver.dashboard.overview import Overview
 from evolver.dashboard.status import Status, status_of
@@ -35,6 +35,7 @@ from evolver.runs.files import holds_a_run
 from evolver.storage import Storage
 
 HERE = Path(str(files("evolver.dashboard"))) / "static"
+NAME_LENGTH = 255  # no file system has longer names
 BODY_BYTES = 2**14  # that the request of an action may have
 READERS = 2  # that read runs for the list, so that a large run does not delay small ones
 LOOK_SECONDS = 1.0  # that the list waits for runs to be read before it answers
@@ -52,8 +53,9 @@ class Runs:
 
     def folder(self, name: str) -> Storage:
         """Raises BadInput if there is no run of that name."""
-        if not re.fullmatch(NAME, name) or not holds_a_run(self.root.folder(name)):
-            raise BadInput(f"{self.root.location}: there is no run {name}.")
+        possible = len(name) <= NAME_LENGTH and re.fullmatch(NAME, name)
+        if not possible or not holds_a_run(self.root.folder(name)):
+            raise BadInput(f"{self.root.location}: there is no run {name[:NAME_LENGTH]}.")
         return self.root.folder(name)
 
     @contextmanager
@@ -119,7 +121,7 @@ def build_app(
 
     def one_candidate(request: Request) -> Response:
         with runs.look(request.path_params["name"]) as run:
-            candidate, result = run.candidate(request.path_params["number"])
+            candidate, result = run.candidate(candidate_number(request.path_params["number"]))
             shown = {"settings": views.settings(candidate.recipe), "lineage": views.lineage(run, candidate.recipe)}
         return JSONResponse({**shown, "tasks": dict(result.tasks), "reason": result.reason})
 
@@ -133,6 +135,10 @@ def build_app(
 
         return answer
 
+    async def export(request: Request) -> Response:
+        given, name = await _body(request), request.path_params["name"]
+        return JSONResponse({"said": await run_in_threadpool(_export, runs, name, given.get("candidate"))})
+
     async def start(request: Request) -> Response:
         given = await _body(request)
         return JSONResponse({"said": await run_in_threadpool(start_run, root, given.get("config"))})
@@ -144,12 +150,20 @@ def build_app(
         Route("/api/runs/{name}/stop", acting(lambda run, given: stop_run(run, jobs)), methods=["POST"]),
         Route("/api/runs/{name}/resume", acting(lambda run, given: resume_run(run, jobs, given.get("candidates"))),
               methods=["POST"]),
-        Route("/api/runs/{name}/export", acting(lambda run, given: export_candidate(run, given.get("candidate"))),
-              methods=["POST"]),
+        Route("/api/runs/{name}/export", export, methods=["POST"]),
         Mount("/static", StaticFiles(directory=HERE)),
     ]  # fmt: skip
     guard = Middleware(Guard, token=token, hosts=hosts)
     return Starlette(routes=routes, middleware=[guard], exception_handlers={BadInput: _refused})
+
+
+def _export(runs: Runs, name: str, candidate: object) -> str:
+    """Export a candidate, or the best one. Raises BadInput if the run has no such candidate."""
+    number = None if candidate is None else candidate_number(candidate)
+    if number is not None:
+        with runs.look(name) as run:
+            run.candidate(number)
+    return export_candidate(runs.folder(name), number)
 
 
 async def _body(request: Request) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from typing import Any
 
 from evolver.checkpoints.doubts import suspicions
 from evolver.checkpoints.weights import Checkpoint
-from evolver.config import FREE_KEYS, Config, ConfigText, check_section, computing, default_at, load, renamed
-from evolver.errors import BadInput, nearest
+from evolver.config import FREE_KEYS, Config, ConfigText, computing, default_at, load, renamed
+from evolver.driver.early import chosen_search, named_search
+from evolver.errors import BadInput
 from evolver.evaluation.scores.estimates import Estimates, first_unjudged
 from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.loggers import check_loggers
@@ -25,8 +26,8 @@ from evolver.search.halving import HalvingSettings
 from evolver.search.optuna_samplers import CoefficientSettings
 from evolver.storage import Storage
 from evolver.threads import too_many
-from evolver.workers.compute import is_open, refuse_compute, settled
-from evolver.workers.opened import Opened, check_memory, draw_up, open_models
+from evolver.workers.compute import is_open, settled
+from evolver.workers.opened import Opened, check_device, draw_up, open_models
 from evolver.workers.plan import SCORING_PACKAGES, Plan, items_hash
 from evolver.workers.statistics import sample_hash
 from evolver.workers.worker import build_materialiser, statistics_of
@@ -66,15 +67,13 @@ def prepare(
     """
     config, file = given.parsed(), given.origin
     config = config if name is None else renamed(config, name)
-    algorithm, settings = _algorithm(config, file)
+    algorithm, settings = chosen_search(config, file)
     check_loggers(config, file)
     try:
         opened = open_models(config)
         config = settled(config, opened.base.headers)
         if device:
-            check_memory(config, opened, device)
-            if config.model.compute != "auto":
-                refuse_compute(config.model.compute, device)
+            check_device(config, opened, device)
         tasks = load_tasks(config)
         if device:
             tasks.check_model(draw_up(config, opened))
@@ -146,9 +145,9 @@ def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
     Raises BadInput for a configuration that cannot be used, and for a search that uses no merge method.
     """
     config = load(file)
-    _, settings = _algorithm(config, file)
+    _, settings = chosen_search(config, file)
     if isinstance(settings, HalvingSettings):
-        _, settings = _named(settings.of, file, "search.of.")
+        _, settings = named_search(settings.of, file, "search.of.")
     opened = open_models(config)
     maker = RecipeMaker(list(config.experts), opened.base.names())
     if isinstance(settings, CoefficientSettings):
@@ -165,7 +164,7 @@ def block_of(config: Config, file: str, split: Split, count: int) -> int:
 
     Raises BadInput for a search that is none.
     """
-    return Plan(config, {}, {}, _stops(*_algorithm(config, file))).block(split, count)
+    return Plan(config, {}, {}, _stops(*chosen_search(config, file))).block(split, count)
 
 
 def _stops(algorithm: str, settings: Any) -> bool:
@@ -175,22 +174,6 @@ def _stops(algorithm: str, settings: Any) -> bool:
     the decisions.
     """
     return isinstance(settings, HalvingSettings) or SEARCHES[algorithm].incumbent
-
-
-def _algorithm(config: Config, file: str) -> tuple[str, Any]:
-    """The search and its settings, with those of the search inside of it filled in."""
-    name, settings = _named(config.search, file, "search.")
-    if isinstance(settings, HalvingSettings):
-        _, inside = _named(settings.of, file, "search.of.")
-        settings = settings.model_copy(update={"of": inside.model_dump()})
-    return name, settings
-
-
-def _named(section: Mapping[str, Any], file: str, prefix: str) -> tuple[str, Any]:
-    name = section.get("algorithm")
-    if not isinstance(name, str) or name not in SEARCHES:
-        raise BadInput(f"{file}: {prefix}algorithm: unknown search {name!r}; {nearest(str(name), SEARCHES)}")
-    return name, check_section(SEARCHES[name].settings, section, file, prefix)
 
 
 def _refuse_racing(config: Config, algorithm: str, estimates: Estimates) -> None:

@@ -180,7 +180,8 @@ class ChecksModel(Protocol):
         """Look at everything that can be known of a model before its weights are read.
 
         Args:
-            model: a Blueprint of the base; None where another model class than Transformers' loads candidates.
+            model: a Blueprint of the base; a ModelFolder where another class than Transformers' own loads candidates,
+                and reads no more of the folder than its tokenizer; None where that class does not even read this.
             asked: every item of this judge.
 
         Raises BadInput for a model that the items cannot be scored with.

@@ -20,6 +20,8 @@ from evolver.config import ModelSettings
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.live import labelled, model_class, open_tokenizer, places_of
 
+# Values of evaluation.backend with which a class of lm-eval loads candidates by Transformers.
+HF = ("hf", "hf-auto", "huggingface")
 # No model has as many layers or experts. Transformers would make them one by one, for hours.
 MOST_PARTS = 10_000
 PART_COUNTS = re.compile(r"(n|num)_.*(layer|expert)")
@@ -29,7 +31,30 @@ WRONG_TYPES = re.compile(r"Field '(\w+)' with value (.*?) doesn't match any type
 TYPE_WORDS = {"int": "an integer", "float": "a number", "str": "text", "bool": "true or false", "dict": "a mapping"}
 
 
-class Blueprint:
+class ModelFolder:
+    """What is read of a model's folder beside its weights, whatever class loads them.
+
+    Args:
+        folder: Hugging Face folder of the model.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The folder's tokenizer.
+
+        Raises BadInput where it has none that can be read.
+        """
+        return open_tokenizer(self.folder)
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A conversation as the tokenizer's chat template writes it down. Raises what the template raises."""
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+class Blueprint(ModelFolder):
     """A Transformers model without weights.
 
     Args:
@@ -47,17 +72,10 @@ class Blueprint:
         self, settings: ModelSettings, folder: Path, shapes: Mapping[str, tuple[int, ...]],
         heads: Collection[str] = (), labels: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        self.folder, self.device = folder, torch.device("meta")
+        super().__init__(folder)
+        self.device = torch.device("meta")
         self.module = _built(settings, folder, labels)
         self._check_tensors(shapes, heads)
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The folder's tokenizer.
-
-        Raises BadInput where it has none that can be read.
-        """
-        return open_tokenizer(self.folder)
 
     def _check_tensors(self, shapes: Mapping[str, tuple[int, ...]], heads: Collection[str]) -> None:
         state = self.module.state_dict(keep_vars=True)

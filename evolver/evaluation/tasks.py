@@ -24,7 +24,7 @@ from evolver.evaluation.base import (
     Scorer,
     Shows,
 )
-from evolver.evaluation.blueprint import Blueprint
+from evolver.evaluation.blueprint import ModelFolder
 from evolver.evaluation.items import Item, Items, ItemSource, draw, in_order
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Split
@@ -71,11 +71,11 @@ class Tasks:
         """Sentences that the user should read before the run."""
         return [w for judge in dict.fromkeys(self.judges.values()) for w in judge.warnings]
 
-    def check_model(self, model: Blueprint | None) -> None:
+    def check_model(self, model: ModelFolder | None) -> None:
         """Let the judges look at the model that they will score, as far as it shows without weights.
 
         Args:
-            model: the base; None where another model class than Transformers' loads candidates.
+            model: the model; see ``ChecksModel``.
 
         Raises BadInput for a model that the tasks cannot be scored with.
         """
@@ -208,6 +208,11 @@ def _check_backend(config: Config) -> None:
     if settings.backend != "resident":
         from evolver.evaluation.language.launched import check_backend  # importing lm-eval takes seconds
 
+        if "batch_tokens" in settings.model_fields_set:
+            raise BadInput(
+                f"evaluation.batch_tokens: the backend {settings.backend} does not read this key; leave it out, and "
+                "limit its batches by batch_size or by an argument of its own in model_args."
+            )
         check_backend(settings, config.model.kind)
         return
     for key in ("serve", "model_args"):

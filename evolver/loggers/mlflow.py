@@ -28,8 +28,8 @@ MLFLOW_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
 }
-# What MLflow takes in one call: metrics, and parameters or tags.
-METRICS_AT_ONCE, METRICS_AT_ONCE = 1000, 100
+# How many metrics MLflow accepts in one call, and how many parameters and how many tags.
+METRICS_AT_ONCE, SETTINGS_AT_ONCE = 1000, 100
 
 
 class MlflowSettings(Section):
@@ -109,8 +109,8 @@ class MlflowLogger:
         settings = {_name(key): str(value) for key, value in flat(run.settings).items()}
         params = [Param(key, value) for key, value in settings.items() if key not in logged]
         tags = [RunTag(_name(k), str(v)) for k, v in {**flat(run.changing), **run.facts}.items()]
-        for first in range(0, max(len(params), len(tags)), METRICS_AT_ONCE):
-            part = slice(first, first + METRICS_AT_ONCE)
+        for first in range(0, max(len(params), len(tags)), SETTINGS_AT_ONCE):
+            part = slice(first, first + SETTINGS_AT_ONCE)
             self._client.log_batch(self._run, params=params[part], tags=tags[part])
 
     def _log(self, rows: Sequence[LoggedRow]) -> None:

@@ -11,15 +11,17 @@ import torch
 from evolver.checkpoints.heads import Head, Relabelled, all_labels, head_digest, head_of, labels_in_order
 from evolver.checkpoints.sources import open_base, open_expert
 from evolver.checkpoints.weights import Checkpoint, Source, digests
-from evolver.config import Config
+from evolver.config import Config, EvaluationSettings
 from evolver.errors import BadInput
-from evolver.evaluation.blueprint import Blueprint, check_architecture
+from evolver.evaluation.blueprint import HF, Blueprint, ModelFolder, check_architecture
 from evolver.evaluation.live import free_memory, kinds_of
-from evolver.workers.compute import stored_dtype
+from evolver.workers.compute import refuse_compute, stored_dtype
 
 GIB = 1 << 30
 # Values of evaluation.backend with which Transformers loads candidates.
-TRANSFORMERS = ("resident", "hf", "hf-auto", "huggingface")
+TRANSFORMERS = ("resident", *HF)
+# Further values, of classes that read the tokenizer in a candidate's folder, which is that of the base.
+READ_TOKENIZER = ("vllm", "sglang", "openvino", "ipex", "habana", "neuronx")
 
 
 @dataclass(frozen=True)
@@ -72,17 +74,43 @@ def check_kind(config: Config, base: Checkpoint) -> None:
         )
 
 
-def draw_up(config: Config, opened: Opened) -> Blueprint | None:
-    """The base as Transformers will build it, without its weights; None where another model class loads candidates.
+def draw_up(config: Config, opened: Opened) -> ModelFolder | None:
+    """The base, as far as candidates are like it, without its weights: as Transformers will build it, or its folder
+    where another class loads candidates and reads the folder's tokenizer, or None.
 
     Raises BadInput for a config.json that describes no model, or another one than that of the weights.
     """
-    own = config.evaluation.model_args
-    if config.evaluation.backend not in TRANSFORMERS or "tokenizer" in own or "max_length" in own:
+    own, backend, path = config.evaluation.model_args, config.evaluation.backend, opened.base.path
+    if "tokenizer" in own or backend not in (*TRANSFORMERS, *READ_TOKENIZER):
         return None
+    if "max_length" in own or backend not in TRANSFORMERS:
+        return ModelFolder(path)
     shapes = {name: info.shape for name, info in opened.base.headers.items()}
     heads = {name for head in opened.heads.values() for name in head}
-    return Blueprint(config.model, opened.base.path, shapes, heads, opened.labels)
+    return Blueprint(config.model, path, shapes, heads, opened.labels)
+
+
+def check_device(config: Config, opened: Opened, device: str) -> None:
+    """Check that a device can hold one model and compute in the dtype that the user named.
+
+    Raises BadInput where it cannot.
+    """
+    check_memory(config, opened, device)
+    if config.model.compute != "auto":
+        refuse_compute(config.model.compute, device)
+
+
+def check_backend_device(settings: EvaluationSettings) -> None:
+    """Check that the machine on which candidates are scored has the device that the backend computes on.
+
+    Raises BadInput where it has none.
+    """
+    device = str(settings.model_args.get("device", "cuda"))
+    if settings.backend in HF and device.startswith("cuda") and not torch.cuda.is_available():
+        raise BadInput(
+            f"evaluation.model_args.device: {settings.backend} computes on {device}, and torch finds no GPU on this "
+            "machine; write device: cpu."
+        )
 
 
 def check_memory(config: Config, opened: Opened, device: str) -> None:

@@ -35,6 +35,7 @@ class RetryingPool:
         self._pool, self._retries = pool, retries
         self._flights: dict[tuple[str, int, str], _Flight] = {}
         self._in_a_row = 0
+        self._stop: BadInput | None = None
 
     def free(self) -> int:
         return self._pool.free()
@@ -46,18 +47,21 @@ class RetryingPool:
     def wait(self) -> list[Result]:
         """See ``Pool``.
 
-        Raises BadInput where candidates fail one after the other for a reason that is not their own.
+        Raises BadInput where candidates fail one after the other for a reason that is not their own. Results that
+        landed together with the last failure are returned first, so that they are kept.
         """
         while True:
-            landed = [result for result in self._pool.wait() if not self._tries_again(result)]
+            if self._stop is not None:
+                raise self._stop
+            landed = [result for result in self._pool.wait() if not self._holds_back(result)]
             if landed:
                 return landed
 
     def close(self) -> None:
         self._pool.close()
 
-    def _tries_again(self, result: Result) -> bool:
-        """Send a candidate to the pool once more, if it is not to blame for its failure and may be tried again."""
+    def _holds_back(self, result: Result) -> bool:
+        """Whether the search is not told of a result, because its candidate is not to blame and is tried again."""
         key = result.stage, result.number, result.recipe_id
         flight = self._flights.pop(key)
         if not result.transient:
@@ -69,8 +73,8 @@ class RetryingPool:
             return True
         self._in_a_row += 1
         if self._in_a_row >= IN_A_ROW:
-            raise BadInput(
+            self._stop = BadInput(
                 f"the last {IN_A_ROW} candidates failed for a reason that is not theirs ({result.reason.rstrip('.')}). "
                 "All scores are kept: remove the cause, and call the same command again with --retry-failed."
             )
-        return False
+        return self._stop is not None  # a failure that stops the run is not told: the next call tries it again

@@ -27,7 +27,7 @@ from evolver.merging.materialise import Materialiser
 from evolver.records import Candidate, Result, Split
 from evolver.workers.compute import ComputeChoice, choose, is_open, refuse_compute
 from evolver.workers.failures import BrokenDevice, is_broken_device, is_out_of_memory, is_transient, told_reason
-from evolver.workers.opened import GIB, Opened, open_models
+from evolver.workers.opened import GIB, Opened, check_backend_device, open_models
 from evolver.workers.plan import Plan, items_hash
 from evolver.workers.statistics import Statistics
 
@@ -118,6 +118,7 @@ class Worker:
             config = computing(config, choose_compute(config, device).compute)
         elif config.model.compute != "auto":
             refuse_compute(config.model.compute, device)
+        check_backend_device(config.evaluation)
         opened = open_models(config)
         if opened.digests() != plan.digests:
             raise BadInput(

@@ -13,7 +13,7 @@ from evolver.config import Config, EvaluationSettings, TaskEntry
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.base import AskedItem, ItemText, Scored, judge
 from evolver.evaluation.batches import Batches, by_length
-from evolver.evaluation.blueprint import Blueprint
+from evolver.evaluation.blueprint import ModelFolder
 from evolver.evaluation.data import Row
 from evolver.evaluation.items import Item
 from evolver.evaluation.live import LiveModel
@@ -37,7 +37,7 @@ class Classification(RowJudge):
     def tells_padding(self, entry: TaskEntry) -> bool:
         return True
 
-    def check_model(self, model: Blueprint | None, asked: Sequence[AskedItem]) -> None:
+    def check_model(self, model: ModelFolder | None, asked: Sequence[AskedItem]) -> None:
         """See ``ChecksModel``: a base needs a tokenizer for its texts."""
         if model is not None:
             _ = model.tokenizer

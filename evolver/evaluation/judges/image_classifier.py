@@ -14,7 +14,7 @@ from evolver.config import Config, DataSet, TaskEntry
 from evolver.errors import BadInput
 from evolver.evaluation.base import AskedItem, ItemText, Scored, judge
 from evolver.evaluation.batches import Batches, by_length
-from evolver.evaluation.blueprint import Blueprint
+from evolver.evaluation.blueprint import ModelFolder
 from evolver.evaluation.data import Row
 from evolver.evaluation.items import Item
 from evolver.evaluation.judges.classifier import (
@@ -46,7 +46,7 @@ class Images(RowJudge):
     def tells_padding(self, entry: TaskEntry) -> bool:
         return True  # there is none
 
-    def check_model(self, model: Blueprint | None, asked: Sequence[AskedItem]) -> None:
+    def check_model(self, model: ModelFolder | None, asked: Sequence[AskedItem]) -> None:
         """See ``ChecksModel``: a base needs what scales its images."""
         if model is not None:
             _processor(model.folder)

@@ -16,13 +16,20 @@ from evolver.errors import BadInput, cause_of
 from evolver.evaluation.base import AskedItem, ItemText, Scorer, judge
 from evolver.evaluation.items import Item, item_hash
 from evolver.evaluation.language.library import Library, Meaning
-from evolver.evaluation.language.requests import PreparedRequests, build_requests, item_text, keep_apart, right
+from evolver.evaluation.language.requests import (
+    PreparedRequests,
+    build_requests,
+    check_chat_template,
+    item_text,
+    keep_apart,
+    right,
+)
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.scores.metrics import Metric
 from evolver.records import Split
 
 if TYPE_CHECKING:
-    from evolver.evaluation.blueprint import Blueprint
+    from evolver.evaluation.blueprint import ModelFolder
     from evolver.evaluation.language.launched import LaunchedModel
 
 
@@ -98,12 +105,20 @@ class Language:
         asked = {self.library.tasks[m].OUTPUT_TYPE for m in self.library.members[entry.task]}
         return self.settings.backend == "resident" and self._model == "causal-lm" and "generate_until" not in asked
 
-    def check_model(self, model: Blueprint | None, asked: Sequence[AskedItem]) -> None:
-        """See ``ChecksModel``: the prompts of a few items of each task are built."""
+    def check_model(self, model: ModelFolder | None, asked: Sequence[AskedItem]) -> None:
+        """See ``ChecksModel``: the prompts of a few items of each task are built. Of a folder that another class loads,
+        only the tokenizer and its chat template are looked at.
+        """
         if model is None:
             return
+        from evolver.evaluation.blueprint import Blueprint
         from evolver.evaluation.language.resident import check_requests
 
+        if not isinstance(model, Blueprint):
+            _ = model.tokenizer
+            if self.settings.apply_chat_template:
+                check_chat_template(model, None)  # the classes leave out a system prompt that a template refuses
+            return
         names = dict.fromkeys(a.item.task for a in asked)
         few = [a for name in names for a in [a for a in asked if a.item.task == name][:LOOKED_AT]]
         hashes = {a.item.hash for a in asked}

@@ -22,11 +22,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from evolver.config import EvaluationSettings
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.base import Scored
+from evolver.evaluation.blueprint import HF
 from evolver.evaluation.language.library import quiet
 from evolver.evaluation.language.requests import PreparedRequests
 from evolver.evaluation.language.scratch import Scratch
@@ -38,7 +37,6 @@ SHUTDOWN_SECONDS = 30.0
 # classes that can only talk to models of other providers.
 REMOTE = ("local-completions", "local-chat-completions", "sglang-generate", "gguf", "ggml")
 ELSEWHERE = ("anthropic", "openai", "litellm", "textsynth", "watsonx", "dummy")
-HF = ("hf", "hf-auto", "huggingface")
 # The package that a class needs, and what the user has to install for it.
 BACKEND_PACKAGES = {
     "vllm": ("vllm", "'lm-eval[vllm]'"),
@@ -177,7 +175,7 @@ def check_backend(settings: EvaluationSettings, kind: str) -> None:
         kind: ``model.kind`` of the configuration.
 
     Raises BadInput for a model type that lm-eval does not know, for one that would not score the candidate, for one
-    whose package, device or arguments are missing, and for arguments that do nothing for it.
+    whose package or arguments are missing, and for arguments that do nothing for it.
     """
     from lm_eval.models import MODEL_MAPPING
 
@@ -227,7 +225,7 @@ def _command(written: str) -> list[str]:
 
 
 def _check_arguments(settings: EvaluationSettings) -> None:
-    """Raises BadInput for arguments that the backend lacks or does not read, and for a device that is missing."""
+    """Raises BadInput for arguments that the backend lacks or does not read."""
     name, given = settings.backend, settings.model_args
     if name in REMOTE:
         return
@@ -249,12 +247,6 @@ def _check_arguments(settings: EvaluationSettings) -> None:
                 f"evaluation.model_args.{key}: {name} does not read this key, which belongs to vllm; leave it out, or "
                 "write backend: vllm."
             )
-    device = str(given.get("device", "cuda"))
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise BadInput(
-            f"evaluation.model_args.device: {name} computes on {device}, and torch finds no GPU on this machine; write "
-            "device: cpu."
-        )
 
 
 def _parameters(backend: str) -> Mapping[str, inspect.Parameter]:

@@ -11,7 +11,7 @@ import yaml
 
 from evolver.errors import EvolverError
 from evolver.merging.mergekit.reader import LONE, MERGEKIT_NAMES, PAIRED, WEIGHTED, Parameters, spots
-from evolver.merging.methods import METHODS, Method
+from evolver.merging.methods import METHODS, ROUNDING, Method
 from evolver.records import LAYER, Cross, Expert, Layers, Merge, Recipe, Value, ancestors, layer_of
 
 # Its usual name beside a model.
@@ -157,6 +157,7 @@ class _Document:
         seen = [n for n in names if run is None or run.at_an_end or layer_of(n) is not None]
         places = {s.name: s for s in spots(seen, (0, count), ranges, at, method.name in LONE)}
         given = {n: method.complete(node.settings(n, layer_of(n)), len(node.inputs), "") for n in seen}
+        _check_distances(method, given.values(), len(node.inputs))
         shared: Parameters = {}
         each: list[Parameters] = [{} for _ in node.inputs]
         for key, setting in method.settings.items():
@@ -170,6 +171,14 @@ class _Document:
             else:
                 shared[key] = _placed({places[n].shared: _in_words(key, v) for n, v in values.items()})
         return shared, each
+
+
+def _check_distances(method: Method, given: Iterable[Mapping[str, Value]], experts: int) -> None:
+    """Raises Inexpressible where mergekit refuses a number because a probability would be 0 or less, or 1 or more."""
+    for values in given:
+        for name, value, centre, room in method.distances(values, experts):
+            if value >= room - ROUNDING:
+                raise Inexpressible(f"it refuses {name} {value:g} beside a probability of {centre:g}")
 
 
 def _is_said(method: Method, key: str, values: Iterable[Value]) -> bool:

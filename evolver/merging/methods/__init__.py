@@ -20,7 +20,7 @@ import inspect
 import math
 import pkgutil
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -34,7 +34,11 @@ from evolver.records import Value
 
 @dataclass(frozen=True)
 class Range:
-    """A number, searched between ``low`` and ``high``; valid above ``above``, from ``least`` and up to ``most``."""
+    """A number, searched between ``low`` and ``high``; valid above ``above``, from ``least`` and up to ``most``.
+
+    ``around`` names another setting, which is a probability, if this number is a distance from it. Both ends, the
+    probability minus the distance and plus the distance, have to lie between 0 and 1.
+    """
 
     low: float
     high: float
@@ -42,6 +46,7 @@ class Range:
     above: float = -math.inf
     least: float = -math.inf
     most: float = math.inf
+    around: str = ""
 
     def refuses(self, value: float) -> bool:
         """Whether the number is outside what the method is defined for."""
@@ -157,6 +162,41 @@ class Method:
                 f"by their sum; write others, or {divides}: false."
             )
 
+    def distances(self, given: Mapping[str, Value], experts: int) -> Iterator[tuple[str, float, float, float]]:
+        """Settings that are distances from a probability below 1, for each expert.
+
+        Args:
+            given: checked settings; the others have their defaults.
+
+        Yields the name of the setting, its value, the probability, and the largest distance that fits: of a larger one,
+        the method uses only so much.
+        """
+        for name, setting in self.settings.items():
+            if isinstance(setting.search, Range) and (around := setting.search.around):
+                pair = {n: given.get(n, self.settings[n].default) for n in (name, around)}
+                values, centres = (_listed(value, experts) for value in pair.values())
+                for value, centre in zip(values, centres, strict=True):
+                    if centre < 1:
+                        yield name, value, centre, min(centre, 1 - centre)
+
+    def refuse_cut(self, given: Mapping[str, Value], experts: int, place: str, tuned: Collection[str] = ()) -> None:
+        """Refuse distances that the user wrote and that the method would have to make smaller. The defaults, and what a
+        search chooses, may be too large: there the documentation says that they are cut.
+
+        Args:
+            given: checked settings that the user wrote.
+            tuned: settings that a search chooses.
+
+        Raises BadInput that names ``place``, the setting and the numbers that are possible.
+        """
+        for name, value, centre, room in self.distances(given, experts):
+            around = typing.cast(Range, self.settings[name].search).around
+            if value > room + ROUNDING and name in given and around not in tuned:
+                raise BadInput(
+                    f"{place}.{name}: {value:g} is too large for {around} {centre:g}, because {around} - {name} and "
+                    f"{around} + {name} are probabilities; write a number from 0 to {room:g}."
+                )
+
     def handed(self, values: Mapping[str, Value], device: torch.device) -> tuple[dict[str, Tensor], dict[str, Value]]:
         """Complete ``values`` as the function takes them: numbers as tensors; flags, counts and choices as they are."""
         given = {s.parameter: values[s.name] for s in self.settings.values()}
@@ -167,6 +207,8 @@ class Method:
 METHODS: dict[str, Method] = {}
 # Weights whose sum is smaller in size cancel.
 SMALLEST_SUM = 1e-8
+# By so much a decimal number such as 1 - 0.9 may be off.
+ROUNDING = 1e-9
 # What the first parameter of a method may be called, and whether it then holds task vectors.
 OPERANDS = {"models": False, "deltas": True}
 # What a setting may be: a number, a switch, a count.
@@ -294,6 +336,12 @@ def _plain(default: Any) -> Any:
 def _tensor(value: float | tuple[float, ...], device: torch.device) -> Tensor:
     # A number of no dimension stays where arithmetic with it costs no transfer.
     return torch.tensor(value, dtype=torch.float64, device=device if isinstance(value, tuple) else None)
+
+
+def _listed(value: Value, experts: int) -> tuple[float, ...]:
+    """One number for each expert."""
+    values = value if isinstance(value, tuple) else (typing.cast(float, value),)
+    return values * experts if len(values) == 1 else values
 
 
 def _checked(setting: Setting, value: Any, experts: int, place: str) -> Value:

@@ -18,7 +18,7 @@ from evolver.merging.methods.here import PieceView, Stack
 
 Density = Annotated[Tensor, Range(0.05, 1.0, above=0.0, most=1.0)]
 Gamma = Annotated[Tensor, Range(0.001, 0.1, least=0.0, most=1.0)]
-Epsilon = Annotated[Tensor, Range(0.0, 0.3, least=0.0, most=1.0)]
+Epsilon = Annotated[Tensor, Range(0.0, 0.3, least=0.0, most=1.0, around="density")]
 Norm = Literal["none", "l1", "l2", "linf"]
 Rescale = Literal["none", "l1", "l2", "linf", "inv_p"]
 Scope = Literal["tensor", "global"]
@@ -107,8 +107,10 @@ def della_linear(
 ) -> Tensor:
     """Keep a scalar the likelier the larger it is in its row, rescale, then as task arithmetic.
 
-    The probability goes from density - ε for the smallest of a row to density + ε for its largest; ε is cut to what
-    keeps both between 0 and 1. ``inv_p`` divides by it, as the paper does; at density 1 everything stays.
+    The probability goes from density - ε for the smallest of a row to density + ε for its largest. Both have to lie
+    between 0 and 1: an ε that you write is refused if it is too large for the density, and one that a search chooses,
+    or the default, is cut to what fits. ``inv_p`` divides by the probability, as the paper does; at density 1
+    everything stays.
     """
     kept = _della(deltas, here, density, epsilon, rescale, seed)
     return lambda_ * operators.weighted_sum(kept, weight, normalize)

@@ -70,7 +70,9 @@ class Placed:
             elif key in self.shared:
                 found_here = _resolved(self.shared[key], spot.shared, spot.depth)
                 out[key] = _converted(setting, found_here, where, spot.name)
-        return self.method.check(out, len(self.each), self.where)
+        checked = self.method.check(out, len(self.each), self.where)
+        self.method.refuse_cut(checked, len(self.each), self.where)
+        return checked
 
 
 def over(scopes: Iterable[GivenSettings]) -> dict[str, Any]:
@@ -113,6 +115,9 @@ def fixed_rules(
     there = {**(tuned or {}), **{k: v for r in rules for k, v in r.values}}
     plain = {k: v for k, v in given.items() if k not in differing}
     complete = method.complete({**plain, **there}, len(experts), place)
+    for rule in rules or [Rule.of({})]:
+        written = method.check({**plain, **dict(rule.values)}, len(experts), place)
+        method.refuse_cut(written, len(experts), place, (tuned or {}).keys())
     usual = Rule.of({k: v for k, v in complete.items() if k not in there})
     return tuple(r for r in (usual, *rules) if r.values)
 

@@ -1,0 +1,28 @@
+"""Where a model that the user names can be, as far as this is known without opening it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from evolver.errors import BadInput, cause_of
+from evolver.storage import is_remote
+from evolver.storage.paths import expand
+
+HUB_ID = r"[\w.-]+/[\w.-]+(@[\w.-]+)?"
+
+
+def refuse_missing(location: str, key: str) -> None:
+    """Check that a model can be at ``location``: something is there on this machine, or it is a URI or a hub id.
+
+    Raises BadInput that names ``key``.
+    """
+    if is_remote(location := expand(location)):
+        return
+    path = Path(location.removeprefix("file://"))
+    try:
+        there = path.exists()
+    except (OSError, ValueError) as error:  # longer than any name may be, or with a zero in it
+        raise BadInput(f"{key}: {location[:100]!r} cannot be a path ({cause_of(error)}); give a folder.") from error
+    if not there and not re.fullmatch(HUB_ID, location):
+        raise BadInput(f"{key}: there is no folder {path}; give the folder of a model, or a hub id such as org/name.")

@@ -1,0 +1,57 @@
+"""What can be refused of a configuration before torch is imported, which takes longer than all of this together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from evolver.checkpoints.places import refuse_missing
+from evolver.config import Config, ConfigText, check_section
+from evolver.errors import BadInput, nearest
+from evolver.loggers import check_loggers
+from evolver.search import SEARCHES
+from evolver.search.halving import HalvingSettings
+
+
+def refuse_early(given: ConfigText) -> None:
+    """Check the keys of a configuration, its search and its loggers, and whether its models can be where it says.
+
+    ``prepare`` checks the same again, with everything that has to be opened for it.
+
+    Raises BadInput, one sentence with file, key and remedy.
+    """
+    config, file = given.parsed(), given.origin
+    chosen_search(config, file)
+    check_loggers(config, file)
+    try:
+        for key, location in {"model.base": config.model.base, **_keyed(config.experts)}.items():
+            refuse_missing(location, key)
+    except BadInput as error:
+        raise BadInput(f"{file}: {error}") from error
+
+
+def chosen_search(config: Config, file: str) -> tuple[str, Any]:
+    """The name of the search and its settings, with those of the search inside of it filled in.
+
+    Raises BadInput for an unknown search and for settings that it does not have.
+    """
+    name, settings = named_search(config.search, file, "search.")
+    if isinstance(settings, HalvingSettings):
+        _, inside = named_search(settings.of, file, "search.of.")
+        settings = settings.model_copy(update={"of": inside.model_dump()})
+    return name, settings
+
+
+def named_search(section: Mapping[str, Any], file: str, prefix: str) -> tuple[str, Any]:
+    """The name and the settings of the search that a section names.
+
+    Raises BadInput that names the file and the key, which begins with ``prefix``.
+    """
+    name = section.get("algorithm")
+    if not isinstance(name, str) or name not in SEARCHES:
+        raise BadInput(f"{file}: {prefix}algorithm: unknown search {name!r}; {nearest(str(name), SEARCHES)}")
+    return name, check_section(SEARCHES[name].settings, section, file, prefix)
+
+
+def _keyed(experts: Mapping[str, str]) -> dict[str, str]:
+    return {f"experts.{name}": location for name, location in experts.items()}
