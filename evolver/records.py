@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Self
 
@@ -485,39 +485,54 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A recipe that was proposed for evaluation.
+class Question:
+    """What is to be found out of a candidate's score; by default, its score on all items.
 
     Attributes:
-        number: the number of the proposal within its stage, from 0.
-        recipe: the model.
-        proposer: what proposed it, such as the name of the search.
-        parents: ids of the recipes that it was made from.
         bar: the score that it has to exceed; the evaluation may stop as soon as it no longer can. None: no bar.
-        stage: baseline, search or report.
-        label: name of a baseline or finalist.
         limit: the number of items to score; None: all.
         rival: the item scores of the model whose score is the bar, for a race against it.
         known: scores of the first items that are known already; only the items after them are scored.
         piece: score only the items from the first number to before the second.
     """
 
-    number: int
-    recipe: Recipe
-    proposer: str
-    parents: tuple[str, ...] = ()
     bar: float | None = None
-    stage: Stage = "search"
-    label: str = ""
     limit: int | None = None
     rival: tuple[float, ...] = ()
     known: tuple[float, ...] = ()
     piece: tuple[int, int] | None = None
 
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe that was proposed for evaluation, and what is asked about it.
+
+    Attributes:
+        number: the number of the proposal within its stage, from 0.
+        recipe: the model.
+        proposer: what proposed it, such as the name of the search.
+        parents: ids of the recipes that it was made from.
+        question: what is asked about its score.
+        stage: baseline, search or report.
+        label: name of a baseline or finalist.
+    """
+
+    number: int
+    recipe: Recipe
+    proposer: str
+    parents: tuple[str, ...] = ()
+    question: Question = Question()
+    stage: Stage = "search"
+    label: str = ""
+
     @property
     def split(self) -> Split:
         """The items that it is scored on: report items in the stage ``report``, else dev items."""
         return "report" if self.stage == "report" else "dev"
+
+    def asking(self, **changes: Any) -> Candidate:
+        """The same candidate with these attributes of its question changed."""
+        return replace(self, question=replace(self.question, **changes))
 
 
 @dataclass(frozen=True)
@@ -585,9 +600,9 @@ class Result:
             return not self.transient
         if self.complete:
             return True
-        if candidate.bar is not None and self.bound is not None and self.bound <= candidate.bar:
+        if candidate.question.bar is not None and self.bound is not None and self.bound <= candidate.question.bar:
             return True
-        return candidate.limit is not None and len(self.items) >= candidate.limit
+        return candidate.question.limit is not None and len(self.items) >= candidate.question.limit
 
     def objectives(self, tasks: Sequence[str]) -> tuple[float, ...] | None:
         """What a search of several objectives is told: the scores of these tasks; None where one is missing."""

@@ -35,16 +35,18 @@ def accepted(candidate, share):
 def scored(candidate, share):
     """What a worker says: the bar and a little more, or stopped early below it; some candidates fail."""
     draw = random.Random(candidate.recipe.id + "score")
-    if candidate.bar is None:
+    if candidate.question.bar is None:
         score = draw.random()
     elif accepted(candidate, share):
-        score = candidate.bar + 0.01 * draw.random()
+        score = candidate.question.bar + 0.01 * draw.random()
     elif draw.random() < 0.1:
         return Result(candidate.number, candidate.recipe.id, "failed", reason="boom")
     else:
-        known = len(candidate.known)
-        items = (*candidate.known, *[0.0] * max(1, 5 - known))[:ITEMS]
-        return Result(candidate.number, candidate.recipe.id, "ok", None, candidate.bar, False, items, given=known)
+        known = len(candidate.question.known)
+        items = (*candidate.question.known, *[0.0] * max(1, 5 - known))[:ITEMS]
+        return Result(
+            candidate.number, candidate.recipe.id, "ok", None, candidate.question.bar, False, items, given=known
+        )
     return Result(candidate.number, candidate.recipe.id, "ok", score, score, True, (score,) * ITEMS)
 
 

@@ -72,14 +72,14 @@ class Pool:
         return [self.evaluate(self.waiting.pop())]
 
     def evaluate(self, candidate):
-        stop = COUNT if candidate.limit is None else min(COUNT, -(-candidate.limit // 4) * 4)
+        stop = COUNT if candidate.question.limit is None else min(COUNT, -(-candidate.question.limit // 4) * 4)
         items = answers(candidate.recipe)[:stop]
-        assert items[: len(candidate.known)] == candidate.known
-        self.scored += len(items) - len(candidate.known)
+        assert items[: len(candidate.question.known)] == candidate.question.known
+        self.scored += len(items) - len(candidate.question.known)
         score = ONE.score(items) if stop == COUNT else None
         return Result(
             candidate.number, candidate.recipe.id, "ok", score, ONE.bound(items), stop == COUNT, items,
-            given=len(candidate.known),
+            given=len(candidate.question.known),
         )  # fmt: skip
 
     def close(self):
@@ -97,7 +97,7 @@ def run(folder, search, pool):
 
 
 def best(seen):
-    return max((r.score, -c.number, c.recipe.id) for c, r in seen if r.complete and c.limit is None)
+    return max((r.score, -c.number, c.recipe.id) for c, r in seen if r.complete and c.question.limit is None)
 
 
 # --- The rungs.
@@ -172,14 +172,14 @@ def test_the_last_rung_is_all_items_and_one_of_each_batch_reaches_it(tmp_path):
     """Batches of 4 and rungs of 8, 16, 32 and all 40: 4, 2, then one alone at once."""
     seen = run(tmp_path, halving(), Pool())
     assert len({c.recipe.id for c, _ in seen}) == 20
-    assert [c.limit for c, _ in seen] == [8, 8, 8, 8, 16, 16, None] * 5
+    assert [c.question.limit for c, _ in seen] == [8, 8, 8, 8, 16, 16, None] * 5
     for number in range(0, len(seen), 7):
         batch = seen[number : number + 7]
         order = sorted(batch[:4], key=lambda pair: (-sum(answers(pair[0].recipe)[:8]), pair[0].number))
         assert {c.recipe.id for c, _ in batch[4:6]} == {c.recipe.id for c, _ in order[:2]}
         order = sorted(batch[4:6], key=lambda pair: (-sum(answers(pair[0].recipe)[:16]), pair[0].number))
         assert batch[6][0].recipe.id == order[0][0].recipe.id
-    assert not any(c.bar for c, _ in seen)
+    assert not any(c.question.bar for c, _ in seen)
 
 
 # --- What it costs.
@@ -216,8 +216,8 @@ def test_a_raised_budget_goes_on(tmp_path):
     for first in (5, 6, 7):
         run(tmp_path / f"{first}", halving(candidates=first), Pool())
         raised, once = (run(tmp_path / f"{name}", halving(), Pool()) for name in (first, f"once {first}"))
-        assert [(c.number, c.recipe.id, c.limit) for c, _ in raised] == [
-            (c.number, c.recipe.id, c.limit) for c, _ in once
+        assert [(c.number, c.recipe.id, c.question.limit) for c, _ in raised] == [
+            (c.number, c.recipe.id, c.question.limit) for c, _ in once
         ]
         assert best(raised) == best(once)
 
@@ -263,7 +263,7 @@ def test_what_is_known_from_elsewhere_costs_nothing_and_is_told_as_it_is(tmp_pat
     seen = run(tmp_path, search, Pool(2))
     start = [(c, r) for c, r in seen if c.recipe in EXPERTS]
     assert {c.recipe for c, _ in start} == set(EXPERTS[:4])
-    assert all(c.limit is None and r.reused and r.complete for c, r in start)
+    assert all(c.question.limit is None and r.reused and r.complete for c, r in start)
     assert search.inner._items == 72
     before = {e.id: np.mean(answers(e)) for e in EXPERTS}
     for expert, member, score in zip(EXPERTS, search.inner.population, search.inner.scores, strict=False):
@@ -284,7 +284,7 @@ def test_nothing_is_stopped_early_inside(racing):
     of = {"algorithm": "evolver", "mode": "generational"}
     asked = simulate(halving(of=of, racing=racing), 4, 1)
     assert len(asked) > 20
-    assert all(c.bar is None and c.rival == () for c in asked)
+    assert all(c.question.bar is None and c.question.rival == () for c in asked)
 
 
 # --- The same whatever happens.
@@ -293,9 +293,9 @@ def test_nothing_is_stopped_early_inside(racing):
 @pytest.mark.parametrize("kind", ["mean", "gp-irt"])
 def test_workers_change_nothing(tmp_path, kind):
     runs = [run(tmp_path / f"{n}", halving(estimate=kind), Pool(n)) for n in (1, 3, 8)]
-    alone = [(*ids([c]), c.limit, replace(r, worker="")) for c, r in runs[0]]
+    alone = [(*ids([c]), c.question.limit, replace(r, worker="")) for c, r in runs[0]]
     for other in runs[1:]:
-        assert [(*ids([c]), c.limit, replace(r, worker="")) for c, r in other] == alone
+        assert [(*ids([c]), c.question.limit, replace(r, worker="")) for c, r in other] == alone
 
 
 @pytest.mark.whole
@@ -320,11 +320,11 @@ def test_killed_again_and_again_it_ends_the_same(tmp_path, of):
 def test_a_rung_is_in_the_air_at_once():
     search = halving()
     first = search.ask(99)
-    assert [c.limit for c in first] == [8] * 4
+    assert [c.question.limit for c in first] == [8] * 4
     assert search.ask(99) == []
     for candidate in first:
         search.tell(Pool().evaluate(candidate))
-    assert [c.limit for c in search.ask(99)] == [16] * 2
+    assert [c.question.limit for c in search.ask(99)] == [16] * 2
     with pytest.raises(ValueError, match="the search does not wait for a result"):
         halving().tell(Result(0, "r", "ok"))
 

@@ -15,7 +15,7 @@ from evolver.errors import BadInput
 from evolver.ledger import DamagedPart, Ledger, read_table, result_of
 from evolver.ledger import ledger as module
 from evolver.ledger.rows import OLDEST
-from evolver.records import Candidate, Cross, Expert, Result, dump_recipe
+from evolver.records import Candidate, Cross, Expert, Question, Result, dump_recipe
 from evolver.storage import local, storage_at
 
 A, B = Expert("a", "aa"), Expert("b", "bb")
@@ -26,7 +26,7 @@ def recipe(k):
 
 
 def candidate(k, stage="search", bar=None):
-    return Candidate(k, recipe(k), "evolver", (A.id, B.id), bar, stage, f"label {k}")
+    return Candidate(k, recipe(k), "evolver", (A.id, B.id), Question(bar=bar), stage, f"label {k}")
 
 
 def result(k, stage="search"):
@@ -130,8 +130,10 @@ def test_a_partial_result_answers_where_it_decides(reopen):
     ledger.write_result(candidate(0, bar=0.5), partial)
     for one in (ledger, reopen()):
         assert one.answer(candidate(1)) is None
-        assert one.answer(Candidate(1, recipe(0), "x", bar=0.5)) == replace(partial, number=1, reused=True)
-        assert one.answer(Candidate(1, recipe(0), "x", bar=0.4)) is None
+        assert one.answer(Candidate(1, recipe(0), "x", question=Question(bar=0.5))) == replace(
+            partial, number=1, reused=True
+        )
+        assert one.answer(Candidate(1, recipe(0), "x", question=Question(bar=0.4))) is None
         assert one.answer(Candidate(1, recipe(0), "x")) is None
 
 

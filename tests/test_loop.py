@@ -9,7 +9,7 @@ import pytest
 from evolver.errors import BadInput
 from evolver.ledger import Ledger, read_table
 from evolver.loop import evolve
-from evolver.records import Candidate, Cross, Expert, Result
+from evolver.records import Candidate, Cross, Expert, Question, Result
 from evolver.storage import storage_at
 
 A, B = Expert("a", "aa"), Expert("b", "bb")
@@ -30,7 +30,9 @@ class Script:
     """A search that proposes recipes by their seeds, each after the results of all but the last few before it."""
 
     def __init__(self, seeds=SEEDS, in_flight=1, bars=None):
-        self.candidates = [Candidate(k, recipe(s), "script", bar=(bars or {}).get(k)) for k, s in enumerate(seeds)]
+        self.candidates = [
+            Candidate(k, recipe(s), "script", question=Question(bar=(bars or {}).get(k))) for k, s in enumerate(seeds)
+        ]
         self.in_flight, self.next, self.told = in_flight, 0, []
         self.total = len(self.candidates)
 
@@ -67,7 +69,7 @@ class FakePool:
     def wait(self):
         candidate = self.waiting.pop()
         score = 1.0 / (1 + candidate.recipe.seed)
-        if candidate.bar is not None and score <= candidate.bar:
+        if candidate.question.bar is not None and score <= candidate.question.bar:
             return [Result(candidate.number, candidate.recipe.id, "ok", None, score, False, (score,))]
         return [Result(candidate.number, candidate.recipe.id, "ok", score, score, True, (score, score))]
 

@@ -26,7 +26,7 @@ from evolver.errors import BadInput
 from evolver.evaluation.scores.course import Evaluation
 from evolver.ledger import Ledger
 from evolver.loop import evolve
-from evolver.records import Candidate, Cross, Expert, Result
+from evolver.records import Candidate, Cross, Expert, Question, Result
 from evolver.search.ahead import Guessable, ahead
 from evolver.search.plain import Listed
 from evolver.storage import storage_at
@@ -276,7 +276,7 @@ def lineage(nodes):
 
 def test_a_long_lineage_and_many_items_still_are_a_few_kilobytes(fragile_pool):
     pool = fragile_pool(num_workers=1)
-    candidate = Candidate(0, lineage(60), "evolver", ("parent",) * 2, bar=0.5)
+    candidate = Candidate(0, lineage(60), "evolver", ("parent",) * 2, Question(bar=0.5))
     pool.submit(candidate)
     (result,) = pool.wait()
     assert len(result.items) == 300
@@ -286,7 +286,7 @@ def test_a_long_lineage_and_many_items_still_are_a_few_kilobytes(fragile_pool):
 
 
 def test_messages_are_undone_exactly():
-    candidate = Candidate(7, lineage(5), "evolver", ("x", "y"), bar=0.1 + 0.2, stage="search", label="l")
+    candidate = Candidate(7, lineage(5), "evolver", ("x", "y"), Question(bar=0.1 + 0.2), stage="search", label="l")
     again = unpack_candidate(pack_candidate(candidate))
     assert again == candidate
     result = Result(7, candidate.recipe.id, "ok", 1 / 3, 1 / 3, True, (0.1, 1.0), {"t": 1 / 3}, {"total": 2.5}, "", "w")

@@ -6,7 +6,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evolver.records import Candidate, Cross, Expert, Merge, Place, Result, Rule, ancestors, dump_recipe, load_recipe
+from evolver.records import (
+    Candidate,
+    Cross,
+    Expert,
+    Merge,
+    Place,
+    Question,
+    Result,
+    Rule,
+    ancestors,
+    dump_recipe,
+    load_recipe,
+)
 
 A, B = Expert("a", "aa"), Expert("b", "bb")
 
@@ -166,7 +178,7 @@ def test_which_questions_a_result_answers():
     failed = Result(0, "r", "failed")
 
     def ask(bar=None, limit=None):
-        return Candidate(0, A, "test", bar=bar, limit=limit)
+        return Candidate(0, A, "test", question=Question(bar=bar, limit=limit))
 
     assert full.answers(ask())
     assert full.answers(ask(0.9))

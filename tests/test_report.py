@@ -12,7 +12,7 @@ from evolver.driver.card import licence_of, model_card
 from evolver.evaluation.scores.comparison import compare, interval
 from evolver.evaluation.scores.metrics import JUDGED, Metric, perplexity
 from evolver.evaluation.scores.scoring import Scale
-from evolver.records import Candidate, Cross, Expert, Result
+from evolver.records import Candidate, Cross, Expert, Question, Result
 from evolver.report.curve import BEST, looks
 from evolver.report.report import write_report
 from evolver.report.text import markdown_table
@@ -235,7 +235,8 @@ def test_what_was_not_scored_stands_in_the_report(tmp_path):
     next_rung = replace(rung, number=5, items=(1.0, 0.0), given=1)
     limits = {4: 1, 5: 2}
     more = tuple(
-        (Candidate(r.number, B, "evolver", limit=limits.get(r.number)), r) for r in (stopped, raced, rung, next_rung)
+        (Candidate(r.number, B, "evolver", question=Question(limit=limits.get(r.number))), r)
+        for r in (stopped, raced, rung, next_rung)
     )
     pool = done.config.pool.model_copy(update={"price_per_hour": 36.0, "watts": 500.0})
     config = done.config.model_copy(update={"pool": pool})

@@ -1,7 +1,6 @@
 """Scores and their bounds, and which items are dev and which are report."""
 
 import random
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +13,7 @@ from evolver.evaluation.batches import by_length
 from evolver.evaluation.items import Item, ItemSource, draw, in_order, item_hash
 from evolver.evaluation.scores.metrics import ENDLESS, JUDGED
 from evolver.evaluation.scores.scoring import Scale
-from evolver.records import Candidate, Expert
+from evolver.records import Candidate, Expert, Question
 from evolver.workers.worker import Worker
 
 ITEM = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1))
@@ -66,7 +65,7 @@ def worker_of(scale, block, answers):
 def test_stopping_early_decides_as_scoring_everything_does(case, block):
     scale, items, bar = case
     worker = worker_of(scale, block, items)
-    candidate = Candidate(0, Expert("a", "1"), "test", bar=bar)
+    candidate = Candidate(0, Expert("a", "1"), "test", question=Question(bar=bar))
     result = worker._score(candidate)
     assert result.complete == (len(result.items) == len(items))
     assert result.bound == scale.bound(result.items)
@@ -79,17 +78,17 @@ def test_stopping_saves_items():
     """Ten items, bar 0.5, all wrong: after 5 of them the score is at most 0.5, which does not exceed the bar."""
     worker = worker_of(Scale(("a",) * 10, {"a": 1.0}, {"a": JUDGED}), 1, [0.0] * 10)
     asked = Candidate(0, Expert("a", "1"), "test")
-    assert len(worker._score(replace(asked, bar=0.5)).items) == 5
+    assert len(worker._score(asked.asking(bar=0.5)).items) == 5
     assert len(worker._score(asked).items) == 10
 
 
 def test_a_limit_ends_with_its_block_and_what_is_known_is_not_asked_again():
     answers = [float(i % 2) for i in range(10)]
     worker = worker_of(Scale(("a",) * 10, {"a": 1.0}, {"a": JUDGED}), 2, answers)
-    asked = Candidate(0, Expert("a", "1"), "test", limit=3)
+    asked = Candidate(0, Expert("a", "1"), "test", question=Question(limit=3))
     first = worker._score(asked).items
     assert list(first) == answers[:4]
-    second = worker._score(replace(asked, limit=7, known=first)).items
+    second = worker._score(asked.asking(limit=7, known=first)).items
     assert list(second) == answers[:8]
     assert worker.scorer.asked == 8
 

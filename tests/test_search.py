@@ -128,10 +128,12 @@ def answer(candidate, failing=False):
     value = score(candidate)
     if failing and value < 0.3:
         return Result(candidate.number, candidate.recipe.id, "failed", reason="boom")
-    if candidate.bar is not None and value <= candidate.bar:
-        return Result(candidate.number, candidate.recipe.id, "ok", None, candidate.bar, False, (value,) * 3)
-    if candidate.limit is not None:
-        return Result(candidate.number, candidate.recipe.id, "ok", None, 1.0, False, (value,) * candidate.limit)
+    if candidate.question.bar is not None and value <= candidate.question.bar:
+        return Result(candidate.number, candidate.recipe.id, "ok", None, candidate.question.bar, False, (value,) * 3)
+    if candidate.question.limit is not None:
+        return Result(
+            candidate.number, candidate.recipe.id, "ok", None, 1.0, False, (value,) * candidate.question.limit
+        )
     return Result(
         candidate.number,
         candidate.recipe.id,
@@ -165,7 +167,7 @@ def simulate(search, workers=1, order=None, failing=False, reply=answer):
 
 
 def ids(candidates):
-    return [(c.number, c.recipe.id, c.bar, c.parents, c.proposer) for c in candidates]
+    return [(c.number, c.recipe.id, c.question.bar, c.parents, c.proposer) for c in candidates]
 
 
 def every_search(settings, **more):
@@ -255,7 +257,7 @@ def test_all_candidates_may_fail(settings):
 
     asked = simulate(every_search(settings), 3, 5, reply=failed)
     assert len(asked) > 10
-    assert all(c.bar is None for c in asked)
+    assert all(c.question.bar is None for c in asked)
 
 
 @EVERY_ORDERED
@@ -382,7 +384,7 @@ def test_evolver_is_the_released_algorithm(seed, merger, early_stopping):
     reference = released_merged if merger else released_alone
     wanted = reference(EXPERTS[:4], 5, seed, lambda recipe: int(recipe.id[:8], 16) / 16**8)
     assert [c.recipe.id for c in asked] == [r.id for r in wanted]
-    assert any(c.bar is not None for c in asked) == early_stopping
+    assert any(c.question.bar is not None for c in asked) == early_stopping
 
 
 def test_the_best_leads_early_and_never_at_the_end():
@@ -430,7 +432,7 @@ def test_a_child_replaces_its_parent_only_when_it_is_better():
 
     asked = simulate(build(EVOLVER), reply=equal)
     assert {c.recipe.parent for c in asked[4:]} == set(EXPERTS[:4])
-    assert all(c.bar == 0.5 for c in asked[4:])
+    assert all(c.question.bar == 0.5 for c in asked[4:])
 
 
 @pytest.mark.parametrize(("strategy", "partners"), [("evolver", 1), ("rand/1", 3), ("best/1", 3), ("rand/2", 5)])
@@ -458,11 +460,11 @@ def test_a_race_is_given_the_incumbent_s_items(settings, early_stopping):
     plain = simulate(every_search(settings, **more), 4, 1, reply=reply)
     raced = simulate(every_search(settings, racing=True, **more), 4, 1, reply=reply)
     assert ids(raced) == ids(plain)
-    assert not any(c.rival for c in plain)
+    assert not any(c.question.rival for c in plain)
     for candidate in raced:
-        bar = candidate.bar
-        assert candidate.rival == (() if bar is None else (bar * 0.5, bar * 1.5))
-    assert any(c.rival for c in raced) == (early_stopping and SEARCHES[settings["algorithm"]].incumbent)
+        bar = candidate.question.bar
+        assert candidate.question.rival == (() if bar is None else (bar * 0.5, bar * 1.5))
+    assert any(c.question.rival for c in raced) == (early_stopping and SEARCHES[settings["algorithm"]].incumbent)
 
 
 def test_strategies_that_need_more_experts_are_refused():

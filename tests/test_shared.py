@@ -7,7 +7,7 @@ import pytest
 from test_racing import even
 
 from evolver.evaluation.scores.course import Evaluation
-from evolver.records import Candidate, Expert, Result
+from evolver.records import Candidate, Expert, Question, Result
 from evolver.workers.shared import SharedPool
 
 COUNT, BLOCK = 60, 8
@@ -27,7 +27,7 @@ def course(candidate):
 
 def alone(candidate):
     """What one worker says."""
-    way, items, every = course(candidate), list(candidate.known), answers(candidate)
+    way, items, every = course(candidate), list(candidate.question.known), answers(candidate)
     for start, stop in way.blocks():
         items += every[start:stop]
         if way.ended(items):
@@ -72,11 +72,11 @@ def candidates(seed, count=40):
         if draw.random() < 0.7:
             rival = tuple(float(draw.random() < 0.65) for _ in range(COUNT))
             racing = draw.random() < 0.5
-            plain = replace(plain, bar=sum(rival) / COUNT, rival=rival if racing else ())
+            plain = plain.asking(bar=sum(rival) / COUNT, rival=rival if racing else ())
         elif draw.random() < 0.5:
-            plain = replace(plain, limit=draw.randrange(1, COUNT))
+            plain = plain.asking(limit=draw.randrange(1, COUNT))
         if draw.random() < 0.4:
-            plain = replace(plain, known=tuple(answers(plain)[: BLOCK * draw.randrange(4)]))
+            plain = plain.asking(known=tuple(answers(plain)[: BLOCK * draw.randrange(4)]))
         yield plain
 
 
@@ -124,7 +124,7 @@ def test_a_piece_that_fails_fails_its_candidate_once():
 
 def test_a_candidate_of_one_block_is_one_worker_s():
     workers = Workers(4, 0)
-    drive(SharedPool(workers, 4, course), [Candidate(0, Expert("e", "ab"), "test", limit=BLOCK)])
+    drive(SharedPool(workers, 4, course), [Candidate(0, Expert("e", "ab"), "test", question=Question(limit=BLOCK))])
     assert workers.pieces == 0
 
 

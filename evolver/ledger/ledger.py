@@ -99,7 +99,7 @@ class Ledger:
         for result in self._by_recipe.get((candidate.recipe.id, candidate.split), []):
             if result.answers(candidate):
                 return replace(result, number=candidate.number, stage=candidate.stage, reused=True)
-        question = _question(candidate, len(self.with_known_items(candidate).known))
+        question = _question(candidate, len(self.with_known_items(candidate).question.known))
         if (guess := self._guessed.get((candidate.number, question))) is not None:
             return guess
         orphan = self._orphaned.get(question)
@@ -108,7 +108,7 @@ class Ledger:
     def with_known_items(self, candidate: Candidate) -> Candidate:
         """The candidate with the longest first part of its items that is known of its recipe."""
         found = self._by_recipe.get((candidate.recipe.id, candidate.split), [])
-        return replace(candidate, known=max((r.items for r in found), key=len, default=()))
+        return candidate.asking(known=max((r.items for r in found), key=len, default=()))
 
     def write_asked(self, candidate: Candidate) -> None:
         """Record that a candidate was sent to a worker.
@@ -301,7 +301,7 @@ def _names_of(table: pa.Table) -> list[RowName]:
 
 
 def _question(candidate: Candidate, known: int) -> LedgerQuestion:
-    return candidate.stage, candidate.recipe.id, candidate.bar, candidate.limit, known
+    return candidate.stage, candidate.recipe.id, candidate.question.bar, candidate.question.limit, known
 
 
 def _question_in(row: Mapping[str, Any]) -> LedgerQuestion:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from evolver.records import Candidate, Result, dump_recipe, load_recipe
+from evolver.records import Candidate, Question, Result, dump_recipe, load_recipe
 
 STAGES, STATUSES = ("baseline", "search", "report"), ("ok", "failed")
 EVENTS = ("asked", "finished", "guessed", "retried")
@@ -67,8 +67,8 @@ def row_of(candidate: Candidate, result: Result | None) -> dict[str, Any]:
         "label": candidate.label,
         "proposer": candidate.proposer,
         "parents": list(candidate.parents),
-        "bar": candidate.bar,
-        "limit": candidate.limit,
+        "bar": candidate.question.bar,
+        "limit": candidate.question.limit,
     }
     if result:
         row |= {name: getattr(result, name) for name in PLAIN_FIELDS} | {"items": list(result.items)}
@@ -80,8 +80,8 @@ def row_of(candidate: Candidate, result: Result | None) -> dict[str, Any]:
 def candidate_of(row: Mapping[str, Any]) -> Candidate:
     """The candidate of a row; what a worker was told beside it (rival, known items) is not kept."""
     return Candidate(
-        row["number"], load_recipe(row["recipe"]), row["proposer"], tuple(row["parents"]), row["bar"], row["stage"],
-        row["label"], row["limit"],
+        row["number"], load_recipe(row["recipe"]), row["proposer"], tuple(row["parents"]),
+        Question(bar=row["bar"], limit=row["limit"]), row["stage"], row["label"],
     )  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def describe_result(candidate: Candidate, result: Result) -> str:
         return f"{what}: failed ({result.reason})"
     took = "known" if result.reused else f"{result.seconds.get('total', 0.0):.1f} s"
     if result.score is None:
-        how = "rejected after" if candidate.limit is None else "scored on"
+        how = "rejected after" if candidate.question.limit is None else "scored on"
         return f"{what}: {how} {len(result.items)} items ({took})"
     return f"{what}: {result.score:.4f} ({took})"
 

@@ -245,9 +245,9 @@ def _savings_table(searched: Sequence[tuple[Candidate, Result]], full: int, outc
             last[result.recipe_id] = (candidate, result)
     partial = [(c, r) for c, r in last.values() if not r.complete]
     ways = {
-        "could no longer reach the score to beat": [r for c, r in partial if not r.raced and c.limit is None],
+        "could no longer reach the score to beat": [r for c, r in partial if not r.raced and c.question.limit is None],
         f"lost a race, at an error rate of {outcome.config.evaluation.racing}": [r for _, r in partial if r.raced],
-        "did not go on to the next rung": [r for c, r in partial if not r.raced and c.limit is not None],
+        "did not go on to the next rung": [r for c, r in partial if not r.raced and c.question.limit is not None],
     }
     rows = [[way, str(len(rs)), str(sum(full - len(r.items) for r in rs))] for way, rs in ways.items() if rs]
     return markdown_table(["not scored in full", "models", "items saved"], rows) if rows else ""

@@ -43,7 +43,7 @@ class History:
         """
         complete = [
             (r.score, -c.number, c, r)
-            for c, r in self.stages["search"] if c.limit is None and r.complete and r.score is not None
+            for c, r in self.stages["search"] if c.question.limit is None and r.complete and r.score is not None
         ]  # fmt: skip
         best = max(complete, key=lambda row: row[:2], default=None)
         return None if best is None else best[2:]

@@ -26,7 +26,7 @@ from pydantic import Field
 
 from evolver.config import Section
 from evolver.errors import BadInput
-from evolver.records import Candidate, Cross, Recipe, Result
+from evolver.records import Candidate, Cross, Question, Recipe, Result
 from evolver.search.ahead import RunsAhead
 from evolver.search.base import Ordered, Setup, algorithm
 
@@ -113,16 +113,16 @@ def _score(result: Result) -> float:
     return result.score if result.score is not None else float("-inf")
 
 
-def _challenge(setup: Setup, score: float, items: tuple[float, ...]) -> tuple[float | None, tuple[float, ...]]:
-    """What a candidate is told of the incumbent that it has to beat: its score and, for a race, its answers."""
+def _challenge(setup: Setup, score: float, items: tuple[float, ...]) -> Question:
+    """Whether a candidate beats the incumbent, of which it is told the score and, for a race, the answers."""
     if not setup.early_stopping or score == float("-inf"):
-        return None, ()
-    return score, items if setup.racing else ()
+        return Question()
+    return Question(bar=score, rival=items if setup.racing else ())
 
 
 def _rejected(candidate: Candidate) -> Result:
     """A made-up result that does not beat the bar, for running ahead."""
-    return Result(candidate.number, candidate.recipe.id, "ok", bound=candidate.bar, stage=candidate.stage)
+    return Result(candidate.number, candidate.recipe.id, "ok", bound=candidate.question.bar, stage=candidate.stage)
 
 
 class Alone(RunsAhead):
@@ -152,8 +152,8 @@ class Alone(RunsAhead):
             return Candidate(k, self.population[i], "evolver/initial")
         draw = random.Random(f"{self.setup.seed}:evolver:{k}")
         child = offspring(self.population, i, self._leader(k, i, draw), self.settings, draw)
-        bar, rival = _challenge(self.setup, self.scores[i], self.items[i])
-        return Candidate(k, child, "evolver", tuple(p.id for p in child.inputs), bar, rival=rival)
+        asked = _challenge(self.setup, self.scores[i], self.items[i])
+        return Candidate(k, child, "evolver", tuple(p.id for p in child.inputs), asked)
 
     def learn(self, candidate: Candidate, result: Result) -> None:
         i = candidate.number % self.size
@@ -213,8 +213,8 @@ class Merged(RunsAhead):
         child = offspring(self.population, i, None, self.settings, draw)
         members: list[Recipe] = [*self.population[:i], child, *self.population[i + 1 :]]
         self._members[k] = members
-        bar, rival = _challenge(self.setup, self.score, self.items)
-        return Candidate(k, self.merge(members), "evolver+merger", tuple(p.id for p in child.inputs), bar, rival=rival)
+        asked = _challenge(self.setup, self.score, self.items)
+        return Candidate(k, self.merge(members), "evolver+merger", tuple(p.id for p in child.inputs), asked)
 
     def learn(self, candidate: Candidate, result: Result) -> None:
         if candidate.number == 0:

@@ -120,7 +120,8 @@ class Halving:
         # A recipe with a complete result, such as a baseline, is asked for without a limit: it costs nothing and may
         # win.
         known = self.estimator.known(candidate.recipe.id)
-        return replace(candidate, number=number, limit=None if known else self.limits[bracket.rung])
+        limit = None if known else self.limits[bracket.rung]
+        return replace(candidate, number=number).asking(limit=limit)
 
     def _told(self, candidate: Candidate, last: Result, cost: int) -> Result:
         """What the inner search is told of a candidate: its score or an estimate, and the items scored on all rungs."""

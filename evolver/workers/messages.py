@@ -10,22 +10,21 @@ import zlib
 from dataclasses import asdict, replace
 from typing import Any
 
-from evolver.records import Candidate, Result, dump_recipe, load_recipe
+from evolver.records import Candidate, Question, Result, dump_recipe, load_recipe
 
 
 def pack_candidate(candidate: Candidate) -> bytes:
     """A candidate with its recipe as bytes."""
-    fields = {k: v for k, v in vars(candidate).items() if k != "recipe"}
-    return _pack({**fields, "recipe": dump_recipe(candidate.recipe)})
+    fields = {**vars(candidate), "recipe": dump_recipe(candidate.recipe), "question": vars(candidate.question)}
+    return _pack(fields)
 
 
 def unpack_candidate(data: bytes) -> Candidate:
     """The inverse of ``pack_candidate``."""
     fields = _unpack(data)
-    recipe = load_recipe(fields.pop("recipe"))
-    fields |= {k: tuple(fields[k]) for k in ("parents", "rival", "known")}
-    fields["piece"] = tuple(fields["piece"]) if fields["piece"] else None
-    return Candidate(recipe=recipe, **fields)
+    asked: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["question"].items()}
+    decoded = {"recipe": load_recipe(fields["recipe"]), "question": Question(**asked)}
+    return Candidate(**{**fields, **decoded, "parents": tuple(fields["parents"])})
 
 
 def pack_result(result: Result) -> bytes:

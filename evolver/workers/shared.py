@@ -64,10 +64,10 @@ class SharedPool:
         if len(pieces) < 2:
             self._pool.submit(candidate)
             return
-        shared = _Shared(course, blocks, list(candidate.known), waiting=len(pieces))
+        shared = _Shared(course, blocks, list(candidate.question.known), waiting=len(pieces))
         self._shared[_key(candidate)] = shared
         for piece in pieces:
-            self._pool.submit(replace(candidate, piece=piece, known=(), rival=()))
+            self._pool.submit(candidate.asking(piece=piece, known=(), rival=()))
 
     def wait(self) -> list[Result]:
         landed: list[Result] = []

@@ -200,19 +200,19 @@ class Worker:
 
     def _score(self, candidate: Candidate) -> Result:
         """Score the items block by block, until the last one or until the evaluation may stop early."""
-        course = Evaluation(candidate, self.scale, self.block, self.alpha)
-        items, counts, said = list(candidate.known), Scored().counts, list[str]()
-        for start, stop in course.blocks() if candidate.piece is None else blocks(*candidate.piece, self.block):
+        course, piece = Evaluation(candidate, self.scale, self.block, self.alpha), candidate.question.piece
+        items, counts, said = list(candidate.question.known), Scored().counts, list[str]()
+        for start, stop in course.blocks() if piece is None else blocks(*piece, self.block):
             scored = self.scorer.score(start, stop)
             items += scored.items
             if candidate.split == "report":  # nobody reads the answers of a whole search
                 said += scored.words
             counts = {name: counts[name] + value for name, value in scored.counts.items()}
-            if candidate.piece is None and course.ended(items):
+            if piece is None and course.ended(items):
                 break
-        if candidate.piece is None:
+        if piece is None:
             return replace(course.result(items, {}, counts, self.name), said=tuple(said))
         return Result(
             candidate.number, candidate.recipe.id, "ok", items=tuple(items), counts=counts, worker=self.name,
-            stage=candidate.stage, given=candidate.piece[0], said=tuple(said),
+            stage=candidate.stage, given=piece[0], said=tuple(said),
         )  # fmt: skip

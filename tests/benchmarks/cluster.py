@@ -43,7 +43,7 @@ from evolver.ledger import Ledger, read_table  # noqa: E402
 from evolver.loop import evolve  # noqa: E402
 from evolver.merging.methods import METHODS  # noqa: E402
 from evolver.merging.settings.genome import genome  # noqa: E402
-from evolver.records import Candidate, Cross, Expert, Merge, Recipe, Result  # noqa: E402
+from evolver.records import Candidate, Cross, Expert, Merge, Question, Recipe, Result  # noqa: E402
 from evolver.report.text import markdown_table  # noqa: E402
 from evolver.search.ahead import Guessable, ahead  # noqa: E402
 from evolver.storage import storage_at  # noqa: E402
@@ -58,11 +58,13 @@ Row = list[str]
 def scored(candidate: Candidate, accepted: float = 0.1) -> Result:
     """What a worker says: a share of the challengers is better than the incumbent, and the recipe decides which."""
     draw = random.Random(candidate.recipe.id)
-    better = candidate.bar is None or draw.random() < accepted
-    score = draw.random() if candidate.bar is None else candidate.bar + 0.01 * draw.random()
+    better = candidate.question.bar is None or draw.random() < accepted
+    score = draw.random() if candidate.question.bar is None else candidate.question.bar + 0.01 * draw.random()
     if not better:
         items = tuple(float(draw.random() < 0.5) for _ in range(ITEMS // 2))
-        return Result(candidate.number, candidate.recipe.id, "ok", None, candidate.bar, False, items, {"t": 0.5})
+        return Result(
+            candidate.number, candidate.recipe.id, "ok", None, candidate.question.bar, False, items, {"t": 0.5}
+        )
     items = tuple(float(draw.random() < 0.5) for _ in range(ITEMS))
     return Result(candidate.number, candidate.recipe.id, "ok", score, score, True, items, {"t": score}, {"total": 1.0})
 
@@ -192,7 +194,7 @@ def messages() -> Iterator[Row]:
             )
         recipe = Merge("ties", tuple(population), BASE, rules)
         rival = tuple(float(draw.random() < 0.5) for _ in range(1000))
-        candidate = Candidate(75, recipe, "evolver+merger", bar=0.5, rival=rival, known=rival[:500])
+        candidate = Candidate(75, recipe, "evolver+merger", question=Question(bar=0.5, rival=rival, known=rival[:500]))
         result = Result(75, recipe.id, "ok", 0.5, 0.5, True, rival, {"task": 0.5}, {"total": 1.0})
         sent, received = len(pack_candidate(candidate)), len(pack_result(result))
         yield [f"bytes through Ray, {name}, 1,000 items: to a worker, back", f"{sent:,}, {received:,}", "10,240"]
@@ -327,7 +329,7 @@ def same_winner(folder: Path) -> Iterator[Row]:
 READER = """
 import sys
 from pathlib import Path
-from evolver.records import Candidate, Cross
+from evolver.records import Candidate, Cross, Question
 from evolver.config import config_at
 from evolver.driver.prepare import prepare
 from evolver.workers.worker import Worker

@@ -36,14 +36,14 @@ class Evaluation:
 
     def __init__(self, candidate: Candidate, scale: Scale, block: int, alpha: float | None) -> None:
         self.candidate, self._scale, self._block = candidate, scale, block
-        self._race = Race(scale, candidate.rival, alpha) if alpha and candidate.rival else None
+        self._race = Race(scale, candidate.question.rival, alpha) if alpha and candidate.question.rival else None
         self.raced = False
 
     def blocks(self) -> list[tuple[int, int]]:
         """The blocks that may have to be scored, each as its first item and the one after its last item."""
-        count, limit, size = len(self._scale.tasks), self.candidate.limit, self._block
+        count, limit, size = len(self._scale.tasks), self.candidate.question.limit, self._block
         stop = count if limit is None else min(count, -(-limit // size) * size)
-        return blocks(len(self.candidate.known), stop, size)
+        return blocks(len(self.candidate.question.known), stop, size)
 
     def ended(self, items: Sequence[float]) -> bool:
         """Whether the evaluation may stop here.
@@ -54,7 +54,7 @@ class Evaluation:
         Args:
             items: the answers to the first items, up to the end of a block.
         """
-        bar = self.candidate.bar
+        bar = self.candidate.question.bar
         if bar is not None and self._scale.bound(items) <= bar:
             return True
         if self._race is not None and len(items) < len(self._scale.tasks):
@@ -72,7 +72,7 @@ class Evaluation:
             counts: see ``Scored``.
             worker: name of the worker.
         """
-        candidate, bar = self.candidate, self.candidate.bar
+        candidate, bar = self.candidate, self.candidate.question.bar
         complete = len(items) == len(self._scale.tasks)
         score = self._scale.score(items) if complete else None
         bound = score if complete else self._scale.bound(items)
@@ -81,5 +81,5 @@ class Evaluation:
         return Result(
             candidate.number, candidate.recipe.id, "ok", score, bound, complete, tuple(items),
             self._scale.of_tasks(items), seconds, counts, worker=worker, stage=candidate.stage,
-            raced=self.raced, given=len(candidate.known),
+            raced=self.raced, given=len(candidate.question.known),
         )  # fmt: skip
