@@ -19,7 +19,7 @@ from cluster.connection import connect
 from cluster.pools import check_pool, pool_named
 from evolver.config import Config, ConfigText, PoolSettings, config_at
 from evolver.driver.run import run
-from evolver.errors import BadInput
+from evolver.errors import BadInput, file_sentence, takes_nothing
 from evolver.evaluation.live import default_device
 from evolver.evaluation.scores.course import Evaluation
 from evolver.evaluation.tasks import Tasks
@@ -91,6 +91,12 @@ def drive(given: ConfigText, results: str | None, name: str | None, retry_failed
     except BadInput as error:
         shown.close()
         print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        if not takes_nothing(error):
+            raise
+        shown.close()
+        print(file_sentence(error, "a file of this command"), file=sys.stderr)
         return 2
     except (Stopped, KeyboardInterrupt, SystemError) as error:
         # Where a signal handler raises inside of compiled code such as Ray's, a SystemError arrives here instead.

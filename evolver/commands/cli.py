@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from evolver.errors import BadInput
+from evolver.errors import BadInput, file_sentence, takes_nothing
 from evolver.threads import let_threads_sleep
 
 # Each command imports what it needs in its function: importing torch takes a second, and --help should not wait for it.
@@ -429,6 +429,11 @@ def main() -> None:
         app()
     except BadInput as error:
         typer.echo(str(error), err=True)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if not takes_nothing(error):
+            raise
+        typer.echo(file_sentence(error, "a file of this command"), err=True)
         raise SystemExit(2) from None
     finally:
         gc.freeze()
