@@ -86,7 +86,7 @@ def drive(given: ConfigText, results: str | None, name: str | None, retry_failed
     signal.signal(signal.SIGTERM, _stop)
     shown = display()
     try:
-        run_here(given, results_at(results), name or submission_id(), shown, retry_failed)
+        run_here(given, results_at(results), submission_id() if name is None else name, shown, retry_failed)
         return 0
     except BadInput as error:
         shown.close()
@@ -187,7 +187,8 @@ def results_at(given: str | None) -> Storage:
 
     Ray copies the working folder of a job and deletes the copy later, so results must not lie there.
     """
-    return storage_at(given or (Path.home() / "evolver-results" if in_ray_job() else Path("results")))
+    default = Path.home() / "evolver-results" if in_ray_job() else Path("results")
+    return storage_at(default if given is None else given)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from pydantic import Field
 
+from cluster.connection import check_dashboard
 from evolver.config import NAME, Config, Section, check_section, config_at
 from evolver.errors import BadInput, file_sentence
 from evolver.records import content_hash
@@ -99,8 +100,8 @@ def run_all(
         say: is called with each line that is to be printed.
     """
     # The files lie in the working folder because Ray copies this folder to a job (without what git ignores).
-    files = _written(sweep, Path(".evolver-sweeps") / sweep.name)
     start = _process if address is None else _job(address)
+    files = _written(sweep, Path(".evolver-sweeps") / sweep.name)
 
     def run(cell: Cell) -> int:
         if summary_of(storage_at(results).folder(cell.name))[0]:
@@ -193,6 +194,7 @@ def _process(name: str, file: Path, results: str) -> tuple[int, str]:
 
 
 def _job(address: str) -> Callable[[str, Path, str], tuple[int, str]]:
+    check_dashboard(address)
     from ray.job_submission import JobStatus, JobSubmissionClient  # importing Ray takes seconds
 
     client = JobSubmissionClient(address)

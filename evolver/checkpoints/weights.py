@@ -249,7 +249,7 @@ def open_tensors(file: Path, key: str) -> Any:
         return safe_open(str(file), framework="pt").__enter__()
     except FileNotFoundError:
         raise BadInput(f"{key}: {file} is missing; the folder is incomplete, copy it again.") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:  # a name that is no text is a ValueError
         raise BadInput(f"{key}: {file} is truncated or not safetensors ({error}); copy it again.") from None
     except RuntimeError as error:  # torch maps the file, and a system may refuse more than its memory at a time
         raise BadInput(

@@ -10,10 +10,11 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from evolver.errors import BadInput, file_sentence, takes_nothing
+from evolver.errors import BadInput, cause_of, file_sentence, takes_nothing
 from evolver.storage.local import whole_file, whole_folder
 
 RECORD = "evolver-export.json"
@@ -50,14 +51,15 @@ def check_target(target: Path, what: str = "folder", exported: Exported | None =
                 f"{target}: --force replaces only what an export wrote and nobody has changed since, and this is "
                 f"something else; name another {what}, or remove this one yourself."
             )
-    except OSError as error:
-        raise BadInput(
-            f"{error.filename or target}: it cannot be read ({error.strerror or error}); name another {what}."
-        ) from error
+    except (OSError, ValueError, RuntimeError) as error:  # a zero in a path is a ValueError, a loop a RuntimeError
+        file = str(getattr(error, "filename", None) or target)
+        raise BadInput(f"{file[:200]}: it cannot be read ({cause_of(error)}); name another {what}.") from error
 
 
 def _check_place(target: Path) -> None:
-    """Raises BadInput for a link, and for a place in a run."""
+    """Raises BadInput for a URI, for a link, and for a place in a run."""
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(target)):
+        raise BadInput(f"{target}: this is an address; name a place on this machine, and copy it from there.")
     if target.is_symlink():
         raise BadInput(f"{target}: this is a link; name the place itself, which must not exist yet.")
     place = target.resolve()
