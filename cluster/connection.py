@@ -39,7 +39,7 @@ def connect() -> None:
     try:
         ray.init(address, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
-        raise _silent("RAY_ADDRESS", address, error) from error
+        raise no_answer("RAY_ADDRESS", address, error) from error
     finally:
         signal.signal(signal.SIGTERM, handler)  # ray.init installs a handler that ends the process at once
 
@@ -55,7 +55,7 @@ def check_dashboard(address: str) -> None:
         with contextlib.suppress(urllib.error.HTTPError):  # this is an answer, too
             urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=ANSWER_SECONDS).close()
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise _silent("--address", address, error) from error
+        raise no_answer("--address", address, error) from error
 
 
 def _check_server(address: str) -> None:
@@ -68,10 +68,13 @@ def _check_server(address: str) -> None:
             server.sendall(GREETING)
             server.recv(1)
     except (OSError, ValueError, OverflowError) as error:
-        raise _silent("RAY_ADDRESS", address, error) from error
+        raise no_answer("RAY_ADDRESS", address, error) from error
 
 
-def _silent(key: str, address: str, error: Exception) -> BadInput:
+def no_answer(key: str, address: str, error: Exception) -> BadInput:
+    """The error for an address, given under ``key``, at which no cluster answers."""
+    reason = getattr(error, "reason", None)  # urllib wraps what the system said
+    error = reason if isinstance(reason, Exception) else error
     example = "http://127.0.0.1:8265" if key == "--address" else "127.0.0.1:6379"
     said = cause_of(error).rstrip(".")
     return BadInput(

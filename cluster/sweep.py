@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from cluster.connection import check_dashboard
+from cluster.connection import check_dashboard, no_answer
 from evolver.config import NAME, Config, Section, check_section, config_at
 from evolver.errors import BadInput, file_sentence
 from evolver.records import content_hash
@@ -197,7 +197,10 @@ def _job(address: str) -> Callable[[str, Path, str], tuple[int, str]]:
     check_dashboard(address)
     from ray.job_submission import JobStatus, JobSubmissionClient  # importing Ray takes seconds
 
-    client = JobSubmissionClient(address)
+    try:
+        client = JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:  # something else answers there
+        raise no_answer("--address", address, error) from error
 
     def run(name: str, file: Path, results: str) -> tuple[int, str]:
         known = {job.submission_id: job.status for job in client.list_jobs()}

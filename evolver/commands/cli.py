@@ -464,8 +464,9 @@ def _listener(host: str, port: int) -> socket.socket:
             raise ValueError("the name is empty")
         return socket.create_server((host, port))
     except (OSError, ValueError, OverflowError) as error:
+        said = cause_of(error).partition(" (while")[0]  # Python adds the address, which the sentence has already
         raise BadInput(
-            f"--host, --port: the dashboard cannot listen on {host[:100]!r}, port {port} ({cause_of(error)}); name an "
+            f"--host, --port: the dashboard cannot listen on {host[:100]!r}, port {port} ({said}); name an "
             "address of this machine and a port that is free, such as --host 127.0.0.1 --port 0."
         ) from error
 
