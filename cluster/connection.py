@@ -32,7 +32,7 @@ def connect() -> None:
     if ray.is_initialized():
         return
     handler = signal.getsignal(signal.SIGTERM)
-    address = os.environ.get("RAY_ADDRESS", "local")
+    address = os.environ.get("RAY_ADDRESS") or "local"
     dashboard = False if address == "local" else None  # a cluster that is joined decides about its own dashboard
     if address not in ("local", "auto"):
         _check_server(address)

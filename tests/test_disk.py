@@ -62,7 +62,8 @@ def disk(tmp_path):
         return folder
 
     yield mount
-    subprocess.run(["umount", folder], capture_output=True, check=False)
+    # Lazily, as a failed command may still have a file mapped.
+    subprocess.run(["umount", "--lazy", folder], capture_output=True, check=False)
 
 
 @contextlib.contextmanager

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from evolver.checkpoints.sources import open_base
-from evolver.config import computing, load
+from evolver.config import Config, computing, load
 from evolver.driver.check import answer_again
 from evolver.driver.prepare import block_of
 from evolver.errors import BadInput
 from evolver.evaluation.live import default_device
 from evolver.evaluation.scores.comparison import interval
 from evolver.evaluation.scores.scoring import Scale
-from evolver.evaluation.tasks import load_tasks
+from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.records import Split
 from evolver.report.text import markdown_table, score_text
 from evolver.workers.compute import is_open, settled
-from evolver.workers.opened import open_models
+from evolver.workers.opened import Opened, draw_up, open_models
 from evolver.workers.worker import build_model, choose_compute
+
+# Under this name, messages speak of the models that the user gave.
+KEY = "evolver evaluate"
 
 
 @dataclass(frozen=True)
@@ -67,14 +70,27 @@ def score_models(file: str, models: Sequence[str], split: Split) -> list[ModelSc
     torch.set_num_threads(config.evaluation.threads)
     scale, found = tasks.scale(split), []
     block = block_of(config, file, split, len(scale.tasks))
-    for model in models:
-        folder: Path = open_base(model, "evolver evaluate").path
+    folders = [_checked(model, config, opened, tasks) for model in models]
+    for model, folder in zip(models, folders, strict=True):
         live = build_model(config, opened, default_device(), folder)
         items = answer_again(tasks.scorer(live, split), len(scale.tasks), block)
         live.close()
         low, high = interval(items, scale, config.seed)
         found.append(ModelScore(model, split, scale.score(items), low, high, scale.of_tasks(items), scale))
     return found
+
+
+def _checked(model: str, config: Config, opened: Opened, tasks: Tasks) -> Path:
+    """The folder of a model, whose configuration and tokenizer are checked as a run checks its base's.
+
+    Raises BadInput where the tasks cannot be scored with it.
+    """
+    found = open_base(model, KEY)
+    try:
+        tasks.check_model(draw_up(config, replace(opened, base=found, labels=())))
+    except BadInput as error:  # what is checked is the base of a run everywhere else
+        raise BadInput(f"{KEY}: {str(error).removeprefix('model.base: ')}") from error
+    return found.path
 
 
 def score_table(scores: Sequence[ModelScore]) -> str:
