@@ -16,7 +16,7 @@ COMPUTING = (
     "attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "attention_multiplier", "residual_multiplier",
     "embedding_multiplier", "num_experts_per_tok", "norm_topk_prob",
 )  # fmt: skip
-ROPE = ("rope_theta", "rope_scaling")
+ROTARY_KEYS = ("rope_theta", "rope_scaling")
 
 
 def differing_settings(expert: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -25,7 +25,7 @@ def differing_settings(expert: Mapping[str, Any], base: Mapping[str, Any]) -> It
         if key in expert and key in base and not _equal(expert[key], base[key]):
             yield key, expert[key], base[key]
     ours, theirs = _rope(expert), _rope(base)
-    for key in ROPE:
+    for key in ROTARY_KEYS:
         if key in ours and key in theirs and not _equal(ours[key], theirs[key]):
             yield key, ours[key], theirs[key]
 
@@ -41,7 +41,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary positions in one form: Transformers 5 writes as ``rope_parameters`` what were two keys before."""
-    found = {key: config[key] for key in ROPE if key in config}
+    found = {key: config[key] for key in ROTARY_KEYS if key in config}
     parameters = config.get("rope_parameters")
     if isinstance(parameters, dict):
         rest = {k: v for k, v in parameters.items() if k != "rope_theta"}

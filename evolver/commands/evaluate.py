@@ -24,7 +24,7 @@ from evolver.workers.opened import Opened, draw_up, open_models
 from evolver.workers.worker import build_model, choose_compute
 
 # Under this name, messages speak of the models that the user gave.
-KEY = "evolver evaluate"
+NAMED_UNDER = "evolver evaluate"
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,11 @@ def _checked(model: str, config: Config, opened: Opened, tasks: Tasks) -> Path:
 
     Raises BadInput where the tasks cannot be scored with it.
     """
-    found = open_base(model, KEY)
+    found = open_base(model, NAMED_UNDER)
     try:
         tasks.check_model(draw_up(config, replace(opened, base=found, labels=())))
     except BadInput as error:  # what is checked is the base of a run everywhere else
-        raise BadInput(f"{KEY}: {str(error).removeprefix('model.base: ')}") from error
+        raise BadInput(f"{NAMED_UNDER}: {str(error).removeprefix('model.base: ')}") from error
     return found.path
 
 
