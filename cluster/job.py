@@ -17,7 +17,7 @@ from cluster.connection import connect
 from cluster.pools import check_pool, pool_named
 from evolver.config import Config, ConfigText, PoolSettings
 from evolver.driver.run import run
-from evolver.errors import BadInput
+from evolver.errors import BadInput, file_sentence, takes_nothing
 from evolver.evaluation.live import default_device
 from evolver.evaluation.scores.course import Evaluation
 from evolver.evaluation.tasks import Tasks
@@ -60,11 +60,17 @@ def drive(given: ConfigText, results: str | None, name: str | None, retry_failed
     signal.signal(signal.SIGTERM, _stop)
     shown = display()
     try:
-        run_here(given, results_at(results), name or submission_id(), shown, retry_failed)
+        run_here(given, results_at(results), submission_id() if name is None else name, shown, retry_failed)
         return 0
     except BadInput as error:
         shown.close()
         print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        if not takes_nothing(error):
+            raise
+        shown.close()
+        print(file_sentence(error, "a file of this command"), file=sys.stderr)
         return 2
     except (Stopped, KeyboardInterrupt, SystemError) as error:
         # Where a signal handler raises inside of compiled code such as Ray's, a SystemError arrives here instead.
@@ -179,7 +185,8 @@ def results_at(given: str | None) -> Storage:
 
     Ray copies the working folder of a job and deletes the copy later, so results must not lie there.
     """
-    return storage_at(given or (Path.home() / "evolver-results" if in_ray_job() else Path("results")))
+    default = Path.home() / "evolver-results" if in_ray_job() else Path("results")
+    return storage_at(default if given is None else given)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

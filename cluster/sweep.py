@@ -19,8 +19,9 @@ from typing import Any
 import yaml
 from pydantic import Field
 
+from cluster.connection import check_dashboard, no_answer
 from evolver.config import NAME, Config, Section, check_section, config_at
-from evolver.errors import BadInput
+from evolver.errors import BadInput, file_sentence
 from evolver.records import content_hash
 from evolver.report.text import markdown_table
 from evolver.runs.files import summary_of
@@ -99,23 +100,35 @@ def run_all(
         say: is called with each line that is to be printed.
     """
     # The files lie in the working folder because Ray copies this folder to a job (without what git ignores).
-    files = Path(".evolver-sweeps") / sweep.name
-    files.mkdir(parents=True, exist_ok=True)
     start = _process if address is None else _job(address)
+    files = _written(sweep, Path(".evolver-sweeps") / sweep.name)
 
     def run(cell: Cell) -> int:
         if summary_of(storage_at(results).folder(cell.name))[0]:
             say(f"{cell.name}: done already ({_said(cell.values)})")
             return 0
-        file = files / f"{cell.name}.yaml"
-        file.write_text(yaml.safe_dump(cell.config, sort_keys=False))
         say(f"{cell.name}: starts ({_said(cell.values)})")
-        status, last = start(cell.name, file, results)
+        status, last = start(cell.name, files[cell.name], results)
         say(f"{cell.name}: " + ("done" if status == 0 else f"ended with status {status}: {last}"))
         return status
 
     with ThreadPoolExecutor(at_once) as pool:
         return dict(zip([c.name for c in sweep.cells], pool.map(run, sweep.cells), strict=True))
+
+
+def _written(sweep: Sweep, folder: Path) -> dict[str, Path]:
+    """The file of every run's configuration, by the run's name; they are written into a folder.
+
+    Raises BadInput where they cannot be written.
+    """
+    files = {cell.name: folder / f"{cell.name}.yaml" for cell in sweep.cells}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for cell in sweep.cells:
+            files[cell.name].write_text(yaml.safe_dump(cell.config, sort_keys=False))
+    except OSError as error:
+        raise BadInput(file_sentence(error, str(folder))) from error
+    return files
 
 
 def gather(sweep: Sweep, results: str) -> str:
@@ -138,7 +151,10 @@ def gather(sweep: Sweep, results: str) -> str:
     if "seed" in sweep.cells[0].values:
         together = [[said or "all", *_together(runs)] for said, runs in groups.items()]
         text += "\n\n" + markdown_table(["over the seeds", "runs", "report", "− best expert"], together)
-    root.write(f"{sweep.name}.md", f"# {sweep.name}\n\n{text}\n".encode())
+    try:
+        root.write(f"{sweep.name}.md", f"# {sweep.name}\n\n{text}\n".encode())
+    except OSError as error:
+        raise BadInput(file_sentence(error, root.location)) from error
     return text
 
 
@@ -178,9 +194,13 @@ def _process(name: str, file: Path, results: str) -> tuple[int, str]:
 
 
 def _job(address: str) -> Callable[[str, Path, str], tuple[int, str]]:
+    check_dashboard(address)
     from ray.job_submission import JobStatus, JobSubmissionClient  # importing Ray takes seconds
 
-    client = JobSubmissionClient(address)
+    try:
+        client = JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:  # something else answers there
+        raise no_answer("--address", address, error) from error
 
     def run(name: str, file: Path, results: str) -> tuple[int, str]:
         known = {job.submission_id: job.status for job in client.list_jobs()}

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from evolver.errors import BadInput, nearest
+from evolver.errors import BadInput, cause_of, nearest, refuse_special
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 FUNCTION = r"^.+\.py:[A-Za-z_]\w*$"
@@ -471,9 +471,12 @@ def config_at(path: str | Path) -> ConfigText:
     Raises BadInput for a file that cannot be read.
     """
     try:
+        refuse_special(path)
         return ConfigText(Path(path).read_text(), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: the configuration cannot be read ({error}); give the path of a YAML file.") from error
+    except (OSError, ValueError) as error:  # a path with a zero in it is a ValueError
+        raise BadInput(
+            f"{str(path)[:200]}: the configuration cannot be read ({cause_of(error)}); give the path of a YAML file."
+        ) from error
 
 
 def load(path: str | Path) -> Config:

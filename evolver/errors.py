@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
+import stat
 from collections.abc import Iterable
+from pathlib import Path
+
+# Full, over a quota, read-only, or over the limit for one file: none of these is ever a fault of the program.
+TAKES_NOTHING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
 
 
 class EvolverError(Exception):
@@ -59,3 +65,15 @@ def is_misplaced(error: Exception) -> bool:
     return isinstance(error, IsADirectoryError | NotADirectoryError | FileExistsError) or (
         isinstance(error, OSError) and error.errno == errno.ELOOP
     )
+
+
+def takes_nothing(error: OSError) -> bool:
+    """Whether a disk, or a file, takes nothing more."""
+    return error.errno in TAKES_NOTHING
+
+
+def refuse_special(path: str | Path) -> None:
+    """Raises OSError for a pipe, a socket or a device: opening or reading one may never end."""
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "it is a pipe, a socket or a device, not a file", str(path))

@@ -85,7 +85,8 @@ def _child(arguments: list[str], cwd: Path | None, out: int, err: int) -> None:
         faulthandler.enable()
         os.dup2(out, 1)
         os.dup2(err, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", closefd=False, errors="backslashreplace")  # as Python opens it
         if cwd:
             os.chdir(cwd)
         sys.argv = ["evolver", *arguments]

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -226,6 +227,23 @@ def test_models_are_scored_as_in_the_final(run, file, models):
     done = evolver("evaluate", file, run / "best", "--dev")
     assert f"| {100 * summary['winner']['dev']:.1f} |" in done.stdout
     assert evolver("evaluate", file, run / "gone").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("tokenizer_config.json", '{"model": null}', ["neither a first nor a last token"]),
+        ("config.json", '{"model_type": "llama", "attention_bias": null}', ["config.json", "attention_bias"]),
+    ],
+)
+def test_a_model_that_cannot_be_scored_is_refused(file, models, tmp_path, name, text, words):
+    odd = shutil.copytree(models / "a", tmp_path / "odd")
+    (odd / name).write_text(text)
+    ended = toys.evolver("evaluate", file, models / "b", odd)
+    said = toys.refusal(ended.code, ended.err)
+    assert said.startswith("evolver evaluate: ")
+    assert str(odd) in said
+    assert all(word in said for word in words), said
 
 
 def test_models_are_scored_in_the_batches_of_a_run(file, run, monkeypatch):

@@ -165,6 +165,33 @@ def test_a_head_that_the_base_ties(tmp_path, head, count):
     assert all("has an output head, which is left out" in line and str(base.path) in line for line in lines)
 
 
+LLAMA = {"num_attention_heads": 2, "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rms_norm_eps": 1e-5}, ["rms_norm_eps is 1e-05, the base's 1e-06"]),
+        ({"num_attention_heads": 3, "hidden_act": "gelu"}, ['hidden_act is "gelu", the base\'s "silu"', "heads is 3"]),
+        ({"rope_theta": 5e5}, ["rope_theta is 500000.0, the base's 10000.0"]),
+        ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}, ["rope_theta is 1000000.0"]),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ['"rope_type": "linear"', "the base's null"]),
+        ({"rope_scaling": {"rope_type": "default"}}, []),
+        ({"rope_parameters": {"rope_theta": 10000, "rope_type": "default"}}, []),
+        ({"rms_norm_eps": 9.999999974752427e-07, "max_position_embeddings": 9, "use_cache": False}, []),
+    ],
+)
+def test_settings_that_change_what_weights_compute(tmp_path, changes, words):
+    base = open_base(str(write(tmp_path / "base", tensors(), **LLAMA, rope_scaling=None)))
+    other = write(tmp_path / "other", moved(1, 0.1), **(LLAMA | changes))
+    lines = said(base, other)
+    assert len(lines) == bool(words)
+    if words:
+        assert lines[0].startswith(f"experts.other ({other}) has other settings")
+        assert "computed with the base's" in lines[0]
+        assert all(word in lines[0] for word in words), lines[0]
+
+
 def configure(tmp_path, base, models):
     entries = [{"model": str(m), "parameters": {"weight": 0.5}} for m in models]
     file = tmp_path / "merge.yml"

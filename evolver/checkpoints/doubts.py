@@ -1,4 +1,4 @@
-"""What is odd about experts: twins, copies of the base, strangers to it, heads of their own."""
+"""What is odd about experts: twins, copies of the base, strangers to it, heads or settings of their own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from evolver.checkpoints.model_settings import differing_settings
 from evolver.checkpoints.weights import DIGEST_BYTES, HEAD, Checkpoint, Source, cached, digests
 from evolver.errors import BadInput
 from evolver.kernels import execute, native
@@ -49,7 +50,25 @@ def suspicions(base: Checkpoint, experts: Iterable[Source]) -> list[str]:
                 f"{which} has an output head, which is left out, because the base ({base.path}) uses its embedding as "
                 "the head."
             )
+        if other := _other_settings(source, base):
+            out.append(
+                f"{which} has other settings in its config.json than the base ({base.path}), which change what the "
+                f"same weights compute: {other}; merges and experts are computed with the base's."
+            )
     return out
+
+
+def _other_settings(expert: Source, base: Checkpoint) -> str:
+    """The settings in which an expert computes differently, with both values; empty where there are none."""
+    if not isinstance(expert, Checkpoint):  # an adapter has no such settings
+        return ""
+    found = differing_settings(expert.config, base.config)
+    return ", ".join(f"{key} is {_short(ours)}, the base's {_short(theirs)}" for key, ours, theirs in found)
+
+
+def _short(value: object) -> str:
+    said = json.dumps(value)
+    return said if len(said) <= 100 else f"{said[:100]}…"
 
 
 def _survey(expert: Source, base: Checkpoint) -> tuple[float, bool]:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from evolver.checkpoints.shards import disk_errors
 from evolver.checkpoints.weights import cached, digest_of_tensors, open_tensors
 from evolver.errors import BadInput, EvolverError
 from evolver.storage.local import whole_file
@@ -61,11 +61,8 @@ def write_kept(file: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
     Raises OSError where that cannot be done.
     """
     seal = _sealed(key, digest_of_tensors(sorted(tensors.items())))
-    with whole_file(file) as temporary:
-        try:
-            save_file(dict(tensors), temporary, {SEAL: seal})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+    with whole_file(file) as temporary, disk_errors():
+        save_file(dict(tensors), temporary, {SEAL: seal})
 
 
 def _sealed(key: str, digest: str) -> str:

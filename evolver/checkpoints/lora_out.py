@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from evolver.checkpoints.shards import disk_errors
 from evolver.errors import BadInput
 
 Tensors = Iterable[tuple[str, Tensor]]
@@ -29,7 +30,8 @@ class Adapter:
 def write_delta(base: Mapping[str, Tensor], model: Tensors, folder: Path, about: Mapping[str, str]) -> int:
     """Write ``delta.safetensors``: model − base, in float32, for every tensor that differs; how many these are."""
     deltas = {n: t.float() - base[n].float() for n, t in model if not torch.equal(t, base[n])}
-    save_file(deltas, folder / "delta.safetensors", metadata={"format": "pt", **about})
+    with disk_errors():
+        save_file(deltas, folder / "delta.safetensors", metadata={"format": "pt", **about})
     return len(deltas)
 
 
@@ -100,5 +102,6 @@ def _write_adapter(
         "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
         "fan_in_fan_out": False, "inference_mode": True, "task_type": None,
     }  # fmt: skip
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with disk_errors():
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))

@@ -5,14 +5,18 @@ The format: eight bytes with the length of a JSON header, the header, then the t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from evolver.checkpoints.weights import DTYPES, INDEX, WEIGHTS, TensorInfo
@@ -52,6 +56,17 @@ def write_shards(
                 written.result()
     if len(shards) > 1:
         write_index(folder, shards, sum(map(size, infos.values())))
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """While the library safetensors writes: what the disk says is an OSError, as it is from everything else."""
+    try:
+        yield
+    except SafetensorError as error:
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        raise
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ from evolver import checkpoints
 from evolver.checkpoints.formats import FORMATS, ModelFormat
 from evolver.checkpoints.places import refuse_missing
 from evolver.checkpoints.weights import HEAD, TOKEN_MATRICES, TOKENIZER_FILE, Checkpoint, Source
-from evolver.errors import BadInput
+from evolver.errors import BadInput, cause_of, refuse_special
 from evolver.storage import is_remote
 from evolver.storage.fetch import fetched
 from evolver.storage.paths import expand
@@ -99,12 +99,24 @@ def _check_same_tensors(expert: Checkpoint, base: Checkpoint, key: str, same_tok
             )
 
 
+def _refuse_special(path: Path, key: str) -> None:
+    """Raises BadInput for a model of which a file is a pipe or a device: the libraries that open it would wait."""
+    for file in path.iterdir() if path.is_dir() else [path]:
+        try:
+            refuse_special(file)
+        except FileNotFoundError:  # a link to nothing, which is missing only if it is needed
+            continue
+        except OSError as error:
+            raise BadInput(f"{key}: {file} cannot be read ({cause_of(error)}); copy the model again.") from None
+
+
 def _locate(location: str, key: str) -> Path:
     if is_remote(location := expand(location)):
         return fetched(location, key)
     refuse_missing(location, key)
     path = Path(location.removeprefix("file://"))
     if path.is_dir() or (path.exists() and _format_of(path)):
+        _refuse_special(path, key)
         return path
     if path.exists():
         raise BadInput(f"{key}: {location} is a file; give the folder that holds the model, or a GGUF file.")

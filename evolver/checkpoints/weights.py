@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from evolver.errors import BadInput, cause_of
+from evolver.errors import BadInput, cause_of, refuse_special
 from evolver.kernels import native
 from evolver.records import layer_of
 from evolver.storage.paths import expand
@@ -249,7 +249,7 @@ def open_tensors(file: Path, key: str) -> Any:
         return safe_open(str(file), framework="pt").__enter__()
     except FileNotFoundError:
         raise BadInput(f"{key}: {file} is missing; the folder is incomplete, copy it again.") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:  # a name that is no text is a ValueError
         raise BadInput(f"{key}: {file} is truncated or not safetensors ({error}); copy it again.") from None
     except RuntimeError as error:  # torch maps the file, and a system may refuse more than its memory at a time
         raise BadInput(
@@ -264,6 +264,7 @@ def read_json(file: Path, key: str) -> dict[str, Any]:
     Raises BadInput that names ``key`` where there is none.
     """
     try:
+        refuse_special(file)
         raw = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{key}: {file} cannot be read ({cause_of(error)}); copy the model again.") from None

@@ -7,7 +7,9 @@ stopped (every finished evaluation is kept); 1 when Evolver itself has a bug.
 from __future__ import annotations
 
 import gc
+import io
 import re
+import socket
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster import options
-from evolver.errors import BadInput
+from evolver.errors import BadInput, cause_of, file_sentence, takes_nothing
 from evolver.threads import let_threads_sleep
 
 # Each command imports what it needs in its function: importing torch takes a second, and --help should not wait for it.
@@ -125,20 +127,22 @@ def dashboard(
 ) -> None:
     """Show the runs of a folder live in a browser, where you can also stop, resume, extend and export them."""
     import secrets
-    import socket
 
     import uvicorn
 
     from cluster.jobs import RayJobs
     from evolver.dashboard.app import build_app
+    from evolver.runs.about import runs_in
     from evolver.storage import storage_at
 
+    root = storage_at(results)
+    runs_in(root)  # what cannot be read is refused here, not in the browser
     token = secrets.token_urlsafe(24)
-    listener = socket.create_server((host, port))
+    listener = _listener(host, port)
     address = f"{host}:{listener.getsockname()[1]}"
     typer.echo(f"http://{address}/?token={token}")
     hosts = frozenset({host, "127.0.0.1", "localhost"})
-    made = build_app(storage_at(results), token, RayJobs(), hosts)
+    made = build_app(root, token, RayJobs(), hosts)
     server = uvicorn.Server(uvicorn.Config(made, log_level="warning"))
     server.run(sockets=[listener])
 
@@ -152,7 +156,7 @@ def report(
     from evolver.report.report import write_again
     from evolver.storage import storage_at
 
-    target = storage_at(out or folder)
+    target = storage_at(folder if out is None else out)
     typer.echo(write_again(storage_at(folder), target))
     typer.echo(f"{target.location}/report.html")
 
@@ -423,10 +427,18 @@ def main() -> None:
     # Importing torch creates half a million objects that stay alive. Python's garbage collector would search them
     # during the import and at the end, which takes a third of a second of every command.
     gc.set_threshold(SELDOM)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be valid text
     try:
         app()
     except BadInput as error:
         typer.echo(str(error), err=True)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if not takes_nothing(error):
+            raise
+        typer.echo(file_sentence(error, "a file of this command"), err=True)
         raise SystemExit(2) from None
     finally:
         gc.freeze()
@@ -436,8 +448,25 @@ def _job(config: Path, results: str | None, name: str | None, retry_failed: bool
     """Run a search as ``evolve.py`` does, and return its exit status."""
     from cluster.command import run_job as job
 
-    given = [*(["--results", results] if results else []), *(["--run", name] if name else [])]
+    given = [*(["--results", results] if results is not None else []), *(["--run", name] if name is not None else [])]
     return job([str(config), *given, *(["--retry-failed"] if retry_failed else [])])
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    """A socket that listens at an address of this machine.
+
+    Raises BadInput where it cannot; no name at all is refused, too, as it would mean every address of the machine.
+    """
+    try:
+        if not host.strip():
+            raise ValueError("the name is empty")
+        return socket.create_server((host, port))
+    except (OSError, ValueError, OverflowError) as error:
+        said = cause_of(error).partition(" (while")[0]  # Python adds the address, which the sentence has already
+        raise BadInput(
+            f"--host, --port: the dashboard cannot listen on {host[:100]!r}, port {port} ({said}); name an "
+            "address of this machine and a port that is free, such as --host 127.0.0.1 --port 0."
+        ) from error
 
 
 def _console() -> Console:

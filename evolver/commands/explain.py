@@ -16,7 +16,7 @@ from evolver.checkpoints.sources import open_base
 from evolver.commands.merge import open_merge
 from evolver.config import load
 from evolver.driver.prepare import planned_merge
-from evolver.errors import BadInput, cause_of
+from evolver.errors import BadInput, cause_of, refuse_special
 from evolver.merging import mergekit, methods
 from evolver.records import Expert, Layers, Merge, Recipe, layer_of, load_recipe
 from evolver.runs.files import RECIPE_FILE, RUN_FILE
@@ -62,6 +62,7 @@ def _of_winner(run: Path) -> list[SettingRow]:
     """The rows of a run's winner."""
     file = run / RECIPE_FILE
     try:
+        refuse_special(file)
         recipe = load_recipe(file.read_text())
     except (OSError, ValueError) as error:
         raise BadInput(
@@ -82,6 +83,7 @@ def table(rows: Sequence[SettingRow]) -> str:
 
 def _is_run(path: str | Path) -> bool:
     try:
+        refuse_special(path)
         raw = yaml.safe_load(Path(path).read_text())
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
         return False  # a file of several documents, or one that the reader of mergekit files refuses with a message

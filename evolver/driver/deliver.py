@@ -134,21 +134,15 @@ def deliver_gguf(
             f"kind {prepared.config.model.kind}; leave the option out."
         )
     model = _model(prepared, candidate.recipe)
-    try:
-        with (
-            new_file(out, replaced) as file,
-            tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch,
-        ):
-            written = gguf_out.write_gguf(model, kind, file)
-            gguf_out.verify(file, written)
-            folder = _read_back(prepared, model, file, Path(scratch) / "model")
-            agreement = score_again(prepared, folder, result.items, default_device())
-            gguf_seal.seal(file)
-    except OSError as error:
-        raise BadInput(
-            f"{error.filename or out}: cannot be read or written ({error.strerror or error}); free disk space or "
-            "correct the permissions, and export again."
-        ) from error
+    with (
+        new_file(out, replaced) as file,
+        tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch,
+    ):
+        written = gguf_out.write_gguf(model, kind, file)
+        gguf_out.verify(file, written)
+        folder = _read_back(prepared, model, file, Path(scratch) / "model")
+        agreement = score_again(prepared, folder, result.items, default_device())
+        gguf_seal.seal(file)
     say(
         f"{out}: {len(written.digests)} tensors as {kind}, each read back and compared; loaded by Transformers, the "
         f"model gives the answers in the ledger on {agreement['equal']} of {agreement['items']} dev items"

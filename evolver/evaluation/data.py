@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.parquet
 
 from evolver.config import DataSet
-from evolver.errors import BadInput
+from evolver.errors import BadInput, cause_of, refuse_special
 from evolver.storage.paths import expand
 
 Row = dict[str, Any]
@@ -36,10 +36,12 @@ def read_rows(data: str | DataSet, key: str) -> list[Row]:
     if path.suffix not in FORMATS:
         raise BadInput(f"{key}: {path} has no known extension; give a file of {', '.join(FORMATS)}, or path and split.")
     try:
+        refuse_special(path)
         rows = FORMATS[path.suffix](path)
-    except (OSError, ValueError, csv.Error, pyarrow.ArrowException) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"{key}: {path} cannot be read ({reason}); give a {path.suffix[1:].upper()} file.") from error
+    except (OSError, ValueError, RecursionError, csv.Error, pyarrow.ArrowException) as error:
+        raise BadInput(
+            f"{key}: {path} cannot be read ({cause_of(error)}); give a {path.suffix[1:].upper()} file."
+        ) from error
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise BadInput(f"{key}: row {number} of {path} is not a mapping; write one JSON object on each line.")

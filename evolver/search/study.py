@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from evolver.errors import BadInput
 from evolver.records import Candidate, Result
 from evolver.search.base import Search
 from evolver.search.optuna_samplers import Coefficients
+from evolver.storage import check_target, new_file
+
+# Objectives and trials by the name of a study.
+Studies = dict[str, tuple[Sequence[str], Sequence[FrozenTrial]]]
 
 
 def write_study(search: Search, recorded: Callable[[Candidate], Result | None], name: str, file: Path) -> int:
@@ -28,15 +36,15 @@ def write_study(search: Search, recorded: Callable[[Candidate], Result | None], 
         name: name of the study.
         file: the file to write.
 
-    Raises BadInput for a search that tunes no coefficients, and for a file that exists already.
+    Raises BadInput for a search that tunes no coefficients, for a file that
+    exists already, and where it cannot be written.
     """
     if not isinstance(search, Coefficients):
         raise BadInput(
             "evolver study: only runs of the searches tpe, cmaes and nsga2 can be written as an Optuna study, and "
             "this run used another search; give the folder of another run."
         )
-    if file.exists():
-        raise BadInput(f"{file}: this file exists already; name another file, or remove this one.")
+    check_target(file, "file")
     results: dict[int, Result] = {}
     while asked := search.ask(1):
         result = recorded(asked[0])
@@ -48,12 +56,26 @@ def write_study(search: Search, recorded: Callable[[Candidate], Result | None], 
     for trial in told:
         result = results[trial.number]
         trial.user_attrs |= {"recipe": result.recipe_id, "items": len(result.items), "reason": result.reason}
-    storage = f"sqlite:///{file}"
-    _create(storage, name, ["score"], [_valued(t, _alone(results[t.number].score)) for t in told])
+    studies: Studies = {name: (["score"], [_valued(t, _alone(results[t.number].score)) for t in told])}
     if len(tasks := search.setup.tasks) > 1:
-        by_task = [_valued(t, results[t.number].objectives(tasks)) for t in told]
-        _create(storage, f"{name}, by task", tasks, by_task)
+        studies[f"{name}, by task"] = tasks, [_valued(t, results[t.number].objectives(tasks)) for t in told]
+    with new_file(file) as whole, tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as scratch:
+        _write(studies, Path(scratch) / "study.db", file)
+        os.replace(Path(scratch) / "study.db", whole)
     return len(told)
+
+
+def _write(studies: Studies, place: Path, file: Path) -> None:
+    """Write studies to ``place``; errors name ``file``."""
+    try:
+        for name, (objectives, trials) in studies.items():
+            _create(f"sqlite:///{place}", name, objectives, trials)
+    except (SQLAlchemyError, StorageInternalError) as error:
+        said = str(getattr(error, "orig", None) or getattr(error.__cause__, "orig", None) or error)
+        raise BadInput(
+            f"{file}: it cannot be written ({said}); free disk space or correct the permissions, and run the command "
+            "again."
+        ) from error
 
 
 def _create(storage: str, name: str, objectives: Sequence[str], trials: Sequence[FrozenTrial]) -> None:

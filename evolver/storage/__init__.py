@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from evolver.errors import BadInput
 from evolver.storage.base import Storage, read_all
 from evolver.storage.local import LocalStorage, whole_file, whole_folder
 from evolver.storage.paths import expand
@@ -23,8 +24,10 @@ __all__ = [
 def storage_at(location: str | Path) -> Storage:
     """The storage at a path, or at a URI of any file system that fsspec knows.
 
-    Raises BadInput for a URI of an unknown kind, or one whose package is missing.
+    Raises BadInput for a URI of an unknown kind, or one whose package is missing, and for what is no path.
     """
+    if not str(location) or "\0" in str(location):
+        raise BadInput(f"{str(location)[:100]!r} cannot be a path; give a folder, or its URI.")
     place = expand(str(location))
     return RemoteStorage(place) if is_remote(place) else LocalStorage(Path(place.removeprefix("file://")).absolute())
 

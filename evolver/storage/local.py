@@ -12,6 +12,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from evolver.errors import refuse_special, takes_nothing
+
 # What a file system says that knows no hard links.
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
@@ -32,6 +34,7 @@ class LocalStorage:
         return (self.path / name).exists()
 
     def read(self, name: str) -> bytes:
+        refuse_special(self.path / name)
         return (self.path / name).read_bytes()
 
     def write(self, name: str, data: bytes) -> None:
@@ -110,22 +113,39 @@ def _named(place: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _renamed(path: Path) -> Iterator[None]:
+    """What goes wrong with a temporary file beside ``path``, or with a full disk, names ``path``; errors of other files
+    stay as they are.
+    """
+    beside = os.path.abspath(path.with_name(f".{path.name}-"))
+    try:
+        yield
+    except OSError as error:
+        full = error.filename is None and takes_nothing(error)
+        if full or (error.filename is not None and os.path.abspath(str(error.filename)).startswith(beside)):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise
+
+
+@contextlib.contextmanager
 def whole_folder(path: Path, ready: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """A temporary folder that takes the place of ``path`` when the block ends well, and vanishes when it does not.
 
     Args:
         ready: called just before; what it raises leaves ``path`` as it is.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        yield temporary
-        temporary.chmod(0o755)
-        ready()
-        old = temporary.with_name(temporary.name + ".old")
-        if path.exists():
-            os.replace(path, old)  # never a half-removed folder under the final name
-        os.replace(temporary, path)
+        with _renamed(path):
+            yield temporary
+            temporary.chmod(0o755)
+            ready()
+            old = temporary.with_name(temporary.name + ".old")
+            if path.exists():
+                os.replace(path, old)  # never a half-removed folder under the final name
+            os.replace(temporary, path)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -134,17 +154,20 @@ def whole_folder(path: Path, ready: Callable[[], None] = lambda: None) -> Iterat
 @contextlib.contextmanager
 def whole_file(path: Path, ready: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """The same for a file; its bytes are on the disk when it gets its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        ready()
-        os.replace(temporary, path)
-        _sync(path.parent)
+        with _renamed(path):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            ready()
+            os.replace(temporary, path)
+            _sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that nobody may write to keeps nothing of ours
+            temporary.unlink(missing_ok=True)
 
 
 def _sync(place: Path) -> None:

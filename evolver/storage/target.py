@@ -10,10 +10,11 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from evolver.errors import BadInput
+from evolver.errors import BadInput, cause_of, file_sentence, takes_nothing
 from evolver.storage.local import whole_file, whole_folder
 
 RECORD = "evolver-export.json"
@@ -50,14 +51,15 @@ def check_target(target: Path, what: str = "folder", exported: Exported | None =
                 f"{target}: --force replaces only what an export wrote and nobody has changed since, and this is "
                 f"something else; name another {what}, or remove this one yourself."
             )
-    except OSError as error:
-        raise BadInput(
-            f"{error.filename or target}: it cannot be read ({error.strerror or error}); name another {what}."
-        ) from error
+    except (OSError, ValueError, RuntimeError) as error:  # a zero in a path is a ValueError, a loop a RuntimeError
+        file = str(getattr(error, "filename", None) or target)
+        raise BadInput(f"{file[:200]}: it cannot be read ({cause_of(error)}); name another {what}.") from error
 
 
 def _check_place(target: Path) -> None:
-    """Raises BadInput for a link, and for a place in a run."""
+    """Raises BadInput for a URI, for a link, and for a place in a run."""
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(target)):
+        raise BadInput(f"{target}: this is an address; name a place on this machine, and copy it from there.")
     if target.is_symlink():
         raise BadInput(f"{target}: this is a link; name the place itself, which must not exist yet.")
     place = target.resolve()
@@ -72,12 +74,24 @@ def _check_place(target: Path) -> None:
 
 
 @contextlib.contextmanager
+def _refused(target: Path) -> Iterator[None]:
+    """Turns what the disk says while ``target`` is written into BadInput that names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and not takes_nothing(error):  # of a network, not of a file
+            raise
+        raise BadInput(file_sentence(error, str(target))) from error
+
+
+@contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that becomes ``target`` when the block ends well; never over anything that is there.
 
-    Raises BadInput at its end, as ``check_target`` does, which the caller asks before any work is done.
+    Raises BadInput at its end, as ``check_target`` does, which the caller asks before any work is done, and where the
+    disk takes nothing.
     """
-    with whole_folder(target, ready=lambda: check_target(target)) as folder:
+    with _refused(target), whole_folder(target, ready=lambda: check_target(target)) as folder:
         yield folder
 
 
@@ -89,7 +103,7 @@ def check_export(target: Path, force: bool) -> None:
 @contextlib.contextmanager
 def exported_folder(target: Path, force: bool) -> Iterator[Path]:
     """The same for an export: it leaves a record, and with ``force`` it takes the place of an earlier export."""
-    with whole_folder(target, ready=lambda: check_export(target, force)) as folder:
+    with _refused(target), whole_folder(target, ready=lambda: check_export(target, force)) as folder:
         yield folder
         (folder / RECORD).write_text(json.dumps(_digests(folder), indent=1))
 
@@ -97,7 +111,7 @@ def exported_folder(target: Path, force: bool) -> Iterator[Path]:
 @contextlib.contextmanager
 def new_file(target: Path, exported: Exported | None = None) -> Iterator[Path]:
     """The same for one file; ``exported`` says whether one that is there may be replaced, None: it may not."""
-    with whole_file(target, ready=lambda: check_target(target, "file", exported)) as file:
+    with _refused(target), whole_file(target, ready=lambda: check_target(target, "file", exported)) as file:
         yield file
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from evolver.checkpoints.shards import disk_errors
 from evolver.checkpoints.sources import open_base
 from evolver.checkpoints.weights import is_head
-from evolver.errors import BadInput
+from evolver.errors import BadInput, file_sentence, takes_nothing
 from evolver.evaluation.data import Row, read_rows
 from evolver.records import content_hash
 from evolver.storage import whole_folder
@@ -33,13 +34,16 @@ LINEAR = "all-linear"
 def make_experts(pool: PoolConfig, show: Show) -> dict[str, Path]:
     """Train what is missing, and return the folders of the base and of every expert by name.
 
-    Raises BadInput for data or models that cannot be read, or where peft is wanted and missing.
+    Raises BadInput for data or models that cannot be read, where peft is wanted and missing, and where nothing can be
+    written to the cache.
     """
-    base = _base(pool)
-    folders = {"base": base}
-    for name in pool.experts:
-        folders[name] = _expert(pool, name, base, show)
-    return folders
+    try:
+        base = _base(pool)
+        return {"base": base, **{name: _expert(pool, name, base, show) for name in pool.experts}}
+    except OSError as error:
+        if error.filename is None and not takes_nothing(error):  # of a network, not of a file
+            raise
+        raise BadInput(file_sentence(error, str(cache()))) from error
 
 
 def cache() -> Path:
@@ -58,7 +62,8 @@ def _base(pool: PoolConfig) -> Path:
         with whole_folder(target) as folder:
             module = _module(pool, origin.path, pool.labels or ["0", "1"], pool.seed)
             kept = {n: t for n, t in module.state_dict().items() if pool.labels or not is_head(n)}
-            module.save_pretrained(folder, state_dict=kept)
+            with disk_errors():
+                module.save_pretrained(folder, state_dict=kept)
             _tokenizer(origin.path).save_pretrained(folder)
     return _linked(pool, "base", target)
 
@@ -107,7 +112,8 @@ def _train(
     fit(learner, loss, lessons, settings, seed, scratch, show.step)
     record = {"items": len(lessons), "seconds": round(time.monotonic() - began), "settings": settings.model_dump()}
     with whole_folder(target) as folder:
-        _write(module, base, folder)
+        with disk_errors():
+            _write(module, base, folder)
         tokenizer.save_pretrained(folder)
         (folder / "training.json").write_text(json.dumps({"expert": name, "seed": seed, **record}, indent=1))
     shutil.rmtree(scratch, ignore_errors=True)

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from evolver.checkpoints.shards import disk_errors
 from evolver.training.losses import Learner, Loss
 from evolver.training.settings import Training
 
@@ -108,5 +109,6 @@ def _save(weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, step: in
         held |= {f"{kind}.{name}": t.cpu().contiguous() for kind, t in optimizer.state.get(weight, {}).items()}
     scratch.mkdir(parents=True, exist_ok=True)
     temporary = scratch / f".{CHECKPOINT}-{os.getpid()}"
-    save_file(held, temporary, {"step": str(step)})
+    with disk_errors():
+        save_file(held, temporary, {"step": str(step)})
     os.replace(temporary, scratch / CHECKPOINT)

@@ -17,6 +17,7 @@ import torch
 
 from evolver.checkpoints.formats import model_format
 from evolver.checkpoints.gguf.keys import ARCHITECTURES, FACTORS, scaling_in
+from evolver.checkpoints.shards import disk_errors
 from evolver.checkpoints.weights import Checkpoint
 from evolver.errors import BadInput
 from evolver.storage.paths import expand
@@ -99,7 +100,8 @@ def convert(file: Path, target: Path, key: str, dtype: torch.dtype | None = None
             "give the Hugging Face folder that it was made from."
         ) from error
     _check_complete(model, missing, reader, file, key)
-    model.save_pretrained(target)
+    with disk_errors():
+        model.save_pretrained(target)
     _clean_config(target / "config.json")
 
 

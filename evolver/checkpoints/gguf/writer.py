@@ -5,6 +5,7 @@ What a file of an architecture holds is what llama.cpp's loaders ask for; the na
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -122,6 +123,11 @@ def write_gguf(model: FileContent, kind: str, file: Path) -> WrittenFile:
             data = np.ascontiguousarray(quantize(array, place.kind))
             writer.write_tensor_data(data)
             digests[place.name] = _digest(place.kind, place.shape, data)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # NumPy says how much it could write, and not why that was not all.
+        raise OSError(errno.ENOSPC, "only a part of it could be written", str(file)) from error
     finally:
         writer.close()
     return WrittenFile(digests, tuple(_notes(places, config, of_tensors)))

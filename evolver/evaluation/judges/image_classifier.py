@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evolver.config import Config, DataSet, TaskEntry
-from evolver.errors import BadInput
+from evolver.errors import BadInput, cause_of, refuse_special
 from evolver.evaluation.base import AskedItem, ItemText, Scored, judge
 from evolver.evaluation.batches import Batches, by_length
 from evolver.evaluation.blueprint import ModelFolder
@@ -159,9 +159,12 @@ def _encoded(image: Any, folder: Path, key: str) -> bytes:
     path = image.get("path") if isinstance(image, dict) else image
     if isinstance(path, str):
         try:
+            refuse_special(folder / expand(path))
             return (folder / expand(path)).read_bytes()
-        except OSError as error:
-            raise BadInput(f"{key}: the image {path} cannot be read ({error.strerror}); correct the path.") from error
+        except (OSError, ValueError) as error:
+            raise BadInput(
+                f"{key}: the image {path[:200]} cannot be read ({cause_of(error)}); correct the path."
+            ) from error
     if hasattr(image, "save"):
         file = io.BytesIO()
         image.save(file, format="PNG")

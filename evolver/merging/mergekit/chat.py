@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from evolver.checkpoints.weights import read_json
 from evolver.errors import BadInput
 
 CHAT_FILE = "chat_template.jinja"
@@ -45,5 +45,5 @@ def _of(model: Path) -> str | None:
     if (model / CHAT_FILE).exists():
         return (model / CHAT_FILE).read_text()
     config = model / "tokenizer_config.json"
-    found = json.loads(config.read_text()).get("chat_template") if config.exists() else None
+    found = read_json(config, "chat_template").get("chat_template") if config.exists() else None
     return found if isinstance(found, str) else None

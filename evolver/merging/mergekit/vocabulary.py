@@ -19,7 +19,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
-from evolver.checkpoints.weights import TOKEN_MATRICES, TOKENIZER_FILE, Checkpoint, Source, TensorInfo
+from evolver.checkpoints.weights import TOKEN_MATRICES, TOKENIZER_FILE, Checkpoint, Source, TensorInfo, read_json
 from evolver.errors import BadInput, nearest
 from evolver.merging.mergekit.reader import TokenEntry, reference
 
@@ -203,5 +203,5 @@ def extend_tokenizer(folder: Path, target: Vocabulary, donors: Mapping[str, Path
 
 
 def _added(file: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(file.read_text()).get("added_tokens", []) if file.exists() else []
+    found: list[dict[str, Any]] = read_json(file, "tokenizer_source").get("added_tokens", []) if file.exists() else []
     return found
