@@ -46,13 +46,13 @@ class Workers:
 
     def submit(self, candidate):
         self.flying.append(candidate)
-        self.pieces += candidate.piece is not None
+        self.pieces += candidate.question.piece is not None
 
     def wait(self):
         candidate = self.flying.pop(self.draw.randrange(len(self.flying)))
-        if candidate.piece is None:
+        if candidate.question.piece is None:
             return [alone(candidate)]
-        start, stop = candidate.piece
+        start, stop = candidate.question.piece
         names = (candidate.number, candidate.recipe.id)
         if (candidate.number, start) in self.broken:
             return [Result(*names, "failed", reason="broken", stage=candidate.stage)]
