@@ -82,7 +82,7 @@ def _aligned(opened: OpenedFile, tokenizer: mergekit.Tokenizer, file: str) -> Op
 
 def merge_file(
     path: str | Path, target: Path, *, device: str = "cpu", seed: int = 0, shard_bytes: int = SHARD_BYTES,
-    tokenizer: bool = True, warn: Callable[[str], None] = lambda _: None,
+    tokenizer: bool = True, card: bool = True, warn: Callable[[str], None] = lambda _: None,
 ) -> None:  # fmt: skip
     """Merge as the file says, and write a Hugging Face folder. A merge that is interrupted leaves no such folder.
 
@@ -93,12 +93,15 @@ def merge_file(
         seed: seed of the methods that draw at random.
         shard_bytes: the largest size of a file of weights in bytes.
         tokenizer: whether to write a tokenizer.
+        card: whether to write a README and the file itself beside the model.
         warn: is called with each warning about the models.
 
     Raises BadInput, before anything is written, where the file is wrong or the models cannot be merged.
     """
     check_target(target)
     opened = open_merge(path)
+    for sentence in opened.configuration.warnings:
+        warn(sentence)
     chat_template = _chat_template(opened, str(path))
     known = digests(opened.sources)
     if opened.vocabulary is None:  # otherwise the models have different shapes and cannot be compared
@@ -112,7 +115,7 @@ def merge_file(
         device=device, kernels=None if device == "cpu" else _kernels(opened),
     )  # fmt: skip
     text = Path(path).read_text()
-    texts = {"README.md": CARD.format(name=target.name, text=text), mergekit.CONFIG_FILE: text}
+    texts = {"README.md": CARD.format(name=target.name, text=text), mergekit.CONFIG_FILE: text} if card else {}
 
     with new_folder(target) as folder:
         try:
