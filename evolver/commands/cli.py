@@ -200,8 +200,7 @@ def export(
             f"{', '.join(o for o, given in asked.items() if given)}: a model is exported in one form at a time; give "
             "one of these options."
         )
-    if energy is not None and not 0 < energy <= 1:
-        raise BadInput(f"--energy: {energy:g} is not usable; write a number above 0 and not above 1.")
+    _check_energy(energy)
     if gguf is not None:
         deliver.deliver_gguf(run, out, candidate, gguf, typer.echo, force)
     elif delta:
@@ -335,6 +334,26 @@ def merge(
     )  # fmt: skip
     if not quiet:
         typer.echo(f"wrote {out}")
+
+
+@app.command()
+def extract(
+    base: Annotated[str, typer.Argument(help="folder, hub id or URI of the base")],
+    model: Annotated[str, typer.Argument(help="folder, hub id or URI of a fine-tune of the base")],
+    out: Annotated[Path, typer.Argument(help="folder to write, new or empty")],
+    rank: Annotated[int | None, typer.Option("--rank", "-r", min=1, help="rank of the adapter")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="instead of a rank: the share (0 to 1) of the squared difference to keep")
+    ] = None,
+) -> None:
+    """Write what a model changed in its base as a LoRA adapter, and say how much of the change the adapter holds."""
+    from evolver.commands.extract import extract_lora
+
+    _check_energy(energy)
+    made = extract_lora(
+        base, model, out, rank=rank, energy=energy, warn=lambda line: typer.echo(f"warning: {line}", err=True)
+    )
+    typer.echo(f"{out}: {made.said}")
 
 
 @app.command()
@@ -482,6 +501,11 @@ def _duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def _check_energy(energy: float | None) -> None:
+    if energy is not None and not 0 < energy <= 1:
+        raise BadInput(f"--energy: {energy:g} is not usable; write a number above 0 and not above 1.")
 
 
 def _bytes(size: str) -> int:

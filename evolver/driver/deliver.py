@@ -13,7 +13,7 @@ from typing import Any
 from evolver.checkpoints.gguf import seal as gguf_seal
 from evolver.checkpoints.gguf import writer as gguf_out
 from evolver.checkpoints.gguf.keys import OPTION
-from evolver.checkpoints.lora_out import write_delta, write_lora
+from evolver.checkpoints.lora_out import is_tied, is_transposed, write_delta, write_lora
 from evolver.driver.card import companion_files, companion_files_of
 from evolver.driver.check import score_again
 from evolver.driver.prepare import Prepared, materialiser_of, prepare_run
@@ -104,12 +104,12 @@ def deliver_lora(
         raise BadInput("--lora, --energy: give a rank, or the share of the difference to keep, not both.")
     check_export(out, force)
     recipe, prepared = _chosen(run, wanted)
-    tied = bool(prepared.opened.base.config.get("tie_word_embeddings"))
+    config = prepared.opened.base.config
+    tied, transposed = is_tied(config), is_transposed(config)
     model, base = _stream(prepared, recipe), prepared.config.model.base
     with exported_folder(out, force) as folder:
-        made = write_lora(_of_base(prepared), model, folder, base, tied, rank, energy)
-    beside = f", {made.whole} tensors whole" if made.whole else ""
-    say(f"{out}: rank {made.rank}{beside}; holds {100 * made.share:.1f} % of the squared difference to the base")
+        made = write_lora(_of_base(prepared), model, folder, base, tied, rank, energy, transposed)
+    say(f"{out}: {made.said}")
 
 
 def deliver_gguf(

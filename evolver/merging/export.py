@@ -24,6 +24,8 @@ DEPTH = ("num_hidden_layers", "n_layer", "num_layers")
 TOKENIZER = (
     "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt",
     "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model", "preprocessor_config.json",
+    "sentencepiece.bpe.model", "source.spm", "target.spm", "processor_config.json", "video_preprocessor_config.json",
+    "chat_template.json", "tekken.json",
 )  # fmt: skip
 COMPANIONS = ("generation_config.json", *TOKENIZER)
 
@@ -44,7 +46,7 @@ def export(
     base = materialiser.base
     folder.mkdir(parents=True, exist_ok=True)
     infos = {n: materialiser.info(recipe, n) for n in materialiser.names(recipe)}
-    shards.write_shards(_usable(materialiser.stream(recipe)), infos, folder, shard_bytes)
+    shards.write_shards(usable(materialiser.stream(recipe)), infos, folder, shard_bytes)
     for name in COMPANIONS:
         if ((tokenizer or base.path) / name).exists():
             shutil.copyfile((tokenizer or base.path) / name, folder / name)
@@ -54,8 +56,11 @@ def export(
         (folder / name).write_text(text)
 
 
-def _usable(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors, if they make up a model that can be used."""
+def usable(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, if they make up a model that can be used.
+
+    Raises BadInput, while they come, for values that are not finite, and at the end where all are zero.
+    """
     zero = True
     for name, tensor in tensors:
         if not is_finite(tensor):

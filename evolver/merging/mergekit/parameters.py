@@ -56,7 +56,7 @@ def unused(method: Method, given: Mapping[str, Any], place: str) -> list[str]:
 def warnings_of(method: Method, keys: Iterable[str], file: str) -> tuple[str, ...]:
     """A sentence for each parameter that does nothing."""
     return tuple(
-        f"{file}: {key}: the method {method.name} does not use this parameter, which is ignored here as in mergekit"
+        f"{file}: {key}: the method {method.name} does not use this parameter, which is ignored here as in mergekit."
         for key in dict.fromkeys(keys)
     )
 

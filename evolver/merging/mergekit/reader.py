@@ -116,6 +116,11 @@ class Configuration:
         return list(dict.fromkeys([self.origin, *found]))
 
     @property
+    def sliced(self) -> bool:
+        """Whether this merge, or one that it uses, is of runs of layers."""
+        return self.raw.slices is not None or any(c.sliced for c in self.earlier.values())
+
+    @property
     def dtype(self) -> str | None:
         """Of the written tensors; None: as in the base."""
         return self.raw.out_dtype or self.raw.dtype
