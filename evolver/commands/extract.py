@@ -58,5 +58,5 @@ def extract_lora(
     names = [n for n, i in origin.headers.items() if i.dtype.is_floating_point]
     with new_folder(target) as folder:
         tensors = ((n, expert.tensor(n)) for n in names)
-        tied = bool(origin.config.get("tie_word_embeddings"))
-        return write_lora(LazyTensors(origin), tensors, folder, base, tied, rank, energy, is_transposed(origin.config))
+        tied, transposed = is_tied(origin.config), is_transposed(origin.config)
+        return write_lora(LazyTensors(origin), tensors, folder, base, tied, rank, energy, transposed)
