@@ -69,7 +69,7 @@ def test_a_parameter_that_the_method_does_not_use_is_warned_of_once(method):
     assert mergekit.parse(file(method, base, plain, **parameters), "merge.yml").warnings == ()
 
 
-@pytest.mark.parametrize("key", ["density", "lambda", "normalize", "select_topk", "t", "eps", "filter_wise"])
+@pytest.mark.parametrize("key", ["density", "lambda", "normalize_weights", "select_topk", "t", "eps", "filter_wise"])
 def test_parameters_of_other_methods_are_warned_of(key):
     (warning,) = mergekit.parse(file("linear", **{key: 1}), "merge.yml").warnings
     assert f": {key}: " in warning

@@ -39,7 +39,7 @@ def encoders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoders")
     words = toys.tokenizer()
     config = BertConfig(
-        hidden_size=SIZE, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=len(words),
+        hidden_size=SIZE, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=len(words), initializer_range=0.3,
         max_position_embeddings=32, pad_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -114,7 +114,8 @@ def no_weights(models):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"), [(other_shape, "tensors of other names or shapes"), (no_weights, "holds no model.safetensors")]
+    ("change", "says"),
+    [(other_shape, "holds tensors of other names or shapes"), (no_weights, "holds no model.safetensors")],
 )
 def test_where_one_model_has_no_such_weights_the_base_s_are_kept_and_this_is_said(change, says, own, tmp_path):
     change(own)
@@ -124,7 +125,7 @@ def test_where_one_model_has_no_such_weights_the_base_s_are_kept_and_this_is_sai
     assert warning.startswith(
         f"warning: {own / 'base' / '2_Dense'}: the weights of this module are copied from the base"
     )
-    assert f"{own / 'b' / '2_Dense'} {'holds ' if 'tensors' in says else ''}{says}" in warning
+    assert f"{own / 'b' / '2_Dense'} {says}" in warning
     kept = (out / "2_Dense" / "model.safetensors").read_bytes()
     assert kept == (own / "base" / "2_Dense" / "model.safetensors").read_bytes()
 
