@@ -328,7 +328,7 @@ def merge(
     if num_threads:
         torch.set_num_threads(num_threads)
     merging.merge_file(
-        config, out, device=mk.device_of(cuda or gpu_rich, device), seed=random_seed,
+        config, out, device=mk.chosen_device(cuda or gpu_rich, device), seed=random_seed,
         shard_bytes=_bytes(out_shard_size), tokenizer=copy_tokenizer, card=write_model_card,
         warn=lambda line: None if quiet else typer.echo(f"warning: {line}", err=True),
     )  # fmt: skip

@@ -38,7 +38,7 @@ def refuse_options(given: Mapping[str, Any]) -> None:
             raise BadInput(f"{option}: {WHY[option]}; leave this option out.")
 
 
-def device_of(cuda: bool, device: str | None) -> str:
+def chosen_device(cuda: bool, device: str | None) -> str:
     """Where to compute: ``cpu`` or ``cuda``.
 
     Raises BadInput for another device, and for a GPU that is not there.
