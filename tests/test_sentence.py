@@ -39,8 +39,8 @@ def encoders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoders")
     words = toys.tokenizer()
     config = BertConfig(
-        hidden_size=SIZE, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=len(words), initializer_range=0.3,
-        max_position_embeddings=32, pad_token_id=2,
+        hidden_size=SIZE, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=len(words),
+        initializer_range=0.3, max_position_embeddings=32, pad_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)
     toys.noisy_experts(BertModel(config), folder, words)

@@ -19,27 +19,49 @@ LEFT_BEHIND = (
 )  # fmt: skip
 
 
+# Settings of the library sentence-transformers, which mean nothing without the folders of its modules.
+OF_MODULES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+# So many names are printed at most.
+NAMES_SAID = 8
+
+
 @dataclass(frozen=True)
 class Companions:
     """Names in a model's folder.
 
     Attributes:
+        folder: of the model.
         kept: files that belong to the model.
         lost: files and folders that may belong to it, or that hold its weights in another form; a folder ends in ``/``.
     """
 
+    folder: Path
     kept: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """A sentence on what is lost, if anything is."""
+        few = ", ".join(self.lost[:NAMES_SAID]) + ", …" * (len(self.lost) > NAMES_SAID)
+        return (f"{self.folder}: these are not copied to the merged model: {few}.",) if self.lost else ()
 
-def companions(folder: Path, known: Collection[str]) -> Companions:
-    """The companions in a folder, without what is ``known``: written by others, or the model itself."""
+    def copy_to(self, target: Path) -> None:
+        """Copy what is kept into another folder."""
+        copy(self.folder, target, self.kept)
+
+
+def companions(folder: Path, known: Collection[str], modules: bool) -> Companions:
+    """The companions in a folder, without what is ``known``: written by others, or the model itself.
+
+    Args:
+        modules: whether the modules of a folder of sentence-transformers are kept, and so the settings beside them.
+    """
     if not folder.is_dir():  # a model in one file
-        return Companions()
+        return Companions(folder)
     found = [p for p in sorted(folder.iterdir()) if p.name not in known and not any(map(p.match, LEFT_BEHIND))]
-    kept = [p.name for p in found if p.is_file() and _belongs(p)]
+    kept = [p.name for p in found if p.is_file() and _belongs(p) and (modules or p.name not in OF_MODULES)]
     lost = [f"{p.name}/" if p.is_dir() else p.name for p in found if p.name not in kept]
-    return Companions(tuple(kept), tuple(lost))
+    return Companions(folder, tuple(kept), tuple(lost))
 
 
 def copy(source: Path, target: Path, names: Collection[str]) -> None:

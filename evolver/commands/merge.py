@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from evolver.checkpoints.companions import companions, copy
 from evolver.checkpoints.doubts import suspicions
 from evolver.checkpoints.shards import SHARD_BYTES
 from evolver.checkpoints.sources import open_base, open_expert
@@ -16,7 +15,7 @@ from evolver.checkpoints.weights import Checkpoint, Source, digests
 from evolver.errors import BadInput
 from evolver.kernels.compiled import Kernels
 from evolver.merging import mergekit
-from evolver.merging.export import COMPANIONS, TOKENIZER, export
+from evolver.merging.export import TOKENIZER, companions_of, export
 from evolver.merging.materialise import Materialiser
 from evolver.merging.mergekit import chat
 from evolver.merging.mergekit.vocabulary import Aligned, Vocabulary, extend_tokenizer, known_tokens, vocabulary
@@ -24,8 +23,6 @@ from evolver.merging.sentence import SentenceModules, plan_modules
 from evolver.records import Expert, Recipe
 from evolver.storage import check_target, new_folder
 
-# So many names of files are printed at most.
-LOST_NAMES = 8
 CARD = """---
 tags: [merge, evolver]
 ---
@@ -119,8 +116,8 @@ def merge_file(
         device=device, kernels=None if device == "cpu" else _kernels(opened),
     )  # fmt: skip
     modules = _modules(opened, seed)
-    beside = companions(opened.base.path, {*COMPANIONS, *_own_names(opened), *modules.names})
-    for sentence in (*modules.warnings, *_lost(opened.base.path, beside.lost)):
+    beside = companions_of(opened.base, modules.names)
+    for sentence in (*modules.warnings, *beside.warnings):
         warn(sentence)
     text = Path(path).read_text()
     texts = {"README.md": CARD.format(name=target.name, text=text), mergekit.CONFIG_FILE: text} if card else {}
@@ -131,7 +128,7 @@ def merge_file(
             modules.write(folder)
         except BadInput as error:
             raise BadInput(f"{path}: {error}") from error
-        copy(opened.base.path, folder, beside.kept)
+        beside.copy_to(folder)
         if not tokenizer:
             for name in TOKENIZER:
                 (folder / name).unlink(missing_ok=True)
@@ -151,17 +148,6 @@ def _modules(opened: OpenedFile, seed: int) -> SentenceModules:
         return configuration.recipe(nodes, names, seed)
 
     return plan_modules(opened.base.path, opened.sources, None if configuration.sliced else make, dtype)
-
-
-def _own_names(opened: OpenedFile) -> list[str]:
-    """The names of files of the base that a merge writes itself."""
-    return ["config.json", *(file.name for file in opened.base.files())]
-
-
-def _lost(folder: Path, names: Sequence[str]) -> list[str]:
-    """A sentence that names what is in the base's folder and is not kept."""
-    few = ", ".join(names[:LOST_NAMES]) + ", …" * (len(names) > LOST_NAMES)
-    return [f"{folder}: these are not copied to the merged model: {few}."] * bool(names)
 
 
 def _kernels(opened: OpenedFile) -> Kernels:

@@ -19,7 +19,7 @@ from evolver.driver.check import score_again
 from evolver.driver.prepare import Prepared, materialiser_of, prepare_run
 from evolver.errors import BadInput
 from evolver.evaluation.live import default_device
-from evolver.merging.export import TOKENIZER, export, merged_config
+from evolver.merging.export import TOKENIZER, companions_of, export, merged_config
 from evolver.records import Candidate, Recipe, Result
 from evolver.runs.history import History, read_history
 from evolver.storage import Storage, check_export, check_target, exported_folder, new_file
@@ -68,8 +68,12 @@ def deliver(run: Storage, out: Path, wanted: str | None, say: Warn, force: bool 
         if outcome and best
         else companion_files_of(prepared, history.about, candidate, result)
     )
+    beside = companions_of(prepared.opened.base)
+    for sentence in beside.warnings:
+        say(f"warning: {sentence}")
     with exported_folder(out, force) as folder:
         export(candidate.recipe, materialiser_of(prepared), folder, more)
+        beside.copy_to(folder)
     agreement = score_again(prepared, out, result.items, default_device())
     say(
         f"{out}: the model was loaded again and gives the answers in the ledger on {agreement['equal']} of "

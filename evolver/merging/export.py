@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from evolver.checkpoints import shards
+from evolver.checkpoints.companions import Companions, companions
 from evolver.checkpoints.heads import Head
-from evolver.checkpoints.weights import is_finite
+from evolver.checkpoints.weights import Checkpoint, is_finite
 from evolver.errors import BadInput
 from evolver.merging.materialise import Materialiser
 from evolver.records import Recipe, dump_recipe
 
 # How configurations say the number of layers.
 DEPTH = ("num_hidden_layers", "n_layer", "num_layers")
-# What a model folder has besides weights. Everything else in the base's folder is not the model's.
+# What a model folder has besides weights, and what goes with the tokenizer that was chosen. What else the base's folder
+# may have is told by ``companions_of``.
 TOKENIZER = (
     "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt",
     "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model", "preprocessor_config.json",
@@ -54,6 +56,16 @@ def export(
     (folder / "recipe.json").write_text(dump_recipe(recipe))
     for name, text in texts.items():
         (folder / name).write_text(text)
+
+
+def companions_of(base: Checkpoint, modules: Collection[str] | None = None) -> Companions:
+    """What else lies in the folder of the base, beside what an export writes or copies anyway.
+
+    Args:
+        modules: folders that are written by others; None: as the base's modules are not kept, their settings are lost.
+    """
+    own = ("config.json", *(file.name for file in base.files()), *(modules or ()))
+    return companions(base.path, {*COMPANIONS, *own}, modules is not None)
 
 
 def usable(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
