@@ -106,7 +106,19 @@ def test_tokens_can_be_configured(world, tmp_path):
     assert rows == pytest.approx({**KNOWN, "c": 4.02, "e": 2.01, "a": 1.01, "d": 2.0})
     weights = load_file(out / "model.safetensors")[EMBEDDING]
     assert weights.shape[0] == 8
-    assert not weights[6:].any()
+    # Rows of no token: the mean of the others, in each model and so in the merge.
+    torch.testing.assert_close(weights[6:], weights[:6].mean(0).expand(2, -1))
+
+
+def test_a_token_that_the_source_lacks_is_added_where_it_has_a_source(world, tmp_path):
+    """As mergekit does: with the tokens of the base, and one of e2 under a new name."""
+    tokens = {
+        "e": {"source": "FOLDER/e2"},
+        "f": {"source": {"kind": "model_token", "model": "FOLDER/e2", "token": "d"}},
+    }
+    rows, out = merged(world, tmp_path, tokenizer={"source": "base", "tokens": tokens})
+    assert rows == pytest.approx(KNOWN | ONE | {"f": 4.04})
+    assert AutoTokenizer.from_pretrained(out)("a f e")["input_ids"] == [1, 5, 4]
 
 
 def test_several_donors_give_their_mean(tmp_path):
@@ -140,7 +152,7 @@ def test_the_merge_loads_in_a_new_process(world, tmp_path):
     [
         ({}, "differs from that of the base"),
         ({"tokenizer_source": "FOLDER/e3"}, "is not a model of this merge"),
-        ({"tokenizer": {"source": "base", "tokens": {"q": {}}}}, "'q' is not in the vocabulary of any model"),
+        ({"tokenizer": {"source": "base", "tokens": {"q": {}}}}, "'q' is not in the merged model's vocabulary"),
         ({"tokenizer": {"source": "base", "tokens": {"c": {"source": "FOLDER/e3"}}}}, "is not a model of this merge"),
         ({"tokenizer": {"source": "base", "tokens": {"c": {"source": "FOLDER/e1"}}}}, "has no token 'c'"),
         ({"tokenizer_source": "base", "chat_template": "llama3"}, "chat_template: 'llama3' is not usable"),

@@ -16,6 +16,12 @@ from evolver.checkpoints.shards import disk_errors
 from evolver.errors import BadInput
 
 Tensors = Iterable[tuple[str, Tensor]]
+# Parts of the names of matrices that are looked up by rows, not multiplied with.
+EMBEDDINGS = ("embed", "wte.", "wpe.", "shared.", "relative_attention_bias")
+# The embeddings that heads called lm_head are tied to.
+TIED = ("embed_tokens.weight", "wte.weight", "transformer.word_embeddings.weight")
+# Kinds of models whose layers are Transformers' Conv1D.
+TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,12 @@ class Adapter:
     rank: int
     whole: int
     share: float
+
+    @property
+    def said(self) -> str:
+        """What was written, in words."""
+        beside = f", {self.whole} tensors whole" if self.whole else ""
+        return f"rank {self.rank}{beside}; holds {100 * self.share:.1f} % of the squared difference to the base"
 
 
 def write_delta(base: Mapping[str, Tensor], model: Tensors, folder: Path, about: Mapping[str, str]) -> int:
@@ -37,7 +49,7 @@ def write_delta(base: Mapping[str, Tensor], model: Tensors, folder: Path, about:
 
 def write_lora(
     base: Mapping[str, Tensor], model: Tensors, folder: Path, location: str, tied: bool,
-    rank: int | None = None, energy: float | None = None,
+    rank: int | None = None, energy: float | None = None, transposed: bool = False,
 ) -> Adapter:  # fmt: skip
     """Write a PEFT adapter: each matrix's difference by its leading singular vectors.
 
@@ -50,6 +62,7 @@ def write_lora(
         tied: whether the base's head is its embedding.
         rank: of every matrix; or
         energy: the share of the squared difference that each matrix has to keep, in (0, 1].
+        transposed: whether the base's layers hold the transposes of their matrices, see ``is_transposed``.
 
     Raises BadInput where no matrix differs.
     """
@@ -61,19 +74,34 @@ def write_lora(
         if not bool(delta.any()):
             continue
         total += (size := float(delta.square().sum()))
-        if delta.ndim == 2 and name.endswith(".weight") and "embed" not in name and name != "lm_head.weight":
-            pairs[name.removesuffix(".weight")] = a, b = _factors(delta, rank, energy)
+        if delta.ndim == 2 and name.endswith(".weight") and not _is_whole(name):
+            pairs[name.removesuffix(".weight")] = a, b = _factors(delta.T if transposed else delta, rank, energy)
             kept += float((b @ a).square().sum())
         else:
             whole[name] = tensor.clone()
             kept += size
     if not pairs:
         raise BadInput("the model differs from its base in no matrix; a LoRA adapter cannot hold it.")
-    embedding = next((n for n in whole if n.endswith("embed_tokens.weight")), None)
+    embedding = next((n for n in whole if n.endswith(TIED)), None)
     if embedding and tied:
         whole["lm_head.weight"] = whole[embedding].clone()  # PEFT unties what it saves whole
-    _write_adapter(folder, pairs, whole, location)
+    _write_adapter(folder, pairs, whole, location, transposed)
     return Adapter(max(len(a) for a, _ in pairs.values()), len(whole), kept / total)
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether a base is a language model that uses its embedding as its head."""
+    kinds = config.get("architectures") or ["LM"]
+    return bool(config.get("tie_word_embeddings")) and any("LM" in kind for kind in kinds)
+
+
+def is_transposed(config: Mapping[str, Any]) -> bool:
+    """Whether the layers of a kind of models are Transformers' Conv1D, which hold the transposes of their matrices."""
+    return config.get("model_type") in TRANSPOSED
+
+
+def _is_whole(name: str) -> bool:
+    return name == "lm_head.weight" or any(part in name for part in EMBEDDINGS)
 
 
 def _factors(delta: Tensor, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor]:
@@ -87,10 +115,12 @@ def _factors(delta: Tensor, rank: int | None, energy: float | None) -> tuple[Ten
 
 
 def _write_adapter(
-    folder: Path, pairs: Mapping[str, tuple[Tensor, Tensor]], whole: Mapping[str, Tensor], base: str
+    folder: Path, pairs: Mapping[str, tuple[Tensor, Tensor]], whole: Mapping[str, Tensor], base: str, transposed: bool
 ) -> None:  # fmt: skip
     """An adapter as PEFT reads it; scale one, as alpha is the rank, matrix by matrix."""
-    tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in whole.items()}
+    # PEFT puts a layer of its own around each one that it changes, and the layer's bias below that.
+    biases = {f"{module}.bias": f"{module}.base_layer.bias" for module in pairs if f"{module}.bias" in whole}
+    tensors = {f"base_model.model.{biases.get(name, name)}": t.contiguous() for name, t in whole.items()}
     for name, (a, b) in pairs.items():
         tensors[f"base_model.model.{name}.lora_A.weight"], tensors[f"base_model.model.{name}.lora_B.weight"] = a, b
     ranks = {name: len(a) for name, (a, _) in pairs.items()}
@@ -98,9 +128,10 @@ def _write_adapter(
     other = {name: r for name, r in ranks.items() if r != usual}
     config: dict[str, Any] = {
         "peft_type": "LORA", "base_model_name_or_path": base, "r": usual, "lora_alpha": usual, "lora_dropout": 0.0,
-        "target_modules": sorted(pairs), "rank_pattern": other, "alpha_pattern": other, "bias": "none",
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
-        "fan_in_fan_out": False, "inference_mode": True, "task_type": None,
+        "target_modules": sorted(pairs), "rank_pattern": other, "alpha_pattern": other,
+        "bias": "all" if biases else "none",
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in whole if name not in biases}) or None,
+        "fan_in_fan_out": transposed, "inference_mode": True, "task_type": None,
     }  # fmt: skip
     with disk_errors():
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -9,6 +9,8 @@ from evolver.errors import BadInput, cause_of
 from evolver.storage import is_remote
 from evolver.storage.paths import expand
 
+# The suffixes of files that Python's pickle writes.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HUB_ID = r"[\w.-]+/[\w.-]+(@[\w.-]+)?"
 
 
@@ -24,5 +26,21 @@ def refuse_missing(location: str, key: str) -> None:
         there = path.exists()
     except (OSError, ValueError) as error:  # longer than any name may be, or with a zero in it
         raise BadInput(f"{key}: {location[:100]!r} cannot be a path ({cause_of(error)}); give a folder.") from error
+    _refuse_pickle(path, key)
+    folder, _, revision = str(path).rpartition("@")
+    if not there and folder and Path(folder).exists():
+        raise BadInput(
+            f"{key}: {folder} is on this machine, where a model has no revisions; leave @{revision} out, or give the "
+            f"hub id of the model with @{revision}."
+        )
     if not there and not re.fullmatch(HUB_ID, location):
         raise BadInput(f"{key}: there is no folder {path}; give the folder of a model, or a hub id such as org/name.")
+
+
+def _refuse_pickle(path: Path, key: str) -> None:
+    """Raises BadInput for a single file of pickled weights, as mergekit-pytorch takes them."""
+    if path.suffix in PICKLES and path.is_file():
+        raise BadInput(
+            f"{key}: {path} is a pickle, which can run code when it is read; save the model as a folder with "
+            "safetensors (save_pretrained), and give that folder."
+        )

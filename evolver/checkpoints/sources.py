@@ -124,7 +124,7 @@ def _locate(location: str, key: str) -> Path:
     try:
         from huggingface_hub import snapshot_download  # slow, and models are folders mostly
 
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=["*.safetensors*", "*.json", "*.txt", "*.model", "*.jinja"]))  # fmt: skip  # noqa: E501
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=["*.safetensors*", "*.json", "*.txt", "*.model", "*.jinja", "*.spm", "LICENSE*", "NOTICE*"]))  # fmt: skip  # noqa: E501
     except Exception as error:  # the hub's client raises a dozen kinds, from three libraries
         raise BadInput(
             f"{key}: there is no folder {location}, and the hub did not give it "

@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster import options
+from evolver.commands import mergekit_options as mk
 from evolver.errors import BadInput, cause_of, file_sentence, takes_nothing
 from evolver.threads import let_threads_sleep
 
@@ -201,8 +202,7 @@ def export(
             f"{', '.join(o for o, given in asked.items() if given)}: a model is exported in one form at a time; give "
             "one of these options."
         )
-    if energy is not None and not 0 < energy <= 1:
-        raise BadInput(f"--energy: {energy:g} is not usable; write a number above 0 and not above 1.")
+    _check_energy(energy)
     if gguf is not None:
         deliver.deliver_gguf(run, out, candidate, gguf, typer.echo, force)
     elif delta:
@@ -298,42 +298,64 @@ def merge(
     config: Annotated[Path, typer.Argument(help="a mergekit YAML file")],
     out: Annotated[Path, typer.Argument(help="folder to write, new or empty")],
     cuda: Annotated[bool, typer.Option(help="compute on the GPU")] = False,
+    device: mk.Device = None,
+    gpu_rich: mk.GpuRich = False,
     copy_tokenizer: Annotated[bool, typer.Option(help="copy the tokenizer to the merged model")] = True,
+    write_model_card: Annotated[bool, typer.Option(help="write a README and a copy of the mergekit file")] = True,
     out_shard_size: Annotated[
         str, typer.Option(help="largest size of a weights file, such as 5B or 500M bytes")
     ] = "5B",
     random_seed: Annotated[int, typer.Option(help="seed of methods that draw at random")] = 0,
     num_threads: Annotated[int, typer.Option("--num-threads", "-j", help="CPU threads; 0 means all cores")] = 0,
-    lazy_unpickle: Annotated[
-        bool, typer.Option(help="accepted as in mergekit; weights are always read lazily")
-    ] = False,
-    trust_remote_code: Annotated[bool, typer.Option(help="refused, unlike in mergekit: no model code is run")] = False,
-    allow_crimes: Annotated[
-        bool, typer.Option(help="refused, unlike in mergekit: only models of one architecture can be merged")
-    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print nothing")] = False,
-) -> None:
-    """Merge models as a mergekit file says."""
-    del lazy_unpickle
+    verbose: mk.Verbosity = 0, async_write: mk.NoEffect = False, write_threads: mk.NoEffectCount = None,
+    lazy_unpickle: mk.NoEffect = False, clone_tensors: mk.NoEffect = False, low_cpu_memory: mk.NoEffect = False,
+    read_to_gpu: mk.NoEffect = False, multi_gpu: mk.NoEffect = False, lora_merge_cache: mk.NoEffectText = None,
+    safe_serialization: mk.Safetensors = True, trust_remote_code: mk.Refused = False, allow_crimes: mk.Refused = False,
+    unsafe_truncate_embeddings: mk.Refused = False, lora_merge_dtype: mk.RefusedText = None,
+    transformers_cache: mk.RefusedText = None,
+) -> None:  # fmt: skip
+    """Merge models as a mergekit file says. The options are those of mergekit-yaml."""
+    del verbose, async_write, write_threads, lazy_unpickle, clone_tensors, low_cpu_memory, read_to_gpu, multi_gpu
+    del lora_merge_cache
+    mk.refuse_options({
+        "--trust-remote-code": trust_remote_code, "--allow-crimes": allow_crimes,
+        "--no-safe-serialization": not safe_serialization, "--unsafe-truncate-embeddings": unsafe_truncate_embeddings,
+        "--lora-merge-dtype": lora_merge_dtype, "--transformers-cache": transformers_cache,
+    })  # fmt: skip
     import torch
 
     from evolver.commands import merge as merging
 
-    if trust_remote_code or allow_crimes:
-        raise BadInput(
-            "--trust-remote-code, --allow-crimes: Evolver runs no code of models and merges only fine-tunes of one "
-            "base; leave these options out."
-        )
     if num_threads:
         torch.set_num_threads(num_threads)
-    if cuda and not torch.cuda.is_available():
-        raise BadInput("--cuda: torch finds no GPU on this machine; leave the option out.")
     merging.merge_file(
-        config, out, device="cuda" if cuda else "cpu", seed=random_seed, shard_bytes=_bytes(out_shard_size),
-        tokenizer=copy_tokenizer, warn=lambda line: None if quiet else typer.echo(f"warning: {line}", err=True),
+        config, out, device=mk.chosen_device(cuda or gpu_rich, device), seed=random_seed,
+        shard_bytes=_bytes(out_shard_size), tokenizer=copy_tokenizer, card=write_model_card,
+        warn=lambda line: None if quiet else typer.echo(f"warning: {line}", err=True),
     )  # fmt: skip
     if not quiet:
         typer.echo(f"wrote {out}")
+
+
+@app.command()
+def extract(
+    base: Annotated[str, typer.Argument(help="folder, hub id or URI of the base")],
+    model: Annotated[str, typer.Argument(help="folder, hub id or URI of a fine-tune of the base")],
+    out: Annotated[Path, typer.Argument(help="folder to write, new or empty")],
+    rank: Annotated[int | None, typer.Option("--rank", "-r", min=1, help="rank of the adapter")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="instead of a rank: the share (0 to 1) of the squared difference to keep")
+    ] = None,
+) -> None:
+    """Write what a model changed in its base as a LoRA adapter, and say how much of the change the adapter holds."""
+    from evolver.commands.extract import extract_lora
+
+    _check_energy(energy)
+    made = extract_lora(
+        base, model, out, rank=rank, energy=energy, warn=lambda line: typer.echo(f"warning: {line}", err=True)
+    )
+    typer.echo(f"{out}: {made.said}")
 
 
 @app.command()
@@ -483,6 +505,11 @@ def _duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def _check_energy(energy: float | None) -> None:
+    if energy is not None and not 0 < energy <= 1:
+        raise BadInput(f"--energy: {energy:g} is not usable; write a number above 0 and not above 1.")
 
 
 def _bytes(size: str) -> int:

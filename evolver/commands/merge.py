@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +15,12 @@ from evolver.checkpoints.weights import Checkpoint, Source, digests
 from evolver.errors import BadInput
 from evolver.kernels.compiled import Kernels
 from evolver.merging import mergekit
-from evolver.merging.export import TOKENIZER, export
+from evolver.merging.export import TOKENIZER, companions_of, export
 from evolver.merging.materialise import Materialiser
 from evolver.merging.mergekit import chat
 from evolver.merging.mergekit.vocabulary import Aligned, Vocabulary, extend_tokenizer, known_tokens, vocabulary
-from evolver.records import Expert
+from evolver.merging.sentence import SentenceModules, plan_modules
+from evolver.records import Expert, Recipe
 from evolver.storage import check_target, new_folder
 
 CARD = """---
@@ -82,7 +83,7 @@ def _aligned(opened: OpenedFile, tokenizer: mergekit.Tokenizer, file: str) -> Op
 
 def merge_file(
     path: str | Path, target: Path, *, device: str = "cpu", seed: int = 0, shard_bytes: int = SHARD_BYTES,
-    tokenizer: bool = True, warn: Callable[[str], None] = lambda _: None,
+    tokenizer: bool = True, card: bool = True, warn: Callable[[str], None] = lambda _: None,
 ) -> None:  # fmt: skip
     """Merge as the file says, and write a Hugging Face folder. A merge that is interrupted leaves no such folder.
 
@@ -93,12 +94,15 @@ def merge_file(
         seed: seed of the methods that draw at random.
         shard_bytes: the largest size of a file of weights in bytes.
         tokenizer: whether to write a tokenizer.
+        card: whether to write a README and the file itself beside the model.
         warn: is called with each warning about the models.
 
     Raises BadInput, before anything is written, where the file is wrong or the models cannot be merged.
     """
     check_target(target)
     opened = open_merge(path)
+    for sentence in opened.configuration.warnings:
+        warn(sentence)
     chat_template = _chat_template(opened, str(path))
     known = digests(opened.sources)
     if opened.vocabulary is None:  # otherwise the models have different shapes and cannot be compared
@@ -111,14 +115,20 @@ def merge_file(
         opened.base, {known[r]: s for r, s in opened.sources.items()}, getattr(torch, dtype) if dtype else None,
         device=device, kernels=None if device == "cpu" else _kernels(opened),
     )  # fmt: skip
+    modules = _modules(opened, seed)
+    beside = companions_of(opened.base, modules.names)
+    for sentence in (*modules.warnings, *beside.warnings):
+        warn(sentence)
     text = Path(path).read_text()
-    texts = {"README.md": CARD.format(name=target.name, text=text), mergekit.CONFIG_FILE: text}
+    texts = {"README.md": CARD.format(name=target.name, text=text), mergekit.CONFIG_FILE: text} if card else {}
 
     with new_folder(target) as folder:
         try:
             export(recipe, materialiser, folder, texts, shard_bytes, _tokenizer_folder(opened))
+            modules.write(folder)
         except BadInput as error:
             raise BadInput(f"{path}: {error}") from error
+        beside.copy_to(folder)
         if not tokenizer:
             for name in TOKENIZER:
                 (folder / name).unlink(missing_ok=True)
@@ -127,6 +137,17 @@ def merge_file(
             extend_tokenizer(folder, opened.vocabulary, {r: s.path for r, s in opened.sources.items()})
         if chat_template is not None:
             (folder / chat.CHAT_FILE).write_text(chat_template)
+
+
+def _modules(opened: OpenedFile, seed: int) -> SentenceModules:
+    """The modules of folders of sentence-transformers, merged as the file says."""
+    configuration = opened.configuration
+    dtype = getattr(torch, configuration.dtype) if configuration.dtype else None
+
+    def make(nodes: Mapping[str, Expert], names: list[str]) -> Recipe:
+        return configuration.recipe(nodes, names, seed)
+
+    return plan_modules(opened.base.path, opened.sources, None if configuration.sliced else make, dtype)
 
 
 def _kernels(opened: OpenedFile) -> Kernels:

@@ -13,13 +13,13 @@ from typing import Any
 from evolver.checkpoints.gguf import seal as gguf_seal
 from evolver.checkpoints.gguf import writer as gguf_out
 from evolver.checkpoints.gguf.keys import OPTION
-from evolver.checkpoints.lora_out import write_delta, write_lora
+from evolver.checkpoints.lora_out import is_tied, is_transposed, write_delta, write_lora
 from evolver.driver.card import companion_files, companion_files_of
 from evolver.driver.check import score_again
 from evolver.driver.prepare import Prepared, materialiser_of, prepare_run
 from evolver.errors import BadInput
 from evolver.evaluation.live import default_device
-from evolver.merging.export import TOKENIZER, export, merged_config
+from evolver.merging.export import TOKENIZER, companions_of, export, merged_config
 from evolver.records import Candidate, Recipe, Result
 from evolver.runs.history import History, read_history
 from evolver.storage import Storage, check_export, check_target, exported_folder, new_file
@@ -68,8 +68,12 @@ def deliver(run: Storage, out: Path, wanted: str | None, say: Warn, force: bool 
         if outcome and best
         else companion_files_of(prepared, history.about, candidate, result)
     )
+    beside = companions_of(prepared.opened.base)
+    for sentence in beside.warnings:
+        say(f"warning: {sentence}")
     with exported_folder(out, force) as folder:
         export(candidate.recipe, materialiser_of(prepared), folder, more)
+        beside.copy_to(folder)
     agreement = score_again(prepared, out, result.items, default_device())
     say(
         f"{out}: the model was loaded again and gives the answers in the ledger on {agreement['equal']} of "
@@ -104,12 +108,12 @@ def deliver_lora(
         raise BadInput("--lora, --energy: give a rank, or the share of the difference to keep, not both.")
     check_export(out, force)
     recipe, prepared = _chosen(run, wanted)
-    tied = bool(prepared.opened.base.config.get("tie_word_embeddings"))
+    config = prepared.opened.base.config
+    tied, transposed = is_tied(config), is_transposed(config)
     model, base = _stream(prepared, recipe), prepared.config.model.base
     with exported_folder(out, force) as folder:
-        made = write_lora(_of_base(prepared), model, folder, base, tied, rank, energy)
-    beside = f", {made.whole} tensors whole" if made.whole else ""
-    say(f"{out}: rank {made.rank}{beside}; holds {100 * made.share:.1f} % of the squared difference to the base")
+        made = write_lora(_of_base(prepared), model, folder, base, tied, rank, energy, transposed)
+    say(f"{out}: {made.said}")
 
 
 def deliver_gguf(

@@ -19,7 +19,7 @@ from evolver.loggers import Tracked, Trackers, build_loggers, tracked
 from evolver.loggers.pace import Pace, Remaining
 from evolver.loggers.terminal import Display
 from evolver.loop import Guesses, evolve
-from evolver.merging.export import export, write_heads
+from evolver.merging.export import companions_of, export, write_heads
 from evolver.pool import Pool
 from evolver.records import Candidate, Merge, Recipe, Result, Rule, dump_recipe
 from evolver.report.examples import compared_items, read_texts, write_texts
@@ -202,8 +202,12 @@ def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Di
         display.say(f"writing the best model to {folder.location}/best")
         materialiser = materialiser_of(prepared)
         heads = {n: (prepared.opened.experts[n].path, h) for n, h in prepared.opened.heads.items()}
+        beside = companions_of(prepared.opened.base)
+        for sentence in beside.warnings:
+            display.say(f"warning: {sentence}")
         with storage.whole_folder("best") as best:
             export(winner.recipe, materialiser, best, companion_files(prepared, outcome))
+            beside.copy_to(best)
             write_heads(best, heads)
             agreement = score_again(prepared, best, outcome.best_dev.items, device)
         storage.write(AGREEMENT_FILE, json.dumps(agreement).encode())

@@ -5,25 +5,29 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from evolver.checkpoints import shards
+from evolver.checkpoints.companions import Companions, companions
 from evolver.checkpoints.heads import Head
-from evolver.checkpoints.weights import is_finite
+from evolver.checkpoints.weights import Checkpoint, is_finite
 from evolver.errors import BadInput
 from evolver.merging.materialise import Materialiser
 from evolver.records import Recipe, dump_recipe
 
 # How configurations say the number of layers.
 DEPTH = ("num_hidden_layers", "n_layer", "num_layers")
-# What a model folder has besides weights. Everything else in the base's folder is not the model's.
+# What a model folder has besides weights, and what goes with the tokenizer that was chosen. What else the base's folder
+# may have is told by ``companions_of``.
 TOKENIZER = (
     "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt",
     "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model", "preprocessor_config.json",
+    "sentencepiece.bpe.model", "source.spm", "target.spm", "processor_config.json", "video_preprocessor_config.json",
+    "chat_template.json", "tekken.json",
 )  # fmt: skip
 COMPANIONS = ("generation_config.json", *TOKENIZER)
 
@@ -44,7 +48,7 @@ def export(
     base = materialiser.base
     folder.mkdir(parents=True, exist_ok=True)
     infos = {n: materialiser.info(recipe, n) for n in materialiser.names(recipe)}
-    shards.write_shards(_usable(materialiser.stream(recipe)), infos, folder, shard_bytes)
+    shards.write_shards(usable(materialiser.stream(recipe)), infos, folder, shard_bytes)
     for name in COMPANIONS:
         if ((tokenizer or base.path) / name).exists():
             shutil.copyfile((tokenizer or base.path) / name, folder / name)
@@ -54,8 +58,21 @@ def export(
         (folder / name).write_text(text)
 
 
-def _usable(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors, if they make up a model that can be used."""
+def companions_of(base: Checkpoint, modules: Collection[str] | None = None) -> Companions:
+    """What else lies in the folder of the base, beside what an export writes or copies anyway.
+
+    Args:
+        modules: folders that are written by others; None: as the base's modules are not kept, their settings are lost.
+    """
+    own = ("config.json", *(file.name for file in base.files()), *(modules or ()))
+    return companions(base.path, {*COMPANIONS, *own}, modules is not None)
+
+
+def usable(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, if they make up a model that can be used.
+
+    Raises BadInput, while they come, for values that are not finite, and at the end where all are zero.
+    """
     zero = True
     for name, tensor in tensors:
         if not is_finite(tensor):

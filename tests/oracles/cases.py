@@ -91,7 +91,27 @@ def fixed() -> list[Case]:
         {"name": f"{c['name']} 64", "config": c["config"] | dict.fromkeys(("dtype", "out_dtype"), "float64")}
         for c in wide
     ]
-    return [*out, {"name": "stack", "config": stack}, {"name": "blend", "config": blend}, *by_place()]
+    return [*out, {"name": "stack", "config": stack}, {"name": "blend", "config": blend}, *by_place(), *ignored()]
+
+
+def ignored() -> list[Case]:
+    """Parameters that a method does not use, or that change nothing, as files in the wild have them."""
+    two = weights(0.6, 0.4)
+    return [
+        case("ignored slerp", "slerp", ["base", "e1"], each=two, t=0.35),
+        case("ignored sce", "sce", ["e1", "e2"], each=two, select_topk=0.5, density=0.3),
+        case("ignored ram", "ram", ["e1", "e2"], each=two, epsilon=0.005),
+        case("ignored ramplus_tl", "ramplus_tl", ["e1", "e2"], each=two, epsilon=0.005, r=0.05, alpha=1.0),
+        case("ignored model_stock", "model_stock", ["e1", "e2"], each=two),
+        case("ignored model_stock rows", "model_stock", ["e1", "e2"], each=two, filter_wise=True),
+        case("ignored arcee_fusion", "arcee_fusion", ["base", "e1"], each=two, t=0.5),
+        case("ignored nearswap", "nearswap", ["base", "e1"], each=two, t=0.004),
+        case("ignored karcher", "karcher", ["e1", "e2"], each=two, max_iter=5, tol=1e-5),
+        case("ignored linear", "linear", ["e1", "e2"], None, two, density=0.5, int8_mask=True),
+        case("ignored passthrough", "passthrough", ["e1"], None, [{"scale": 0.5, "weight": 0.3}]),
+        case("eps of multislerp", "multislerp", ["e1", "e2"], None, two, eps=1e-8),
+        case("nuslerp of weights that cancel", "nuslerp", ["e1", "e2"], each=weights(-1.0, 1.0)),
+    ]
 
 
 def sliced(name: str, method: str, *parts: Any, base: str | None = None, **given: Any) -> Case:

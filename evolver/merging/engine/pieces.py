@@ -107,7 +107,7 @@ class Pieces:
         self.method, self.values, self.whole, self.piece = method, values, whole, piece
         base = whole.base
         self.size, self.device = base.numel(), base.device
-        shape = (-1, base.shape[-1]) if method.rows and base.dim() > 1 else (1, -1) if method.rows else (-1,)
+        shape = _rows_and_columns(method, values, base)
         self.flats = [t.reshape(shape) for t in (*whole.inputs, base)]
         self.columns = self.flats[0].shape[-1] if method.rows else 1
         numbers, self.flags = method.handed(values, self.device)
@@ -281,6 +281,16 @@ class Pieces:
         if unit * self.columns <= max(scalars, 1 << 20):
             return max(1, scalars // (unit * self.columns)) * unit
         return max(1, scalars // self.columns)
+
+
+def _rows_and_columns(method: Method, values: Mapping[str, Value], base: Tensor) -> tuple[int, ...]:
+    """The shape in which a method sees a tensor."""
+    if not method.rows:
+        return (-1,)
+    if base.dim() < 2:
+        return (1, -1)
+    sliced = method.slices is not None and base.dim() > 2 and method.slices(values)
+    return (-1, base[0].numel()) if sliced else (-1, base.shape[-1])
 
 
 def _first(said: Stack) -> Tensor:

@@ -1,6 +1,7 @@
 """mergekit's configuration files: read as recipes, and recipes written as such files."""
 
-from evolver.merging.mergekit.reader import MERGEKIT_NAMES, Configuration, Tokenizer, parse, read
+from evolver.merging.mergekit.parameters import MERGEKIT_NAMES
+from evolver.merging.mergekit.reader import Configuration, Tokenizer, parse, read
 from evolver.merging.mergekit.writer import CONFIG_FILE, RANDOM, Inexpressible, dump
 
 __all__ = [

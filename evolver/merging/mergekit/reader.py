@@ -5,27 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from evolver.config import Loader, Section, check_section, config_at, valid_yaml
 from evolver.errors import BadInput, nearest
+from evolver.merging.mergekit.others import refuse_other_tools
+from evolver.merging.mergekit.parameters import WEIGHTED, settings_of, unused, warnings_of
 from evolver.merging.methods import Method, get
 from evolver.merging.settings.placed import Placed, Spot, depth, over
 from evolver.records import Expert, Layers, Merge, Recipe, at_layer, layer_of
+from evolver.storage.paths import expand
 
 Parameters = dict[str, Any]
+# A key with nothing behind it is as good as none.
+GivenParameters = Annotated[Parameters, BeforeValidator(lambda given: {} if given is None else given)]
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
-# Methods of ours that mergekit has, whose weights it wants to be written.
-WEIGHTED = {
-    "linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs",
-    "breadcrumbs_ties", "nuslerp", "multislerp",
-}  # fmt: skip
-MERGEKIT_NAMES = WEIGHTED | {
-    "slerp", "karcher", "model_stock", "sce", "ram", "ramplus_tl", "nearswap", "arcee_fusion", "passthrough",
-}  # fmt: skip
+# Of a model that is written as a mapping.
+REFERENCE_KEYS = ("model", "lora", "override_architecture")
 # The base is one of the two models, and the other one is moved away from it.
 PAIRED = {"slerp", "nearswap", "arcee_fusion"}
 # To these a base model is one more model to merge.
@@ -34,8 +33,6 @@ WITHOUT_BASE = {"linear", "karcher"}
 LONE = {"passthrough"}
 # With a base model, these work on task vectors.
 OPTIONAL_BASE = {"nuslerp", "multislerp"}
-# It changes mergekit's memory, not its result.
-IGNORED_KEYS = {"int8_mask"}
 
 
 class TokenSource(Section):
@@ -43,7 +40,7 @@ class TokenSource(Section):
 
     model: Any
     layer_range: list[int] | None = None
-    parameters: Parameters = Field(default_factory=dict)
+    parameters: GivenParameters = Field(default_factory=dict)
 
 
 class Slice(Section):
@@ -51,7 +48,7 @@ class Slice(Section):
 
     sources: list[TokenSource] = Field(min_length=1)
     base_model: Any = None
-    parameters: Parameters = Field(default_factory=dict)
+    parameters: GivenParameters = Field(default_factory=dict)
 
 
 class TokenEntry(Section):
@@ -76,7 +73,7 @@ class File(Section):
     models: list[TokenSource] | None = None
     slices: list[Slice] | None = None
     base_model: Any = None
-    parameters: Parameters = Field(default_factory=dict)
+    parameters: GivenParameters = Field(default_factory=dict)
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
     tokenizer_source: str | None = None
@@ -93,6 +90,13 @@ class Configuration:
     raw: File
     method: Method
     earlier: Mapping[str, Configuration] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the file says that does nothing, here as in mergekit; each sentence once."""
+        below = (w for c in self.earlier.values() for w in c.warnings)
+        return tuple(dict.fromkeys((*below, *self.ignored)))
 
     @property
     def base(self) -> str:
@@ -110,6 +114,11 @@ class Configuration:
         own = [self.base, *self._bases(), *(reference(s.model) for s in self._sources())]
         found = [r for o in own for r in (self.earlier[o].references if o in self.earlier else [o])]
         return list(dict.fromkeys([self.origin, *found]))
+
+    @property
+    def sliced(self) -> bool:
+        """Whether this merge, or one that it uses, is of runs of layers."""
+        return self.raw.slices is not None or any(c.sliced for c in self.earlier.values())
 
     @property
     def dtype(self) -> str | None:
@@ -174,12 +183,9 @@ class Configuration:
 
     def _placed(self, models: Sequence[TokenSource], group: _Group, seed: int) -> Placed:
         """The parameters of one merge, which may differ from tensor to tensor."""
-        settings, where = self.method.settings, f"{self.file}: {group.place}"
-        for given in group.scopes:
-            self._check_known(given, f"{self.file}: parameters")
+        settings, where = settings_of(self.method), f"{self.file}: {group.place}"
         own, lone = {k for k, s in settings.items() if s.kind is tuple}, self.method.name in LONE
         for model in models:
-            self._check_known(model.parameters, f"{where}: {reference(model.model)}")
             for key in model.parameters:
                 if key in settings and key not in own and not lone:
                     raise BadInput(
@@ -200,12 +206,6 @@ class Configuration:
         mine = [{k: v for k, v in e.items() if k in own} for e in each]
         ours = {k: v for k, v in shared.items() if k in settings and k not in own}
         return Placed(self.method, mine, ours | fixed, where)
-
-    def _check_known(self, given: Parameters, where: str) -> None:
-        known = {*self.method.settings, *IGNORED_KEYS}
-        for key in given:
-            if key not in known:
-                raise BadInput(f"{where}: {self.method.name} has no {key!r}; {nearest(key, known)}")
 
     def _inputs(self, found: Mapping[str, TokenSource], group: _Group) -> list[str]:
         """Which models the method merges, in its order."""
@@ -289,7 +289,10 @@ def read(path: str | Path) -> Configuration:
 
 def parse(raw: Mapping[str, Any], file: str) -> Configuration:
     """A mergekit configuration that was read already; raises BadInput that names ``file``."""
+    refuse_other_tools(raw, file)
     checked = check_section(File, _without_modules(raw, file), file)
+    for model, place in _models(checked, file):
+        _check_reference(model, place)
     if (checked.models is None) == (checked.slices is None):
         raise BadInput(f"{file}: models: write either models or slices.")
     if not (checked.models or checked.slices):
@@ -303,7 +306,45 @@ def parse(raw: Mapping[str, Any], file: str) -> Configuration:
             f"write the configuration of a run, with search: {{algorithm: tpe, method: {method.name}}} and the items "
             "under evaluation.tasks, and call evolver run."
         )
-    return Configuration(file, checked, method)
+    found = [key for given, place in _parameters(checked, file) for key in unused(method, given, place)]
+    return Configuration(file, checked, method, ignored=warnings_of(method, found, file))
+
+
+def _parameters(raw: File, file: str) -> Iterator[tuple[Parameters, str]]:
+    """The parameters of every place in a file, with the place."""
+    yield raw.parameters, f"{file}: parameters"
+    for number, part in enumerate(raw.slices or []):
+        yield part.parameters, f"{file}: parameters"
+        for source in part.sources:
+            yield source.parameters, f"{file}: slices[{number}].sources: {reference(source.model)}"
+    for model in raw.models or []:
+        yield model.parameters, f"{file}: models: {reference(model.model)}"
+
+
+def _models(raw: File, file: str) -> Iterator[tuple[Any, str]]:
+    """Every model that a file names, with its place."""
+    yield raw.base_model, f"{file}: base_model"
+    for number, part in enumerate(raw.slices or []):
+        yield part.base_model, f"{file}: slices[{number}].base_model"
+        yield from ((s.model, f"{file}: slices[{number}].sources[{n}].model") for n, s in enumerate(part.sources))
+    yield from ((m.model, f"{file}: models[{n}].model") for n, m in enumerate(raw.models or []))
+
+
+def _check_reference(model: Any, place: str) -> None:
+    """Raises BadInput for a model that is not written as mergekit reads it."""
+    if isinstance(model, dict):
+        for key in model:
+            if key not in REFERENCE_KEYS:
+                raise BadInput(f"{place}: unknown key {key!r}; {nearest(str(key), REFERENCE_KEYS)}")
+        if model.get("override_architecture"):
+            raise BadInput(
+                f"{place}: override_architecture: Evolver reads the architecture from the model's config.json; leave "
+                "this key out."
+            )
+    text = reference(model)
+    parts = text.split("+")
+    if len(parts) > 2 or any(part.count("@") > 1 and not Path(expand(part)).exists() for part in parts):
+        raise BadInput(f"{place}: {text!r} is not usable; write MODEL, MODEL@REVISION or MODEL+ADAPTER.")
 
 
 def _without_modules(raw: Mapping[str, Any], file: str) -> Mapping[str, Any]:

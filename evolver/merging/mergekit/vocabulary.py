@@ -22,8 +22,11 @@ from torch import Tensor
 from evolver.checkpoints.weights import TOKEN_MATRICES, TOKENIZER_FILE, Checkpoint, Source, TensorInfo, read_json
 from evolver.errors import BadInput, nearest
 from evolver.merging.mergekit.reader import TokenEntry, reference
+from evolver.merging.methods.operators import halved
 
 Ids = Mapping[str, int]
+# So many rows are summed at a time, which bounds the memory for their float64 copies.
+MEAN_ROWS = 1024
 TokenRow = tuple[str, int]  # a model, and the place in its matrices
 
 
@@ -33,7 +36,7 @@ class Vocabulary:
 
     Args:
         ids: token → row.
-        size: number of rows; those of no token are zero.
+        size: number of rows; those after the last token are the mean of the rows of tokens, as in mergekit.
         own: for every model the row that it has for each row of the target, int64 (size), -1 where it has none.
         others: for rows that a model lacks, the rows whose mean it gets; zero where there are none.
     """
@@ -47,7 +50,13 @@ class Vocabulary:
     def digest(self) -> str:
         """Of everything that decides about a row, but the models themselves."""
         form = [sorted(self.ids.items()), self.size, [[k, v] for k, v in sorted(self.others.items())]]
+        form += ["mean"] * (self.size > self.padded_from)
         return hashlib.sha256(json.dumps(form).encode()).hexdigest()
+
+    @property
+    def padded_from(self) -> int:
+        """The first row after that of the last token."""
+        return 1 + max(self.ids.values())
 
 
 def vocabulary(
@@ -70,6 +79,9 @@ def vocabulary(
         for other in models.values():
             for token in sorted(other.keys() - ids.keys(), key=other.__getitem__):
                 ids[token] = 1 + max(ids.values())
+    for token, entry in tokens.items():
+        if token not in ids and entry.source is not None:
+            ids[token] = 1 + max(ids.values())
     size = math.ceil((1 + max(ids.values())) / (multiple or 1)) * (multiple or 1)
     own = {m: torch.full((size,), -1) for m in models}
     for model, known in models.items():
@@ -78,7 +90,10 @@ def vocabulary(
     others = {i: _usual(token, models, base) for token, i in ids.items()}
     for token, entry in tokens.items():
         if token not in ids:
-            raise BadInput(f"{file}: tokenizer.tokens: {token!r} is not in the vocabulary of any model of this merge.")
+            raise BadInput(
+                f"{file}: tokenizer.tokens: {token!r} is not in the merged model's vocabulary; give it a source, which "
+                "adds it, or leave it out."
+            )
         if entry.source is not None:
             others[ids[token]] = _configured(entry.source, token, models, f"{file}: tokenizer.tokens.{token}.source")
         if entry.force:
@@ -148,6 +163,8 @@ class Aligned(Checkpoint):
         out[has] = own[rows[has]]
         missing = [i for i in self.target.others if not has[i]]
         out[missing] = self._means(name, missing, own).to(out.dtype)
+        if (first := self.target.padded_from) < self.target.size:
+            out[first:] = _mean_row(out, torch.tensor(sorted(self.target.ids.values()))).to(out.dtype)
         return out
 
     def _means(self, name: str, missing: list[int], like: Tensor) -> Tensor:
@@ -164,6 +181,12 @@ class Aligned(Checkpoint):
     def digest(self) -> str:
         parts = [self.inner.digest(), self.name, self.target.digest, *(s.digest() for s in self.models.values())]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:20]
+
+
+def _mean_row(matrix: Tensor, rows: Tensor) -> Tensor:
+    """The mean of some rows of (rows, ...), float64 (...): the same bits on every processor."""
+    sums = [halved(matrix[part].double()) for part in rows.split(MEAN_ROWS)]
+    return halved(torch.stack(sums)) / len(rows)
 
 
 def known_tokens(source: Source) -> Ids:

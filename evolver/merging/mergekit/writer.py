@@ -10,14 +10,13 @@ from typing import Any
 import yaml
 
 from evolver.errors import EvolverError
-from evolver.merging.mergekit.reader import LONE, MERGEKIT_NAMES, PAIRED, WEIGHTED, Parameters, spots
+from evolver.merging.mergekit.parameters import MERGEKIT_NAMES, OURS, WEIGHTED
+from evolver.merging.mergekit.reader import LONE, PAIRED, Parameters, spots
 from evolver.merging.methods import METHODS, ROUNDING, Method
 from evolver.records import LAYER, Cross, Expert, Layers, Merge, Recipe, Value, ancestors, layer_of
 
 # Its usual name beside a model.
 CONFIG_FILE = "mergekit_config.yml"
-# Settings of ours that mergekit's methods do not have: they must stand at what mergekit does.
-OURS = ("elect", "sign", "trim_scope", "filter_wise")
 RANDOM = "# mergekit draws other random numbers: it makes a merge of this kind, not this very one.\n"
 
 

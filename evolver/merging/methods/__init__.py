@@ -100,6 +100,7 @@ class Method:
     paper: str
     on_deltas: bool
     rows: bool
+    slices: Callable[[Mapping[str, Value]], bool] | None
     whole: bool
     exact: bool
     takes: int | None
@@ -228,6 +229,7 @@ def each(value: float) -> Tensor:
 def method(
     paper: str,
     rows: bool = False,
+    slices: Callable[[Mapping[str, Value]], bool] | None = None,
     takes: int | None = None,
     least: int = 1,
     symmetric: bool = True,
@@ -241,6 +243,8 @@ def method(
     Args:
         paper: where it was published.
         rows: the method looks at whole rows; its pieces are (rows, columns), a vector being one row.
+        slices: says of the settings whether the rows of a tensor of more than two dimensions are its slices along the
+            first one, instead of its vectors along the last.
         takes: how many models it merges; None: any number from ``least`` on.
         symmetric: the order of the models does not matter.
         identity: settings, beside a mass of one, with which copies of one model give that model; None: there are none.
@@ -270,7 +274,7 @@ def method(
                 f"merge method {name}: statistics are handed to methods on whole tensors only; declare whole=True."
             )
         METHODS[name] = Method(
-            name, function, paper, OPERANDS[first.name], rows, whole, exact, takes, least, "here" in parameters,
+            name, function, paper, OPERANDS[first.name], rows, slices, whole, exact, takes, least, "here" in parameters,
             symmetric, identity, divides, settings, statistics,
         )  # fmt: skip
         return function

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated
 
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor
 from evolver.merging.methods import Range, each, method, number, operators
 from evolver.merging.methods.averages import Weight
 from evolver.merging.methods.here import PieceView, Stack
+from evolver.records import Value
 
+# The weights of two models whose sum is smaller have no ratio.
+CANCELLED = 1e-6
 # Beyond the two models the arc goes on around the sphere, away from both: no merge of them lies there.
 Share = Annotated[Tensor, Range(0.0, 1.0, least=0.0, most=1.0)]
 
@@ -27,7 +30,17 @@ def slerp(models: Stack, *, here: PieceView, t: Share) -> Tensor:
     return models[0] * first.float() + models[1] * second.float()
 
 
-@method("Shoemake 1985, as mergekit's NuSLERP", rows=True, takes=2, symmetric=False)
+def _by_first_dimension(settings: Mapping[str, Value]) -> bool:
+    return bool(settings["nuslerp_row_wise"]) and not settings["nuslerp_flatten"]
+
+
+@method(
+    "Shoemake 1985, as mergekit's NuSLERP",
+    rows=True,
+    takes=2,
+    symmetric=False,
+    slices=_by_first_dimension,
+)
 def nuslerp(
     models: Stack,
     *,
@@ -40,11 +53,13 @@ def nuslerp(
     """Spherical interpolation of two models at t = w2 / (w1 + w2): of whole tensors, or of vectors.
 
     Without ``nuslerp_flatten`` the vectors are those that mergekit means: along the first dimension where
-    ``nuslerp_row_wise`` is set, else along the last.
+    ``nuslerp_row_wise`` is set, else along the last. Where the weights cancel, t is one half.
 
     ``task_vectors``: of the differences to the base instead of the weights.
     """
-    t = weight[1] / operators.divisor_of(weight, torch.float64)
+    total = weight.sum(0)
+    cancel = total.abs() < CANCELLED
+    t = torch.where(cancel, 0.5, weight[1] / torch.where(cancel, 1.0, total))
     origin = here.base if task_vectors else torch.zeros_like(here.base)
     whole = nuslerp_flatten or here.vector
 
