@@ -135,7 +135,7 @@ def _placed(
         )
     out, start = dict[str, Part](), 0
     for group in groups:
-        length = 0 if join is None else _stacked(shapes[group[0]], stack, count)[join]
+        length = 0 if join is None else sum(_stacked(shapes[group[0]], stack, count)[join : join + 1])
         joined = None if join is None else (join, start, length)
         expected = whole if join is None else (*whole[:join], length, *whole[join + 1 :])
         for index, name in enumerate(group):
