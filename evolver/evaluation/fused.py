@@ -8,7 +8,7 @@ parameter, and can be written there without the others.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def refuse_experts(module: Any, where: str) -> None:
 
 
 def _collected(
-    module: Any, names: Mapping[str, Any], state: Mapping[str, Tensor]
+    module: Any, names: Iterable[str], state: dict[str, Tensor]
 ) -> dict[str, tuple[Any, dict[str, list[str]]]]:
     """The converter of each parameter that is made by one, and the stored names by the converter's source patterns, in
     the order in which Transformers collects them.
