@@ -177,7 +177,8 @@ def test_a_head_that_equals_the_embedding_is_still_written_apart_from_it(ready, 
     save_file({**tensors, "lm_head.weight": tensors[embedding].clone()}, file, metadata={"format": "pt"})
     expert = load_file(experts / "b" / "model.safetensors")
     expert = {"lm_head.weight": expert[embedding].clone(), **expert}  # what is tied is saved once
-    live = LiveModel(ready.config.model, tmp_path / "base", expert, "cpu")
+    shapes = {name: tuple(tensor.shape) for name, tensor in expert.items()}
+    live = LiveModel(ready.config.model, tmp_path / "base", shapes, "cpu")
     live.write(expert.items())
     assert_says_the_same(live.module, AutoModelForSeq2SeqLM.from_pretrained(experts / "b").eval())
 

@@ -13,6 +13,8 @@ from evolver.checkpoints.weights import Checkpoint
 from evolver.config import FREE_KEYS, Config, ConfigText, computing, default_at, load, renamed
 from evolver.driver.early import chosen_search, named_search
 from evolver.errors import BadInput
+from evolver.evaluation.blueprint import Blueprint, ModelFolder
+from evolver.evaluation.fused import refuse_experts
 from evolver.evaluation.scores.estimates import Estimates, first_unjudged
 from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.loggers import check_loggers
@@ -75,12 +77,13 @@ def prepare(
         if device:
             check_device(config, opened, device)
         tasks = load_tasks(config)
+        blueprint = draw_up(config, opened) if device else None
         if device:
-            tasks.check_model(draw_up(config, opened))
+            tasks.check_model(blueprint)
         estimates = Estimates(tasks.scale("dev"), config.evaluation.block_items)
         _refuse_racing(config, algorithm, estimates)
         digests = opened.digests() if weights else None
-        sampled = cache(lambda expert: sample_hash(config, tasks, expert))
+        sampled = cache(lambda expert: _sampled(config, tasks, blueprint, expert))
         maker = RecipeMaker(list(config.experts), opened.base.names(), digests, sampled)
         warnings = tuple(suspicions(opened.base, opened.experts.values())) if weights else ()
         warnings += tuple(filter(None, [too_many(config.evaluation.threads)]))
@@ -174,6 +177,16 @@ def _stops(algorithm: str, settings: Any) -> bool:
     the decisions.
     """
     return isinstance(settings, HalvingSettings) or SEARCHES[algorithm].incumbent
+
+
+def _sampled(config: Config, tasks: Tasks, blueprint: ModelFolder | None, expert: str) -> str:
+    """The hash of the items that an expert's statistics are collected on.
+
+    Raises BadInput where none can be collected.
+    """
+    if isinstance(blueprint, Blueprint):
+        refuse_experts(blueprint.module, "search")
+    return sample_hash(config, tasks, expert)
 
 
 def _refuse_racing(config: Config, algorithm: str, estimates: Estimates) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from evolver.config import ModelSettings
 from evolver.errors import BadInput
+from evolver.evaluation.fused import parts_of, refuse_experts
 
 
 class Listener(Protocol):
@@ -29,7 +30,7 @@ class LiveModel:
     Args:
         settings: the section ``model`` of the configuration; ``compute`` is the dtype of the parameters.
         folder: Hugging Face folder of the base, or of a model that is scored as it is.
-        names: names of the tensors that ``write`` will overwrite.
+        shapes: shapes of the tensors that ``write`` will overwrite, by name.
         device: device of the model, such as ``cpu`` or ``cuda``.
         heads: the experts' classification heads by expert, for ``use``.
         labels: the labels of a classifier's head, where they differ from those of the folder.
@@ -39,7 +40,7 @@ class LiveModel:
     """
 
     def __init__(
-        self, settings: ModelSettings, folder: Path, names: Iterable[str], device: str,
+        self, settings: ModelSettings, folder: Path, shapes: Mapping[str, tuple[int, ...]], device: str,
         heads: Mapping[str, Mapping[str, Tensor]] | None = None, labels: Sequence[str] = (),
     ) -> None:  # fmt: skip
         import transformers
@@ -48,11 +49,11 @@ class LiveModel:
         transformers.utils.logging.set_verbosity_error()  # missing tensors, which it would report, are checked below
         self.device = torch.device(device)
         self.listener: Listener | None = None
-        self.folder, self._heads, names = folder, heads or {}, list(names)
+        self.folder, self._heads = folder, heads or {}
         self.module, loaded = model_class(settings.kind).from_pretrained(
             folder, dtype=settings.compute, use_safetensors=True, output_loading_info=True, **labelled(labels)
         )
-        written = {*names, *(n for head in self._heads.values() for n in head)}
+        written = {*shapes, *(n for head in self._heads.values() for n in head)}
         missing = set(loaded["missing_keys"]) - written
         if missing:  # Transformers would fill them with random numbers
             raise BadInput(
@@ -60,7 +61,7 @@ class LiveModel:
                 "give a base of the kind that model.kind names."
             )
         self.module.to(self.device).eval()
-        self._places = self._find(names, folder)
+        self._places = self._find(shapes, folder)
         # lm-eval ties a model's weights when it wraps it, even where the checkpoint holds both tensors. This stops it.
         self.module.tie_weights = lambda *_, **__: None
 
@@ -106,7 +107,11 @@ class LiveModel:
         return outputs
 
     def linear_layers(self) -> dict[str, torch.nn.Linear]:
-        """The linear layers by the name of their weight in the checkpoint, without the one that names tokens."""
+        """The linear layers by the name of their weight in the checkpoint, without the one that names tokens.
+
+        Raises BadInput for a mixture of experts, most of whose layers are not among them.
+        """
+        refuse_experts(self.module, "search")
         names, last = {t.data_ptr(): n for n, t in self._places.items()}, self.module.get_output_embeddings()
         linear = (m for m in self.module.modules() if isinstance(m, torch.nn.Linear) and m is not last)
         return {names[m.weight.data_ptr()]: m for m in linear if m.weight.data_ptr() in names}
@@ -125,11 +130,14 @@ class LiveModel:
             return int(self.module.config.num_labels)
         return int(list(self._heads[head].values())[-1].shape[0])
 
-    def _find(self, names: Iterable[str], folder: Path) -> dict[str, Tensor]:
-        places = places_of(self.module, names, folder)
+    def _find(self, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> dict[str, Tensor]:
+        """The memory of each tensor: a whole parameter, or a slice of one."""
+        parts = parts_of(self.module, shapes, folder)
+        places = places_of(self.module, (n for n in shapes if n not in parts), folder)
         self._untie(places.values())
         state = self.module.state_dict(keep_vars=False)
-        return {name: state[found] for name, found in places.items()}
+        slices = {name: part.within(state[part.parameter]) for name, part in parts.items()}
+        return {name: state[found] for name, found in places.items()} | slices
 
     def _untie(self, names: Iterable[str]) -> None:
         """Give each of these tensors memory of its own.

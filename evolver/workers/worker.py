@@ -77,9 +77,10 @@ def build_model(
     Raises BadInput for a backend that is not installed, and for a base that is not of the kind ``model.kind``.
     """
     if config.evaluation.backend == "resident":
-        names = opened.base.names() if folder is None else []
-        labels = opened.labels if folder is None else ()
-        return LiveModel(config.model, folder or opened.base.path, names, device, opened.heads, labels)
+        if folder is not None:
+            return LiveModel(config.model, folder, {}, device, opened.heads)
+        shapes = {name: info.shape for name, info in opened.base.headers.items()}
+        return LiveModel(config.model, opened.base.path, shapes, device, opened.heads, opened.labels)
     from evolver.evaluation.language.launched import LaunchedModel  # imports lm-eval, which takes seconds
 
     model = LaunchedModel(config.evaluation, room=4 * opened.base.scalars)  # 4 bytes a scalar: the widest dtype
