@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from evolver.checkpoints.doubts import suspicions
+from evolver.checkpoints.agreement import Agreement
+from evolver.checkpoints.doubts import left_out, suspicions
 from evolver.checkpoints.shards import SHARD_BYTES
-from evolver.checkpoints.sources import open_base, open_expert
+from evolver.checkpoints.sources import is_delta, open_base, open_expert
 from evolver.checkpoints.weights import Checkpoint, Source, digests
 from evolver.errors import BadInput
 from evolver.kernels.compiled import Kernels
@@ -47,12 +48,14 @@ class OpenedFile:
         base: the base model.
         sources: all models by their names in the file.
         vocabulary: the common vocabulary, where the file names a tokenizer; the models then appear to have it.
+        left_out: sentences about tensors that are not merged.
     """
 
     configuration: mergekit.Configuration
     base: Checkpoint
     sources: dict[str, Source]
     vocabulary: Vocabulary | None = None
+    left_out: tuple[str, ...] = ()
 
 
 def open_merge(path: str | Path) -> OpenedFile:
@@ -65,9 +68,14 @@ def open_merge(path: str | Path) -> OpenedFile:
     if adapter:
         raise BadInput(f"{path}: base_model: {configuration.origin} names an adapter; give a model without one.")
     base = open_base(location, f"{path}: base_model")
-    same = configuration.tokenizer is None
+    names, same = Agreement(base), configuration.tokenizer is None
+    references = configuration.references
+    # An adapter changes tensors of the base by name, so the base has to have its names by then.
+    last = {r for r in references if "+" in r or (r != location and is_delta(r, f"{path}: models"))}
+    found = {r: _open(r, names, location, path, same) for r in sorted(references, key=last.__contains__)}
+    names.settle([*found.values(), *(getattr(s, "base", base) for s in found.values())])
     opened = OpenedFile(
-        configuration, base, {r: _open(r, base, location, path, same) for r in configuration.references}
+        configuration, base, {r: found[r] for r in references}, left_out=tuple(left_out(found.values()))
     )
     return opened if configuration.tokenizer is None else _aligned(opened, configuration.tokenizer, str(path))
 
@@ -77,7 +85,7 @@ def _aligned(opened: OpenedFile, tokenizer: mergekit.Tokenizer, file: str) -> Op
     known = {r: known_tokens(s) for r, s in models.items()}
     target = vocabulary(tokenizer.source, tokenizer.tokens, tokenizer.pad_to_multiple_of, known, base, file)
     seen = {r: Aligned(s, r, target, models, opened.base) for r, s in models.items()}
-    return OpenedFile(opened.configuration, seen[base], dict(seen), target)
+    return OpenedFile(opened.configuration, seen[base], dict(seen), target, opened.left_out)
 
 
 def merge_file(
@@ -101,6 +109,8 @@ def merge_file(
     opened = open_merge(path)
     chat_template = _chat_template(opened, str(path))
     known = digests(opened.sources)
+    for said in opened.left_out:
+        warn(said)
     if opened.vocabulary is None:  # otherwise the models have different shapes and cannot be compared
         for doubt in suspicions(opened.base, [s for s in opened.sources.values() if s is not opened.base]):
             warn(doubt)
@@ -147,12 +157,12 @@ def _chat_template(opened: OpenedFile, path: str) -> str | None:
     return None if wanted is None else chat.template(wanted, folders, f"{path}: chat_template")
 
 
-def _open(reference: str, base: Checkpoint, base_location: str, path: str | Path, same_tokens: bool) -> Source:
+def _open(reference: str, names: Agreement, base_location: str, path: str | Path, same_tokens: bool) -> Source:
     location, _, adapter = reference.partition("+")
-    key = f"{path}: models"
+    key, base = f"{path}: models", names.base
+    own = base if location == base_location else open_expert(location, base, key, same_tokens, names)
     if not adapter:
-        return base if location == base_location else open_expert(location, base, key, same_tokens)
-    own = base if location == base_location else open_expert(location, base, key, same_tokens)
+        return own
     if not isinstance(own, Checkpoint):
         raise BadInput(f"{key}: {location} is an adapter itself; give the model that {adapter} was trained on.")
     return open_expert(adapter, own, key)

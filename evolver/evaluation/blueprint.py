@@ -7,24 +7,21 @@ on the device ``meta``, whose tensors have shapes and no values: building it tak
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from evolver.checkpoints.model_settings import impossible_value
 from evolver.config import ModelSettings
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.live import labelled, model_class, open_tokenizer, places_of
 
 # Values of evaluation.backend with which a class of lm-eval loads candidates by Transformers.
 HF = ("hf", "hf-auto", "huggingface")
-# No model has as many layers or experts. Transformers would make them one by one, for hours.
-MOST_PARTS = 10_000
-PART_COUNTS = re.compile(r"(n|num)_.*(layer|expert)")
 # How Transformers says that a value of config.json has another type than the key wants.
 WRONG_TYPE = re.compile(r"Field '(\w+)' expected (\w+), got \w+ \(value: (.*?)\)")
 WRONG_TYPES = re.compile(r"Field '(\w+)' with value (.*?) doesn't match any type")
@@ -102,11 +99,8 @@ def _built(settings: ModelSettings, folder: Path, labels: Sequence[str]) -> Any:
     import transformers
 
     raw = json.loads((folder / "config.json").read_text())
-    for key, value in _values(raw):
-        if isinstance(value, float) and math.isnan(value):
-            raise _unusable(folder, f"{key} is no number")
-        if PART_COUNTS.match(key) and isinstance(value, int) and value > MOST_PARTS:
-            raise _unusable(folder, f"{key} is {value}")
+    if (reason := impossible_value(raw)) is not None:
+        raise _unusable(folder, reason)
     transformers.utils.logging.set_verbosity_error()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **labelled(labels, False))
@@ -135,18 +129,6 @@ def _read_generation_settings(folder: Path) -> None:
             f"model.base: {folder / 'generation_config.json'} cannot be read ({reason_of(error)}); copy the file "
             "again, or remove it."
         ) from error
-
-
-def _values(raw: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of nested mappings and lists, with the nearest key above it."""
-    if isinstance(raw, dict):
-        for name, value in raw.items():
-            yield from _values(value, str(name))
-    elif isinstance(raw, list):
-        for value in raw:
-            yield from _values(value, key)
-    else:
-        yield key, raw
 
 
 def _unusable(folder: Path, reason: str) -> BadInput:
