@@ -11,31 +11,27 @@ from typing import Any
 
 import torch
 
-from evolver.checkpoints.names import ClassNames, class_names
+from evolver.checkpoints.names import ClassNames
 from evolver.checkpoints.weights import HEAD, TOKEN_MATRICES, Checkpoint, Source, is_head
 from evolver.errors import BadInput
 from evolver.records import layer_of
 
-# What the class of a model calls its tensors; None where there is no such class.
-Reader = Callable[[Checkpoint], ClassNames | None]
+# A model of the class of a checkpoint, which needs no weights; None where there is no such class.
+Build = Callable[[Checkpoint], Any]
 # So many rows are compared before two whole matrices are.
 FIRST_ROWS = 64
-
-
-def named_class(model: Checkpoint) -> ClassNames | None:
-    """The class that a model's own configuration names."""
-    return class_names(model.path, model.config)
 
 
 class Agreement:
     """The names of a base, to which those of its experts are brought.
 
     Args:
-        reader: finds the class of a model. It is asked where names differ, as that takes a second.
+        build: makes a model of the class. It is asked where names differ, as that takes a second; default: there is
+            no class, and models are compared by their names as they stand.
     """
 
-    def __init__(self, base: Checkpoint, reader: Reader = named_class) -> None:
-        self.base, self._reader = base, reader
+    def __init__(self, base: Checkpoint, build: Build = lambda _: None) -> None:
+        self.base, self._build = base, build
         self._loaded: dict[str, str] | None = None  # the base's names by those of the class
         self._twins: dict[str, str] = {}
         self._brought: list[Checkpoint] = []
@@ -102,10 +98,10 @@ class Agreement:
         Args:
             alike: models with the same names, which stay so.
         """
-        known = self._reader(model)
-        if known is None:
+        module = self._build(model)
+        if module is None:
             return None
-        reading = known.read(model.names())
+        reading = ClassNames(module).read(model.names())
         names = {}
         for name, loaded in reading.loaded.items():
             names[loaded if name in reading.bare else name] = name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,9 +17,6 @@ COMPUTING = (
     "embedding_multiplier", "num_experts_per_tok", "norm_topk_prob",
 )  # fmt: skip
 ROTARY_KEYS = ("rope_theta", "rope_scaling")
-# No model has as many layers or experts. Transformers would make them one by one, for hours.
-MOST_PARTS = 10_000
-PART_COUNTS = re.compile(r"(n|num)_.*(layer|expert)")
 
 
 def differing_settings(expert: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -61,25 +57,3 @@ def _scaling(value: Any) -> Any:
         return value
     named = {("rope_type" if k == "type" else k): v for k, v in value.items()}
     return None if named.get("rope_type", "default") == "default" else named
-
-
-def impossible_value(config: Mapping[str, Any]) -> str | None:
-    """What no model can be built from, in words: a value that is no number, or a number of layers that none has."""
-    for key, value in _values(config):
-        if isinstance(value, float) and math.isnan(value):
-            return f"{key} is no number"
-        if PART_COUNTS.match(key) and isinstance(value, int) and value > MOST_PARTS:
-            return f"{key} is {value}"
-    return None
-
-
-def _values(raw: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of nested mappings and lists, with the nearest key above it."""
-    if isinstance(raw, dict):
-        for name, value in raw.items():
-            yield from _values(value, str(name))
-    elif isinstance(raw, list):
-        for value in raw:
-            yield from _values(value, key)
-    else:
-        yield key, raw

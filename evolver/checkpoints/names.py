@@ -11,12 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
-
-import torch
-
-from evolver.checkpoints.model_settings import impossible_value
 
 # Modules that torch.compile and parallel training put around a model, or around parts of it.
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -138,31 +133,3 @@ class ClassNames:
             return own, whole + own if target.startswith(whole) and not own.startswith(whole) else own
 
         return find
-
-
-def class_names(folder: Path, config: Mapping[str, Any], loader: Any = None) -> ClassNames | None:
-    """What the class of a model calls its tensors; None where Transformers has no such class, or cannot build it.
-
-    Args:
-        folder: of the model.
-        config: content of its ``config.json``.
-        loader: one of Transformers' automatic classes; None: the class that ``config.json`` names.
-    """
-    if config.get("model_type") is None or impossible_value(config) is not None:
-        return None
-    import transformers
-
-    named = next(iter(config.get("architectures") or []), None)
-    if loader is None and not hasattr(transformers, str(named)):
-        return None
-    before = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        settings = transformers.AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            build = getattr(transformers, str(named))._from_config if loader is None else loader.from_config
-            return ClassNames(build(settings, dtype=torch.float32))
-    except Exception:  # every architecture reads its settings in its own way; what is wrong is said where models load
-        return None
-    finally:
-        transformers.utils.logging.set_verbosity(before)

@@ -44,7 +44,7 @@ def open_expert(
     LoRA adapter or a GGUF file, or a hub id.
 
     Args:
-        names: the base's names, which the expert's tensors get; default: those of the base alone.
+        names: the base's names, which the expert's tensors get; default: those on which these two agree.
 
     Raises BadInput for another architecture, another vocabulary, or tensors that do not match.
     """
@@ -52,7 +52,10 @@ def open_expert(
     known = _format_of(path)
     expert: Source = known.open(path, key, base, base.headless) if known else Checkpoint(path, key, base.headless)
     if isinstance(expert, Checkpoint):
-        _check_same_family(expert, base, key, same_tokens, names or Agreement(base))
+        common = names or Agreement(base)
+        _check_same_family(expert, base, key, same_tokens, common)
+        if names is None:
+            common.settle([expert])
     return expert
 
 

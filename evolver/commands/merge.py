@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,7 +69,7 @@ def open_merge(path: str | Path) -> OpenedFile:
     if adapter:
         raise BadInput(f"{path}: base_model: {configuration.origin} names an adapter; give a model without one.")
     base = open_base(location, f"{path}: base_model")
-    names, same = Agreement(base), configuration.tokenizer is None
+    names, same = Agreement(base, _without_weights), configuration.tokenizer is None
     references = configuration.references
     # An adapter changes tensors of the base by name, so the base has to have its names by then.
     last = {r for r in references if "+" in r or (r != location and is_delta(r, f"{path}: models"))}
@@ -78,6 +79,12 @@ def open_merge(path: str | Path) -> OpenedFile:
         configuration, base, {r: found[r] for r in references}, left_out=tuple(left_out(found.values()))
     )
     return opened if configuration.tokenizer is None else _aligned(opened, configuration.tokenizer, str(path))
+
+
+def _without_weights(model: Checkpoint) -> Any:
+    from evolver.evaluation.blueprint import without_weights  # slow, and most models have one set of names
+
+    return without_weights(model.path, model.config)
 
 
 def _aligned(opened: OpenedFile, tokenizer: mergekit.Tokenizer, file: str) -> OpenedFile:

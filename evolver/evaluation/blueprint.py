@@ -7,21 +7,24 @@ on the device ``meta``, whose tensors have shapes and no values: building it tak
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from evolver.checkpoints.model_settings import impossible_value
 from evolver.config import ModelSettings
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.live import labelled, model_class, open_tokenizer, places_of
 
 # Values of evaluation.backend with which a class of lm-eval loads candidates by Transformers.
 HF = ("hf", "hf-auto", "huggingface")
+# No model has as many layers or experts. Transformers would make them one by one, for hours.
+MOST_PARTS = 10_000
+PART_COUNTS = re.compile(r"(n|num)_.*(layer|expert)")
 # How Transformers says that a value of config.json has another type than the key wants.
 WRONG_TYPE = re.compile(r"Field '(\w+)' expected (\w+), got \w+ \(value: (.*?)\)")
 WRONG_TYPES = re.compile(r"Field '(\w+)' with value (.*?) doesn't match any type")
@@ -98,8 +101,7 @@ def _built(settings: ModelSettings, folder: Path, labels: Sequence[str]) -> Any:
     """The module on the device ``meta``."""
     import transformers
 
-    raw = json.loads((folder / "config.json").read_text())
-    if (reason := impossible_value(raw)) is not None:
+    if (reason := _impossible(json.loads((folder / "config.json").read_text()))) is not None:
         raise _unusable(folder, reason)
     transformers.utils.logging.set_verbosity_error()
     try:
@@ -129,6 +131,53 @@ def _read_generation_settings(folder: Path) -> None:
             f"model.base: {folder / 'generation_config.json'} cannot be read ({reason_of(error)}); copy the file "
             "again, or remove it."
         ) from error
+
+
+def without_weights(folder: Path, config: Mapping[str, Any], loader: Any = None) -> Any | None:
+    """A model of a folder without its weights, for its names; None where Transformers has no such class or cannot build
+    it, which is said where models are loaded.
+
+    Args:
+        config: content of the folder's ``config.json``.
+        loader: one of Transformers' automatic classes; None: the class that ``config.json`` names.
+    """
+    if config.get("model_type") is None or _impossible(config) is not None:
+        return None
+    import transformers
+
+    named = str(next(iter(config.get("architectures") or []), None))
+    if loader is None and not hasattr(transformers, named):
+        return None
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        settings = transformers.AutoConfig.from_pretrained(folder)
+        build = getattr(transformers, named)._from_config if loader is None else loader.from_config
+        with torch.device("meta"):
+            return build(settings, dtype=torch.float32)
+    except Exception:  # every architecture reads its configuration in its own way
+        return None
+
+
+def _impossible(config: Any) -> str | None:
+    """What no model can be built from, in words: a value that is no number, or a number of layers that none has."""
+    for key, value in _values(config):
+        if isinstance(value, float) and math.isnan(value):
+            return f"{key} is no number"
+        if PART_COUNTS.match(key) and isinstance(value, int) and value > MOST_PARTS:
+            return f"{key} is {value}"
+    return None
+
+
+def _values(raw: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested mappings and lists, with the nearest key above it."""
+    if isinstance(raw, dict):
+        for name, value in raw.items():
+            yield from _values(value, str(name))
+    elif isinstance(raw, list):
+        for value in raw:
+            yield from _values(value, key)
+    else:
+        yield key, raw
 
 
 def _unusable(folder: Path, reason: str) -> BadInput:

@@ -11,12 +11,11 @@ import torch
 from evolver.checkpoints.agreement import Agreement
 from evolver.checkpoints.doubts import left_out
 from evolver.checkpoints.heads import Head, Relabelled, all_labels, head_digest, head_of, labels_in_order
-from evolver.checkpoints.names import class_names
 from evolver.checkpoints.sources import is_delta, open_base, open_expert
 from evolver.checkpoints.weights import Checkpoint, Source, digests
 from evolver.config import Config, EvaluationSettings
 from evolver.errors import BadInput
-from evolver.evaluation.blueprint import HF, Blueprint, ModelFolder, check_architecture
+from evolver.evaluation.blueprint import HF, Blueprint, ModelFolder, check_architecture, without_weights
 from evolver.evaluation.live import free_memory, kinds_of, model_class
 from evolver.workers.compute import refuse_compute, stored_dtype
 
@@ -78,7 +77,7 @@ def open_named(config: Config, location: str, key: str, headless: bool = False) 
     loader = model_class(config.model.kind) if config.evaluation.backend in TRANSFORMERS else None
     base = open_base(location, key, headless)
     check_kind(config, base)  # an expert would be said to differ from a base that is wrong itself
-    names = Agreement(base, lambda model: class_names(model.path, model.config, loader))
+    names = Agreement(base, lambda model: without_weights(model.path, model.config, loader))
     if loader is not None:
         names.ask_class()
     return names
