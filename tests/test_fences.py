@@ -29,7 +29,12 @@ FENCES = {
     "optuna": ("evolver.search",),
     "lm_eval": ("evolver.evaluation.language", "evolver.evaluation.judges.language"),
     "datasets": ("evolver.evaluation",),
-    "transformers": ("evolver.evaluation", "evolver.checkpoints.gguf", "evolver.training"),
+    "transformers": (
+        "evolver.evaluation",
+        "evolver.checkpoints.gguf",
+        "evolver.checkpoints.names",
+        "evolver.training",
+    ),
     "gguf": ("evolver.checkpoints.gguf",),
     "peft": ("evolver.training",),
     "fsspec": ("evolver.storage",),

@@ -12,16 +12,26 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from evolver.checkpoints.model_settings import differing_settings
-from evolver.checkpoints.weights import DIGEST_BYTES, HEAD, Checkpoint, Source, cached, digests
+from evolver.checkpoints.weights import DIGEST_BYTES, Checkpoint, Source, cached, digests
 from evolver.errors import BadInput
 from evolver.kernels import execute, native
 from evolver.kernels.encoded import FLOAT32, Code
 from evolver.kernels.program import Program
-from evolver.records import layer_of
 
 # A distance to the base, in norms of the base, that no fine-tune has: at equal norms an angle of 41°. Fine-tunes are
 # at 0.0001 to 0.1, training on with much new data may reach a few tenths, an unrelated model has a right angle: 1.4.
 FAR = 0.7
+
+
+def left_out(models: Iterable[Source]) -> list[str]:
+    """Which tensors are not merged as the class of their model has no place for them, a sentence for each model."""
+    said = {id(m): m for m in models if isinstance(m, Checkpoint) and m.ignored}
+    return [
+        f"{m.key} ({m.path}) holds {len(m.ignored)} tensor{'s' if len(m.ignored) > 1 else ''} that the model's class "
+        f"has no place for, such as {min(m.ignored)}; Transformers passes over them when it loads the model, and so "
+        "do merges."
+        for m in said.values()
+    ]
 
 
 def suspicions(base: Checkpoint, experts: Iterable[Source]) -> list[str]:
@@ -33,7 +43,7 @@ def suspicions(base: Checkpoint, experts: Iterable[Source]) -> list[str]:
     known, first, out = digests(sources), dict[str, Source](), []
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         surveys = list(pool.map(lambda s: _survey(s, base), sources.values()))
-    for (number, source), (distance, own_head) in zip(sources.items(), surveys, strict=True):
+    for (number, source), distance in zip(sources.items(), surveys, strict=True):
         which = f"{source.key} ({source.path})"
         twin = first.setdefault(known[number], source)
         if twin is not source:
@@ -44,11 +54,6 @@ def suspicions(base: Checkpoint, experts: Iterable[Source]) -> list[str]:
             out.append(
                 f"{which} is {distance:.2f} norms of the base away from the base ({base.path}), where fine-tunes are "
                 "at 0.1 or less and unrelated models at 1.4; check that it was trained from this base."
-            )
-        if own_head:
-            out.append(
-                f"{which} has an output head, which is left out, because the base ({base.path}) uses its embedding as "
-                "the head."
             )
         if other := _other_settings(source, base):
             out.append(
@@ -71,16 +76,10 @@ def _short(value: object) -> str:
     return said if len(said) <= 100 else f"{said[:100]}…"
 
 
-def _survey(expert: Source, base: Checkpoint) -> tuple[float, bool]:
-    """‖θ - θ₀‖ / ‖θ₀‖ over all floating tensors, and whether there is a head that the base does not have."""
-
-    def compute() -> str:
-        return json.dumps([_distance(expert, base), _has_own_head(expert, base)])
-
-    distance, own_head = json.loads(
-        cached("surveys-headless" if base.headless else "surveys", [*base.files(), *expert.files()], compute)
-    )
-    return distance, own_head
+def _survey(expert: Source, base: Checkpoint) -> float:
+    """‖θ - θ₀‖ / ‖θ₀‖ over all floating tensors."""
+    kind = "distances-headless" if base.headless else "distances"
+    return float(cached(kind, [*base.files(), *expert.files()], lambda: repr(_distance(expert, base))))
 
 
 def _distance(expert: Source, base: Checkpoint) -> float:
@@ -113,12 +112,3 @@ def _squares() -> Code:
     (ours.double() - theirs.double()).square().total()
     theirs.double().square().total()
     return program.code(program.results)
-
-
-def _has_own_head(expert: Source, base: Checkpoint) -> bool:
-    """Whether a head that the base lacks is more than the embedding under its second name."""
-    for name in (n for n in expert.names() if n.endswith(HEAD) and n not in base.headers):
-        head = expert.tensor(name)
-        outside = [n for n, i in base.headers.items() if layer_of(n) is None and i.shape == head.shape]
-        return not any(torch.equal(head, expert.tensor(n)) for n in outside)
-    return False

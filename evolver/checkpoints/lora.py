@@ -63,6 +63,8 @@ class LoraAdapter:
         return self.base.names()
 
     def tensor(self, name: str) -> Tensor:
+        if name not in self._pairs and name not in self._whole:
+            name = self.base.tied.get(name, name)
         origin = self.base.tensor(name)
         start = self._handle.get_tensor(self._whole[name]) if name in self._whole else origin
         if name not in self._pairs:

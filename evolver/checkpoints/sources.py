@@ -8,9 +8,10 @@ import pkgutil
 from pathlib import Path
 
 from evolver import checkpoints
+from evolver.checkpoints.agreement import Agreement
 from evolver.checkpoints.formats import FORMATS, ModelFormat
 from evolver.checkpoints.places import refuse_missing
-from evolver.checkpoints.weights import HEAD, TOKEN_MATRICES, TOKENIZER_FILE, Checkpoint, Source
+from evolver.checkpoints.weights import TOKEN_MATRICES, TOKENIZER_FILE, Checkpoint, Source
 from evolver.errors import BadInput, cause_of, refuse_special
 from evolver.storage import is_remote
 from evolver.storage.fetch import fetched
@@ -36,9 +37,14 @@ def open_base(location: str, key: str = "model.base", headless: bool = False) ->
     return base
 
 
-def open_expert(location: str, base: Checkpoint, key: str, same_tokens: bool = True) -> Source:
+def open_expert(
+    location: str, base: Checkpoint, key: str, same_tokens: bool = True, names: Agreement | None = None
+) -> Source:
     """The expert at ``location``, checked against the base: a folder of weights, what any other format holds, such as a
     LoRA adapter or a GGUF file, or a hub id.
+
+    Args:
+        names: the base's names, which the expert's tensors get; default: those on which these two agree.
 
     Raises BadInput for another architecture, another vocabulary, or tensors that do not match.
     """
@@ -46,8 +52,17 @@ def open_expert(location: str, base: Checkpoint, key: str, same_tokens: bool = T
     known = _format_of(path)
     expert: Source = known.open(path, key, base, base.headless) if known else Checkpoint(path, key, base.headless)
     if isinstance(expert, Checkpoint):
-        _check_same_family(expert, base, key, same_tokens)
+        common = names or Agreement(base)
+        _check_same_family(expert, base, key, same_tokens, common)
+        if names is None:
+            common.settle([expert])
     return expert
+
+
+def is_delta(location: str, key: str) -> bool:
+    """Whether what lies at ``location`` holds only what a model changes in its base, such as a LoRA adapter."""
+    known = _format_of(_locate(location, key))
+    return known is not None and known.delta
 
 
 def _format_of(path: Path) -> ModelFormat | None:
@@ -55,7 +70,9 @@ def _format_of(path: Path) -> ModelFormat | None:
     return next((f for f in FORMATS.values() if f.recognises(path)), None)
 
 
-def _check_same_family(expert: Checkpoint, base: Checkpoint, key: str, same_tokens: bool) -> None:
+def _check_same_family(
+    expert: Checkpoint, base: Checkpoint, key: str, same_tokens: bool, names: Agreement
+) -> None:  # fmt: skip
     kinds = [c.config.get("model_type") for c in (expert, base)]
     if kinds[0] != kinds[1]:
         raise BadInput(
@@ -64,7 +81,8 @@ def _check_same_family(expert: Checkpoint, base: Checkpoint, key: str, same_toke
         )
     if same_tokens:
         _check_same_tokens(expert, base, key)
-    _check_same_tensors(expert, base, key, same_tokens)
+    names.bring(expert)
+    _check_same_shapes(expert, base, key, same_tokens)
 
 
 def _check_same_tokens(expert: Checkpoint, base: Checkpoint, key: str) -> None:
@@ -82,14 +100,7 @@ def _check_same_tokens(expert: Checkpoint, base: Checkpoint, key: str) -> None:
         )
 
 
-def _check_same_tensors(expert: Checkpoint, base: Checkpoint, key: str, same_tokens: bool) -> None:
-    extra = set(expert.headers) - set(base.headers)
-    if base.config.get("tie_word_embeddings", True):
-        extra = {n for n in extra if not n.endswith(HEAD)}  # the embedding under its second name
-    missing = set(base.headers) - set(expert.headers)
-    for names, says in ((missing, "lacks"), (extra, "has, unlike the base,")):
-        if names:
-            raise BadInput(f"{key}: {expert.path} {says} the tensor {min(names)}; only fine-tunes of the base merge.")
+def _check_same_shapes(expert: Checkpoint, base: Checkpoint, key: str, same_tokens: bool) -> None:
     for name, info in base.headers.items():
         free = 0 if same_tokens or not name.endswith(TOKEN_MATRICES) else 1  # the rows of tokens may differ in number
         if expert.headers[name].shape[free:] != info.shape[free:]:

@@ -16,12 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from evolver.checkpoints.names import is_computed, plain_names, wrapper_patterns
 from evolver.errors import BadInput, cause_of, refuse_special
 from evolver.kernels import native
 from evolver.records import layer_of
@@ -74,13 +76,22 @@ def is_head(name: str) -> bool:
 class Checkpoint:
     """A Hugging Face folder with ``model.safetensors`` or shards and their index.
 
+    Tensors have the names that Transformers gives them as far as these show by themselves; ``agreement`` asks the
+    model's class for the others. Tables that a model computes by itself, such as masks, are left out.
+
     Args:
         headless: see the model without its classification head.
+
+    Attributes:
+        tied: with the values of which tensor another one is read that the files do not hold, by its name.
+        ignored: tensors of the files that the model's class has no place for, as far as it was asked.
 
     Raises BadInput where the folder is no checkpoint, or a file of it is truncated or not safetensors.
     """
 
     headless = False
+    tied: Mapping[str, str] = MappingProxyType({})
+    ignored: tuple[str, ...] = ()
 
     def __init__(self, path: Path, key: str, headless: bool = False) -> None:
         self.path, self.key, self.headless = path, key, headless
@@ -91,12 +102,44 @@ class Checkpoint:
         for file in _weight_files(path, key):
             handle = open_tensors(path / file, key)
             self._files[file] = handle
-            kept = [k for k in handle.keys() if not (headless and is_head(k))]  # noqa: SIM118  # it is no mapping
-            self._place.update(dict.fromkeys(kept, file))
+            self._place.update(dict.fromkeys(handle.keys(), file))
+        plain = plain_names(self._place)
+        self._place = {n: f for n, f in self._place.items() if not (headless and is_head(plain[n]))}
+        # The name in the files of every tensor by the name under which it is seen.
+        self._stored = {plain[n]: n for n in self._place if not is_computed(plain[n], lambda n=n: self._shape(n))}
 
     @cached_property
     def headers(self) -> dict[str, TensorInfo]:
-        return {n: self._info(n) for n in sorted(self._place)}
+        return {n: self._info(self._stored[n]) for n in sorted(self._stored)}
+
+    @property
+    def stored(self) -> Mapping[str, str]:
+        """The name in the files of every tensor by its own name."""
+        return self._stored
+
+    @property
+    def wrappers(self) -> dict[str, str]:
+        """The patterns, and what takes their place, with which Transformers reads names that have wrappers."""
+        return wrapper_patterns(self._place)
+
+    def read_as(self, names: Mapping[str, str]) -> None:
+        """See tensors under other names; those that are not listed are left out.
+
+        Args:
+            names: the present name by the new one.
+        """
+        self._stored = {new: self._stored[old] for new, old in names.items()}
+        self.tied = {new: source for new, source in self.tied.items() if new in names}
+        self._forget()
+
+    def tie(self, name: str, source: str) -> None:
+        """See a tensor that the files do not hold with the values of another one."""
+        self._stored[name], self.tied = self._stored[source], {**self.tied, name: source}
+        self._forget()
+
+    def _forget(self) -> None:
+        for derived in ("headers", "size", "scalars", "layers"):
+            self.__dict__.pop(derived, None)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -116,7 +159,10 @@ class Checkpoint:
         return list(self.headers)
 
     def tensor(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[self._place[name]].get_tensor(name)
+        return self._read(self._stored[name])
+
+    def _read(self, stored: str) -> Tensor:
+        tensor: Tensor = self._files[self._place[stored]].get_tensor(stored)
         return tensor
 
     def files(self) -> list[Path]:
@@ -148,6 +194,9 @@ class Checkpoint:
             raise BadInput(f"{self.key}: {file} is no tokenizer with a vocabulary; copy the model again.")
         return tokens
 
+    def _shape(self, stored: str) -> tuple[int, ...]:
+        return tuple(self._files[self._place[stored]].get_slice(stored).get_shape())
+
     def _info(self, name: str) -> TensorInfo:
         piece = self._files[self._place[name]].get_slice(name)
         dtype = piece.get_dtype()
@@ -156,11 +205,14 @@ class Checkpoint:
         return TensorInfo(tuple(piece.get_shape()), DTYPES[dtype])
 
     def _digest(self) -> str:
-        return digest_of_tensors((name, self._finite(name)) for name in self.headers)[:20]
+        """Of what the files hold, under the names that it has there: it does not depend on the other models."""
+        used = set(self._stored.values())
+        return digest_of_tensors((name, self._checked(name, name in used)) for name in sorted(self._place))[:20]
 
-    def _finite(self, name: str) -> Tensor:
-        tensor = self.tensor(name)
-        check_finite(tensor, name, self.path, self.key)
+    def _checked(self, stored: str, used: bool) -> Tensor:
+        tensor = self._read(stored)
+        if used:
+            check_finite(tensor, stored, self.path, self.key)
         return tensor
 
 

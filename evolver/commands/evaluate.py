@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from evolver.checkpoints.sources import open_base
 from evolver.config import Config, computing, load
 from evolver.driver.check import answer_again
 from evolver.driver.prepare import block_of
@@ -20,7 +19,7 @@ from evolver.evaluation.tasks import load_tasks
 from evolver.records import Split
 from evolver.report.text import markdown_table, score_text
 from evolver.workers.compute import is_open, settled
-from evolver.workers.opened import Opened, check_backend_device, check_device, check_kind, draw_up, open_models
+from evolver.workers.opened import Opened, check_backend_device, check_device, draw_up, open_models, open_named
 from evolver.workers.worker import build_model, choose_compute
 
 COMMAND = "evolver evaluate"
@@ -92,8 +91,7 @@ def score_models(
 def _opened(config: Config, opened: Opened, model: str, device: str) -> Opened:
     """A model in the place of the base, which the device can hold. It has a head of its own, with its own labels."""
     with _said_of(model):
-        found = replace(opened, base=open_base(model, COMMAND), labels=())
-        check_kind(config, found.base)
+        found = replace(opened, base=open_named(config, model, COMMAND).base, labels=())
         check_device(config, found, device)
         return found
 

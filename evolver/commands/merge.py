@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from evolver.checkpoints.doubts import suspicions
+from evolver.checkpoints.agreement import Agreement
+from evolver.checkpoints.doubts import left_out, suspicions
 from evolver.checkpoints.shards import SHARD_BYTES
-from evolver.checkpoints.sources import open_base, open_expert
+from evolver.checkpoints.sources import is_delta, open_base, open_expert
 from evolver.checkpoints.weights import Checkpoint, Source, digests
 from evolver.errors import BadInput
 from evolver.kernels.compiled import Kernels
@@ -48,12 +50,14 @@ class OpenedFile:
         base: the base model.
         sources: all models by their names in the file.
         vocabulary: the common vocabulary, where the file names a tokenizer; the models then appear to have it.
+        left_out: sentences about tensors that are not merged.
     """
 
     configuration: mergekit.Configuration
     base: Checkpoint
     sources: dict[str, Source]
     vocabulary: Vocabulary | None = None
+    left_out: tuple[str, ...] = ()
 
 
 def open_merge(path: str | Path) -> OpenedFile:
@@ -66,11 +70,22 @@ def open_merge(path: str | Path) -> OpenedFile:
     if adapter:
         raise BadInput(f"{path}: base_model: {configuration.origin} names an adapter; give a model without one.")
     base = open_base(location, f"{path}: base_model")
-    same = configuration.tokenizer is None
+    names, same = Agreement(base, _without_weights), configuration.tokenizer is None
+    references = configuration.references
+    # An adapter changes tensors of the base by name, so the base has to have its names by then.
+    last = {r for r in references if "+" in r or (r != location and is_delta(r, f"{path}: models"))}
+    found = {r: _open(r, names, location, path, same) for r in sorted(references, key=last.__contains__)}
+    names.settle([*found.values(), *(getattr(s, "base", base) for s in found.values())])
     opened = OpenedFile(
-        configuration, base, {r: _open(r, base, location, path, same) for r in configuration.references}
+        configuration, base, {r: found[r] for r in references}, left_out=tuple(left_out(found.values()))
     )
     return opened if configuration.tokenizer is None else _aligned(opened, configuration.tokenizer, str(path))
+
+
+def _without_weights(model: Checkpoint) -> Any:
+    from evolver.evaluation.blueprint import without_weights  # slow, and most models have one set of names
+
+    return without_weights(model.path, model.config)
 
 
 def _aligned(opened: OpenedFile, tokenizer: mergekit.Tokenizer, file: str) -> OpenedFile:
@@ -78,7 +93,7 @@ def _aligned(opened: OpenedFile, tokenizer: mergekit.Tokenizer, file: str) -> Op
     known = {r: known_tokens(s) for r, s in models.items()}
     target = vocabulary(tokenizer.source, tokenizer.tokens, tokenizer.pad_to_multiple_of, known, base, file)
     seen = {r: Aligned(s, r, target, models, opened.base) for r, s in models.items()}
-    return OpenedFile(opened.configuration, seen[base], dict(seen), target)
+    return OpenedFile(opened.configuration, seen[base], dict(seen), target, opened.left_out)
 
 
 def merge_file(
@@ -105,6 +120,8 @@ def merge_file(
         warn(sentence)
     chat_template = _chat_template(opened, str(path))
     known = digests(opened.sources)
+    for said in opened.left_out:
+        warn(said)
     if opened.vocabulary is None:  # otherwise the models have different shapes and cannot be compared
         for doubt in suspicions(opened.base, [s for s in opened.sources.values() if s is not opened.base]):
             warn(doubt)
@@ -168,12 +185,12 @@ def _chat_template(opened: OpenedFile, path: str) -> str | None:
     return None if wanted is None else chat.template(wanted, folders, f"{path}: chat_template")
 
 
-def _open(reference: str, base: Checkpoint, base_location: str, path: str | Path, same_tokens: bool) -> Source:
+def _open(reference: str, names: Agreement, base_location: str, path: str | Path, same_tokens: bool) -> Source:
     location, _, adapter = reference.partition("+")
-    key = f"{path}: models"
+    key, base = f"{path}: models", names.base
+    own = base if location == base_location else open_expert(location, base, key, same_tokens, names)
     if not adapter:
-        return base if location == base_location else open_expert(location, base, key, same_tokens)
-    own = base if location == base_location else open_expert(location, base, key, same_tokens)
+        return own
     if not isinstance(own, Checkpoint):
         raise BadInput(f"{key}: {location} is an adapter itself; give the model that {adapter} was trained on.")
     return open_expert(adapter, own, key)

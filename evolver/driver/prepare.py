@@ -85,7 +85,8 @@ def prepare(
         digests = opened.digests() if weights else None
         sampled = cache(lambda expert: _sampled(config, tasks, blueprint, expert))
         maker = RecipeMaker(list(config.experts), opened.base.names(), digests, sampled)
-        warnings = tuple(suspicions(opened.base, opened.experts.values())) if weights else ()
+        warnings = opened.left_out
+        warnings += tuple(suspicions(opened.base, opened.experts.values())) if weights else ()
         warnings += tuple(filter(None, [too_many(config.evaluation.threads)]))
         setup = Setup(
             maker.experts, maker.base, config.seed, config.budget, maker, estimates,

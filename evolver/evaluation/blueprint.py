@@ -103,12 +103,8 @@ def _built(settings: ModelSettings, folder: Path, labels: Sequence[str]) -> Any:
     """The module on the device ``meta``."""
     import transformers
 
-    raw = json.loads((folder / "config.json").read_text())
-    for key, value in _values(raw):
-        if isinstance(value, float) and math.isnan(value):
-            raise _unusable(folder, f"{key} is no number")
-        if PART_COUNTS.match(key) and isinstance(value, int) and value > MOST_PARTS:
-            raise _unusable(folder, f"{key} is {value}")
+    if (reason := _impossible(json.loads((folder / "config.json").read_text()))) is not None:
+        raise _unusable(folder, reason)
     transformers.utils.logging.set_verbosity_error()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **labelled(labels, False))
@@ -137,6 +133,41 @@ def _read_generation_settings(folder: Path) -> None:
             f"model.base: {folder / 'generation_config.json'} cannot be read ({reason_of(error)}); copy the file "
             "again, or remove it."
         ) from error
+
+
+def without_weights(folder: Path, config: Mapping[str, Any], loader: Any = None) -> Any | None:
+    """A model of a folder without its weights, for its names; None where Transformers has no such class or cannot build
+    it, which is said where models are loaded.
+
+    Args:
+        config: content of the folder's ``config.json``.
+        loader: one of Transformers' automatic classes; None: the class that ``config.json`` names.
+    """
+    if config.get("model_type") is None or _impossible(config) is not None:
+        return None
+    import transformers
+
+    named = str(next(iter(config.get("architectures") or []), None))
+    if loader is None and not hasattr(transformers, named):
+        return None
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        settings = transformers.AutoConfig.from_pretrained(folder)
+        build = getattr(transformers, named)._from_config if loader is None else loader.from_config
+        with torch.device("meta"):
+            return build(settings, dtype=torch.float32)
+    except Exception:  # every architecture reads its configuration in its own way
+        return None
+
+
+def _impossible(config: Any) -> str | None:
+    """What no model can be built from, in words: a value that is no number, or a number of layers that none has."""
+    for key, value in _values(config):
+        if isinstance(value, float) and math.isnan(value):
+            return f"{key} is no number"
+        if PART_COUNTS.match(key) and isinstance(value, int) and value > MOST_PARTS:
+            return f"{key} is {value}"
+    return None
 
 
 def _values(raw: Any, key: str = "") -> Iterator[tuple[str, Any]]:

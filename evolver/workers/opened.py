@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from evolver.checkpoints.agreement import Agreement
+from evolver.checkpoints.doubts import left_out
 from evolver.checkpoints.heads import Head, Relabelled, all_labels, head_digest, head_of, labels_in_order
-from evolver.checkpoints.sources import open_base, open_expert
+from evolver.checkpoints.sources import is_delta, open_base, open_expert
 from evolver.checkpoints.weights import Checkpoint, Source, digests
 from evolver.config import Config, EvaluationSettings
 from evolver.errors import BadInput
-from evolver.evaluation.blueprint import HF, Blueprint, ModelFolder, check_architecture
-from evolver.evaluation.live import free_memory, kinds_of
+from evolver.evaluation.blueprint import HF, Blueprint, ModelFolder, check_architecture, without_weights
+from evolver.evaluation.live import free_memory, kinds_of, model_class
 from evolver.workers.compute import refuse_compute, stored_dtype
 
 GIB = 1 << 30
@@ -33,12 +35,14 @@ class Opened:
         experts: the experts by name.
         heads: with ``model.heads: apart``, each expert's classification head by the expert's name.
         labels: with ``model.heads: union``, the labels of all experts, in the order of the merged head.
+        left_out: sentences about tensors that are not merged.
     """
 
     base: Checkpoint
     experts: dict[str, Source]
     heads: dict[str, Head] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def digests(self) -> dict[str, str]:
         own = {f"head of {name}": head_digest(head) for name, head in self.heads.items()}
@@ -50,14 +54,33 @@ def open_models(config: Config) -> Opened:
 
     Raises BadInput where one is no usable checkpoint, and where an expert does not fit the base.
     """
-    base = open_base(config.model.base, headless=config.model.heads != "merged")
-    check_kind(config, base)  # an expert would be said to differ from a base that is wrong itself
-    experts: dict[str, Source] = {n: open_expert(p, base, f"experts.{n}") for n, p in config.experts.items()}
+    names = open_named(config, config.model.base, "model.base", headless=config.model.heads != "merged")
+    base, keyed = names.base, {n: (p, f"experts.{n}") for n, p in config.experts.items()}
+    # An adapter changes tensors of the base by name, so the base has to have its names by then.
+    order = sorted(keyed, key=lambda n: is_delta(*keyed[n]))
+    found = {n: open_expert(keyed[n][0], base, keyed[n][1], names=names) for n in order}
+    names.settle(found.values())
+    experts: dict[str, Source] = {n: found[n] for n in config.experts}
+    said = tuple(left_out([base, *experts.values()]))
     if config.model.heads == "apart":
-        return Opened(base, experts, {n: head_of(s) for n, s in experts.items()})
+        return Opened(base, experts, {n: head_of(s) for n, s in experts.items()}, left_out=said)
     if config.model.heads == "union":
-        return _with_all_labels(base, experts)
-    return Opened(base, experts)
+        return replace(_with_all_labels(base, experts), left_out=said)
+    return Opened(base, experts, left_out=said)
+
+
+def open_named(config: Config, location: str, key: str, headless: bool = False) -> Agreement:
+    """A base, with the names that it has in the class by which it is evaluated; other classes find their own.
+
+    Raises BadInput that names ``key``.
+    """
+    loader = model_class(config.model.kind) if config.evaluation.backend in TRANSFORMERS else None
+    base = open_base(location, key, headless)
+    check_kind(config, base)  # an expert would be said to differ from a base that is wrong itself
+    names = Agreement(base, lambda model: without_weights(model.path, model.config, loader))
+    if loader is not None:
+        names.ask_class()
+    return names
 
 
 def check_kind(config: Config, base: Checkpoint) -> None:
