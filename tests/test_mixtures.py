@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 import weakref
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from toys import evolver, refusal, rows, run_here
 from transformers import (
@@ -34,11 +36,12 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from evolver.checkpoints.sources import open_base, open_expert
 from evolver.checkpoints.weights import Checkpoint
 from evolver.config import ModelSettings, config_at
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
-from evolver.evaluation.fused import parts_of
+from evolver.evaluation.fused import slices_of
 from evolver.evaluation.items import item_hash
 from evolver.evaluation.live import LiveModel
 from evolver.records import Candidate
@@ -208,6 +211,25 @@ def test_a_whole_search_leaves_a_model_in_the_layout_of_the_base(experts, config
     assert json.loads((folder / "best.json").read_text()) == {"items": 40, "equal": 40}
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3"], indirect=True)
+def test_an_exported_adapter_is_what_peft_makes_of_it(experts, configured, tmp_path):
+    """PEFT puts the matrices of single experts together as Transformers does with the weights."""
+    changes = {"search": {"algorithm": "tpe"}, "budget.candidates": 2, "baselines.masses": [1.0]}
+    folder = run_here(configured(**changes), tmp_path / "results")
+    ended = evolver("export", folder, tmp_path / "adapter", "--lora", 2)
+    assert ended.code == 0, ended.err
+    base = open_base(str(experts / "base"))
+    adapter, live = open_expert(str(tmp_path / "adapter"), base, "experts.x"), live_of(experts / "base")
+    live.write((n, adapter.tensor(n)) for n in base.names())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+        theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(experts / "base"), tmp_path / "adapter")
+    found = theirs.merge_and_unload().state_dict()
+    found = {n.replace("modules_to_save.default.", ""): t for n, t in found.items() if "original_module" not in n}
+    for name, tensor in live.module.state_dict().items():
+        torch.testing.assert_close(tensor, found[name], rtol=1e-5, atol=1e-6)
+
+
 def test_a_merge_is_that_of_the_loaded_models(experts, tmp_path):
     models = [{"model": str(experts / n), "parameters": {"weight": 0.5}} for n in ("a", "b")]
     (tmp_path / "merge.yml").write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
@@ -314,7 +336,7 @@ def test_tensors_that_are_put_behind_each_other(tmp_path):
     del tensors[names[1]]
     save_file(tensors, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BadInput, match=r"holds 2 tensors for .*, which do not fill the shape"):
-        parts_of(live.module, shapes_of(tmp_path / "a"), tmp_path / "a")
+        slices_of(live.module, shapes_of(tmp_path / "a"), tmp_path / "a")
 
 
 def test_a_conversion_that_no_slice_can_stand_for_is_refused(tmp_path):

@@ -18,7 +18,7 @@ import torch
 
 from evolver.config import ModelSettings
 from evolver.errors import BadInput, nearest
-from evolver.evaluation.fused import parts_of
+from evolver.evaluation.fused import slices_of
 from evolver.evaluation.live import labelled, model_class, open_tokenizer, places_of
 
 # Values of evaluation.backend with which a class of lm-eval loads candidates by Transformers.
@@ -80,8 +80,8 @@ class Blueprint(ModelFolder):
 
     def _check_tensors(self, shapes: Mapping[str, tuple[int, ...]], heads: Collection[str]) -> None:
         state = self.module.state_dict(keep_vars=True)
-        parts = parts_of(self.module, shapes, self.folder)
-        places = places_of(self.module, (n for n in shapes if n not in parts), self.folder)
+        slices = slices_of(self.module, shapes, self.folder)
+        places = places_of(self.module, (n for n in shapes if n not in slices), self.folder)
         for name, place in places.items():
             if name not in heads and tuple(state[place].shape) != shapes[name]:
                 raise BadInput(
@@ -89,7 +89,7 @@ class Blueprint(ModelFolder):
                     f"is {tuple(state[place].shape)}; copy config.json from the model that the weights belong to."
                 )
         ignored = [re.compile(p) for p in self.module._keys_to_ignore_on_load_missing or ()]
-        there = {id(state[place]) for place in (*places.values(), *(p.parameter for p in parts.values()))}
+        there = {id(state[place]) for place in (*places.values(), *(p.parameter for p in slices.values()))}
         for name, tensor in state.items():
             known = id(tensor) in there or name in heads or any(p.search(name) for p in ignored)
             if not known and name not in (getattr(self.module, "all_tied_weights_keys", None) or {}):

@@ -1,4 +1,4 @@
-"""Parameters that Transformers makes of many stored tensors, and the part of one that each stored tensor is.
+"""Parameters that Transformers makes of many stored tensors, and the slice of one that each stored tensor is.
 
 Published mixtures of experts hold one tensor for each expert. Transformers stacks those of a layer into one parameter
 as it loads them, after it has put two projections of an expert into one. A stored tensor is then a slice of the
@@ -17,14 +17,14 @@ from torch import Tensor
 
 from evolver.errors import BadInput
 
-Shape = tuple[int, ...]
+TensorShape = tuple[int, ...]
 # The operations of Transformers that are understood, in the order in which it does them.
 STACK, JOIN = "MergeModulelist", "Concatenate"
 UNDERSTOOD = ((STACK,), (JOIN,), (STACK, JOIN))
 
 
 @dataclass(frozen=True)
-class Part:
+class ParameterSlice:
     """The slice of a parameter that a stored tensor is.
 
     Attributes:
@@ -43,8 +43,8 @@ class Part:
         return found if self.stacked is None else found.select(*self.stacked)
 
 
-def parts_of(module: Any, shapes: Mapping[str, Shape], folder: Path) -> dict[str, Part]:
-    """The parts that tensors of a checkpoint are of parameters of a Transformers model; tensors that Transformers only
+def slices_of(module: Any, shapes: Mapping[str, TensorShape], folder: Path) -> dict[str, ParameterSlice]:
+    """The slices that tensors of a checkpoint are of parameters of a Transformers model; tensors that Transformers only
     renames are left out.
 
     Args:
@@ -53,7 +53,7 @@ def parts_of(module: Any, shapes: Mapping[str, Shape], folder: Path) -> dict[str
 
     Raises BadInput where the tensors do not fill a parameter wholly, and for other conversions than the ones above.
     """
-    state, parts = module.state_dict(keep_vars=False), dict[str, Part]()
+    state, slices = module.state_dict(keep_vars=False), dict[str, ParameterSlice]()
     for target, (converter, names) in _collected(module, shapes, state).items():
         kinds = tuple(type(operation).__name__ for operation in converter.operations)
         if kinds not in UNDERSTOOD or len(converter.target_patterns) > 1:
@@ -64,8 +64,8 @@ def parts_of(module: Any, shapes: Mapping[str, Shape], folder: Path) -> dict[str
             )
         groups = [names.get(pattern, []) for pattern in converter.source_patterns]
         dims = dict(zip(kinds, (operation.dim for operation in converter.operations), strict=True))
-        parts.update(_placed(target, tuple(state[target].shape), groups, dims, shapes, folder))
-    return parts
+        slices.update(_placed(target, tuple(state[target].shape), groups, dims, shapes, folder))
+    return slices
 
 
 def refuse_experts(module: Any, where: str) -> None:
@@ -113,10 +113,10 @@ def _collected(
 
 
 def _placed(
-    target: str, whole: Shape, groups: Sequence[Sequence[str]], dims: Mapping[str, int], shapes: Mapping[str, Shape],
+    target: str, whole: TensorShape, groups: Sequence[Sequence[str]], dims: Mapping[str, int], shapes: Mapping[str, TensorShape],
     folder: Path,
-) -> dict[str, Part]:  # fmt: skip
-    """The parts of one parameter.
+) -> dict[str, ParameterSlice]:  # fmt: skip
+    """The slices of one parameter.
 
     Args:
         whole: the parameter's shape.
@@ -133,7 +133,7 @@ def _placed(
             f"{again}and by its config.json there are {count * len(groups)}; copy the model again, with its own "
             "config.json."
         )
-    out, start = dict[str, Part](), 0
+    out, start = dict[str, ParameterSlice](), 0
     for group in groups:
         length = 0 if join is None else sum(_stacked(shapes[group[0]], stack, count)[join : join + 1])
         joined = None if join is None else (join, start, length)
@@ -145,7 +145,7 @@ def _placed(
                     f"config.json that has the shape {whole}; copy config.json from the model that the weights belong "
                     "to."
                 )
-            out[name] = Part(target, joined, None if stack is None else (stack, index))
+            out[name] = ParameterSlice(target, joined, None if stack is None else (stack, index))
         start += length
     if join is not None and start != whole[join]:
         raise BadInput(
@@ -155,6 +155,6 @@ def _placed(
     return out
 
 
-def _stacked(shape: Shape, dim: int | None, count: int) -> Shape:
+def _stacked(shape: TensorShape, dim: int | None, count: int) -> TensorShape:
     """The shape of so many tensors on top of each other; ``dim`` None: of the one tensor."""
     return shape if dim is None else (*shape[:dim], count, *shape[dim:])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from evolver.config import ModelSettings
 from evolver.errors import BadInput
-from evolver.evaluation.fused import parts_of, refuse_experts
+from evolver.evaluation.fused import refuse_experts, slices_of
 
 
 class Listener(Protocol):
@@ -132,12 +132,12 @@ class LiveModel:
 
     def _find(self, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> dict[str, Tensor]:
         """The memory of each tensor: a whole parameter, or a slice of one."""
-        parts = parts_of(self.module, shapes, folder)
-        places = places_of(self.module, (n for n in shapes if n not in parts), folder)
+        slices = slices_of(self.module, shapes, folder)
+        places = places_of(self.module, (n for n in shapes if n not in slices), folder)
         self._untie(places.values())
         state = self.module.state_dict(keep_vars=False)
-        slices = {name: part.within(state[part.parameter]) for name, part in parts.items()}
-        return {name: state[found] for name, found in places.items()} | slices
+        whole = {name: state[found] for name, found in places.items()}
+        return whole | {name: part.within(state[part.parameter]) for name, part in slices.items()}
 
     def _untie(self, names: Iterable[str]) -> None:
         """Give each of these tensors memory of its own.
