@@ -81,7 +81,7 @@ class Relabelled(Checkpoint):
     @cached_property
     def headers(self) -> dict[str, TensorInfo]:
         some = next(h for n, h in self.heads.items() if n != "base")
-        shapes = {n: TensorInfo(self._shape(t), t.dtype) for n, t in some.items()}
+        shapes = {n: TensorInfo(self._wanted_shape(t), t.dtype) for n, t in some.items()}
         return dict(sorted({**self.base.headers, **shapes}.items()))
 
     @property
@@ -120,7 +120,7 @@ class Relabelled(Checkpoint):
     def _mean(self, tensors: Sequence[Tensor], info: TensorInfo) -> Tensor:
         return torch.stack([t.float() for t in tensors]).mean(0).to(info.dtype)
 
-    def _shape(self, tensor: Tensor) -> tuple[int, ...]:
+    def _wanted_shape(self, tensor: Tensor) -> tuple[int, ...]:
         rows = {len(known) for known in self.labels.values()}
         return (len(self.target), *tensor.shape[1:]) if tensor.shape[0] in rows else tuple(tensor.shape)
 

@@ -76,7 +76,7 @@ class ModuleWeights(Checkpoint):
     def digest(self) -> str:
         return digest_of_tensors((name, self._checked(name)) for name in self.headers)[:20]
 
-    def _checked(self, name: str) -> Tensor:
+    def _finite(self, name: str) -> Tensor:
         tensor = self.tensor(name)
         check_finite(tensor, name, self.path, self.key)
         return tensor
