@@ -23,6 +23,10 @@ from pydantic_core import ErrorDetails
 from evolver.errors import BadInput, cause_of, nearest, refuse_special
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+# Kinds of models that are scored on texts which they go on with.
+LANGUAGE_KINDS = ("causal-lm", "seq2seq")
+# The words of model.chat_template that name a format of conversations.
+CHAT_FORMATS = ("chatml", "llama3", "mistral", "alpaca")
 FUNCTION = r"^.+\.py:[A-Za-z_]\w*$"
 
 
@@ -47,6 +51,14 @@ class ModelSettings(Section):
         description="classification heads. merged: heads are merged like any other tensors. apart: "
         "heads are not merged, and each task is scored with the head of one expert. union: heads are merged row by "
         "row, matched by label, so that the model knows the labels of all experts",
+    )
+    chat_template: str = Field(
+        "auto",
+        min_length=1,
+        description="chat template of merged models, with its stop tokens and settings of generation. auto: the "
+        "base's or, if it has none, the only one that the experts have. base: the base's, if it has one. expert NAME: "
+        f"that expert's. A file with a Jinja template, or one of {', '.join(CHAT_FORMATS)}: this template, with the "
+        "base's settings",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype that merged weights are rounded to and stored in; auto: the dtype of the base"
@@ -146,7 +158,7 @@ class EvaluationSettings(Section):
     num_fewshot: int | None = Field(
         None, ge=0, description="number of few-shot examples in a prompt; default: what the task says"
     )
-    apply_chat_template: bool = Field(False, description="put prompts into the chat template of the base's tokenizer")
+    apply_chat_template: bool = Field(False, description="put prompts into the chat template (see model.chat_template)")
     fewshot_as_multiturn: bool = Field(
         True, description="with a chat template, each few-shot example becomes a separate turn"
     )
@@ -378,6 +390,17 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _chat_of_experts(self) -> Config:
+        wanted = self.model.chat_template
+        if wanted not in ("auto", "base") and self.model.kind not in LANGUAGE_KINDS:
+            raise ValueError(f"model.chat_template: a model of kind {self.model.kind} holds no chats; leave it out")
+        if wanted == "expert" or wanted.startswith("expert "):
+            name = wanted.removeprefix("expert").strip()
+            if name not in self.experts:
+                raise ValueError(f"model.chat_template: there is no expert {name!r}; {nearest(name, self.experts)}")
+        return self
+
+    @model_validator(mode="after")
     def _statistics_of_experts(self) -> Config:
         known = [t.task for t in self.evaluation.tasks]
         for expert, tasks in self.statistics.tasks.items():
@@ -500,6 +523,11 @@ def renamed(config: Config, run: str) -> Config:
 def computing(config: Config, compute: str) -> Config:
     """A copy of the configuration with ``model.compute`` set to this dtype."""
     return config.model_copy(update={"model": config.model.model_copy(update={"compute": compute})})
+
+
+def keeping_base_chat(config: Config) -> Config:
+    """A copy of the configuration whose models keep the base's chat template, or its lack of one."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"chat_template": "base"})})
 
 
 def check_section(kind: type[SectionType], raw: Mapping[str, Any], file: str, prefix: str = "") -> SectionType:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
+from evolver.checkpoints.chat import template_of
 from evolver.checkpoints.sources import open_base
 from evolver.config import Config, computing, load
 from evolver.driver.check import answer_again
@@ -17,6 +19,7 @@ from evolver.evaluation.live import default_device
 from evolver.evaluation.scores.comparison import interval
 from evolver.evaluation.scores.scoring import Scale
 from evolver.evaluation.tasks import load_tasks
+from evolver.merging.companions import Companions
 from evolver.records import Split
 from evolver.report.text import markdown_table, score_text
 from evolver.workers.compute import is_open, settled
@@ -75,13 +78,13 @@ def score_models(
             config = computing(config, choose_compute(config).compute)
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from error
-    for warning in dict.fromkeys(tasks.warnings):
+    for warning in dict.fromkeys([*opened.warnings, *tasks.warnings]):
         warn(warning)
     torch.set_num_threads(config.evaluation.threads)
     scale, found = tasks.scale(split), []
     block = block_of(config, file, split, len(scale.tasks))
     for model in models:
-        live = build_model(config, opened, device, given[model].base.path)
+        live = build_model(config, given[model], device, given[model].base.path)
         items = answer_again(tasks.scorer(live, split), len(scale.tasks), block)
         live.close()
         low, high = interval(items, scale, config.seed)
@@ -92,10 +95,19 @@ def score_models(
 def _opened(config: Config, opened: Opened, model: str, device: str) -> Opened:
     """A model in the place of the base, which the device can hold. It has a head of its own, with its own labels."""
     with _said_of(model):
-        found = replace(opened, base=open_base(model, COMMAND), labels=())
+        base = open_base(model, COMMAND)
+        found = replace(opened, base=base, labels=(), companions=_companions(config, opened, base.path))
         check_kind(config, found.base)
         check_device(config, found, device)
         return found
+
+
+def _companions(config: Config, opened: Opened, folder: Path) -> Companions:
+    """The files beside a model's weights: its own, but for a chat template that the configuration names, or that the
+    model lacks.
+    """
+    own = config.model.chat_template == "auto" and template_of(folder) is not None
+    return Companions(folder, None if own else opened.companions.chat)
 
 
 @contextmanager

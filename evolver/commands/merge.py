@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from evolver.checkpoints import chat
 from evolver.checkpoints.doubts import suspicions
 from evolver.checkpoints.shards import SHARD_BYTES
 from evolver.checkpoints.sources import open_base, open_expert
@@ -15,9 +16,9 @@ from evolver.checkpoints.weights import Checkpoint, Source, digests
 from evolver.errors import BadInput
 from evolver.kernels.compiled import Kernels
 from evolver.merging import mergekit
-from evolver.merging.export import TOKENIZER, export
+from evolver.merging.companions import TOKENIZER, Companions
+from evolver.merging.export import export
 from evolver.merging.materialise import Materialiser
-from evolver.merging.mergekit import chat
 from evolver.merging.mergekit.vocabulary import Aligned, Vocabulary, extend_tokenizer, known_tokens, vocabulary
 from evolver.records import Expert
 from evolver.storage import check_target, new_folder
@@ -116,7 +117,7 @@ def merge_file(
 
     with new_folder(target) as folder:
         try:
-            export(recipe, materialiser, folder, texts, shard_bytes, _tokenizer_folder(opened))
+            export(recipe, materialiser, folder, texts, shard_bytes, Companions(_tokenizer_folder(opened)))
         except BadInput as error:
             raise BadInput(f"{path}: {error}") from error
         if not tokenizer:

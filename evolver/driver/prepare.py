@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+from evolver.checkpoints.chat import Chat
 from evolver.checkpoints.doubts import suspicions
 from evolver.checkpoints.weights import Checkpoint
-from evolver.config import FREE_KEYS, Config, ConfigText, computing, default_at, load, renamed
+from evolver.config import FREE_KEYS, Config, ConfigText, computing, default_at, keeping_base_chat, load, renamed
 from evolver.driver.early import chosen_search, named_search
 from evolver.errors import BadInput
 from evolver.evaluation.scores.estimates import Estimates, first_unjudged
@@ -19,7 +20,7 @@ from evolver.loggers import check_loggers
 from evolver.merging.materialise import Materialiser
 from evolver.merging.settings.maker import RecipeMaker
 from evolver.records import Expert, Recipe, Split
-from evolver.runs.folder import RunFolder, compute_of, config_of_run
+from evolver.runs.folder import RunFolder, compute_of, config_of_run, made_before
 from evolver.search import SEARCHES, Search
 from evolver.search.base import Setup
 from evolver.search.halving import HalvingSettings
@@ -54,7 +55,8 @@ class Prepared:
 
 
 def prepare(
-    given: ConfigText, name: str | None = None, weights: bool = True, device: str | None = None
+    given: ConfigText, name: str | None = None, weights: bool = True, device: str | None = None,
+    run: Storage | None = None,
 ) -> Prepared:  # fmt: skip
     """Check a configuration: all that can be known from headers and task files, before any candidate is built.
 
@@ -62,11 +64,14 @@ def prepare(
         weights: whether base and experts are read for their digests, without which nothing can be run.
         device: on which models are going to be scored, so that one has to find room and suit the tasks; None: no
             model is scored.
+        run: the folder of the run, which may hold one that is to be continued.
 
     Raises BadInput, one sentence with file, key and remedy.
     """
     config, file = given.parsed(), given.origin
     config = config if name is None else renamed(config, name)
+    if run is not None and config.model.chat_template == "auto" and made_before(run, "chat_template"):
+        config = keeping_base_chat(config)
     algorithm, settings = chosen_search(config, file)
     check_loggers(config, file)
     try:
@@ -83,7 +88,7 @@ def prepare(
         sampled = cache(lambda expert: sample_hash(config, tasks, expert))
         maker = RecipeMaker(list(config.experts), opened.base.names(), digests, sampled)
         warnings = tuple(suspicions(opened.base, opened.experts.values())) if weights else ()
-        warnings += tuple(filter(None, [too_many(config.evaluation.threads)]))
+        warnings += (*opened.warnings, *filter(None, [too_many(config.evaluation.threads)]))
         setup = Setup(
             maker.experts, maker.base, config.seed, config.budget, maker, estimates,
             config.evaluation.early_stopping, config.evaluation.racing is not None,
@@ -94,7 +99,7 @@ def prepare(
         raise BadInput(f"{file}: {error}") from error
     items: dict[Split, str] = {"dev": items_hash(tasks, "dev"), "report": items_hash(tasks, "report")}
     plan = Plan(config, maker.digests, items, _stops(algorithm, settings))
-    identity = _identity(config, settings.model_dump(), plan)
+    identity = _identity(config, settings.model_dump(), plan, opened.companions.chat)
     return Prepared(config, file, opened, tasks, plan, maker.base, maker.experts, estimates, search, identity, warnings)
 
 
@@ -118,7 +123,7 @@ def prepare_run(run: Storage) -> Prepared:
 
     Raises BadInput where it is not there any more, or has other weights or items now.
     """
-    prepared = prepare(config_of_run(run))
+    prepared = prepare(config_of_run(run), run=run)
     if chosen := compute_of(run):
         prepared = in_compute(prepared, chosen)
     run_folder(prepared, run)
@@ -199,11 +204,13 @@ def _refuse_racing(config: Config, algorithm: str, estimates: Estimates) -> None
         )
 
 
-def _identity(config: Config, search: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+def _identity(config: Config, search: Mapping[str, Any], plan: Plan, chat: Chat | None) -> dict[str, Any]:
     """What identifies a run: the contents of models and items, not the places of their files."""
     identity: dict[str, Any] = config.model_dump(mode="json", exclude=set(FREE_KEYS))
     identity["search"] = dict(search)
     identity["model"]["base"] = plan.digests["base"]
+    # The base's own files are the key's default: runs that are older than the key have used them.
+    identity["model"]["chat_template"] = default_at(Config, "model.chat_template") if chat is None else chat.digest
     identity["experts"] = {n: plan.digests[n] for n in config.experts}
     identity["heads"] = {n: d for n, d in plan.digests.items() if n.startswith("head of ")}
     identity["items"] = dict(plan.items)

@@ -61,7 +61,7 @@ def run(
 
     Raises BadInput for anything that the user has to correct.
     """
-    prepared = prepare(given, name, device=device)
+    prepared = prepare(given, name, device=device, run=results.folder(name or given.parsed().run))
     prepared = _in_chosen_compute(prepared, results.folder(prepared.config.run), device, choose, display)
     folder = run_folder(prepared, results.folder(prepared.config.run))
     listeners = build_loggers(prepared.config, given.origin, folder.storage)
@@ -203,7 +203,8 @@ def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Di
         materialiser = materialiser_of(prepared)
         heads = {n: (prepared.opened.experts[n].path, h) for n, h in prepared.opened.heads.items()}
         with storage.whole_folder("best") as best:
-            export(winner.recipe, materialiser, best, companion_files(prepared, outcome))
+            texts = companion_files(prepared, outcome)
+            export(winner.recipe, materialiser, best, texts, companions=prepared.opened.companions)
             write_heads(best, heads)
             agreement = score_again(prepared, best, outcome.best_dev.items, device)
         storage.write(AGREEMENT_FILE, json.dumps(agreement).encode())

@@ -36,18 +36,21 @@ class ModelFolder:
 
     Args:
         folder: Hugging Face folder of the model.
+        beside: the folder whose tokenizer it has; default: ``folder``. It may be gone once this object is made.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, beside: Path | None = None) -> None:
+        self.folder, self._beside = folder, beside or folder
+        if self._beside != folder:
+            _ = self.tokenizer
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The folder's tokenizer.
+        """The model's tokenizer.
 
         Raises BadInput where it has none that can be read.
         """
-        return open_tokenizer(self.folder)
+        return open_tokenizer(self._beside)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> str:
         """A conversation as the tokenizer's chat template writes it down. Raises what the template raises."""
@@ -63,6 +66,7 @@ class Blueprint(ModelFolder):
         shapes: shape of every tensor that the folder holds, by name.
         heads: names of tensors of classification heads, which come from elsewhere.
         labels: the labels of a classifier's head, where they differ from those of the folder.
+        beside: see ``ModelFolder``.
 
     Raises BadInput that names ``model.base`` and ``config.json`` where Transformers can build no such model, and where
     the model has other tensors, or tensors of other shapes, than the folder holds.
@@ -70,9 +74,9 @@ class Blueprint(ModelFolder):
 
     def __init__(
         self, settings: ModelSettings, folder: Path, shapes: Mapping[str, tuple[int, ...]],
-        heads: Collection[str] = (), labels: Sequence[str] = (),
+        heads: Collection[str] = (), labels: Sequence[str] = (), beside: Path | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(folder)
+        super().__init__(folder, beside)
         self.device = torch.device("meta")
         self.module = _built(settings, folder, labels)
         self._check_tensors(shapes, heads)

@@ -33,6 +33,8 @@ class LiveModel:
         device: device of the model, such as ``cpu`` or ``cuda``.
         heads: the experts' classification heads by expert, for ``use``.
         labels: the labels of a classifier's head, where they differ from those of the folder.
+        beside: the folder whose tokenizer and settings of generation the model has; default: ``folder``. It may be gone
+            once the model is made.
 
     Raises BadInput where a tensor of the checkpoint has no place in the model, and where the checkpoint lacks a tensor
     that the model needs.
@@ -41,6 +43,7 @@ class LiveModel:
     def __init__(
         self, settings: ModelSettings, folder: Path, names: Iterable[str], device: str,
         heads: Mapping[str, Mapping[str, Tensor]] | None = None, labels: Sequence[str] = (),
+        beside: Path | None = None,
     ) -> None:  # fmt: skip
         import transformers
 
@@ -59,6 +62,10 @@ class LiveModel:
                 f"model.base: {folder} lacks {min(missing)}, which {type(self.module).__name__} needs; "
                 "give a base of the kind that model.kind names."
             )
+        self._beside = beside or folder
+        if self._beside != folder:
+            self.module.generation_config = transformers.GenerationConfig.from_pretrained(self._beside)
+            _ = self.tokenizer
         self.module.to(self.device).eval()
         self._places = self._find(names, folder)
         # lm-eval ties a model's weights when it wraps it, even where the checkpoint holds both tensors. This stops it.
@@ -66,8 +73,8 @@ class LiveModel:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The base's tokenizer."""
-        return open_tokenizer(self.folder)
+        """The model's tokenizer."""
+        return open_tokenizer(self._beside)
 
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Overwrite the parameters of the model with the tensors of a candidate.

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 
 import torch
 
+from evolver.checkpoints.chat import Wanted, resolve
 from evolver.checkpoints.heads import Head, Relabelled, all_labels, head_digest, head_of, labels_in_order
 from evolver.checkpoints.sources import open_base, open_expert
-from evolver.checkpoints.weights import Checkpoint, Source, digests
-from evolver.config import Config, EvaluationSettings
+from evolver.checkpoints.weights import Checkpoint, Source, digests, vocabulary_in
+from evolver.config import LANGUAGE_KINDS, Config, EvaluationSettings
 from evolver.errors import BadInput
 from evolver.evaluation.blueprint import HF, Blueprint, ModelFolder, check_architecture
 from evolver.evaluation.live import free_memory, kinds_of
+from evolver.merging.companions import Companions
 from evolver.workers.compute import refuse_compute, stored_dtype
 
 GIB = 1 << 30
@@ -32,13 +34,17 @@ class Opened:
         base: the checkpoint of the base.
         experts: the experts by name.
         heads: with ``model.heads: apart``, each expert's classification head by the expert's name.
+        companions: the files beside the weights that candidates have.
         labels: with ``model.heads: union``, the labels of all experts, in the order of the merged head.
+        warnings: what the user should know about them.
     """
 
     base: Checkpoint
     experts: dict[str, Source]
+    companions: Companions
     heads: dict[str, Head] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def digests(self) -> dict[str, str]:
         own = {f"head of {name}": head_digest(head) for name, head in self.heads.items()}
@@ -54,10 +60,20 @@ def open_models(config: Config) -> Opened:
     check_kind(config, base)  # an expert would be said to differ from a base that is wrong itself
     experts: dict[str, Source] = {n: open_expert(p, base, f"experts.{n}") for n, p in config.experts.items()}
     if config.model.heads == "apart":
-        return Opened(base, experts, {n: head_of(s) for n, s in experts.items()})
+        return Opened(base, experts, Companions(base.path), {n: head_of(s) for n, s in experts.items()})
     if config.model.heads == "union":
         return _with_all_labels(base, experts)
-    return Opened(base, experts)
+    return _with_chat(config, base, experts)
+
+
+def _with_chat(config: Config, base: Checkpoint, experts: dict[str, Source]) -> Opened:
+    """The models, with the chat template that the configuration asks for."""
+    if config.model.kind not in LANGUAGE_KINDS:
+        return Opened(base, experts, Companions(base.path))
+    folders = {name: source.path for name, source in experts.items()}
+    needed, ids = config.evaluation.apply_chat_template, vocabulary_in(base.path, base.key)
+    chat, said = resolve(Wanted(config.model.chat_template, base.path, folders, needed, ids))
+    return Opened(base, experts, Companions(base.path, chat), warnings=tuple(said))
 
 
 def check_kind(config: Config, base: Checkpoint) -> None:
@@ -83,11 +99,12 @@ def draw_up(config: Config, opened: Opened) -> ModelFolder | None:
     own, backend, path = config.evaluation.model_args, config.evaluation.backend, opened.base.path
     if "tokenizer" in own or backend not in (*TRANSFORMERS, *READ_TOKENIZER):
         return None
-    if "max_length" in own or backend not in TRANSFORMERS:
-        return ModelFolder(path)
-    shapes = {name: info.shape for name, info in opened.base.headers.items()}
-    heads = {name for head in opened.heads.values() for name in head}
-    return Blueprint(config.model, path, shapes, heads, opened.labels)
+    with opened.companions.shown() as beside:
+        if "max_length" in own or backend not in TRANSFORMERS:
+            return ModelFolder(path, beside)
+        shapes = {name: info.shape for name, info in opened.base.headers.items()}
+        heads = {name for head in opened.heads.values() for name in head}
+        return Blueprint(config.model, path, shapes, heads, opened.labels, beside)
 
 
 def check_device(config: Config, opened: Opened, device: str) -> None:
@@ -144,4 +161,4 @@ def _with_all_labels(base: Checkpoint, experts: Mapping[str, Source]) -> Opened:
         if set(known) & set(target):
             heads["base"], labels["base"] = head_of(base), known
     seen = {n: Relabelled(s, n, heads, labels, target, base) for n, s in {"base": base, **experts}.items()}
-    return Opened(seen["base"], {n: seen[n] for n in experts}, labels=tuple(target))
+    return Opened(seen["base"], {n: seen[n] for n in experts}, Companions(base.path), labels=tuple(target))

@@ -22,6 +22,7 @@ from evolver.evaluation.live import LiveModel, default_device
 from evolver.evaluation.scores.course import Evaluation, blocks
 from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.kernels.compiled import Kernels
+from evolver.merging.companions import Companions
 from evolver.merging.export import export
 from evolver.merging.materialise import Materialiser
 from evolver.records import Candidate, Result, Split
@@ -72,19 +73,22 @@ def build_model(
     ``evaluation.backend`` says so, a model class of lm-eval that is started on each candidate.
 
     Args:
-        folder: folder of a model that is to be scored as it is; default: the base, whose weights are overwritten.
+        folder: folder of a model that is to be scored as it is, but for what ``opened.companions`` changes in this very
+            folder; default: the base, whose weights are overwritten.
 
     Raises BadInput for a backend that is not installed, and for a base that is not of the kind ``model.kind``.
     """
+    companions = opened.companions if folder in (None, opened.companions.folder) else Companions(folder)
     if config.evaluation.backend == "resident":
         names = opened.base.names() if folder is None else []
         labels = opened.labels if folder is None else ()
-        return LiveModel(config.model, folder or opened.base.path, names, device, opened.heads, labels)
+        with companions.shown() as beside:
+            return LiveModel(config.model, folder or opened.base.path, names, device, opened.heads, labels, beside)
     from evolver.evaluation.language.launched import LaunchedModel  # imports lm-eval, which takes seconds
 
     model = LaunchedModel(config.evaluation, room=4 * opened.base.scalars)  # 4 bytes a scalar: the widest dtype
     if folder is not None:
-        model.launch(folder)
+        model.launch(folder if companions.chat is None else companions.dress(folder, model.folder))
     return model
 
 
@@ -132,6 +136,7 @@ class Worker:
                 "shared folder."
             )
         self.materialiser = build_materialiser(plan, opened, device)
+        self._companions = opened.companions
         self.live = build_model(config, opened, device)
         self.scale = tasks.scale(split)
         self.block = plan.block(split, len(self.scale.tasks))
@@ -195,7 +200,7 @@ class Worker:
             self.live.write(self.materialiser.stream(candidate.recipe))
         else:
             self.live.clear()
-            export(candidate.recipe, self.materialiser, self.live.folder, {})
+            export(candidate.recipe, self.materialiser, self.live.folder, {}, companions=self._companions)
             self.live.launch(self.live.folder)
 
     def _score(self, candidate: Candidate) -> Result:

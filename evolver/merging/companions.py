@@ -1,0 +1,66 @@
+"""The files beside the weights of merged models: tokenizer, chat template, settings of generation."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from evolver.checkpoints.chat import CHAT_FILE, GENERATION_FILE, SPECIAL_FILE, TOKENIZER_SETTINGS, Chat
+
+# What a model folder has besides weights. Everything else in the base's folder is not the model's.
+TOKENIZER = (
+    CHAT_FILE, "tokenizer.json", TOKENIZER_SETTINGS, "vocab.json", "merges.txt", "vocab.txt",
+    SPECIAL_FILE, "added_tokens.json", "tokenizer.model", "spiece.model", "preprocessor_config.json",
+)  # fmt: skip
+COMPANIONS = (GENERATION_FILE, *TOKENIZER)
+
+
+@dataclass(frozen=True)
+class Companions:
+    """The files that a model's folder has beside its weights, with what a run changes in them.
+
+    Attributes:
+        folder: whose files are copied.
+        chat: the chat template and stop tokens that take the place of those in ``folder``; None: its own.
+    """
+
+    folder: Path
+    chat: Chat | None = None
+
+    def write(self, target: Path) -> None:
+        """Write the files into the folder of a model, which holds its config.json already."""
+        for name in COMPANIONS:
+            if (self.folder / name).exists():
+                shutil.copyfile(self.folder / name, target / name)
+        if self.chat is not None:
+            self.chat.write(target)
+
+    def dress(self, model: Path, target: Path) -> Path:
+        """Show a model with these files: ``target`` becomes a folder of links to its own files, and of these.
+
+        Returns ``target``.
+        """
+        target.mkdir(parents=True)
+        for file in model.iterdir():
+            if file.is_file() and file.name not in (*COMPANIONS, "config.json"):
+                (target / file.name).symlink_to(file.resolve())
+        shutil.copyfile(model / "config.json", target / "config.json")
+        self.write(target)
+        return target
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[Path]:
+        """A folder that holds the files, and config.json, as long as the context lasts: ``folder`` itself where nothing
+        is changed, else a temporary one.
+        """
+        if self.chat is None:
+            yield self.folder
+            return
+        with tempfile.TemporaryDirectory(prefix="evolver-companions-") as place:
+            shutil.copyfile(self.folder / "config.json", Path(place) / "config.json")
+            self.write(Path(place))
+            yield Path(place)
