@@ -143,7 +143,7 @@ def test_the_merge_loads_in_a_new_process(world, tmp_path):
         ({"tokenizer": {"source": "base", "tokens": {"q": {}}}}, "'q' is not in the vocabulary of any model"),
         ({"tokenizer": {"source": "base", "tokens": {"c": {"source": "FOLDER/e3"}}}}, "is not a model of this merge"),
         ({"tokenizer": {"source": "base", "tokens": {"c": {"source": "FOLDER/e1"}}}}, "has no token 'c'"),
-        ({"tokenizer_source": "base", "chat_template": "llama3"}, "chat_template: 'llama3' is not usable"),
+        ({"tokenizer_source": "base", "chat_template": "llama"}, "chat_template: 'llama' is not usable"),
     ],
 )
 def test_what_does_not_fit_is_refused(more, says, world, tmp_path):

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from evolver.checkpoints.chat import Chat
 from evolver.checkpoints.doubts import suspicions
 from evolver.checkpoints.weights import Checkpoint
 from evolver.config import FREE_KEYS, Config, ConfigText, computing, default_at, keeping_base_chat, load, renamed
@@ -29,7 +28,7 @@ from evolver.storage import Storage
 from evolver.threads import too_many
 from evolver.workers.compute import is_open, settled
 from evolver.workers.opened import Opened, check_device, draw_up, open_models
-from evolver.workers.plan import SCORING_PACKAGES, Plan, items_hash
+from evolver.workers.plan import CHAT, SCORING_PACKAGES, Plan, items_hash
 from evolver.workers.statistics import sample_hash
 from evolver.workers.worker import build_materialiser, statistics_of
 
@@ -99,7 +98,7 @@ def prepare(
         raise BadInput(f"{file}: {error}") from error
     items: dict[Split, str] = {"dev": items_hash(tasks, "dev"), "report": items_hash(tasks, "report")}
     plan = Plan(config, maker.digests, items, _stops(algorithm, settings))
-    identity = _identity(config, settings.model_dump(), plan, opened.companions.chat)
+    identity = _identity(config, settings.model_dump(), plan)
     return Prepared(config, file, opened, tasks, plan, maker.base, maker.experts, estimates, search, identity, warnings)
 
 
@@ -204,13 +203,13 @@ def _refuse_racing(config: Config, algorithm: str, estimates: Estimates) -> None
         )
 
 
-def _identity(config: Config, search: Mapping[str, Any], plan: Plan, chat: Chat | None) -> dict[str, Any]:
+def _identity(config: Config, search: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """What identifies a run: the contents of models and items, not the places of their files."""
     identity: dict[str, Any] = config.model_dump(mode="json", exclude=set(FREE_KEYS))
     identity["search"] = dict(search)
     identity["model"]["base"] = plan.digests["base"]
     # The base's own files are the key's default: runs that are older than the key have used them.
-    identity["model"]["chat_template"] = default_at(Config, "model.chat_template") if chat is None else chat.digest
+    identity["model"]["chat_template"] = plan.digests.get(CHAT, default_at(Config, "model.chat_template"))
     identity["experts"] = {n: plan.digests[n] for n in config.experts}
     identity["heads"] = {n: d for n, d in plan.digests.items() if n.startswith("head of ")}
     identity["items"] = dict(plan.items)

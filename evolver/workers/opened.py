@@ -18,6 +18,7 @@ from evolver.evaluation.blueprint import HF, Blueprint, ModelFolder, check_archi
 from evolver.evaluation.live import free_memory, kinds_of
 from evolver.merging.companions import Companions
 from evolver.workers.compute import refuse_compute, stored_dtype
+from evolver.workers.plan import CHAT
 
 GIB = 1 << 30
 # Values of evaluation.backend with which Transformers loads candidates.
@@ -48,6 +49,8 @@ class Opened:
 
     def digests(self) -> dict[str, str]:
         own = {f"head of {name}": head_digest(head) for name, head in self.heads.items()}
+        if self.companions.chat is not None:
+            own[CHAT] = self.companions.chat.digest
         return {**digests({"base": self.base, **self.experts}), **own}
 
 
