@@ -39,6 +39,31 @@ class Section(BaseModel):
 SectionType = TypeVar("SectionType", bound=Section)
 
 
+class TokenEntry(Section):
+    """Which row a token has in models that lack it; with ``force``, in all."""
+
+    source: Any = Field(
+        None,
+        description="a model, or a mapping as in a mergekit file: {kind: zero}, or {kind: model_token, model, token or "
+        "token_id}; default: the base, else the mean of the models that have the token",
+    )
+    force: bool = Field(False, description="give all models this row, also those that have one of their own")
+
+
+class TokenizerSettings(Section):
+    """Where the tokens come from."""
+
+    source: str = Field(
+        "union", description="union: the tokens of all models. base: those of the base. expert NAME: those of an expert"
+    )
+    tokens: dict[str, TokenEntry] = Field(
+        default_factory=dict, description="mapping from tokens to which row of the embedding they get"
+    )
+    pad_to_multiple_of: int | None = Field(
+        None, ge=1, description="the number of rows of the embedding is made a multiple of this by rows of zeros"
+    )
+
+
 class ModelSettings(Section):
     """The base model, from which all experts were fine-tuned, and how models are evaluated and stored."""
 
@@ -51,6 +76,12 @@ class ModelSettings(Section):
         description="classification heads. merged: heads are merged like any other tensors. apart: "
         "heads are not merged, and each task is scored with the head of one expert. union: heads are merged row by "
         "row, matched by label, so that the model knows the labels of all experts",
+    )
+    tokenizer: str | TokenizerSettings = Field(
+        "union",
+        description="tokens of merged models, where the experts' tokens differ from the base's: union, base or expert "
+        "NAME, or a mapping with source, tokens and pad_to_multiple_of. union: the tokens of all models. Rows of the "
+        "embedding are matched by token; base and experts are scored with their own tokens",
     )
     chat_template: str = Field(
         "auto",
@@ -68,6 +99,11 @@ class ModelSettings(Section):
         description="dtype of forward passes; auto: the dtype of the weights or float32. Evolver times both where the "
         "workers run, when a run starts, and uses the faster one for the whole run",
     )
+
+    @property
+    def tokens(self) -> TokenizerSettings:
+        """``tokenizer`` in its long form."""
+        return TokenizerSettings(source=self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer
 
 
 class DataSet(Section):
@@ -390,14 +426,17 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _chat_of_experts(self) -> Config:
+    def _words_of_experts(self) -> Config:
         wanted = self.model.chat_template
         if wanted not in ("auto", "base") and self.model.kind not in LANGUAGE_KINDS:
             raise ValueError(f"model.chat_template: a model of kind {self.model.kind} holds no chats; leave it out")
-        if wanted == "expert" or wanted.startswith("expert "):
-            name = wanted.removeprefix("expert").strip()
-            if name not in self.experts:
-                raise ValueError(f"model.chat_template: there is no expert {name!r}; {nearest(name, self.experts)}")
+        for key, said in {"chat_template": wanted, "tokenizer": self.model.tokens.source}.items():
+            name = said.removeprefix("expert").strip()
+            if (said == "expert" or said.startswith("expert ")) and name not in self.experts:
+                raise ValueError(f"model.{key}: there is no expert {name!r}; {nearest(name, self.experts)}")
+            if key == "tokenizer" and said not in ("union", "base") and not said.startswith("expert"):
+                words = ["union", "base", *(f"expert {n}" for n in self.experts)]
+                raise ValueError(f"model.tokenizer: {said!r} is not usable; {nearest(said, words)}")
         return self
 
     @model_validator(mode="after")

@@ -94,11 +94,14 @@ class Chat:
     def write(self, folder: Path) -> None:
         """Change the files of a model in ``folder`` so that it has this template and these tokens."""
         (folder / CHAT_FILE).write_text(self.template)
+        settings = _json(folder / TOKENIZER_SETTINGS)
+        if settings.pop("chat_template", None) is not None:
+            (folder / TOKENIZER_SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False))
         for name in (TOKENIZER_SETTINGS, SPECIAL_FILE):
-            _update(folder / name, self.special)
+            update_json(folder / name, self.special)
         (folder / GENERATION_FILE).write_text(json.dumps(self.generation, indent=2))
         if "eos_token_id" in self.generation:
-            _update(folder / "config.json", {"eos_token_id": self.generation["eos_token_id"]})
+            update_json(folder / "config.json", {"eos_token_id": self.generation["eos_token_id"]})
 
 
 @dataclass(frozen=True)
@@ -280,8 +283,7 @@ def _json(file: Path) -> dict[str, Any]:
     return read_json(file, "model.chat_template") if file.exists() else {}
 
 
-def _update(file: Path, values: Mapping[str, Any]) -> None:
-    """Set keys of a JSON file, where there is one; its chat template, which stands in a file of its own, is removed."""
+def update_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Set keys of a JSON file of a model, where there is one."""
     if file.exists():
-        kept = {k: v for k, v in _json(file).items() if k != "chat_template"}
-        file.write_text(json.dumps({**kept, **values}, indent=2, ensure_ascii=False))
+        file.write_text(json.dumps({**_json(file), **values}, indent=2, ensure_ascii=False))

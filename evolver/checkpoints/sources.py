@@ -46,7 +46,7 @@ def open_expert(location: str, base: Checkpoint, key: str, same_tokens: bool = T
     known = _format_of(path)
     expert: Source = known.open(path, key, base, base.headless) if known else Checkpoint(path, key, base.headless)
     if isinstance(expert, Checkpoint):
-        _check_same_family(expert, base, key, same_tokens)
+        check_same_family(expert, base, key, same_tokens)
     return expert
 
 
@@ -55,7 +55,11 @@ def _format_of(path: Path) -> ModelFormat | None:
     return next((f for f in FORMATS.values() if f.recognises(path)), None)
 
 
-def _check_same_family(expert: Checkpoint, base: Checkpoint, key: str, same_tokens: bool) -> None:
+def check_same_family(expert: Checkpoint, base: Checkpoint, key: str, same_tokens: bool = True) -> None:
+    """Check that an expert has the base's architecture, tensors and, with ``same_tokens``, vocabulary.
+
+    Raises BadInput where it has not.
+    """
     kinds = [c.config.get("model_type") for c in (expert, base)]
     if kinds[0] != kinds[1]:
         raise BadInput(
@@ -77,8 +81,8 @@ def _check_same_tokens(expert: Checkpoint, base: Checkpoint, key: str) -> None:
     if ours is not None and theirs is not None and ours != theirs:
         raise BadInput(
             f"{key}: the vocabulary of {expert.path} ({len(ours)} tokens) differs from that of the base "
-            f"({len(theirs)} tokens); give a fine-tune that kept the base's tokenizer, or say "
-            "tokenizer_source in a mergekit file."
+            f"({len(theirs)} tokens); give a fine-tune that kept the base's tokenizer, or say tokenizer_source in a "
+            "mergekit file."
         )
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
-from evolver.checkpoints.chat import template_of
 from evolver.checkpoints.sources import open_base
 from evolver.config import Config, computing, load
 from evolver.driver.check import answer_again
@@ -19,11 +17,18 @@ from evolver.evaluation.live import default_device
 from evolver.evaluation.scores.comparison import interval
 from evolver.evaluation.scores.scoring import Scale
 from evolver.evaluation.tasks import load_tasks
-from evolver.merging.companions import Companions
 from evolver.records import Split
 from evolver.report.text import markdown_table, score_text
 from evolver.workers.compute import is_open, settled
-from evolver.workers.opened import Opened, check_backend_device, check_device, check_kind, draw_up, open_models
+from evolver.workers.opened import (
+    Opened,
+    check_backend_device,
+    check_device,
+    check_kind,
+    companions_of,
+    draw_up,
+    open_models,
+)
 from evolver.workers.worker import build_model, choose_compute
 
 COMMAND = "evolver evaluate"
@@ -96,18 +101,12 @@ def _opened(config: Config, opened: Opened, model: str, device: str) -> Opened:
     """A model in the place of the base, which the device can hold. It has a head of its own, with its own labels."""
     with _said_of(model):
         base = open_base(model, COMMAND)
-        found = replace(opened, base=base, labels=(), companions=_companions(config, opened, base.path))
+        folders = {name: source.path for name, source in opened.experts.items()}
+        companions = companions_of(config, folders, base.path)
+        found = replace(opened, base=base, labels=(), companions=companions)
         check_kind(config, found.base)
         check_device(config, found, device)
         return found
-
-
-def _companions(config: Config, opened: Opened, folder: Path) -> Companions:
-    """The files beside a model's weights: its own, but for a chat template that the configuration names, or that the
-    model lacks.
-    """
-    own = config.model.chat_template == "auto" and template_of(folder) is not None
-    return Companions(folder, None if own else opened.companions.chat)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from evolver.checkpoints.doubts import suspicions
 from evolver.checkpoints.shards import SHARD_BYTES
 from evolver.checkpoints.sources import open_base, open_expert
 from evolver.checkpoints.weights import Checkpoint, Source, digests
+from evolver.config import TokenizerSettings
 from evolver.errors import BadInput
 from evolver.kernels.compiled import Kernels
 from evolver.merging import mergekit
@@ -73,10 +74,11 @@ def open_merge(path: str | Path) -> OpenedFile:
     return opened if configuration.tokenizer is None else _aligned(opened, configuration.tokenizer, str(path))
 
 
-def _aligned(opened: OpenedFile, tokenizer: mergekit.Tokenizer, file: str) -> OpenedFile:
+def _aligned(opened: OpenedFile, tokenizer: TokenizerSettings, file: str) -> OpenedFile:
     models, base = opened.sources, opened.configuration.origin
     known = {r: known_tokens(s) for r, s in models.items()}
-    target = vocabulary(tokenizer.source, tokenizer.tokens, tokenizer.pad_to_multiple_of, known, base, file)
+    key = "tokenizer_source" if opened.configuration.raw.tokenizer is None else "tokenizer"
+    target = vocabulary(tokenizer, known, base, f"{file}: {key}")
     seen = {r: Aligned(s, r, target, models, opened.base) for r, s in models.items()}
     return OpenedFile(opened.configuration, seen[base], dict(seen), target)
 

@@ -36,7 +36,8 @@ class ModelFolder:
 
     Args:
         folder: Hugging Face folder of the model.
-        beside: the folder whose tokenizer it has; default: ``folder``. It may be gone once this object is made.
+        beside: the folder whose tokenizer and config.json it has; default: ``folder``. It may be gone once this object
+            is made.
     """
 
     def __init__(self, folder: Path, beside: Path | None = None) -> None:
@@ -78,7 +79,7 @@ class Blueprint(ModelFolder):
     ) -> None:  # fmt: skip
         super().__init__(folder, beside)
         self.device = torch.device("meta")
-        self.module = _built(settings, folder, labels)
+        self.module = _built(settings, folder, self._beside, labels)
         self._check_tensors(shapes, heads)
 
     def _check_tensors(self, shapes: Mapping[str, tuple[int, ...]], heads: Collection[str]) -> None:
@@ -101,8 +102,8 @@ class Blueprint(ModelFolder):
                 )
 
 
-def _built(settings: ModelSettings, folder: Path, labels: Sequence[str]) -> Any:
-    """The module on the device ``meta``."""
+def _built(settings: ModelSettings, folder: Path, beside: Path, labels: Sequence[str]) -> Any:
+    """The module on the device ``meta``; ``beside`` holds the config.json that is used, ``folder`` the user's own."""
     import transformers
 
     raw = json.loads((folder / "config.json").read_text())
@@ -113,7 +114,7 @@ def _built(settings: ModelSettings, folder: Path, labels: Sequence[str]) -> Any:
             raise _unusable(folder, f"{key} is {value}")
     transformers.utils.logging.set_verbosity_error()
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, **labelled(labels, False))
+        config = transformers.AutoConfig.from_pretrained(beside, **labelled(labels, False))
         if (folder / "generation_config.json").exists():
             _read_generation_settings(folder)
         with torch.device("meta"):

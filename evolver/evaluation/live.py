@@ -33,8 +33,8 @@ class LiveModel:
         device: device of the model, such as ``cpu`` or ``cuda``.
         heads: the experts' classification heads by expert, for ``use``.
         labels: the labels of a classifier's head, where they differ from those of the folder.
-        beside: the folder whose tokenizer and settings of generation the model has; default: ``folder``. It may be gone
-            once the model is made.
+        beside: the folder whose tokenizer, settings of generation and config.json the model has; default: ``folder``.
+            It may be gone once the model is made.
 
     Raises BadInput where a tensor of the checkpoint has no place in the model, and where the checkpoint lacks a tensor
     that the model needs.
@@ -52,8 +52,15 @@ class LiveModel:
         self.device = torch.device(device)
         self.listener: Listener | None = None
         self.folder, self._heads, names = folder, heads or {}, list(names)
+        self._beside = beside or folder
+        given = labelled(labels)
+        if self._beside != folder:  # its config.json may name another number of tokens, whose rows are written later
+            given = {
+                "config": transformers.AutoConfig.from_pretrained(self._beside, **labelled(labels, False)),
+                "ignore_mismatched_sizes": bool(names),
+            }
         self.module, loaded = model_class(settings.kind).from_pretrained(
-            folder, dtype=settings.compute, use_safetensors=True, output_loading_info=True, **labelled(labels)
+            folder, dtype=settings.compute, use_safetensors=True, output_loading_info=True, **given
         )
         written = {*names, *(n for head in self._heads.values() for n in head)}
         missing = set(loaded["missing_keys"]) - written
@@ -62,7 +69,6 @@ class LiveModel:
                 f"model.base: {folder} lacks {min(missing)}, which {type(self.module).__name__} needs; "
                 "give a base of the kind that model.kind names."
             )
-        self._beside = beside or folder
         if self._beside != folder:
             self.module.generation_config = transformers.GenerationConfig.from_pretrained(self._beside)
             _ = self.tokenizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -19,12 +20,29 @@ from evolver.evaluation.live import free_memory, kinds_of
 from evolver.merging.companions import Companions
 from evolver.workers.compute import refuse_compute, stored_dtype
 from evolver.workers.plan import CHAT
+from evolver.workers.vocabulary import with_common_tokens
 
 GIB = 1 << 30
 # Values of evaluation.backend with which Transformers loads candidates.
 TRANSFORMERS = ("resident", *HF)
 # Further values, of classes that read the tokenizer in a candidate's folder, which is that of the base.
 READ_TOKENIZER = ("vllm", "sglang", "openvino", "ipex", "habana", "neuronx")
+
+
+@dataclass(frozen=True)
+class OwnTokens:
+    """A model with its own tokens, where the merged models of its run have others.
+
+    Attributes:
+        source: its weights.
+        base: the checkpoint that is loaded before the weights are written into it: the model itself, or the base of an
+            adapter.
+        companions: the files beside the weights.
+    """
+
+    source: Source
+    base: Checkpoint
+    companions: Companions
 
 
 @dataclass(frozen=True)
@@ -38,6 +56,7 @@ class Opened:
         companions: the files beside the weights that candidates have.
         labels: with ``model.heads: union``, the labels of all experts, in the order of the merged head.
         warnings: what the user should know about them.
+        own: where the models' tokens differ, each of them with its own ones, by name (``base`` is the base).
     """
 
     base: Checkpoint
@@ -46,6 +65,7 @@ class Opened:
     heads: dict[str, Head] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    own: Mapping[str, OwnTokens] = field(default_factory=dict)
 
     def digests(self) -> dict[str, str]:
         own = {f"head of {name}": head_digest(head) for name, head in self.heads.items()}
@@ -61,22 +81,50 @@ def open_models(config: Config) -> Opened:
     """
     base = open_base(config.model.base, headless=config.model.heads != "merged")
     check_kind(config, base)  # an expert would be said to differ from a base that is wrong itself
-    experts: dict[str, Source] = {n: open_expert(p, base, f"experts.{n}") for n, p in config.experts.items()}
+    language = config.model.kind in LANGUAGE_KINDS
+    experts: dict[str, Source] = {
+        n: open_expert(p, base, f"experts.{n}", same_tokens=not language) for n, p in config.experts.items()
+    }
+    if language:
+        return _with_words(config, base, experts)
     if config.model.heads == "apart":
         return Opened(base, experts, Companions(base.path), {n: head_of(s) for n, s in experts.items()})
     if config.model.heads == "union":
         return _with_all_labels(base, experts)
-    return _with_chat(config, base, experts)
+    return Opened(base, experts, Companions(base.path))
 
 
-def _with_chat(config: Config, base: Checkpoint, experts: dict[str, Source]) -> Opened:
-    """The models, with the chat template that the configuration asks for."""
-    if config.model.kind not in LANGUAGE_KINDS:
-        return Opened(base, experts, Companions(base.path))
+def _with_words(config: Config, base: Checkpoint, experts: dict[str, Source]) -> Opened:
+    """The models, with the tokens and the chat template that the configuration asks for."""
+    models = with_common_tokens(config.model.tokens, base, experts)
     folders = {name: source.path for name, source in experts.items()}
-    needed, ids = config.evaluation.apply_chat_template, vocabulary_in(base.path, base.key)
-    chat, said = resolve(Wanted(config.model.chat_template, base.path, folders, needed, ids))
-    return Opened(base, experts, Companions(base.path, chat), warnings=tuple(said))
+    origin = base.path if models.tokens is None else models.tokens.folder
+    ids = vocabulary_in(base.path, base.key) if models.tokens is None else models.tokens.target.ids
+    chat, said = resolve(_wanted(config, origin, folders, ids))
+    own = {}
+    if models.tokens is not None:
+        for name, source in {"base": base, **experts}.items():
+            loaded = source if isinstance(source, Checkpoint) else base
+            own[name] = OwnTokens(source, loaded, companions_of(config, folders, loaded.path))
+    companions = Companions(base.path, chat, models.tokens)
+    return Opened(models.base, models.experts, companions, warnings=tuple(said), own=own)
+
+
+def companions_of(config: Config, experts: Mapping[str, Path], folder: Path) -> Companions:
+    """The files beside the weights of a model that is scored with its own tokens: its own files, but for a chat
+    template that the configuration names, or that the model lacks.
+
+    Args:
+        experts: the folders of the experts by name.
+        folder: of the model.
+    """
+    if config.model.kind not in LANGUAGE_KINDS:
+        return Companions(folder)
+    return Companions(folder, resolve(_wanted(config, folder, experts, vocabulary_in(folder, "model.base")))[0])
+
+
+def _wanted(config: Config, base: Path, experts: Mapping[str, Path], ids: Mapping[str, int] | None) -> Wanted:
+    return Wanted(config.model.chat_template, base, experts, config.evaluation.apply_chat_template, ids)
 
 
 def check_kind(config: Config, base: Checkpoint) -> None:

@@ -7,6 +7,7 @@ once; for each candidate only the forward passes run.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.instance import Instance
@@ -140,7 +141,7 @@ class Language:
         hashes, out = {i.hash for i in scored}, list[str]()
         for name in dict.fromkeys(a.item.task for a in asked):
             own = [a for a in asked if a.item.task == name]
-            texts = prompts_in_words(model, lambda lm, own=own: self._prepared(lm, own, hashes), count)
+            texts = prompts_in_words(model, partial(self._prepared, asked=own, hashes=hashes), count)
             for place, (one, text) in enumerate(zip(own, texts, strict=False), 1):
                 out.append(f"{name}, dev item {place} (document {one.item.index}), {text}")
         return out

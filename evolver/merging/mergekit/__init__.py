@@ -1,6 +1,6 @@
 """mergekit's configuration files: read as recipes, and recipes written as such files."""
 
-from evolver.merging.mergekit.reader import MERGEKIT_NAMES, Configuration, Tokenizer, parse, read
+from evolver.merging.mergekit.reader import MERGEKIT_NAMES, Configuration, parse, read
 from evolver.merging.mergekit.writer import CONFIG_FILE, RANDOM, Inexpressible, dump
 
 __all__ = [
@@ -9,7 +9,6 @@ __all__ = [
     "RANDOM",
     "Configuration",
     "Inexpressible",
-    "Tokenizer",
     "dump",
     "parse",
     "read",
