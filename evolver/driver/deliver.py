@@ -16,11 +16,12 @@ from evolver.checkpoints.gguf.keys import OPTION
 from evolver.checkpoints.lora_out import write_delta, write_lora
 from evolver.driver.card import companion_files, companion_files_of
 from evolver.driver.check import score_again
-from evolver.driver.prepare import Prepared, materialiser_of, prepare_run
+from evolver.driver.prepare import Prepared, materialiser_of, materials_of, prepare_run
 from evolver.errors import BadInput
 from evolver.evaluation.live import default_device
 from evolver.merging.companions import TOKENIZER
 from evolver.merging.export import export, merged_config
+from evolver.merging.materialise import Materialiser
 from evolver.records import Candidate, Recipe, Result
 from evolver.runs.history import History, read_history
 from evolver.storage import Storage, check_export, check_target, exported_folder, new_file
@@ -69,8 +70,9 @@ def deliver(run: Storage, out: Path, wanted: str | None, say: Warn, force: bool 
         if outcome and best
         else companion_files_of(prepared, history.about, candidate, result)
     )
+    materialiser, companions = materials_of(prepared, candidate.recipe)
     with exported_folder(out, force) as folder:
-        export(candidate.recipe, materialiser_of(prepared), folder, more, companions=prepared.opened.companions)
+        export(candidate.recipe, materialiser, folder, more, companions=companions)
     agreement = score_again(prepared, out, result.items, default_device())
     say(
         f"{out}: the model was loaded again and gives the answers in the ledger on {agreement['equal']} of "
@@ -134,12 +136,13 @@ def deliver_gguf(
             f"{OPTION}: only models of the kind causal-lm can be written as GGUF, and this run merges models of the "
             f"kind {prepared.config.model.kind}; leave the option out."
         )
+    materialiser, companions = materials_of(prepared, candidate.recipe)
     with (
-        prepared.opened.companions.shown() as beside,
+        companions.shown() as beside,
         new_file(out, replaced) as file,
         tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch,
     ):
-        model = _model(prepared, candidate.recipe, beside)
+        model = _model(prepared, candidate.recipe, materialiser, beside)
         written = gguf_out.write_gguf(model, kind, file)
         gguf_out.verify(file, written)
         folder = _read_back(model, file, Path(scratch) / "model", beside)
@@ -153,8 +156,7 @@ def deliver_gguf(
         say(f"{out}: {note}")
 
 
-def _model(prepared: Prepared, recipe: Recipe, beside: Path) -> gguf_out.FileContent:
-    materialiser = materialiser_of(prepared)
+def _model(prepared: Prepared, recipe: Recipe, materialiser: Materialiser, beside: Path) -> gguf_out.FileContent:
     infos = {name: materialiser.info(recipe, name) for name in materialiser.names(recipe)}
     return gguf_out.FileContent(
         merged_config(recipe, materialiser), infos, materialiser.stream(recipe), beside,
@@ -175,7 +177,17 @@ def _read_back(model: gguf_out.FileContent, file: Path, folder: Path, beside: Pa
 
 
 def _chosen(run: Storage, wanted: str | None) -> tuple[Recipe, Prepared]:
-    return find(read_history(run), wanted)[0].recipe, prepare_run(run)
+    """A candidate, to be written as its difference to the base.
+
+    Raises BadInput where their tokens differ, too.
+    """
+    recipe, prepared = find(read_history(run), wanted)[0].recipe, prepare_run(run)
+    if prepared.opened.companions.tokens is not None:
+        raise BadInput(
+            "--lora, --energy, --delta: the merged models of this run have other tokens than the base, and the "
+            "difference to it has no place for them; export the whole model."
+        )
+    return recipe, prepared
 
 
 def _of_base(prepared: Prepared) -> dict[str, Any]:

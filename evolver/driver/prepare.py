@@ -16,6 +16,7 @@ from evolver.errors import BadInput
 from evolver.evaluation.scores.estimates import Estimates, first_unjudged
 from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.loggers import check_loggers
+from evolver.merging.companions import Companions
 from evolver.merging.materialise import Materialiser
 from evolver.merging.settings.maker import RecipeMaker
 from evolver.records import Expert, Recipe, Split
@@ -28,9 +29,9 @@ from evolver.storage import Storage
 from evolver.threads import too_many
 from evolver.workers.compute import is_open, settled
 from evolver.workers.opened import Opened, check_device, draw_up, open_models
-from evolver.workers.plan import CHAT, SCORING_PACKAGES, Plan, items_hash
+from evolver.workers.plan import CHAT, SCORING_PACKAGES, TOKENS, Plan, items_hash
 from evolver.workers.statistics import sample_hash
-from evolver.workers.worker import build_materialiser, statistics_of
+from evolver.workers.worker import build_materialiser, own_materialiser, statistics_of
 
 SPLITS: tuple[Split, Split] = ("dev", "report")
 RECORDED_PACKAGES = ("torch", "transformers", "lm-eval", "optuna", "safetensors", "numpy", "ray")
@@ -106,6 +107,17 @@ def materialiser_of(prepared: Prepared) -> Materialiser:
     """What builds models here; statistics that their recipes ask for and that are not kept are collected here, too."""
     statistics = statistics_of(prepared.plan, prepared.opened, prepared.tasks)
     return build_materialiser(prepared.plan, prepared.opened, statistics=statistics)
+
+
+def materials_of(prepared: Prepared, recipe: Recipe) -> tuple[Materialiser, Companions]:
+    """What writes the folder of a model: what builds its weights, and the files beside them. Base and experts have
+    their own tokens, as in their scores.
+    """
+    own = {prepared.plan.digests[name]: own for name, own in prepared.opened.own.items()}
+    if isinstance(recipe, Expert) and recipe.digest in own:
+        found = own[recipe.digest]
+        return own_materialiser(prepared.config, found, recipe), found.companions
+    return materialiser_of(prepared), prepared.opened.companions
 
 
 def in_compute(prepared: Prepared, compute: str) -> Prepared:
@@ -208,7 +220,9 @@ def _identity(config: Config, search: Mapping[str, Any], plan: Plan) -> dict[str
     identity: dict[str, Any] = config.model_dump(mode="json", exclude=set(FREE_KEYS))
     identity["search"] = dict(search)
     identity["model"]["base"] = plan.digests["base"]
-    # The base's own files are the key's default: runs that are older than the key have used them.
+    # The base's own files are the keys' default: runs that are older than the keys have used them.
+    if TOKENS not in plan.digests:
+        identity["model"]["tokenizer"] = default_at(Config, "model.tokenizer")
     identity["model"]["chat_template"] = plan.digests.get(CHAT, default_at(Config, "model.chat_template"))
     identity["experts"] = {n: plan.digests[n] for n in config.experts}
     identity["heads"] = {n: d for n, d in plan.digests.items() if n.startswith("head of ")}

@@ -12,7 +12,7 @@ from functools import partial
 from evolver.config import Config, ConfigText
 from evolver.driver.card import companion_files
 from evolver.driver.check import score_again
-from evolver.driver.prepare import SPLITS, Prepared, in_compute, materialiser_of, prepare, run_folder, versions
+from evolver.driver.prepare import SPLITS, Prepared, in_compute, materials_of, prepare, run_folder, versions
 from evolver.errors import BadInput, file_sentence
 from evolver.ledger import Ledger, write_items
 from evolver.loggers import Tracked, Trackers, build_loggers, tracked
@@ -200,11 +200,11 @@ def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Di
     agreement = _checked_before(storage, text, display)
     if agreement is None:
         display.say(f"writing the best model to {folder.location}/best")
-        materialiser = materialiser_of(prepared)
+        materialiser, companions = materials_of(prepared, winner.recipe)
         heads = {n: (prepared.opened.experts[n].path, h) for n, h in prepared.opened.heads.items()}
         with storage.whole_folder("best") as best:
             texts = companion_files(prepared, outcome)
-            export(winner.recipe, materialiser, best, texts, companions=prepared.opened.companions)
+            export(winner.recipe, materialiser, best, texts, companions=companions)
             write_heads(best, heads)
             agreement = score_again(prepared, best, outcome.best_dev.items, device)
         storage.write(AGREEMENT_FILE, json.dumps(agreement).encode())

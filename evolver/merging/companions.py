@@ -19,11 +19,10 @@ TOKENIZER = (
     SPECIAL_FILE, "added_tokens.json", "tokenizer.model", "spiece.model", "preprocessor_config.json",
 )  # fmt: skip
 COMPANIONS = (GENERATION_FILE, *TOKENIZER)
-CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
-class Tokens:
+class CommonTokens:
     """The tokens of merged models, where those of the models differ.
 
     Attributes:
@@ -49,7 +48,7 @@ class Companions:
 
     folder: Path
     chat: Chat | None = None
-    tokens: Tokens | None = None
+    tokens: CommonTokens | None = None
 
     @property
     def changed(self) -> bool:
@@ -64,7 +63,7 @@ class Companions:
                 shutil.copyfile(origin / name, target / name)
         if self.tokens is not None:
             extend_tokenizer(target, self.tokens.target, self.tokens.donors)
-            update_json(target / CONFIG, {"vocab_size": self.tokens.target.size})
+            update_json(target / "config.json", {"vocab_size": self.tokens.target.size})
         if self.chat is not None:
             self.chat.write(target)
 
@@ -75,9 +74,9 @@ class Companions:
         """
         target.mkdir(parents=True)
         for file in model.iterdir():
-            if file.is_file() and file.name not in (*COMPANIONS, CONFIG):
+            if file.is_file() and file.name not in (*COMPANIONS, "config.json"):
                 (target / file.name).symlink_to(file.resolve())
-        shutil.copyfile(model / CONFIG, target / CONFIG)
+        shutil.copyfile(model / "config.json", target / "config.json")
         self.write(target)
         return target
 
@@ -90,6 +89,6 @@ class Companions:
             yield self.folder
             return
         with tempfile.TemporaryDirectory(prefix="evolver-companions-") as place:
-            shutil.copyfile(self.folder / CONFIG, Path(place) / CONFIG)
+            shutil.copyfile(self.folder / "config.json", Path(place) / "config.json")
             self.write(Path(place))
             yield Path(place)

@@ -17,9 +17,9 @@ from evolver.config import LANGUAGE_KINDS, Config, EvaluationSettings
 from evolver.errors import BadInput
 from evolver.evaluation.blueprint import HF, Blueprint, ModelFolder, check_architecture
 from evolver.evaluation.live import free_memory, kinds_of
-from evolver.merging.companions import Companions
+from evolver.merging.companions import CommonTokens, Companions
 from evolver.workers.compute import refuse_compute, stored_dtype
-from evolver.workers.plan import CHAT
+from evolver.workers.plan import CHAT, TOKENS
 from evolver.workers.vocabulary import with_common_tokens
 
 GIB = 1 << 30
@@ -71,6 +71,8 @@ class Opened:
         own = {f"head of {name}": head_digest(head) for name, head in self.heads.items()}
         if self.companions.chat is not None:
             own[CHAT] = self.companions.chat.digest
+        if self.companions.tokens is not None:
+            own[TOKENS] = self.companions.tokens.target.digest
         return {**digests({"base": self.base, **self.experts}), **own}
 
 
@@ -103,11 +105,20 @@ def _with_words(config: Config, base: Checkpoint, experts: dict[str, Source]) ->
     chat, said = resolve(_wanted(config, origin, folders, ids))
     own = {}
     if models.tokens is not None:
+        said += [_other_tokens(config, models.tokens, vocabulary_in(base.path, base.key) or {})]
         for name, source in {"base": base, **experts}.items():
             loaded = source if isinstance(source, Checkpoint) else base
             own[name] = OwnTokens(source, loaded, companions_of(config, folders, loaded.path))
     companions = Companions(base.path, chat, models.tokens)
     return Opened(models.base, models.experts, companions, warnings=tuple(said), own=own)
+
+
+def _other_tokens(config: Config, tokens: CommonTokens, own: Mapping[str, int]) -> str:
+    """What the user is told where models have different tokens."""
+    return (
+        f"the models have different tokens: merged models get {len(tokens.target.ids)} and the base has {len(own)} "
+        f"(model.tokenizer: {config.model.tokens.source}); base and experts are scored with their own"
+    )
 
 
 def companions_of(config: Config, experts: Mapping[str, Path], folder: Path) -> Companions:

@@ -124,7 +124,7 @@ class Statistics:
         config = self._plan.config
         asked = config.evaluation.model_dump(mode="json", exclude=NOT_ASKED)
         tasks = [t.model_dump(mode="json", exclude=NOT_READ) for t in config.evaluation.tasks]
-        model = config.model.model_dump(mode="json", exclude={"base", "chat_template"})
+        model = config.model.model_dump(mode="json", exclude={"base", "chat_template", "tokenizer"})
         versions = {p: importlib.metadata.version(p) for p in SCORING_PACKAGES}
         # The items of both splits: none of them serves as an example in a prompt.
         run = [self._plan.digests["base"], dict(self._plan.items), config.seed]

@@ -12,10 +12,10 @@ from evolver.checkpoints.sources import check_same_family
 from evolver.checkpoints.weights import TOKEN_MATRICES, TOKENIZER_FILE, Checkpoint, Source
 from evolver.config import TokenizerSettings
 from evolver.errors import BadInput
-from evolver.merging.companions import Tokens
+from evolver.merging.companions import CommonTokens
 from evolver.merging.mergekit.vocabulary import Aligned, Ids, known_tokens, vocabulary
 
-BASE, KEY = "base", "model.tokenizer"
+BASE, TOKENS_FROM = "base", "model.tokenizer"
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Models:
 
     base: Checkpoint
     experts: dict[str, Source]
-    tokens: Tokens | None = None
+    tokens: CommonTokens | None = None
 
 
 def with_common_tokens(settings: TokenizerSettings, base: Checkpoint, experts: dict[str, Source]) -> Models:
@@ -49,11 +49,13 @@ def with_common_tokens(settings: TokenizerSettings, base: Checkpoint, experts: d
     chosen = settings.source.removeprefix(EXPERT).strip()
     if chosen == "union":
         _refuse_moved(known, sources)
-    target = vocabulary(settings.model_copy(update={"source": chosen}), known, BASE, KEY)
+    target = vocabulary(settings.model_copy(update={"source": chosen}), known, BASE, TOKENS_FROM)
     seen = {name: Aligned(source, name, target, sources, base) for name, source in sources.items()}
     origin = sources[chosen] if chosen in experts else base
     folders = {name: source.path for name, source in sources.items()}
-    return Models(seen[BASE], {n: seen[n] for n in experts}, Tokens(target, _with_tokenizer(origin, base), folders))
+    return Models(
+        seen[BASE], {n: seen[n] for n in experts}, CommonTokens(target, _with_tokenizer(origin, base), folders)
+    )
 
 
 def _with_tokenizer(source: Source, base: Checkpoint) -> Path:
@@ -89,5 +91,6 @@ def _refuse_moved(known: Mapping[str, Ids], sources: Mapping[str, Source]) -> No
                 raise BadInput(
                     f"{sources[name].key}: the vocabulary of {sources[name].path} ({len(ids)} tokens) gives {token!r} "
                     f"the number {number}, and that of {sources[owner].path} the number {other}, so they have no "
-                    f"union; write {KEY}: base, or expert {name}, or give a fine-tune that kept the base's tokenizer."
+                    f"union; write {TOKENS_FROM}: base, or expert {name}, or give a fine-tune that kept the base's "
+                    "tokenizer."
                 )
