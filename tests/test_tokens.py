@@ -10,6 +10,7 @@ import toys
 from toys import refused
 
 from evolver.checkpoints.sources import open_base, open_expert
+from evolver.checkpoints.weights import TensorInfo
 from evolver.config import TokenizerSettings, config_at
 from evolver.driver.prepare import prepare
 from evolver.workers.vocabulary import with_common_tokens
@@ -113,6 +114,16 @@ def test_tokens_that_no_model_has_are_refused(searching, tmp_path):
     for wrong, says in (("expert d", "no expert 'd'"), ("onion", "did you mean 'union'"), ({"sauce": 1}, "sauce")):
         done = toys.evolver("validate", searching(tmp_path, model__tokenizer=wrong))
         assert says in toys.refusal(done.code, done.err)
+
+
+def test_a_model_with_other_tensors_of_tokens_has_to_have_the_same_tokens(opened):
+    """A bias of the head would stay where it is, while the rows of the head are moved."""
+    base, experts = opened("b")
+    base.headers["lm_head.bias"] = TensorInfo((len(base.vocabulary),), base.headers[EMBEDDING].dtype)
+    experts["b"].headers["lm_head.bias"] = TensorInfo((len(base.vocabulary),), base.headers[EMBEDDING].dtype)
+    refused(
+        lambda: with_common_tokens(TokenizerSettings(), base, experts), "experts.b", "differs from that of the base"
+    )
 
 
 @pytest.mark.parametrize("experts", [("a", "b", "c"), ("a", "roomy")])

@@ -94,7 +94,7 @@ class Chat:
     def write(self, folder: Path) -> None:
         """Change the files of a model in ``folder`` so that it has this template and these tokens."""
         (folder / CHAT_FILE).write_text(self.template)
-        settings = _json(folder / TOKENIZER_SETTINGS)
+        settings = _json(folder / TOKENIZER_SETTINGS, "model.chat_template")
         if settings.pop("chat_template", None) is not None:
             (folder / TOKENIZER_SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False))
         for name in (TOKENIZER_SETTINGS, SPECIAL_FILE):
@@ -136,11 +136,13 @@ def resolve(wanted: Wanted) -> tuple[Chat | None, list[str]]:
         return _shared(wanted)
     if setting.startswith(EXPERT):
         name = setting.removeprefix(EXPERT).strip()
-        if template_of(wanted.experts[name]) is None:
-            having = [n for n, folder in wanted.experts.items() if template_of(folder) is not None]
+        having = _templates(wanted)
+        if name not in having:
+            remedy = (
+                f"name one that has, such as expert {next(iter(having))}" if having else "write auto, or another one"
+            )
             raise BadInput(
-                f"model.chat_template: the expert {name} ({wanted.experts[name]}) has no chat template; "
-                + (f"name one that has, such as expert {having[0]}." if having else "write auto, or another one.")
+                f"model.chat_template: the expert {name} ({wanted.experts[name]}) has no chat template; {remedy}."
             )
         return _of_expert(name, wanted), []
     if setting in NAMED:
@@ -164,11 +166,14 @@ def template(wanted: str, models: Sequence[Path], place: str) -> str | None:
     return NAMED[wanted].text
 
 
-def template_of(model: Path) -> str | None:
-    """The chat template in a model's folder; where it has several, the default one."""
+def template_of(model: Path, key: str = "chat_template") -> str | None:
+    """The chat template in a model's folder; where it has several, the default one.
+
+    Raises BadInput that names ``key`` for a file of the folder that cannot be read.
+    """
     if (model / CHAT_FILE).exists():
         return (model / CHAT_FILE).read_text()
-    found = _json(model / TOKENIZER_SETTINGS).get("chat_template")
+    found = _json(model / TOKENIZER_SETTINGS, key).get("chat_template")
     if isinstance(found, list):
         found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
     return found if isinstance(found, str) else None
@@ -176,9 +181,9 @@ def template_of(model: Path) -> str | None:
 
 def _shared(wanted: Wanted) -> tuple[Chat | None, list[str]]:
     """The template of ``auto``: the base's own, else the only one that experts have."""
-    if template_of(wanted.base) is not None:
+    if template_of(wanted.base, "model.base") is not None:
         return None, []
-    having = {n: t for n, folder in wanted.experts.items() if (t := template_of(folder)) is not None}
+    having = _templates(wanted)
     first = {text: name for name, text in reversed(having.items())}
     if len(first) > 1:
         names = sorted(first.values(), key=list(having).index)
@@ -196,26 +201,31 @@ def _shared(wanted: Wanted) -> tuple[Chat | None, list[str]]:
     return chat, [said]
 
 
+def _templates(wanted: Wanted) -> dict[str, str]:
+    """The templates of the experts that have one, by their names."""
+    found = {name: template_of(folder, f"experts.{name}") for name, folder in wanted.experts.items()}
+    return {name: text for name, text in found.items() if text is not None}
+
+
 def _of_expert(name: str, wanted: Wanted) -> Chat:
     """Template, special tokens and settings of generation of an expert, with the merged model's numbers of tokens."""
-    folder, text = wanted.experts[name], template_of(wanted.experts[name])
-    assert text is not None
-    own = vocabulary_in(folder, f"experts.{name}")
-    special = {k: t for k in SPECIAL if (t := _content(_json(folder / TOKENIZER_SETTINGS).get(k))) is not None}
+    folder, key = wanted.experts[name], f"experts.{name}"
+    own, settings = vocabulary_in(folder, key), _json(folder / TOKENIZER_SETTINGS, key)
+    special = {k: t for k in SPECIAL if (t := _content(settings.get(k))) is not None}
     if wanted.ids is not None:
         special = {k: t for k, t in special.items() if t in wanted.ids}
-    generation = _generation(folder)
+    generation = _generation(folder, key)
     if own is not None and wanted.ids is not None:
         tokens = {number: token for token, number in own.items()}
         generation = {k: _moved(v, tokens, wanted.ids) if k in SPECIAL_IDS else v for k, v in generation.items()}
     if not generation:  # an adapter has no such settings
-        generation = _ending(_generation(wanted.base), special.get("eos_token"), wanted.ids)
-    return Chat(f"the expert {name}", text, generation, special)
+        generation = _ending(_generation(wanted.base, "model.base"), special.get("eos_token"), wanted.ids)
+    return Chat(f"the expert {name}", _templates(wanted)[name], generation, special)
 
 
 def _of_base(origin: str, named: NamedTemplate, wanted: Wanted) -> tuple[Chat, list[str]]:
     """A template that no model brought, on the base's own tokens."""
-    chat = Chat(origin, named.text, _ending(_generation(wanted.base), named.end, wanted.ids))
+    chat = Chat(origin, named.text, _ending(_generation(wanted.base, "model.base"), named.end, wanted.ids))
     if named.end is None or wanted.ids is None or named.end in wanted.ids:
         return chat, []
     warning = (
@@ -235,11 +245,11 @@ def _ending(generation: Mapping[str, Any], end: str | None, ids: Mapping[str, in
     return {**generation, "eos_token_id": ends if number in ends else [*ends, number]}
 
 
-def _generation(folder: Path) -> dict[str, Any]:
+def _generation(folder: Path, key: str) -> dict[str, Any]:
     """A model's settings of generation, from the file of that name or else from its configuration."""
-    found = _json(folder / GENERATION_FILE)
+    found = _json(folder / GENERATION_FILE, key)
     if not found:
-        config = _json(folder / "config.json")
+        config = _json(folder / "config.json", key)
         found = {key: config[key] for key in SPECIAL_IDS if config.get(key) is not None}
     found.pop("_from_model_config", None)  # it would let Transformers take the stop tokens from config.json again
     return found
@@ -279,11 +289,11 @@ def _content(token: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _json(file: Path) -> dict[str, Any]:
-    return read_json(file, "model.chat_template") if file.exists() else {}
+def _json(file: Path, key: str) -> dict[str, Any]:
+    return read_json(file, key) if file.exists() else {}
 
 
 def update_json(file: Path, values: Mapping[str, Any]) -> None:
     """Set keys of a JSON file of a model, where there is one."""
     if file.exists():
-        file.write_text(json.dumps({**_json(file), **values}, indent=2, ensure_ascii=False))
+        file.write_text(json.dumps({**_json(file, "model"), **values}, indent=2, ensure_ascii=False))

@@ -14,8 +14,10 @@ from evolver.config import TokenizerSettings
 from evolver.errors import BadInput
 from evolver.merging.companions import CommonTokens
 from evolver.merging.mergekit.vocabulary import Aligned, Ids, known_tokens, vocabulary
+from evolver.records import layer_of
 
-BASE, TOKENS_FROM = "base", "model.tokenizer"
+HEADS = ("lm_head.weight", "embed_out.weight")
+OF_BASE, TOKENS_FROM = "base", "model.tokenizer"
 
 
 @dataclass(frozen=True)
@@ -39,28 +41,40 @@ def with_common_tokens(settings: TokenizerSettings, base: Checkpoint, experts: d
     Raises BadInput for experts that do not fit the base, and for tokens that cannot be brought together.
     """
     asked = bool(settings.tokens or settings.pad_to_multiple_of)
-    if not asked and not any(_differs(e, base) for e in experts.values()):
+    if not _has_known_rows(base) or not (asked or any(_differs(e, base) for e in experts.values())):
         for expert in experts.values():
             if isinstance(expert, Checkpoint):
                 check_same_family(expert, base, expert.key)
         return Models(base, experts)
-    sources = {BASE: base, **experts}
+    sources = {OF_BASE: base, **experts}
     known = {name: known_tokens(source) for name, source in sources.items()}
+    for name, expert in experts.items():
+        _refuse_rowless(expert, known[name], base)
     chosen = settings.source.removeprefix(EXPERT).strip()
     if chosen == "union":
         _refuse_moved(known, sources)
-    target = vocabulary(settings.model_copy(update={"source": chosen}), known, BASE, TOKENS_FROM)
+    target = vocabulary(settings.model_copy(update={"source": chosen}), known, OF_BASE, TOKENS_FROM)
     seen = {name: Aligned(source, name, target, sources, base) for name, source in sources.items()}
     origin = sources[chosen] if chosen in experts else base
     folders = {name: source.path for name, source in sources.items()}
     return Models(
-        seen[BASE], {n: seen[n] for n in experts}, CommonTokens(target, _with_tokenizer(origin, base), folders)
+        seen[OF_BASE], {n: seen[n] for n in experts}, CommonTokens(target, _with_tokenizer(origin, base), folders)
     )
 
 
 def _with_tokenizer(source: Source, base: Checkpoint) -> Path:
     """The folder that holds the tokenizer of a model; an adapter may have left it with its base."""
     return source.path if (source.path / TOKENIZER_FILE).exists() and isinstance(source, Checkpoint) else base.path
+
+
+def _has_known_rows(base: Checkpoint) -> bool:
+    """Whether it is known which tensors of a model have a row for each token: an embedding, and no other tensor outside
+    the layers than those of TOKEN_MATRICES. Other models have to have the same tokens.
+    """
+    matrices = [name for name in base.headers if name.endswith(TOKEN_MATRICES)]
+    rows = _rows(base)
+    others = [n for n, i in base.headers.items() if layer_of(n) is None and rows & set(i.shape) and n not in matrices]
+    return any(not name.endswith(HEADS) for name in matrices) and not others
 
 
 def _differs(expert: Source, base: Checkpoint) -> bool:
@@ -79,6 +93,18 @@ def _differs(expert: Source, base: Checkpoint) -> bool:
 
 def _rows(checkpoint: Checkpoint) -> set[int]:
     return {info.shape[0] for name, info in checkpoint.headers.items() if name.endswith(TOKEN_MATRICES)}
+
+
+def _refuse_rowless(expert: Source, known: Ids, base: Checkpoint) -> None:
+    """Raises BadInput where an expert has a token, unlike the base, for which its embedding has no row."""
+    own = (expert.vocabulary if isinstance(expert, Checkpoint) else None) or {}
+    rowless = own.keys() - known.keys() - (base.vocabulary or {}).keys()
+    if rowless:
+        token = min(rowless)
+        raise BadInput(
+            f"{expert.key}: the vocabulary of {expert.path} gives {token!r} the number {own[token]}, and its embedding "
+            "has no row for it; give a fine-tune whose embedding was resized."
+        )
 
 
 def _refuse_moved(known: Mapping[str, Ids], sources: Mapping[str, Source]) -> None:
