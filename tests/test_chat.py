@@ -43,7 +43,7 @@ def write_model(folder, template=None, stops=None, tokens=("<s>", "</s>", "<|im_
 def wanted(tmp_path, setting, needed=True):
     experts = {n: tmp_path / n for n in "abc" if (tmp_path / n).exists()}
     vocabulary = json.loads((tmp_path / "base" / "tokenizer.json").read_text())["model"]["vocab"]
-    return Wanted(setting, tmp_path / "base", experts, needed, vocabulary)
+    return Wanted(setting, tmp_path / "base", experts, needed, lambda: vocabulary)
 
 
 def test_the_named_formats_are_those_of_the_configuration():
@@ -121,6 +121,12 @@ def test_a_template_in_a_file(tmp_path):
     assert resolve(wanted(tmp_path, str(tmp_path / "mine.jinja")))[0].template == "mine"
     refused(lambda: resolve(wanted(tmp_path, "chatmll")), "model.chat_template", "'chatmll'", "'chatml'")
     refused(lambda: resolve(wanted(tmp_path, str(tmp_path))), "model.chat_template", "cannot be read")
+
+
+def test_a_template_that_is_no_text_is_refused(tmp_path):
+    write_model(tmp_path / "base")
+    (write_model(tmp_path / "a") / "chat_template.jinja").write_bytes(b"\xff\xfe{{")
+    refused(lambda: resolve(wanted(tmp_path, "auto")), "experts.a", "chat_template.jinja", "copy the model again")
 
 
 def test_companions_are_those_of_the_base_with_the_template_and_the_stop_tokens(tmp_path):
@@ -303,3 +309,6 @@ def test_models_are_evaluated_with_the_template_that_they_lack(chatting, instruc
         shutil.copyfile(instructed / "a" / name, whole / name)
     bare, own = score_models(file, [str(instructed / "base"), str(whole)], "report", lambda _: None)
     assert bare.tasks == own.tasks
+    of_base = str(chatting(tmp_path, model__base=str(whole), experts__b=str(instructed / "base")))
+    (again,) = score_models(of_base, [str(instructed / "base")], "report", lambda _: None)
+    assert again.tasks == own.tasks

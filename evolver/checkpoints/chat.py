@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +114,19 @@ class Wanted:
         base: folder of the base.
         experts: folders of the experts by name.
         needed: whether prompts are put into the template.
-        ids: the merged model's tokens; None where the base has no fast tokenizer.
+        read_ids: gives the merged model's tokens; None where the base has no fast tokenizer. A large vocabulary takes a
+            second to read, and most runs need no template.
     """
 
     setting: str
     base: Path
     experts: Mapping[str, Path]
     needed: bool
-    ids: Mapping[str, int] | None = None
+    read_ids: Callable[[], Mapping[str, int] | None] = lambda: None
+
+    @cached_property
+    def ids(self) -> Mapping[str, int] | None:
+        return self.read_ids()
 
 
 def resolve(wanted: Wanted) -> tuple[Chat | None, list[str]]:
@@ -172,7 +178,12 @@ def template_of(model: Path, key: str = "chat_template") -> str | None:
     Raises BadInput that names ``key`` for a file of the folder that cannot be read.
     """
     if (model / CHAT_FILE).exists():
-        return (model / CHAT_FILE).read_text()
+        try:
+            return (model / CHAT_FILE).read_text()
+        except (OSError, ValueError) as error:
+            raise BadInput(
+                f"{key}: {model / CHAT_FILE} cannot be read ({cause_of(error)}); copy the model again."
+            ) from error
     found = _json(model / TOKENIZER_SETTINGS, key).get("chat_template")
     if isinstance(found, list):
         found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)

@@ -101,8 +101,8 @@ def _opened(config: Config, opened: Opened, model: str, device: str) -> Opened:
     """A model in the place of the base, which the device can hold. It has a head of its own, with its own labels."""
     with _said_of(model):
         base = open_base(model, COMMAND)
-        folders = {name: source.path for name, source in opened.experts.items()}
-        companions = companions_of(config, folders, base.path)
+        folders = {name: source.path for name, source in {"base": opened.base, **opened.experts}.items()}
+        companions = companions_of(config, folders, base.path, own_template=True)
         found = replace(opened, base=base, labels=(), companions=companions)
         check_kind(config, found.base)
         check_device(config, found, device)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from evolver.checkpoints.chat import Wanted, resolve
+from evolver.checkpoints.chat import EXPERT, Wanted, resolve, template_of
 from evolver.checkpoints.heads import Head, Relabelled, all_labels, head_digest, head_of, labels_in_order
 from evolver.checkpoints.sources import open_base, open_expert
 from evolver.checkpoints.weights import Checkpoint, Source, digests, vocabulary_in
@@ -20,7 +20,7 @@ from evolver.evaluation.live import free_memory, kinds_of
 from evolver.merging.companions import CommonTokens, Companions
 from evolver.workers.compute import refuse_compute, stored_dtype
 from evolver.workers.plan import CHAT, TOKENS
-from evolver.workers.vocabulary import with_common_tokens
+from evolver.workers.vocabulary import OF_BASE, with_common_tokens
 
 GIB = 1 << 30
 # Values of evaluation.backend with which Transformers loads candidates.
@@ -101,14 +101,17 @@ def _with_words(config: Config, base: Checkpoint, experts: dict[str, Source]) ->
     models = with_common_tokens(config.model.tokens, base, experts)
     folders = {name: source.path for name, source in experts.items()}
     origin = base.path if models.tokens is None else models.tokens.folder
-    ids = vocabulary_in(base.path, base.key) if models.tokens is None else models.tokens.target.ids
-    chat, said = resolve(_wanted(config, origin, folders, ids))
+    tokens = models.tokens
+    chat, said = resolve(
+        _wanted(config, origin, folders, lambda: base.vocabulary if tokens is None else tokens.target.ids)
+    )
     own = {}
     if models.tokens is not None:
-        said += [_other_tokens(config, models.tokens, vocabulary_in(base.path, base.key) or {})]
-        for name, source in {"base": base, **experts}.items():
+        said += [_other_tokens(config, models.tokens, base.vocabulary or {})]
+        for name, source in {OF_BASE: base, **experts}.items():
             loaded = source if isinstance(source, Checkpoint) else base
-            own[name] = OwnTokens(source, loaded, companions_of(config, folders, loaded.path))
+            files = companions_of(config, {OF_BASE: base.path, **folders}, loaded.path, own_template=False)
+            own[name] = OwnTokens(source, loaded, files)
     companions = Companions(base.path, chat, models.tokens)
     return Opened(models.base, models.experts, companions, warnings=tuple(said), own=own)
 
@@ -121,21 +124,29 @@ def _other_tokens(config: Config, tokens: CommonTokens, own: Mapping[str, int]) 
     )
 
 
-def companions_of(config: Config, experts: Mapping[str, Path], folder: Path) -> Companions:
+def companions_of(config: Config, models: Mapping[str, Path], folder: Path, own_template: bool) -> Companions:
     """The files beside the weights of a model that is scored with its own tokens: its own files, but for a chat
     template that the configuration names, or that the model lacks.
 
     Args:
-        experts: the folders of the experts by name.
+        models: the folders of the base (``base``) and of the experts by name.
         folder: of the model.
+        own_template: where the configuration names no template, the model's own goes before that of the run's base.
     """
     if config.model.kind not in LANGUAGE_KINDS:
         return Companions(folder)
-    return Companions(folder, resolve(_wanted(config, folder, experts, vocabulary_in(folder, "model.base")))[0])
+    wanted = _wanted(config, folder, models, lambda: vocabulary_in(folder, "model.base"))
+    own, of_base = template_of(folder), template_of(models[OF_BASE])
+    keeps = own is not None and (own_template or own == of_base)
+    if wanted.setting == "auto" and of_base is not None and not keeps:
+        wanted = replace(wanted, setting=f"{EXPERT}{OF_BASE}")
+    return Companions(folder, resolve(wanted)[0])
 
 
-def _wanted(config: Config, base: Path, experts: Mapping[str, Path], ids: Mapping[str, int] | None) -> Wanted:
-    return Wanted(config.model.chat_template, base, experts, config.evaluation.apply_chat_template, ids)
+def _wanted(
+    config: Config, base: Path, models: Mapping[str, Path], read_ids: Callable[[], Mapping[str, int] | None]
+) -> Wanted:  # fmt: skip
+    return Wanted(config.model.chat_template, base, models, config.evaluation.apply_chat_template, read_ids)
 
 
 def check_kind(config: Config, base: Checkpoint) -> None:
