@@ -23,6 +23,10 @@ from pydantic_core import ErrorDetails
 from evolver.errors import BadInput, cause_of, nearest, refuse_special
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+# Kinds of models that are scored on texts which they go on with.
+LANGUAGE_KINDS = ("causal-lm", "seq2seq")
+# The words of model.chat_template that name a format of conversations.
+CHAT_FORMATS = ("chatml", "llama3", "mistral", "alpaca")
 FUNCTION = r"^.+\.py:[A-Za-z_]\w*$"
 
 
@@ -33,6 +37,31 @@ class Section(BaseModel):
 
 
 SectionType = TypeVar("SectionType", bound=Section)
+
+
+class TokenEntry(Section):
+    """Which row a token has in models that lack it; with ``force``, in all."""
+
+    source: Any = Field(
+        None,
+        description="a model, or a mapping as in a mergekit file: {kind: zero}, or {kind: model_token, model, token or "
+        "token_id}; default: the base, else the mean of the models that have the token",
+    )
+    force: bool = Field(False, description="give all models this row, also those that have one of their own")
+
+
+class TokenizerSettings(Section):
+    """Where the tokens come from."""
+
+    source: str = Field(
+        "union", description="union: the tokens of all models. base: those of the base. expert NAME: those of an expert"
+    )
+    tokens: dict[str, TokenEntry] = Field(
+        default_factory=dict, description="mapping from tokens to which row of the embedding they get"
+    )
+    pad_to_multiple_of: int | None = Field(
+        None, ge=1, description="the number of rows of the embedding is made a multiple of this by rows of zeros"
+    )
 
 
 class ModelSettings(Section):
@@ -48,6 +77,20 @@ class ModelSettings(Section):
         "heads are not merged, and each task is scored with the head of one expert. union: heads are merged row by "
         "row, matched by label, so that the model knows the labels of all experts",
     )
+    tokenizer: str | TokenizerSettings = Field(
+        "union",
+        description="tokens of merged models, where the experts' tokens differ from the base's: union, base or expert "
+        "NAME, or a mapping with source, tokens and pad_to_multiple_of. union: the tokens of all models. Rows of the "
+        "embedding are matched by token; base and experts are scored with their own tokens",
+    )
+    chat_template: str = Field(
+        "auto",
+        min_length=1,
+        description="chat template of merged models, with its stop tokens and settings of generation. auto: the "
+        "base's or, if it has none, the only one that the experts have. base: the base's, if it has one. expert NAME: "
+        f"that expert's. A file with a Jinja template, or one of {', '.join(CHAT_FORMATS)}: this template, with the "
+        "base's settings",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype that merged weights are rounded to and stored in; auto: the dtype of the base"
     )
@@ -56,6 +99,11 @@ class ModelSettings(Section):
         description="dtype of forward passes; auto: the dtype of the weights or float32. Evolver times both where the "
         "workers run, when a run starts, and uses the faster one for the whole run",
     )
+
+    @property
+    def tokens(self) -> TokenizerSettings:
+        """``tokenizer`` in its long form."""
+        return TokenizerSettings(source=self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer
 
 
 class DataSet(Section):
@@ -146,7 +194,7 @@ class EvaluationSettings(Section):
     num_fewshot: int | None = Field(
         None, ge=0, description="number of few-shot examples in a prompt; default: what the task says"
     )
-    apply_chat_template: bool = Field(False, description="put prompts into the chat template of the base's tokenizer")
+    apply_chat_template: bool = Field(False, description="put prompts into the chat template (see model.chat_template)")
     fewshot_as_multiturn: bool = Field(
         True, description="with a chat template, each few-shot example becomes a separate turn"
     )
@@ -378,6 +426,20 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _words_of_experts(self) -> Config:
+        wanted = self.model.chat_template
+        if wanted not in ("auto", "base") and self.model.kind not in LANGUAGE_KINDS:
+            raise ValueError(f"model.chat_template: a model of kind {self.model.kind} holds no chats; leave it out")
+        for key, said in {"chat_template": wanted, "tokenizer": self.model.tokens.source}.items():
+            name = said.removeprefix("expert").strip()
+            if (said == "expert" or said.startswith("expert ")) and name not in self.experts:
+                raise ValueError(f"model.{key}: there is no expert {name!r}; {nearest(name, self.experts)}")
+            if key == "tokenizer" and said not in ("union", "base") and not said.startswith("expert"):
+                words = ["union", "base", *(f"expert {n}" for n in self.experts)]
+                raise ValueError(f"model.tokenizer: {said!r} is not usable; {nearest(said, words)}")
+        return self
+
+    @model_validator(mode="after")
     def _statistics_of_experts(self) -> Config:
         known = [t.task for t in self.evaluation.tasks]
         for expert, tasks in self.statistics.tasks.items():
@@ -500,6 +562,11 @@ def renamed(config: Config, run: str) -> Config:
 def computing(config: Config, compute: str) -> Config:
     """A copy of the configuration with ``model.compute`` set to this dtype."""
     return config.model_copy(update={"model": config.model.model_copy(update={"compute": compute})})
+
+
+def keeping_base_chat(config: Config) -> Config:
+    """A copy of the configuration whose models keep the base's chat template, or its lack of one."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"chat_template": "base"})})
 
 
 def check_section(kind: type[SectionType], raw: Mapping[str, Any], file: str, prefix: str = "") -> SectionType:

@@ -70,6 +70,15 @@ def _format_of(path: Path) -> ModelFormat | None:
     return next((f for f in FORMATS.values() if f.recognises(path)), None)
 
 
+def check_same_vocabulary(expert: Checkpoint, base: Checkpoint, key: str) -> None:
+    """Check that an expert has the base's tokens, and as many rows for them.
+
+    Raises BadInput that names ``key``.
+    """
+    _check_same_tokens(expert, base, key)
+    _check_same_shapes(expert, base, key, same_tokens=True)
+
+
 def _check_same_family(
     expert: Checkpoint, base: Checkpoint, key: str, same_tokens: bool, names: Agreement
 ) -> None:  # fmt: skip
@@ -95,8 +104,8 @@ def _check_same_tokens(expert: Checkpoint, base: Checkpoint, key: str) -> None:
     if ours is not None and theirs is not None and ours != theirs:
         raise BadInput(
             f"{key}: the vocabulary of {expert.path} ({len(ours)} tokens) differs from that of the base "
-            f"({len(theirs)} tokens); give a fine-tune that kept the base's tokenizer, or say "
-            "tokenizer_source in a mergekit file."
+            f"({len(theirs)} tokens); give a fine-tune that kept the base's tokenizer, or say tokenizer_source in a "
+            "mergekit file."
         )
 
 

@@ -179,20 +179,7 @@ class Checkpoint:
     @cached_property
     def vocabulary(self) -> dict[str, int] | None:
         """Token → id, or None where the folder holds no fast tokenizer."""
-        file = self.path / TOKENIZER_FILE
-        if not file.exists():
-            return None
-        raw = read_json(file, self.key)
-        try:
-            vocab = raw["model"]["vocab"]
-            tokens = dict(vocab) if isinstance(vocab, dict) else {t[0]: i for i, t in enumerate(vocab)}
-            tokens.update({t["content"]: t["id"] for t in raw.get("added_tokens") or []})
-            whole = all(isinstance(t, str) and isinstance(i, int) for t, i in tokens.items())
-        except (KeyError, TypeError, IndexError, AttributeError, ValueError):
-            whole = False
-        if not whole or not tokens or isinstance(vocab, str):
-            raise BadInput(f"{self.key}: {file} is no tokenizer with a vocabulary; copy the model again.")
-        return tokens
+        return vocabulary_in(self.path, self.key)
 
     def _shape(self, stored: str) -> tuple[int, ...]:
         return tuple(self._files[self._place[stored]].get_slice(stored).get_shape())
@@ -323,6 +310,27 @@ def read_json(file: Path, key: str) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise BadInput(f"{key}: {file} is not the JSON object that belongs there; copy the model again.")
     return raw
+
+
+def vocabulary_in(folder: Path, key: str) -> dict[str, int] | None:
+    """The vocabulary in a model's folder, token → id, or None where it holds no fast tokenizer.
+
+    Raises BadInput that names ``key`` where the file is none.
+    """
+    file = folder / TOKENIZER_FILE
+    if not file.exists():
+        return None
+    raw = read_json(file, key)
+    try:
+        vocab = raw["model"]["vocab"]
+        tokens = dict(vocab) if isinstance(vocab, dict) else {t[0]: i for i, t in enumerate(vocab)}
+        tokens.update({t["content"]: t["id"] for t in raw.get("added_tokens") or []})
+        whole = all(isinstance(t, str) and isinstance(i, int) for t, i in tokens.items())
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError):
+        whole = False
+    if not whole or not tokens or isinstance(vocab, str):
+        raise BadInput(f"{key}: {file} is no tokenizer with a vocabulary; copy the model again.")
+    return tokens
 
 
 def cached(kind: str, files: Sequence[Path], compute: Callable[[], str]) -> str:

@@ -367,11 +367,19 @@ def explain(
             "contains a mergekit file"
         ),
     ],
+    prompts: Annotated[
+        bool,
+        typer.Option(
+            "--prompts",
+            help="for the file or the folder of a run: print the prompts of the first dev items instead, as the model "
+            "reads them",
+        ),
+    ] = False,
 ) -> None:
     """Print, for every tensor of a merge, which method makes it and which settings apply."""
     from evolver.commands import explain as explaining
 
-    typer.echo(explaining.table(explaining.explain(config)))
+    typer.echo(explaining.prompts(config) if prompts else explaining.table(explaining.explain(config)))
 
 
 @app.command()

@@ -19,7 +19,15 @@ from evolver.evaluation.tasks import load_tasks
 from evolver.records import Split
 from evolver.report.text import markdown_table, score_text
 from evolver.workers.compute import is_open, settled
-from evolver.workers.opened import Opened, check_backend_device, check_device, draw_up, open_models, open_named
+from evolver.workers.opened import (
+    Opened,
+    check_backend_device,
+    check_device,
+    companions_of,
+    draw_up,
+    open_models,
+    open_named,
+)
 from evolver.workers.worker import build_model, choose_compute
 
 COMMAND = "evolver evaluate"
@@ -74,13 +82,13 @@ def score_models(
             config = computing(config, choose_compute(config).compute)
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from error
-    for warning in dict.fromkeys(tasks.warnings):
+    for warning in dict.fromkeys([*opened.warnings, *tasks.warnings]):
         warn(warning)
     torch.set_num_threads(config.evaluation.threads)
     scale, found = tasks.scale(split), []
     block = block_of(config, file, split, len(scale.tasks))
     for model in models:
-        live = build_model(config, opened, device, given[model].base.path)
+        live = build_model(config, given[model], device, given[model].base.path)
         items = answer_again(tasks.scorer(live, split), len(scale.tasks), block)
         live.close()
         low, high = interval(items, scale, config.seed)
@@ -91,7 +99,10 @@ def score_models(
 def _opened(config: Config, opened: Opened, model: str, device: str) -> Opened:
     """A model in the place of the base, which the device can hold. It has a head of its own, with its own labels."""
     with _said_of(model):
-        found = replace(opened, base=open_named(config, model, COMMAND).base, labels=())
+        base = open_named(config, model, COMMAND).base
+        folders = {name: source.path for name, source in {"base": opened.base, **opened.experts}.items()}
+        companions = companions_of(config, folders, base.path, own_template=True)
+        found = replace(opened, base=base, labels=(), companions=companions)
         check_device(config, found, device)
         return found
 

@@ -14,13 +14,19 @@ import yaml
 
 from evolver.checkpoints.sources import open_base
 from evolver.commands.merge import open_merge
-from evolver.config import load
-from evolver.driver.prepare import planned_merge
+from evolver.config import config_at, load
+from evolver.driver.prepare import planned_merge, prepare
 from evolver.errors import BadInput, cause_of, refuse_special
+from evolver.evaluation.blueprint import Blueprint
 from evolver.merging import mergekit, methods
 from evolver.records import Expert, Layers, Merge, Recipe, layer_of, load_recipe
 from evolver.runs.files import RECIPE_FILE, RUN_FILE
+from evolver.runs.folder import config_of_run
+from evolver.storage import storage_at
+from evolver.workers.opened import draw_up
 
+# Items of each task whose prompts are shown.
+SHOWN = 2
 SettingRow = tuple[str, str, Mapping[str, Any]]
 
 
@@ -73,6 +79,28 @@ def _of_winner(run: Path) -> list[SettingRow]:
         return _rows(recipe, base.names(), ())
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from error
+
+
+def prompts(path: str | Path) -> str:
+    """What a model reads of the first dev items of each task of a configuration, or of the run in a folder.
+
+    Raises BadInput where the configuration cannot be used, and where none of its tasks has prompts that can be shown.
+    """
+    given = config_of_run(storage_at(str(path))) if Path(path).is_dir() else config_at(path)
+    prepared = prepare(given, weights=False)
+    try:
+        model = draw_up(prepared.config, prepared.opened)
+        if not isinstance(model, Blueprint):
+            raise BadInput(
+                f"evaluation.backend: {prepared.config.evaluation.backend} makes the tokens of prompts itself, so they "
+                "cannot be shown; write resident to look at them."
+            )
+        texts = prepared.tasks.prompts(model, SHOWN)
+    except BadInput as error:
+        raise BadInput(f"{given.origin}: {error}") from error
+    if not texts:
+        raise BadInput(f"{given.origin}: --prompts: none of its tasks has prompts; leave the option out.")
+    return "\n\n".join(texts)
 
 
 def table(rows: Sequence[SettingRow]) -> str:

@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 
+from evolver.checkpoints import chat
 from evolver.checkpoints.agreement import Agreement
 from evolver.checkpoints.doubts import left_out, suspicions
 from evolver.checkpoints.shards import SHARD_BYTES
 from evolver.checkpoints.sources import is_delta, open_base, open_expert
 from evolver.checkpoints.weights import Checkpoint, Source, digests
+from evolver.config import TokenizerSettings
 from evolver.errors import BadInput
 from evolver.kernels.compiled import Kernels
 from evolver.merging import mergekit
-from evolver.merging.export import TOKENIZER, companions_of, export
+from evolver.merging.companions import TOKENIZER, Companions
+from evolver.merging.export import beside_of, export
 from evolver.merging.materialise import Materialiser
-from evolver.merging.mergekit import chat
 from evolver.merging.mergekit.vocabulary import Aligned, Vocabulary, extend_tokenizer, known_tokens, vocabulary
 from evolver.merging.sentence import SentenceModules, plan_modules
 from evolver.records import Expert, Recipe
@@ -88,10 +90,11 @@ def _without_weights(model: Checkpoint) -> Any:
     return without_weights(model.path, model.config)
 
 
-def _aligned(opened: OpenedFile, tokenizer: mergekit.Tokenizer, file: str) -> OpenedFile:
+def _aligned(opened: OpenedFile, tokenizer: TokenizerSettings, file: str) -> OpenedFile:
     models, base = opened.sources, opened.configuration.origin
     known = {r: known_tokens(s) for r, s in models.items()}
-    target = vocabulary(tokenizer.source, tokenizer.tokens, tokenizer.pad_to_multiple_of, known, base, file)
+    key = "tokenizer_source" if opened.configuration.raw.tokenizer is None else "tokenizer"
+    target = vocabulary(tokenizer, known, base, f"{file}: {key}")
     seen = {r: Aligned(s, r, target, models, opened.base) for r, s in models.items()}
     return OpenedFile(opened.configuration, seen[base], dict(seen), target, opened.left_out)
 
@@ -133,7 +136,7 @@ def merge_file(
         device=device, kernels=None if device == "cpu" else _kernels(opened),
     )  # fmt: skip
     modules = _modules(opened, seed)
-    beside = companions_of(opened.base, modules.names)
+    beside = beside_of(opened.base, modules.names)
     for sentence in (*modules.warnings, *beside.warnings):
         warn(sentence)
     text = Path(path).read_text()
@@ -141,7 +144,7 @@ def merge_file(
 
     with new_folder(target) as folder:
         try:
-            export(recipe, materialiser, folder, texts, shard_bytes, _tokenizer_folder(opened))
+            export(recipe, materialiser, folder, texts, shard_bytes, Companions(_tokenizer_folder(opened)))
             modules.write(folder)
         except BadInput as error:
             raise BadInput(f"{path}: {error}") from error

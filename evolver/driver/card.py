@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from evolver.checkpoints.chat import EXPERT
 from evolver.config import Config
 from evolver.driver.prepare import Prepared
 from evolver.merging import mergekit
@@ -125,9 +126,29 @@ def _rebuilt(prepared: Prepared, recipe: Recipe) -> tuple[str, dict[str, str]]:
     dtype = None if config.model.dtype == "auto" else config.model.dtype
     try:
         text = mergekit.dump(recipe, locations, prepared.opened.base.names(), dtype)
+        text += _words(prepared, text)
     except mergekit.Inexpressible as why:
         return f"mergekit cannot make this model: {why}.", {}
     return f"mergekit makes it, too: `mergekit-yaml {mergekit.CONFIG_FILE} OUT`.", {mergekit.CONFIG_FILE: text}
+
+
+def _words(prepared: Prepared, text: str) -> str:
+    """The lines of a mergekit file that say where tokens and chat template come from.
+
+    Raises Inexpressible where it has no words for that.
+    """
+    config, companions = prepared.config, prepared.opened.companions
+    lines: dict[str, Any] = {}
+    if companions.tokens is not None:
+        settings = config.model.tokens
+        if settings.tokens or "---\n" in text:
+            raise mergekit.Inexpressible("its tokens come from several models")
+        name = settings.source.removeprefix(EXPERT).strip()
+        source = str(expand(config.experts[name])) if name in config.experts else name
+        lines["tokenizer"] = {"source": source, "pad_to_multiple_of": settings.pad_to_multiple_of}
+    if companions.chat is not None:
+        lines["chat_template"] = companions.chat.template
+    return yaml.safe_dump(lines, sort_keys=False) if lines else ""
 
 
 def _licences(prepared: Prepared) -> dict[str, str | None]:

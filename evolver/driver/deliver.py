@@ -16,10 +16,12 @@ from evolver.checkpoints.gguf.keys import OPTION
 from evolver.checkpoints.lora_out import is_tied, is_transposed, write_delta, write_lora
 from evolver.driver.card import companion_files, companion_files_of
 from evolver.driver.check import score_again
-from evolver.driver.prepare import Prepared, materialiser_of, prepare_run
+from evolver.driver.prepare import Prepared, materialiser_of, materials_of, prepare_run
 from evolver.errors import BadInput
 from evolver.evaluation.live import default_device
-from evolver.merging.export import TOKENIZER, companions_of, export, merged_config
+from evolver.merging.companions import TOKENIZER
+from evolver.merging.export import beside_of, export, merged_config
+from evolver.merging.materialise import Materialiser
 from evolver.records import Candidate, Recipe, Result
 from evolver.runs.history import History, read_history
 from evolver.storage import Storage, check_export, check_target, exported_folder, new_file
@@ -68,11 +70,12 @@ def deliver(run: Storage, out: Path, wanted: str | None, say: Warn, force: bool 
         if outcome and best
         else companion_files_of(prepared, history.about, candidate, result)
     )
-    beside = companions_of(prepared.opened.base)
+    beside = beside_of(prepared.opened.base)
     for sentence in beside.warnings:
         say(f"warning: {sentence}")
+    materialiser, companions = materials_of(prepared, candidate.recipe)
     with exported_folder(out, force) as folder:
-        export(candidate.recipe, materialiser_of(prepared), folder, more)
+        export(candidate.recipe, materialiser, folder, more, companions=companions)
         beside.copy_to(folder)
     agreement = score_again(prepared, out, result.items, default_device())
     say(
@@ -137,14 +140,16 @@ def deliver_gguf(
             f"{OPTION}: only models of the kind causal-lm can be written as GGUF, and this run merges models of the "
             f"kind {prepared.config.model.kind}; leave the option out."
         )
-    model = _model(prepared, candidate.recipe)
+    materialiser, companions = materials_of(prepared, candidate.recipe)
     with (
+        companions.shown() as beside,
         new_file(out, replaced) as file,
         tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch,
     ):
+        model = _model(prepared, candidate.recipe, materialiser, beside)
         written = gguf_out.write_gguf(model, kind, file)
         gguf_out.verify(file, written)
-        folder = _read_back(prepared, model, file, Path(scratch) / "model")
+        folder = _read_back(model, file, Path(scratch) / "model", beside)
         agreement = score_again(prepared, folder, result.items, default_device())
         gguf_seal.seal(file)
     say(
@@ -155,29 +160,38 @@ def deliver_gguf(
         say(f"{out}: {note}")
 
 
-def _model(prepared: Prepared, recipe: Recipe) -> gguf_out.FileContent:
-    materialiser = materialiser_of(prepared)
+def _model(prepared: Prepared, recipe: Recipe, materialiser: Materialiser, beside: Path) -> gguf_out.FileContent:
     infos = {name: materialiser.info(recipe, name) for name in materialiser.names(recipe)}
     return gguf_out.FileContent(
-        merged_config(recipe, materialiser), infos, materialiser.stream(recipe), prepared.opened.base.path,
+        merged_config(recipe, materialiser), infos, materialiser.stream(recipe), beside,
         prepared.config.run, f"merged by evolver, recipe {recipe.id}",
     )  # fmt: skip
 
 
-def _read_back(prepared: Prepared, model: gguf_out.FileContent, file: Path, folder: Path) -> Path:
-    """What Transformers makes of a file, in the run's dtype, and with the run's tokenizer: it knows the ways of cutting
-    texts that files name in part only.
+def _read_back(model: gguf_out.FileContent, file: Path, folder: Path, beside: Path) -> Path:
+    """What Transformers makes of a file, in the run's dtype, and with the run's tokenizer (``beside``): it knows the
+    ways of cutting texts that files name in part only.
     """
     dtype = next(info.dtype for info in model.infos.values() if info.dtype.is_floating_point)
     gguf_out.read_back(file, folder, dtype)
     for name in TOKENIZER:
-        if (prepared.opened.base.path / name).exists():
-            shutil.copyfile(prepared.opened.base.path / name, folder / name)
+        if (beside / name).exists():
+            shutil.copyfile(beside / name, folder / name)
     return folder
 
 
 def _chosen(run: Storage, wanted: str | None) -> tuple[Recipe, Prepared]:
-    return find(read_history(run), wanted)[0].recipe, prepare_run(run)
+    """A candidate, to be written as its difference to the base.
+
+    Raises BadInput where their tokens differ, too.
+    """
+    recipe, prepared = find(read_history(run), wanted)[0].recipe, prepare_run(run)
+    if prepared.opened.companions.tokens is not None:
+        raise BadInput(
+            "--lora, --energy, --delta: the merged models of this run have other tokens than the base, and the "
+            "difference to it has no place for them; export the whole model."
+        )
+    return recipe, prepared
 
 
 def _of_base(prepared: Prepared) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from evolver.checkpoints.doubts import suspicions
 from evolver.checkpoints.weights import Checkpoint
-from evolver.config import FREE_KEYS, Config, ConfigText, computing, default_at, load, renamed
+from evolver.config import FREE_KEYS, Config, ConfigText, computing, default_at, keeping_base_chat, load, renamed
 from evolver.driver.early import chosen_search, named_search
 from evolver.errors import BadInput
 from evolver.evaluation.blueprint import Blueprint, ModelFolder
@@ -18,10 +18,11 @@ from evolver.evaluation.fused import refuse_experts
 from evolver.evaluation.scores.estimates import Estimates, first_unjudged
 from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.loggers import check_loggers
+from evolver.merging.companions import Companions
 from evolver.merging.materialise import Materialiser
 from evolver.merging.settings.maker import RecipeMaker
 from evolver.records import Expert, Recipe, Split
-from evolver.runs.folder import RunFolder, compute_of, config_of_run
+from evolver.runs.folder import RunFolder, compute_of, config_of_run, made_before
 from evolver.search import SEARCHES, Search
 from evolver.search.base import Setup
 from evolver.search.halving import HalvingSettings
@@ -30,9 +31,9 @@ from evolver.storage import Storage
 from evolver.threads import too_many
 from evolver.workers.compute import is_open, settled
 from evolver.workers.opened import Opened, check_device, draw_up, open_models
-from evolver.workers.plan import SCORING_PACKAGES, Plan, items_hash
+from evolver.workers.plan import CHAT, SCORING_PACKAGES, TOKENS, Plan, items_hash
 from evolver.workers.statistics import sample_hash
-from evolver.workers.worker import build_materialiser, statistics_of
+from evolver.workers.worker import build_materialiser, own_materialiser, statistics_of
 
 SPLITS: tuple[Split, Split] = ("dev", "report")
 RECORDED_PACKAGES = ("torch", "transformers", "lm-eval", "optuna", "safetensors", "numpy", "ray")
@@ -56,7 +57,8 @@ class Prepared:
 
 
 def prepare(
-    given: ConfigText, name: str | None = None, weights: bool = True, device: str | None = None
+    given: ConfigText, name: str | None = None, weights: bool = True, device: str | None = None,
+    run: Storage | None = None,
 ) -> Prepared:  # fmt: skip
     """Check a configuration: all that can be known from headers and task files, before any candidate is built.
 
@@ -64,11 +66,14 @@ def prepare(
         weights: whether base and experts are read for their digests, without which nothing can be run.
         device: on which models are going to be scored, so that one has to find room and suit the tasks; None: no
             model is scored.
+        run: the folder of the run, which may hold one that is to be continued.
 
     Raises BadInput, one sentence with file, key and remedy.
     """
     config, file = given.parsed(), given.origin
     config = config if name is None else renamed(config, name)
+    if run is not None and config.model.chat_template == "auto" and made_before(run, "chat_template"):
+        config = keeping_base_chat(config)
     algorithm, settings = chosen_search(config, file)
     check_loggers(config, file)
     try:
@@ -85,7 +90,7 @@ def prepare(
         digests = opened.digests() if weights else None
         sampled = cache(lambda expert: _sampled(config, tasks, blueprint, expert))
         maker = RecipeMaker(list(config.experts), opened.base.names(), digests, sampled)
-        warnings = opened.left_out
+        warnings = opened.warnings
         warnings += tuple(suspicions(opened.base, opened.experts.values())) if weights else ()
         warnings += tuple(filter(None, [too_many(config.evaluation.threads)]))
         setup = Setup(
@@ -108,6 +113,17 @@ def materialiser_of(prepared: Prepared) -> Materialiser:
     return build_materialiser(prepared.plan, prepared.opened, statistics=statistics)
 
 
+def materials_of(prepared: Prepared, recipe: Recipe) -> tuple[Materialiser, Companions]:
+    """What writes the folder of a model: what builds its weights, and the files beside them. Base and experts have
+    their own tokens, as in their scores.
+    """
+    own = {prepared.plan.digests[name]: own for name, own in prepared.opened.own.items()}
+    if isinstance(recipe, Expert) and recipe.digest in own:
+        found = own[recipe.digest]
+        return own_materialiser(prepared.config, found, recipe), found.companions
+    return materialiser_of(prepared), prepared.opened.companions
+
+
 def in_compute(prepared: Prepared, compute: str) -> Prepared:
     """The same with ``model.compute`` settled, where the configuration leaves it open."""
     if not is_open(prepared.config):
@@ -122,7 +138,7 @@ def prepare_run(run: Storage) -> Prepared:
 
     Raises BadInput where it is not there any more, or has other weights or items now.
     """
-    prepared = prepare(config_of_run(run))
+    prepared = prepare(config_of_run(run), run=run)
     if chosen := compute_of(run):
         prepared = in_compute(prepared, chosen)
     run_folder(prepared, run)
@@ -218,6 +234,10 @@ def _identity(config: Config, search: Mapping[str, Any], plan: Plan) -> dict[str
     identity: dict[str, Any] = config.model_dump(mode="json", exclude=set(FREE_KEYS))
     identity["search"] = dict(search)
     identity["model"]["base"] = plan.digests["base"]
+    # The base's own files are the keys' default: runs that are older than the keys have used them.
+    if TOKENS not in plan.digests:
+        identity["model"]["tokenizer"] = default_at(Config, "model.tokenizer")
+    identity["model"]["chat_template"] = plan.digests.get(CHAT, default_at(Config, "model.chat_template"))
     identity["experts"] = {n: plan.digests[n] for n in config.experts}
     identity["heads"] = {n: d for n, d in plan.digests.items() if n.startswith("head of ")}
     identity["items"] = dict(plan.items)

@@ -12,14 +12,14 @@ from functools import partial
 from evolver.config import Config, ConfigText
 from evolver.driver.card import companion_files
 from evolver.driver.check import score_again
-from evolver.driver.prepare import SPLITS, Prepared, in_compute, materialiser_of, prepare, run_folder, versions
+from evolver.driver.prepare import SPLITS, Prepared, in_compute, materials_of, prepare, run_folder, versions
 from evolver.errors import BadInput, file_sentence
 from evolver.ledger import Ledger, write_items
 from evolver.loggers import Tracked, Trackers, build_loggers, tracked
 from evolver.loggers.pace import Pace, Remaining
 from evolver.loggers.terminal import Display
 from evolver.loop import Guesses, evolve
-from evolver.merging.export import companions_of, export, write_heads
+from evolver.merging.export import beside_of, export, write_heads
 from evolver.pool import Pool
 from evolver.records import Candidate, Merge, Recipe, Result, Rule, dump_recipe
 from evolver.report.examples import compared_items, read_texts, write_texts
@@ -61,7 +61,7 @@ def run(
 
     Raises BadInput for anything that the user has to correct.
     """
-    prepared = prepare(given, name, device=device)
+    prepared = prepare(given, name, device=device, run=results.folder(name or given.parsed().run))
     prepared = _in_chosen_compute(prepared, results.folder(prepared.config.run), device, choose, display)
     folder = run_folder(prepared, results.folder(prepared.config.run))
     listeners = build_loggers(prepared.config, given.origin, folder.storage)
@@ -200,13 +200,14 @@ def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Di
     agreement = _checked_before(storage, text, display)
     if agreement is None:
         display.say(f"writing the best model to {folder.location}/best")
-        materialiser = materialiser_of(prepared)
+        materialiser, companions = materials_of(prepared, winner.recipe)
         heads = {n: (prepared.opened.experts[n].path, h) for n, h in prepared.opened.heads.items()}
-        beside = companions_of(prepared.opened.base)
+        beside = beside_of(prepared.opened.base)
         for sentence in beside.warnings:
             display.say(f"warning: {sentence}")
         with storage.whole_folder("best") as best:
-            export(winner.recipe, materialiser, best, companion_files(prepared, outcome))
+            texts = companion_files(prepared, outcome)
+            export(winner.recipe, materialiser, best, texts, companions=companions)
             beside.copy_to(best)
             write_heads(best, heads)
             agreement = score_again(prepared, best, outcome.best_dev.items, device)

@@ -196,6 +196,24 @@ class Shows(Protocol):
     def show(self, asked: AskedItem) -> ItemText: ...
 
 
+@runtime_checkable
+class ShowsPrompts(Protocol):
+    """A judge that can show what exactly a model reads of an item."""
+
+    def prompts(self, model: Any, asked: Sequence[AskedItem], scored: Iterable[Item], count: int) -> list[str]:
+        """The prompts of the first items of each task, as texts for people.
+
+        Args:
+            model: a Blueprint of the base.
+            asked: every item of this judge in the dev split.
+            scored: as for ``Judge.scorer``.
+            count: how many items of each task are shown.
+
+        Raises BadInput where a prompt cannot be built.
+        """
+        ...
+
+
 # The keys of a task that have a meaning for every kind of evaluation.
 COMMON_KEYS = frozenset({"task", "judge", "metric", "weight", "dev", "report"})
 JUDGES: dict[str, type[Judge]] = {}

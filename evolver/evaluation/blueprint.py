@@ -37,18 +37,22 @@ class ModelFolder:
 
     Args:
         folder: Hugging Face folder of the model.
+        beside: the folder whose tokenizer and config.json it has; default: ``folder``. It may be gone once this object
+            is made.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, beside: Path | None = None) -> None:
+        self.folder, self._beside = folder, beside or folder
+        if self._beside != folder:
+            _ = self.tokenizer
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The folder's tokenizer.
+        """The model's tokenizer.
 
         Raises BadInput where it has none that can be read.
         """
-        return open_tokenizer(self.folder)
+        return open_tokenizer(self._beside)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> str:
         """A conversation as the tokenizer's chat template writes it down. Raises what the template raises."""
@@ -64,6 +68,7 @@ class Blueprint(ModelFolder):
         shapes: shape of every tensor that the folder holds, by name.
         heads: names of tensors of classification heads, which come from elsewhere.
         labels: the labels of a classifier's head, where they differ from those of the folder.
+        beside: see ``ModelFolder``.
 
     Raises BadInput that names ``model.base`` and ``config.json`` where Transformers can build no such model, and where
     the model has other tensors, or tensors of other shapes, than the folder holds.
@@ -71,11 +76,11 @@ class Blueprint(ModelFolder):
 
     def __init__(
         self, settings: ModelSettings, folder: Path, shapes: Mapping[str, tuple[int, ...]],
-        heads: Collection[str] = (), labels: Sequence[str] = (),
+        heads: Collection[str] = (), labels: Sequence[str] = (), beside: Path | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(folder)
+        super().__init__(folder, beside)
         self.device = torch.device("meta")
-        self.module = _built(settings, folder, labels)
+        self.module = _built(settings, folder, self._beside, labels)
         self._check_tensors(shapes, heads)
 
     def _check_tensors(self, shapes: Mapping[str, tuple[int, ...]], heads: Collection[str]) -> None:
@@ -99,15 +104,15 @@ class Blueprint(ModelFolder):
                 )
 
 
-def _built(settings: ModelSettings, folder: Path, labels: Sequence[str]) -> Any:
-    """The module on the device ``meta``."""
+def _built(settings: ModelSettings, folder: Path, beside: Path, labels: Sequence[str]) -> Any:
+    """The module on the device ``meta``; ``beside`` holds the config.json that is used, ``folder`` the user's own."""
     import transformers
 
     if (reason := _impossible(json.loads((folder / "config.json").read_text()))) is not None:
         raise _unusable(folder, reason)
     transformers.utils.logging.set_verbosity_error()
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, **labelled(labels, False))
+        config = transformers.AutoConfig.from_pretrained(beside, **labelled(labels, False))
         if (folder / "generation_config.json").exists():
             _read_generation_settings(folder)
         with torch.device("meta"):

@@ -34,6 +34,8 @@ class LiveModel:
         device: device of the model, such as ``cpu`` or ``cuda``.
         heads: the experts' classification heads by expert, for ``use``.
         labels: the labels of a classifier's head, where they differ from those of the folder.
+        beside: the folder whose tokenizer, settings of generation and config.json the model has; default: ``folder``.
+            It may be gone once the model is made.
 
     Raises BadInput where a tensor of the checkpoint has no place in the model, and where the checkpoint lacks a tensor
     that the model needs.
@@ -42,6 +44,7 @@ class LiveModel:
     def __init__(
         self, settings: ModelSettings, folder: Path, shapes: Mapping[str, tuple[int, ...]], device: str,
         heads: Mapping[str, Mapping[str, Tensor]] | None = None, labels: Sequence[str] = (),
+        beside: Path | None = None,
     ) -> None:  # fmt: skip
         import transformers
 
@@ -50,8 +53,15 @@ class LiveModel:
         self.device = torch.device(device)
         self.listener: Listener | None = None
         self.folder, self._heads = folder, heads or {}
+        self._beside = beside or folder
+        given = labelled(labels)
+        if self._beside != folder:  # its config.json may name another number of tokens, whose rows are written later
+            given = {
+                "config": transformers.AutoConfig.from_pretrained(self._beside, **labelled(labels, False)),
+                "ignore_mismatched_sizes": bool(shapes),
+            }
         self.module, loaded = model_class(settings.kind).from_pretrained(
-            folder, dtype=settings.compute, use_safetensors=True, output_loading_info=True, **labelled(labels)
+            folder, dtype=settings.compute, use_safetensors=True, output_loading_info=True, **given
         )
         written = {*shapes, *(n for head in self._heads.values() for n in head)}
         missing = set(loaded["missing_keys"]) - written
@@ -60,6 +70,9 @@ class LiveModel:
                 f"model.base: {folder} lacks {min(missing)}, which {type(self.module).__name__} needs; "
                 "give a base of the kind that model.kind names."
             )
+        if self._beside != folder:
+            self.module.generation_config = transformers.GenerationConfig.from_pretrained(self._beside)
+            _ = self.tokenizer
         self.module.to(self.device).eval()
         self._places = self._find(shapes, folder)
         # lm-eval ties a model's weights when it wraps it, even where the checkpoint holds both tensors. This stops it.
@@ -67,8 +80,8 @@ class LiveModel:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The base's tokenizer."""
-        return open_tokenizer(self.folder)
+        """The model's tokenizer."""
+        return open_tokenizer(self._beside)
 
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Overwrite the parameters of the model with the tensors of a candidate.

@@ -23,8 +23,9 @@ from evolver.evaluation.base import (
     Scored,
     Scorer,
     Shows,
+    ShowsPrompts,
 )
-from evolver.evaluation.blueprint import ModelFolder
+from evolver.evaluation.blueprint import Blueprint, ModelFolder
 from evolver.evaluation.items import Item, Items, ItemSource, draw, in_order
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Split
@@ -84,6 +85,19 @@ class Tasks:
             if isinstance(judge, ChecksModel):
                 judge.check_model(model, [a for a in asked if self.judges[a.entry.task] is judge])
 
+    def prompts(self, model: Blueprint, count: int) -> list[str]:
+        """What a model reads of the first dev items of each task, as texts for people; none of tasks without prompts.
+
+        Raises BadInput where a prompt cannot be built.
+        """
+        asked, scored = self._asked("dev"), self._scored()
+        shown = [j for j in dict.fromkeys(self.judges.values()) if isinstance(j, ShowsPrompts)]
+        return [
+            text
+            for judge in shown
+            for text in judge.prompts(model, [a for a in asked if self.judges[a.entry.task] is judge], scored, count)
+        ]
+
     def scale(self, split: Split) -> Scale:
         """The scale of a split, which says how the answers to its items make up the score."""
         asked = self._asked(split)
@@ -117,7 +131,7 @@ class Tasks:
             model: a LiveModel, or a LaunchedModel where ``evaluation.backend`` names a model class of lm-eval.
         """
         asked = self._asked(split)
-        scored = {i for s in ("dev", "report") for i in self.items.of(s)}
+        scored = self._scored()
         parts = []
         for judge in dict.fromkeys(self.judges.values()):
             places = [p for p, a in enumerate(asked) if self.judges[a.entry.task] is judge]
@@ -130,6 +144,10 @@ class Tasks:
         asked = self._asked(split)
         found = {p: (self.judges[asked[p].entry.task], asked[p]) for p in places}
         return {p: judge.show(item) for p, (judge, item) in found.items() if isinstance(judge, Shows)}
+
+    def _scored(self) -> set[Item]:
+        """All items that are scored anywhere in the run."""
+        return {*self.items.of("dev"), *self.items.of("report")}
 
     def _asked(self, split: Split) -> list[AskedItem]:
         return [AskedItem(self._owners[split, item], item) for item in self.items.of(split)]

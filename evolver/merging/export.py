@@ -12,29 +12,21 @@ from typing import Any
 from torch import Tensor
 
 from evolver.checkpoints import shards
-from evolver.checkpoints.companions import Companions, companions
+from evolver.checkpoints.beside import Beside, beside
 from evolver.checkpoints.heads import Head
 from evolver.checkpoints.weights import Checkpoint, is_finite
 from evolver.errors import BadInput
+from evolver.merging.companions import COMPANIONS, Companions
 from evolver.merging.materialise import Materialiser
 from evolver.records import Recipe, dump_recipe
 
 # How configurations say the number of layers.
 DEPTH = ("num_hidden_layers", "n_layer", "num_layers")
-# What a model folder has besides weights, and what goes with the tokenizer that was chosen. What else the base's folder
-# may have is told by ``companions_of``.
-TOKENIZER = (
-    "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt",
-    "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model", "preprocessor_config.json",
-    "sentencepiece.bpe.model", "source.spm", "target.spm", "processor_config.json", "video_preprocessor_config.json",
-    "chat_template.json", "tekken.json",
-)  # fmt: skip
-COMPANIONS = ("generation_config.json", *TOKENIZER)
 
 
 def export(
     recipe: Recipe, materialiser: Materialiser, folder: Path, texts: Mapping[str, str],
-    shard_bytes: int = shards.SHARD_BYTES, tokenizer: Path | None = None,
+    shard_bytes: int = shards.SHARD_BYTES, companions: Companions | None = None,
 ) -> None:  # fmt: skip
     """Write the model of ``recipe`` into an empty folder, or one that it makes.
 
@@ -43,29 +35,26 @@ def export(
     Args:
         texts: further files by name: its README, its configuration for other tools.
         shard_bytes: how large a file of weights may become.
-        tokenizer: the folder whose tokenizer and generation settings are copied; None: the base's.
+        companions: the model's tokenizer and settings of generation; None: the base's.
     """
-    base = materialiser.base
     folder.mkdir(parents=True, exist_ok=True)
     infos = {n: materialiser.info(recipe, n) for n in materialiser.names(recipe)}
     shards.write_shards(usable(materialiser.stream(recipe)), infos, folder, shard_bytes)
-    for name in COMPANIONS:
-        if ((tokenizer or base.path) / name).exists():
-            shutil.copyfile((tokenizer or base.path) / name, folder / name)
     (folder / "config.json").write_text(json.dumps(merged_config(recipe, materialiser), indent=2))
+    (companions or Companions(materialiser.base.path)).write(folder)
     (folder / "recipe.json").write_text(dump_recipe(recipe))
     for name, text in texts.items():
         (folder / name).write_text(text)
 
 
-def companions_of(base: Checkpoint, modules: Collection[str] | None = None) -> Companions:
+def beside_of(base: Checkpoint, modules: Collection[str] | None = None) -> Beside:
     """What else lies in the folder of the base, beside what an export writes or copies anyway.
 
     Args:
         modules: folders that are written by others; None: as the base's modules are not kept, their settings are lost.
     """
     own = ("config.json", *(file.name for file in base.files()), *(modules or ()))
-    return companions(base.path, {*COMPANIONS, *own}, modules is not None)
+    return beside(base.path, {*COMPANIONS, *own}, modules is not None)
 
 
 def usable(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from evolver.checkpoints import shards
-from evolver.checkpoints.companions import copy
+from evolver.checkpoints.beside import copy
 from evolver.checkpoints.weights import (
     DTYPES,
     WEIGHTS,

@@ -27,6 +27,15 @@ def compute_of(folder: Storage) -> str | None:
     return model.get("compute") if isinstance(model, dict) else None
 
 
+def made_before(folder: Storage, key: str) -> bool:
+    """Whether the folder holds scores of a run that is older than a key of the section ``model``."""
+    try:
+        model = (_frozen(folder) or {}).get("model")
+    except (OSError, BadInput):  # RunFolder says what is wrong
+        return False
+    return isinstance(model, dict) and key not in model and _has_results(folder)
+
+
 def config_of_run(folder: Storage, candidates: int | None = None, items: int | None = None) -> ConfigText:
     """The configuration with which a run was started last, with another budget if one is given.
 

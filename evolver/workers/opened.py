@@ -3,27 +3,48 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
 from evolver.checkpoints.agreement import Agreement
+from evolver.checkpoints.chat import EXPERT, Wanted, resolve, template_of
 from evolver.checkpoints.doubts import left_out
 from evolver.checkpoints.heads import Head, Relabelled, all_labels, head_digest, head_of, labels_in_order
 from evolver.checkpoints.sources import is_delta, open_base, open_expert
-from evolver.checkpoints.weights import Checkpoint, Source, digests
-from evolver.config import Config, EvaluationSettings
+from evolver.checkpoints.weights import Checkpoint, Source, digests, vocabulary_in
+from evolver.config import LANGUAGE_KINDS, Config, EvaluationSettings
 from evolver.errors import BadInput
 from evolver.evaluation.blueprint import HF, Blueprint, ModelFolder, check_architecture, without_weights
 from evolver.evaluation.live import free_memory, kinds_of, model_class
+from evolver.merging.companions import CommonTokens, Companions
 from evolver.workers.compute import refuse_compute, stored_dtype
+from evolver.workers.plan import CHAT, TOKENS
+from evolver.workers.vocabulary import OF_BASE, with_common_tokens
 
 GIB = 1 << 30
 # Values of evaluation.backend with which Transformers loads candidates.
 TRANSFORMERS = ("resident", *HF)
 # Further values, of classes that read the tokenizer in a candidate's folder, which is that of the base.
 READ_TOKENIZER = ("vllm", "sglang", "openvino", "ipex", "habana", "neuronx")
+
+
+@dataclass(frozen=True)
+class OwnTokens:
+    """A model with its own tokens, where the merged models of its run have others.
+
+    Attributes:
+        source: its weights.
+        base: the checkpoint that is loaded before the weights are written into it: the model itself, or the base of an
+            adapter.
+        companions: the files beside the weights.
+    """
+
+    source: Source
+    base: Checkpoint
+    companions: Companions
 
 
 @dataclass(frozen=True)
@@ -34,18 +55,26 @@ class Opened:
         base: the checkpoint of the base.
         experts: the experts by name.
         heads: with ``model.heads: apart``, each expert's classification head by the expert's name.
+        companions: the files beside the weights that candidates have.
         labels: with ``model.heads: union``, the labels of all experts, in the order of the merged head.
-        left_out: sentences about tensors that are not merged.
+        warnings: what the user should know about them.
+        own: where the models' tokens differ, each of them with its own ones, by name (``base`` is the base).
     """
 
     base: Checkpoint
     experts: dict[str, Source]
+    companions: Companions
     heads: dict[str, Head] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    own: Mapping[str, OwnTokens] = field(default_factory=dict)
 
     def digests(self) -> dict[str, str]:
         own = {f"head of {name}": head_digest(head) for name, head in self.heads.items()}
+        if self.companions.chat is not None:
+            own[CHAT] = self.companions.chat.digest
+        if self.companions.tokens is not None:
+            own[TOKENS] = self.companions.tokens.target.digest
         return {**digests({"base": self.base, **self.experts}), **own}
 
 
@@ -56,17 +85,25 @@ def open_models(config: Config) -> Opened:
     """
     names = open_named(config, config.model.base, "model.base", headless=config.model.heads != "merged")
     base, keyed = names.base, {n: (p, f"experts.{n}") for n, p in config.experts.items()}
+    language = config.model.kind in LANGUAGE_KINDS
     # An adapter changes tensors of the base by name, so the base has to have its names by then.
     order = sorted(keyed, key=lambda n: is_delta(*keyed[n]))
-    found = {n: open_expert(keyed[n][0], base, keyed[n][1], names=names) for n in order}
+    found = {n: open_expert(keyed[n][0], base, keyed[n][1], same_tokens=not language, names=names) for n in order}
     names.settle(found.values())
     experts: dict[str, Source] = {n: found[n] for n in config.experts}
-    said = tuple(left_out([base, *experts.values()]))
+    opened = _joined(config, base, experts)
+    return replace(opened, warnings=(*left_out([base, *experts.values()]), *opened.warnings))
+
+
+def _joined(config: Config, base: Checkpoint, experts: dict[str, Source]) -> Opened:
+    """The models, with what the configuration says of their tokens and heads."""
+    if config.model.kind in LANGUAGE_KINDS:
+        return _with_words(config, base, experts)
     if config.model.heads == "apart":
-        return Opened(base, experts, {n: head_of(s) for n, s in experts.items()}, left_out=said)
+        return Opened(base, experts, Companions(base.path), {n: head_of(s) for n, s in experts.items()})
     if config.model.heads == "union":
-        return replace(_with_all_labels(base, experts), left_out=said)
-    return Opened(base, experts, left_out=said)
+        return _with_all_labels(base, experts)
+    return Opened(base, experts, Companions(base.path))
 
 
 def open_named(config: Config, location: str, key: str, headless: bool = False) -> Agreement:
@@ -81,6 +118,59 @@ def open_named(config: Config, location: str, key: str, headless: bool = False) 
     if loader is not None:
         names.ask_class()
     return names
+
+
+def _with_words(config: Config, base: Checkpoint, experts: dict[str, Source]) -> Opened:
+    """The models, with the tokens and the chat template that the configuration asks for."""
+    models = with_common_tokens(config.model.tokens, base, experts)
+    folders = {name: source.path for name, source in experts.items()}
+    origin = base.path if models.tokens is None else models.tokens.folder
+    tokens = models.tokens
+    chat, said = resolve(
+        _wanted(config, origin, folders, lambda: base.vocabulary if tokens is None else tokens.target.ids)
+    )
+    own = {}
+    if models.tokens is not None:
+        said += [_other_tokens(config, models.tokens, base.vocabulary or {})]
+        for name, source in {OF_BASE: base, **experts}.items():
+            loaded = source if isinstance(source, Checkpoint) else base
+            files = companions_of(config, {OF_BASE: base.path, **folders}, loaded.path, own_template=False)
+            own[name] = OwnTokens(source, loaded, files)
+    companions = Companions(base.path, chat, models.tokens)
+    return Opened(models.base, models.experts, companions, warnings=tuple(said), own=own)
+
+
+def _other_tokens(config: Config, tokens: CommonTokens, own: Mapping[str, int]) -> str:
+    """What the user is told where models have different tokens."""
+    return (
+        f"the models have different tokens: merged models get {len(tokens.target.ids)} and the base has {len(own)} "
+        f"(model.tokenizer: {config.model.tokens.source}); base and experts are scored with their own"
+    )
+
+
+def companions_of(config: Config, models: Mapping[str, Path], folder: Path, own_template: bool) -> Companions:
+    """The files beside the weights of a model that is scored with its own tokens: its own files, but for a chat
+    template that the configuration names, or that the model lacks.
+
+    Args:
+        models: the folders of the base (``base``) and of the experts by name.
+        folder: of the model.
+        own_template: where the configuration names no template, the model's own goes before that of the run's base.
+    """
+    if config.model.kind not in LANGUAGE_KINDS:
+        return Companions(folder)
+    wanted = _wanted(config, folder, models, lambda: vocabulary_in(folder, "model.base"))
+    own, of_base = template_of(folder), template_of(models[OF_BASE])
+    keeps = own is not None and (own_template or own == of_base)
+    if wanted.setting == "auto" and of_base is not None and not keeps:
+        wanted = replace(wanted, setting=f"{EXPERT}{OF_BASE}")
+    return Companions(folder, resolve(wanted)[0])
+
+
+def _wanted(
+    config: Config, base: Path, models: Mapping[str, Path], read_ids: Callable[[], Mapping[str, int] | None]
+) -> Wanted:  # fmt: skip
+    return Wanted(config.model.chat_template, base, models, config.evaluation.apply_chat_template, read_ids)
 
 
 def check_kind(config: Config, base: Checkpoint) -> None:
@@ -106,11 +196,12 @@ def draw_up(config: Config, opened: Opened) -> ModelFolder | None:
     own, backend, path = config.evaluation.model_args, config.evaluation.backend, opened.base.path
     if "tokenizer" in own or backend not in (*TRANSFORMERS, *READ_TOKENIZER):
         return None
-    if "max_length" in own or backend not in TRANSFORMERS:
-        return ModelFolder(path)
-    shapes = {name: info.shape for name, info in opened.base.headers.items()}
-    heads = {name for head in opened.heads.values() for name in head}
-    return Blueprint(config.model, path, shapes, heads, opened.labels)
+    with opened.companions.shown() as beside:
+        if "max_length" in own or backend not in TRANSFORMERS:
+            return ModelFolder(path, beside)
+        shapes = {name: info.shape for name, info in opened.base.headers.items()}
+        heads = {name for head in opened.heads.values() for name in head}
+        return Blueprint(config.model, path, shapes, heads, opened.labels, beside)
 
 
 def check_device(config: Config, opened: Opened, device: str) -> None:
@@ -167,4 +258,4 @@ def _with_all_labels(base: Checkpoint, experts: Mapping[str, Source]) -> Opened:
         if set(known) & set(target):
             heads["base"], labels["base"] = head_of(base), known
     seen = {n: Relabelled(s, n, heads, labels, target, base) for n, s in {"base": base, **experts}.items()}
-    return Opened(seen["base"], {n: seen[n] for n in experts}, labels=tuple(target))
+    return Opened(seen["base"], {n: seen[n] for n in experts}, Companions(base.path), labels=tuple(target))

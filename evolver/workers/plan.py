@@ -11,6 +11,9 @@ from evolver.records import Split, content_hash
 # Whose versions scores, and statistics of models, depend on.
 SCORING_PACKAGES = ("torch", "transformers", "lm-eval")
 
+# The names, beside those of models, of the digests of a chat template and of tokens that take the place of the base's.
+CHAT, TOKENS = "chat template", "tokens"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -20,7 +23,7 @@ class Plan:
 
     Attributes:
         config: the configuration of the run.
-        digests: digest of the weights of the base and of every expert, by name.
+        digests: digest of the weights of the base and of every expert, by name; and of a chat template and tokens.
         items: hash of the items of each split.
         stops: whether the search is of a kind that may stop an evaluation before the last dev item.
     """

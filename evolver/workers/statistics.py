@@ -23,7 +23,7 @@ from evolver.kernels.machine import digest_of
 from evolver.merging.materialise import StatisticTensors
 from evolver.records import Expert, Statistic, content_hash
 from evolver.storage.paths import expand
-from evolver.workers.plan import SCORING_PACKAGES, Plan
+from evolver.workers.plan import CHAT, SCORING_PACKAGES, Plan
 
 # Keys of a task that change neither what a model reads nor in which batches.
 NOT_READ = {"data", "report_data", "report", "report_task", "dev", "weight", "metric"}
@@ -124,10 +124,11 @@ class Statistics:
         config = self._plan.config
         asked = config.evaluation.model_dump(mode="json", exclude=NOT_ASKED)
         tasks = [t.model_dump(mode="json", exclude=NOT_READ) for t in config.evaluation.tasks]
-        model = config.model.model_dump(mode="json", exclude={"base"})
+        model = config.model.model_dump(mode="json", exclude={"base", "chat_template", "tokenizer"})
         versions = {p: importlib.metadata.version(p) for p in SCORING_PACKAGES}
         # The items of both splits: none of them serves as an example in a prompt.
         run = [self._plan.digests["base"], dict(self._plan.items), config.seed]
+        run += [self._plan.digests[CHAT]] if CHAT in self._plan.digests else []
         code = digest_of(inspect.getfile(collector_named(node.collected)))  # another version may collect something else
         return content_hash([node.id, code, asked, tasks, model, versions, run])
 

@@ -20,14 +20,15 @@ from evolver.errors import BadInput
 from evolver.evaluation.base import Scored
 from evolver.evaluation.live import LiveModel, default_device
 from evolver.evaluation.scores.course import Evaluation, blocks
-from evolver.evaluation.tasks import Tasks, load_tasks
+from evolver.evaluation.tasks import SplitScorer, Tasks, load_tasks
 from evolver.kernels.compiled import Kernels
+from evolver.merging.companions import Companions
 from evolver.merging.export import export
 from evolver.merging.materialise import Materialiser
-from evolver.records import Candidate, Result, Split
+from evolver.records import Candidate, Expert, Result, Split
 from evolver.workers.compute import ComputeChoice, choose, is_open, refuse_compute
 from evolver.workers.failures import BrokenDevice, is_broken_device, is_out_of_memory, is_transient, told_reason
-from evolver.workers.opened import GIB, Opened, check_backend_device, open_models
+from evolver.workers.opened import GIB, Opened, OwnTokens, check_backend_device, open_models
 from evolver.workers.plan import Plan, items_hash
 from evolver.workers.statistics import Statistics
 
@@ -59,6 +60,12 @@ def build_materialiser(
     return Materialiser(opened.base, sources, dtype, int(config.pool.cache_gb * GIB), device, kernels, statistics)
 
 
+def own_materialiser(config: Config, own: OwnTokens, recipe: Expert, device: str = "cpu") -> Materialiser:
+    """The materialiser that builds a model with its own tokens."""
+    dtype = None if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+    return Materialiser(own.base, {recipe.digest: own.source}, dtype, device=device)
+
+
 def statistics_of(plan: Plan, opened: Opened, tasks: Tasks) -> Statistics:
     """The statistics of a plan's experts where there is no worker: a live model is made if one has to be collected."""
     model = cache(lambda: build_model(plan.config, opened, default_device()))
@@ -72,20 +79,22 @@ def build_model(
     ``evaluation.backend`` says so, a model class of lm-eval that is started on each candidate.
 
     Args:
-        folder: folder of a model that is to be scored as it is; default: the base, whose weights are overwritten.
+        folder: folder of a model that is to be scored as it is, but for what ``opened.companions`` changes in this very
+            folder; default: the base, whose weights are overwritten.
 
     Raises BadInput for a backend that is not installed, and for a base that is not of the kind ``model.kind``.
     """
+    companions = opened.companions if folder in (None, opened.companions.folder) else Companions(folder)
     if config.evaluation.backend == "resident":
-        if folder is not None:
-            return LiveModel(config.model, folder, {}, device, opened.heads)
-        shapes = {name: info.shape for name, info in opened.base.headers.items()}
-        return LiveModel(config.model, opened.base.path, shapes, device, opened.heads, opened.labels)
+        shapes = {} if folder else {name: info.shape for name, info in opened.base.headers.items()}
+        labels = opened.labels if folder is None else ()
+        with companions.shown() as beside:
+            return LiveModel(config.model, folder or opened.base.path, shapes, device, opened.heads, labels, beside)
     from evolver.evaluation.language.launched import LaunchedModel  # imports lm-eval, which takes seconds
 
     model = LaunchedModel(config.evaluation, room=4 * opened.base.scalars)  # 4 bytes a scalar: the widest dtype
     if folder is not None:
-        model.launch(folder)
+        model.launch(companions.dress(folder, model.folder) if companions.changed else folder)
     return model
 
 
@@ -133,6 +142,8 @@ class Worker:
                 "shared folder."
             )
         self.materialiser = build_materialiser(plan, opened, device)
+        self._companions, self._config, self._device, self._tasks = opened.companions, config, device, tasks
+        self._own = {plan.digests[name]: own for name, own in opened.own.items()}
         self.live = build_model(config, opened, device)
         self.scale = tasks.scale(split)
         self.block = plan.block(split, len(self.scale.tasks))
@@ -181,9 +192,9 @@ class Worker:
 
     def _timed(self, candidate: Candidate) -> Result:
         began = time.perf_counter()
-        self._load(candidate)
+        scorer = self._load(candidate)
         built = time.perf_counter()
-        result = self._score(candidate)
+        result = self._score(candidate, scorer)
         ended = time.perf_counter()
         return replace(result, seconds={"materialise": built - began, "forward": ended - built, "total": ended - began})
 
@@ -191,20 +202,29 @@ class Worker:
         """End servers that were started, and free node-local memory."""
         self.live.close()
 
-    def _load(self, candidate: Candidate) -> None:
-        if isinstance(self.live, LiveModel):
-            self.live.write(self.materialiser.stream(candidate.recipe))
+    def _load(self, candidate: Candidate) -> SplitScorer:
+        """Make the candidate's model, and return its scorer."""
+        recipe, scorer = candidate.recipe, self.scorer
+        materialiser, companions, live = self.materialiser, self._companions, self.live
+        if isinstance(recipe, Expert) and (own := self._own.get(recipe.digest)) is not None:
+            materialiser, companions = own_materialiser(self._config, own, recipe, self._device), own.companions
+            if isinstance(live, LiveModel):
+                live = build_model(self._config, Opened(own.base, {}, companions), self._device)
+            scorer = self._tasks.scorer(live, candidate.split)
+        if isinstance(live, LiveModel):
+            live.write(materialiser.stream(recipe))
         else:
-            self.live.clear()
-            export(candidate.recipe, self.materialiser, self.live.folder, {})
-            self.live.launch(self.live.folder)
+            live.clear()
+            export(recipe, materialiser, live.folder, {}, companions=companions)
+            live.launch(live.folder)
+        return scorer
 
-    def _score(self, candidate: Candidate) -> Result:
+    def _score(self, candidate: Candidate, scorer: SplitScorer) -> Result:
         """Score the items block by block, until the last one or until the evaluation may stop early."""
         course, piece = Evaluation(candidate, self.scale, self.block, self.alpha), candidate.question.piece
         items, counts, said = list(candidate.question.known), Scored().counts, list[str]()
         for start, stop in course.blocks() if piece is None else blocks(*piece, self.block):
-            scored = self.scorer.score(start, stop)
+            scored = scorer.score(start, stop)
             items += scored.items
             if candidate.split == "report":  # nobody reads the answers of a whole search
                 said += scored.words

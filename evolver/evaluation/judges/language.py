@@ -7,6 +7,7 @@ once; for each candidate only the forward passes run.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.instance import Instance
@@ -29,7 +30,7 @@ from evolver.evaluation.scores.metrics import Metric
 from evolver.records import Split
 
 if TYPE_CHECKING:
-    from evolver.evaluation.blueprint import ModelFolder
+    from evolver.evaluation.blueprint import Blueprint, ModelFolder
     from evolver.evaluation.language.launched import LaunchedModel
 
 
@@ -43,6 +44,7 @@ class Language:
 
     def __init__(self, config: Config, numbers: Sequence[int]) -> None:
         self.settings, self.seed, self._model = config.evaluation, config.seed, config.model.kind
+        self._named = config.model.chat_template not in ("auto", "base")
         entries = {n: config.evaluation.tasks[n] for n in numbers}
         self._keys = {e.task: f"evaluation.tasks[{n}]" for n, e in entries.items()}
         self.library = Library(config.evaluation, entries)
@@ -116,9 +118,11 @@ class Language:
 
         if not isinstance(model, Blueprint):
             _ = model.tokenizer
-            if self.settings.apply_chat_template:
+            if self.settings.apply_chat_template or self._named:
                 check_chat_template(model, None)  # the classes leave out a system prompt that a template refuses
             return
+        if self._named:  # it is exported, even where no prompt is put into it
+            check_chat_template(model, None)
         names = dict.fromkeys(a.item.task for a in asked)
         few = [a for name in names for a in [a for a in asked if a.item.task == name][:LOOKED_AT]]
         hashes = {a.item.hash for a in asked}
@@ -127,6 +131,20 @@ class Language:
                 f"the beginnings of prompts of {name} are cut off, since the base reads too few tokens for them beside "
                 "their answers; ask for fewer examples or for shorter answers"
             )
+
+    def prompts(
+        self, model: Blueprint, asked: Sequence[AskedItem], scored: Iterable[Item], count: int
+    ) -> list[str]:  # fmt: skip
+        """See ``ShowsPrompts``. All prompts are built, as a run does: examples are drawn for one item after another."""
+        from evolver.evaluation.language.resident import prompts_in_words
+
+        hashes, out = {i.hash for i in scored}, list[str]()
+        for name in dict.fromkeys(a.item.task for a in asked):
+            own = [a for a in asked if a.item.task == name]
+            texts = prompts_in_words(model, partial(self._prepared, asked=own, hashes=hashes), count)
+            for place, (one, text) in enumerate(zip(own, texts, strict=False), 1):
+                out.append(f"{name}, dev item {place} (document {one.item.index}), {text}")
+        return out
 
     def scorer(self, model: LiveModel | LaunchedModel, asked: Sequence[AskedItem], scored: Iterable[Item]) -> Scorer:
         hashes = {i.hash for i in scored}

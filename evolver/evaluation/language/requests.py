@@ -171,7 +171,9 @@ def check_chat_template(lm: Any, system: str | None) -> None:
     """
     key = "evaluation.apply_chat_template"
     if not lm.tokenizer.chat_template:
-        raise BadInput(f"{key}: the base's tokenizer has no chat template; write false.")
+        raise BadInput(
+            f"{key}: the base's tokenizer has no chat template; write false, or name a template in model.chat_template."
+        )
     history = [{"role": "user", "content": ASKED}]
     if system is not None:
         history.insert(0, {"role": "system", "content": system})
@@ -180,11 +182,14 @@ def check_chat_template(lm: Any, system: str | None) -> None:
             said = lm.apply_chat_template(history)
     except Exception as error:  # a template is a program, which may fail in any way
         raise BadInput(
-            f"{key}: the chat template of the base's tokenizer cannot be applied ({cause_of(error)}); mend it in "
-            "chat_template.jinja or tokenizer_config.json, or write false."
+            f"{key}: the chat template cannot be applied ({cause_of(error)}); mend it in chat_template.jinja or "
+            "tokenizer_config.json, write false, or name another one in model.chat_template."
         ) from error
     if ASKED not in said:
-        raise BadInput(f"{key}: the chat template of the base's tokenizer leaves out what the user asks; mend it.")
+        raise BadInput(
+            f"{key}: the chat template leaves out what the user asks; mend it, or name another one in "
+            "model.chat_template."
+        )
 
 
 def _remember(task: Task) -> None:

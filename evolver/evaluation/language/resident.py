@@ -70,6 +70,38 @@ def check_requests(model: Blueprint, prepare: Callable[[Any], list[PreparedReque
     return list(dict.fromkeys(cut))
 
 
+def prompts_in_words(
+    model: Blueprint, prepare: Callable[[Any], list[PreparedRequests]], count: int
+) -> list[str]:  # fmt: skip
+    """The first prompts as a model reads them, with its special tokens, and what is asked of it then.
+
+    Args:
+        model: the base, as far as it is known without weights.
+        prepare: builds the requests, given lm-eval's wrapper of the model.
+        count: how many items are shown.
+    """
+    with quiet():
+        lm = Tokens(pretrained=model.module, tokenizer=model.tokenizer, batch_size=1)
+    return [_in_words(lm, item) for item in prepare(lm)[:count]]
+
+
+def _in_words(lm: Tokens, item: PreparedRequests) -> str:
+    if item.kind == "generate_until":
+        prompt = lm.prompt(item.requests[0])
+        ends = ", ".join(repr(text) for text in prompt.manner.until)
+        return (
+            f"{len(prompt.ids)} tokens:\n{lm.spelled(prompt.ids)}\n"
+            f"→ an answer of at most {prompt.manner.most} tokens, which {ends} ends"
+        )
+    contexts: dict[tuple[int, ...], list[str]] = {}
+    for context, continuation in lm.group(item.kind, item.requests).pairs:
+        room = lm.max_length + 1 - len(continuation) if lm.backend == "causal" else len(context)
+        contexts.setdefault(tuple(context[-room:]), []).append(f"→ {lm.spelled(continuation)!r}")
+    return "\n".join(
+        f"{len(context)} tokens:\n{lm.spelled(context)}\n" + "\n".join(asked) for context, asked in contexts.items()
+    )
+
+
 class LanguageScorer:
     """Scores the live model on items whose requests are built already."""
 

@@ -87,6 +87,10 @@ class Tokens(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         manner = Manner(tuple(until), most, json.dumps(other, sort_keys=True))
         return Prompt(whole[-room:], manner, len(whole) > room, request.repeats or 1)
 
+    def spelled(self, tokens: Sequence[int]) -> str:
+        """Tokens as text, special ones included."""
+        return str(self.tok_decode(list(tokens), skip_special_tokens=False))
+
     def text(self, tokens: Sequence[int], manner: Manner) -> str:
         """The generated tokens as text, without the string that ended the answer."""
         said: str = self.tok_decode(list(tokens))

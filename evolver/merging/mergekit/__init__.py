@@ -1,7 +1,7 @@
 """mergekit's configuration files: read as recipes, and recipes written as such files."""
 
 from evolver.merging.mergekit.parameters import MERGEKIT_NAMES
-from evolver.merging.mergekit.reader import Configuration, Tokenizer, parse, read
+from evolver.merging.mergekit.reader import Configuration, parse, read
 from evolver.merging.mergekit.writer import CONFIG_FILE, RANDOM, Inexpressible, dump
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "RANDOM",
     "Configuration",
     "Inexpressible",
-    "Tokenizer",
     "dump",
     "parse",
     "read",

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field
 
-from evolver.config import Loader, Section, check_section, config_at, valid_yaml
+from evolver.config import Loader, Section, TokenizerSettings, check_section, config_at, valid_yaml
 from evolver.errors import BadInput, nearest
 from evolver.merging.mergekit.others import refuse_other_tools
 from evolver.merging.mergekit.parameters import WEIGHTED, settings_of, unused, warnings_of
@@ -51,21 +51,6 @@ class Slice(Section):
     parameters: GivenParameters = Field(default_factory=dict)
 
 
-class TokenEntry(Section):
-    """Which row a token has in models that lack it; with ``force``, in all."""
-
-    source: Any = None
-    force: bool = False
-
-
-class Tokenizer(Section):
-    """Where the tokens come from."""
-
-    source: str = "union"
-    tokens: dict[str, TokenEntry] = Field(default_factory=dict)
-    pad_to_multiple_of: int | None = Field(None, ge=1)
-
-
 class File(Section):
     """A whole configuration."""
 
@@ -77,7 +62,7 @@ class File(Section):
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
     tokenizer_source: str | None = None
-    tokenizer: Tokenizer | None = None
+    tokenizer: TokenizerSettings | None = None
     chat_template: str | None = None
     name: str | None = None
 
@@ -126,10 +111,10 @@ class Configuration:
         return self.raw.out_dtype or self.raw.dtype
 
     @property
-    def tokenizer(self) -> Tokenizer | None:
+    def tokenizer(self) -> TokenizerSettings | None:
         """Where the tokens come from: ``union``, ``base`` or a model; None: all models have the same ones."""
         if self.raw.tokenizer_source is not None:
-            return Tokenizer(source=self.raw.tokenizer_source)
+            return TokenizerSettings(source=self.raw.tokenizer_source)
         return self.raw.tokenizer
 
     def recipe(self, nodes: Mapping[str, Expert], names: Sequence[str], seed: int = 0) -> Recipe:

@@ -20,8 +20,9 @@ from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
 from evolver.checkpoints.weights import TOKEN_MATRICES, TOKENIZER_FILE, Checkpoint, Source, TensorInfo, read_json
+from evolver.config import TokenizerSettings
 from evolver.errors import BadInput, nearest
-from evolver.merging.mergekit.reader import TokenEntry, reference
+from evolver.merging.mergekit.reader import reference
 from evolver.merging.methods.operators import halved
 
 Ids = Mapping[str, int]
@@ -59,21 +60,19 @@ class Vocabulary:
         return 1 + max(self.ids.values())
 
 
-def vocabulary(
-    source: str, tokens: Mapping[str, TokenEntry], multiple: int | None, models: Mapping[str, Ids], base: str, file: str
-) -> Vocabulary:
-    """The target vocabulary of a mergekit file.
+def vocabulary(settings: TokenizerSettings, models: Mapping[str, Ids], base: str, place: str) -> Vocabulary:
+    """The target vocabulary.
 
     Args:
-        source: ``union``, ``base`` or a model.
-        tokens: rules for single tokens.
-        multiple: of which the number of rows shall be one.
+        settings: its source is ``union``, ``base`` or a model.
         models: every model's vocabulary.
+        place: the key of the settings, for error messages.
 
-    Raises BadInput that names ``file`` and the key.
+    Raises BadInput that names ``place``.
     """
+    source, tokens, multiple = settings.source, settings.tokens, settings.pad_to_multiple_of
     if source not in ("union", "base", *models):
-        raise BadInput(f"{file}: tokenizer_source: {source} is not a model of this merge; {nearest(source, models)}")
+        raise BadInput(f"{place}: {source} is not a model of this merge; {nearest(source, models)}")
     ids = dict(models[base if source in ("base", "union") else source])
     if source == "union":
         for other in models.values():
@@ -91,11 +90,11 @@ def vocabulary(
     for token, entry in tokens.items():
         if token not in ids:
             raise BadInput(
-                f"{file}: tokenizer.tokens: {token!r} is not in the merged model's vocabulary; give it a source, which "
-                "adds it, or leave it out."
+                f"{place}.tokens: {token!r} is not in the merged model's vocabulary; give it a source, which adds it, "
+                "or leave it out."
             )
         if entry.source is not None:
-            others[ids[token]] = _configured(entry.source, token, models, f"{file}: tokenizer.tokens.{token}.source")
+            others[ids[token]] = _configured(entry.source, token, models, f"{place}.tokens.{token}.source")
         if entry.force:
             for rows in own.values():
                 rows[ids[token]] = -1
@@ -218,8 +217,8 @@ def extend_tokenizer(folder: Path, target: Vocabulary, donors: Mapping[str, Path
         tokenizer.add_tokens([AddedToken(token, special=token in special, normalized=False)])
         if tokenizer.token_to_id(token) != target.ids[token]:
             raise BadInput(
-                f"{folder.name}: the tokenizer would give {token!r} the number {tokenizer.token_to_id(token)} and not "
-                f"{target.ids[token]}, as its vocabulary has gaps; choose a model as tokenizer_source."
+                f"tokenizer: it would give {token!r} the number {tokenizer.token_to_id(token)} and not "
+                f"{target.ids[token]}, as its vocabulary has gaps; choose the base or one model as its source."
             )
     if new:
         tokenizer.save(str(folder / TOKENIZER_FILE))

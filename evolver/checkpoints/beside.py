@@ -26,7 +26,7 @@ NAMES_SAID = 8
 
 
 @dataclass(frozen=True)
-class Companions:
+class Beside:
     """Names in a model's folder.
 
     Attributes:
@@ -50,18 +50,18 @@ class Companions:
         copy(self.folder, target, self.kept)
 
 
-def companions(folder: Path, known: Collection[str], modules: bool) -> Companions:
-    """The companions in a folder, without what is ``known``: written by others, or the model itself.
+def beside(folder: Path, known: Collection[str], modules: bool) -> Beside:
+    """The files of a folder beside its weights, without what is ``known``: written by others, or the model itself.
 
     Args:
         modules: whether the modules of a folder of sentence-transformers are kept, and so the settings beside them.
     """
     if not folder.is_dir():  # a model in one file
-        return Companions(folder)
+        return Beside(folder)
     found = [p for p in sorted(folder.iterdir()) if p.name not in known and not any(map(p.match, LEFT_BEHIND))]
     kept = [p.name for p in found if p.is_file() and _belongs(p) and (modules or p.name not in OF_MODULES)]
     lost = [f"{p.name}/" if p.is_dir() else p.name for p in found if p.name not in kept]
-    return Companions(folder, tuple(kept), tuple(lost))
+    return Beside(folder, tuple(kept), tuple(lost))
 
 
 def copy(source: Path, target: Path, names: Collection[str]) -> None:

@@ -1,0 +1,184 @@
+"""A search over models whose tokens differ: merges have common tokens, base and experts are scored with their own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import toys
+from toys import refused
+
+from evolver.checkpoints.sources import open_base, open_expert
+from evolver.checkpoints.weights import TensorInfo
+from evolver.config import TokenizerSettings, config_at
+from evolver.driver.prepare import prepare
+from evolver.workers.vocabulary import with_common_tokens
+
+pytestmark = pytest.mark.whole
+
+NEW = " stone"  # words of the tasks' texts, which the expert b has as one token each
+BOTH = [" stone", " tree"]
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.fixture(scope="module")
+def worded(models, tmp_path_factory):
+    """The toys, of which b has one token more, c two, and roomy one in spare rows."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("worded")
+    for name in ("base", "a"):
+        shutil.copytree(models / name, folder / name)
+    for name, source, words, rows in (("b", "b", [NEW], 0), ("c", "c", BOTH, 0), ("roomy", "b", [NEW], 40),
+                                      ("moved", "b", BOTH[::-1], 0)):  # fmt: skip
+        tokenizer = AutoTokenizer.from_pretrained(models / source)
+        model = AutoModelForCausalLM.from_pretrained(models / source)
+        tokenizer.add_tokens(words)
+        torch.manual_seed(len(name))
+        model.resize_token_embeddings(len(tokenizer) + rows, mean_resizing=False)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def searching(make_config, worded):
+    def make(folder, experts=("a", "b", "c"), **changes):
+        places = {"model.base": str(worded / "base"), "experts": {n: str(worded / n) for n in experts}}
+        given = {k.replace("__", "."): v for k, v in changes.items()}
+        return make_config(folder, {**places, **toys.SHORT, **given})
+
+    return make
+
+
+@pytest.fixture
+def opened(worded):
+    def make(*names):
+        base = open_base(str(worded / "base"))
+        return base, {n: open_expert(str(worded / n), base, f"experts.{n}", same_tokens=False) for n in names}
+
+    return make
+
+
+def row(source, tokens, token):
+    return source.tensor(EMBEDDING)[tokens[token]]
+
+
+def test_every_row_is_that_of_its_token(opened):
+    base, experts = opened("a", "b", "c")
+    found = with_common_tokens(TokenizerSettings(), base, experts)
+    ids = found.tokens.target.ids
+    assert [ids[t] for t in BOTH] == [len(base.vocabulary), len(base.vocabulary) + 1]
+    for name in ("b", "c"):
+        own = row(experts[name], experts[name].vocabulary, NEW)
+        assert row(found.experts[name], ids, NEW).equal(own), name
+    both = (row(experts[n], experts[n].vocabulary, NEW).double() for n in ("b", "c"))
+    assert row(found.base, ids, NEW).double().sub(sum(both) / 2).abs().max() < 1e-6  # in models without the token
+    only = row(experts["c"], experts["c"].vocabulary, BOTH[1])
+    assert all(row(m, ids, BOTH[1]).equal(only) for m in (found.base, *found.experts.values()))
+
+
+def test_models_with_the_same_tokens_are_left_alone(opened):
+    base, experts = opened("a")
+    found = with_common_tokens(TokenizerSettings(), base, experts)
+    assert found.tokens is None
+    assert found.base is base
+    padded = with_common_tokens(TokenizerSettings(pad_to_multiple_of=100), base, experts)
+    assert padded.base.headers[EMBEDDING].shape[0] == padded.tokens.target.size == 400
+    assert not padded.base.tensor(EMBEDDING)[len(base.vocabulary) :].any()
+
+
+def test_other_sources_of_tokens(opened):
+    base, experts = opened("b", "c")
+    assert NEW not in with_common_tokens(TokenizerSettings(source="base"), base, experts).tokens.target.ids
+    found = with_common_tokens(TokenizerSettings(source="expert b"), base, experts).tokens
+    assert found.target.ids == experts["b"].vocabulary
+    assert found.folder == experts["b"].path
+
+
+def test_one_token_with_two_numbers_has_no_union(opened):
+    base, experts = opened("c", "moved")
+    refused(
+        lambda: with_common_tokens(TokenizerSettings(), base, experts),
+        "experts.moved", "the number 319", "the number 320", "no union", "model.tokenizer: base",
+    )  # fmt: skip
+    assert with_common_tokens(TokenizerSettings(source="base"), base, experts).tokens is not None
+
+
+def test_tokens_that_no_model_has_are_refused(searching, tmp_path):
+    file = searching(tmp_path, model__tokenizer={"tokens": {"qq": {"source": "b"}}})
+    done = toys.evolver("validate", file)
+    assert "model.tokenizer.tokens: 'qq'" in toys.refusal(done.code, done.err)
+    for wrong, says in (("expert d", "no expert 'd'"), ("onion", "did you mean 'union'"), ({"sauce": 1}, "sauce")):
+        done = toys.evolver("validate", searching(tmp_path, model__tokenizer=wrong))
+        assert says in toys.refusal(done.code, done.err)
+
+
+def test_a_model_with_other_tensors_of_tokens_has_to_have_the_same_tokens(opened):
+    """A bias of the head would stay where it is, while the rows of the head are moved."""
+    base, experts = opened("b")
+    base.headers["lm_head.bias"] = TensorInfo((len(base.vocabulary),), base.headers[EMBEDDING].dtype)
+    experts["b"].headers["lm_head.bias"] = TensorInfo((len(base.vocabulary),), base.headers[EMBEDDING].dtype)
+    refused(
+        lambda: with_common_tokens(TokenizerSettings(), base, experts), "experts.b", "differs from that of the base"
+    )
+
+
+@pytest.mark.parametrize("experts", [("a", "b", "c"), ("a", "roomy")])
+def test_a_search_scores_models_as_they_are_and_exports_the_union(searching, worded, experts, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from evolver.commands.evaluate import score_models
+
+    file = searching(tmp_path, experts, search={"algorithm": "tpe"})
+    display = toys.Silent()
+    run = toys.run_here(file, tmp_path / "results", display=display)
+    assert any("different tokens" in line for line in display.lines)
+    agreement = json.loads((run / "best.json").read_text())
+    assert agreement["equal"] == agreement["items"] == 12
+    recorded = json.loads((run / "summary.json").read_text())["report"]
+    alone = score_models(str(file), [str(worded / n) for n in ("base", *experts)], "report", lambda _: None)
+    assert [recorded[n] for n in ("base", *experts)] == [m.score for m in alone]
+
+    model, words = (kind.from_pretrained(run / "best") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    assert len(words) == model.config.vocab_size == model.get_input_embeddings().weight.shape[0]
+    assert words.encode("a stone")[-1] == words.convert_tokens_to_ids(NEW)
+    toys.run_here(file, tmp_path / "results", toys.no_work)  # nothing is scored again
+
+
+def test_mergekit_file_of_the_winner_makes_it(searching, tmp_path):
+    from safetensors.torch import load_file
+
+    run = toys.run_here(searching(tmp_path, search={"algorithm": "tpe"}), tmp_path / "results")
+    best = run / "best"
+    done = toys.evolver("merge", best / "mergekit_config.yml", tmp_path / "again")
+    assert done.code == 0, done.err
+    ours, theirs = (load_file(p / "model.safetensors") for p in (best, tmp_path / "again"))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[n].equal(theirs[n]) for n in ours)
+    assert (best / "tokenizer.json").read_text() == (tmp_path / "again" / "tokenizer.json").read_text()
+
+
+def test_an_expert_that_wins_is_exported_with_its_own_tokens(searching, worded, tmp_path):
+    file = searching(tmp_path)  # the first candidates of a population are the experts themselves
+    run = toys.run_here(file, tmp_path / "results")
+    searched = toys.rows(run)
+    assert ("search", 0) in searched
+    for number in range(3):
+        done = toys.evolver("export", run, tmp_path / f"out-{number}", "--candidate", number)
+        assert done.code == 0, done.err
+        assert "on 12 of 12 dev items" in done.out
+    done = toys.evolver("export", run, tmp_path / "delta", "--delta")
+    assert "have other tokens than the base" in toys.refusal(done.code, done.err)
+
+
+def test_the_source_of_tokens_belongs_to_the_run_only_where_tokens_differ(searching, tmp_path):
+    def identity(*names, **changes):
+        return prepare(config_at(searching(tmp_path, names, **changes))).identity
+
+    assert identity("a", "b")["model"]["tokenizer"] == "union"
+    other = identity("a", "b", model__tokenizer="base")
+    assert other["model"]["tokenizer"] == "base"
+    assert other["experts"] != identity("a", "b")["experts"]
