@@ -113,8 +113,8 @@ def _collected(
 
 
 def _placed(
-    target: str, whole: TensorShape, groups: Sequence[Sequence[str]], dims: Mapping[str, int], shapes: Mapping[str, TensorShape],
-    folder: Path,
+    target: str, whole: TensorShape, groups: Sequence[Sequence[str]], dims: Mapping[str, int],
+    shapes: Mapping[str, TensorShape], folder: Path,
 ) -> dict[str, ParameterSlice]:  # fmt: skip
     """The slices of one parameter.
 
