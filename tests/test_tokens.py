@@ -19,6 +19,7 @@ pytestmark = pytest.mark.whole
 
 NEW = " stone"  # words of the tasks' texts, which the expert b has as one token each
 BOTH = [" stone", " tree"]
+ROLL = {"task": "roll", "metric": "bits_per_byte", "dev": 4, "report": 4}
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -146,6 +147,23 @@ def test_a_search_scores_models_as_they_are_and_exports_the_union(searching, wor
     assert len(words) == model.config.vocab_size == model.get_input_embeddings().weight.shape[0]
     assert words.encode("a stone")[-1] == words.convert_tokens_to_ids(NEW)
     toys.run_here(file, tmp_path / "results", toys.no_work)  # nothing is scored again
+
+
+def test_an_adapter_beside_an_expert_with_more_tokens(searching, models, tmp_path):
+    """It has the base's tokens, and scores what it scores among models that have them, too."""
+    found = {}
+    for other in ("a", "b"):
+        changes = {"experts__lora": str(models / "lora"), "evaluation__tasks": [ROLL]}
+        file = searching(tmp_path, (other,), search={"algorithm": "tpe"}, **changes)
+        run = toys.run_here(file, tmp_path / f"results-{other}")
+        found[other] = {n: r["items"] for (n, r) in named(run).items()}
+    assert found["a"]["base"] == found["b"]["base"]
+    assert found["a"]["lora"] == found["b"]["lora"] != found["b"]["base"]
+
+
+def named(run):
+    """The rows of the report set by the name of the model."""
+    return {row["label"]: row for (stage, _), row in toys.rows(run).items() if stage == "report"}
 
 
 def test_mergekit_file_of_the_winner_makes_it(searching, tmp_path):
