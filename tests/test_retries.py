@@ -182,6 +182,7 @@ def test_an_accelerator_that_has_failed_is_no_candidates_fault(worker, monkeypat
         made.evaluate(candidate)
 
 
+@pytest.mark.whole
 def test_pieces_of_a_failed_candidate_are_over_before_it_is_tried_again(make_config, tmp_path):
     """Else pieces of the first try would be taken for those of the second."""
     ready = prepare(config_at(make_config(tmp_path)))
@@ -234,6 +235,7 @@ def failing_at(places, scored):
     return Pool
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", SEARCHES)
 @pytest.mark.parametrize("at", [("baseline", 2), ("search", 1), ("report", 1)], ids=lambda at: at[0])
 def test_a_search_that_tries_its_failures_again_is_one_in_which_nothing_failed(
@@ -252,11 +254,12 @@ def test_a_search_that_tries_its_failures_again_is_one_in_which_nothing_failed(
     assert toys.winner(found) == toys.winner(clean)
     assert any("failed before: the search continues" in line for line in lines.lines)
     # What was scored and is asked for alike is not scored again.
-    asked = [(c.stage, c.recipe.id, c.bar, c.limit, c.known) for c in alone]
+    asked = [(c.stage, c.recipe.id, c.question.bar, c.question.limit, len(c.question.known)) for c in alone]
     kept = {(r["stage"], r["recipe_id"], r["bar"], r["limit"], r["given"]) for r in before if r["status"] == "ok"}
-    assert len(second) == sum((*question[:4], len(question[4])) not in kept for question in asked)
+    assert len(second) == sum(question not in kept for question in asked)
 
 
+@pytest.mark.whole
 def test_results_that_the_search_no_longer_asks_for_are_counted(make_config, tmp_path):
     config = make_config(tmp_path, {**toys.SHORT, "search": SEARCHES["cmaes"], "budget.candidates": 24})
     results = tmp_path / "results"
@@ -311,6 +314,7 @@ def test_a_ledger_with_retries_is_read_whole_after_its_parts_were_joined(tmp_pat
     assert read_table(storage)["event"].to_pylist().count("finished") == 6
 
 
+@pytest.mark.whole
 def test_the_commands_try_failures_again(make_config, tmp_path):
     config = make_config(tmp_path, toys.SHORT)
     folder = toys.run_here(config, tmp_path / "results", failing_at({("baseline", 4)}, []))

@@ -117,6 +117,7 @@ class Jobs:
 
 def test_a_job_of_a_sweep_needs_no_clone_in_the_working_folder(made, tmp_path, monkeypatch):
     monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Jobs)
+    monkeypatch.setattr("cluster.sweep.check_dashboard", lambda address: None)  # nothing listens there
     sweep = load_sweep(made({"seed": [0]}))
     assert not (tmp_path / "evolve.py").exists()
     said = []

@@ -6,8 +6,10 @@ stopped (every finished evaluation is kept); 1 when Evolver itself has a bug.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import io
+import os
 import re
 import socket
 import sys
@@ -461,6 +463,8 @@ def main() -> None:
         if not takes_nothing(error):
             raise
         typer.echo(file_sentence(error, "a file of this command"), err=True)
+        with contextlib.suppress(OSError):  # what is left of the output, of which Python would complain at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(2) from None
     finally:
         gc.freeze()

@@ -123,6 +123,28 @@ class Bench:
             if answer.code == 2 and out.exists():
                 kind.faults.append(f"seed {seed}, {key}: a refused merge left a folder")
 
+    def whole_commands(self, seeds: range) -> None:
+        """Some of the same again, as a user calls them: in a new process, which has to import what it needs."""
+        kind = self.kinds["whole commands with their imports: validate, merge"]
+        for seed in seeds:
+            merging = seed % 4 == 3
+            valid = random.Random(seed).choice(merge_files(self.place / "models")) if merging else self.valid
+            changed, key = near.mutated(valid, seed, *([] if merging else [near.OPTIONAL]))
+            given = [self.write(changed, "whole.yaml"), *([self.place / "merged"] if merging else [])]
+            shutil.rmtree(self.place / "merged", ignore_errors=True)
+            command = "merge" if merging else "validate"
+            kind.take(f"{command}, seed {seed}, {key}", self._cold(command, *given), *_parts(key), "model")
+
+    def _cold(self, *arguments: Any) -> Answer:
+        call = [sys.executable, "-m", "evolver", *map(str, arguments)]
+        began = time.perf_counter()
+        try:
+            ended = subprocess.run(call, cwd=self.place, capture_output=True, text=True, timeout=forked.PATIENCE,
+                                   env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return Answer(-9, "", "", forked.PATIENCE, 0.0, hung=True)
+        return Answer(ended.returncode, ended.stdout, ended.stderr, time.perf_counter() - began, 0.0)
+
     def models(self, seeds: range) -> None:
         """Files of an expert's folder are garbled, and the run is checked."""
         kind = self.kinds["garbled files of models: validate"]
@@ -223,7 +245,7 @@ HEAD = """# Wrong inputs, and how they are answered
 
 Made by `make benchmark-faults` in {minutes:.0f} minutes, with fixed seeds. Every input is given to a command in a
 process of its own, which is forked from one that has imported the libraries: the seconds are those of the command
-without its imports.
+without its imports. Only in the row of the whole commands, each process imports what it needs, as it does for a user.
 
 | inputs | tried | refused | faults | hangs | unnamed | median seconds to a refusal | worst |
 | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -262,6 +284,7 @@ def steps(bench: Bench, share: float) -> Iterator[Callable[[], None]]:
 
     yield lambda: bench.configurations(first(1200))
     yield lambda: bench.merges(first(600))
+    yield lambda: bench.whole_commands(first(200))
     yield lambda: bench.arguments()
     yield lambda: bench.models(first(6))
     yield lambda: bench.runs(first(4))
