@@ -208,3 +208,20 @@ def test_other_files_are_kept_or_their_loss_is_said(own, tmp_path):
         "pytorch_model.bin."
     )
     assert (out / "README.md").read_text() != "x"
+
+
+@pytest.mark.whole
+def test_a_run_keeps_the_files_of_its_base_and_says_which_modules_it_loses(models, make_config, tmp_path):
+    base = shutil.copytree(models / "base", tmp_path / "base")
+    (base / "LICENSE").write_text("free")
+    (base / "1_Pooling").mkdir()
+    dump(base / "modules.json", [module(0, ""), module(1, "1_Pooling")])
+    file = make_config(tmp_path, toys.SHORT | {"model.base": str(base)})
+    lost = f"{base}: these are not copied to the merged model: 1_Pooling/, modules.json."
+    ended = toys.evolver("run", file, "--results", tmp_path / "results")
+    assert ended.code == 0
+    again = toys.evolver("export", tmp_path / "results" / "toy", tmp_path / "again")
+    assert lost in " ".join((again.out + again.err).split())
+    for folder in (tmp_path / "results" / "toy" / "best", tmp_path / "again"):
+        assert (folder / "LICENSE").read_text() == "free"
+        assert not (folder / "modules.json").exists()

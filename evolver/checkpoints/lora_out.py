@@ -17,7 +17,7 @@ from evolver.errors import BadInput
 
 Tensors = Iterable[tuple[str, Tensor]]
 # Parts of the names of matrices that are looked up by rows, not multiplied with.
-EMBEDDINGS = ("embed", "wte.", "wpe.", "shared.", "relative_attention_bias")
+LOOKED_UP = ("embed", "wte.", "wpe.", "shared.", "relative_attention_bias")
 # The embeddings that heads called lm_head are tied to.
 TIED = ("embed_tokens.weight", "wte.weight", "transformer.word_embeddings.weight")
 # Kinds of models whose layers are Transformers' Conv1D.
@@ -101,7 +101,7 @@ def is_transposed(config: Mapping[str, Any]) -> bool:
 
 
 def _is_whole(name: str) -> bool:
-    return name == "lm_head.weight" or any(part in name for part in EMBEDDINGS)
+    return name == "lm_head.weight" or any(part in name for part in LOOKED_UP)
 
 
 def _factors(delta: Tensor, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor]:

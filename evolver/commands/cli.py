@@ -311,11 +311,11 @@ def merge(
     verbose: mk.Verbosity = 0, async_write: mk.NoEffect = False, write_threads: mk.NoEffectCount = None,
     lazy_unpickle: mk.NoEffect = False, clone_tensors: mk.NoEffect = False, low_cpu_memory: mk.NoEffect = False,
     read_to_gpu: mk.NoEffect = False, multi_gpu: mk.NoEffect = False, lora_merge_cache: mk.NoEffectText = None,
-    safe_serialization: mk.Safetensors = True, trust_remote_code: mk.Refused = False, allow_crimes: mk.Refused = False,
+    safe_serialization: mk.NoEffect = True, trust_remote_code: mk.Refused = False, allow_crimes: mk.Refused = False,
     unsafe_truncate_embeddings: mk.Refused = False, lora_merge_dtype: mk.RefusedText = None,
     transformers_cache: mk.RefusedText = None,
 ) -> None:  # fmt: skip
-    """Merge models as a mergekit file says. The options are those of mergekit-yaml."""
+    """Merge models as a mergekit file says. All options of mergekit-yaml are taken, those without effect here, too."""
     del verbose, async_write, write_threads, lazy_unpickle, clone_tensors, low_cpu_memory, read_to_gpu, multi_gpu
     del lora_merge_cache
     mk.refuse_options({

@@ -9,16 +9,16 @@ import typer
 
 from evolver.errors import BadInput
 
-NOTHING = "accepted as in mergekit; changes nothing here"
-NoEffect = Annotated[bool, typer.Option(help=NOTHING)]
-NoEffectText = Annotated[str | None, typer.Option(help=NOTHING)]
-NoEffectCount = Annotated[int | None, typer.Option(help=NOTHING)]
-Verbosity = Annotated[int, typer.Option("--verbose", "-v", count=True, help=NOTHING)]
+IN_MERGEKIT = "an option of mergekit-yaml"
+# These are left out of the pages of help, since nothing comes of them; docs/merging.md lists them.
+NoEffect = Annotated[bool, typer.Option(help=IN_MERGEKIT, hidden=True)]
+NoEffectText = Annotated[str | None, typer.Option(help=IN_MERGEKIT, hidden=True)]
+NoEffectCount = Annotated[int | None, typer.Option(help=IN_MERGEKIT, hidden=True)]
+Verbosity = Annotated[int, typer.Option("--verbose", "-v", count=True, help=IN_MERGEKIT, hidden=True)]
+Refused = NoEffect
+RefusedText = NoEffectText
 GpuRich = Annotated[bool, typer.Option("--gpu-rich", help="the same as --cuda")]
 Device = Annotated[str | None, typer.Option(help="where to compute: cpu, cuda, or auto (cuda if there is a GPU)")]
-Refused = Annotated[bool, typer.Option(help="refused, unlike in mergekit; the message says why")]
-RefusedText = Annotated[str | None, typer.Option(help="refused, unlike in mergekit; the message says why")]
-Safetensors = Annotated[bool, typer.Option(help="weights are always safetensors; the second form is refused")]
 
 WHY = {
     "--trust-remote-code": "Evolver runs no code that comes with a model",

@@ -61,7 +61,7 @@ def _commands() -> Iterator[str]:
         arguments = [_argument(p) for p in command.params if p.param_type_name == "argument"]
         yield f"### `{' '.join(['evolver', name, *arguments])}`"
         yield " ".join(command.help.split())
-        rows = [[f"`{_flags(p)}`", _said(p)] for p in command.params]
+        rows = [[f"`{_flags(p)}`", _said(p)] for p in command.params if not getattr(p, "hidden", False)]
         yield markdown_table(["", ""], rows) if rows else "No options."
 
 
