@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -106,7 +106,7 @@ class Checkpoint:
         plain = plain_names(self._place)
         self._place = {n: f for n, f in self._place.items() if not (headless and is_head(plain[n]))}
         # The name in the files of every tensor by the name under which it is seen.
-        self._stored = {plain[n]: n for n in self._place if not is_computed(plain[n], lambda n=n: self._shape(n))}
+        self._stored = {plain[n]: n for n in self._place if not is_computed(plain[n], partial(self._sizes, n))}
 
     @cached_property
     def headers(self) -> dict[str, TensorInfo]:
@@ -194,7 +194,7 @@ class Checkpoint:
             raise BadInput(f"{self.key}: {file} is no tokenizer with a vocabulary; copy the model again.")
         return tokens
 
-    def _shape(self, stored: str) -> tuple[int, ...]:
+    def _sizes(self, stored: str) -> tuple[int, ...]:
         return tuple(self._files[self._place[stored]].get_slice(stored).get_shape())
 
     def _info(self, name: str) -> TensorInfo:

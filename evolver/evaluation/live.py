@@ -33,6 +33,7 @@ class LiveModel:
         device: device of the model, such as ``cpu`` or ``cuda``.
         heads: the experts' classification heads by expert, for ``use``.
         labels: the labels of a classifier's head, where they differ from those of the folder.
+        wrappers: patterns in the names of the folder's files, and what takes their place, before the class reads them.
 
     Raises BadInput where a tensor of the checkpoint has no place in the model, and where the checkpoint lacks a tensor
     that the model needs.
@@ -41,6 +42,7 @@ class LiveModel:
     def __init__(
         self, settings: ModelSettings, folder: Path, names: Iterable[str], device: str,
         heads: Mapping[str, Mapping[str, Tensor]] | None = None, labels: Sequence[str] = (),
+        wrappers: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         import transformers
 
@@ -50,8 +52,9 @@ class LiveModel:
         self.listener: Listener | None = None
         self.folder, self._heads, names = folder, heads or {}, list(names)
         self.module, loaded = model_class(settings.kind).from_pretrained(
-            folder, dtype=settings.compute, use_safetensors=True, output_loading_info=True, **labelled(labels)
-        )
+            folder, dtype=settings.compute, use_safetensors=True, output_loading_info=True,
+            key_mapping=dict(wrappers) if wrappers else None, **labelled(labels),
+        )  # fmt: skip
         written = {*names, *(n for head in self._heads.values() for n in head)}
         missing = set(loaded["missing_keys"]) - written
         if missing:  # Transformers would fill them with random numbers

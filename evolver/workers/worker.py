@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from evolver.evaluation.language.launched import LaunchedModel
 
 from evolver.checkpoints.sources import open_base
+from evolver.checkpoints.weights import Checkpoint
 from evolver.config import Config, computing
 from evolver.errors import BadInput
 from evolver.evaluation.base import Scored
@@ -79,7 +80,9 @@ def build_model(
     if config.evaluation.backend == "resident":
         names = opened.base.names() if folder is None else []
         labels = opened.labels if folder is None else ()
-        return LiveModel(config.model, folder or opened.base.path, names, device, opened.heads, labels)
+        path = folder or opened.base.path
+        wrappers = Checkpoint(path, "model.base").wrappers
+        return LiveModel(config.model, path, names, device, opened.heads, labels, wrappers)
     from evolver.evaluation.language.launched import LaunchedModel  # imports lm-eval, which takes seconds
 
     model = LaunchedModel(config.evaluation, room=4 * opened.base.scalars)  # 4 bytes a scalar: the widest dtype
