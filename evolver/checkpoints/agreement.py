@@ -28,10 +28,12 @@ class Agreement:
     Args:
         build: makes a model of the class. It is asked where names differ, as that takes a second; default: there is
             no class, and models are compared by their names as they stand.
+        apart: heads are not merged, and what an expert has outside of its layers and the base lacks, such as a pooler,
+            belongs to its head.
     """
 
-    def __init__(self, base: Checkpoint, build: Build = lambda _: None) -> None:
-        self.base, self._build = base, build
+    def __init__(self, base: Checkpoint, build: Build = lambda _: None, apart: bool = False) -> None:
+        self.base, self._build, self._apart = base, build, apart
         self._loaded: dict[str, str] | None = None  # the base's names by those of the class
         self._twins: dict[str, str] = {}
         self._brought: list[Checkpoint] = []
@@ -63,6 +65,9 @@ class Agreement:
         self._tie(expert, self.base.names())
         extra = expert.headers.keys() - self.base.headers.keys() - self._twins.keys()
         missing = self.base.headers.keys() - expert.headers.keys()
+        if self._apart and (parts := {n for n in extra if layer_of(n) is None}):
+            expert.set_apart(parts)
+            extra -= parts
         if missing:
             raise BadInput(
                 f"{expert.key}: {expert.path} lacks the tensor {min(missing)}{_more(missing)}, which the base "
@@ -112,6 +117,8 @@ class Agreement:
                 own[source] = source
                 del own[twin]
         model.ignored += reading.ignored
+        if model is self.base and (reading.ignored or reading.bare):
+            model.config["architectures"] = [type(module).__name__]
         for one in (model, *alike):
             one.read_as(names)
         self._twins |= {self._name(t, own): self._name(s, own) for t, s in reading.tied.items()}

@@ -85,6 +85,7 @@ class Checkpoint:
     Attributes:
         tied: with the values of which tensor another one is read that the files do not hold, by its name.
         ignored: tensors of the files that the model's class has no place for, as far as it was asked.
+        apart: the names in the files, by their own names, of tensors that are kept with the head.
 
     Raises BadInput where the folder is no checkpoint, or a file of it is truncated or not safetensors.
     """
@@ -92,6 +93,7 @@ class Checkpoint:
     headless = False
     tied: Mapping[str, str] = MappingProxyType({})
     ignored: tuple[str, ...] = ()
+    apart: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, path: Path, key: str, headless: bool = False) -> None:
         self.path, self.key, self.headless = path, key, headless
@@ -136,6 +138,15 @@ class Checkpoint:
         """See a tensor that the files do not hold with the values of another one."""
         self._stored[name], self.tied = self._stored[source], {**self.tied, name: source}
         self._forget()
+
+    def set_apart(self, names: Iterable[str]) -> None:
+        """Keep tensors with the head, so that they are not merged."""
+        self.apart = {n: self._stored.pop(n) for n in sorted(names)}
+        self._forget()
+
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors that were set apart."""
+        return {name: self._read(stored) for name, stored in self.apart.items()}
 
     def _forget(self) -> None:
         for derived in ("headers", "size", "scalars", "layers"):
