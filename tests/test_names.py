@@ -215,3 +215,21 @@ def test_a_merge_of_wrapped_and_published_names_is_that_of_plain_ones(tmp_path):
         assert torch.allclose(mine[name].double(), right, atol=1e-6)
     assert {n.split(".")[0] for n in load_file(tmp_path / "out" / "model.safetensors")} == {"transformer"}
     assert set(open_merge(file).base.names()) == set(mine)
+
+
+@pytest.mark.whole
+def test_an_adapter_finds_the_tensors_of_a_published_base(tmp_path):
+    """PEFT names them as the class does, and the base's file has names without the prefix."""
+    model = model_of("gpt2")
+    model.save_pretrained(tmp_path / "base")
+    strip = lambda tensors: {n.removeprefix("transformer."): t for n, t in tensors.items()}  # noqa: E731
+    odd = rewrite(tmp_path / "base", tmp_path / "odd", strip)
+    adapter, key = tmp_path / "lora", "base_model.model.transformer.h.1.mlp.c_fc.lora_"
+    adapter.mkdir()
+    a, b = torch.randn(2, 16), torch.randn(64, 2)
+    save_file({f"{key}A.weight": a, f"{key}B.weight": b}, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2, "fan_in_fan_out": true}')
+    base, (found,) = opened(odd, adapter)
+    name = "transformer.h.1.mlp.c_fc.weight"
+    assert torch.allclose(found.tensor(name), model.get_parameter(name) + (b @ a).T, atol=1e-6)
+    assert found.names() == base.names()

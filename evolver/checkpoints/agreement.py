@@ -37,6 +37,7 @@ class Agreement:
         self._loaded: dict[str, str] | None = None  # the base's names by those of the class
         self._twins: dict[str, str] = {}
         self._brought: list[Checkpoint] = []
+        base.named = self.named
 
     def ask_class(self) -> bool:
         """See the base as its class does: without tensors that the class has no place for, and with the class's prefix
@@ -46,6 +47,10 @@ class Agreement:
             self._loaded = {loaded: name for name, loaded in found.items()}
         return self._loaded is not None
 
+    def named(self, loaded: str) -> str:
+        """The base's name of the tensor that its class calls so; the same name where there is none."""
+        return (self._loaded or {}).get(loaded, loaded) if self.ask_class() else loaded
+
     def bring(self, expert: Checkpoint) -> None:
         """Give an expert's tensors the base's names.
 
@@ -54,6 +59,7 @@ class Agreement:
         if expert.headers.keys() != self.base.headers.keys():
             self._rename(expert)
         self._brought.append(expert)
+        expert.named = self.named
 
     def _rename(self, expert: Checkpoint) -> None:
         if self.ask_class() and (found := self._read(expert)) is not None:

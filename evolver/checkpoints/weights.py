@@ -85,6 +85,7 @@ class Checkpoint:
     Attributes:
         tied: with the values of which tensor another one is read that the files do not hold, by its name.
         ignored: tensors of the files that the model's class has no place for, as far as it was asked.
+        named: the name of the tensor that the model's class calls so, or the same where it is not known.
         apart: the names in the files, by their own names, of tensors that are kept with the head.
 
     Raises BadInput where the folder is no checkpoint, or a file of it is truncated or not safetensors.
@@ -94,6 +95,7 @@ class Checkpoint:
     tied: Mapping[str, str] = MappingProxyType({})
     ignored: tuple[str, ...] = ()
     apart: Mapping[str, str] = MappingProxyType({})
+    named: Callable[[str], str] = staticmethod(str)
 
     def __init__(self, path: Path, key: str, headless: bool = False) -> None:
         self.path, self.key, self.headless = path, key, headless
