@@ -233,3 +233,16 @@ def test_an_adapter_finds_the_tensors_of_a_published_base(tmp_path):
     name = "transformer.h.1.mlp.c_fc.weight"
     assert torch.allclose(found.tensor(name), model.get_parameter(name) + (b @ a).T, atol=1e-6)
     assert found.names() == base.names()
+
+
+@pytest.mark.whole
+def test_explain_shows_how_every_name_of_a_folder_is_read(tmp_path):
+    model_of("gpt2").save_pretrained(tmp_path / "base")
+    mask = {"h.0.attn.bias": torch.ones(1, 1, 12, 12)}
+    change = lambda tensors: mask | {n.removeprefix("transformer."): t for n, t in tensors.items()}  # noqa: E731
+    done = evolver("explain", rewrite(tmp_path / "base", tmp_path / "odd", change))
+    assert (done.code, done.err) == (0, "")
+    rows = dict(line.split(maxsplit=1) for line in done.out.splitlines())
+    assert rows["h.0.attn.bias"] == "(left out)"
+    assert rows["wte.weight"] == "transformer.wte.weight"
+    assert len(rows) == 1 + len(load_file(tmp_path / "base" / "model.safetensors"))

@@ -113,6 +113,8 @@ class Agreement:
         if module is None:
             return None
         reading = ClassNames(module).read(model.names())
+        if not reading.loaded:  # the files are of another model altogether, which is said of its tensors
+            return None
         names = {}
         for name, loaded in reading.loaded.items():
             names[loaded if name in reading.bare else name] = name

@@ -121,6 +121,10 @@ class Checkpoint:
         """The name in the files of every tensor by its own name."""
         return self._stored
 
+    def in_files(self) -> list[str]:
+        """The names of all tensors in the files, sorted."""
+        return sorted(self._place)
+
     @property
     def wrappers(self) -> dict[str, str]:
         """The patterns, and what takes their place, with which Transformers reads names that have wrappers."""
