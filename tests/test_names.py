@@ -228,7 +228,9 @@ def test_an_adapter_finds_the_tensors_of_a_published_base(tmp_path):
     adapter.mkdir()
     a, b = torch.randn(2, 16), torch.randn(64, 2)
     save_file({f"{key}A.weight": a, f"{key}B.weight": b}, adapter / "adapter_model.safetensors")
-    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2, "fan_in_fan_out": true}')
+    (adapter / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 2, "lora_alpha": 2, "fan_in_fan_out": true}'
+    )
     base, (found,) = opened(odd, adapter)
     name = "transformer.h.1.mlp.c_fc.weight"
     assert torch.allclose(found.tensor(name), model.get_parameter(name) + (b @ a).T, atol=1e-6)
