@@ -10,14 +10,19 @@ import torch
 import transformers
 import yaml
 from safetensors.torch import load_file, save_file
-from toys import evolver, refused
+from toys import SHORT, evolver, refused, run_here
 
 from evolver.checkpoints.agreement import Agreement
 from evolver.checkpoints.doubts import left_out
 from evolver.checkpoints.names import is_computed, plain_names, wrapper_patterns
 from evolver.checkpoints.sources import open_base, open_expert
+from evolver.commands.evaluate import score_models
 from evolver.commands.merge import open_merge
+from evolver.config import config_at
+from evolver.driver.prepare import prepare
 from evolver.evaluation.blueprint import without_weights
+from evolver.runs.history import read_history
+from evolver.storage import storage_at
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -186,6 +191,29 @@ def test_a_head_of_its_own_in_one_model_is_one_in_all(tmp_path):
     base, (found,) = opened(tmp_path / "tied", copy_)
     assert "lm_head.weight" not in base.names()
     assert found.names() == base.names()
+
+
+@pytest.mark.whole
+def test_a_run_scores_an_expert_with_a_head_of_its_own_as_it_is(models, make_config, tmp_path):
+    """The adapter of the same run keeps its base's tie: its head is its embedding."""
+    own = transformers.LlamaForCausalLM.from_pretrained(models / "a", tie_word_embeddings=False)
+    torch.manual_seed(3)
+    own.lm_head.weight.data = 0.1 * torch.randn_like(own.lm_head.weight)
+    shutil.copytree(models / "a", tmp_path / "own")
+    own.save_pretrained(tmp_path / "own")
+    experts = {"own": str(tmp_path / "own"), "b": str(models / "b"), "lora": str(models / "lora")}
+    file = make_config(tmp_path, {**SHORT, "experts": experts})
+    folder = run_here(file, tmp_path / "results")
+    read = read_history(storage_at(folder)).outcome()
+    scores = {n: score_models(str(file), [p], "report")[0].score for n, p in experts.items() if n != "lora"}
+    ready = prepare(config_at(file))
+    assert "lm_head.weight" in ready.opened.base.names()
+    lora = ready.opened.experts["lora"]
+    assert torch.equal(lora.tensor("lm_head.weight"), lora.tensor("model.embed_tokens.weight"))
+    told = {f.label: f.report.score for f in read.finalists}
+    assert {n: told[n] for n in scores} == scores
+    assert "lm_head.weight" in load_file(folder / "best" / "model.safetensors")
+    assert not transformers.AutoConfig.from_pretrained(folder / "best").tie_word_embeddings
 
 
 @pytest.mark.whole
