@@ -90,8 +90,10 @@ class Agreement:
         models = list({id(m): m for m in (self.base, *experts) if isinstance(m, Checkpoint)}.values())
         for twin, source in self._twins.items():
             having = [m for m in models if twin in m.headers and twin not in m.tied]
-            if having and len(having) == len(models):
-                continue  # each is merged by itself, as it stands
+            if len(having) in (0, len(models)) and not any(twin in m.tied for m in models):
+                continue  # none has it, or all have and each is merged by itself, as it stands
+            if any(source not in m.headers for m in models):
+                continue
             own = [m for m in having if not _is_copy(m, twin, source)]
             own = own or [m for m in having if m is self.base and not _ties(m, twin)]
             for model in models:
