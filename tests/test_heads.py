@@ -9,8 +9,16 @@ import pytest
 import torch
 import toys
 import yaml
+from safetensors.torch import load_file, save_file
 from toys import rows, run_here, texts
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForSequenceClassification,
+)
 
 from evolver.config import config_at
 from evolver.driver.prepare import in_compute, prepare
@@ -175,6 +183,82 @@ def test_statistics_are_those_of_the_layers_that_are_merged(configured, heads, l
     for node in recipe.statistics:
         found = [worker.materialiser._statistics[node.id].get(n) for n in ready.opened.base.names()]
         assert sum(gram is not None for gram in found) == layers
+
+
+def published(folders, kind, target):
+    """The base's body as encoders are published: bare, with heads of pretraining, or with the names of old files."""
+    source = BertForSequenceClassification.from_pretrained(folders / "base")
+    if kind == "bare":
+        source.bert.save_pretrained(target)
+    else:
+        made = {"pretraining": BertForPreTraining, "old": BertForPreTraining, "masked": BertForMaskedLM}[kind]
+        model = made(BertConfig.from_pretrained(folders / "base"))
+        model.bert.load_state_dict(source.bert.state_dict(), strict=False)
+        model.save_pretrained(target)
+    if kind == "old":
+        names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+        tensors = {"bert.embeddings.position_ids": torch.arange(toys.LENGTH)[None]}
+        for name, tensor in load_file(target / "model.safetensors").items():
+            new = next((n for n in names if name.endswith(n)), "")
+            tensors[name.removesuffix(new) + names.get(new, "")] = tensor.clone()
+        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    toys.tokenizer().save_pretrained(target)
+    return target
+
+
+def average_on(file):
+    """The names that are merged, and the answers of the average of the experts' bodies."""
+    ready = in_compute(prepare(config_at(file)), "float32")
+    worker = Worker(ready.plan, "dev", tasks=ready.tasks)
+    result = worker.evaluate(Candidate(0, Merge("simple", ready.experts, ready.base), "test"))
+    assert result.status == "ok", result.reason
+    return ready.opened, result.items
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("kind", ["bare", "pretraining", "old", "masked"])
+def test_classifiers_merge_on_a_published_encoder(configured, folders, tmp_path, kind):
+    """As on a base that was saved as a classifier; a pooler that only the experts have stays with their heads."""
+    plain, _ = average_on(configured("apart"))
+    file = configured("apart")
+    raw = yaml.safe_load(file.read_text())
+    raw["model"]["base"] = str(published(folders, kind, tmp_path / kind))
+    file.write_text(yaml.safe_dump(raw, sort_keys=False))
+    found, items = average_on(file)
+    poolers = {n for n in plain.base.names() if "pooler" in n} if kind == "masked" else set()
+    assert set(found.base.names()) == set(plain.base.names()) - poolers
+    assert all(poolers <= head.keys() and "classifier.weight" in head for head in found.heads.values())
+    assert bool(found.left_out) == (kind != "bare")
+    models = {n: AutoModelForSequenceClassification.from_pretrained(folders / n) for n in SPACES}
+    body = {n: sum(m.state_dict()[n] for m in models.values()) / 2 for n in found.base.names()}
+    tasks, right = prepare(config_at(file)).tasks.items.dev, []
+    for task, model in models.items():
+        model.load_state_dict(body, strict=False)
+        own = [i for i in tasks if i.task.startswith(f"{task}:")]
+        data = [json.loads(line) for line in (tmp_path / f"{task}.jsonl").read_text().splitlines()]
+        right += plain_answers(
+            model.eval(), toys.tokenizer(), [(i, data[i.index]) for i in own], SPACES[task]
+        )  # fmt: skip
+    by_task = [a for task in SPACES for i, a in zip(tasks, items, strict=True) if i.task.startswith(f"{task}:")]
+    assert by_task == right
+    folder = run_here(file, tmp_path / "results")
+    assert json.loads((folder / "best.json").read_text()) == {"items": 80, "equal": 80}
+    for task in SPACES:
+        _, info = AutoModelForSequenceClassification.from_pretrained(
+            folder / "best" / task, output_loading_info=True
+        )  # fmt: skip
+        assert (info["missing_keys"], info["unexpected_keys"]) == (set(), set())
+
+
+@pytest.mark.whole
+def test_a_base_without_a_head_needs_heads_of_their_own(configured, folders, tmp_path):
+    file = configured("merged")
+    raw = yaml.safe_load(file.read_text())
+    raw["model"]["base"] = str(published(folders, "bare", tmp_path / "bare"))
+    file.write_text(yaml.safe_dump(raw, sort_keys=False))
+    said = r"experts.mood: .*/mood has a classification head .* and the base .*/bare has none .*heads: apart or union"
+    with pytest.raises(BadInput, match=said):
+        prepare(config_at(file))
 
 
 def test_a_language_model_has_no_heads(configured):

@@ -28,13 +28,16 @@ class Agreement:
     Args:
         build: makes a model of the class. It is asked where names differ, as that takes a second; default: there is
             no class, and models are compared by their names as they stand.
+        apart: heads are not merged, and what an expert has outside of its layers and the base lacks, such as a pooler,
+            belongs to its head.
     """
 
-    def __init__(self, base: Checkpoint, build: Build = lambda _: None) -> None:
-        self.base, self._build = base, build
+    def __init__(self, base: Checkpoint, build: Build = lambda _: None, apart: bool = False) -> None:
+        self.base, self._build, self._apart = base, build, apart
         self._loaded: dict[str, str] | None = None  # the base's names by those of the class
         self._twins: dict[str, str] = {}
         self._brought: list[Checkpoint] = []
+        base.named = self.named
 
     def ask_class(self) -> bool:
         """See the base as its class does: without tensors that the class has no place for, and with the class's prefix
@@ -44,6 +47,10 @@ class Agreement:
             self._loaded = {loaded: name for name, loaded in found.items()}
         return self._loaded is not None
 
+    def named(self, loaded: str) -> str:
+        """The base's name of the tensor that its class calls so; the same name where there is none."""
+        return (self._loaded or {}).get(loaded, loaded) if self.ask_class() else loaded
+
     def bring(self, expert: Checkpoint) -> None:
         """Give an expert's tensors the base's names.
 
@@ -52,6 +59,7 @@ class Agreement:
         if expert.headers.keys() != self.base.headers.keys():
             self._rename(expert)
         self._brought.append(expert)
+        expert.named = self.named
 
     def _rename(self, expert: Checkpoint) -> None:
         if self.ask_class() and (found := self._read(expert)) is not None:
@@ -63,6 +71,9 @@ class Agreement:
         self._tie(expert, self.base.names())
         extra = expert.headers.keys() - self.base.headers.keys() - self._twins.keys()
         missing = self.base.headers.keys() - expert.headers.keys()
+        if self._apart and (parts := {n for n in extra if layer_of(n) is None}):
+            expert.set_apart(parts)
+            extra -= parts
         if missing:
             raise BadInput(
                 f"{expert.key}: {expert.path} lacks the tensor {min(missing)}{_more(missing)}, which the base "
@@ -79,8 +90,10 @@ class Agreement:
         models = list({id(m): m for m in (self.base, *experts) if isinstance(m, Checkpoint)}.values())
         for twin, source in self._twins.items():
             having = [m for m in models if twin in m.headers and twin not in m.tied]
-            if having and len(having) == len(models):
-                continue  # each is merged by itself, as it stands
+            if len(having) in (0, len(models)) and not any(twin in m.tied for m in models):
+                continue  # none has it, or all have and each is merged by itself, as it stands
+            if any(source not in m.headers for m in models):
+                continue
             own = [m for m in having if not _is_copy(m, twin, source)]
             own = own or [m for m in having if m is self.base and not _ties(m, twin)]
             for model in models:
@@ -102,6 +115,8 @@ class Agreement:
         if module is None:
             return None
         reading = ClassNames(module).read(model.names())
+        if not reading.loaded:  # the files are of another model altogether, which is said of its tensors
+            return None
         names = {}
         for name, loaded in reading.loaded.items():
             names[loaded if name in reading.bare else name] = name
@@ -112,6 +127,8 @@ class Agreement:
                 own[source] = source
                 del own[twin]
         model.ignored += reading.ignored
+        if model is self.base and (reading.ignored or reading.bare):
+            model.config["architectures"] = [type(module).__name__]
         for one in (model, *alike):
             one.read_as(names)
         self._twins |= {self._name(t, own): self._name(s, own) for t, s in reading.tied.items()}

@@ -127,4 +127,5 @@ class Relabelled(Checkpoint):
 
 def _saved(source: Source) -> Head:
     whole = Checkpoint(source.path, source.key)
-    return {n: whole.tensor(n) for n in whole.names() if is_head(n)}
+    below = source.parts() if isinstance(source, Checkpoint) else {}
+    return {**below, **{n: whole.tensor(n) for n in whole.names() if is_head(n)}}

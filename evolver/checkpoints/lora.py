@@ -81,7 +81,7 @@ class LoraAdapter:
 
     def saved(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         """Tensors that were trained whole, by the name that they would have in the base."""
-        found = {_plain_name(k): k for k in self._shapes if not MATRIX.fullmatch(k)}
+        found = {self._name(k): k for k in self._shapes if not MATRIX.fullmatch(k)}
         return {n: self._handle.get_tensor(k) for n, k in found.items() if wanted(n)}
 
     def files(self) -> list[Path]:
@@ -120,6 +120,11 @@ class LoraAdapter:
             check_rank(self.config, module, rank, self.path / CONFIG, self.key)
         check_targets(self.config, modules, self.path / CONFIG, self.key)
 
+    def _name(self, key: str) -> str:
+        """The base's name of a tensor of the adapter, which names it as the model's class does."""
+        name = _plain_name(key)
+        return name if name in self.base.headers else self.base.named(name)
+
     def _find_pairs(self) -> dict[str, LowRank]:
         """The low-rank deltas by the name of the tensor that they change."""
         found: dict[str, tuple[str, str]] = {}
@@ -132,7 +137,7 @@ class LoraAdapter:
                         f"{self.key}: the adapter {self.path} holds {key} without the other matrix of its pair; copy "
                         "the adapter again."
                     )
-                found[_plain_name(f"{match[1]}.weight")] = pair
+                found[self._name(f"{match[1]}.weight")] = pair
         if not found:
             raise BadInput(f"{self.key}: the adapter {self.path} holds no LoRA matrices.")
         ways = {n: self._orientations(n, a, b) for n, (a, b) in found.items()}
@@ -160,7 +165,7 @@ class LoraAdapter:
     def _find_whole(self) -> dict[str, str]:
         """The keys of tensors that take the place of the base's, by their names."""
         keys = [k for k in self._shapes if not MATRIX.fullmatch(k) and not self._is_tied_twin(k)]
-        whole = {_plain_name(k): k for k in keys}
+        whole = {self._name(k): k for k in keys}
         if self.base.headless:
             whole = {n: k for n, k in whole.items() if not is_head(n)}
         for name, key in whole.items():
@@ -180,7 +185,7 @@ class LoraAdapter:
 
     def _is_tied_twin(self, key: str) -> bool:
         """Whether what is stored for the head is what is stored for the embedding that the base ties it to."""
-        name = _plain_name(MATRIX.sub(r"\1.weight", key))
+        name = self._name(MATRIX.sub(r"\1.weight", key))
         return HEAD in name and name not in self.base.headers and self._stays_tied
 
     @cached_property
@@ -188,7 +193,7 @@ class LoraAdapter:
         """Whether the embedding and the head are one tensor still: PEFT tied them, or both came whole and are equal."""
         if self.config.get("ensure_weight_tying"):
             return True
-        whole = {_plain_name(k): k for k in self._shapes if not MATRIX.fullmatch(k)}
+        whole = {self._name(k): k for k in self._shapes if not MATRIX.fullmatch(k)}
         pairs = [
             (key, whole[HEAD]) for name, key in whole.items()
             if HEAD in whole and name in self.base.headers and self._is_tied_embedding(name)
@@ -223,5 +228,5 @@ def open_adapter(path: Path, key: str, base: Checkpoint, headless: bool) -> Lora
 
 
 def _plain_name(key: str) -> str:
-    """The base's name of a tensor of an adapter."""
+    """The name that a tensor of an adapter has in the model's class."""
     return key.removeprefix("base_model.model.").replace(BASE_LAYER, ".")

@@ -20,8 +20,8 @@ PARALLEL = "module."
 # Names of weights that Transformers reads in any file, as TensorFlow's BERT had them.
 LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 # Tables that a model computes when it is made. Older releases saved them beside the weights.
-COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|attn\.masked_bias|attention\.masked_bias)$")
-MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")
+TABLES = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|attn\.masked_bias|attention\.masked_bias)$")
+CAUSAL_MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")
 
 
 def plain_name(stored: str) -> str:
@@ -41,9 +41,9 @@ def plain_names(stored: Iterable[str]) -> dict[str, str]:
 
 def is_computed(name: str, shape: Callable[[], tuple[int, ...]]) -> bool:
     """Whether a tensor is a table that models compute: positions, frequencies, a causal mask (1, 1, n, n)."""
-    if COMPUTED.search(name):
+    if TABLES.search(name):
         return True
-    if not MASK.search(name):
+    if not CAUSAL_MASK.search(name):
         return False
     sizes = shape()
     return len(sizes) == 4 and sizes[:2] == (1, 1) and sizes[2] == sizes[3]

@@ -85,6 +85,8 @@ class Checkpoint:
     Attributes:
         tied: with the values of which tensor another one is read that the files do not hold, by its name.
         ignored: tensors of the files that the model's class has no place for, as far as it was asked.
+        named: the name of the tensor that the model's class calls so, or the same where it is not known.
+        apart: the names in the files, by their own names, of tensors that are kept with the head.
 
     Raises BadInput where the folder is no checkpoint, or a file of it is truncated or not safetensors.
     """
@@ -92,6 +94,8 @@ class Checkpoint:
     headless = False
     tied: Mapping[str, str] = MappingProxyType({})
     ignored: tuple[str, ...] = ()
+    apart: Mapping[str, str] = MappingProxyType({})
+    named: Callable[[str], str] = staticmethod(str)
 
     def __init__(self, path: Path, key: str, headless: bool = False) -> None:
         self.path, self.key, self.headless = path, key, headless
@@ -106,7 +110,7 @@ class Checkpoint:
         plain = plain_names(self._place)
         self._place = {n: f for n, f in self._place.items() if not (headless and is_head(plain[n]))}
         # The name in the files of every tensor by the name under which it is seen.
-        self._stored = {plain[n]: n for n in self._place if not is_computed(plain[n], partial(self._shape, n))}
+        self._stored = {plain[n]: n for n in self._place if not is_computed(plain[n], partial(self._sizes, n))}
 
     @cached_property
     def headers(self) -> dict[str, TensorInfo]:
@@ -116,6 +120,10 @@ class Checkpoint:
     def stored(self) -> Mapping[str, str]:
         """The name in the files of every tensor by its own name."""
         return self._stored
+
+    def in_files(self) -> list[str]:
+        """The names of all tensors in the files, sorted."""
+        return sorted(self._place)
 
     @property
     def wrappers(self) -> dict[str, str]:
@@ -136,6 +144,15 @@ class Checkpoint:
         """See a tensor that the files do not hold with the values of another one."""
         self._stored[name], self.tied = self._stored[source], {**self.tied, name: source}
         self._forget()
+
+    def set_apart(self, names: Iterable[str]) -> None:
+        """Keep tensors with the head, so that they are not merged."""
+        self.apart = {n: self._stored.pop(n) for n in sorted(names)}
+        self._forget()
+
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors that were set apart."""
+        return {name: self._read(stored) for name, stored in self.apart.items()}
 
     def _forget(self) -> None:
         for derived in ("headers", "size", "scalars", "layers"):
@@ -181,7 +198,7 @@ class Checkpoint:
         """Token → id, or None where the folder holds no fast tokenizer."""
         return vocabulary_in(self.path, self.key)
 
-    def _shape(self, stored: str) -> tuple[int, ...]:
+    def _sizes(self, stored: str) -> tuple[int, ...]:
         return tuple(self._files[self._place[stored]].get_slice(stored).get_shape())
 
     def _info(self, name: str) -> TensorInfo:

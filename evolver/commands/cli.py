@@ -362,10 +362,7 @@ def extract(
 def explain(
     config: Annotated[
         Path,
-        typer.Argument(
-            help="a mergekit file, the YAML file of a run, the folder of a finished run, or a model folder that "
-            "contains a mergekit file"
-        ),
+        typer.Argument(help="a mergekit file, the YAML file of a run, the folder of a finished run, or a model folder"),
     ],
     prompts: Annotated[
         bool,
@@ -376,9 +373,15 @@ def explain(
         ),
     ] = False,
 ) -> None:
-    """Print, for every tensor of a merge, which method makes it and which settings apply."""
+    """Print, for every tensor of a merge, which method makes it and which settings apply.
+
+    Of a model folder without a mergekit file it prints under which name every tensor is read.
+    """
     from evolver.commands import explain as explaining
 
+    if explaining.is_model(config) and not prompts:
+        typer.echo(explaining.names_table(config))
+        return
     typer.echo(explaining.prompts(config) if prompts else explaining.table(explaining.explain(config)))
 
 

@@ -1,10 +1,12 @@
 """``evolver explain``: shows the method and the settings of a merge for every tensor.
 
-The merge is described by a mergekit file, by the configuration or the winner of a run, or by a model folder.
+The merge is described by a mergekit file, by the configuration or the winner of a run, or by a model folder. Of a model
+folder that does not say how it was made, the names of tensors are shown.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +14,9 @@ from typing import Any
 
 import yaml
 
+from evolver.checkpoints.agreement import Agreement
 from evolver.checkpoints.sources import open_base
-from evolver.commands.merge import open_merge
+from evolver.commands.merge import open_merge, without_weights_of
 from evolver.config import config_at, load
 from evolver.driver.prepare import planned_merge, prepare
 from evolver.errors import BadInput, cause_of, refuse_special
@@ -23,7 +26,7 @@ from evolver.records import Expert, Layers, Merge, Recipe, layer_of, load_recipe
 from evolver.runs.files import RECIPE_FILE, RUN_FILE
 from evolver.runs.folder import config_of_run
 from evolver.storage import storage_at
-from evolver.workers.opened import draw_up
+from evolver.workers.opened import draw_up, open_named
 
 # Items of each task whose prompts are shown.
 SHOWN = 2
@@ -51,8 +54,8 @@ def explain(path: str | Path) -> list[SettingRow]:
             return _of_winner(place)
         if not (place / mergekit.CONFIG_FILE).exists():
             raise BadInput(
-                f"{path}: the folder does not say how its model was made; give the folder of a finished run, or a "
-                f"folder with {mergekit.CONFIG_FILE}, which `evolver merge` and some exports write."
+                f"{path}: the folder does not say how its model was made; give the folder of a finished run, a model "
+                f"folder, or a folder with {mergekit.CONFIG_FILE}, which `evolver merge` and some exports write."
             )
         place = place / mergekit.CONFIG_FILE
     if _is_run(place):
@@ -62,6 +65,28 @@ def explain(path: str | Path) -> list[SettingRow]:
     names = opened.base.names()
     nodes = {r: Expert(r, r) for r in opened.sources}
     return _rows(opened.configuration.recipe(nodes, names), names, ())
+
+
+def is_model(path: str | Path) -> bool:
+    """Whether a path is a model folder that does not say how the model was made."""
+    place = Path(path)
+    with contextlib.suppress(OSError, ValueError):
+        made = os.path.lexists(place / RECIPE_FILE) or (place / mergekit.CONFIG_FILE).exists()
+        return not made and (place / "config.json").is_file()
+    return False
+
+
+def names_table(folder: str | Path) -> str:
+    """How the name of each tensor in a model's files is read, one on each line; tensors that are left out have no name.
+
+    Raises BadInput where the folder holds no model that can be read.
+    """
+    model = open_base(str(folder), str(folder))
+    Agreement(model, without_weights_of).ask_class()
+    read = {stored: name for name, stored in model.stored.items()}
+    width = max(map(len, model.in_files()))
+    rows = [(stored, read.get(stored, "(left out)")) for stored in model.in_files()]
+    return "\n".join(f"{stored:{width}}  {name}" for stored, name in rows)
 
 
 def _of_winner(run: Path) -> list[SettingRow]:
@@ -74,7 +99,8 @@ def _of_winner(run: Path) -> list[SettingRow]:
         raise BadInput(
             f"{file}: {cause_of(error)}; run the configuration again, which writes the file again."
         ) from error
-    base = open_base(load(run / RUN_FILE).model.base, f"{run / RUN_FILE}: model.base")
+    config = load(run / RUN_FILE)
+    base = open_named(config, config.model.base, f"{run / RUN_FILE}: model.base").base
     try:
         return _rows(recipe, base.names(), ())
     except BadInput as error:

@@ -72,7 +72,7 @@ def open_merge(path: str | Path) -> OpenedFile:
     if adapter:
         raise BadInput(f"{path}: base_model: {configuration.origin} names an adapter; give a model without one.")
     base = open_base(location, f"{path}: base_model")
-    names, same = Agreement(base, _without_weights), configuration.tokenizer is None
+    names, same = Agreement(base, without_weights_of), configuration.tokenizer is None
     references = configuration.references
     # An adapter changes tensors of the base by name, so the base has to have its names by then.
     last = {r for r in references if "+" in r or (r != location and is_delta(r, f"{path}: models"))}
@@ -84,7 +84,8 @@ def open_merge(path: str | Path) -> OpenedFile:
     return opened if configuration.tokenizer is None else _aligned(opened, configuration.tokenizer, str(path))
 
 
-def _without_weights(model: Checkpoint) -> Any:
+def without_weights_of(model: Checkpoint) -> Any:
+    """A model of the class that a checkpoint's configuration names, without weights; None where there is none."""
     from evolver.evaluation.blueprint import without_weights  # slow, and most models have one set of names
 
     return without_weights(model.path, model.config)

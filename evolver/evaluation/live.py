@@ -36,6 +36,7 @@ class LiveModel:
         labels: the labels of a classifier's head, where they differ from those of the folder.
         beside: the folder whose tokenizer, settings of generation and config.json the model has; default: ``folder``.
             It may be gone once the model is made.
+        wrappers: patterns in the names of the folder's files, and what takes their place, before the class reads them.
 
     Raises BadInput where a tensor of the checkpoint has no place in the model, and where the checkpoint lacks a tensor
     that the model needs.
@@ -44,7 +45,7 @@ class LiveModel:
     def __init__(
         self, settings: ModelSettings, folder: Path, shapes: Mapping[str, tuple[int, ...]], device: str,
         heads: Mapping[str, Mapping[str, Tensor]] | None = None, labels: Sequence[str] = (),
-        beside: Path | None = None,
+        beside: Path | None = None, wrappers: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         import transformers
 
@@ -61,8 +62,9 @@ class LiveModel:
                 "ignore_mismatched_sizes": bool(shapes),
             }
         self.module, loaded = model_class(settings.kind).from_pretrained(
-            folder, dtype=settings.compute, use_safetensors=True, output_loading_info=True, **given
-        )
+            folder, dtype=settings.compute, use_safetensors=True, output_loading_info=True,
+            key_mapping=dict(wrappers) if wrappers else None, **given,
+        )  # fmt: skip
         written = {*shapes, *(n for head in self._heads.values() for n in head)}
         missing = set(loaded["missing_keys"]) - written
         if missing:  # Transformers would fill them with random numbers

@@ -114,7 +114,8 @@ def open_named(config: Config, location: str, key: str, headless: bool = False) 
     loader = model_class(config.model.kind) if config.evaluation.backend in TRANSFORMERS else None
     base = open_base(location, key, headless)
     check_kind(config, base)  # an expert would be said to differ from a base that is wrong itself
-    names = Agreement(base, lambda model: without_weights(model.path, model.config, loader))
+    apart = config.model.heads == "apart"
+    names = Agreement(base, lambda model: without_weights(model.path, model.config, loader), apart)
     if loader is not None:
         names.ask_class()
     return names

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from evolver.evaluation.language.launched import LaunchedModel
 
 from evolver.checkpoints.sources import open_base
+from evolver.checkpoints.weights import Checkpoint
 from evolver.config import Config, computing
 from evolver.errors import BadInput
 from evolver.evaluation.base import Scored
@@ -88,8 +89,10 @@ def build_model(
     if config.evaluation.backend == "resident":
         shapes = {} if folder else {name: info.shape for name, info in opened.base.headers.items()}
         labels = opened.labels if folder is None else ()
+        path = folder or opened.base.path
+        wrappers = Checkpoint(path, "model.base").wrappers
         with companions.shown() as beside:
-            return LiveModel(config.model, folder or opened.base.path, shapes, device, opened.heads, labels, beside)
+            return LiveModel(config.model, path, shapes, device, opened.heads, labels, beside, wrappers)
     from evolver.evaluation.language.launched import LaunchedModel  # imports lm-eval, which takes seconds
 
     model = LaunchedModel(config.evaluation, room=4 * opened.base.scalars)  # 4 bytes a scalar: the widest dtype
