@@ -600,9 +600,10 @@ class Result:
             return not self.transient
         if self.complete:
             return True
-        if candidate.question.bar is not None and self.bound is not None and self.bound <= candidate.question.bar:
+        asked = candidate.question
+        if asked.bar is not None and self.bound is not None and self.bound <= asked.bar:
             return True
-        return candidate.question.limit is not None and len(self.items) >= candidate.question.limit
+        return asked.limit is not None and len(self.items) >= asked.limit
 
     def objectives(self, tasks: Sequence[str]) -> tuple[float, ...] | None:
         """What a search of several objectives is told: the scores of these tasks; None where one is missing."""

@@ -45,7 +45,9 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     parameters = config.get("rope_parameters")
     if isinstance(parameters, dict):
         rest = {k: v for k, v in parameters.items() if k != "rope_theta"}
-        found |= {"rope_scaling": rest} | {k: parameters[k] for k in ("rope_theta",) if k in parameters}
+        found["rope_scaling"] = rest
+        if "rope_theta" in parameters:
+            found["rope_theta"] = parameters["rope_theta"]
     if "rope_scaling" in found:
         found["rope_scaling"] = _scaling(found["rope_scaling"])
     return found

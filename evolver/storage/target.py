@@ -58,7 +58,7 @@ def check_target(target: Path, what: str = "folder", exported: Exported | None =
 
 def _check_place(target: Path) -> None:
     """Raises BadInput for a URI, for a link, and for a place in a run."""
-    if re.match(r"[a-z][a-z0-9+.-]+:/", str(target)):
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(target)):  # is_remote wants two slashes, of which a Path keeps one
         raise BadInput(f"{target}: this is an address; name a place on this machine, and copy it from there.")
     if target.is_symlink():
         raise BadInput(f"{target}: this is a link; name the place itself, which must not exist yet.")
@@ -74,8 +74,8 @@ def _check_place(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _refused(target: Path) -> Iterator[None]:
-    """Turns what the disk says while ``target`` is written into BadInput that names the file."""
+def disk_refusals(target: Path) -> Iterator[None]:
+    """Turns what the disk says while something is written at ``target`` into BadInput that names the file."""
     try:
         yield
     except OSError as error:
@@ -91,7 +91,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     Raises BadInput at its end, as ``check_target`` does, which the caller asks before any work is done, and where the
     disk takes nothing.
     """
-    with _refused(target), whole_folder(target, ready=lambda: check_target(target)) as folder:
+    with disk_refusals(target), whole_folder(target, ready=lambda: check_target(target)) as folder:
         yield folder
 
 
@@ -103,7 +103,7 @@ def check_export(target: Path, force: bool) -> None:
 @contextlib.contextmanager
 def exported_folder(target: Path, force: bool) -> Iterator[Path]:
     """The same for an export: it leaves a record, and with ``force`` it takes the place of an earlier export."""
-    with _refused(target), whole_folder(target, ready=lambda: check_export(target, force)) as folder:
+    with disk_refusals(target), whole_folder(target, ready=lambda: check_export(target, force)) as folder:
         yield folder
         (folder / RECORD).write_text(json.dumps(_digests(folder), indent=1))
 
@@ -111,7 +111,7 @@ def exported_folder(target: Path, force: bool) -> Iterator[Path]:
 @contextlib.contextmanager
 def new_file(target: Path, exported: Exported | None = None) -> Iterator[Path]:
     """The same for one file; ``exported`` says whether one that is there may be replaced, None: it may not."""
-    with _refused(target), whole_file(target, ready=lambda: check_target(target, "file", exported)) as file:
+    with disk_refusals(target), whole_file(target, ready=lambda: check_target(target, "file", exported)) as file:
         yield file
 
 

@@ -16,10 +16,10 @@ import torch
 from evolver.checkpoints.shards import disk_errors
 from evolver.checkpoints.sources import open_base
 from evolver.checkpoints.weights import is_head
-from evolver.errors import BadInput, file_sentence, takes_nothing
+from evolver.errors import BadInput
 from evolver.evaluation.data import Row, read_rows
 from evolver.records import content_hash
-from evolver.storage import whole_folder
+from evolver.storage import disk_refusals, whole_folder
 from evolver.storage.paths import expand
 from evolver.training.fit import fit
 from evolver.training.losses import Learner, lessons_of, loss_of
@@ -37,13 +37,9 @@ def make_experts(pool: PoolConfig, show: Show) -> dict[str, Path]:
     Raises BadInput for data or models that cannot be read, where peft is wanted and missing, and where nothing can be
     written to the cache.
     """
-    try:
+    with disk_refusals(cache()):
         base = _base(pool)
         return {"base": base, **{name: _expert(pool, name, base, show) for name in pool.experts}}
-    except OSError as error:
-        if error.filename is None and not takes_nothing(error):  # of a network, not of a file
-            raise
-        raise BadInput(file_sentence(error, str(cache()))) from error
 
 
 def cache() -> Path:

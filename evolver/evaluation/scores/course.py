@@ -36,14 +36,15 @@ class Evaluation:
 
     def __init__(self, candidate: Candidate, scale: Scale, block: int, alpha: float | None) -> None:
         self.candidate, self._scale, self._block = candidate, scale, block
-        self._race = Race(scale, candidate.question.rival, alpha) if alpha and candidate.question.rival else None
+        rival = candidate.question.rival
+        self._race = Race(scale, rival, alpha) if alpha and rival else None
         self.raced = False
 
     def blocks(self) -> list[tuple[int, int]]:
         """The blocks that may have to be scored, each as its first item and the one after its last item."""
-        count, limit, size = len(self._scale.tasks), self.candidate.question.limit, self._block
-        stop = count if limit is None else min(count, -(-limit // size) * size)
-        return blocks(len(self.candidate.question.known), stop, size)
+        asked, count, size = self.candidate.question, len(self._scale.tasks), self._block
+        stop = count if asked.limit is None else min(count, -(-asked.limit // size) * size)
+        return blocks(len(asked.known), stop, size)
 
     def ended(self, items: Sequence[float]) -> bool:
         """Whether the evaluation may stop here.
