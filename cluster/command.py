@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from cluster import options
-from evolver.config import config_at
+from evolver.config.reading import config_at
 from evolver.driver.early import refuse_early
 from evolver.errors import BadInput
 

@@ -15,7 +15,8 @@ from types import FrameType
 
 from cluster.connection import connect
 from cluster.pools import check_pool, pool_named
-from evolver.config import Config, ConfigText, PoolSettings
+from evolver.config import Config, PoolSettings
+from evolver.config.reading import ConfigText
 from evolver.driver.run import run
 from evolver.errors import BadInput, file_sentence, takes_nothing
 from evolver.evaluation.live import default_device

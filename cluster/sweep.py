@@ -20,9 +20,11 @@ import yaml
 from pydantic import Field
 
 from cluster.connection import check_dashboard, no_answer
-from evolver.config import NAME, Config, Section, check_section, config_at
+from evolver.config import Config
+from evolver.config.reading import check_section, config_at
+from evolver.config.section import NAME, Section
 from evolver.errors import BadInput, file_sentence
-from evolver.records import content_hash
+from evolver.records.canonical import content_hash
 from evolver.report.text import markdown_table
 from evolver.runs.files import summary_of
 from evolver.storage import storage_at

@@ -11,7 +11,8 @@ import toys
 from toys import refused
 
 from evolver.checkpoints.chat import NAMED, Wanted, resolve
-from evolver.config import CHAT_FORMATS, config_at
+from evolver.config.model import CHAT_FORMATS
+from evolver.config.reading import config_at
 from evolver.driver import prepare as driver
 from evolver.driver.prepare import prepare
 from evolver.evaluation.language.requests import ASKED

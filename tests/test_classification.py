@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score
 from toys import MOODS, rows, run_here, texts
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from evolver.config import config_at
+from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.workers.worker import Worker

@@ -18,7 +18,7 @@ import yaml
 from playwright.sync_api import Error, sync_playwright
 from safetensors.torch import load_file
 
-from evolver.config import config_at
+from evolver.config.reading import config_at
 from evolver.report.verdict import verdict
 from evolver.runs.history import read_history
 from evolver.search import SEARCHES

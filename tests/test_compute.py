@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from toys import refused
 
 from evolver.checkpoints.weights import TensorInfo
-from evolver.config import config_at, load
+from evolver.config.reading import config_at, load
 from evolver.driver.prepare import prepare
 from evolver.driver.run import run
 from evolver.runs.history import read_history

@@ -3,7 +3,9 @@
 import pytest
 import yaml
 
-from evolver.config import PoolSettings, check_section, differences, load
+from evolver.config import PoolSettings
+from evolver.config.changes import differences
+from evolver.config.reading import check_section, load
 from evolver.errors import BadInput, nearest
 
 GOOD = """

@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from evolver.config import DataSet
+from evolver.config.evaluation import DataSet
 from evolver.errors import BadInput
 from evolver.evaluation.data import read_rows
 

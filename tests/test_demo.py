@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from evolver.records import load_recipe
+from evolver.records.recipe import load_recipe
 
 pytestmark = pytest.mark.whole
 

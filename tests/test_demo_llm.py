@@ -6,7 +6,7 @@ import pytest
 import yaml
 from test_demo import ROOT, call
 
-from evolver.records import load_recipe
+from evolver.records.recipe import load_recipe
 
 
 @pytest.mark.slow

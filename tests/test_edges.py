@@ -10,7 +10,7 @@ from test_methods import REQUIRED, TAKES
 from evolver.checkpoints.sources import open_base, open_expert
 from evolver.merging.materialise import Materialiser
 from evolver.merging.methods import METHODS
-from evolver.records import Expert, Merge, Rule
+from evolver.records.recipe import Expert, Merge, Rule
 
 NAMES = ("base", "a", "b", "c")
 

@@ -23,14 +23,15 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from evolver.config import config_at
+from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.evaluation.items import item_hash
 from evolver.evaluation.language.encoder_decoder import EncoderDecoder
 from evolver.evaluation.language.loglikelihood import LogLikelihoods
 from evolver.evaluation.live import LiveModel
-from evolver.records import Candidate, load_recipe
+from evolver.records import Candidate
+from evolver.records.recipe import load_recipe
 from evolver.workers.worker import Worker
 
 pytestmark = pytest.mark.whole

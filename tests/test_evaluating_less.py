@@ -7,10 +7,11 @@ import toys
 from toys import rows, run_here
 
 from evolver.commands.explain import explain
-from evolver.config import config_at
+from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
-from evolver.records import Candidate, load_recipe
+from evolver.records import Candidate
+from evolver.records.recipe import load_recipe
 from evolver.workers.pools.local import LocalPool
 from evolver.workers.worker import Worker
 

@@ -11,7 +11,7 @@ import yaml
 from toys import rows, run_here
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from evolver.config import config_at
+from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.records import Candidate

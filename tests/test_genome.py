@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from evolver.errors import BadInput
 from evolver.merging.methods import METHODS, Range, Simplex
 from evolver.merging.settings.genome import HIGH_U, LOW_U, genome
-from evolver.records import Choice, Expert, dump_recipe, load_recipe
+from evolver.records import Choice
+from evolver.records.recipe import Expert, dump_recipe, load_recipe
 
 BASE = Expert("base", "00")
 EXPERTS = (Expert("a", "aa"), Expert("b", "bb"), Expert("c", "cc"))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from test_search import BASE, EXPERTS, HALVING, Maker, build, ids, simulate
 
-from evolver.config import Budget, check_section
+from evolver.config import Budget
+from evolver.config.reading import check_section
 from evolver.errors import BadInput
 from evolver.evaluation.scores.estimates import Estimates, first_unjudged
 from evolver.evaluation.scores.irt import fit_items
@@ -16,7 +17,8 @@ from evolver.evaluation.scores.metrics import CLASS, ENDLESS, JUDGED
 from evolver.evaluation.scores.scoring import Scale
 from evolver.ledger import Ledger, read_table
 from evolver.loop import evolve
-from evolver.records import Candidate, Expert, Result
+from evolver.records import Candidate, Result
+from evolver.records.recipe import Expert
 from evolver.search import SEARCHES
 from evolver.search.base import Setup
 from evolver.search.halving import Bracket, rungs

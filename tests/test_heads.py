@@ -20,10 +20,11 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-from evolver.config import config_at
+from evolver.config.reading import config_at
 from evolver.driver.prepare import in_compute, prepare
 from evolver.errors import BadInput
-from evolver.records import Candidate, Merge
+from evolver.records import Candidate
+from evolver.records.recipe import Merge
 from evolver.workers.worker import Worker
 
 SPACES = {"mood": ("bad", "fair", "good"), "colour": ("red", "good")}

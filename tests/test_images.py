@@ -16,7 +16,7 @@ from PIL import Image
 from toys import digits, rows, run_here
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from evolver.config import config_at
+from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.evaluation.collectors import LayerSums

@@ -13,7 +13,8 @@ import pytest
 import toys
 import yaml
 
-from evolver.config import TaskEntry, config_at, load
+from evolver.config.evaluation import TaskEntry
+from evolver.config.reading import config_at, load
 from evolver.driver.prepare import prepare
 from evolver.evaluation.base import COMMON_KEYS
 from evolver.evaluation.scores.metrics import Metric

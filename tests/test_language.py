@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.command import run_job
-from evolver.config import config_at
+from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.evaluation.data import read_rows
@@ -25,7 +25,8 @@ from evolver.evaluation.language import library
 from evolver.evaluation.language.decoder import DecoderOnly
 from evolver.evaluation.language.loglikelihood import Group, LogLikelihoods
 from evolver.merging.export import export
-from evolver.records import Candidate, Cross, Merge, Rule
+from evolver.records import Candidate
+from evolver.records.recipe import Cross, Merge, Rule
 from evolver.workers.worker import Worker
 
 pytestmark = pytest.mark.whole

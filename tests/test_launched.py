@@ -14,7 +14,7 @@ from toys import DROP, ROOT, Silent, rows, run_here
 
 from cluster import job
 from evolver.commands.evaluate import score_models
-from evolver.config import config_at, load
+from evolver.config.reading import config_at, load
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.evaluation.language import scratch

@@ -15,7 +15,8 @@ from evolver.errors import BadInput
 from evolver.ledger import DamagedPart, Ledger, read_table, result_of
 from evolver.ledger import ledger as module
 from evolver.ledger.rows import OLDEST
-from evolver.records import Candidate, Cross, Expert, Question, Result, dump_recipe
+from evolver.records import Candidate, Question, Result
+from evolver.records.recipe import Cross, Expert, dump_recipe
 from evolver.storage import local, storage_at
 
 A, B = Expert("a", "aa"), Expert("b", "bb")

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from evolver.dashboard.lineage import BOX, GAP, MOST_EXPERTS, MOST_MODELS, drawing
-from evolver.records import Cross, Expert, Merge, ancestors
+from evolver.records.recipe import Cross, Expert, Merge, ancestors
 
 BASE = Expert("base", "00")
 

@@ -18,9 +18,10 @@ import toys
 import tracked as shown
 
 from evolver import loggers
-from evolver.config import load
+from evolver.config.reading import load
 from evolver.loggers import LOGGERS, Trackers, trackers
-from evolver.records import Candidate, Expert, Result
+from evolver.records import Candidate, Result
+from evolver.records.recipe import Expert
 from evolver.storage import storage_at
 
 pytestmark = pytest.mark.whole

@@ -19,13 +19,14 @@ import tracked as shown
 from toys import Silent, run_here
 
 from evolver import loggers
-from evolver.config import load
+from evolver.config.reading import load
 from evolver.errors import BadInput
 from evolver.loggers import trackers
 from evolver.loggers.base import RunPlace, Tracked, flat, installed
 from evolver.loggers.mlflow import MlflowLogger, MlflowSettings
 from evolver.loggers.trackers import Trackers, tracked
-from evolver.records import Candidate, Expert, Result
+from evolver.records import Candidate, Result
+from evolver.records.recipe import Expert
 from evolver.storage import storage_at
 
 pytestmark = pytest.mark.whole

@@ -9,7 +9,8 @@ import pytest
 from evolver.errors import BadInput
 from evolver.ledger import Ledger, read_table
 from evolver.loop import evolve
-from evolver.records import Candidate, Cross, Expert, Question, Result
+from evolver.records import Candidate, Question, Result
+from evolver.records.recipe import Cross, Expert
 from evolver.storage import storage_at
 
 A, B = Expert("a", "aa"), Expert("b", "bb")

@@ -13,7 +13,19 @@ from evolver.checkpoints.weights import Checkpoint
 from evolver.merging import crossing, methods
 from evolver.merging.engine import pieces
 from evolver.merging.materialise import Materialiser
-from evolver.records import NODES, Cross, Expert, Layers, Merge, Node, Place, Rule, ancestors, dump_recipe, load_recipe
+from evolver.records.recipe import (
+    NODES,
+    Cross,
+    Expert,
+    Layers,
+    Merge,
+    Node,
+    Place,
+    Rule,
+    ancestors,
+    dump_recipe,
+    load_recipe,
+)
 
 NAMES = {
     "model.embed_tokens.weight": (12, 10),

@@ -18,7 +18,7 @@ from evolver.errors import BadInput
 from evolver.merging import mergekit
 from evolver.merging.materialise import Materialiser
 from evolver.merging.mergekit.writer import RANDOM, Inexpressible, dump
-from evolver.records import Cross, Expert, Layers, Merge, Place, Rule
+from evolver.records.recipe import Cross, Expert, Layers, Merge, Place, Rule
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from evolver.merging.engine.pieces import InputTensors
 from evolver.merging.methods import METHODS, Of, Range, method, number
 from evolver.merging.methods.here import Stack
 from evolver.merging.settings.genome import genome
-from evolver.records import Expert
+from evolver.records.recipe import Expert
 
 EVERY = pytest.mark.parametrize("name", list(METHODS))
 SHAPES = [(), (1,), (33,), (70, 50), (3, 4, 5)]

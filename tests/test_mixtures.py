@@ -38,7 +38,8 @@ from transformers import (
 
 from evolver.checkpoints.sources import open_base, open_expert
 from evolver.checkpoints.weights import Checkpoint
-from evolver.config import ModelSettings, config_at
+from evolver.config.model import ModelSettings
+from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.evaluation.fused import slices_of

@@ -18,7 +18,7 @@ from evolver.checkpoints.names import is_computed, plain_names, wrapper_patterns
 from evolver.checkpoints.sources import open_base, open_expert
 from evolver.commands.evaluate import score_models
 from evolver.commands.merge import open_merge
-from evolver.config import config_at
+from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare
 from evolver.evaluation.blueprint import without_weights
 from evolver.runs.history import read_history

@@ -14,7 +14,8 @@ from evolver import ledger
 from evolver.dashboard.overview import Overview
 from evolver.dashboard.views import front, utilisation
 from evolver.errors import BadInput
-from evolver.records import Candidate, Expert, Result
+from evolver.records import Candidate, Result
+from evolver.records.recipe import Expert
 from evolver.runs.history import read_history
 from evolver.storage import storage_at
 

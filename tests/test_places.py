@@ -15,7 +15,7 @@ from toys import evolver, refusal
 
 from cluster.connection import check_dashboard, connect
 from evolver.checkpoints.sources import open_base
-from evolver.config import config_at
+from evolver.config.reading import config_at
 from evolver.errors import BadInput
 from evolver.evaluation.data import read_rows
 from evolver.storage import check_target, storage_at

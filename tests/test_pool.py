@@ -7,7 +7,8 @@ from simulation import SimulatedCrew, lognormal
 
 from evolver.config import PoolSettings as Settings
 from evolver.errors import BadInput
-from evolver.records import Candidate, Expert, Result
+from evolver.records import Candidate, Result
+from evolver.records.recipe import Expert
 from evolver.workers.crew_pool import LOSSES, PLACE_SECONDS, STILLBORN, CrewPool
 
 

@@ -6,9 +6,10 @@ import pytest
 
 from cluster.job import make_pool
 from cluster.pools import pool_names
-from evolver.config import config_at
+from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare
-from evolver.records import Candidate, Merge, Rule
+from evolver.records import Candidate
+from evolver.records.recipe import Merge, Rule
 from evolver.workers.worker import Worker
 
 pytestmark = pytest.mark.whole

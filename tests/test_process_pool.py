@@ -12,7 +12,7 @@ import pytest
 from toys import ROOT
 
 from cluster.pools import pool_named
-from evolver.config import config_at
+from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.records import Candidate
@@ -90,7 +90,7 @@ def test_a_worker_that_cannot_be_built_is_one_sentence(configured):
 # A driver that is killed while an evaluation hangs.
 DRIVER = """
 import multiprocessing, os, pathlib, sys, threading, time
-from evolver.config import config_at
+from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare
 from evolver.records import Candidate
 from evolver.workers.crew_pool import CrewPool

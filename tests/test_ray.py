@@ -20,13 +20,14 @@ from cluster.pools import pool_named
 from cluster.pools import ray as crew
 from cluster.pools.ray import check_resources, on_ray, resources_of
 from cluster.survey import choose_on_ray
-from evolver.config import config_at, load
+from evolver.config.reading import config_at, load
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.evaluation.scores.course import Evaluation
 from evolver.ledger import Ledger
 from evolver.loop import evolve
-from evolver.records import Candidate, Cross, Expert, Question, Result
+from evolver.records import Candidate, Question, Result
+from evolver.records.recipe import Cross, Expert
 from evolver.search.ahead import Guessable, ahead
 from evolver.search.plain import Listed
 from evolver.storage import storage_at

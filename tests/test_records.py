@@ -6,19 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evolver.records import (
-    Candidate,
-    Cross,
-    Expert,
-    Merge,
-    Place,
-    Question,
-    Result,
-    Rule,
-    ancestors,
-    dump_recipe,
-    load_recipe,
-)
+from evolver.records import Candidate, Question, Result
+from evolver.records.recipe import Cross, Expert, Merge, Place, Rule, ancestors, dump_recipe, load_recipe
 
 A, B = Expert("a", "aa"), Expert("b", "bb")
 

@@ -12,7 +12,8 @@ from evolver.driver.card import licence_of, model_card
 from evolver.evaluation.scores.comparison import compare, interval
 from evolver.evaluation.scores.metrics import JUDGED, Metric, perplexity
 from evolver.evaluation.scores.scoring import Scale
-from evolver.records import Candidate, Cross, Expert, Question, Result
+from evolver.records import Candidate, Question, Result
+from evolver.records.recipe import Cross, Expert
 from evolver.report.curve import BEST, looks
 from evolver.report.report import write_report
 from evolver.report.text import markdown_table

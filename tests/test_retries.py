@@ -9,7 +9,7 @@ import torch
 import toys
 from test_pool import candidates, drive, fine
 
-from evolver.config import config_at
+from evolver.config.reading import config_at
 from evolver.dashboard.overview import Overview
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from evolver.merging.settings.rules import rules_of
-from evolver.records import Expert, Merge, layer_of
+from evolver.records.recipe import Expert, Merge, layer_of
 
 LLAMA = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"] + [
     f"model.layers.{i}.{part}.weight"

@@ -19,10 +19,12 @@ from toys import no_work, rows, run_here
 
 from evolver import ledger
 from evolver.commands.explain import explain
-from evolver.config import config_at
+from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare, run_folder
 from evolver.errors import BadInput
-from evolver.records import Candidate, Layers, Merge, Result, content_hash, load_recipe
+from evolver.records import Candidate, Result
+from evolver.records.canonical import content_hash
+from evolver.records.recipe import Layers, Merge, load_recipe
 from evolver.storage import storage_at
 from evolver.workers.worker import Worker
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from evolver.config import config_at
+from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare
 from evolver.evaluation.base import SAID_LENGTH, Scored
 from evolver.ledger import Ledger
-from evolver.records import Candidate, Expert, Result
+from evolver.records import Candidate, Result
+from evolver.records.recipe import Expert
 from evolver.storage import storage_at
 from evolver.workers.messages import pack_result, unpack_result
 from evolver.workers.worker import Worker

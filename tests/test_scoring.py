@@ -6,14 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evolver.config import TaskEntry
+from evolver.config.evaluation import TaskEntry
 from evolver.errors import BadInput
 from evolver.evaluation.base import Scored
 from evolver.evaluation.batches import by_length
 from evolver.evaluation.items import Item, ItemSource, draw, in_order, item_hash
 from evolver.evaluation.scores.metrics import ENDLESS, JUDGED
 from evolver.evaluation.scores.scoring import Scale
-from evolver.records import Candidate, Expert, Question
+from evolver.records import Candidate, Question
+from evolver.records.recipe import Expert
 from evolver.workers.worker import Worker
 
 ITEM = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1))

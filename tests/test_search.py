@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from evolver.config import Budget, check_section
+from evolver.config import Budget
+from evolver.config.reading import check_section
 from evolver.errors import BadInput
 from evolver.merging.methods import METHODS
 from evolver.merging.settings.genome import genome
-from evolver.records import Cross, Expert, Merge, Result
+from evolver.records import Result
+from evolver.records.recipe import Cross, Expert, Merge
 from evolver.search import SEARCHES
 from evolver.search.base import Setup
 from evolver.search.evolver import offspring

@@ -7,7 +7,8 @@ import pytest
 from test_racing import even
 
 from evolver.evaluation.scores.course import Evaluation
-from evolver.records import Candidate, Expert, Question, Result
+from evolver.records import Candidate, Question, Result
+from evolver.records.recipe import Expert
 from evolver.workers.shared import SharedPool
 
 COUNT, BLOCK = 60, 8

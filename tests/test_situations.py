@@ -17,7 +17,7 @@ from toys import COLOURS, DROP, SHORT, THINGS, evolver, refusal, settings, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evolver import evaluate
-from evolver.config import config_at
+from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare
 
 pytestmark = pytest.mark.whole

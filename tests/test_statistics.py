@@ -20,13 +20,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from evolver.checkpoints.kept import Damaged, open_kept, write_kept
 from evolver.commands.explain import explain
 from evolver.commands.merge import merge_file
-from evolver.config import config_at
+from evolver.config.reading import config_at
 from evolver.driver.deliver import deliver
 from evolver.driver.prepare import in_compute, materialiser_of, prepare
 from evolver.errors import BadInput
 from evolver.evaluation.collectors import LayerSums
 from evolver.merging.settings.maker import RecipeMaker
-from evolver.records import Candidate, Cross, Expert, Merge, Statistic, dump_recipe, load_recipe
+from evolver.records import Candidate
+from evolver.records.recipe import Cross, Expert, Merge, Statistic, dump_recipe, load_recipe
 from evolver.storage import storage_at
 from evolver.workers import statistics
 from evolver.workers.statistics import sample
@@ -237,7 +238,7 @@ def test_kept_tensors_are_sealed_for_their_key(tmp_path):
 COLLECT = """
 import sys
 from pathlib import Path
-from evolver.config import config_at
+from evolver.config.reading import config_at
 from evolver.driver.prepare import in_compute, prepare
 from evolver.records import Candidate
 from evolver.workers.worker import Worker

@@ -14,7 +14,7 @@ import toys
 from starlette.testclient import TestClient
 
 from evolver.checkpoints.sources import open_base
-from evolver.config import config_at
+from evolver.config.reading import config_at
 from evolver.dashboard.app import build_app
 from evolver.driver.run import run
 from evolver.errors import BadInput

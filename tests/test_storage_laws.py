@@ -18,7 +18,8 @@ import pytest
 import evolver.storage
 from evolver.errors import BadInput
 from evolver.ledger import Ledger, read_table
-from evolver.records import Candidate, Expert, Result
+from evolver.records import Candidate, Result
+from evolver.records.recipe import Expert
 from evolver.storage import Storage, read_all, storage_at
 from evolver.storage import lease as lease_module
 from evolver.storage.lease import LEASE_FILE, Lease

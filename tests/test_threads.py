@@ -11,7 +11,7 @@ import pytest
 from toys import ROOT, evolver
 
 from evolver import threads
-from evolver.config import config_at
+from evolver.config.reading import config_at
 from evolver.threads import SHORT_SPIN, let_threads_sleep, too_many, usable_cores, waiting
 
 pytestmark = pytest.mark.whole

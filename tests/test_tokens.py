@@ -11,7 +11,8 @@ from toys import refused
 
 from evolver.checkpoints.sources import open_base, open_expert
 from evolver.checkpoints.weights import TensorInfo
-from evolver.config import TokenizerSettings, config_at
+from evolver.config.model import TokenizerSettings
+from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare
 from evolver.workers.vocabulary import with_common_tokens
 

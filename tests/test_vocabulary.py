@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from evolver.commands.merge import merge_file
-from evolver.config import TokenizerSettings
+from evolver.config.model import TokenizerSettings
 from evolver.errors import BadInput
 from evolver.merging.mergekit.vocabulary import vocabulary
 

@@ -13,7 +13,7 @@ from evolver.checkpoints.lora import LoraAdapter
 from evolver.checkpoints.sources import open_base, open_expert
 from evolver.checkpoints.weights import Checkpoint, digests
 from evolver.errors import BadInput
-from evolver.records import layer_of
+from evolver.records.recipe import layer_of
 
 Q = "model.layers.0.self_attn.q_proj"
 UP = "model.layers.1.mlp.up_proj"

@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from evolver import ledger
-from evolver.config import config_at
+from evolver.config.reading import config_at
 from evolver.driver.run import run
 from evolver.errors import BadInput
 from evolver.pool import Pool

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from evolver.config import TaskEntry
+from evolver.config.evaluation import TaskEntry
 from evolver.evaluation.data import read_rows
 from evolver.report.text import markdown_table
 from evolver.training.experts import cache

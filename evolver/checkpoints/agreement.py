@@ -14,7 +14,7 @@ import torch
 from evolver.checkpoints.names import ClassNames
 from evolver.checkpoints.weights import HEAD, TOKEN_MATRICES, Checkpoint, Source, is_head
 from evolver.errors import BadInput
-from evolver.records import layer_of
+from evolver.records.recipe import layer_of
 
 # A model of the class of a checkpoint, which needs no weights; None where there is no such class.
 Build = Callable[[Checkpoint], Any]

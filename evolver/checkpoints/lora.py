@@ -18,7 +18,7 @@ from evolver.checkpoints.adapter_settings import check_rank, check_settings, che
 from evolver.checkpoints.formats import model_format
 from evolver.checkpoints.weights import HEAD, Checkpoint, cached, check_finite, is_head, open_tensors, raw, read_json
 from evolver.errors import BadInput
-from evolver.records import layer_of
+from evolver.records.recipe import layer_of
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Matrices of an adapter, and how PEFT marks a layer that it has wrapped.

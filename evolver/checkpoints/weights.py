@@ -26,7 +26,7 @@ from torch import Tensor
 from evolver.checkpoints.names import is_computed, plain_names, wrapper_patterns
 from evolver.errors import BadInput, cause_of, refuse_special
 from evolver.kernels import native
-from evolver.records import layer_of
+from evolver.records.recipe import layer_of
 from evolver.storage.paths import expand
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

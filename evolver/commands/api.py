@@ -12,7 +12,7 @@ import yaml
 
 from evolver.commands.evaluate import ModelScore, score_models
 from evolver.commands.merge import merge_file
-from evolver.config import ConfigText, config_at
+from evolver.config.reading import ConfigText, config_at
 from evolver.ledger import answer_table, read_table
 from evolver.loggers.terminal import display
 from evolver.records import Split

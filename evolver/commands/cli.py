@@ -69,7 +69,7 @@ def resume(
 @app.command()
 def validate(config: Annotated[Path, typer.Argument(help="the YAML file of a run")]) -> None:
     """Check a configuration, its models and its tasks, as far as this is possible without reading weights."""
-    from evolver.config import config_at
+    from evolver.config.reading import config_at
     from evolver.driver.early import refuse_early
 
     written = config_at(config)

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from evolver.config import Config, computing, load
+from evolver.config import Config
+from evolver.config.changes import computing
+from evolver.config.reading import load
 from evolver.driver.check import answer_again
 from evolver.driver.prepare import block_of
 from evolver.errors import BadInput

@@ -17,12 +17,12 @@ import yaml
 from evolver.checkpoints.agreement import Agreement
 from evolver.checkpoints.sources import open_base
 from evolver.commands.merge import open_merge, without_weights_of
-from evolver.config import config_at, load
+from evolver.config.reading import config_at, load
 from evolver.driver.prepare import planned_merge, prepare
 from evolver.errors import BadInput, cause_of, refuse_special
 from evolver.evaluation.blueprint import Blueprint
 from evolver.merging import mergekit, methods
-from evolver.records import Expert, Layers, Merge, Recipe, layer_of, load_recipe
+from evolver.records.recipe import Expert, Layers, Merge, Recipe, layer_of, load_recipe
 from evolver.runs.files import RECIPE_FILE, RUN_FILE
 from evolver.runs.folder import config_of_run
 from evolver.storage import storage_at

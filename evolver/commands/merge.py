@@ -15,7 +15,7 @@ from evolver.checkpoints.doubts import left_out, suspicions
 from evolver.checkpoints.shards import SHARD_BYTES
 from evolver.checkpoints.sources import is_delta, open_base, open_expert
 from evolver.checkpoints.weights import Checkpoint, Source, digests
-from evolver.config import TokenizerSettings
+from evolver.config.model import TokenizerSettings
 from evolver.errors import BadInput
 from evolver.kernels.compiled import Kernels
 from evolver.merging import mergekit
@@ -24,7 +24,7 @@ from evolver.merging.export import beside_of, export
 from evolver.merging.materialise import Materialiser
 from evolver.merging.mergekit.vocabulary import Aligned, Vocabulary, extend_tokenizer, known_tokens, vocabulary
 from evolver.merging.sentence import SentenceModules, plan_modules
-from evolver.records import Expert, Recipe
+from evolver.records.recipe import Expert, Recipe
 from evolver.storage import check_target, new_folder
 
 CARD = """---

@@ -12,7 +12,8 @@ from pydantic.fields import FieldInfo
 
 from evolver.commands.cli import app
 from evolver.commands.words import default_of, first_paragraph, kind_of, remarks_of, searched_of, type_name
-from evolver.config import Config, Section
+from evolver.config import Config
+from evolver.config.section import Section
 from evolver.loggers import LOGGERS
 from evolver.merging.methods import METHODS
 from evolver.report.text import markdown_table

@@ -14,7 +14,7 @@ from typing import IO, Protocol
 
 import psutil
 
-from evolver.config import load
+from evolver.config.reading import load
 from evolver.dashboard.status import holder_of
 from evolver.errors import BadInput
 from evolver.runs.about import Job, read_about

@@ -23,7 +23,7 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Respon
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from evolver.config import NAME
+from evolver.config.section import NAME
 from evolver.dashboard import views
 from evolver.dashboard.actions import Jobs, candidate_number, export_candidate, resume_run, start_run, stop_run
 from evolver.dashboard.guard import Guard

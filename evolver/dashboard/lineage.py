@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from evolver.records import Cross, Expert, Recipe, Statistic, ancestors
+from evolver.records.recipe import Cross, Expert, Recipe, Statistic, ancestors
 
 MOST_MODELS, MOST_EXPERTS = 20, 12  # that a drawing shows at most: more cannot be read
 FEWEST = 6  # models that it shows, however many arrows cross

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from evolver.dashboard.lineage import drawing
 from evolver.dashboard.overview import Column, Overview, Places, Rows
 from evolver.dashboard.status import Status
-from evolver.records import Merge, Recipe, ancestors
+from evolver.records.recipe import Merge, Recipe, ancestors
 from evolver.report.text import cost_rows
 from evolver.search.hypervolume import hypervolume
 

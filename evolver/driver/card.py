@@ -12,7 +12,8 @@ from evolver.checkpoints.chat import EXPERT
 from evolver.config import Config
 from evolver.driver.prepare import Prepared
 from evolver.merging import mergekit
-from evolver.records import Candidate, Recipe, Result, Split
+from evolver.records import Candidate, Result, Split
+from evolver.records.recipe import Recipe
 from evolver.report.report import table_of
 from evolver.report.text import score_text
 from evolver.report.verdict import verdict

@@ -22,7 +22,8 @@ from evolver.evaluation.live import default_device
 from evolver.merging.companions import TOKENIZER
 from evolver.merging.export import beside_of, export, merged_config
 from evolver.merging.materialise import Materialiser
-from evolver.records import Candidate, Recipe, Result
+from evolver.records import Candidate, Result
+from evolver.records.recipe import Recipe
 from evolver.runs.history import History, read_history
 from evolver.storage import Storage, check_export, check_target, exported_folder, new_file
 

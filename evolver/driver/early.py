@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from evolver.checkpoints.places import refuse_missing
-from evolver.config import Config, ConfigText, check_section
+from evolver.config import Config
+from evolver.config.reading import ConfigText, check_section
 from evolver.errors import BadInput, nearest
 from evolver.loggers import check_loggers
 from evolver.search import SEARCHES

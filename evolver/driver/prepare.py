@@ -10,7 +10,9 @@ from typing import Any
 
 from evolver.checkpoints.doubts import suspicions
 from evolver.checkpoints.weights import Checkpoint
-from evolver.config import FREE_KEYS, Config, ConfigText, computing, default_at, keeping_base_chat, load, renamed
+from evolver.config import Config
+from evolver.config.changes import FREE_KEYS, computing, default_at, keeping_base_chat, renamed
+from evolver.config.reading import ConfigText, load
 from evolver.driver.early import chosen_search, named_search
 from evolver.errors import BadInput
 from evolver.evaluation.blueprint import Blueprint, ModelFolder
@@ -21,7 +23,8 @@ from evolver.loggers import check_loggers
 from evolver.merging.companions import Companions
 from evolver.merging.materialise import Materialiser
 from evolver.merging.settings.maker import RecipeMaker
-from evolver.records import Expert, Recipe, Split
+from evolver.records import Split
+from evolver.records.recipe import Expert, Recipe
 from evolver.runs.folder import RunFolder, compute_of, config_of_run, made_before
 from evolver.search import SEARCHES, Search
 from evolver.search.base import Setup

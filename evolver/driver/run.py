@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from evolver.config import Config, ConfigText
+from evolver.config import Config
+from evolver.config.reading import ConfigText
 from evolver.driver.card import companion_files
 from evolver.driver.check import score_again
 from evolver.driver.prepare import SPLITS, Prepared, in_compute, materials_of, prepare, run_folder, versions
@@ -21,7 +22,8 @@ from evolver.loggers.terminal import Display
 from evolver.loop import Guesses, evolve
 from evolver.merging.export import beside_of, export, write_heads
 from evolver.pool import Pool
-from evolver.records import Candidate, Merge, Recipe, Result, Rule, dump_recipe
+from evolver.records import Candidate, Result
+from evolver.records.recipe import Merge, Recipe, Rule, dump_recipe
 from evolver.report.examples import compared_items, read_texts, write_texts
 from evolver.report.report import write_report
 from evolver.report.verdict import verdict

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
-from evolver.config import Config, TaskEntry
+from evolver.config import Config
+from evolver.config.evaluation import TaskEntry
 from evolver.evaluation.items import Item
 from evolver.evaluation.scores.metrics import Metric
 from evolver.records import Split

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from evolver.config import ModelSettings
+from evolver.config.model import ModelSettings
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.fused import slices_of
 from evolver.evaluation.live import labelled, model_class, open_tokenizer, places_of

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow.parquet
 
-from evolver.config import DataSet
+from evolver.config.evaluation import DataSet
 from evolver.errors import BadInput, cause_of, refuse_special
 from evolver.storage.paths import expand
 

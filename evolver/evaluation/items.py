@@ -7,9 +7,10 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evolver.config import TaskEntry
+from evolver.config.evaluation import TaskEntry
 from evolver.errors import BadInput
-from evolver.records import Split, canonical_json
+from evolver.records import Split
+from evolver.records.canonical import canonical_json
 
 
 @dataclass(frozen=True)

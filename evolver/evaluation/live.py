@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from evolver.config import ModelSettings
+from evolver.config.model import ModelSettings
 from evolver.errors import BadInput
 from evolver.evaluation.fused import refuse_experts, slices_of
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from evolver.config import Config, DataSet, TaskEntry
+from evolver.config import Config
+from evolver.config.evaluation import DataSet, TaskEntry
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.base import AskedItem
 from evolver.evaluation.data import Row, read_rows

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from evolver.config import Config, TaskEntry
+from evolver.config import Config
+from evolver.config.evaluation import TaskEntry
 from evolver.errors import BadInput, nearest
 from evolver.evaluation import judges
 from evolver.evaluation.base import (

@@ -9,7 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from evolver.records import Candidate, Question, Result, dump_recipe, load_recipe
+from evolver.records import Candidate, Question, Result
+from evolver.records.recipe import dump_recipe, load_recipe
 
 STAGES, STATUSES = ("baseline", "search", "report"), ("ok", "failed")
 EVENTS = ("asked", "finished", "guessed", "retried")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from evolver.config import Config, check_section
+from evolver.config import Config
+from evolver.config.reading import check_section
 from evolver.errors import BadInput, nearest
 from evolver.loggers.base import LOGGERS, Logger, RunPlace, Tracked, installed
 from evolver.loggers.trackers import Trackers, tracked

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from evolver.config import Section
+from evolver.config.section import Section
 
 Plain = bool | int | float | str
 LoggedRow = tuple[int, Mapping[str, float]]

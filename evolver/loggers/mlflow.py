@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import Field
 
-from evolver.config import Section
+from evolver.config.section import Section
 from evolver.loggers.base import LoggedRow, RunPlace, Tracked, flat, logger
 from evolver.storage.paths import expand
 

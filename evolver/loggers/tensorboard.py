@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
-from evolver.config import Section
+from evolver.config.section import Section
 from evolver.errors import BadInput
 from evolver.loggers.base import LoggedRow, RunPlace, Tracked, flat, logger
 from evolver.storage import is_remote

@@ -9,10 +9,12 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from evolver.config import FREE_KEYS, Config
+from evolver.config import Config
+from evolver.config.changes import FREE_KEYS
 from evolver.loggers.base import Logger, Tracked
 from evolver.loggers.courier import Courier
-from evolver.records import Candidate, Result, content_hash
+from evolver.records import Candidate, Result
+from evolver.records.canonical import content_hash
 from evolver.storage import Storage
 
 # In the run's folder: the id under which trackers know it.

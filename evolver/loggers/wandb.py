@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from evolver.config import Section
+from evolver.config.section import Section
 from evolver.loggers.base import LoggedRow, RunPlace, Tracked, logger
 from evolver.storage.paths import expand
 

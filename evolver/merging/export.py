@@ -18,7 +18,7 @@ from evolver.checkpoints.weights import Checkpoint, is_finite
 from evolver.errors import BadInput
 from evolver.merging.companions import COMPANIONS, Companions
 from evolver.merging.materialise import Materialiser
-from evolver.records import Recipe, dump_recipe
+from evolver.records.recipe import Recipe, dump_recipe
 
 # How configurations say the number of layers.
 DEPTH = ("num_hidden_layers", "n_layer", "num_layers")

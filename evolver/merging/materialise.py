@@ -21,7 +21,7 @@ from evolver.merging import crossing, methods
 from evolver.merging.engine.apply import AllTensors, apply
 from evolver.merging.engine.pieces import InputTensors
 from evolver.merging.methods.here import Stack
-from evolver.records import Cross, Expert, Layers, Merge, Recipe, Statistic, ancestors, layer_of
+from evolver.records.recipe import Cross, Expert, Layers, Merge, Recipe, Statistic, ancestors, layer_of
 
 Task = tuple[Recipe, str]
 

@@ -32,7 +32,7 @@ from evolver.checkpoints.weights import (
 from evolver.errors import BadInput
 from evolver.merging.export import usable
 from evolver.merging.materialise import Materialiser
-from evolver.records import Expert, Recipe
+from evolver.records.recipe import Expert, Recipe
 
 MODULES_FILE, SETTINGS_FILE, ADAPTER_FILE = "modules.json", "config_sentence_transformers.json", "adapter_config.json"
 # Of the settings file: versions of libraries, which do not change what a model computes.

@@ -16,7 +16,8 @@ from evolver.errors import BadInput, file_sentence
 from evolver.evaluation.base import ItemText
 from evolver.evaluation.scores.comparison import compare, interval
 from evolver.evaluation.scores.scoring import Scale
-from evolver.records import Candidate, Recipe, Result, ancestors, dump_recipe
+from evolver.records import Candidate, Result
+from evolver.records.recipe import Recipe, ancestors, dump_recipe
 from evolver.report.curve import curve
 from evolver.report.examples import examples_section, read_texts
 from evolver.report.html import html_page

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from evolver.config import Config, computing
+from evolver.config import Config
+from evolver.config.changes import computing
 from evolver.errors import BadInput, cause_of
 from evolver.evaluation.scores.scoring import Scale
-from evolver.records import Split, content_hash
+from evolver.records import Split
+from evolver.records.canonical import content_hash
 from evolver.runs.files import ABOUT_FILE, CONFIG_REMEDY, IDENTITY_FILE, RUN_FILE, holds_a_run, mapping_of, no_run
 from evolver.runs.folder import config_of_run
 from evolver.storage import Storage

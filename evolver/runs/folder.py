@@ -10,10 +10,12 @@ from typing import Any
 
 import yaml
 
-from evolver.config import Config, ConfigText, differences
+from evolver.config import Config
+from evolver.config.changes import differences
+from evolver.config.reading import ConfigText
 from evolver.errors import BadInput, file_sentence
 from evolver.ledger import part_names, read_parts
-from evolver.records import content_hash
+from evolver.records.canonical import content_hash
 from evolver.runs.files import CONFIG_REMEDY, IDENTITY_FILE, RUN_FILE, mapping_of, no_run, text_of
 from evolver.storage import Storage
 from evolver.storage.lease import Lease

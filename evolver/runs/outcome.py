@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from evolver.config import Config
 from evolver.evaluation.scores.scoring import Scale
-from evolver.records import Candidate, Recipe, Result, Split
+from evolver.records import Candidate, Result, Split
+from evolver.records.recipe import Recipe
 from evolver.runs.about import About
 
 

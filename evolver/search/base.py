@@ -15,8 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from evolver.config import Budget, Section
-from evolver.records import Candidate, Choice, Expert, Knob, Recipe, Result
+from evolver.config import Budget
+from evolver.config.section import Section
+from evolver.records import Candidate, Choice, Knob, Result
+from evolver.records.recipe import Expert, Recipe
 
 
 class Search(Protocol):

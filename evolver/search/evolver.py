@@ -24,9 +24,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from evolver.config import Section
+from evolver.config.section import Section
 from evolver.errors import BadInput
-from evolver.records import Candidate, Cross, Question, Recipe, Result
+from evolver.records import Candidate, Question, Result
+from evolver.records.recipe import Cross, Recipe
 from evolver.search.ahead import RunsAhead
 from evolver.search.base import Ordered, Setup, algorithm
 

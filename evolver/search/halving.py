@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from evolver.config import Section, check_section
+from evolver.config.reading import check_section
+from evolver.config.section import Section
 from evolver.errors import BadInput, nearest
 from evolver.records import Candidate, Result
 from evolver.search.base import SEARCHES, Estimator, Search, Setup, algorithm

@@ -20,7 +20,7 @@ import optuna
 from optuna.study import StudyDirection
 from pydantic import Field
 
-from evolver.config import Section
+from evolver.config.section import Section
 from evolver.errors import BadInput
 from evolver.records import Candidate, Choice, Knob, Result
 from evolver.search.base import Ordered, Setup, Space, algorithm

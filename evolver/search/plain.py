@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evolver.records import Candidate, Recipe, Result, Stage
+from evolver.records import Candidate, Result, Stage
+from evolver.records.recipe import Recipe
 
 
 class Listed:

@@ -18,7 +18,7 @@ from evolver.checkpoints.sources import open_base
 from evolver.checkpoints.weights import is_head
 from evolver.errors import BadInput
 from evolver.evaluation.data import Row, read_rows
-from evolver.records import content_hash
+from evolver.records.canonical import content_hash
 from evolver.storage import disk_refusals, whole_folder
 from evolver.storage.paths import expand
 from evolver.training.fit import fit

@@ -8,7 +8,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from evolver.config import NAME, Budget, Config, EvaluationSettings, ModelSettings, Section, check_section, config_at
+from evolver.config import Budget, Config
+from evolver.config.evaluation import EvaluationSettings
+from evolver.config.model import ModelSettings
+from evolver.config.reading import check_section, config_at
+from evolver.config.section import NAME, Section
 
 
 class Training(Section):

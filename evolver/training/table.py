@@ -10,7 +10,8 @@ import numpy as np
 
 from evolver.evaluation.scores.scoring import Scale
 from evolver.evaluation.tasks import load_tasks
-from evolver.records import Candidate, Expert, Result
+from evolver.records import Candidate, Result
+from evolver.records.recipe import Expert
 from evolver.report.text import markdown_table
 from evolver.training.settings import PoolConfig
 from evolver.workers.opened import open_models

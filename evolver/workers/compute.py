@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from evolver.checkpoints.weights import TensorInfo
-from evolver.config import Config, ModelSettings, computing
+from evolver.config import Config
+from evolver.config.changes import computing
+from evolver.config.model import ModelSettings
 from evolver.errors import BadInput
 from evolver.evaluation.live import free_memory
 

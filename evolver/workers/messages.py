@@ -10,7 +10,8 @@ import zlib
 from dataclasses import asdict, replace
 from typing import Any
 
-from evolver.records import Candidate, Question, Result, dump_recipe, load_recipe
+from evolver.records import Candidate, Question, Result
+from evolver.records.recipe import dump_recipe, load_recipe
 
 
 def pack_candidate(candidate: Candidate) -> bytes:

@@ -15,7 +15,9 @@ from evolver.checkpoints.doubts import left_out
 from evolver.checkpoints.heads import Head, Relabelled, all_labels, head_digest, head_of, labels_in_order
 from evolver.checkpoints.sources import is_delta, open_base, open_expert
 from evolver.checkpoints.weights import Checkpoint, Source, digests, vocabulary_in
-from evolver.config import LANGUAGE_KINDS, Config, EvaluationSettings
+from evolver.config import Config
+from evolver.config.evaluation import EvaluationSettings
+from evolver.config.model import LANGUAGE_KINDS
 from evolver.errors import BadInput
 from evolver.evaluation.blueprint import HF, Blueprint, ModelFolder, check_architecture, without_weights
 from evolver.evaluation.live import free_memory, kinds_of, model_class

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from evolver.config import Config
 from evolver.evaluation.tasks import Tasks
-from evolver.records import Split, content_hash
+from evolver.records import Split
+from evolver.records.canonical import content_hash
 
 # Whose versions scores, and statistics of models, depend on.
 SCORING_PACKAGES = ("torch", "transformers", "lm-eval")

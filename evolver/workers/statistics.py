@@ -21,7 +21,8 @@ from evolver.evaluation.live import LiveModel
 from evolver.evaluation.tasks import SplitScorer, Tasks
 from evolver.kernels.machine import digest_of
 from evolver.merging.materialise import StatisticTensors
-from evolver.records import Expert, Statistic, content_hash
+from evolver.records.canonical import content_hash
+from evolver.records.recipe import Expert, Statistic
 from evolver.storage.paths import expand
 from evolver.workers.plan import CHAT, SCORING_PACKAGES, Plan
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from evolver.checkpoints.chat import EXPERT
 from evolver.checkpoints.sources import check_same_vocabulary
 from evolver.checkpoints.weights import TOKEN_MATRICES, TOKENIZER_FILE, Checkpoint, Source
-from evolver.config import TokenizerSettings
+from evolver.config.model import TokenizerSettings
 from evolver.errors import BadInput
 from evolver.merging.companions import CommonTokens
 from evolver.merging.mergekit.vocabulary import Aligned, Ids, known_tokens, vocabulary
-from evolver.records import layer_of
+from evolver.records.recipe import layer_of
 
 HEADS = ("lm_head.weight", "embed_out.weight")
 OF_BASE, TOKENS_FROM = "base", "model.tokenizer"

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 from evolver.checkpoints.sources import open_base
 from evolver.checkpoints.weights import Checkpoint
-from evolver.config import Config, computing
+from evolver.config import Config
+from evolver.config.changes import computing
 from evolver.errors import BadInput
 from evolver.evaluation.base import Scored
 from evolver.evaluation.live import LiveModel, default_device
@@ -26,7 +27,8 @@ from evolver.kernels.compiled import Kernels
 from evolver.merging.companions import Companions
 from evolver.merging.export import export
 from evolver.merging.materialise import Materialiser
-from evolver.records import Candidate, Expert, Result, Split
+from evolver.records import Candidate, Result, Split
+from evolver.records.recipe import Expert
 from evolver.workers.compute import ComputeChoice, choose, is_open, refuse_compute
 from evolver.workers.failures import BrokenDevice, is_broken_device, is_out_of_memory, is_transient, told_reason
 from evolver.workers.opened import GIB, Opened, OwnTokens, check_backend_device, open_models

@@ -36,8 +36,10 @@ from evolver.threads import let_threads_sleep
 let_threads_sleep()
 from dataclasses import replace
 from evolver.workers.compute import is_open
-from evolver.config import computing, config_at
-from evolver.records import Candidate, Merge, Rule
+from evolver.config.changes import computing
+from evolver.config.reading import config_at
+from evolver.records import Candidate
+from evolver.records.recipe import Merge, Rule
 from evolver.driver.prepare import in_compute, prepare
 from evolver.workers.worker import Worker, choose_compute
 

@@ -43,7 +43,8 @@ from evolver.ledger import Ledger, read_table  # noqa: E402
 from evolver.loop import evolve  # noqa: E402
 from evolver.merging.methods import METHODS  # noqa: E402
 from evolver.merging.settings.genome import genome  # noqa: E402
-from evolver.records import Candidate, Cross, Expert, Merge, Question, Recipe, Result  # noqa: E402
+from evolver.records import Candidate, Question, Result  # noqa: E402
+from evolver.records.recipe import Cross, Expert, Merge, Recipe  # noqa: E402
 from evolver.report.text import markdown_table  # noqa: E402
 from evolver.search.ahead import Guessable, ahead  # noqa: E402
 from evolver.storage import storage_at  # noqa: E402
@@ -329,8 +330,9 @@ def same_winner(folder: Path) -> Iterator[Row]:
 READER = """
 import sys
 from pathlib import Path
-from evolver.records import Candidate, Cross, Question
-from evolver.config import config_at
+from evolver.records import Candidate, Question
+from evolver.records.recipe import Cross
+from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare
 from evolver.workers.worker import Worker
 ready = prepare(config_at(sys.argv[1]))

@@ -35,7 +35,8 @@ from evolver.evaluation.scores.scoring import Scale
 from evolver.ledger.ledger import JOIN_FROM
 from evolver.ledger.parts import part_bytes
 from evolver.ledger.rows import SCHEMA, row_of
-from evolver.records import Candidate, Expert, Merge, Result, Rule
+from evolver.records import Candidate, Result
+from evolver.records.recipe import Expert, Merge, Rule
 from evolver.report.text import markdown_table
 from evolver.runs.about import About, write_about
 from evolver.storage import storage_at

@@ -23,13 +23,14 @@ import torch
 import yaml
 from bare import bare_forward
 
-from evolver.config import config_at
+from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare
 from evolver.evaluation.language.decoder import DecoderOnly
 from evolver.evaluation.language.library import quiet
 from evolver.evaluation.language.loglikelihood import LogLikelihoods
 from evolver.evaluation.language.resident import LanguageScorer
-from evolver.records import Candidate, Cross
+from evolver.records import Candidate
+from evolver.records.recipe import Cross
 from evolver.report.text import markdown_table
 from evolver.workers.worker import Worker
 

@@ -24,10 +24,11 @@ import yaml
 from bare import bare_forward
 
 from evolver.checkpoints.weights import Checkpoint
-from evolver.config import config_at
+from evolver.config.reading import config_at
 from evolver.driver.prepare import Prepared, prepare
 from evolver.ledger import Ledger
-from evolver.records import Candidate, Cross, Merge, Recipe, Rule
+from evolver.records import Candidate
+from evolver.records.recipe import Cross, Merge, Recipe, Rule
 from evolver.report.text import markdown_table
 from evolver.workers.worker import Worker
 
@@ -136,7 +137,8 @@ def cold_start() -> tuple[float, float]:
 
 def ray_bytes() -> tuple[float, float]:
     """Bytes of the largest messages to and from Ray actors: the longest lineage, and many items."""
-    from evolver.records import Expert, Result
+    from evolver.records import Result
+    from evolver.records.recipe import Expert
     from evolver.workers.messages import pack_candidate, pack_result
 
     population: list[Recipe] = [Expert(f"expert{i}", f"{i:020x}") for i in range(5)]

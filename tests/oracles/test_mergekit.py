@@ -21,7 +21,7 @@ from prints import prints  # noqa: E402
 from evolver.checkpoints.sources import open_base, open_expert  # noqa: E402
 from evolver.merging import mergekit  # noqa: E402
 from evolver.merging.materialise import Materialiser  # noqa: E402
-from evolver.records import Expert  # noqa: E402
+from evolver.records.recipe import Expert  # noqa: E402
 
 STORED = json.loads(gzip.decompress((HERE / "mergekit.json.gz").read_bytes()))["results"]
 # Where the order of operations is the same, so are the bits.

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evolver.config import Config, EvaluationSettings, TaskEntry
+from evolver.config import Config
+from evolver.config.evaluation import EvaluationSettings, TaskEntry
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.base import AskedItem, ItemText, Scored, judge
 from evolver.evaluation.batches import Batches, by_length

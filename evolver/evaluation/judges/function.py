@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from evolver.config import Config, TaskEntry
+from evolver.config import Config
+from evolver.config.evaluation import TaskEntry
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.base import AskedItem, ItemText, Scored, judge
 from evolver.evaluation.data import Row

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evolver.config import Config, DataSet, TaskEntry
+from evolver.config import Config
+from evolver.config.evaluation import DataSet, TaskEntry
 from evolver.errors import BadInput, cause_of, refuse_special
 from evolver.evaluation.base import AskedItem, ItemText, Scored, judge
 from evolver.evaluation.batches import Batches, by_length

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.instance import Instance
 
-from evolver.config import Config, EvaluationSettings, TaskEntry
+from evolver.config import Config
+from evolver.config.evaluation import EvaluationSettings, TaskEntry
 from evolver.errors import BadInput, cause_of
 from evolver.evaluation.base import AskedItem, ItemText, Scorer, judge
 from evolver.evaluation.items import Item, item_hash

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from evolver.config import EvaluationSettings
+from evolver.config.evaluation import EvaluationSettings
 from evolver.evaluation.batches import Batches, by_length
 from evolver.evaluation.language.tokens import Manner, Prompt, Tokens
 from evolver.evaluation.live import LiveModel

@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from evolver.config import EvaluationSettings
+from evolver.config.evaluation import EvaluationSettings
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.base import Scored
 from evolver.evaluation.blueprint import HF

@@ -15,7 +15,7 @@ from lm_eval.api.task import Task
 from lm_eval.filters import build_filter_ensemble
 from lm_eval.tasks import TaskManager
 
-from evolver.config import EvaluationSettings, TaskEntry
+from evolver.config.evaluation import EvaluationSettings, TaskEntry
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.language.index import Index, manager_of
 from evolver.evaluation.language.written import ANSWER_LIMITS, check_generation

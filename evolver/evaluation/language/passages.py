@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from evolver.config import DataSet
+from evolver.config.evaluation import DataSet
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.data import read_rows
 

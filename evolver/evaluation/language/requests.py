@@ -10,7 +10,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import Task
 
-from evolver.config import EvaluationSettings
+from evolver.config.evaluation import EvaluationSettings
 from evolver.errors import BadInput, cause_of
 from evolver.evaluation.base import ItemText
 from evolver.evaluation.items import Item, item_hash

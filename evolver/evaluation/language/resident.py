@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from evolver.config import EvaluationSettings
+from evolver.config.evaluation import EvaluationSettings
 from evolver.errors import BadInput
 from evolver.evaluation.base import Scored
 from evolver.evaluation.blueprint import Blueprint

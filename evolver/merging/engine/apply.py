@@ -14,7 +14,7 @@ from evolver.merging.engine import order
 from evolver.merging.engine.pieces import InputTensors, Pieces
 from evolver.merging.methods import Method
 from evolver.merging.methods.here import NeedsAnswer, Stack
-from evolver.records import Value
+from evolver.records.recipe import Value
 
 
 @dataclass

@@ -21,7 +21,7 @@ from evolver.merging.engine.recorded import Recorded, record
 from evolver.merging.engine.step import Probe, Step
 from evolver.merging.methods import Method
 from evolver.merging.methods.here import NeedsAnswer, Stack
-from evolver.records import Value
+from evolver.records.recipe import Value
 
 # Scalars of a piece: those of a few experts stay in a core's cache.
 PIECE, GPU_PIECE = 1 << 18, 1 << 26

@@ -10,13 +10,15 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field
 
-from evolver.config import Loader, Section, TokenizerSettings, check_section, config_at, valid_yaml
+from evolver.config.model import TokenizerSettings
+from evolver.config.reading import Loader, check_section, config_at, valid_yaml
+from evolver.config.section import Section
 from evolver.errors import BadInput, nearest
 from evolver.merging.mergekit.others import refuse_other_tools
 from evolver.merging.mergekit.parameters import WEIGHTED, settings_of, unused, warnings_of
 from evolver.merging.methods import Method, get
 from evolver.merging.settings.placed import Placed, Spot, depth, over
-from evolver.records import Expert, Layers, Merge, Recipe, at_layer, layer_of
+from evolver.records.recipe import Expert, Layers, Merge, Recipe, at_layer, layer_of
 from evolver.storage.paths import expand
 
 Parameters = dict[str, Any]

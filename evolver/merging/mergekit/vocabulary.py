@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
 from evolver.checkpoints.weights import TOKEN_MATRICES, TOKENIZER_FILE, Checkpoint, Source, TensorInfo, read_json
-from evolver.config import TokenizerSettings
+from evolver.config.model import TokenizerSettings
 from evolver.errors import BadInput, nearest
 from evolver.merging.mergekit.reader import reference
 from evolver.merging.methods.operators import halved

@@ -13,7 +13,7 @@ from evolver.errors import EvolverError
 from evolver.merging.mergekit.parameters import MERGEKIT_NAMES, OURS, WEIGHTED
 from evolver.merging.mergekit.reader import LONE, PAIRED, Parameters, spots
 from evolver.merging.methods import METHODS, ROUNDING, Method
-from evolver.records import LAYER, Cross, Expert, Layers, Merge, Recipe, Value, ancestors, layer_of
+from evolver.records.recipe import LAYER, Cross, Expert, Layers, Merge, Recipe, Value, ancestors, layer_of
 
 # Its usual name beside a model.
 CONFIG_FILE = "mergekit_config.yml"

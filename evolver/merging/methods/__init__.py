@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from evolver.errors import BadInput, nearest
-from evolver.records import Value
+from evolver.records.recipe import Value
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from evolver.merging.methods import Range, each, method, number, operators
 from evolver.merging.methods.averages import Weight
 from evolver.merging.methods.here import PieceView, Stack
-from evolver.records import Value
+from evolver.records.recipe import Value
 
 # The weights of two models whose sum is smaller have no ratio.
 CANCELLED = 1e-6

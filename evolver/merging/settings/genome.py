@@ -11,7 +11,8 @@ from typing import Any
 from evolver.errors import BadInput, nearest
 from evolver.merging.methods import Method, Range, Setting, Simplex
 from evolver.merging.settings.placed import fixed_rules
-from evolver.records import Choice, Expert, Knob, Merge, Place, Recipe, Rule, Statistic, layer_of
+from evolver.records import Choice, Knob
+from evolver.records.recipe import Expert, Merge, Place, Recipe, Rule, Statistic, layer_of
 
 # A weight on the simplex is drawn as e / Σ e with e = -log(u): uniform u then means uniform weights (Dirichlet(1)).
 # The ends are cut off so that no weight is exactly 0 or 1.

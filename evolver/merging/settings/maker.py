@@ -10,7 +10,7 @@ from evolver.evaluation.collectors import collector_named
 from evolver.merging import methods
 from evolver.merging.settings.genome import Genome, genome
 from evolver.merging.settings.placed import fixed_rules
-from evolver.records import Cross, Expert, Merge, Recipe, Statistic
+from evolver.records.recipe import Cross, Expert, Merge, Recipe, Statistic
 
 
 class RecipeMaker:

@@ -14,7 +14,7 @@ from typing import Any
 from evolver.errors import BadInput, nearest
 from evolver.merging.methods import Method, Setting
 from evolver.merging.settings.rules import rules_of
-from evolver.records import Rule, Value, layer_of
+from evolver.records.recipe import Rule, Value, layer_of
 
 GivenSettings = Mapping[str, Any]
 

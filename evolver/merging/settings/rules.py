@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
-from evolver.records import LAYER, Place, Rule, Value, layer_of
+from evolver.records.recipe import LAYER, Place, Rule, Value, layer_of
 
 # A later stage is more particular, and its rules win: all tensors, a layer, a part of a layer, one tensor.
 SaidValue = tuple[int, Place, Value]

@@ -1,0 +1,211 @@
+"""The configuration of a run, as typed settings.
+
+This package knows the sections of a configuration but not the search algorithms. It passes the section ``search`` on
+unchecked; the algorithm that the section names then checks it against its own settings with ``check_section``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from evolver.config.evaluation import EvaluationSettings
+from evolver.config.model import LANGUAGE_KINDS, ModelSettings
+from evolver.config.section import NAME, Section
+from evolver.config.sentences import TEXT_FORMS
+from evolver.errors import nearest
+
+
+class Budget(Section):
+    """When the search ends: after a number of candidates, or of scored items. You may raise it later."""
+
+    candidates: int | None = Field(
+        None, ge=1, le=10**12, description="number of candidates that the search may propose"
+    )
+    items: int | None = Field(
+        None, ge=1, le=10**12, description="number of items that the search may score; known results cost nothing"
+    )
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Budget:
+        if self.candidates is None and self.items is None:
+            raise ValueError("the budget has no limit; give candidates or items")
+        return self
+
+
+class Baselines(Section):
+    """Merges that need no search. Every report compares the winner with them."""
+
+    masses: list[float] = Field(
+        default=[0.25, 0.5, 1.0, 1.5, 2.0],
+        description="task arithmetic with equal weights is tried on the dev items with each of these total masses "
+        "(sums of the weights), and the best one is the tuned baseline",
+    )
+
+    @field_validator("masses")
+    @classmethod
+    def _positive(cls, masses: list[float]) -> list[float]:
+        if not masses or min(masses) <= 0:
+            raise ValueError("the list needs at least one mass, all above 0")
+        if len({f"{mass:g}" for mass in masses}) < len(masses):
+            raise ValueError("a mass is listed twice (masses are compared by six digits); list each mass once")
+        return masses
+
+
+class StatisticsSettings(Section):
+    """What merge methods that ask for statistics of the experts, such as regmean, get them from: dev items only."""
+
+    items: int = Field(
+        1000, ge=1, le=10**9, description="dev items that the statistics of one expert are collected on, at most"
+    )
+    tasks: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="expert → the tasks whose dev items its statistics are collected on; default: the task of the "
+        "expert's name, or all tasks where there is none",
+    )
+
+
+class PoolSettings(Section):
+    """Where candidates are evaluated. These settings change no result, so each call of a run may use other ones."""
+
+    kind: str = Field(
+        "auto", description="local: on this machine; ray: in Ray actors; auto: ray inside a Ray job, else local"
+    )
+    num_workers: int = Field(
+        1,
+        ge=1,
+        le=100_000,
+        description="number of workers, which are processes on this machine or Ray actors. Actors that do not fit on "
+        "the cluster join when there is room",
+    )
+    num_cpus: float | None = Field(None, gt=0, le=1e6, description="CPUs of one Ray actor; default: evaluation.threads")
+    num_gpus: float | None = Field(
+        None,
+        ge=0,
+        le=10_000,
+        description="GPUs of one Ray actor, also a share such as 0.5; default: 1 if the cluster has GPUs, else 0",
+    )
+    resources: dict[str, float] = Field(
+        default_factory=dict,
+        description="custom Ray resources of one actor, such as {a100: 1}; a node must have been started with them",
+    )
+    cache_gb: float = Field(
+        2.0, ge=0, le=1e6, description="memory in GiB in which one worker keeps models that it has built"
+    )
+    timeout_s: float | None = Field(
+        None,
+        gt=0,
+        le=1e8,
+        description="seconds after which an evaluation is ended and counts as failed; default: no limit",
+    )
+    price_per_hour: float | None = Field(
+        None, ge=0, le=1e9, description="price of one worker for an hour; the report then states costs"
+    )
+    watts: float | None = Field(
+        None, ge=0, le=1e9, description="power of one worker in watts; the report then states energy"
+    )
+    share: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="number of workers that share the items of one candidate; the result is the same as with one "
+        "worker",
+    )
+    retries: int = Field(1, ge=0, le=1000, description="how often a candidate is tried again after its worker died")
+    ahead: bool = Field(
+        True,
+        description="let idle workers score candidates that the search will probably ask for next. Wrong guesses do "
+        "not change the search and do not count against the budget",
+    )
+
+
+class Config(Section):
+    """The whole configuration of one run."""
+
+    run: str = Field(pattern=NAME, description="name of the run and of its folder under results/")
+    seed: int = Field(0, ge=0, lt=1 << 32, description="seed of all random draws")
+    order: Literal["exact", "arrival"] = Field(
+        "exact",
+        description="exact: the search learns results in the order of their candidates, so any number of workers gives "
+        "the same run. arrival: it learns results as they arrive, so no worker waits for a slow one, but timing "
+        "influences the run. With either, a resumed run continues exactly",
+    )
+    model: ModelSettings = Field(description="the base model and its kind")
+    experts: dict[str, str] = Field(
+        description="mapping from a name for each expert to its folder (a fine-tune or a LoRA adapter), GGUF file or "
+        "hub id"
+    )
+    search: dict[str, Any] = Field(description="mapping with algorithm and the settings of this algorithm")
+    budget: Budget = Field(description="number of candidates or of scored items")
+    evaluation: EvaluationSettings = Field(description="tasks and how candidates are scored on them")
+    baselines: Baselines = Baselines()
+    statistics: StatisticsSettings = StatisticsSettings()
+    pool: PoolSettings = PoolSettings()
+    loggers: dict[str, dict[str, Any] | None] = Field(
+        default_factory=dict,
+        description="trackers that get every result: mapping from the name of a tracker to its settings (see Loggers "
+        "below)",
+    )
+
+    @field_validator("experts")
+    @classmethod
+    def _some_experts(cls, experts: dict[str, str]) -> dict[str, str]:
+        if len(experts) < 2:
+            raise ValueError("a merge needs several models; give at least two experts")
+        for name in experts:
+            if not re.match(NAME, name) or name in {"base", "average", "task_arithmetic", "winner"}:
+                raise ValueError(
+                    f"{name!r} cannot be the name of an expert; use {TEXT_FORMS[NAME]}, and none of the names base, "
+                    "average, task_arithmetic and winner"
+                )
+        return experts
+
+    @model_validator(mode="after")
+    def _heads_of_classifiers(self) -> Config:
+        if self.model.heads != "merged" and self.model.kind not in ("classifier", "image-classifier"):
+            raise ValueError(
+                f"model.heads: a model of kind {self.model.kind} has no classification heads; write merged"
+            )
+        for number, entry in enumerate(self.evaluation.tasks if self.model.heads == "apart" else ()):
+            if (entry.head or entry.task) not in self.experts:
+                raise ValueError(
+                    f"evaluation.tasks[{number}].head: there is no expert {entry.head or entry.task!r}; "
+                    f"{nearest(entry.head or entry.task, self.experts)}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _words_of_experts(self) -> Config:
+        wanted = self.model.chat_template
+        if wanted not in ("auto", "base") and self.model.kind not in LANGUAGE_KINDS:
+            raise ValueError(f"model.chat_template: a model of kind {self.model.kind} holds no chats; leave it out")
+        for key, said in {"chat_template": wanted, "tokenizer": self.model.tokens.source}.items():
+            name = said.removeprefix("expert").strip()
+            if (said == "expert" or said.startswith("expert ")) and name not in self.experts:
+                raise ValueError(f"model.{key}: there is no expert {name!r}; {nearest(name, self.experts)}")
+            if key == "tokenizer" and said not in ("union", "base") and not said.startswith("expert"):
+                words = ["union", "base", *(f"expert {n}" for n in self.experts)]
+                raise ValueError(f"model.tokenizer: {said!r} is not usable; {nearest(said, words)}")
+        return self
+
+    @model_validator(mode="after")
+    def _statistics_of_experts(self) -> Config:
+        known = [t.task for t in self.evaluation.tasks]
+        for expert, tasks in self.statistics.tasks.items():
+            if expert not in self.experts:
+                raise ValueError(f"statistics.tasks: there is no expert {expert!r}; {nearest(expert, self.experts)}")
+            for name in tasks:
+                if name not in known:
+                    raise ValueError(f"statistics.tasks.{expert}: there is no task {name!r}; {nearest(name, known)}")
+            if not tasks:
+                raise ValueError(f"statistics.tasks.{expert}: names no task; give one, or leave {expert} out")
+        return self
+
+    @field_validator("search")
+    @classmethod
+    def _names_algorithm(cls, search: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(search.get("algorithm"), str):
+            raise ValueError("the search is not named; add the key 'algorithm'")
+        return search

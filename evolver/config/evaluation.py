@@ -1,0 +1,170 @@
+"""The section ``evaluation`` of a configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from evolver.config.section import FUNCTION, Section
+
+
+class DataSet(Section):
+    """A data set of the ``datasets`` library, from a hub or from a local folder."""
+
+    path: str = Field(description="hub id or folder of the data set")
+    name: str | None = Field(None, description="configuration of the data set, where it has several")
+    split: str = Field(description="split of the data set, such as test")
+
+    @property
+    def spelled(self) -> str:
+        """Path, name and split in one string, for messages and item names."""
+        return "/".join(p for p in (self.path, self.name, self.split) if p)
+
+
+class TaskEntry(Section):
+    """One task. The search sees its dev items only; its report items are scored once, at the end of the run."""
+
+    task: str = Field(
+        min_length=1,
+        description="name of an lm-eval task or group; if you give data or function, any name that you choose",
+    )
+    metric: str = Field(
+        "acc",
+        description="metric: of an lm-eval task as lm-eval spells it, with a filter after a comma if there are "
+        "several; of a classifier: acc, macro_f1, mcc or pearson",
+    )
+    weight: float = Field(
+        1.0,
+        ge=1e-6,
+        le=1e6,
+        description="weight of this task's metric in the score, which is the weighted mean of all tasks",
+    )
+    dev: int = Field(ge=1, description="number of dev items, which the search sees")
+    report: int = Field(ge=1, description="number of report items, which are scored once at the end")
+    report_task: str | None = Field(
+        None,
+        min_length=1,
+        description="lm-eval task that the report items are taken from; default: the same task as the dev items",
+    )
+    num_fewshot: int | None = Field(None, ge=0, description="like evaluation.num_fewshot, for this task only")
+    gen_kwargs: dict[str, Any] | None = Field(None, description="like evaluation.gen_kwargs, for this task only")
+    data: str | DataSet | None = Field(
+        None,
+        description="your own data: a JSONL, JSON, CSV, TSV or Parquet file, or a mapping with path, name and split of "
+        "a data set of the `datasets` library. Classifiers and functions are scored on its rows. For a language model, "
+        "also a text file; the perplexity of its passages is measured",
+    )
+    report_data: str | DataSet | None = Field(
+        None, description="like data, for the report items; default: they are taken from data"
+    )
+    function: str | None = Field(
+        None,
+        pattern=FUNCTION,
+        description="FILE.py:NAME of a function `score(model, items)` that returns one number for each item, higher "
+        "being better. With metric acc the numbers lie between 0 and 1, with metric mean they may be any",
+    )
+    judge: str | None = Field(
+        None,
+        description="kind of evaluation; default: function if function is given, else the one that fits model.kind",
+    )
+    text: str = Field("text", description="column of the data that holds the text")
+    image: str = Field("image", description="image classifiers: column that holds the image or the path of its file")
+    text_pair: str | None = Field(None, description="classifiers of pairs of texts: column that holds the second text")
+    label: str = Field(
+        "label",
+        description="classifiers: column that holds the label (an integer or a label of the model), the set of labels, "
+        "or the number to predict",
+    )
+    head: str | None = Field(
+        None,
+        description="with model.heads: apart, the expert whose head scores this task; default: the expert that has the "
+        "name of the task",
+    )
+    threshold: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="classifiers with sets of labels: the model names the labels whose sigmoid is above this threshold",
+    )
+
+
+class EvaluationSettings(Section):
+    """How candidates are scored. These settings cannot change within a run, since they influence its scores."""
+
+    tasks: list[TaskEntry] = Field(min_length=1, description="list of tasks, at least one")
+    include_path: str | None = Field(None, description="folder with lm-eval task files of your own")
+    num_fewshot: int | None = Field(
+        None, ge=0, description="number of few-shot examples in a prompt; default: what the task says"
+    )
+    apply_chat_template: bool = Field(False, description="put prompts into the chat template (see model.chat_template)")
+    fewshot_as_multiturn: bool = Field(
+        True, description="with a chat template, each few-shot example becomes a separate turn"
+    )
+    system_instruction: str | None = Field(None, description="system prompt for all tasks")
+    gen_kwargs: dict[str, Any] | None = Field(
+        None,
+        description="generation settings that replace those of the tasks, such as max_gen_toks, until, temperature",
+    )
+    confirm_run_unsafe_code: bool = Field(
+        False, description="allow tasks that execute code which the model has written"
+    )
+    backend: str = Field(
+        "resident",
+        description="resident: one Hugging Face model stays loaded and its weights are overwritten. Otherwise the name "
+        "of a model type of lm-eval, such as vllm, which is started on each candidate",
+    )
+    model_args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="further arguments for the backend; {port} and {model} are replaced by the server's port and the "
+        "candidate's folder",
+    )
+    serve: str | None = Field(
+        None,
+        description="command that starts a server on a candidate for the backend, such as "
+        "`vllm serve {model} --port {port}`",
+    )
+    batch_tokens: int = Field(
+        2048,
+        ge=16,
+        le=10**9,
+        description="largest number of tokens in one forward pass, with padding; only the backend resident reads it",
+    )
+    batch_size: int | None = Field(
+        None, ge=1, le=10**9, description="largest number of rows in one forward pass; default: no limit"
+    )
+    block_items: int = Field(
+        64,
+        ge=1,
+        le=10**9,
+        description="items that are scored at a time by searches that may stop early; after each block they look "
+        "whether to stop",
+    )
+    early_stopping: bool = Field(
+        True,
+        description="stop scoring a candidate when the remaining items can no longer change whether it is accepted",
+    )
+    racing: float | None = Field(
+        None,
+        gt=0,
+        lt=0.5,
+        description="error rate at which a sequential test may reject a candidate early; default: no such test",
+    )
+    threads: int = Field(
+        1, ge=1, le=1024, description="CPU threads of one worker; their number influences how sums are rounded"
+    )
+
+    @model_validator(mode="after")
+    def _data_of_both(self) -> EvaluationSettings:
+        for number, task in enumerate(self.tasks):
+            if task.report_data is not None and task.data is None:
+                raise ValueError(f"task {number} has report_data but no data; give data for its dev items, too")
+        return self
+
+    @model_validator(mode="after")
+    def _distinct_tasks(self) -> EvaluationSettings:
+        names = [t.task for t in self.tasks]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"task {name!r} is listed twice; list it once, with all its items and one weight")
+        return self

@@ -1,0 +1,81 @@
+"""The section ``model`` of a configuration."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from evolver.config.section import Section
+
+# Kinds of models that are scored on texts which they go on with.
+LANGUAGE_KINDS = ("causal-lm", "seq2seq")
+# The words of model.chat_template that name a format of conversations.
+CHAT_FORMATS = ("chatml", "llama3", "mistral", "alpaca")
+
+
+class TokenEntry(Section):
+    """Which row a token has in models that lack it; with ``force``, in all."""
+
+    source: Any = Field(
+        None,
+        description="a model, or a mapping as in a mergekit file: {kind: zero}, or {kind: model_token, model, token or "
+        "token_id}; default: the base, else the mean of the models that have the token",
+    )
+    force: bool = Field(False, description="give all models this row, also those that have one of their own")
+
+
+class TokenizerSettings(Section):
+    """Where the tokens come from."""
+
+    source: str = Field(
+        "union", description="union: the tokens of all models. base: those of the base. expert NAME: those of an expert"
+    )
+    tokens: dict[str, TokenEntry] = Field(
+        default_factory=dict, description="mapping from tokens to which row of the embedding they get"
+    )
+    pad_to_multiple_of: int | None = Field(
+        None, ge=1, description="the number of rows of the embedding is made a multiple of this by rows of zeros"
+    )
+
+
+class ModelSettings(Section):
+    """The base model, from which all experts were fine-tuned, and how models are evaluated and stored."""
+
+    base: str = Field(description="the base: its Hugging Face folder, a GGUF file, or a hub id")
+    kind: Literal["causal-lm", "seq2seq", "classifier", "image-classifier"] = Field(
+        "causal-lm", description="the kind of model that base and experts are evaluated as"
+    )
+    heads: Literal["merged", "apart", "union"] = Field(
+        "merged",
+        description="classification heads. merged: heads are merged like any other tensors. apart: "
+        "heads are not merged, and each task is scored with the head of one expert. union: heads are merged row by "
+        "row, matched by label, so that the model knows the labels of all experts",
+    )
+    tokenizer: str | TokenizerSettings = Field(
+        "union",
+        description="tokens of merged models, where the experts' tokens differ from the base's: union, base or expert "
+        "NAME, or a mapping with source, tokens and pad_to_multiple_of. union: the tokens of all models. Rows of the "
+        "embedding are matched by token; base and experts are scored with their own tokens",
+    )
+    chat_template: str = Field(
+        "auto",
+        min_length=1,
+        description="chat template of merged models, with its stop tokens and settings of generation. auto: the "
+        "base's or, if it has none, the only one that the experts have. base: the base's, if it has one. expert NAME: "
+        f"that expert's. A file with a Jinja template, or one of {', '.join(CHAT_FORMATS)}: this template, with the "
+        "base's settings",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype that merged weights are rounded to and stored in; auto: the dtype of the base"
+    )
+    compute: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto",
+        description="dtype of forward passes; auto: the dtype of the weights or float32. Evolver times both where the "
+        "workers run, when a run starts, and uses the faster one for the whole run",
+    )
+
+    @property
+    def tokens(self) -> TokenizerSettings:
+        """``tokenizer`` in its long form."""
+        return TokenizerSettings(source=self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer

@@ -1,0 +1,165 @@
+"""The records that are stored and sent between processes: candidates and results.
+
+This package is on the ground floor and knows no tensors, searches or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from evolver.records.recipe import Recipe
+
+Stage = Literal["baseline", "search", "report"]
+Split = Literal["dev", "report"]
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One dimension of a search space: a number between ``low`` and ``high``, on a log scale where ``log`` is set."""
+
+    name: str
+    low: float
+    high: float
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One dimension of a search space: one of several values without an order."""
+
+    name: str
+    options: tuple[bool | str, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be found out of a candidate's score; by default, its score on all items.
+
+    Attributes:
+        bar: the score that it has to exceed; the evaluation may stop as soon as it no longer can. None: no bar.
+        limit: the number of items to score; None: all.
+        rival: the item scores of the model whose score is the bar, for a race against it.
+        known: scores of the first items that are known already; only the items after them are scored.
+        piece: score only the items from the first number to before the second.
+    """
+
+    bar: float | None = None
+    limit: int | None = None
+    rival: tuple[float, ...] = ()
+    known: tuple[float, ...] = ()
+    piece: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe that was proposed for evaluation, and what is asked about it.
+
+    Attributes:
+        number: the number of the proposal within its stage, from 0.
+        recipe: the model.
+        proposer: what proposed it, such as the name of the search.
+        parents: ids of the recipes that it was made from.
+        question: what is asked about its score.
+        stage: baseline, search or report.
+        label: name of a baseline or finalist.
+    """
+
+    number: int
+    recipe: Recipe
+    proposer: str
+    parents: tuple[str, ...] = ()
+    question: Question = Question()
+    stage: Stage = "search"
+    label: str = ""
+
+    @property
+    def split(self) -> Split:
+        """The items that it is scored on: report items in the stage ``report``, else dev items."""
+        return "report" if self.stage == "report" else "dev"
+
+    def asking(self, **changes: Any) -> Candidate:
+        """The same candidate with these attributes of its question changed."""
+        return replace(self, question=replace(self.question, **changes))
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of a candidate's evaluation. Higher scores are better.
+
+    Attributes:
+        number, recipe_id, stage: say which candidate it belongs to.
+        status: ok or failed.
+        score: the score of all items; None where the evaluation failed or stopped early.
+        bound: the highest score that was still possible when the evaluation ended.
+        complete: whether all items were scored.
+        items: the scores of the first items in the run's fixed order.
+        tasks: the metric of each task over these items.
+        seconds: the time of each step of the work.
+        counts: tokens, and numbers of truncated and invalid answers, of the items that were scored for this result.
+        reason: why the evaluation failed.
+        worker: name of the worker.
+        reused: whether the result was copied from an earlier candidate with the same recipe, at no cost.
+        raced: whether a race stopped the evaluation: the score is not above the bar, at the run's error rate.
+        transient: whether the failure is not the candidate's own, so that another try may succeed.
+        given: the number of first items that were known before.
+        rank: the number of results of the same stage that the ledger held before this one.
+        said: the answers to the new items in words, shortened, if they are report items and the kind of evaluation puts
+            its answers into words; otherwise empty.
+    """
+
+    number: int
+    recipe_id: str
+    status: Literal["ok", "failed"]
+    score: float | None = None
+    bound: float | None = None
+    complete: bool = False
+    items: tuple[float, ...] = ()
+    tasks: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    counts: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""
+    worker: str = ""
+    reused: bool = False
+    raced: bool = False
+    transient: bool = False
+    given: int = 0
+    said: tuple[str, ...] = ()
+    stage: Stage = "search"
+    rank: int | None = field(default=None, compare=False)
+
+    @staticmethod
+    def failed(candidate: Candidate, reason: str, **more: Any) -> Result:
+        """A failed result with its reason; ``more`` sets further attributes."""
+        return Result(candidate.number, candidate.recipe.id, "failed", reason=reason, stage=candidate.stage, **more)
+
+    @property
+    def cost(self) -> int:
+        """The number of items that were scored for this result."""
+        return 0 if self.reused else len(self.items) - self.given
+
+    def answers(self, candidate: Candidate) -> bool:
+        """Whether this result is enough for a candidate with the same recipe, so that nothing has to be scored.
+
+        It is if it failed by its own fault or is complete, if its bound is not above the candidate's bar, or if it has
+        as many items as the candidate asks for.
+        """
+        if self.status == "failed":
+            return not self.transient
+        if self.complete:
+            return True
+        asked = candidate.question
+        if asked.bar is not None and self.bound is not None and self.bound <= asked.bar:
+            return True
+        return asked.limit is not None and len(self.items) >= asked.limit
+
+    def objectives(self, tasks: Sequence[str]) -> tuple[float, ...] | None:
+        """What a search of several objectives is told: the scores of these tasks; None where one is missing."""
+        if self.score is None or not all(task in self.tasks for task in tasks):
+            return None
+        return tuple(self.tasks[task] for task in tasks)
+
+    def beats(self, bar: float) -> bool:
+        """Whether the score is known to be strictly above ``bar``."""
+        return self.score is not None and self.score > bar
