@@ -11,19 +11,16 @@ import gc
 import io
 import os
 import re
-import socket
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from cluster import options
 from evolver.commands import mergekit_options as mk
-from evolver.errors import BadInput, cause_of, file_sentence, takes_nothing
+from evolver.commands import tables
+from evolver.errors import BadInput, file_sentence, takes_nothing
 from evolver.threads import let_threads_sleep
 
 # Each command imports what it needs in its function: importing torch takes a second, and --help should not wait for it.
@@ -111,13 +108,7 @@ def status(
     if as_json:
         typer.echo(json.dumps([asdict(s) for s in found], indent=1))
         return
-    shown = Table("run", "state", "search", "best dev", "best expert", "candidates", "items", "failed", "last result")
-    for s in found:
-        score, expert = ("–" if v is None else f"{v:.4f}" for v in (s.best, s.expert))
-        spent = [f"{n}" if limit is None else f"{n} of {limit}" for n, limit in zip(s.spent, s.budget, strict=True)]
-        age = "–" if s.age is None else f"{_duration(s.age)} ago"
-        shown.add_row(s.name, s.state, s.algorithm, score, expert, *spent, str(s.failed), age)
-    _console().print(shown)
+    tables.console().print(tables.statuses_table(found))
 
 
 @app.command()
@@ -135,13 +126,14 @@ def dashboard(
 
     from cluster.jobs import RayJobs
     from evolver.dashboard.app import build_app
+    from evolver.dashboard.listener import listener_at
     from evolver.runs.about import runs_in
     from evolver.storage import storage_at
 
     root = storage_at(results)
     runs_in(root)  # what cannot be read is refused here, not in the browser
     token = secrets.token_urlsafe(24)
-    listener = _listener(host, port)
+    listener = listener_at(host, port)
     address = f"{host}:{listener.getsockname()[1]}"
     typer.echo(f"http://{address}/?token={token}")
     hosts = frozenset({host, "127.0.0.1", "localhost"})
@@ -265,15 +257,10 @@ def searches(name: Annotated[str | None, typer.Argument(help="name of one search
 
     if name is not None and name not in SEARCHES:
         raise BadInput(f"evolver searches: unknown search {name!r}; {nearest(name, SEARCHES)}")
-    console = _console()
+    console = tables.console()
     for algorithm in SEARCHES.values() if name is None else [SEARCHES[name]]:
         console.print(f"[bold]{algorithm.name}[/bold]  {first_paragraph(algorithm.build)}", highlight=False)
-        shown = Table("setting", "default", "meaning")
-        for key, field in algorithm.settings.model_fields.items():
-            if key != "algorithm":
-                default = "" if field.is_required() else repr(field.get_default(call_default_factory=True))
-                shown.add_row(key, default, field.description or "")
-        console.print(shown)
+        console.print(tables.settings_table(algorithm))
 
 
 @app.command()
@@ -287,10 +274,7 @@ def doctor(
 
     if prepare:
         typer.echo(looking.compile_ahead())
-    shown = Table("", "found", "to do")
-    for what, found, remedy in looking.findings():
-        shown.add_row(what, escape(found), escape(remedy))
-    _console().print(shown)
+    tables.console().print(tables.findings_table(looking.findings()))
 
 
 @app.command()
@@ -388,26 +372,17 @@ def explain(
 @app.command()
 def methods(name: Annotated[str | None, typer.Argument(help="name of one method; default: all")] = None) -> None:
     """List the merge methods with their settings, defaults, search ranges and papers."""
-    from evolver.commands.words import default_of, first_paragraph, kind_of, remarks_of, searched_of
+    from evolver.commands.words import first_paragraph, remarks_of
     from evolver.merging.methods import METHODS, get
 
-    console = _console()
+    console = tables.console()
     if name is None:
-        shown = Table("method", "settings (default)", "searched", "paper")
-        for method in sorted(METHODS.values(), key=lambda m: m.name):
-            settings = method.settings.values()
-            searched = [f"{s.name} {searched_of(s)}" for s in settings if searched_of(s)]
-            defaults = [f"{s.name}={default_of(s)}" for s in settings]
-            shown.add_row(method.name, "\n".join(defaults), "\n".join(searched), method.paper)
-        console.print(shown)
+        console.print(tables.methods_table(METHODS.values()))
         return
     method = get(name, "evolver methods")
     said = "\n".join([first_paragraph(method.function), *remarks_of(method)])
     console.print(f"[bold]{method.name}[/bold] ({method.paper})\n{said}", highlight=False)
-    shown = Table("setting", "value", "default", "searched")
-    for s in method.settings.values():
-        shown.add_row(s.name, kind_of(s).replace("`", ""), str(default_of(s)), searched_of(s))
-    console.print(shown)
+    console.print(tables.method_table(method))
 
 
 @app.command()
@@ -487,35 +462,6 @@ def _job(config: Path, results: str | None, name: str | None, retry_failed: bool
 
     given = [*(["--results", results] if results is not None else []), *(["--run", name] if name is not None else [])]
     return job([str(config), *given, *(["--retry-failed"] if retry_failed else [])])
-
-
-def _listener(host: str, port: int) -> socket.socket:
-    """A socket that listens at an address of this machine.
-
-    Raises BadInput where it cannot; no name at all is refused, too, as it would mean every address of the machine.
-    """
-    try:
-        if not host.strip():
-            raise ValueError("the name is empty")
-        return socket.create_server((host, port))
-    except (OSError, ValueError, OverflowError) as error:
-        said = cause_of(error).partition(" (while")[0]  # Python adds the address, which the sentence has already
-        raise BadInput(
-            f"--host, --port: the dashboard cannot listen on {host[:100]!r}, port {port} ({said}); name an "
-            "address of this machine and a port that is free, such as --host 127.0.0.1 --port 0."
-        ) from error
-
-
-def _console() -> Console:
-    """A console for tables: as wide as the terminal, or 160 columns if the output is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 160)
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def _check_energy(energy: float | None) -> None:
