@@ -169,7 +169,7 @@ def test_a_job_is_stopped_resumed_and_extended_by_the_dashboard(head, job, act, 
     assert act("resume", candidates=more) == {"said": "job night is submitted again"}
     wait(job, lambda: json.loads((night / "summary.json").read_text())["candidates"] == more)
     wait(job, lambda: is_now("SUCCEEDED"))
-    job("delete", "night")
+    wait(job, lambda: job("delete", "night")[0] == 0)
     assert "RAY_API_SERVER_ADDRESS" in act("resume")["error"]
 
 

@@ -56,42 +56,42 @@ class Answers:
 def worker_of(scale, block, answers):
     """The worker's own way through the items, without a model."""
     worker = object.__new__(Worker)
-    worker.scale, worker.block, worker.scorer = scale, block, Answers(answers)
+    worker.scale, worker.block = scale, block
     worker.alpha, worker.name = None, "w"
-    return worker
+    return worker, Answers(answers)
 
 
 @given(scored(), st.integers(1, 7))
 @settings(max_examples=200, deadline=None)
 def test_stopping_early_decides_as_scoring_everything_does(case, block):
     scale, items, bar = case
-    worker = worker_of(scale, block, items)
+    worker, scorer = worker_of(scale, block, items)
     candidate = Candidate(0, Expert("a", "1"), "test", question=Question(bar=bar))
-    result = worker._score(candidate)
+    result = worker._score(candidate, scorer)
     assert result.complete == (len(result.items) == len(items))
     assert result.bound == scale.bound(result.items)
     assert result.beats(bar) == (scale.score(items) > bar)
     assert result.answers(candidate)
-    assert worker.scorer.asked == len(result.items)
+    assert scorer.asked == len(result.items)
 
 
 def test_stopping_saves_items():
     """Ten items, bar 0.5, all wrong: after 5 of them the score is at most 0.5, which does not exceed the bar."""
-    worker = worker_of(Scale(("a",) * 10, {"a": 1.0}, {"a": JUDGED}), 1, [0.0] * 10)
+    worker, scorer = worker_of(Scale(("a",) * 10, {"a": 1.0}, {"a": JUDGED}), 1, [0.0] * 10)
     asked = Candidate(0, Expert("a", "1"), "test")
-    assert len(worker._score(asked.asking(bar=0.5)).items) == 5
-    assert len(worker._score(asked).items) == 10
+    assert len(worker._score(asked.asking(bar=0.5), scorer).items) == 5
+    assert len(worker._score(asked, scorer).items) == 10
 
 
 def test_a_limit_ends_with_its_block_and_what_is_known_is_not_asked_again():
     answers = [float(i % 2) for i in range(10)]
-    worker = worker_of(Scale(("a",) * 10, {"a": 1.0}, {"a": JUDGED}), 2, answers)
+    worker, scorer = worker_of(Scale(("a",) * 10, {"a": 1.0}, {"a": JUDGED}), 2, answers)
     asked = Candidate(0, Expert("a", "1"), "test", question=Question(limit=3))
-    first = worker._score(asked).items
+    first = worker._score(asked, scorer).items
     assert list(first) == answers[:4]
-    second = worker._score(asked.asking(limit=7, known=first)).items
+    second = worker._score(asked.asking(limit=7, known=first), scorer).items
     assert list(second) == answers[:8]
-    assert worker.scorer.asked == 8
+    assert scorer.asked == 8
 
 
 def test_a_score_by_hand():

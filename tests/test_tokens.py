@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import torch
 import toys
 from toys import refused
 
@@ -89,7 +90,10 @@ def test_models_with_the_same_tokens_are_left_alone(opened):
     assert found.base is base
     padded = with_common_tokens(TokenizerSettings(pad_to_multiple_of=100), base, experts)
     assert padded.base.headers[EMBEDDING].shape[0] == padded.tokens.target.size == 400
-    assert not padded.base.tensor(EMBEDDING)[len(base.vocabulary) :].any()
+    plain, rows = base.tensor(EMBEDDING), padded.base.tensor(EMBEDDING)
+    assert rows[: len(plain)].equal(plain)
+    used = plain[sorted(base.vocabulary.values())].mean(0)
+    torch.testing.assert_close(rows[len(plain) :], used.expand(400 - len(plain), -1))  # as mergekit makes them
 
 
 def test_other_sources_of_tokens(opened):
@@ -112,7 +116,7 @@ def test_one_token_with_two_numbers_has_no_union(opened):
 def test_tokens_that_no_model_has_are_refused(searching, tmp_path):
     file = searching(tmp_path, model__tokenizer={"tokens": {"qq": {"source": "b"}}})
     done = toys.evolver("validate", file)
-    assert "model.tokenizer.tokens: 'qq'" in toys.refusal(done.code, done.err)
+    assert "model.tokenizer.tokens.qq.source: b has no token 'qq'" in toys.refusal(done.code, done.err)
     for wrong, says in (("expert d", "no expert 'd'"), ("onion", "did you mean 'union'"), ({"sauce": 1}, "sauce")):
         done = toys.evolver("validate", searching(tmp_path, model__tokenizer=wrong))
         assert says in toys.refusal(done.code, done.err)

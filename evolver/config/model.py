@@ -35,7 +35,10 @@ class TokenizerSettings(Section):
         default_factory=dict, description="mapping from tokens to which row of the embedding they get"
     )
     pad_to_multiple_of: int | None = Field(
-        None, ge=1, description="the number of rows of the embedding is made a multiple of this by rows of zeros"
+        None,
+        ge=1,
+        description="the number of rows of the embedding is made a multiple of this by rows that are the mean of the "
+        "others",
     )
 
 
