@@ -22,6 +22,8 @@ from evolver.workers.plan import Plan
 from evolver.workers.worker import Worker
 
 READY = b"ready"
+# What the fork server imports before it forks the first process. It takes seconds and most of a process's memory.
+PRELOADED = ["evolver.workers.worker"]
 # Seconds that an idle process may take to end when its pool is closed.
 CLOSE_SECONDS = 10.0
 
@@ -43,7 +45,10 @@ class _Hired:
 
 
 class ProcessCrew:
-    """A crew (see ``evolver.workers.crew``) of spawned processes. They end when this process ends, even by a kill.
+    """A crew (see ``evolver.workers.crew``) of processes. They end when this process ends, even by a kill.
+
+    A fork server imports what workers need once. Each process is forked from it, so a process that replaces another one
+    starts within a moment, and all of them share the memory of the imported modules.
 
     Args:
         plan: describes the run to the workers.
@@ -58,10 +63,12 @@ class ProcessCrew:
 
     def hire(self) -> int:
         number, self._count = self._count, self._count + 1
-        # The process is spawned, as a forked one would inherit locks of threads that it does not have. It is no daemon,
-        # as a daemon may have no child processes, and some inference engines start several.
-        let_threads_sleep()  # the process inherits this environment, and OpenMP reads it when torch is imported
-        context = multiprocessing.get_context("spawn")
+        # The process is forked from the server, which has no threads: one that is forked from this process would inherit
+        # locks of threads that it does not have. It is no daemon, as a daemon may have no child processes, and some
+        # inference engines start several.
+        let_threads_sleep()  # the server inherits this environment, and OpenMP reads it when torch is imported
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, self._plan, self._split, f"process-{number}"))
         process.start()
