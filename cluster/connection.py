@@ -34,14 +34,27 @@ def connect() -> None:
     handler = signal.getsignal(signal.SIGTERM)
     address = os.environ.get("RAY_ADDRESS") or "local"
     dashboard = False if address == "local" else None  # a cluster that is joined decides about its own dashboard
-    if address not in ("local", "auto"):
-        _check_server(address)
     try:
+        if address != "local":
+            _check_server(address if address != "auto" else _started_here(), address)
         ray.init(address, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
         raise no_answer("RAY_ADDRESS", address, error) from error
     finally:
         signal.signal(signal.SIGTERM, handler)  # ray.init installs a handler that ends the process at once
+
+
+def _started_here() -> str:
+    """The address of the cluster that was started on this machine, which may have ended since then.
+
+    Ray has no public function that tells this address without waiting for the cluster.
+
+    Raises ConnectionError where no cluster was started.
+    """
+    from ray._private.services import get_ray_address_from_environment
+
+    found: str = get_ray_address_from_environment("auto", None)
+    return found
 
 
 def check_dashboard(address: str) -> None:
@@ -58,7 +71,7 @@ def check_dashboard(address: str) -> None:
         raise no_answer("--address", address, error) from error
 
 
-def _check_server(address: str) -> None:
+def _check_server(address: str, given: str) -> None:
     """Raises BadInput where no server answers at ``host:port``; Ray itself would wait for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
@@ -68,7 +81,7 @@ def _check_server(address: str) -> None:
             server.sendall(GREETING)
             server.recv(1)
     except (OSError, ValueError, OverflowError) as error:
-        raise no_answer("RAY_ADDRESS", address, error) from error
+        raise no_answer("RAY_ADDRESS", given, error) from error
 
 
 def no_answer(key: str, address: str, error: Exception) -> BadInput:

@@ -153,6 +153,22 @@ def test_a_cluster_that_does_not_answer(monkeypatch, taken, unused, address):
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_the_cluster_of_this_machine_that_has_ended(monkeypatch, tmp_path, unused, known):
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)  # other tests may have started some
+    if known:  # Ray writes this file when a cluster is started, and leaves it there
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{unused}")
+    began = time.monotonic()
+    sentence = said(connect)
+    assert sentence.startswith("RAY_ADDRESS: no Ray cluster answers at 'auto'")
+    assert ("Connection refused" in sentence) == known
+    assert time.monotonic() - began < 20
+
+
 @pytest.mark.parametrize("address", ["http://127.0.0.1:{taken}", "http://127.0.0.1:{unused}", "127.0.0.1:8265", ""])
 def test_a_dashboard_of_a_cluster_that_does_not_answer(monkeypatch, taken, unused, address):
     monkeypatch.setattr("cluster.connection.ANSWER_SECONDS", 0.5)
