@@ -498,6 +498,7 @@ print(code, [m for m in ("torch", "transformers", "lm_eval", "ray") if m in sys.
 """
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", EARLY)
 @pytest.mark.parametrize(
     ("module", "call", "words"),

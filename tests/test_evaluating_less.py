@@ -74,7 +74,7 @@ def cost(folder):
     return sum(len(r["items"]) - r["given"] for r in searched(folder).values() if not r["reused"])
 
 
-@pytest.fixture(scope="module", params=["alone", "generational", "merged"])
+@pytest.fixture(scope="module", params=["alone", "generational", pytest.param("merged", marks=pytest.mark.slow)])
 def race(request, make_config, tmp_path_factory):
     """A run that races: its configuration, its folder, the folder of the same run without racing."""
     folder = tmp_path_factory.mktemp("race")
@@ -116,7 +116,7 @@ def test_a_race_goes_the_same_with_many_workers_and_after_kills(race, tmp_path):
     assert toys.winner(many) == toys.winner(torn) == toys.winner(raced)
 
 
-@pytest.fixture(scope="module", params=HALVED)
+@pytest.fixture(scope="module", params=[h if h == "tpe" else pytest.param(h, marks=pytest.mark.slow) for h in HALVED])
 def halved(request, make_config, tmp_path_factory):
     """A run that halves: its configuration, its folder."""
     folder = tmp_path_factory.mktemp("halved")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import toys
-import yaml
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.whole
@@ -97,29 +96,27 @@ def test_what_is_added_makes_a_run(extended, models, make_config, tmp_path, meth
 )  # fmt: skip
 def test_an_unknown_name_is_told_with_the_nearest(extended, make_config, tmp_path, changes, said):
     file = make_config(tmp_path, changes)
-    for command in (("validate", file), ("run", file, "--results", tmp_path / "results")):
-        done = evolver(extended, *command)
-        assert done.returncode == 2
-        assert said in done.stderr
-    assert yaml.safe_load(file.read_text())
+    done = evolver(extended, "run", file, "--results", tmp_path / "results")
+    assert done.returncode == 2
+    assert said in done.stderr
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize(
-    ("module", "test", "said"),
-    [
-        ("test_search.py", "test_every_search_is_held_to_the_laws", "the search 'hill' is held to no law; add a"),
-        ("test_judge_laws.py", "test_every_judge_has_a_toy", "the judge 'last-token' is held to no law; add to TOYS"),
-        ("test_logger_laws.py", "test_every_logger_has_a_toy", "the logger 'lines' is held to no law; add to TOYS"),
-        ("test_format_laws.py", "test_every_format_has_a_toy", "the format 'difference' is held to no law"),
-    ],
-)
-def test_the_laws_say_what_they_need_of_what_is_added(extended, module, test, said):
+LAWS = {
+    "test_search.py::test_every_search_is_held_to_the_laws": "the search 'hill' is held to no law; add a",
+    "test_judge_laws.py::test_every_judge_has_a_toy": "the judge 'last-token' is held to no law; add to TOYS",
+    "test_logger_laws.py::test_every_logger_has_a_toy": "the logger 'lines' is held to no law; add to TOYS",
+    "test_format_laws.py::test_every_format_has_a_toy": "the format 'difference' is held to no law",
+}
+
+
+def test_the_laws_say_what_they_need_of_what_is_added(extended):
     shutil.copytree(toys.ROOT / "tests", extended / "tests", dirs_exist_ok=True)
     shutil.copyfile(toys.ROOT / "pyproject.toml", extended / "pyproject.toml")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"tests/{module}::{test}"],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *(f"tests/{law}" for law in LAWS)],
         cwd=extended, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(extended)}, check=False,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
-    assert said in done.stdout
+    assert f"{len(LAWS)} failed" in done.stdout
+    assert [law for law, said in LAWS.items() if said not in done.stdout] == []

@@ -213,6 +213,7 @@ def test_the_budget_of_candidates_is_that_of_the_search_inside(of):
         assert len({c.recipe.id for c in asked}) == count
 
 
+@pytest.mark.whole
 def test_a_raised_budget_goes_on(tmp_path):
     """The last batch of the first run was cut short: of 2 candidates, one was scored in full that now may not be."""
     for first in (5, 6, 7):
@@ -227,6 +228,7 @@ def test_a_raised_budget_goes_on(tmp_path):
 # --- What the search inside hears.
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", ["mean", "p-irt", "gp-irt"])
 def test_the_search_inside_hears_scores_and_estimates(tmp_path, kind):
     """Of every candidate once: what the first of its items say, by models that were known before its batch began."""
@@ -292,6 +294,7 @@ def test_nothing_is_stopped_early_inside(racing):
 # --- The same whatever happens.
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", ["mean", "gp-irt"])
 def test_workers_change_nothing(tmp_path, kind):
     runs = [run(tmp_path / f"{n}", halving(estimate=kind), Pool(n)) for n in (1, 3, 8)]

@@ -112,6 +112,7 @@ def test_each_task_is_scored_with_its_own_head(configured, folders, tmp_path):
         )
 
 
+@pytest.mark.whole
 def test_a_head_can_be_borrowed(configured, tmp_path):
     file = configured("apart", head="colour", label="label")
     raw = yaml.safe_load(file.read_text())

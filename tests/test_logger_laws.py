@@ -230,8 +230,9 @@ def test_a_broken_package_is_said_before_anything_is_written(make_config, name, 
 @WITH_PACKAGE
 def test_its_package_is_there_before_it_has_a_thread_and_not_before_it_is_asked_for(make_config, name, tmp_path):
     code = (
-        "import sys; from evolver import loggers, config, storage; before = sys.argv[2] in sys.modules; "
-        "loggers.build_loggers(config.load(sys.argv[1]), 'x', storage.storage_at(sys.argv[3])); "
+        "import sys; from evolver import loggers, storage; from evolver.config import reading; "
+        "before = sys.argv[2] in sys.modules; "
+        "loggers.build_loggers(reading.load(sys.argv[1]), 'x', storage.storage_at(sys.argv[3])); "
         "print(before, sys.argv[2] in sys.modules)"
     )
     file = make_config(tmp_path, {"loggers": {name: {}}})

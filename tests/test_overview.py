@@ -44,6 +44,7 @@ def assert_same(overview, history):
         assert overview.pair("search", overview.rows("search").best) == best
 
 
+@pytest.mark.whole
 def test_it_says_what_the_history_says(run):
     overview, history = Overview(storage_at(run)), read_history(storage_at(run))
     assert_same(overview, history)

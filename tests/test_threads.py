@@ -43,6 +43,7 @@ def heard(*arguments, **given):
     return {line.split("'")[1] for line in said.splitlines() if "GOMP_SPINCOUNT" in line}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "entry",
     [

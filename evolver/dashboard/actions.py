@@ -97,7 +97,9 @@ def resume_run(folder: Storage, jobs: Jobs, candidates: int | None) -> str:
     if (held := holder_of(folder.folder("ledger"))) is not None:
         raise BadInput(f"process {held['pid']} on {held['host']} is running it already.")
     if candidates is not None and not (_is_whole(candidates) and 1 <= candidates < COUNT_LIMIT):
-        raise BadInput(f"a budget of {str(candidates)[:40]} candidates is not usable; write a number from 1 to below 2^53.")
+        raise BadInput(
+            f"a budget of {str(candidates)[:40]} candidates is not usable; write a number from 1 to below 2^53."
+        )
     more = [] if candidates is None else ["--candidates", str(candidates)]
     if job := read_about(folder).job:
         jobs.resume(job, ["resume", job.location, *more] if more else [])

@@ -63,9 +63,9 @@ class ProcessCrew:
 
     def hire(self) -> int:
         number, self._count = self._count, self._count + 1
-        # The process is forked from the server, which has no threads: one that is forked from this process would inherit
-        # locks of threads that it does not have. It is no daemon, as a daemon may have no child processes, and some
-        # inference engines start several.
+        # The process is forked from the server, which has no threads; one that is forked from this process would
+        # inherit locks of threads that it does not have. It is no daemon, as a daemon may have no child processes, and
+        # some inference engines start several.
         let_threads_sleep()  # the server inherits this environment, and OpenMP reads it when torch is imported
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)

@@ -24,8 +24,8 @@ pytestmark = pytest.mark.whole
 KILLS = int(os.environ.get("EVOLVER_KILLS", "2"))
 # Enough work that a good part of the moments fall into it, and not all into the imports before it.
 CHANGES = {
-    "search.generations": 15,
-    "budget.candidates": 48,
+    "search.generations": 8,
+    "budget.candidates": 24,
     "evaluation.tasks": [
         {"task": "toy", "dev": 40, "report": 30},
         {"task": "echo", "metric": "exact_match", "dev": 10, "report": 10},
