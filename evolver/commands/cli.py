@@ -290,6 +290,7 @@ def merge(
         str, typer.Option(help="largest size of a weights file, such as 5B or 500M bytes")
     ] = "5B",
     random_seed: Annotated[int, typer.Option(help="seed of methods that draw at random")] = 0,
+    strict: Annotated[bool, typer.Option(help="refuse models that are no fine-tunes of the base")] = False,
     num_threads: Annotated[int, typer.Option("--num-threads", "-j", help="CPU threads; 0 means all cores")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print nothing")] = False,
     verbose: mk.Verbosity = 0, async_write: mk.NoEffect = False, write_threads: mk.NoEffectCount = None,
@@ -316,7 +317,7 @@ def merge(
     merging.merge_file(
         config, out, device=mk.chosen_device(cuda or gpu_rich, device), seed=random_seed,
         shard_bytes=_bytes(out_shard_size), tokenizer=copy_tokenizer, card=write_model_card,
-        warn=lambda line: None if quiet else typer.echo(f"warning: {line}", err=True),
+        strict=strict, warn=lambda line: None if quiet else typer.echo(f"warning: {line}", err=True),
     )  # fmt: skip
     if not quiet:
         typer.echo(f"wrote {out}")
