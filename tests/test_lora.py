@@ -131,18 +131,10 @@ def copy_adapter(source, target):
                 own[name].copy_(tensor)
 
 
-def test_dora_is_refused_with_the_reason(tmp_path):
-    train(tmp_path, llama(), use_dora=True)
-    with pytest.raises(
-        BadInput, match=r"^experts\.x: .*lora uses use_dora, .* not a low-rank change .*merge_and_unload"
-    ):
-        opened(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"peft_type": "IA3"}, r"of the kind 'IA3' \(peft_type\), and only LORA"),
+        ({"peft_type": "VERA"}, r"of the kind 'VERA' \(peft_type\), and only LORA, LOHA, LOKR, IA3 are read"),
         ({"peft_type": None}, r"of the kind None \(peft_type\)"),
         ({"r": 5}, "says r = 5 for .*, and its matrices there have the rank"),
         ({"r": "8"}, "r: '8' is not usable; it has to be an integer from 1"),

@@ -101,7 +101,7 @@ class Adapter:
 
     def _name(self, key: str) -> str:
         """The base's name of a tensor of the adapter, which names it as the model's class does."""
-        name = plain_name(key)
+        name = name_in_class(key)
         return name if name in self.base.headers else self.base.named(name)
 
     def _find_whole(self) -> dict[str, str]:
@@ -155,6 +155,6 @@ class Adapter:
         )
 
 
-def plain_name(key: str) -> str:
+def name_in_class(key: str) -> str:
     """The name that a tensor of an adapter has in the model's class."""
     return key.removeprefix("base_model.model.").replace(BASE_LAYER, ".")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evolver.checkpoints.adapter import CONFIG, Adapter, plain_name
+from evolver.checkpoints.adapter import CONFIG, Adapter, name_in_class
 from evolver.checkpoints.adapter_settings import check_settings, check_targets
 from evolver.checkpoints.lora_out import is_transposed
 from evolver.checkpoints.weights import HEAD, Checkpoint, read_json
@@ -80,7 +80,7 @@ class LayerAdapter(Adapter):
         for key in self._shapes:
             match = self.part.fullmatch(key)
             if match and not self._is_tied_twin(f"{match[1]}.weight"):
-                keys[plain_name(match[1])].append(key)
+                keys[name_in_class(match[1])].append(key)
         if not keys:
             raise BadInput(f"{self.key}: the adapter {self.path} holds no tensors of the kind {self.kind}.")
         layers = [self._layer(path, tuple(of_layer)) for path, of_layer in keys.items()]
@@ -134,7 +134,7 @@ class LayerAdapter(Adapter):
         import peft
 
         plain = {layer.path: self._plain_layer(layer, own) for layer in layers}
-        parts = {f"base_model.model.{plain_name(key)}": tensor for key, tensor in state.items()}
+        parts = {f"base_model.model.{name_in_class(key)}": tensor for key, tensor in state.items()}
         try:
             with ONE_AT_A_TIME, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of models that PEFT takes for incomplete

@@ -24,7 +24,7 @@ READ_METHODS = ("fp8", "mxfp4")
 SCALES = ("weight_scale_inv", "scale", "qscale_weight")
 # Scales of what goes into a layer, which say nothing of its weights.
 OF_ACTIVATIONS = (".activation_scale", ".input_scale")
-CODES, EXPONENTS = "_blocks", "_scales"
+CODES, SHARED_EXPONENTS = "_blocks", "_scales"
 # The sixteen numbers of four bits: a sign, two bits of exponent, one of fraction.
 FOUR_BITS = tuple(sign * size for sign in (1.0, -1.0) for size in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
 # A scale that is a byte is a power of two; this one is 1.
@@ -37,7 +37,7 @@ WAYS_OUT = {
 }
 WAY_OUT = "give the model that was quantised, in its full precision"
 
-Shape = tuple[int, ...]
+Sizes = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Scaled:
 
     codes: str
     scales: str
-    shape: Shape
+    shape: Sizes
     dtype: torch.dtype
     block: tuple[int, int] | None = None
 
@@ -105,7 +105,7 @@ class ScaledTensors:
     """
 
     def __init__(
-        self, config: Mapping[str, Any], names: Iterable[str], shape: Callable[[str], Shape], path: Path, key: str
+        self, config: Mapping[str, Any], names: Iterable[str], shape: Callable[[str], Sizes], path: Path, key: str
     ) -> None:
         self._names, self._shape, self._path, self._key = frozenset(names), shape, path, key
         self._found: dict[str, Scaled] = {}  # by the names of their numbers in the files
@@ -132,7 +132,7 @@ class ScaledTensors:
     def _find_four_bits(self) -> None:
         for codes in sorted(n for n in self._names if n.endswith(CODES)):
             plain = codes.removesuffix(CODES)
-            sizes, scales = self._shape(codes), self._part(codes, (plain + EXPONENTS,))
+            sizes, scales = self._shape(codes), self._part(codes, (plain + SHARED_EXPONENTS,))
             if len(sizes) != 4 or self._shape(scales) != sizes[:-1]:
                 raise self._unfit(codes, scales)
             experts, rows, groups, group = sizes
@@ -176,7 +176,7 @@ def _plain_dtype(config: Mapping[str, Any]) -> torch.dtype:
     return torch.bfloat16
 
 
-def _fits(sizes: Shape, grid: Shape, block: tuple[int, int] | None) -> bool:
+def _fits(sizes: Sizes, grid: Sizes, block: tuple[int, int] | None) -> bool:
     """Whether scales are one for all, or one for each block of a weight."""
     if all(n == 1 for n in grid):
         return True

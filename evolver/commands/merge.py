@@ -45,7 +45,6 @@ A merge made by Evolver from this configuration:
 ```yaml
 {text}```
 """
-STRICT = "--strict"
 # Compiling a kernel for the GPU takes some ten seconds, once on each machine. If all models together have fewer scalars
 # than this, plain torch code is faster. The second number is for methods that draw at random: plain code draws slowly.
 GPU_COMPILE_FROM, COMPILE_DRAWS_FROM = 10**10, 3 * 10**8
@@ -128,18 +127,12 @@ def merge_file(
     """
     check_target(target)
     opened = open_merge(path)
-    others = [s for s in opened.sources.values() if s is not opened.base]
-    if strict:
-        refuse_strangers(opened.base, others, STRICT, weights=True)
     for sentence in opened.configuration.warnings:
         warn(sentence)
     chat_template = _chat_template(opened, str(path))
     known = digests(opened.sources)
-    for said in opened.left_out:
-        warn(said)
-    if opened.vocabulary is None:  # otherwise the models have different shapes and cannot be compared
-        for doubt in suspicions(opened.base, others):
-            warn(doubt)
+    for doubt in _doubts(opened, strict):
+        warn(doubt)
     nodes = {r: Expert(r, d) for r, d in known.items()}
     recipe = opened.configuration.recipe(nodes, opened.base.names(), seed)
     dtype = opened.configuration.dtype
@@ -169,6 +162,16 @@ def merge_file(
             extend_tokenizer(folder, opened.vocabulary, {r: with_tokens(s).path for r, s in opened.sources.items()})
         if chat_template is not None:
             (folder / chat.CHAT_FILE).write_text(chat_template)
+
+
+def _doubts(opened: OpenedFile, strict: bool) -> list[str]:
+    """What is odd about the models. Raises BadInput, if ``strict``, for those that do not belong to the base."""
+    others = [s for s in opened.sources.values() if s is not opened.base]
+    if strict:
+        refuse_strangers(opened.base, others, "--strict", weights=True)
+    # With a vocabulary of their own, rows were made for the models, which says nothing of what they were trained from.
+    compared = suspicions(opened.base, others) if opened.vocabulary is None else []
+    return [*opened.left_out, *compared]
 
 
 def _modules(opened: OpenedFile, seed: int) -> SentenceModules:
