@@ -99,8 +99,9 @@ class LayerAdapter(Adapter):
 
     def _changed(self, name: str, start: Tensor) -> Tensor:
         layer = self._layers[name]
-        own = {n: self.base.tensor(n).float() for n in (layer.weight, layer.bias) if n is not None and n != name}
-        own[name] = start
+        others = {n: self.base.tensor(n) for n in (layer.weight, layer.bias) if n is not None and n != name}
+        # PEFT changes tensors in place, and these may be the file itself, mapped into memory.
+        own = {n: t.to(torch.float32, copy=True) for n, t in {**others, name: start}.items()}
         state = {key: self._handle.get_tensor(key).float() for key in layer.keys}
         merged = self._wrapped([layer], own, state).merge_and_unload().get_submodule(layer.path)
         found: Tensor = (merged.weight if name == layer.weight else merged.bias).detach()

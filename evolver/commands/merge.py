@@ -169,7 +169,7 @@ def _doubts(opened: OpenedFile, strict: bool) -> list[str]:
     others = [s for s in opened.sources.values() if s is not opened.base]
     if strict:
         refuse_strangers(opened.base, others, "--strict", weights=True)
-    # With a vocabulary of their own, rows were made for the models, which says nothing of what they were trained from.
+    # With a common vocabulary, models show rows that they were not trained with.
     compared = suspicions(opened.base, others) if opened.vocabulary is None else []
     return [*opened.left_out, *compared]
 
