@@ -55,7 +55,7 @@ class LoraAdapter(Adapter):
     def _changed(self, name: str, start: Tensor) -> Tensor:
         pair = self._pairs[name]
         a, b = (self._handle.get_tensor(k).float() for k in (pair.a, pair.b))
-        delta = self._scale(name, pair.rank) * (b @ a)
+        delta: Tensor = self._scale(name, pair.rank) * (b @ a)
         return start + (delta.T if pair.transposed else delta)
 
     def _add_changes(self, sha: Any) -> None:

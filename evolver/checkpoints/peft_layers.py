@@ -134,16 +134,16 @@ class LayerAdapter(Adapter):
         """
         import peft
 
-        plain = {layer.path: self._plain_layer(layer, own) for layer in layers}
         parts = {f"base_model.model.{name_in_class(key)}": tensor for key, tensor in state.items()}
         try:
             with ONE_AT_A_TIME, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of models that PEFT takes for incomplete
+                plain = {layer.path: self._plain_layer(layer, own) for layer in layers}
                 model = peft.get_peft_model(_tree(plain), self._settings(layers), low_cpu_mem_usage=True)
-                found = peft.set_peft_model_state_dict(model, parts, low_cpu_mem_usage=True)
-        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+                found: Any = peft.set_peft_model_state_dict(model, parts, low_cpu_mem_usage=True)
+        except (RuntimeError, ValueError, TypeError, LookupError) as error:
             raise self._unfit(" ".join(str(error).split())[:200]) from error
-        if strange := [*found.unexpected_keys, *filter(OF_AN_ADAPTER.search, found.missing_keys)]:
+        if strange := [*found.unexpected_keys, *(k for k in found.missing_keys if OF_AN_ADAPTER.search(k))]:
             raise self._unfit(f"only one of the two has {strange[0]}")
         return model
 
@@ -173,7 +173,8 @@ class LayerAdapter(Adapter):
             if any("lora_embedding_" in key for key in layer.keys):
                 made: nn.Module = nn.Embedding(rows, columns)
             elif kernel:
-                made = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(kernel) - 1](columns, rows, kernel, bias=bias is not None)
+                kinds: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+                made = kinds[len(kernel) - 1](columns, rows, tuple(kernel), bias=bias is not None)
             elif is_transposed(self.base.config) and not layer.weight.endswith(HEAD):
                 made = Conv1D(columns, rows)
             else:

@@ -241,11 +241,11 @@ def labelled(labels: Sequence[str], loads: bool = True) -> dict[str, Any]:
 
 def dequantised(folder: Path) -> dict[str, Any]:
     """The arguments with which Transformers loads weights of FP8 or MXFP4 as plain numbers, on a GPU as well."""
-    import transformers
+    from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
     settings = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
-    kinds = {"fp8": transformers.FineGrainedFP8Config, "mxfp4": transformers.Mxfp4Config}
-    if (kind := kinds.get(settings.get("quant_method"))) is None:
+    kinds: dict[str, Any] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
+    if (kind := kinds.get(str(settings.get("quant_method")))) is None:
         return {}
     kept = settings.get("modules_to_not_convert")
     return {"quantization_config": kind(dequantize=True, modules_to_not_convert=kept)}
