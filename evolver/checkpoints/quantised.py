@@ -49,7 +49,7 @@ class Scaled:
         scales: the name in the files of its scales.
         shape: of the plain tensor.
         dtype: of the plain tensor.
-        block: rows and columns that share a scale, where the scales do not divide the weight evenly.
+        block: rows and columns that share a scale; None: one is for all.
     """
 
     codes: str
@@ -139,7 +139,7 @@ class ScaledTensors:
             self._found[codes] = Scaled(codes, scales, (experts, 2 * groups * group, rows), self._dtype)
 
     def _find_eight_bits(self, settings: Mapping[str, Any]) -> None:
-        block = settings.get("weight_block_size")
+        said = _pair(settings.get("weight_block_size"))
         for name in sorted(self._names):
             module = name.removesuffix("weight")
             names = [module + s for s in SCALES] if name.endswith(".weight") else [f"{name}_scale_inv"]
@@ -147,10 +147,11 @@ class ScaledTensors:
             if scales is None:
                 continue
             sizes, grid = self._shape(name), self._shape(scales)
-            pair = (int(block[0]), int(block[1])) if block else None
-            if not _fits(sizes, grid, pair):
+            of_all = all(n == 1 for n in grid)
+            block = None if of_all else _block_of(sizes, grid, said)
+            if block is None and not of_all:
                 raise self._unfit(name, scales)
-            self._found[name] = Scaled(name, scales, sizes, self._dtype, pair)
+            self._found[name] = Scaled(name, scales, sizes, self._dtype, block)
 
     def _part(self, codes: str, names: Iterable[str]) -> str:
         found = next((n for n in names if n in self._names), None)
@@ -165,6 +166,11 @@ class ScaledTensors:
         )
 
 
+def _pair(said: Any) -> tuple[int, int] | None:
+    whole = isinstance(said, list) and len(said) == 2 and all(isinstance(n, int) and n > 0 for n in said)
+    return (said[0], said[1]) if whole else None
+
+
 def _plain_dtype(config: Mapping[str, Any]) -> torch.dtype:
     """The dtype that Transformers gives to dequantised weights."""
     inner = config.get("text_config")
@@ -176,27 +182,31 @@ def _plain_dtype(config: Mapping[str, Any]) -> torch.dtype:
     return torch.bfloat16
 
 
-def _fits(sizes: Sizes, grid: Sizes, block: tuple[int, int] | None) -> bool:
-    """Whether scales are one for all, or one for each block of a weight."""
-    if all(n == 1 for n in grid):
-        return True
+def _block_of(sizes: Sizes, grid: Sizes, said: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Rows and columns that share a scale; None where scales do not fit a weight. The last block may be a part only,
+    which Transformers does not consider.
+
+    Args:
+        sizes: of the weight.
+        grid: of the scales.
+        said: rows and columns of a block by config.json, which may hold for other weights only.
+    """
     if len(sizes) < 2 or len(grid) != len(sizes) or grid[:-2] != sizes[:-2] or 0 in grid:
-        return False
+        return None
     pairs = list(zip(sizes[-2:], grid[-2:], strict=True))
-    if all(size % parts == 0 for size, parts in pairs):
-        return True
-    return block is not None and all(-(-s // b) == g for (s, g), b in zip(pairs, block, strict=True))
+    if said is not None and all(-(-size // b) == parts for (size, parts), b in zip(pairs, said, strict=True)):
+        return said
+    rows, columns = (size // parts if size % parts == 0 else 0 for size, parts in pairs)
+    return (rows, columns) if rows and columns else None
 
 
 def _of_eight_bits(codes: Tensor, scales: Tensor, block: tuple[int, int] | None) -> Tensor:
     """Numbers times their scales, float32 of the shape of ``codes``."""
     factors = (scales.float() - BYTE_OF_ONE).exp2() if scales.dtype == torch.uint8 else scales.float()
-    if factors.numel() == 1:
+    if block is None:
         return codes.float() * factors.reshape(())
     for dim in (-2, -1):
-        size, parts = codes.shape[dim], factors.shape[dim]
-        length = size // parts if size % parts == 0 else (block or (1, 1))[dim]
-        factors = factors.repeat_interleave(length, dim).narrow(dim, 0, size)
+        factors = factors.repeat_interleave(block[dim], dim).narrow(dim, 0, codes.shape[dim])
     return codes.float() * factors
 
 
