@@ -280,3 +280,20 @@ def test_strict_is_no_part_of_what_a_run_is(make_config, tmp_path):
     again = make_config(tmp_path, toys.SHORT | {"model.strict": True})
     before = toys.essence(folder)
     assert toys.essence(toys.run_here(again, tmp_path / "results")) == before
+
+
+@pytest.mark.parametrize("kind", ["dora", "loha"])
+def test_a_search_over_an_adapter_is_one_over_what_peft_makes_of_it(make_config, models, tmp_path, kind):
+    from transformers import AutoModelForCausalLM
+
+    tuned = train(tmp_path, AutoModelForCausalLM.from_pretrained(models / "base"), **ADAPTERS[kind])
+    shutil.copytree(models / "b", tmp_path / "merged")
+    tuned.merge_and_unload().save_pretrained(tmp_path / "merged")
+    scores = {}
+    for name in ("lora", "merged"):
+        (tmp_path / f"run-{name}").mkdir()
+        config = make_config(tmp_path / f"run-{name}", toys.SHORT | {"experts.b": str(tmp_path / name)})
+        folder = toys.run_here(config, tmp_path / f"run-{name}")
+        scores[name] = sorted((r["stage"], r["number"], r["score"]) for r in toys.all_rows(folder, "finished"))
+    assert len(scores["lora"]) > 5
+    assert scores["lora"] == scores["merged"]

@@ -8,6 +8,7 @@ import torch
 from peft import get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from evolver.checkpoints.peft_layers import LayerAdapter
 from evolver.checkpoints.sources import open_base, open_expert
 from evolver.errors import BadInput
 
@@ -301,3 +302,51 @@ def test_without_peft_the_sentence_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"run pip install 'evolver\[experts\]'"):
         opened(tmp_path)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("EVOLVER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "adapters"
+
+
+def asked_thrice(ours):
+    """The tensors at the first, second and third time."""
+    return [{name: ours.tensor(name).clone() for name in ours.names()} for _ in range(3)]
+
+
+@pytest.mark.parametrize("name", BY_PEFT)
+def test_what_is_asked_for_again_is_computed_once_and_the_same(tmp_path, name, cache, monkeypatch):
+    make, settings, _ = BY_PEFT[name]
+    torch.manual_seed(0)
+    train(tmp_path, make(), **settings)
+    base, ours = opened(tmp_path)
+    first, *others = asked_thrice(ours)
+    assert len(list(cache.iterdir())) == 1
+    monkeypatch.setattr(LayerAdapter, "_changed", lambda *_: pytest.fail("computed again"))
+    _, anew = opened(tmp_path)
+    anew._asked.update(base.names())
+    for made in (*others, {n: ours.tensor(n) for n in base.names()}, {n: anew.tensor(n) for n in base.names()}):
+        assert all(torch.equal(made[n], first[n]) and made[n].dtype == first[n].dtype for n in base.names())
+
+
+def test_another_adapter_has_other_tensors_in_the_cache(tmp_path, cache):
+    for seed, folder in enumerate((tmp_path / "one", tmp_path / "two")):
+        torch.manual_seed(0)
+        train(folder, llama(), seed=seed, **BY_PEFT["LoHa"][1])
+        asked_thrice(opened(folder)[1])
+    assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("trouble", ["a file in the place of the folder", "damage"])
+def test_a_cache_that_cannot_be_used_costs_time_only(tmp_path, cache, trouble):
+    train(tmp_path, llama(), **BY_PEFT["LoKr"][1])
+    if trouble == "damage":
+        asked_thrice(opened(tmp_path)[1])
+        (file,) = cache.rglob("*.safetensors")
+        file.write_bytes(file.read_bytes()[:50])
+    else:
+        cache.parent.mkdir(parents=True)
+        cache.write_text("")
+    first, second, third = asked_thrice(opened(tmp_path)[1])
+    assert all(torch.equal(first[n], other[n]) for other in (second, third) for n in first)

@@ -5,6 +5,7 @@ PEFT gets one layer of the base at a time, so that memory stays small, and so th
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import re
@@ -13,6 +14,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from evolver.checkpoints.adapter import CONFIG, Adapter, name_in_class
 from evolver.checkpoints.adapter_settings import check_settings, check_targets
 from evolver.checkpoints.lora_out import is_transposed
+from evolver.checkpoints.made_once import MadeTensors, made_once
 from evolver.checkpoints.weights import HEAD, Checkpoint, read_json
 from evolver.errors import BadInput
 
@@ -71,9 +74,25 @@ class LayerAdapter(Adapter):
         if importlib.util.find_spec("peft") is None:
             raise BadInput(f"{key}: PEFT reads the adapter {path} ({self.kind}); run pip install 'evolver[experts]'.")
         self._layers: dict[str, WrappedLayer]
+        self._asked = set[str]()
         super().__init__(path, key, base, config)
         check_targets(config, [layer.path for layer in self._layers.values()], path / CONFIG, key)
         self._check_fit()
+
+    def tensor(self, name: str) -> Tensor:
+        if name in self._asked and (made := self._made.get(name)) is not None:
+            return made
+        if name in self._layers:
+            self._asked.add(name)
+        return super().tensor(name)
+
+    @cached_property
+    def _made(self) -> MadeTensors:
+        """What PEFT makes of all layers. A search asks for a tensor with every candidate, and PEFT is slow."""
+        names = sorted(self._layers)
+        identity = json.dumps([self.digest(), names, importlib.metadata.version("peft")])
+        infos = {name: self.base.headers[name] for name in names}
+        return made_once(identity, infos, ((name, super(LayerAdapter, self).tensor(name)) for name in names))
 
     def _read_changes(self) -> None:
         keys: dict[str, list[str]] = defaultdict(list)

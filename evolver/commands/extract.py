@@ -56,7 +56,7 @@ def extract_lora(
     check_target(target)
     origin = open_base(base, "BASE")
     expert = open_expert(model, origin, "MODEL")
-    for doubt in suspicions(origin, [expert]):
+    for doubt in (*strange_bases([expert]), *suspicions(origin, [expert])):
         warn(doubt)
     with new_folder(target) as folder:
         return _write(origin, expert, folder, base, rank, energy, {})
