@@ -14,6 +14,7 @@ from torch import Tensor
 from evolver.checkpoints import shards
 from evolver.checkpoints.beside import Beside, beside
 from evolver.checkpoints.heads import Head
+from evolver.checkpoints.quantised import without_quantisation
 from evolver.checkpoints.weights import Checkpoint, is_finite
 from evolver.errors import BadInput
 from evolver.merging.companions import COMPANIONS, Companions
@@ -96,7 +97,8 @@ def write_heads(folder: Path, heads: Mapping[str, tuple[Path, Head]]) -> None:
         for file in folder.iterdir():
             if file.name in COMPANIONS:
                 shutil.copyfile(file, own / file.name)
-        shutil.copyfile(expert / "config.json", own / "config.json")
+        config = without_quantisation(json.loads((expert / "config.json").read_text()))  # its body is another one
+        (own / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def merged_config(recipe: Recipe, materialiser: Materialiser) -> dict[str, Any]:
