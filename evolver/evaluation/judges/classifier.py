@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -103,23 +104,35 @@ class _Batch:
     positions: Tensor
 
 
-class ClassificationScorer:
+class Question(Protocol):
+    """One item of a judge of texts."""
+
+    @property
+    def head(self) -> str | None: ...
+    def answer(self, logits: Tensor) -> tuple[float, str]: ...
+
+
+Asked = TypeVar("Asked", bound=Question)
+
+
+class TextScorer(ABC, Generic[Asked]):
     """One text (or a pair), one row of a forward pass."""
 
-    def __init__(self, model: LiveModel, questions: Sequence[TextQuestion], settings: EvaluationSettings) -> None:
+    def __init__(self, model: LiveModel, questions: Sequence[Asked], settings: EvaluationSettings) -> None:
         self.model, self.settings, self.questions = model, settings, questions
-        tokenise: Callable[..., Any] = model.tokenizer
-        whole = [tokenise(*q.texts, verbose=False) for q in questions]
+        whole = [self.tokenised(q) for q in questions]
         self.whole = [len(row["input_ids"]) for row in whole]
         most = model.tokenizer.model_max_length
         self.rows = [
-            tokenise(*q.texts, truncation=True) if length > most else row
+            self.tokenised(q, truncation=True) if length > most else row
             for q, row, length in zip(questions, whole, self.whole, strict=True)
         ]
         self.pad = model.tokenizer.pad_token_id or 0
         self._ready: dict[tuple[int, ...], Batches[_Batch]] = {}
-        for question in questions:
-            self._check(question)
+
+    @abstractmethod
+    def tokenised(self, question: Asked, **options: Any) -> Any:
+        """What the tokenizer makes of a question, with further options of its own."""
 
     def score(self, places: Sequence[int]) -> Scored:
         return by_head(self.model, self.questions, places, self._score)
@@ -136,7 +149,7 @@ class ClassificationScorer:
 
     @torch.inference_mode()
     def _forward(self, batch: _Batch) -> Tensor:
-        """Logits (rows, labels)."""
+        """Logits, (rows, labels) or (rows, longest, labels)."""
         logits: Tensor = self.model.forward(batch.positions, **batch.inputs).logits.float()
         if not torch.isfinite(logits).all():
             raise FloatingPointError("the model's outputs are not finite")
@@ -155,6 +168,18 @@ class ClassificationScorer:
         }
         return _Batch(inputs, (torch.arange(width) < lengths[:, None]).to(self.model.device))
 
+
+class ClassificationScorer(TextScorer[TextQuestion]):
+    """One answer to each text."""
+
+    def __init__(self, model: LiveModel, questions: Sequence[TextQuestion], settings: EvaluationSettings) -> None:
+        super().__init__(model, questions, settings)
+        for question in questions:
+            self._check(question)
+
+    def tokenised(self, question: TextQuestion, **options: Any) -> Any:
+        return self.model.tokenizer(*question.texts, verbose=False, **options)
+
     def _check(self, asked: TextQuestion) -> None:
         outputs = self.model.outputs(asked.head)
         if asked.metric.name in VALUE and outputs != 1:
@@ -164,7 +189,7 @@ class ClassificationScorer:
 
 
 def by_head(
-    model: LiveModel, questions: Sequence[TextQuestion], places: Sequence[int], score: Callable[[Sequence[int]], Scored]
+    model: LiveModel, questions: Sequence[Question], places: Sequence[int], score: Callable[[Sequence[int]], Scored]
 ) -> Scored:
     """The answers of each head to its own questions."""
     out = Scored()
@@ -175,8 +200,8 @@ def by_head(
     return out
 
 
-def take_in(out: Scored, questions: Sequence[TextQuestion], places: Sequence[int], logits: Tensor) -> None:
-    """Add the answers to the items at ``places``, given their logits (rows, labels)."""
+def take_in(out: Scored, questions: Sequence[Question], places: Sequence[int], logits: Tensor) -> None:
+    """Add the answers to the items at ``places``, given their logits, the first dimension of which are these items."""
     for place, row in zip(places, logits, strict=True):
         out.answers[place], out.said[place] = questions[place].answer(row)
 
@@ -262,14 +287,18 @@ def right_answer(value: Any, labels: Labels, entry: TaskEntry) -> float:
         except ValueError as error:
             raise BadInput(f"evaluation: {entry.task} has {value!r} where a number is expected.") from error
     if entry.threshold is None:
-        return float(_label(value, labels, entry))
+        return float(label_number(value, labels, entry))
     if len(labels) > MOST_LABELS:
         raise BadInput(f"evaluation: {entry.task} has {len(labels)} labels; sets of up to {MOST_LABELS} can be scored.")
     chosen = value if isinstance(value, list) else [v for v in str(value).replace(",", " ").split() if v]
-    return float(sum(1 << number for number in {_label(v, labels, entry) for v in chosen}))
+    return float(sum(1 << number for number in {label_number(v, labels, entry) for v in chosen}))
 
 
-def _label(value: Any, labels: Labels, entry: TaskEntry) -> int:
+def label_number(value: Any, labels: Labels, entry: TaskEntry) -> int:
+    """The number of a label that data give by its name or number.
+
+    Raises BadInput for one that the model lacks.
+    """
     if isinstance(value, int) and value in labels.values():
         return int(value)
     if isinstance(value, str) and value in labels:
