@@ -203,7 +203,6 @@ def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Di
     if agreement is None:
         display.say(f"writing the best model to {folder.location}/best")
         materialiser, companions = materials_of(prepared, winner.recipe)
-        heads = {n: (prepared.opened.experts[n].path, h) for n, h in prepared.opened.heads.items()}
         beside = beside_of(prepared.opened.base)
         for sentence in beside.warnings:
             display.say(f"warning: {sentence}")
@@ -211,7 +210,7 @@ def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Di
             texts = companion_files(prepared, outcome)
             export(winner.recipe, materialiser, best, texts, companions=companions)
             beside.copy_to(best)
-            write_heads(best, heads)
+            write_heads(best, prepared.opened.placed_heads)
             agreement = score_again(prepared, best, outcome.best_dev.items, device)
         storage.write(AGREEMENT_FILE, json.dumps(agreement).encode())
         storage.write(RECIPE_FILE, text)  # last: only a folder that was checked counts as written

@@ -34,19 +34,21 @@ READ_TOKENIZER = ("vllm", "sglang", "openvino", "ipex", "habana", "neuronx")
 
 
 @dataclass(frozen=True)
-class OwnTokens:
-    """A model with its own tokens, where the merged models of its run have others.
+class OwnModel:
+    """A model as it is, where the merged models of its run have other tokens or other labels.
 
     Attributes:
         source: its weights.
         base: the checkpoint that is loaded before the weights are written into it: the model itself, or the base of an
             adapter.
         companions: the files beside the weights.
+        labels: the labels of its head, where they are not those of ``base``.
     """
 
     source: Source
     base: Checkpoint
     companions: Companions
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class Opened:
         companions: the files beside the weights that candidates have.
         labels: with ``model.heads: union``, the labels of all experts, in the order of the merged head.
         warnings: what the user should know about them.
-        own: where the models' tokens differ, each of them with its own ones, by name (``base`` is the base).
+        own: the models that are scored as they are, as their tokens or labels are not those of merged models, by name
+            (``base`` is the base).
     """
 
     base: Checkpoint
@@ -69,7 +72,12 @@ class Opened:
     heads: dict[str, Head] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    own: Mapping[str, OwnTokens] = field(default_factory=dict)
+    own: Mapping[str, OwnModel] = field(default_factory=dict)
+
+    @property
+    def placed_heads(self) -> dict[str, tuple[Path, Head]]:
+        """The heads that are kept apart, each with the folder of its expert, by the expert's name."""
+        return {name: (self.experts[name].path, head) for name, head in self.heads.items()}
 
     def digests(self) -> dict[str, str]:
         own = {f"head of {name}": head_digest(head) for name, head in self.heads.items()}
@@ -116,7 +124,7 @@ def open_named(config: Config, location: str, key: str, headless: bool = False) 
     loader = model_class(config.model.kind) if config.evaluation.backend in TRANSFORMERS else None
     base = open_base(location, key, headless)
     check_kind(config, base)  # an expert would be said to differ from a base that is wrong itself
-    apart = config.model.heads == "apart"
+    apart = config.model.heads != "merged"
     names = Agreement(base, lambda model: without_weights(model.path, model.config, loader), apart)
     if loader is not None:
         names.ask_class()
@@ -138,7 +146,7 @@ def _with_words(config: Config, base: Checkpoint, experts: dict[str, Source]) ->
         for name, source in {OF_BASE: base, **experts}.items():
             loaded = source if isinstance(source, Checkpoint) else base
             files = companions_of(config, {OF_BASE: base.path, **folders}, loaded.path, own_template=False)
-            own[name] = OwnTokens(source, loaded, files)
+            own[name] = OwnModel(source, loaded, files)
     companions = Companions(base.path, chat, models.tokens)
     return Opened(models.base, models.experts, companions, warnings=tuple(said), own=own)
 
@@ -261,4 +269,11 @@ def _with_all_labels(base: Checkpoint, experts: Mapping[str, Source]) -> Opened:
         if set(known) & set(target):
             heads["base"], labels["base"] = head_of(base), known
     seen = {n: Relabelled(s, n, heads, labels, target, base) for n, s in {"base": base, **experts}.items()}
-    return Opened(seen["base"], {n: seen[n] for n in experts}, Companions(base.path), labels=tuple(target))
+    files = Companions(base.path)
+    own = {}
+    for name, source in experts.items():
+        if labels[name] != target:  # with the head over all labels, it could say one that it does not know
+            head, only = {name: heads[name]}, {name: labels[name]}
+            ours, theirs = (Relabelled(s, name, head, only, labels[name], base) for s in (source, base))
+            own[name] = OwnModel(ours, theirs, files, tuple(labels[name]))
+    return Opened(seen["base"], {n: seen[n] for n in experts}, files, labels=tuple(target), own=own)

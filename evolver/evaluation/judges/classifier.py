@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -24,8 +25,15 @@ from evolver.evaluation.scores.metrics import CLASS, LABELS, VALUE, Metric, metr
 from evolver.storage.paths import expand
 
 Labels = Mapping[str, int]
+# What the logits of a model are seen as.
+Seen = Callable[[Tensor], Tensor]
 # Sets of labels are kept as the bits of a float64.
 MOST_LABELS = 52
+
+
+def as_they_are(logits: Tensor) -> Tensor:
+    """Logits of a model whose labels have the numbers of the tasks' labels."""
+    return logits
 
 
 @judge("classifier", "data", "report_data", "text", "text_pair", "label", "threshold", "head")
@@ -61,7 +69,7 @@ class Classification(RowJudge):
             )
             for a in asked
         ]  # fmt: skip
-        return ClassificationScorer(model, questions, self.settings)
+        return ClassificationScorer(model, questions, self.settings, self._spaces.seen_of(model))
 
     def show(self, asked: AskedItem) -> ItemText:
         """See ``Shows``."""
@@ -118,8 +126,10 @@ Asked = TypeVar("Asked", bound=Question)
 class TextScorer(ABC, Generic[Asked]):
     """One text (or a pair), one row of a forward pass."""
 
-    def __init__(self, model: LiveModel, questions: Sequence[Asked], settings: EvaluationSettings) -> None:
-        self.model, self.settings, self.questions = model, settings, questions
+    def __init__(
+        self, model: LiveModel, questions: Sequence[Asked], settings: EvaluationSettings, seen: Seen
+    ) -> None:  # fmt: skip
+        self.model, self.settings, self.questions, self._seen = model, settings, questions, seen
         whole = [self.tokenised(q) for q in questions]
         self.whole = [len(row["input_ids"]) for row in whole]
         most = model.tokenizer.model_max_length
@@ -144,7 +154,7 @@ class TextScorer(ABC, Generic[Asked]):
             self._ready[key] = Batches(keys, self._batch)
         out = Scored(tokens=sum(lengths.values()), truncated=sum(self.whole[p] > lengths[p] for p in places))
         for numbers, logits in self._ready[key].run(self._forward):
-            take_in(out, self.questions, numbers, logits)
+            take_in(out, self.questions, numbers, self._seen(logits))
         return out
 
     @torch.inference_mode()
@@ -172,8 +182,10 @@ class TextScorer(ABC, Generic[Asked]):
 class ClassificationScorer(TextScorer[TextQuestion]):
     """One answer to each text."""
 
-    def __init__(self, model: LiveModel, questions: Sequence[TextQuestion], settings: EvaluationSettings) -> None:
-        super().__init__(model, questions, settings)
+    def __init__(
+        self, model: LiveModel, questions: Sequence[TextQuestion], settings: EvaluationSettings, seen: Seen
+    ) -> None:  # fmt: skip
+        super().__init__(model, questions, settings, seen)
         for question in questions:
             self._check(question)
 
@@ -223,33 +235,60 @@ class LabelSpaces:
         Raises BadInput where a folder says nothing of them.
         """
         if self._model.heads == "union":
-            names = dict.fromkeys(n for e in self._experts for n in self._of(self._experts[e]))
-            return {name: number for number, name in enumerate(names)}
+            return self._of_all()
         head = self.head(entry)
         return self._of(self._model.base if head is None else self._experts[head])
+
+    def seen_of(self, model: LiveModel) -> Seen:
+        """How the logits of a model become those of the labels of all experts, where tasks ask for these.
+
+        A model that is scored as it is has a head for its own labels only. It never says a label that it lacks, and it
+        is never right with one that the experts lack.
+        """
+        own = [str(name) for _, name in sorted(model.module.config.id2label.items())]
+        if self._model.heads != "union" or own == [*(all_labels := self._of_all())]:
+            return as_they_are
+        wanted = [*all_labels, *(name for name in own if name not in all_labels)]
+
+        def seen(logits: Tensor) -> Tensor:
+            out = logits.new_full((*logits.shape[:-1], len(wanted)), -torch.inf)
+            out[..., [wanted.index(name) for name in own]] = logits
+            return out
+
+        return seen
 
     def names(self, entry: TaskEntry) -> dict[int, str]:
         """Names of the labels by number; raises as ``of`` does."""
         return {} if entry.metric in VALUE else {number: name for name, number in self.of(entry).items()}
 
+    def _of_all(self) -> Labels:
+        names = dict.fromkeys(n for e in self._experts for n in self._of(self._experts[e]))
+        return {name: number for number, name in enumerate(names)}
+
     def _of(self, location: str) -> Labels:
         if location not in self._known:
-            found = labels_of(location)
+            key = next((f"experts.{n}" for n, place in self._experts.items() if place == location), "model.base")
+            found = labels_of(location, key)
             self._known[location] = dict(sorted(found.items(), key=lambda pair: pair[1]))
         return self._known[location]
 
 
-def labels_of(base: str) -> dict[str, int]:
+def labels_of(location: str, key: str) -> dict[str, int]:
     """Numbers of a classifier's labels, by name.
 
-    Raises BadInput where its folder says nothing of them.
+    Raises BadInput that names ``key`` where its folder says nothing of them.
     """
     from transformers import AutoConfig  # slow, and most tasks need none
 
+    place = expand(location)
+    name, _, revision = (place, "", "") if Path(place).exists() else place.partition("@")
     try:
-        labels: dict[str, int] = AutoConfig.from_pretrained(expand(base)).label2id
+        labels: dict[str, int] = AutoConfig.from_pretrained(name, revision=revision or "main").label2id
     except (OSError, ValueError) as error:
-        raise BadInput(f"model.base: {base} has no readable config.json; give a classifier's folder.") from error
+        raise BadInput(
+            f"{key}: {location} has no readable config.json, which names the labels of a classifier; give a "
+            "classifier's folder, and merge an adapter into its base with PEFT (merge_and_unload) before."
+        ) from error
     return labels
 
 

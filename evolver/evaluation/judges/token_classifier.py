@@ -17,7 +17,7 @@ from evolver.evaluation.base import AskedItem, ItemText, judge
 from evolver.evaluation.blueprint import ModelFolder
 from evolver.evaluation.data import Row
 from evolver.evaluation.items import Item
-from evolver.evaluation.judges.classifier import LabelSpaces, TextScorer, label_number
+from evolver.evaluation.judges.classifier import LabelSpaces, Seen, TextScorer, label_number
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.rows import RowJudge
 from evolver.evaluation.scores.metrics import TAGS, Metric, metric_named, spans_answer
@@ -79,7 +79,7 @@ class Tags(RowJudge):
         return float(len(question.right) if asked.entry.metric == "acc" else len(spans(question.named(question.right))))
 
     def scorer(self, model: LiveModel, asked: Sequence[AskedItem], scored: Iterable[Item]) -> TagScorer:
-        return TagScorer(model, [self._question(a) for a in asked], self.settings)
+        return TagScorer(model, [self._question(a) for a in asked], self.settings, self._spaces.seen_of(model))
 
     def show(self, asked: AskedItem) -> ItemText:
         """See ``Shows``."""
@@ -134,9 +134,11 @@ class TagQuestion:
 class TagScorer(TextScorer[TagQuestion]):
     """The tag of a word is what the model says at the first of its tokens."""
 
-    def __init__(self, model: LiveModel, questions: Sequence[TagQuestion], settings: EvaluationSettings) -> None:
+    def __init__(
+        self, model: LiveModel, questions: Sequence[TagQuestion], settings: EvaluationSettings, seen: Seen
+    ) -> None:  # fmt: skip
         self._tokenizer = of_words(model.tokenizer)
-        super().__init__(model, questions, settings)
+        super().__init__(model, questions, settings, seen)
         self.questions = [
             replace(q, places=first_tokens(row.word_ids(), len(q.words)))
             for q, row in zip(questions, self.rows, strict=True)
