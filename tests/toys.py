@@ -122,6 +122,32 @@ def make_encoders(folder: Path) -> None:
     noisy_experts(BertForSequenceClassification(config), folder, words)
 
 
+def make_rerankers(folder: Path) -> None:
+    """A tiny BERT that gives a number for two texts, and two noisy fine-tunes of it."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    words = tokenizer()
+    config = BertConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=len(words),
+        max_position_embeddings=LENGTH, initializer_range=0.3, pad_token_id=2, num_labels=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    noisy_experts(BertForSequenceClassification(config), folder, words)
+
+
+def ranked(count: int = 75) -> list[dict[str, Any]]:
+    """Texts as queries, each with four documents of which one is right."""
+    draw = random.Random(5)
+    return [
+        {
+            "query": text, "documents": [" ".join(draw.choices(COLOURS + THINGS, k=5)) for _ in range(4)],
+            "marks": [int(place == n % 4) for place in range(4)],
+        }
+        for n, text in enumerate(texts(count))
+    ]  # fmt: skip
+
+
 def make_taggers(folder: Path) -> None:
     """A tiny BERT that names one of ``TAGS`` for each word, and two noisy fine-tunes of it."""
     import torch

@@ -48,9 +48,15 @@ class Classification(RowJudge):
         return True
 
     def check_model(self, model: ModelFolder | None, asked: Sequence[AskedItem]) -> None:
-        """See ``ChecksModel``: a base needs a tokenizer for its texts."""
+        """See ``ChecksModel``: a base needs a tokenizer for its texts, and several labels to choose one."""
         if model is not None:
             _ = model.tokenizer
+        for entry in {a.entry.task: a.entry for a in asked}.values():
+            if entry.metric in CLASS and entry.threshold is None and len(self._spaces.of(entry)) == 1:
+                raise BadInput(
+                    f"{self.named[entry.task]}.metric: {entry.metric} asks for one of several labels, and the model "
+                    "gives a single number; write pearson, or judge: reranking for queries with documents."
+                )
 
     def columns(self, entry: TaskEntry) -> list[str]:
         return [entry.text, *([entry.text_pair] if entry.text_pair else []), entry.label]
@@ -152,10 +158,14 @@ class TextScorer(ABC, Generic[Asked]):
         if key not in self._ready:
             keys = by_length(lengths, self.settings.batch_tokens, self.settings.batch_size)
             self._ready[key] = Batches(keys, self._batch)
-        out = Scored(tokens=sum(lengths.values()), truncated=sum(self.whole[p] > lengths[p] for p in places))
+        out = Scored(tokens=sum(lengths.values()), truncated=sum(map(self.is_cut, places)))
         for numbers, logits in self._ready[key].run(self._forward):
             take_in(out, self.questions, numbers, self._seen(logits))
         return out
+
+    def is_cut(self, place: int) -> bool:
+        """Whether the model does not read all of a text, as it is too long."""
+        return self.whole[place] > len(self.rows[place]["input_ids"])
 
     @torch.inference_mode()
     def _forward(self, batch: _Batch) -> Tensor:
