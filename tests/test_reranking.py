@@ -93,6 +93,7 @@ def test_a_model_of_several_labels_ranks_nothing(configured, tmp_path):
     toys.make_encoders(tmp_path / "moods")
     raw = yaml.safe_load((file := configured()).read_text())
     raw["model"]["base"] = str(tmp_path / "moods" / "base")
+    raw["experts"] = {n: str(tmp_path / "moods" / n) for n in ("a", "b")}
     file.write_text(yaml.safe_dump(raw))
     refused(lambda: prepare(config_at(file)), "tasks[0].judge: reranking needs a model that gives one number", "3 lab")
 

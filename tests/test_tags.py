@@ -178,19 +178,19 @@ def test_words_that_are_cut_off_are_wrong_and_in_no_span(configured, taggers):
     ],
 )
 def test_what_cannot_be_scored_is_refused(configured, lines, changes, said):
-    changes = {"dev": 1, "report": 1, **changes}
+    changes = {"dev": 3, "report": 3, **changes}
     more = [{"text": [f"w{n}"], "label": ["O"]} for n in range(5)]
     refused(lambda: prepare(config_at(configured([*lines, *more], **changes))), said)
 
 
 def test_spans_need_tags_that_name_them(configured, taggers, tmp_path):
-    config = BertConfig.from_pretrained(taggers / "base", num_labels=5)  # LABEL_0 …
-    BertForTokenClassification(config).save_pretrained(tmp_path / "plain")
-    toys.tokenizer().save_pretrained(tmp_path / "plain")
+    config = BertConfig.from_pretrained(taggers / "base", num_labels=6)  # LABEL_0 …
+    toys.noisy_experts(BertForTokenClassification(config), tmp_path, toys.tokenizer())
     numbers = [{"text": r["text"], "label": [TAGS.index(t) for t in r["label"]]} for r in tagged()]
     file = configured(numbers, metric="f1")
     raw = yaml.safe_load(file.read_text())
-    raw["model"]["base"] = str(tmp_path / "plain")
+    raw["model"]["base"] = str(tmp_path / "base")
+    raw["experts"] = {n: str(tmp_path / n) for n in ("a", "b")}
     file.write_text(yaml.safe_dump(raw))
     refused(lambda: prepare(config_at(file)), "evaluation.tasks[0].metric: f1 counts spans", "'LABEL_0'", "write acc")
 
@@ -251,7 +251,7 @@ def test_heads_apart_on_a_published_base(headed, tmp_path):
             folder / "best" / name, output_loading_info=True
         )  # fmt: skip
         assert (info["missing_keys"], info["unexpected_keys"]) == (set(), set())
-        assert tuple(model.config.label2id) == tags
+        assert tuple(model.config.id2label.values()) == tags
         own = AutoModelForTokenClassification.from_pretrained(tmp_path / name)
         assert torch.equal(model.classifier.weight, own.classifier.weight)
 
@@ -262,7 +262,7 @@ def test_a_union_of_tags(headed, tmp_path):
     assert json.loads((folder / "best.json").read_text()) == {"items": 40, "equal": 40}
     best = AutoModelForTokenClassification.from_pretrained(folder / "best")
     tags = ("O", "B-thing", "I-thing", "B-colour", "I-colour")
-    assert tuple(best.config.label2id) == tags
+    assert tuple(best.config.id2label.values()) == tags
     ready = prepare(config_at(tmp_path / "run.yaml"))
     dev = ready.tasks.items.dev
     data = {name: [json.loads(r) for r in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in SPACES}

@@ -13,7 +13,7 @@ from evolver.config import Config
 from evolver.config.reading import ConfigText
 from evolver.driver.card import companion_files
 from evolver.driver.check import score_again
-from evolver.driver.prepare import SPLITS, Prepared, in_compute, materials_of, prepare, run_folder, versions
+from evolver.driver.prepare import SPLITS, Prepared, as_it_is, in_compute, materials_of, prepare, run_folder, versions
 from evolver.errors import BadInput, file_sentence
 from evolver.ledger import Ledger, write_items
 from evolver.loggers import Tracked, Trackers, build_loggers, tracked
@@ -241,7 +241,8 @@ def _tracked(prepared: Prepared, folder: RunFolder) -> Tracked:
 def _baselines(prepared: Prepared) -> list[tuple[str, Recipe]]:
     """Base, experts, simple average, and task arithmetic with equal weights at every mass of the configuration."""
     experts, base = prepared.experts, prepared.base
-    out: list[tuple[str, Recipe]] = [("base", base), *((e.name, e) for e in experts)]
+    shown = [as_it_is(prepared, model) for model in (base, *experts)]
+    out: list[tuple[str, Recipe]] = [(model.name, model) for model in shown]
     out.append(("average", Merge("simple", experts, base)))
     for mass in prepared.config.baselines.masses:
         values = {"weight": (1.0 / len(experts),) * len(experts), "lambda": mass, "normalize": False}

@@ -73,7 +73,8 @@ class LiveModel:
                 "give a base of the kind that model.kind names."
             )
         if self._beside != folder:
-            self.module.generation_config = transformers.GenerationConfig.from_pretrained(self._beside)
+            if self.module.can_generate():
+                self.module.generation_config = transformers.GenerationConfig.from_pretrained(self._beside)
             _ = self.tokenizer
         self.module.to(self.device).eval()
         self._places = self._find(shapes, folder)

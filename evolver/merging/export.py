@@ -13,6 +13,7 @@ from torch import Tensor
 
 from evolver.checkpoints import shards
 from evolver.checkpoints.beside import Beside, beside
+from evolver.checkpoints.chat import update_json
 from evolver.checkpoints.heads import Head
 from evolver.checkpoints.weights import Checkpoint, is_finite
 from evolver.errors import BadInput
@@ -97,6 +98,14 @@ def write_heads(folder: Path, heads: Mapping[str, tuple[Path, Head]]) -> None:
             if file.name in COMPANIONS:
                 shutil.copyfile(file, own / file.name)
         shutil.copyfile(expert / "config.json", own / "config.json")
+        _take_rows(folder / "config.json", own / "config.json")
+
+
+def _take_rows(body: Path, classifier: Path) -> None:
+    """Let a config.json say how many tokens the merged body has, where its expert had others."""
+    rows, own = (json.loads(file.read_text()).get("vocab_size") for file in (body, classifier))
+    if rows != own:
+        update_json(classifier, {"vocab_size": rows})
 
 
 def merged_config(recipe: Recipe, materialiser: Materialiser) -> dict[str, Any]:

@@ -148,7 +148,8 @@ class Worker:
             )
         self.materialiser = build_materialiser(plan, opened, device)
         self._companions, self._config, self._device, self._tasks = opened.companions, config, device, tasks
-        self._own = {plan.digests[name]: own for name, own in opened.own.items()}
+        self._own = {plan.own_digest(name): own for name, own in opened.own.items()}
+        self._heads = opened.heads
         self.live = build_model(config, opened, device)
         self.scale = tasks.scale(split)
         self.block = plan.block(split, len(self.scale.tasks))
@@ -214,7 +215,8 @@ class Worker:
         if isinstance(recipe, Expert) and (own := self._own.get(recipe.digest)) is not None:
             materialiser, companions = own_materialiser(self._config, own, recipe, self._device), own.companions
             if isinstance(live, LiveModel):
-                live = build_model(self._config, Opened(own.base, {}, companions, labels=own.labels), self._device)
+                as_it_is = Opened(own.base, {}, companions, self._heads, own.labels)
+                live = build_model(self._config, as_it_is, self._device)
             scorer = self._tasks.scorer(live, candidate.split)
         if isinstance(live, LiveModel):
             live.write(materialiser.stream(recipe))
