@@ -81,7 +81,7 @@ class Relabelled(Checkpoint):
 
     @cached_property
     def headers(self) -> dict[str, TensorInfo]:
-        tensors = {n: t for name, head in reversed(self.heads.items()) if name != "base" for n, t in head.items()}
+        tensors = {n: t for name, head in reversed([*self.heads.items()]) if name != "base" for n, t in head.items()}
         shapes = {n: TensorInfo(self._wanted_shape(n, t), t.dtype) for n, t in tensors.items()}
         return dict(sorted({**self.base.headers, **shapes}.items()))
 
