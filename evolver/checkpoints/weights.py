@@ -44,7 +44,7 @@ DIGEST_BYTES = 1 << 15
 # Tensors that have a row for each token.
 TOKEN_MATRICES = (
     "embed_tokens.weight", "tok_embeddings.weight", "word_embeddings.weight", "embed_in.weight", "wte.weight",
-    "lm_head.weight", "embed_out.weight", "shared.weight",
+    "lm_head.weight", "embed_out.weight",
 )  # fmt: skip
 
 
