@@ -118,7 +118,7 @@ class _Batch:
     positions: Tensor
 
 
-class Question(Protocol):
+class Answerable(Protocol):
     """One item of a judge of texts."""
 
     @property
@@ -126,7 +126,7 @@ class Question(Protocol):
     def answer(self, logits: Tensor) -> tuple[float, str]: ...
 
 
-Asked = TypeVar("Asked", bound=Question)
+Asked = TypeVar("Asked", bound=Answerable)
 
 
 class TextScorer(ABC, Generic[Asked]):
@@ -211,7 +211,7 @@ class ClassificationScorer(TextScorer[TextQuestion]):
 
 
 def by_head(
-    model: LiveModel, questions: Sequence[Question], places: Sequence[int], score: Callable[[Sequence[int]], Scored]
+    model: LiveModel, questions: Sequence[Answerable], places: Sequence[int], score: Callable[[Sequence[int]], Scored]
 ) -> Scored:
     """The answers of each head to its own questions."""
     out = Scored()
@@ -222,7 +222,7 @@ def by_head(
     return out
 
 
-def take_in(out: Scored, questions: Sequence[Question], places: Sequence[int], logits: Tensor) -> None:
+def take_in(out: Scored, questions: Sequence[Answerable], places: Sequence[int], logits: Tensor) -> None:
     """Add the answers to the items at ``places``, given their logits, the first dimension of which are these items."""
     for place, row in zip(places, logits, strict=True):
         out.answers[place], out.said[place] = questions[place].answer(row)
