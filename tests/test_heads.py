@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -381,6 +382,28 @@ def folder_of_moods(marked, target):
     for part in (model, toys.tokenizer()):
         part.save_pretrained(target)
     return target
+
+
+def test_labels_in_another_order_are_warned_of(configured, folders, tmp_path):
+    """Where heads are merged as they stand; a union matches the rows by label."""
+    for name in ("one", "other"):
+        shutil.copytree(folders / "mood", tmp_path / name)
+    settings = json.loads((tmp_path / "other" / "config.json").read_text())
+    settings |= {"id2label": {"0": "good", "1": "fair", "2": "bad"}, "label2id": {"good": 0, "fair": 1, "bad": 2}}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(settings))
+    warned = {}
+    for heads in ("merged", "union"):
+        file = configured(heads)
+        raw = yaml.safe_load(file.read_text())
+        raw["model"]["base"] = str(folders / "mood")
+        raw["experts"] = {n: str(tmp_path / n) for n in ("one", "other")}
+        raw["evaluation"]["tasks"] = raw["evaluation"]["tasks"][:1]
+        file.write_text(yaml.safe_dump(raw))
+        warned[heads] = [w for w in prepare(config_at(file)).warnings if "in another order" in w]
+    assert warned["union"] == []
+    (said,) = warned["merged"]
+    assert said.startswith("experts.other (")
+    assert "'good' is number 0 there and number 2 in the base" in said
 
 
 def test_a_language_model_has_no_heads(configured):

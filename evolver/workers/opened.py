@@ -126,10 +126,26 @@ def _joined(config: Config, base: Checkpoint, experts: dict[str, Source]) -> Ope
             sources = {OF_BASE: base, **experts}
             own = {n: OwnModel(sources[n], one, Companions(one.path)) for n, one in loaded.items()}
         opened = Opened(models.base, models.experts, Companions(base.path), heads, own=own)
+    said = _moved_labels(base, experts) if config.model.heads == "merged" else []
     if models.tokens is None:
-        return opened
-    said = _other_tokens(config, models.tokens, base.vocabulary or {})
-    return replace(opened, companions=Companions(base.path, tokens=models.tokens), warnings=(said,))
+        return replace(opened, warnings=tuple(said))
+    said.append(_other_tokens(config, models.tokens, base.vocabulary or {}))
+    return replace(opened, companions=Companions(base.path, tokens=models.tokens), warnings=tuple(said))
+
+
+def _moved_labels(base: Checkpoint, experts: Mapping[str, Source]) -> list[str]:
+    """Experts with the base's labels in another order, a sentence each: their heads' rows are of different labels."""
+    theirs, said = labels_in_order(base.config), []
+    for source in experts.values():
+        ours = labels_in_order(source.config) if isinstance(source, Checkpoint) else theirs
+        if ours != theirs and sorted(ours) == sorted(theirs):
+            moved = next(label for label, other in zip(ours, theirs, strict=True) if label != other)
+            said.append(
+                f"{source.key} ({source.path}) has the labels of the base ({base.path}) in another order: {moved!r} is "
+                f"number {ours.index(moved)} there and number {theirs.index(moved)} in the base, so rows of different "
+                "labels are merged; write model.heads: union, which matches them by name"
+            )
+    return said
 
 
 def open_named(config: Config, location: str, key: str, headless: bool = False) -> Agreement:
