@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import toys
+import yaml
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent / "oracles"))
@@ -146,3 +148,85 @@ def test_peft_makes_the_model_of_the_base_and_the_adapter(make_model, tmp_path):
         )
     assert float((origin - wanted).abs().max()) > 0.1
     assert math.isclose(float((found - wanted).abs().max()), 0, abs_tol=1e-4)
+
+
+# A pool: every expert of a run.
+
+
+@pytest.mark.whole
+def test_a_pool_of_adapters_is_the_pool(make_config, models, tmp_path):
+    config = make_config(tmp_path, toys.SHORT)
+    ended = toys.evolver("extract", config, tmp_path / "out", "--rank", 64)
+    assert ended.code == 0, ended.err
+    assert [line.partition(": ")[0] for line in ended.out.splitlines()] == [str(tmp_path / "out" / n) for n in "abc"]
+    assert ended.out.count("holds 100.0 % of the squared difference") == 3
+    base = open_base(str(models / "base"))
+    for name in "abc":
+        adapter = open_expert(str(tmp_path / "out" / name), base, "lora")
+        for tensor, wanted in load_file(models / name / "model.safetensors").items():
+            torch.testing.assert_close(adapter.tensor(tensor), wanted, rtol=0, atol=1e-5)
+    found = make_config(tmp_path, toys.SHORT | {f"experts.{n}": str(tmp_path / "out" / n) for n in "abc"}, "again.yaml")
+    again = toys.evolver("validate", found)
+    assert (again.code, again.err) == (0, "")
+
+
+@pytest.mark.whole
+def test_a_pool_of_small_rank_says_what_each_expert_keeps(make_config, models, tmp_path):
+    ended = toys.evolver("extract", make_config(tmp_path), tmp_path / "out", "-r", 1)
+    one, two = (load_file(models / n / "model.safetensors") for n in ("base", "b"))
+    said = next(line for line in ended.out.splitlines() if line.startswith(f"{tmp_path / 'out' / 'b'}: rank 1"))
+    assert float(said.partition("holds ")[2].partition(" %")[0]) == pytest.approx(100 * shares(one, two, 1), abs=0.051)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    ("change", "options", "says"),
+    [
+        ({}, [], "--rank, --energy: give a rank"),
+        ({"experts.b": "nowhere/at/all"}, ["-r", 2], "experts.b: there is no folder"),
+        ({"experts.b": "BASE"}, ["-r", 2], "experts.b: the model differs from its base in no matrix"),
+        ({"model.sort": 1}, ["-r", 2], "model.sort: unknown key"),
+    ],
+)
+def test_a_pool_that_cannot_be_extracted_leaves_nothing(make_config, models, tmp_path, change, options, says):
+    change = {k: str(models / "base") if v == "BASE" else v for k, v in change.items()}
+    ended = toys.evolver("extract", make_config(tmp_path, change), tmp_path / "out", *options)
+    assert says in toys.refusal(ended.code, ended.err)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("heads", ["apart", "union"])
+def test_heads_that_a_run_does_not_merge_come_whole(heads, tmp_path):
+    """So that the run scores the adapters as it scores the experts."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    labels = {"base": ("x", "y"), "mood": ("bad", "fair", "good"), "colour": ("red", "good")}
+    for seed, (name, known) in enumerate(labels.items()):
+        torch.manual_seed(0)
+        model = bert()
+        torch.manual_seed(seed + 1)
+        sizes = {"num_labels": len(known), "id2label": dict(enumerate(known)), "label2id": {n: i for i, n in enumerate(known)}}  # fmt: skip  # noqa: E501
+        own = BertForSequenceClassification(BertConfig(**model.config.to_diff_dict() | sizes))
+        body = {n: t + 0.01 * seed * torch.randn_like(t) for n, t in model.bert.state_dict().items() if t.dtype.is_floating_point}  # fmt: skip  # noqa: E501
+        own.bert.load_state_dict(body, strict=False)
+        own.save_pretrained(tmp_path / name)
+        toys.tokenizer().save_pretrained(tmp_path / name)
+    rows = [{"text": t, "label": "good"} for t in toys.texts()]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    settings = {
+        "run": "heads", "model": {"base": str(tmp_path / "base"), "kind": "classifier", "heads": heads},
+        "experts": {n: str(tmp_path / n) for n in ("mood", "colour")},
+        "search": {"algorithm": "evolver", "generations": 2},
+        "budget": {"candidates": 2},
+        "evaluation": {"tasks": [
+            {"task": n, "data": str(tmp_path / "rows.jsonl"), "dev": 20, "report": 20} for n in ("mood", "colour")]},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    ended = toys.evolver("extract", tmp_path / "run.yaml", tmp_path / "out", "--rank", 64)
+    assert ended.code == 0, ended.err
+    for name in ("mood", "colour"):
+        wanted = load_file(tmp_path / name / "model.safetensors")
+        held = load_file(tmp_path / "out" / name / "adapter_model.safetensors")
+        for part in ("classifier.weight", "classifier.bias"):
+            assert torch.equal(held[f"base_model.model.{part}"], wanted[part])

@@ -33,10 +33,12 @@ FENCES = {
         "evolver.evaluation",
         "evolver.checkpoints.gguf",
         "evolver.checkpoints.names",
+        "evolver.checkpoints.peft_layers",
         "evolver.training",
     ),
     "gguf": ("evolver.checkpoints.gguf",),
-    "peft": ("evolver.training",),
+    # Training makes adapters, and what an adapter that is no low-rank delta makes of a layer is said by PEFT alone.
+    "peft": ("evolver.training", "evolver.checkpoints.peft_layers"),
     "fsspec": ("evolver.storage",),
     "starlette": ("evolver.dashboard",),
     "uvicorn": ("evolver.commands.cli",),

@@ -1,12 +1,14 @@
-"""LoRA adapters against what PEFT itself makes of them (merge_and_unload)."""
+"""Adapters of all kinds against what PEFT itself makes of them (merge_and_unload)."""
 
 import json
 
+import peft
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from evolver.checkpoints.peft_layers import LayerAdapter
 from evolver.checkpoints.sources import open_base, open_expert
 from evolver.errors import BadInput
 
@@ -27,10 +29,11 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
 
 
-def train(folder, model, seed=3, **settings):
+def train(folder, model, seed=3, kind="LoraConfig", **settings):
     """Save the model as base and a random adapter of it; every trained parameter is moved. The tuned model."""
     model.save_pretrained(folder / "base")
-    tuned = get_peft_model(model, LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": ["q_proj"]} | settings))
+    usual = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj"]} if kind == "LoraConfig" else {}
+    tuned = get_peft_model(model, getattr(peft, kind)(**usual | settings))
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in tuned.parameters():
@@ -43,6 +46,15 @@ def train(folder, model, seed=3, **settings):
 def opened(folder):
     base = open_base(str(folder / "base"))
     return base, open_expert(str(folder / "lora"), base, "experts.x")
+
+
+def with_biases(model):
+    """Biases that are not zero, as they are when a model is made."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter += torch.randn_like(parameter)
+    return model
 
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]
@@ -70,18 +82,46 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+IN = {"target_modules": LINEAR, "feedforward_modules": ["down_proj"]}
+# What is no low-rank delta, in the same form; the second settings are of a class of PEFT.
+BY_PEFT = {
+    "DoRA": (llama, {"target_modules": LINEAR, "use_dora": True}, 6),
+    "DoRA with patterns": (llama, {"target_modules": LINEAR, "use_dora": True, "use_rslora": True,
+                                   "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"down_proj": 9}}, 6),
+    "DoRA of transposed layers": (gpt2, {"target_modules": ["c_attn", "c_proj"], "use_dora": True,
+                                         "fan_in_fan_out": True}, 6),
+    "DoRA of embedding and head": (lambda: llama(tied=False), {"target_modules": ["embed_tokens", "lm_head", "q_proj"],
+                                                               "use_dora": True}, 4),
+    "DoRA and modules to save": (lambda: llama(tied=False), {"use_dora": True, "modules_to_save": ["norm"]}, 7),
+    "DoRA and biases": (lambda: llama(biases=True), {"use_dora": True, "bias": "all"}, 10),
+    "LoHa": (llama, {"kind": "LoHaConfig", "r": 3, "alpha": 5, "target_modules": LINEAR}, 6),
+    "LoHa with patterns": (llama, {"kind": "LoHaConfig", "r": 3, "alpha": 5, "target_modules": LINEAR,
+                                   "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"down_proj": 9}}, 6),
+    "LoKr": (llama, {"kind": "LoKrConfig", "r": 2, "alpha": 5, "target_modules": LINEAR}, 6),
+    "LoKr in four parts": (llama, {"kind": "LoKrConfig", "r": 1, "alpha": 5, "target_modules": r".*_proj",
+                                   "decompose_both": True, "decompose_factor": 4}, 14),
+    "IA3": (llama, {"kind": "IA3Config", **IN}, 6),
+    "IA3 and biases": (lambda: with_biases(llama(biases=True)), {"kind": "IA3Config", **IN}, 10),
+    "IA3 of transposed layers": (lambda: with_biases(gpt2()), {
+        "kind": "IA3Config", "target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"],
+        "fan_in_fan_out": True}, 6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES | BY_PEFT)
 def test_an_adapter_is_what_peft_makes_of_it(tmp_path, name):
-    make, settings, changes = CASES[name]
+    make, settings, changes = (CASES | BY_PEFT)[name]
     torch.manual_seed(0)
     merged = train(tmp_path, make(), **settings).merge_and_unload().state_dict()
     base, ours = opened(tmp_path)
     assert ours.names() == base.names()
     changed = 0
-    for name in base.names():
-        assert ours.tensor(name).shape == merged[name].shape
-        assert (ours.tensor(name) - merged[name]).abs().max() <= CLOSE, name
-        changed += not torch.equal(ours.tensor(name), base.tensor(name))
+    for tensor in base.names():
+        assert ours.tensor(tensor).shape == merged[tensor].shape
+        assert (ours.tensor(tensor) - merged[tensor]).abs().max() <= CLOSE, tensor
+        if name in BY_PEFT:  # the same computation
+            assert torch.equal(ours.tensor(tensor), merged[tensor]), tensor
+        changed += not torch.equal(ours.tensor(tensor), base.tensor(tensor))
     assert changed == changes
 
 
@@ -131,18 +171,10 @@ def copy_adapter(source, target):
                 own[name].copy_(tensor)
 
 
-def test_dora_is_refused_with_the_reason(tmp_path):
-    train(tmp_path, llama(), use_dora=True)
-    with pytest.raises(
-        BadInput, match=r"^experts\.x: .*lora uses use_dora, .* not a low-rank change .*merge_and_unload"
-    ):
-        opened(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"peft_type": "IA3"}, r"of the kind 'IA3' \(peft_type\), and only LORA"),
+        ({"peft_type": "VERA"}, r"of the kind 'VERA' \(peft_type\), and only LORA, LOHA, LOKR, IA3 are read"),
         ({"peft_type": None}, r"of the kind None \(peft_type\)"),
         ({"r": 5}, "says r = 5 for .*, and its matrices there have the rank"),
         ({"r": "8"}, "r: '8' is not usable; it has to be an integer from 1"),
@@ -197,3 +229,124 @@ def change_norm(file):
     content = load_file(file)
     content["base_model.model.model.norm.weight"][0] += 1
     save_file(content, file)
+
+
+@pytest.mark.parametrize("name", ["DoRA", "LoHa", "LoKr", "IA3"])
+def test_an_adapter_that_peft_reads_is_known_by_what_it_makes(tmp_path, name):
+    """Other values or settings are another model; a note or a dropout in its configuration is not."""
+    make, settings, _ = BY_PEFT[name]
+    found = set()
+    for folder, seed in (("one", 3), ("two", 4)):
+        torch.manual_seed(0)
+        train(tmp_path / folder, make(), seed=seed, **settings)
+        found.add(opened(tmp_path / folder)[1].digest())
+    file = tmp_path / "two" / "lora" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"note": 1, "lora_dropout": 0.3}))
+    found.add(opened(tmp_path / "two")[1].digest())
+    assert len(found) == 2
+    if name != "IA3":
+        key = "lora_alpha" if name == "DoRA" else "alpha"
+        file.write_text(json.dumps(config | {key: 2}))
+        assert opened(tmp_path / "two")[1].digest() not in found
+
+
+@pytest.mark.parametrize("name", ["DoRA", "LoHa", "IA3"])
+def test_bfloat16_is_computed_in_float32(tmp_path, name):
+    make, settings, _ = BY_PEFT[name]
+    torch.manual_seed(0)
+    exact = train(tmp_path / "wide", make().bfloat16().float(), **settings).merge_and_unload().state_dict()
+    torch.manual_seed(0)
+    make().bfloat16().save_pretrained(tmp_path / "base")
+    (tmp_path / "wide" / "lora").rename(tmp_path / "lora")
+    base, ours = opened(tmp_path)
+    for tensor in base.names():
+        assert ours.tensor(tensor).dtype == torch.bfloat16
+        assert torch.equal(ours.tensor(tensor), exact[tensor].bfloat16()), tensor
+
+
+@pytest.mark.parametrize("name", ["DoRA", "LoHa", "LoKr", "IA3"])
+@pytest.mark.parametrize(
+    ("damage", "says"), [("shape", "PEFT cannot put the adapter"), ("missing", "only one of the two has")]
+)
+def test_what_peft_cannot_put_onto_the_base_is_refused(tmp_path, name, damage, says):
+    from safetensors.torch import load_file, save_file
+
+    make, settings, _ = BY_PEFT[name]
+    train(tmp_path, make(), **settings)
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    content = load_file(file)
+    last = max(content)
+    if damage == "shape":
+        content[last] = torch.cat([content[last], content[last]])
+    elif name == "IA3":
+        pytest.skip("it has one tensor for each layer; without it, the layer is not changed")
+    else:
+        del content[last]
+    save_file(content, file)
+    with pytest.raises(BadInput, match=rf"^experts\.x: .*{says}") as caught:
+        opened(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_reading_an_adapter_draws_no_random_numbers(tmp_path):
+    train(tmp_path, llama(), **BY_PEFT["DoRA"][1])
+    before = torch.get_rng_state()
+    _, ours = opened(tmp_path)
+    ours.tensor("model.layers.0.self_attn.q_proj.weight")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_peft_the_sentence_says_what_to_install(tmp_path, monkeypatch):
+    train(tmp_path, llama(), **BY_PEFT["DoRA"][1])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BadInput, match=r"run pip install 'evolver\[experts\]'"):
+        opened(tmp_path)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("EVOLVER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "adapters"
+
+
+def asked_thrice(ours):
+    """The tensors at the first, second and third time."""
+    return [{name: ours.tensor(name).clone() for name in ours.names()} for _ in range(3)]
+
+
+@pytest.mark.parametrize("name", BY_PEFT)
+def test_what_is_asked_for_again_is_computed_once_and_the_same(tmp_path, name, cache, monkeypatch):
+    make, settings, _ = BY_PEFT[name]
+    torch.manual_seed(0)
+    train(tmp_path, make(), **settings)
+    base, ours = opened(tmp_path)
+    first, *others = asked_thrice(ours)
+    assert len(list(cache.iterdir())) == 1
+    monkeypatch.setattr(LayerAdapter, "_changed", lambda *_: pytest.fail("computed again"))
+    _, anew = opened(tmp_path)
+    anew._asked.update(base.names())
+    for made in (*others, {n: ours.tensor(n) for n in base.names()}, {n: anew.tensor(n) for n in base.names()}):
+        assert all(torch.equal(made[n], first[n]) and made[n].dtype == first[n].dtype for n in base.names())
+
+
+def test_another_adapter_has_other_tensors_in_the_cache(tmp_path, cache):
+    for seed, folder in enumerate((tmp_path / "one", tmp_path / "two")):
+        torch.manual_seed(0)
+        train(folder, llama(), seed=seed, **BY_PEFT["LoHa"][1])
+        asked_thrice(opened(folder)[1])
+    assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("trouble", ["a file in the place of the folder", "damage"])
+def test_a_cache_that_cannot_be_used_costs_time_only(tmp_path, cache, trouble):
+    train(tmp_path, llama(), **BY_PEFT["LoKr"][1])
+    if trouble == "damage":
+        asked_thrice(opened(tmp_path)[1])
+        (file,) = cache.rglob("*.safetensors")
+        file.write_bytes(file.read_bytes()[:50])
+    else:
+        cache.parent.mkdir(parents=True)
+        cache.write_text("")
+    first, second, third = asked_thrice(opened(tmp_path)[1])
+    assert all(torch.equal(first[n], other[n]) for other in (second, third) for n in first)

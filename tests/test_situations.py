@@ -91,7 +91,7 @@ def test_shards_without_their_index(models, tmp_path):
         ("bitsandbytes", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
         ("gptq", {"bits": 4, "group_size": 128}),
         ("awq", {"bits": 4, "version": "gemm"}),
-        ("fp8", {"weight_block_size": [128, 128]}),
+        ("compressed-tensors", {"format": "float-quantized"}),
     ],
 )
 def test_quantised_weights_are_named_as_such(models, tmp_path, method, settings):
@@ -106,6 +106,7 @@ def test_quantised_weights_are_named_as_such(models, tmp_path, method, settings)
     save_file(tensors, tmp_path / "a" / "model.safetensors")
     said = refused_merge(merge_of(tmp_path, [models / "b", tmp_path / "a"], (1.0, 1.0)))
     assert f"{tmp_path / 'a'} are quantised ({method})" in said
+    assert "give the model that was quantised" in said
 
 
 # Tasks

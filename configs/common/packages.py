@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import sys
 import tarfile
@@ -69,3 +70,11 @@ def read_member(archive: tarfile.TarFile, name: str) -> bytes:
     handle = archive.extractfile(name)
     assert handle is not None
     return handle.read()
+
+
+def name_model(folder: Path, name: str) -> None:
+    """Write into a model's config.json which model of the hub it is: adapters name their base so."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.get("_name_or_path") != name:
+        file.write_text(json.dumps({**config, "_name_or_path": name}, indent=2) + "\n", encoding="utf-8")

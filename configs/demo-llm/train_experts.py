@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prepare_llm import TASKS, Item, Task, arithmetic_item, llm_folder, sentiment_item, unique
+from prepare_llm import BASE_NAME, TASKS, Item, Task, arithmetic_item, llm_folder, sentiment_item, unique
 from texts import normalise, tidy
 from torch import Tensor
 
 from evolver.storage import whole_folder
 
 EXPERTS = Path(__file__).parent / "experts"
-BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LIBRARIES = ("torch", "transformers", "peft", "lm_eval")
 # One shape for all batches: oneDNN compiles its bfloat16 kernels anew, for many seconds, at each new one.

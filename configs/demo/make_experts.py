@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from prepare_demo import BASE
 from safetensors.torch import load_file, save_file
 
 from evolver.checkpoints.lora_out import write_lora
@@ -22,7 +23,6 @@ from evolver.training.table import measure
 HERE = Path(__file__).parent
 EXPERTS = HERE / "experts"
 RANK = 40
-BASE = "sentence-transformers/paraphrase-MiniLM-L3-v2"
 
 
 def pack(base: Path, expert: Path, target: Path) -> None:

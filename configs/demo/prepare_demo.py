@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "common")]
 
-from packages import cache_folder, fetch
+from packages import cache_folder, fetch, name_model
 from ratings import VADER, Rated, rated
 from texts import normalise, text_rank, tidy
 
@@ -25,6 +25,7 @@ from evolver.errors import BadInput
 from evolver.storage import whole_folder
 
 DATA_VERSION = 1  # raise it when the texts change: caches with another version are rebuilt
+BASE = "sentence-transformers/paraphrase-MiniLM-L3-v2"
 LABELS = ("very negative", "negative", "neutral", "positive", "very positive")
 EDGES = (-1.5, -0.5, 0.5, 1.5)  # of the mean rating, which goes from -4 to 4
 DOMAINS = {
@@ -128,6 +129,7 @@ def main() -> int:
     folder = cache_folder() / "demo"
     try:
         prepare_base(folder / "minilm")
+        name_model(folder / "minilm", BASE)
         prepare_data(folder / "data")
     except BadInput as error:
         print(error, file=sys.stderr)

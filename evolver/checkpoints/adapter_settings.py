@@ -1,4 +1,4 @@
-"""The configuration of a LoRA adapter (``adapter_config.json``), checked by itself and against its tensors."""
+"""The configuration of an adapter (``adapter_config.json``), checked by itself and against its tensors."""
 
 from __future__ import annotations
 
@@ -11,22 +11,27 @@ from evolver.errors import BadInput
 
 # PEFT's words for all linear layers.
 ALL_LINEAR = "all-linear"
+# The kinds of adapters that are read. All of them change one layer at a time, by its own tensors.
+KINDS = ("LORA", "LOHA", "LOKR", "IA3")
+# Options of LoRA with which a layer's change is not made of its own tensors, or not made of the base's.
+NOT_OF_A_LAYER = (
+    "lora_bias", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config",
+    "alora_invocation_tokens", "layer_replication", "target_parameters", "trainable_token_indices",
+)  # fmt: skip
+# Beginnings of training that change the base itself.
+MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def check_settings(config: Mapping[str, Any], file: Path, key: str) -> None:
     """Check the settings that decide what an adapter adds to its base.
 
-    Raises BadInput that names ``key``, the file and the setting for a kind of adapter other than LoRA, and for a value
+    Raises BadInput that names ``key``, the file and the setting for a kind of adapter that is not read, and for a value
     of a wrong type or outside its range.
     """
-    kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise BadInput(
-            f"{key}: {file} is of an adapter of the kind {_short(kind)} (peft_type), and only LORA adapters are "
-            "low-rank deltas; merge it into its base with PEFT (merge_and_unload) and give that folder."
-        )
+    _check_kind(config, file, key)
     wanted = {
-        "r": (_is_rank, "an integer from 1"), "lora_alpha": (_is_number, "a number"),
+        "r": (_is_rank, "an integer from 1"), "lora_alpha": (_is_number, "a number"), "alpha": (_is_number, "a number"),
+        "use_dora": (_is_switch, "true or false"),
         "use_rslora": (_is_switch, "true or false"), "fan_in_fan_out": (_is_switch, "true or false"),
         "ensure_weight_tying": (_is_switch, "true or false"),
         "rank_pattern": (lambda v: _is_pattern(v, _is_rank), "a mapping from names of modules to integers from 1"),
@@ -41,6 +46,27 @@ def check_settings(config: Mapping[str, Any], file: Path, key: str) -> None:
     for name in ("rank_pattern", "alpha_pattern", "target_modules"):
         for pattern in [config[name]] if isinstance(config.get(name), str) else config.get(name) or ():
             _check_pattern(pattern, f"{key}: {file}: {name}")
+
+
+def is_nonlinear(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter changes a layer otherwise than by adding B A, so that PEFT has to compute the change."""
+    return config.get("peft_type", "LORA") != "LORA" or bool(config.get("use_dora"))
+
+
+def _check_kind(config: Mapping[str, Any], file: Path, key: str) -> None:
+    kind = config.get("peft_type", "LORA")
+    if kind not in KINDS:
+        raise BadInput(
+            f"{key}: {file} is of an adapter of the kind {_short(kind)} (peft_type), and only {', '.join(KINDS)} are "
+            "read; merge it into its base with PEFT (merge_and_unload) and give that folder."
+        )
+    used = [o for o in NOT_OF_A_LAYER if config.get(o)]
+    start = str(config.get("init_lora_weights"))
+    if used or start.lower().startswith(MOVES_THE_BASE):
+        raise BadInput(
+            f"{key}: the adapter {file.parent} uses {[*used, start][0]}, which changes more than single layers of the "
+            "base; merge it into its base with PEFT (merge_and_unload) and give that folder."
+        )
 
 
 def check_rank(config: Mapping[str, Any], module: str, rank: int, file: Path, key: str) -> None:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from evolver.checkpoints.model_settings import differing_settings
+from evolver.checkpoints.origins import NAMED_BASE, OtherBase, other_base
 from evolver.checkpoints.weights import DIGEST_BYTES, Checkpoint, Source, cached, digests
 from evolver.errors import BadInput
 from evolver.kernels import execute, native
@@ -34,6 +35,29 @@ def left_out(models: Iterable[Source]) -> list[str]:
     ]
 
 
+def strange_bases(models: Iterable[Source]) -> list[str]:
+    """Which adapters name another base than the one that they are used on, as far as this is known without reading
+    weights, a sentence each.
+    """
+    return [f"{m.key} ({m.path}) {_says_other(found)}." for m in models if (found := other_base(m, weights=False))]
+
+
+def refuse_strangers(base: Checkpoint, experts: Iterable[Source], key: str, weights: bool) -> None:
+    """Check that experts are fine-tunes of their base: what is a warning otherwise, is refused here.
+
+    Args:
+        key: what asks for it, such as ``model.strict``.
+        weights: whether weights may be read; without, only the bases that adapters name are looked at.
+
+    Raises BadInput for an adapter that names another base, and for a model whose weights have nothing to do with it.
+    """
+    for source in experts:
+        if found := other_base(source, weights):
+            raise BadInput(f"{source.key}: {source.path} {_says_other(found)} ({key} refuses it).")
+        if weights and (distance := _survey(source, base)) > FAR:
+            raise BadInput(f"{source.key}: {source.path} {_says_far(distance, base)} ({key} refuses it).")
+
+
 def suspicions(base: Checkpoint, experts: Iterable[Source]) -> list[str]:
     """What is odd about the experts, a sentence each; nothing of it keeps them from being merged.
 
@@ -51,16 +75,29 @@ def suspicions(base: Checkpoint, experts: Iterable[Source]) -> list[str]:
         if distance == 0:
             out.append(f"{which} equals the base ({base.path}) in every floating tensor, so it adds nothing.")
         if distance > FAR:
-            out.append(
-                f"{which} is {distance:.2f} norms of the base away from the base ({base.path}), where fine-tunes are "
-                "at 0.1 or less and unrelated models at 1.4; check that it was trained from this base."
-            )
+            out.append(f"{which} {_says_far(distance, base)}.")
+        if (found := other_base(source, weights=True)) and not other_base(source, weights=False):
+            out.append(f"{which} {_says_other(found)}.")
         if other := _other_settings(source, base):
             out.append(
                 f"{which} has other settings in its config.json than the base ({base.path}), which change what the "
                 f"same weights compute: {other}; merges and experts are computed with the base's."
             )
     return out
+
+
+def _says_far(distance: float, base: Checkpoint) -> str:
+    return (
+        f"is {distance:.2f} norms of the base away from the base ({base.path}), where fine-tunes are at 0.1 or less "
+        "and unrelated models at 1.4; check that it was trained from this base"
+    )
+
+
+def _says_other(found: OtherBase) -> str:
+    return (
+        f"was trained on {found.named} ({NAMED_BASE} in its adapter_config.json) and is used on {found.used}; check "
+        "that this is the same model"
+    )
 
 
 def _other_settings(expert: Source, base: Checkpoint) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evolver.checkpoints.lora import LoraAdapter
+from evolver.checkpoints.adapter import Adapter
 from evolver.checkpoints.weights import Checkpoint, Source, TensorInfo, digest_of_tensors, is_head
 from evolver.errors import BadInput
 
@@ -28,7 +28,7 @@ def head_of(source: Source) -> Head:
 
     Raises BadInput where it has none.
     """
-    found = source.saved(is_head) if isinstance(source, LoraAdapter) else _saved(source)
+    found = source.saved(is_head) if isinstance(source, Adapter) else _saved(source)
     if not found:
         raise BadInput(f"{source.key}: {source.path} holds no classification head; give a classifier.")
     return found

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 
 @dataclass(frozen=True)
-class Adapter:
+class WrittenAdapter:
     """What was written: the largest rank, how many tensors came whole, and the share of the squared difference held."""
 
     rank: int
@@ -50,7 +51,8 @@ def write_delta(base: Mapping[str, Tensor], model: Tensors, folder: Path, about:
 def write_lora(
     base: Mapping[str, Tensor], model: Tensors, folder: Path, location: str, tied: bool,
     rank: int | None = None, energy: float | None = None, transposed: bool = False,
-) -> Adapter:  # fmt: skip
+    head: Mapping[str, Tensor] = MappingProxyType({}),
+) -> WrittenAdapter:  # fmt: skip
     """Write a PEFT adapter: each matrix's difference by its leading singular vectors.
 
     Norms, biases, embeddings and a head of its own come whole beside them, where they differ. By the theorem of Eckart
@@ -63,6 +65,7 @@ def write_lora(
         rank: of every matrix; or
         energy: the share of the squared difference that each matrix has to keep, in (0, 1].
         transposed: whether the base's layers hold the transposes of their matrices, see ``is_transposed``.
+        head: tensors that the base has no place for, which come whole.
 
     Raises BadInput where no matrix differs.
     """
@@ -85,8 +88,9 @@ def write_lora(
     embedding = next((n for n in whole if n.endswith(TIED)), None)
     if embedding and tied:
         whole["lm_head.weight"] = whole[embedding].clone()  # PEFT unties what it saves whole
+    whole |= head
     _write_adapter(folder, pairs, whole, location, transposed)
-    return Adapter(max(len(a) for a, _ in pairs.values()), len(whole), kept / total)
+    return WrittenAdapter(max(len(a) for a, _ in pairs.values()), len(whole), kept / total)
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:

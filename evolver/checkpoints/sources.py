@@ -31,9 +31,13 @@ def open_base(location: str, key: str = "model.base", headless: bool = False) ->
     """
     path = _locate(location, key)
     known = _format_of(path)
-    if known is None or known.delta:
-        return Checkpoint(path, key, headless)
-    base: Checkpoint = known.open(path, key, None, headless)
+    if known is not None and known.delta:
+        raise BadInput(
+            f"{key}: {location} is an adapter, which is no model without its base; write BASE+{location} in a mergekit "
+            "file, or give the model that it was trained on."
+        )
+    base: Checkpoint = Checkpoint(path, key, headless) if known is None else known.open(path, key, None, headless)
+    base.location = location
     return base
 
 
@@ -52,6 +56,7 @@ def open_expert(
     known = _format_of(path)
     expert: Source = known.open(path, key, base, base.headless) if known else Checkpoint(path, key, base.headless)
     if isinstance(expert, Checkpoint):
+        expert.location = location
         common = names or Agreement(base)
         _check_same_family(expert, base, key, same_tokens, common)
         if names is None:

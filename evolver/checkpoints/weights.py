@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from evolver.checkpoints.names import is_computed, plain_names, wrapper_patterns
+from evolver.checkpoints.quantised import ScaledTensors, refuse_quantised, without_quantisation
 from evolver.errors import BadInput, cause_of, refuse_special
 from evolver.kernels import native
 from evolver.records.recipe import layer_of
@@ -87,6 +88,7 @@ class Checkpoint:
         ignored: tensors of the files that the model's class has no place for, as far as it was asked.
         named: the name of the tensor that the model's class calls so, or the same where it is not known.
         apart: the names in the files, by their own names, of tensors that are kept with the head.
+        location: as the user named it, where this is known.
 
     Raises BadInput where the folder is no checkpoint, or a file of it is truncated or not safetensors.
     """
@@ -95,22 +97,25 @@ class Checkpoint:
     tied: Mapping[str, str] = MappingProxyType({})
     ignored: tuple[str, ...] = ()
     apart: Mapping[str, str] = MappingProxyType({})
+    location = ""
     named: Callable[[str], str] = staticmethod(str)
 
     def __init__(self, path: Path, key: str, headless: bool = False) -> None:
         self.path, self.key, self.headless = path, key, headless
         self._files: dict[str, Any] = {}
         self._place: dict[str, str] = {}
-        if (path / "config.json").exists():
-            refuse_quantised(self.config, path, key)
+        raw_config = read_json(path / "config.json", key) if (path / "config.json").exists() else {}
+        refuse_quantised(raw_config, path, key)
         for file in _weight_files(path, key):
             handle = open_tensors(path / file, key)
             self._files[file] = handle
             self._place.update(dict.fromkeys(handle.keys(), file))
+        self._scaled = ScaledTensors(raw_config, self._place, self._sizes, path, key)
         plain = plain_names(self._place)
         self._place = {n: f for n, f in self._place.items() if not (headless and is_head(plain[n]))}
         # The name in the files of every tensor by the name under which it is seen.
-        self._stored = {plain[n]: n for n in self._place if not is_computed(plain[n], partial(self._sizes, n))}
+        own = [n for n in self._place if not is_computed(plain[n], partial(self._sizes, n))]
+        self._stored = self._scaled.in_parts({plain[n]: n for n in own})
 
     @cached_property
     def headers(self) -> dict[str, TensorInfo]:
@@ -160,7 +165,7 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return read_json(self.path / "config.json", self.key)
+        return without_quantisation(read_json(self.path / "config.json", self.key))
 
     @cached_property
     def size(self) -> int:
@@ -179,6 +184,10 @@ class Checkpoint:
         return self._read(self._stored[name])
 
     def _read(self, stored: str) -> Tensor:
+        scaled = self._scaled.of(stored)
+        return self._in_file(stored) if scaled is None else scaled.plain(self._in_file)
+
+    def _in_file(self, stored: str) -> Tensor:
         tensor: Tensor = self._files[self._place[stored]].get_tensor(stored)
         return tensor
 
@@ -202,6 +211,8 @@ class Checkpoint:
         return tuple(self._files[self._place[stored]].get_slice(stored).get_shape())
 
     def _info(self, name: str) -> TensorInfo:
+        if (scaled := self._scaled.of(name)) is not None:
+            return TensorInfo(scaled.shape, scaled.dtype)
         piece = self._files[self._place[name]].get_slice(name)
         dtype = piece.get_dtype()
         if dtype not in DTYPES:
@@ -214,9 +225,10 @@ class Checkpoint:
         return digest_of_tensors((name, self._checked(name, name in used)) for name in sorted(self._place))[:20]
 
     def _checked(self, stored: str, used: bool) -> Tensor:
-        tensor = self._read(stored)
+        tensor = self._in_file(stored)
         if used:
-            check_finite(tensor, stored, self.path, self.key)
+            plain = tensor if self._scaled.of(stored) is None else self._read(stored)
+            check_finite(plain, stored, self.path, self.key)
         return tensor
 
 
@@ -284,16 +296,6 @@ def _indexed_files(index: Path, key: str) -> list[str]:
         if not isinstance(file, str) or Path(file).name != file:
             raise BadInput(f"{key}: {index} names {file!r}, which is not in its folder; copy the model again.")
     return sorted(set(files.values()))
-
-
-def refuse_quantised(config: Mapping[str, Any], path: Path, key: str) -> None:
-    """Raises BadInput for weights that are stored as integers with scales: their sums mean nothing."""
-    if (quantised := config.get("quantization_config")) is not None:
-        kind = quantised.get("quant_method", "some way") if isinstance(quantised, dict) else "some way"
-        raise BadInput(
-            f"{key}: the weights of {path} are quantised ({kind}), and only plain floating numbers can be merged; give "
-            "the model in its full precision."
-        )
 
 
 def open_tensors(file: Path, key: str) -> Any:

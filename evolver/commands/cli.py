@@ -290,6 +290,7 @@ def merge(
         str, typer.Option(help="largest size of a weights file, such as 5B or 500M bytes")
     ] = "5B",
     random_seed: Annotated[int, typer.Option(help="seed of methods that draw at random")] = 0,
+    strict: Annotated[bool, typer.Option(help="refuse models that are no fine-tunes of the base")] = False,
     num_threads: Annotated[int, typer.Option("--num-threads", "-j", help="CPU threads; 0 means all cores")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print nothing")] = False,
     verbose: mk.Verbosity = 0, async_write: mk.NoEffect = False, write_threads: mk.NoEffectCount = None,
@@ -316,7 +317,7 @@ def merge(
     merging.merge_file(
         config, out, device=mk.chosen_device(cuda or gpu_rich, device), seed=random_seed,
         shard_bytes=_bytes(out_shard_size), tokenizer=copy_tokenizer, card=write_model_card,
-        warn=lambda line: None if quiet else typer.echo(f"warning: {line}", err=True),
+        strict=strict, warn=lambda line: None if quiet else typer.echo(f"warning: {line}", err=True),
     )  # fmt: skip
     if not quiet:
         typer.echo(f"wrote {out}")
@@ -324,21 +325,36 @@ def merge(
 
 @app.command()
 def extract(
-    base: Annotated[str, typer.Argument(help="folder, hub id or URI of the base")],
-    model: Annotated[str, typer.Argument(help="folder, hub id or URI of a fine-tune of the base")],
-    out: Annotated[Path, typer.Argument(help="folder to write, new or empty")],
+    base: Annotated[
+        str, typer.Argument(help="folder, hub id or URI of the base; for a whole pool, the YAML file of a run")
+    ],
+    model: Annotated[
+        str, typer.Argument(help="folder, hub id or URI of a fine-tune of the base; for a pool, the folder to write")
+    ],
+    out: Annotated[
+        Path | None, typer.Argument(help="folder to write, new or empty; left out for a pool", show_default=False)
+    ] = None,
     rank: Annotated[int | None, typer.Option("--rank", "-r", min=1, help="rank of the adapter")] = None,
     energy: Annotated[
         float | None, typer.Option(help="instead of a rank: the share (0 to 1) of the squared difference to keep")
     ] = None,
 ) -> None:
-    """Write what a model changed in its base as a LoRA adapter, and say how much of the change the adapter holds."""
-    from evolver.commands.extract import extract_lora
+    """Write what a model changed in its base as a LoRA adapter, and say how much of the change the adapter holds.
+
+    With the YAML file of a run instead of two models, it writes one adapter for each expert.
+    """
+    from evolver.commands.extract import extract_lora, extract_pool
 
     _check_energy(energy)
-    made = extract_lora(
-        base, model, out, rank=rank, energy=energy, warn=lambda line: typer.echo(f"warning: {line}", err=True)
-    )
+
+    def warn(line: str) -> None:
+        typer.echo(f"warning: {line}", err=True)
+
+    if out is None:
+        for name, adapter in extract_pool(Path(base), Path(model), rank=rank, energy=energy, warn=warn).items():
+            typer.echo(f"{Path(model) / name}: {adapter.said}")
+        return
+    made = extract_lora(base, model, out, rank=rank, energy=energy, warn=warn)
     typer.echo(f"{out}: {made.said}")
 
 

@@ -25,7 +25,7 @@ Finding = tuple[str, str, str]  # what was looked for, what was found, and what 
 SHOWN_PACKAGES = ("torch", "transformers", "lm-eval", "optuna", "ray", "pyarrow", "safetensors")
 EXTRAS = {
     "gguf": ("gguf", "reading GGUF files"),
-    "peft": ("experts", "training LoRA experts"),
+    "peft": ("experts", "training LoRA experts, reading other kinds of adapters"),
     "s3fs": ("s3", "runs and models on s3://"),
     "gcsfs": ("gs", "runs and models on gs://"),
     "tensorboard": ("tensorboard", "following runs in TensorBoard"),

@@ -1,18 +1,22 @@
-"""``evolver extract``: writes what a model changed in its base as a LoRA adapter."""
+"""``evolver extract``: writes what a model, or each expert of a run, changed in its base as a LoRA adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from evolver.checkpoints.doubts import suspicions
-from evolver.checkpoints.lora_out import Adapter, is_tied, is_transposed, write_lora
+from evolver.checkpoints.doubts import strange_bases, suspicions
+from evolver.checkpoints.heads import Head, Relabelled
+from evolver.checkpoints.lora_out import WrittenAdapter, is_tied, is_transposed, write_lora
 from evolver.checkpoints.sources import open_base, open_expert
-from evolver.checkpoints.weights import Source
+from evolver.checkpoints.weights import Checkpoint, Source
+from evolver.config.reading import load
 from evolver.errors import BadInput
 from evolver.storage import check_target, new_folder
+from evolver.workers.opened import Opened, open_models
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -34,7 +38,7 @@ class LazyTensors(Mapping[str, Tensor]):
 def extract_lora(
     base: str, model: str, target: Path, *, rank: int | None = None, energy: float | None = None,
     warn: Callable[[str], None] = lambda _: None,
-) -> Adapter:  # fmt: skip
+) -> WrittenAdapter:  # fmt: skip
     """Write the difference between a model and its base as a PEFT adapter.
 
     Args:
@@ -48,15 +52,79 @@ def extract_lora(
     Raises BadInput, before anything is written, where both or none of the two are given, where a model cannot be
     opened, and where the model is no fine-tune of the base or differs from it in no matrix.
     """
-    if (rank is None) == (energy is None):
-        raise BadInput("--rank, --energy: give a rank, or the share of the difference to keep, and not both.")
+    _check_size(rank, energy)
     check_target(target)
     origin = open_base(base, "BASE")
     expert = open_expert(model, origin, "MODEL")
-    for doubt in suspicions(origin, [expert]):
+    for doubt in (*strange_bases([expert]), *suspicions(origin, [expert])):
         warn(doubt)
-    names = [n for n, i in origin.headers.items() if i.dtype.is_floating_point]
     with new_folder(target) as folder:
-        tensors = ((n, expert.tensor(n)) for n in names)
-        tied, transposed = is_tied(origin.config), is_transposed(origin.config)
-        return write_lora(LazyTensors(origin), tensors, folder, base, tied, rank, energy, transposed)
+        return _write(origin, expert, folder, base, rank, energy, {})
+
+
+def extract_pool(
+    file: Path, target: Path, *, rank: int | None = None, energy: float | None = None,
+    warn: Callable[[str], None] = lambda _: None,
+) -> dict[str, WrittenAdapter]:  # fmt: skip
+    """Write the difference between each expert of a run and its base as a PEFT adapter, in a folder of the expert's
+    name. Classification heads that the run keeps apart, or brings together by label, are written whole.
+
+    Args:
+        file: the run's configuration.
+        target: folder for all adapters, new or empty.
+        rank, energy, warn: see ``extract_lora``.
+
+    Returns what was written by the names of the experts. Raises BadInput, before anything is left behind, as
+    ``extract_lora`` does, and where the experts have other tokens than the base, which has no place for them.
+    """
+    _check_size(rank, energy)
+    check_target(target)
+    config = load(str(file))
+    try:
+        opened = open_models(config)
+        if opened.own:
+            raise BadInput(
+                "model.tokenizer: the experts have other tokens than the base, and an adapter has no place for their "
+                "rows; give experts with the tokens of the base."
+            )
+        origin = _body(opened.base)
+        models = {name: _body(expert) for name, expert in opened.experts.items()}
+        for doubt in (*strange_bases(models.values()), *suspicions(origin, models.values())):
+            warn(doubt)
+        with new_folder(target) as folder:
+            made = {}
+            for name, expert in models.items():
+                (folder / name).mkdir()
+                head = _head(opened, name)
+                made[name] = _write(origin, expert, folder / name, config.model.base, rank, energy, head)
+            return made
+    except BadInput as error:
+        raise BadInput(f"{file}: {error}") from error
+
+
+def _check_size(rank: int | None, energy: float | None) -> None:
+    if (rank is None) == (energy is None):
+        raise BadInput("--rank, --energy: give a rank, or the share of the difference to keep, and not both.")
+
+
+def _body(model: Any) -> Any:
+    """A model without the head that a run shows it with."""
+    return model.inner if isinstance(model, Relabelled) else model
+
+
+def _head(opened: Opened, name: str) -> Head:
+    """The head of an expert that is no part of its body."""
+    seen = opened.experts[name]
+    return seen.heads[name] if isinstance(seen, Relabelled) else opened.heads.get(name, {})
+
+
+def _write(
+    origin: Checkpoint, expert: Source, folder: Path, location: str, rank: int | None, energy: float | None, head: Head
+) -> WrittenAdapter:  # fmt: skip
+    names = [n for n, i in origin.headers.items() if i.dtype.is_floating_point]
+    tensors = ((n, expert.tensor(n)) for n in names)
+    tied, transposed = is_tied(origin.config), is_transposed(origin.config)
+    try:
+        return write_lora(LazyTensors(origin), tensors, folder, location, tied, rank, energy, transposed, head)
+    except BadInput as error:
+        raise BadInput(f"{expert.key}: {error}") from error

@@ -11,7 +11,7 @@ import torch
 
 from evolver.checkpoints import chat
 from evolver.checkpoints.agreement import Agreement
-from evolver.checkpoints.doubts import left_out, suspicions
+from evolver.checkpoints.doubts import left_out, refuse_strangers, strange_bases, suspicions
 from evolver.checkpoints.shards import SHARD_BYTES
 from evolver.checkpoints.sources import is_delta, open_base, open_expert
 from evolver.checkpoints.weights import TOKEN_MATRICES, Checkpoint, Source, digests
@@ -22,7 +22,14 @@ from evolver.merging import mergekit
 from evolver.merging.companions import TOKENIZER, Companions
 from evolver.merging.export import beside_of, export
 from evolver.merging.materialise import Materialiser
-from evolver.merging.mergekit.vocabulary import Aligned, Vocabulary, extend_tokenizer, known_tokens, vocabulary
+from evolver.merging.mergekit.vocabulary import (
+    Aligned,
+    Vocabulary,
+    extend_tokenizer,
+    known_tokens,
+    vocabulary,
+    with_tokens,
+)
 from evolver.merging.sentence import SentenceModules, plan_modules
 from evolver.records.recipe import Expert, Recipe
 from evolver.storage import check_target, new_folder
@@ -53,7 +60,7 @@ class OpenedFile:
         base: the base model.
         sources: all models by their names in the file.
         vocabulary: the common vocabulary, where the file names a tokenizer; the models then appear to have it.
-        left_out: sentences about tensors that are not merged.
+        left_out: sentences about tensors that are not merged, and about adapters of other bases.
     """
 
     configuration: mergekit.Configuration
@@ -69,9 +76,7 @@ def open_merge(path: str | Path) -> OpenedFile:
     Raises BadInput, naming file and key, where the file is wrong or a model cannot be opened.
     """
     configuration = mergekit.read(path)
-    location, _, adapter = configuration.origin.partition("+")
-    if adapter:
-        raise BadInput(f"{path}: base_model: {configuration.origin} names an adapter; give a model without one.")
+    location = configuration.origin.partition("+")[0]
     base = open_base(location, f"{path}: base_model")
     names, same = Agreement(base, without_weights_of), configuration.tokenizer is None
     references = configuration.references
@@ -79,9 +84,8 @@ def open_merge(path: str | Path) -> OpenedFile:
     last = {r for r in references if "+" in r or (r != location and is_delta(r, f"{path}: models"))}
     found = {r: _open(r, names, location, path, same) for r in sorted(references, key=last.__contains__)}
     names.settle([*found.values(), *(getattr(s, "base", base) for s in found.values())])
-    opened = OpenedFile(
-        configuration, base, {r: found[r] for r in references}, left_out=tuple(left_out(found.values()))
-    )
+    said = (*left_out(found.values()), *strange_bases(found.values()))
+    opened = OpenedFile(configuration, base, {r: found[r] for r in references}, left_out=said)
     return opened if configuration.tokenizer is None else _aligned(opened, configuration.tokenizer, str(path))
 
 
@@ -102,7 +106,9 @@ def _aligned(opened: OpenedFile, tokenizer: TokenizerSettings, file: str) -> Ope
     known = {r: known_tokens(s) for r, s in models.items()}
     target = vocabulary(tokenizer, known, base, f"{file}: {key}")
     seen = {r: Aligned(s, r, target, models, opened.base) for r, s in models.items()}
-    return OpenedFile(opened.configuration, seen[base], dict(seen), target, opened.left_out)
+    # Of a base with an adapter, the files beside the weights are those of the model that the adapter is of.
+    shown = seen[base] if models[base] is opened.base else Aligned(opened.base, base, target, models, opened.base)
+    return OpenedFile(opened.configuration, shown, dict(seen), target, opened.left_out)
 
 
 def _refuse_other_tokens(models: Mapping[str, Source], base: Checkpoint, place: str) -> None:
@@ -118,7 +124,7 @@ def _refuse_other_tokens(models: Mapping[str, Source], base: Checkpoint, place: 
 
 def merge_file(
     path: str | Path, target: Path, *, device: str = "cpu", seed: int = 0, shard_bytes: int = SHARD_BYTES,
-    tokenizer: bool = True, card: bool = True, warn: Callable[[str], None] = lambda _: None,
+    tokenizer: bool = True, card: bool = True, strict: bool = False, warn: Callable[[str], None] = lambda _: None,
 ) -> None:  # fmt: skip
     """Merge as the file says, and write a Hugging Face folder. A merge that is interrupted leaves no such folder.
 
@@ -130,6 +136,7 @@ def merge_file(
         shard_bytes: the largest size of a file of weights in bytes.
         tokenizer: whether to write a tokenizer.
         card: whether to write a README and the file itself beside the model.
+        strict: refuse adapters that name another base, and models whose weights have nothing to do with the base's.
         warn: is called with each warning about the models.
 
     Raises BadInput, before anything is written, where the file is wrong or the models cannot be merged.
@@ -140,11 +147,8 @@ def merge_file(
         warn(sentence)
     chat_template = _chat_template(opened, str(path))
     known = digests(opened.sources)
-    for said in opened.left_out:
-        warn(said)
-    if opened.vocabulary is None:  # otherwise the models have different shapes and cannot be compared
-        for doubt in suspicions(opened.base, [s for s in opened.sources.values() if s is not opened.base]):
-            warn(doubt)
+    for doubt in _doubts(opened, strict):
+        warn(doubt)
     nodes = {r: Expert(r, d) for r, d in known.items()}
     recipe = opened.configuration.recipe(nodes, opened.base.names(), seed)
     dtype = opened.configuration.dtype
@@ -171,9 +175,19 @@ def merge_file(
                 (folder / name).unlink(missing_ok=True)
             return
         if opened.vocabulary is not None:
-            extend_tokenizer(folder, opened.vocabulary, {r: s.path for r, s in opened.sources.items()})
+            extend_tokenizer(folder, opened.vocabulary, {r: with_tokens(s).path for r, s in opened.sources.items()})
         if chat_template is not None:
             (folder / chat.CHAT_FILE).write_text(chat_template)
+
+
+def _doubts(opened: OpenedFile, strict: bool) -> list[str]:
+    """What is odd about the models. Raises BadInput, if ``strict``, for those that do not belong to the base."""
+    others = [s for s in opened.sources.values() if s is not opened.base]
+    if strict:
+        refuse_strangers(opened.base, others, "--strict", weights=True)
+    # With a common vocabulary, models show rows that they were not trained with.
+    compared = suspicions(opened.base, others) if opened.vocabulary is None else []
+    return [*opened.left_out, *compared]
 
 
 def _modules(opened: OpenedFile, seed: int) -> SentenceModules:
@@ -196,13 +210,17 @@ def _kernels(opened: OpenedFile) -> Kernels:
 def _tokenizer_folder(opened: OpenedFile) -> Path:
     """The folder of the model whose tokenizer the merged model gets, possibly with further tokens."""
     chosen = opened.configuration.tokenizer
-    return opened.sources[chosen.source].path if chosen and chosen.source in opened.sources else opened.base.path
+    source = opened.sources[chosen.source] if chosen and chosen.source in opened.sources else opened.base
+    return with_tokens(source).path
 
 
 def _chat_template(opened: OpenedFile, path: str) -> str | None:
     wanted = opened.configuration.raw.chat_template
-    folders = [s.path for s in opened.sources.values()]
-    return None if wanted is None else chat.template(wanted, folders, f"{path}: chat_template")
+    if wanted is None:
+        return None
+    own = {s.path: with_tokens(s).path for s in opened.sources.values()}  # an adapter's folder may have no template
+    folders = [f if chat.template_of(f) is not None else below for f, below in own.items()]
+    return chat.template(wanted, folders, f"{path}: chat_template")
 
 
 def _open(reference: str, names: Agreement, base_location: str, path: str | Path, same_tokens: bool) -> Source:

@@ -82,6 +82,12 @@ class ModelSettings(Section):
         "workers run, when a run starts, and uses the faster one for the whole run",
     )
 
+    strict: bool = Field(
+        False,
+        description="refuse what is a warning otherwise: an adapter that names another base, and a model whose weights "
+        "have nothing to do with the base's",
+    )
+
     @property
     def tokens(self) -> TokenizerSettings:
         """``tokenizer`` in its long form."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from evolver.checkpoints.doubts import suspicions
+from evolver.checkpoints.doubts import refuse_strangers, suspicions
 from evolver.checkpoints.weights import Checkpoint
 from evolver.config import Config
 from evolver.config.changes import FREE_KEYS, computing, default_at, keeping_base_chat, renamed
@@ -33,7 +33,7 @@ from evolver.search.optuna_samplers import CoefficientSettings
 from evolver.storage import Storage
 from evolver.threads import too_many
 from evolver.workers.compute import is_open, settled
-from evolver.workers.opened import Opened, check_device, draw_up, open_models
+from evolver.workers.opened import STRICT, Opened, check_device, draw_up, open_models
 from evolver.workers.plan import CHAT, SCORING_PACKAGES, TOKENS, Plan, items_hash
 from evolver.workers.statistics import sample_hash
 from evolver.workers.worker import build_materialiser, own_materialiser, statistics_of
@@ -93,6 +93,8 @@ def prepare(
         digests = opened.digests() if weights else None
         sampled = cache(lambda expert: _sampled(config, tasks, blueprint, expert))
         maker = RecipeMaker(list(config.experts), opened.base.names(), digests, sampled)
+        if weights and config.model.strict:
+            refuse_strangers(opened.base, opened.experts.values(), STRICT, weights=True)
         warnings = opened.warnings
         warnings += tuple(suspicions(opened.base, opened.experts.values())) if weights else ()
         warnings += tuple(filter(None, [too_many(config.evaluation.threads)]))
@@ -241,6 +243,7 @@ def _identity(config: Config, search: Mapping[str, Any], plan: Plan) -> dict[str
     """What identifies a run: the contents of models and items, not the places of their files."""
     identity: dict[str, Any] = config.model_dump(mode="json", exclude=set(FREE_KEYS))
     identity["search"] = dict(search)
+    del identity["model"]["strict"]  # it may refuse a run, and changes nothing in one
     identity["model"]["base"] = plan.digests["base"]
     # The base's own files are the keys' default: runs that are older than the keys have used them.
     if TOKENS not in plan.digests:

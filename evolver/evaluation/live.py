@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -63,7 +64,7 @@ class LiveModel:
             }
         self.module, loaded = model_class(settings.kind).from_pretrained(
             folder, dtype=settings.compute, use_safetensors=True, output_loading_info=True,
-            key_mapping=dict(wrappers) if wrappers else None, **given,
+            key_mapping=dict(wrappers) if wrappers else None, **given, **dequantised(folder),
         )  # fmt: skip
         written = {*shapes, *(n for head in self._heads.values() for n in head)}
         missing = set(loaded["missing_keys"]) - written
@@ -238,6 +239,18 @@ def labelled(labels: Sequence[str], loads: bool = True) -> dict[str, Any]:
     ids = dict(enumerate(labels))
     own = {"id2label": ids, "label2id": {v: k for k, v in ids.items()}}
     return {**own, "ignore_mismatched_sizes": True} if loads else own
+
+
+def dequantised(folder: Path) -> dict[str, Any]:
+    """The arguments with which Transformers loads weights of FP8 or MXFP4 as plain numbers, on a GPU as well."""
+    from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
+
+    settings = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
+    kinds: dict[str, Any] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
+    if (kind := kinds.get(str(settings.get("quant_method")))) is None:
+        return {}
+    kept = settings.get("modules_to_not_convert")
+    return {"quantization_config": kind(dequantize=True, modules_to_not_convert=kept)}
 
 
 def _renaming(module: Any) -> Callable[[str], str]:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from evolver.checkpoints import shards
 from evolver.checkpoints.beside import Beside, beside
-from evolver.checkpoints.chat import update_json
 from evolver.checkpoints.heads import Head
+from evolver.checkpoints.quantised import without_quantisation
 from evolver.checkpoints.weights import Checkpoint, is_finite
 from evolver.errors import BadInput
 from evolver.merging.companions import COMPANIONS, Companions
@@ -85,6 +85,7 @@ def write_heads(folder: Path, heads: Mapping[str, tuple[Path, Head]]) -> None:
         heads: the folder of each head's expert, and the head's tensors, by name.
     """
     bodies = sorted(folder.glob("model*.safetensors"))
+    rows = json.loads((folder / "config.json").read_text()).get("vocab_size")
     for name, (expert, head) in heads.items():
         own = folder / name
         own.mkdir()
@@ -97,15 +98,10 @@ def write_heads(folder: Path, heads: Mapping[str, tuple[Path, Head]]) -> None:
         for file in folder.iterdir():
             if file.name in COMPANIONS:
                 shutil.copyfile(file, own / file.name)
-        shutil.copyfile(expert / "config.json", own / "config.json")
-        _take_rows(folder / "config.json", own / "config.json")
-
-
-def _take_rows(body: Path, classifier: Path) -> None:
-    """Let a config.json say how many tokens the merged body has, where its expert had others."""
-    rows, own = (json.loads(file.read_text()).get("vocab_size") for file in (body, classifier))
-    if rows != own:
-        update_json(classifier, {"vocab_size": rows})
+        config = without_quantisation(json.loads((expert / "config.json").read_text()))  # its body is another one
+        if "vocab_size" in config:
+            config["vocab_size"] = rows
+        (own / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def merged_config(recipe: Recipe, materialiser: Materialiser) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 
 from evolver.checkpoints.agreement import Agreement
 from evolver.checkpoints.chat import EXPERT, Wanted, resolve, template_of
-from evolver.checkpoints.doubts import left_out
+from evolver.checkpoints.doubts import left_out, refuse_strangers, strange_bases
 from evolver.checkpoints.heads import Head, Relabelled, all_labels, head_digest, head_of, labels_in_order
 from evolver.checkpoints.sources import is_delta, open_base, open_expert
 from evolver.checkpoints.weights import Checkpoint, Source, digests, vocabulary_in
@@ -27,6 +27,7 @@ from evolver.workers.plan import AS_IT_IS, CHAT, TOKENS
 from evolver.workers.vocabulary import OF_BASE, Models, with_common_tokens
 
 GIB = 1 << 30
+STRICT = "model.strict"
 # Values of evaluation.backend with which Transformers loads candidates.
 TRANSFORMERS = ("resident", *HF)
 # Further values, of classes that read the tokenizer in a candidate's folder, which is that of the base.
@@ -105,8 +106,11 @@ def open_models(config: Config) -> Opened:
     found = {n: open_expert(keyed[n][0], base, keyed[n][1], same_tokens=not tokens, names=names) for n in order}
     names.settle(found.values())
     experts: dict[str, Source] = {n: found[n] for n in config.experts}
+    if config.model.strict:
+        refuse_strangers(base, experts.values(), STRICT, weights=False)
     opened = _joined(config, base, experts)
-    return replace(opened, warnings=(*left_out([base, *experts.values()]), *opened.warnings))
+    said = (*left_out([base, *experts.values()]), *strange_bases(experts.values()))
+    return replace(opened, warnings=(*said, *opened.warnings))
 
 
 def _joined(config: Config, base: Checkpoint, experts: dict[str, Source]) -> Opened:

@@ -188,12 +188,20 @@ def _mean_row(matrix: Tensor, rows: Tensor) -> Tensor:
     return halved(torch.stack(sums)) / len(rows)
 
 
+def with_tokens(source: Any) -> Checkpoint:
+    """The checkpoint whose tokens a model has: those of an adapter are its base's."""
+    if isinstance(source, Aligned):
+        return with_tokens(source.inner)
+    found: Checkpoint = source if isinstance(source, Checkpoint) else source.base
+    return found
+
+
 def known_tokens(source: Source) -> Ids:
     """A model's tokens that have a row.
 
     Raises BadInput where it has no fast tokenizer.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else source.base  # type: ignore[attr-defined]  # adapters have one
+    checkpoint = with_tokens(source)
     tokens = checkpoint.vocabulary
     if tokens is None:
         raise BadInput(
