@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from transformers import (
 
 from evolver.config.reading import config_at
 from evolver.driver.prepare import in_compute, prepare
+from evolver.driver.run import _baselines
 from evolver.errors import BadInput
 from evolver.records import Candidate
 from evolver.records.recipe import Merge
@@ -261,6 +263,148 @@ def test_a_base_without_a_head_needs_heads_of_their_own(configured, folders, tmp
     said = r"experts.mood: .*/mood has a classification head .* and the base .*/bare has none .*heads: apart or union"
     with pytest.raises(BadInput, match=said):
         prepare(config_at(file))
+
+
+def named_answers(folder, file, tasks):
+    """Whether a classifier, whatever its labels, names the right one, over all items."""
+    model, words, out = AutoModelForSequenceClassification.from_pretrained(folder).eval(), toys.tokenizer(), []
+    for item in tasks:
+        row = json.loads((file.parent / f"{item.task.partition(':')[0]}.jsonl").read_text().splitlines()[item.index])
+        out += plain_answers(model, words, [(item, row)], list(model.config.id2label.values()))
+    return out
+
+
+def test_experts_of_a_union_are_shown_as_they_are(configured, folders):
+    """With their own labels; what is merged has those of all, and so have candidates."""
+    file = configured("union")
+    ready = in_compute(prepare(config_at(file)), "float32")
+    worker, dev = Worker(ready.plan, "dev", tasks=ready.tasks), ready.tasks.items.dev
+    shown, differ = dict(_baselines(ready)), []
+    for expert in ready.experts:
+        own = named_answers(folders / expert.name, file, dev)
+        assert 0 < sum(own) < len(own)
+        assert worker.evaluate(Candidate(0, shown[expert.name], "baseline")).items == tuple(own)
+        differ.append(worker.evaluate(Candidate(1, expert, "search")).items != tuple(own))
+    assert any(differ)
+    assert shown["average"].inputs == ready.experts
+
+
+@pytest.mark.whole
+def test_evaluate_knows_labels_by_their_names(configured, folders):
+    file = configured("union")
+    dev = prepare(config_at(file)).tasks.items.dev
+    for name in SPACES:
+        own = named_answers(folders / name, file, dev)
+        ended = toys.evolver("evaluate", file, folders / name, "--dev")
+        assert ended.code == 0, ended.err
+        row = next(line for line in ended.out.splitlines() if line.startswith(f"| {folders / name} "))
+        assert f" {100 * sum(own) / len(own):.1f} " in row
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("kind", ["bare", "masked"])
+def test_a_union_on_a_published_encoder(configured, folders, tmp_path, kind):
+    """A pooler that only the experts have is merged as a part of their heads."""
+    file = configured("union")
+    raw = yaml.safe_load(file.read_text())
+    raw["model"]["base"] = str(published(folders, kind, tmp_path / kind))
+    file.write_text(yaml.safe_dump(raw, sort_keys=False))
+    ready = prepare(config_at(file))
+    worker = Worker(ready.plan, "dev", tasks=ready.tasks)
+    merged = dict(worker.materialiser.stream(Merge("simple", ready.experts, ready.base)))
+    poolers = [load_file(folders / n / "model.safetensors")["bert.pooler.dense.weight"] for n in SPACES]
+    torch.testing.assert_close(merged["bert.pooler.dense.weight"], sum(poolers) / 2)
+    for name, expert in zip(SPACES, ready.experts, strict=True):
+        alone = dict(worker.materialiser.stream(expert))
+        assert torch.equal(alone["bert.pooler.dense.weight"], poolers[list(SPACES).index(name)])
+    folder = run_here(file, tmp_path / "results")
+    assert json.loads((folder / "best.json").read_text()) == {"items": 80, "equal": 80}
+    best, info = AutoModelForSequenceClassification.from_pretrained(folder / "best", output_loading_info=True)
+    assert (info["missing_keys"], info["unexpected_keys"]) == (set(), set())
+    assert best.config.label2id == {"bad": 0, "fair": 1, "good": 2, "red": 3}
+
+
+@pytest.fixture
+def marked(folders, tmp_path):
+    """The models, of which one has a token more than the others, with a row of its own."""
+    for name in ("base", *SPACES):
+        model, words = AutoModelForSequenceClassification.from_pretrained(folders / name), toys.tokenizer()
+        if name == "mood":
+            words.add_tokens(["<mark>"])
+            model.resize_token_embeddings(len(words))
+            torch.manual_seed(8)
+            model.bert.embeddings.word_embeddings.weight.data[-1] = torch.randn(32)
+        for part in (model, words):
+            part.save_pretrained(tmp_path / "marked" / name)
+    return tmp_path / "marked"
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("heads", ["merged", "apart", "union"])
+def test_classifiers_may_have_tokens_of_their_own(configured, marked, tmp_path, heads):
+    file = configured("union" if heads == "union" else "apart")
+    raw = yaml.safe_load(file.read_text())
+    for task in raw["evaluation"]["tasks"]:
+        rows_of = [json.loads(line) for line in (tmp_path / f"{task['task']}.jsonl").read_text().splitlines()]
+        toys.write_rows(tmp_path / f"{task['task']}.jsonl", [{**r, "text": f"<mark> {r['text']}"} for r in rows_of])
+    raw["model"] |= {"base": str(marked / "base"), "heads": heads}
+    raw["experts"] = {n: str(marked / n) for n in SPACES}
+    raw["search"] = {"algorithm": "tpe"}
+    if heads == "merged":
+        raw["experts"] = {"mood": str(marked / "mood"), "again": str(marked / "mood")}
+        raw["model"]["base"] = str(folder_of_moods(marked, tmp_path / "moods"))
+        raw["evaluation"]["tasks"] = raw["evaluation"]["tasks"][:1]
+    file.write_text(yaml.safe_dump(raw, sort_keys=False))
+    ready = in_compute(prepare(config_at(file)), "float32")
+    assert any("the models have different tokens" in w for w in ready.warnings)
+    count = len(ready.tasks.items.dev)
+    worker, shown = Worker(ready.plan, "dev", tasks=ready.tasks), dict(_baselines(ready))
+    mood = [(i, json.loads((tmp_path / "mood.jsonl").read_text().splitlines()[i.index])) for i in ready.tasks.items.dev
+            if i.task.startswith("mood:")]  # fmt: skip
+    model = AutoModelForSequenceClassification.from_pretrained(marked / "mood").eval()
+    own = plain_answers(model, AutoTokenizer.from_pretrained(marked / "mood"), mood, SPACES["mood"])
+    found = worker.evaluate(Candidate(0, shown["mood"], "baseline"))
+    assert found.status == "ok", found.reason
+    assert [a for a, i in zip(found.items, ready.tasks.items.dev, strict=True) if i.task.startswith("mood:")] == own
+    folder = run_here(file, tmp_path / "results")
+    assert json.loads((folder / "best.json").read_text()) == {"items": count, "equal": count}
+    best = folder / "best" / ("mood" if heads == "apart" else ".")
+    model, info = AutoModelForSequenceClassification.from_pretrained(best, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    words = AutoTokenizer.from_pretrained(best)
+    assert model.config.vocab_size == len(words) == len(toys.tokenizer()) + 1
+    assert words.tokenize("<mark> red")[0] == "<mark>"
+
+
+def folder_of_moods(marked, target):
+    """A base without the token, with the head of three moods."""
+    model = AutoModelForSequenceClassification.from_pretrained(marked / "mood")
+    model.resize_token_embeddings(len(toys.tokenizer()))
+    for part in (model, toys.tokenizer()):
+        part.save_pretrained(target)
+    return target
+
+
+def test_labels_in_another_order_are_warned_of(configured, folders, tmp_path):
+    """Where heads are merged as they stand; a union matches the rows by label."""
+    for name in ("one", "other"):
+        shutil.copytree(folders / "mood", tmp_path / name)
+    settings = json.loads((tmp_path / "other" / "config.json").read_text())
+    settings |= {"id2label": {"0": "good", "1": "fair", "2": "bad"}, "label2id": {"good": 0, "fair": 1, "bad": 2}}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(settings))
+    warned = {}
+    for heads in ("merged", "union"):
+        file = configured(heads)
+        raw = yaml.safe_load(file.read_text())
+        raw["model"]["base"] = str(folders / "mood")
+        raw["experts"] = {n: str(tmp_path / n) for n in ("one", "other")}
+        raw["evaluation"]["tasks"] = raw["evaluation"]["tasks"][:1]
+        file.write_text(yaml.safe_dump(raw))
+        warned[heads] = [w for w in prepare(config_at(file)).warnings if "in another order" in w]
+    assert warned["union"] == []
+    (said,) = warned["merged"]
+    assert said.startswith("experts.other (")
+    assert "'good' is number 0 there and number 2 in the base" in said
 
 
 def test_a_language_model_has_no_heads(configured):

@@ -58,6 +58,21 @@ def classifier(folder: Path) -> dict[str, Any]:
     return of(folder, "classifier", [{"task": "mood", **entry}, {"task": "other", "metric": "mcc", **entry}])
 
 
+def token_classifier(folder: Path) -> dict[str, Any]:
+    toys.make_taggers(folder)
+    entry = {"data": toys.write_rows(folder / "tags.jsonl", toys.tagged()), "dev": 20, "report": 4}
+    tasks = [{"task": "words", **entry}, {"task": "spans", "metric": "f1", **entry}]
+    return of(folder, "token-classifier", tasks)
+
+
+def reranking(folder: Path) -> dict[str, Any]:
+    toys.make_rerankers(folder)
+    data = toys.write_rows(folder / "ranked.jsonl", toys.ranked())
+    columns = {"text": "query", "text_pair": "documents", "label": "marks"}
+    tasks = [{"task": "ranks", "metric": "mrr", "data": data, "dev": 24, "report": 4, **columns}]
+    return of(folder, "classifier", tasks)
+
+
 def image_classifier(folder: Path) -> dict[str, Any]:
     toys.make_image_classifiers(folder)
     rows = []
@@ -91,7 +106,8 @@ def of(folder: Path, kind: str, tasks: list[dict[str, Any]]) -> dict[str, Any]:
 
 # What a judge is tried on: what writes models and data into a folder, and gives a configuration whose tasks are for it.
 TOYS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "language": language, "classifier": classifier, "image-classifier": image_classifier, "function": function,
+    "language": language, "classifier": classifier, "token-classifier": token_classifier,
+    "reranking": reranking, "image-classifier": image_classifier, "function": function,
 }  # fmt: skip
 EVERY = pytest.mark.parametrize("name", judge_names())
 

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ ROOT = Path(__file__).parent.parent
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")
 THINGS = ("house", "river", "stone", "tree", "bird", "boat")
 MOODS = ("bad", "fair", "good")  # the labels of the toy classifiers of texts
+TAGS = ("O", "B-thing", "I-thing", "B-colour", "I-colour")  # the labels of the toy classifiers of words
 # Of a processor, for the loop in slowness(): on an idle core of the machine where bounds were set.
 REFERENCE_SECONDS = 0.11
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -119,6 +120,53 @@ def make_encoders(folder: Path) -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     noisy_experts(BertForSequenceClassification(config), folder, words)
+
+
+def make_rerankers(folder: Path) -> None:
+    """A tiny BERT that gives a number for two texts, and two noisy fine-tunes of it."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    words = tokenizer()
+    config = BertConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=len(words),
+        max_position_embeddings=LENGTH, initializer_range=0.3, pad_token_id=2, num_labels=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    noisy_experts(BertForSequenceClassification(config), folder, words)
+
+
+def ranked(count: int = 75) -> list[dict[str, Any]]:
+    """Texts as queries, each with four documents of which one is right."""
+    draw = random.Random(5)
+    return [
+        {
+            "query": text, "documents": [" ".join(draw.choices(COLOURS + THINGS, k=5)) for _ in range(4)],
+            "marks": [int(place == n % 4) for place in range(4)],
+        }
+        for n, text in enumerate(texts(count))
+    ]  # fmt: skip
+
+
+def make_taggers(folder: Path) -> None:
+    """A tiny BERT that names one of ``TAGS`` for each word, and two noisy fine-tunes of it."""
+    import torch
+    from transformers import BertConfig, BertForTokenClassification
+
+    words = tokenizer()
+    config = BertConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=len(words),
+        max_position_embeddings=LENGTH, initializer_range=0.3, pad_token_id=2,
+        id2label=dict(enumerate(TAGS)), label2id={n: i for i, n in enumerate(TAGS)},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    noisy_experts(BertForTokenClassification(config), folder, words)
+
+
+def tagged(count: int = 75, tags: Sequence[str] = TAGS) -> list[dict[str, list[str]]]:
+    """The words of ``texts``, each with one of the tags."""
+    draw = random.Random(4)
+    return [{"text": t.split(), "label": [draw.choice(tags) for _ in t.split()]} for t in texts(count)]
 
 
 def make_image_classifiers(folder: Path) -> None:

@@ -28,8 +28,8 @@ class Agreement:
     Args:
         build: makes a model of the class. It is asked where names differ, as that takes a second; default: there is
             no class, and models are compared by their names as they stand.
-        apart: heads are not merged, and what an expert has outside of its layers and the base lacks, such as a pooler,
-            belongs to its head.
+        apart: heads are seen apart from bodies, and what an expert has outside of its layers and the base lacks, such
+            as a pooler, belongs to its head.
     """
 
     def __init__(self, base: Checkpoint, build: Build = lambda _: None, apart: bool = False) -> None:

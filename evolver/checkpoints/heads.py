@@ -54,7 +54,8 @@ class Relabelled(Checkpoint):
     """A classifier seen with a head over all labels.
 
     A row of a label that the model lacks is the base's where the base has it, else the mean of the experts' that do:
-    then it adds nothing to a mean of heads, as each label's row is averaged over the models that know it.
+    then it adds nothing to a mean of heads, as each label's row is averaged over the models that know it. A tensor
+    without such rows that the base lacks, such as a pooler, is the model's own, else the mean of the experts'.
 
     Args:
         inner: the model, seen without its head.
@@ -80,8 +81,8 @@ class Relabelled(Checkpoint):
 
     @cached_property
     def headers(self) -> dict[str, TensorInfo]:
-        some = next(h for n, h in self.heads.items() if n != "base")
-        shapes = {n: TensorInfo(self._wanted_shape(t), t.dtype) for n, t in some.items()}
+        tensors = {n: t for name, head in reversed([*self.heads.items()]) if name != "base" for n, t in head.items()}
+        shapes = {n: TensorInfo(self._wanted_shape(n, t), t.dtype) for n, t in tensors.items()}
         return dict(sorted({**self.base.headers, **shapes}.items()))
 
     @property
@@ -93,10 +94,10 @@ class Relabelled(Checkpoint):
         return self.inner.files()
 
     def tensor(self, name: str) -> Tensor:
-        if not is_head(name):
+        if name in self.base.headers:
             return self.inner.tensor(name)
         info = self.headers[name]
-        if info.shape[:1] != (len(self.target),):  # a layer of the head below its rows
+        if not is_head(name) or info.shape[:1] != (len(self.target),):  # no rows of labels: a pooler, a lower layer
             own = self.heads.get(self.name, {}).get(name)
             return own if own is not None else self._mean([h[name] for h in self.heads.values() if name in h], info)
         return torch.stack([self._row(name, label, info) for label in self.target])
@@ -120,8 +121,8 @@ class Relabelled(Checkpoint):
     def _mean(self, tensors: Sequence[Tensor], info: TensorInfo) -> Tensor:
         return torch.stack([t.float() for t in tensors]).mean(0).to(info.dtype)
 
-    def _wanted_shape(self, tensor: Tensor) -> tuple[int, ...]:
-        rows = {len(known) for known in self.labels.values()}
+    def _wanted_shape(self, name: str, tensor: Tensor) -> tuple[int, ...]:
+        rows = {len(known) for known in self.labels.values()} if is_head(name) else set()
         return (len(self.target), *tensor.shape[1:]) if tensor.shape[0] in rows else tuple(tensor.shape)
 
 

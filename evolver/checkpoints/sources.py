@@ -118,6 +118,7 @@ def _check_same_shapes(expert: Checkpoint, base: Checkpoint, key: str, same_toke
     for name, info in base.headers.items():
         free = 0 if same_tokens or not name.endswith(TOKEN_MATRICES) else 1  # the rows of tokens may differ in number
         if expert.headers[name].shape[free:] != info.shape[free:]:
+            _check_same_tokens(expert, base, key)  # other tokens explain more than another shape
             raise BadInput(
                 f"{key}: {name} has shape {expert.headers[name].shape} in {expert.path} and {info.shape} in the base; "
                 "only fine-tunes of the base merge."

@@ -14,7 +14,7 @@ from evolver.checkpoints.agreement import Agreement
 from evolver.checkpoints.doubts import left_out, refuse_strangers, strange_bases, suspicions
 from evolver.checkpoints.shards import SHARD_BYTES
 from evolver.checkpoints.sources import is_delta, open_base, open_expert
-from evolver.checkpoints.weights import Checkpoint, Source, digests
+from evolver.checkpoints.weights import TOKEN_MATRICES, Checkpoint, Source, digests
 from evolver.config.model import TokenizerSettings
 from evolver.errors import BadInput
 from evolver.kernels.compiled import Kernels
@@ -33,6 +33,7 @@ from evolver.merging.mergekit.vocabulary import (
 from evolver.merging.sentence import SentenceModules, plan_modules
 from evolver.records.recipe import Expert, Recipe
 from evolver.storage import check_target, new_folder
+from evolver.workers.vocabulary import has_known_rows
 
 CARD = """---
 tags: [merge, evolver]
@@ -97,13 +98,28 @@ def without_weights_of(model: Checkpoint) -> Any:
 
 def _aligned(opened: OpenedFile, tokenizer: TokenizerSettings, file: str) -> OpenedFile:
     models, base = opened.sources, opened.configuration.origin
-    known = {r: known_tokens(s) for r, s in models.items()}
     key = "tokenizer_source" if opened.configuration.raw.tokenizer is None else "tokenizer"
+    if not has_known_rows(opened.base):
+        _refuse_other_tokens(models, opened.base, f"{file}: {key}")
+        if not any(name.endswith(TOKEN_MATRICES) for name in opened.base.headers):
+            return opened  # the rows that all models have stay where they are
+    known = {r: known_tokens(s) for r, s in models.items()}
     target = vocabulary(tokenizer, known, base, f"{file}: {key}")
     seen = {r: Aligned(s, r, target, models, opened.base) for r, s in models.items()}
     # Of a base with an adapter, the files beside the weights are those of the model that the adapter is of.
     shown = seen[base] if models[base] is opened.base else Aligned(opened.base, base, target, models, opened.base)
     return OpenedFile(opened.configuration, shown, dict(seen), target, opened.left_out)
+
+
+def _refuse_other_tokens(models: Mapping[str, Source], base: Checkpoint, place: str) -> None:
+    """Raises BadInput that names ``place`` where a model has other tokens than a base whose rows cannot be matched."""
+    for model in models.values():
+        if isinstance(model, Checkpoint) and model.vocabulary != base.vocabulary:
+            raise BadInput(
+                f"{place}: {model.path} has other tokens than {base.path}, a {base.config.get('model_type')} model, "
+                "and it is not known which of its tensors have a number for each token; give a fine-tune that kept "
+                "the base's tokenizer."
+            )
 
 
 def merge_file(

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from evolver.config.evaluation import EvaluationSettings
-from evolver.config.model import LANGUAGE_KINDS, ModelSettings
+from evolver.config.model import CLASSIFIER_KINDS, LANGUAGE_KINDS, ModelSettings
 from evolver.config.section import NAME, Section
 from evolver.config.sentences import TEXT_FORMS
 from evolver.errors import nearest
@@ -164,7 +164,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _heads_of_classifiers(self) -> Config:
-        if self.model.heads != "merged" and self.model.kind not in ("classifier", "image-classifier"):
+        if self.model.heads != "merged" and self.model.kind not in CLASSIFIER_KINDS:
             raise ValueError(
                 f"model.heads: a model of kind {self.model.kind} has no classification heads; write merged"
             )

@@ -32,7 +32,8 @@ class TaskEntry(Section):
     metric: str = Field(
         "acc",
         description="metric: of an lm-eval task as lm-eval spells it, with a filter after a comma if there are "
-        "several; of a classifier: acc, macro_f1, mcc or pearson",
+        "several; of a classifier: acc, macro_f1, mcc or pearson; of a token classifier: acc (of words) or f1 (of "
+        "spans); of reranking: mrr",
     )
     weight: float = Field(
         1.0,
@@ -66,15 +67,25 @@ class TaskEntry(Section):
     )
     judge: str | None = Field(
         None,
-        description="kind of evaluation; default: function if function is given, else the one that fits model.kind",
+        description="kind of evaluation; default: function if function is given, else the one that fits model.kind. "
+        "reranking is for classifiers with one output",
     )
-    text: str = Field("text", description="column of the data that holds the text")
+    text: str = Field(
+        "text",
+        description="column of the data that holds the text; token classifiers: the list of words, or a text with "
+        "spaces between them",
+    )
     image: str = Field("image", description="image classifiers: column that holds the image or the path of its file")
-    text_pair: str | None = Field(None, description="classifiers of pairs of texts: column that holds the second text")
+    text_pair: str | None = Field(
+        None,
+        description="classifiers of pairs of texts: column that holds the second text; reranking: the list of "
+        "documents",
+    )
     label: str = Field(
         "label",
         description="classifiers: column that holds the label (an integer or a label of the model), the set of labels, "
-        "or the number to predict",
+        "or the number to predict; token classifiers: the list of tags, one for each word; reranking: the list of "
+        "marks, 1 for each right document and 0 for each other one",
     )
     head: str | None = Field(
         None,

@@ -10,6 +10,8 @@ from evolver.config.section import Section
 
 # Kinds of models that are scored on texts which they go on with.
 LANGUAGE_KINDS = ("causal-lm", "seq2seq")
+# Kinds of models with a head that is made for their labels.
+CLASSIFIER_KINDS = ("classifier", "token-classifier", "image-classifier")
 # The words of model.chat_template that name a format of conversations.
 CHAT_FORMATS = ("chatml", "llama3", "mistral", "alpaca")
 
@@ -46,8 +48,10 @@ class ModelSettings(Section):
     """The base model, from which all experts were fine-tuned, and how models are evaluated and stored."""
 
     base: str = Field(description="the base: its Hugging Face folder, a GGUF file, or a hub id")
-    kind: Literal["causal-lm", "seq2seq", "classifier", "image-classifier"] = Field(
-        "causal-lm", description="the kind of model that base and experts are evaluated as"
+    kind: Literal["causal-lm", "seq2seq", "classifier", "token-classifier", "image-classifier"] = Field(
+        "causal-lm",
+        description="the kind of model that base and experts are evaluated as. classifier: labels of texts or pairs of "
+        "texts. token-classifier: a tag for each word",
     )
     heads: Literal["merged", "apart", "union"] = Field(
         "merged",

@@ -24,7 +24,7 @@ from evolver.storage.paths import expand
 # What the hub calls the tasks of our kinds of models.
 HUB_TASKS = {
     "causal-lm": "text-generation", "seq2seq": "text2text-generation", "classifier": "text-classification",
-    "image-classifier": "image-classification",
+    "token-classifier": "token-classification", "image-classifier": "image-classification",
 }  # fmt: skip
 
 

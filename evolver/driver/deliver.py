@@ -20,7 +20,7 @@ from evolver.driver.prepare import Prepared, materialiser_of, materials_of, prep
 from evolver.errors import BadInput
 from evolver.evaluation.live import default_device
 from evolver.merging.companions import TOKENIZER
-from evolver.merging.export import beside_of, export, merged_config
+from evolver.merging.export import beside_of, export, merged_config, write_heads
 from evolver.merging.materialise import Materialiser
 from evolver.records import Candidate, Result
 from evolver.records.recipe import Recipe
@@ -78,6 +78,7 @@ def deliver(run: Storage, out: Path, wanted: str | None, say: Warn, force: bool 
     with exported_folder(out, force) as folder:
         export(candidate.recipe, materialiser, folder, more, companions=companions)
         beside.copy_to(folder)
+        write_heads(folder, prepared.opened.placed_heads)
     agreement = score_again(prepared, out, result.items, default_device())
     say(
         f"{out}: the model was loaded again and gives the answers in the ledger on {agreement['equal']} of "

@@ -112,6 +112,11 @@ def prepare(
     return Prepared(config, file, opened, tasks, plan, maker.base, maker.experts, estimates, search, identity, warnings)
 
 
+def as_it_is(prepared: Prepared, model: Expert) -> Expert:
+    """A model in the form in which a report shows it: with its own labels, where merged models have those of all."""
+    return replace(model, digest=prepared.plan.own_digest(model.name))
+
+
 def materialiser_of(prepared: Prepared) -> Materialiser:
     """What builds models here; statistics that their recipes ask for and that are not kept are collected here, too."""
     statistics = statistics_of(prepared.plan, prepared.opened, prepared.tasks)
@@ -122,7 +127,7 @@ def materials_of(prepared: Prepared, recipe: Recipe) -> tuple[Materialiser, Comp
     """What writes the folder of a model: what builds its weights, and the files beside them. Base and experts have
     their own tokens, as in their scores.
     """
-    own = {prepared.plan.digests[name]: own for name, own in prepared.opened.own.items()}
+    own = {prepared.plan.own_digest(name): own for name, own in prepared.opened.own.items()}
     if isinstance(recipe, Expert) and recipe.digest in own:
         found = own[recipe.digest]
         return own_materialiser(prepared.config, found, recipe), found.companions

@@ -13,7 +13,7 @@ from evolver.config import Config
 from evolver.config.reading import ConfigText
 from evolver.driver.card import companion_files
 from evolver.driver.check import score_again
-from evolver.driver.prepare import SPLITS, Prepared, in_compute, materials_of, prepare, run_folder, versions
+from evolver.driver.prepare import SPLITS, Prepared, as_it_is, in_compute, materials_of, prepare, run_folder, versions
 from evolver.errors import BadInput, file_sentence
 from evolver.ledger import Ledger, write_items
 from evolver.loggers import Tracked, Trackers, build_loggers, tracked
@@ -203,7 +203,6 @@ def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Di
     if agreement is None:
         display.say(f"writing the best model to {folder.location}/best")
         materialiser, companions = materials_of(prepared, winner.recipe)
-        heads = {n: (prepared.opened.experts[n].path, h) for n, h in prepared.opened.heads.items()}
         beside = beside_of(prepared.opened.base)
         for sentence in beside.warnings:
             display.say(f"warning: {sentence}")
@@ -211,7 +210,7 @@ def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Di
             texts = companion_files(prepared, outcome)
             export(winner.recipe, materialiser, best, texts, companions=companions)
             beside.copy_to(best)
-            write_heads(best, heads)
+            write_heads(best, prepared.opened.placed_heads)
             agreement = score_again(prepared, best, outcome.best_dev.items, device)
         storage.write(AGREEMENT_FILE, json.dumps(agreement).encode())
         storage.write(RECIPE_FILE, text)  # last: only a folder that was checked counts as written
@@ -242,7 +241,8 @@ def _tracked(prepared: Prepared, folder: RunFolder) -> Tracked:
 def _baselines(prepared: Prepared) -> list[tuple[str, Recipe]]:
     """Base, experts, simple average, and task arithmetic with equal weights at every mass of the configuration."""
     experts, base = prepared.experts, prepared.base
-    out: list[tuple[str, Recipe]] = [("base", base), *((e.name, e) for e in experts)]
+    shown = [as_it_is(prepared, model) for model in (base, *experts)]
+    out: list[tuple[str, Recipe]] = [(model.name, model) for model in shown]
     out.append(("average", Merge("simple", experts, base)))
     for mass in prepared.config.baselines.masses:
         values = {"weight": (1.0 / len(experts),) * len(experts), "lambda": mass, "normalize": False}

@@ -74,7 +74,8 @@ class LiveModel:
                 "give a base of the kind that model.kind names."
             )
         if self._beside != folder:
-            self.module.generation_config = transformers.GenerationConfig.from_pretrained(self._beside)
+            if self.module.can_generate():
+                self.module.generation_config = transformers.GenerationConfig.from_pretrained(self._beside)
             _ = self.tokenizer
         self.module.to(self.device).eval()
         self._places = self._find(shapes, folder)
@@ -179,6 +180,7 @@ def model_class(kind: str) -> Any:
         "causal-lm": transformers.AutoModelForCausalLM,
         "seq2seq": transformers.AutoModelForSeq2SeqLM,
         "classifier": transformers.AutoModelForSequenceClassification,
+        "token-classifier": transformers.AutoModelForTokenClassification,
         "image-classifier": transformers.AutoModelForImageClassification,
     }
     return kinds[kind]
@@ -287,6 +289,7 @@ def kinds_of(architecture: str) -> list[str]:
         "causal-lm": known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         "seq2seq": known.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
         "classifier": known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "token-classifier": known.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
         "image-classifier": known.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     }
     return [name for name, architectures in kinds.items() if architecture in architectures]

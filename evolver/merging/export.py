@@ -85,6 +85,7 @@ def write_heads(folder: Path, heads: Mapping[str, tuple[Path, Head]]) -> None:
         heads: the folder of each head's expert, and the head's tensors, by name.
     """
     bodies = sorted(folder.glob("model*.safetensors"))
+    rows = json.loads((folder / "config.json").read_text()).get("vocab_size")
     for name, (expert, head) in heads.items():
         own = folder / name
         own.mkdir()
@@ -98,6 +99,8 @@ def write_heads(folder: Path, heads: Mapping[str, tuple[Path, Head]]) -> None:
             if file.name in COMPANIONS:
                 shutil.copyfile(file, own / file.name)
         config = without_quantisation(json.loads((expert / "config.json").read_text()))  # its body is another one
+        if "vocab_size" in config:
+            config["vocab_size"] = rows
         (own / "config.json").write_text(json.dumps(config, indent=2))
 
 

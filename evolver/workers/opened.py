@@ -23,8 +23,8 @@ from evolver.evaluation.blueprint import HF, Blueprint, ModelFolder, check_archi
 from evolver.evaluation.live import free_memory, kinds_of, model_class
 from evolver.merging.companions import CommonTokens, Companions
 from evolver.workers.compute import refuse_compute, stored_dtype
-from evolver.workers.plan import CHAT, TOKENS
-from evolver.workers.vocabulary import OF_BASE, with_common_tokens
+from evolver.workers.plan import AS_IT_IS, CHAT, TOKENS
+from evolver.workers.vocabulary import OF_BASE, Models, with_common_tokens
 
 GIB = 1 << 30
 STRICT = "model.strict"
@@ -35,19 +35,24 @@ READ_TOKENIZER = ("vllm", "sglang", "openvino", "ipex", "habana", "neuronx")
 
 
 @dataclass(frozen=True)
-class OwnTokens:
-    """A model with its own tokens, where the merged models of its run have others.
+class OwnModel:
+    """A model as it is, where the merged models of its run have other tokens or other labels.
+
+    With tokens of its own, this form takes the model's place wherever it is scored. With labels of its own, it is a
+    model beside the form that is merged, which knows the labels of all.
 
     Attributes:
         source: its weights.
         base: the checkpoint that is loaded before the weights are written into it: the model itself, or the base of an
             adapter.
         companions: the files beside the weights.
+        labels: the labels of its head, where they are not those of ``base``.
     """
 
     source: Source
     base: Checkpoint
     companions: Companions
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,8 @@ class Opened:
         companions: the files beside the weights that candidates have.
         labels: with ``model.heads: union``, the labels of all experts, in the order of the merged head.
         warnings: what the user should know about them.
-        own: where the models' tokens differ, each of them with its own ones, by name (``base`` is the base).
+        own: the models whose tokens or labels are not those of merged models, as they are, by name (``base`` is the
+            base).
     """
 
     base: Checkpoint
@@ -70,10 +76,16 @@ class Opened:
     heads: dict[str, Head] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    own: Mapping[str, OwnTokens] = field(default_factory=dict)
+    own: Mapping[str, OwnModel] = field(default_factory=dict)
+
+    @property
+    def placed_heads(self) -> dict[str, tuple[Path, Head]]:
+        """The heads that are kept apart, each with the folder of its expert, by the expert's name."""
+        return {name: (self.experts[name].path, head) for name, head in self.heads.items()}
 
     def digests(self) -> dict[str, str]:
         own = {f"head of {name}": head_digest(head) for name, head in self.heads.items()}
+        own |= {f"{AS_IT_IS}{name}": model.source.digest() for name, model in self.own.items() if model.labels}
         if self.companions.chat is not None:
             own[CHAT] = self.companions.chat.digest
         if self.companions.tokens is not None:
@@ -88,10 +100,10 @@ def open_models(config: Config) -> Opened:
     """
     names = open_named(config, config.model.base, "model.base", headless=config.model.heads != "merged")
     base, keyed = names.base, {n: (p, f"experts.{n}") for n, p in config.experts.items()}
-    language = config.model.kind in LANGUAGE_KINDS
+    tokens = config.model.kind != "image-classifier"
     # An adapter changes tensors of the base by name, so the base has to have its names by then.
     order = sorted(keyed, key=lambda n: is_delta(*keyed[n]))
-    found = {n: open_expert(keyed[n][0], base, keyed[n][1], same_tokens=not language, names=names) for n in order}
+    found = {n: open_expert(keyed[n][0], base, keyed[n][1], same_tokens=not tokens, names=names) for n in order}
     names.settle(found.values())
     experts: dict[str, Source] = {n: found[n] for n in config.experts}
     if config.model.strict:
@@ -105,11 +117,39 @@ def _joined(config: Config, base: Checkpoint, experts: dict[str, Source]) -> Ope
     """The models, with what the configuration says of their tokens and heads."""
     if config.model.kind in LANGUAGE_KINDS:
         return _with_words(config, base, experts)
-    if config.model.heads == "apart":
-        return Opened(base, experts, Companions(base.path), {n: head_of(s) for n, s in experts.items()})
+    models = Models(base, experts)
+    if config.model.kind != "image-classifier":
+        models = with_common_tokens(config.model.tokens, base, experts)
     if config.model.heads == "union":
-        return _with_all_labels(base, experts)
-    return Opened(base, experts, Companions(base.path))
+        opened = _with_all_labels(models, base, experts)
+    else:
+        heads = {n: head_of(s) for n, s in experts.items()} if config.model.heads == "apart" else {}
+        own = {}
+        if models.tokens is not None:
+            loaded = {n: s if isinstance(s, Checkpoint) else base for n, s in {OF_BASE: base, **experts}.items()}
+            sources = {OF_BASE: base, **experts}
+            own = {n: OwnModel(sources[n], one, Companions(one.path)) for n, one in loaded.items()}
+        opened = Opened(models.base, models.experts, Companions(base.path), heads, own=own)
+    said = _moved_labels(base, experts) if config.model.heads == "merged" else []
+    if models.tokens is None:
+        return replace(opened, warnings=tuple(said))
+    said.append(_other_tokens(config, models.tokens, base.vocabulary or {}))
+    return replace(opened, companions=Companions(base.path, tokens=models.tokens), warnings=tuple(said))
+
+
+def _moved_labels(base: Checkpoint, experts: Mapping[str, Source]) -> list[str]:
+    """Experts with the base's labels in another order, a sentence each: their heads' rows are of different labels."""
+    theirs, said = labels_in_order(base.config), []
+    for source in experts.values():
+        ours = labels_in_order(source.config) if isinstance(source, Checkpoint) else theirs
+        if ours != theirs and sorted(ours) == sorted(theirs):
+            moved = next(label for label, other in zip(ours, theirs, strict=True) if label != other)
+            said.append(
+                f"{source.key} ({source.path}) has the labels of the base ({base.path}) in another order: {moved!r} is "
+                f"number {ours.index(moved)} there and number {theirs.index(moved)} in the base, so rows of different "
+                "labels are merged; write model.heads: union, which matches them by name"
+            )
+    return said
 
 
 def open_named(config: Config, location: str, key: str, headless: bool = False) -> Agreement:
@@ -120,7 +160,7 @@ def open_named(config: Config, location: str, key: str, headless: bool = False) 
     loader = model_class(config.model.kind) if config.evaluation.backend in TRANSFORMERS else None
     base = open_base(location, key, headless)
     check_kind(config, base)  # an expert would be said to differ from a base that is wrong itself
-    apart = config.model.heads == "apart"
+    apart = config.model.heads != "merged"
     names = Agreement(base, lambda model: without_weights(model.path, model.config, loader), apart)
     if loader is not None:
         names.ask_class()
@@ -142,7 +182,7 @@ def _with_words(config: Config, base: Checkpoint, experts: dict[str, Source]) ->
         for name, source in {OF_BASE: base, **experts}.items():
             loaded = source if isinstance(source, Checkpoint) else base
             files = companions_of(config, {OF_BASE: base.path, **folders}, loaded.path, own_template=False)
-            own[name] = OwnTokens(source, loaded, files)
+            own[name] = OwnModel(source, loaded, files)
     companions = Companions(base.path, chat, models.tokens)
     return Opened(models.base, models.experts, companions, warnings=tuple(said), own=own)
 
@@ -250,7 +290,7 @@ def check_memory(config: Config, opened: Opened, device: str) -> None:
         )
 
 
-def _with_all_labels(base: Checkpoint, experts: Mapping[str, Source]) -> Opened:
+def _with_all_labels(models: Models, base: Checkpoint, experts: Mapping[str, Source]) -> Opened:
     heads = {n: head_of(s) for n, s in experts.items()}
     labels = {n: labels_in_order(s.config) for n, s in experts.items() if isinstance(s, Checkpoint)}
     for name, source in experts.items():
@@ -264,5 +304,16 @@ def _with_all_labels(base: Checkpoint, experts: Mapping[str, Source]) -> Opened:
     with contextlib.suppress(BadInput):  # most bases have no head, and need none
         if set(known) & set(target):
             heads["base"], labels["base"] = head_of(base), known
-    seen = {n: Relabelled(s, n, heads, labels, target, base) for n, s in {"base": base, **experts}.items()}
-    return Opened(seen["base"], {n: seen[n] for n in experts}, Companions(base.path), labels=tuple(target))
+    merged = {OF_BASE: models.base, **models.experts}
+    seen = {n: Relabelled(s, n, heads, labels, target, models.base) for n, s in merged.items()}
+    own = {}
+    for name, source in experts.items():
+        if labels[name] != target or models.tokens is not None:  # it could say a label that it does not know
+            head, only = {name: heads[name]}, {name: labels[name]}
+            loaded = base if models.tokens is None or not isinstance(source, Checkpoint) else source
+            ours, theirs = (Relabelled(s, name, head, only, labels[name], loaded) for s in (source, loaded))
+            own[name] = OwnModel(ours, theirs, Companions(loaded.path), tuple(labels[name]))
+    if models.tokens is not None:
+        whole = Relabelled(base, OF_BASE, heads, labels, target, base)
+        own[OF_BASE] = OwnModel(whole, whole, Companions(base.path), tuple(target))
+    return Opened(seen[OF_BASE], {n: seen[n] for n in experts}, Companions(base.path), labels=tuple(target), own=own)

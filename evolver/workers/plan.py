@@ -14,6 +14,8 @@ SCORING_PACKAGES = ("torch", "transformers", "lm-eval")
 
 # The names, beside those of models, of the digests of a chat template and of tokens that take the place of the base's.
 CHAT, TOKENS = "chat template", "tokens"
+# Before the name of a model whose own form, with its own labels, is another one than the form that is merged.
+AS_IT_IS = "as it is: "
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Plan:
 
     Attributes:
         config: the configuration of the run.
-        digests: digest of the weights of the base and of every expert, by name; and of a chat template and tokens.
+        digests: digest of the weights of the base and of every expert, by name; of those that also have a form of
+            their own, of this one; and of a chat template and tokens.
         items: hash of the items of each split.
         stops: whether the search is of a kind that may stop an evaluation before the last dev item.
     """
@@ -33,6 +36,10 @@ class Plan:
     digests: dict[str, str]
     items: dict[Split, str]
     stops: bool = True
+
+    def own_digest(self, name: str) -> str:
+        """The digest of a model as it is."""
+        return self.digests.get(f"{AS_IT_IS}{name}", self.digests[name])
 
     def block(self, split: Split, count: int) -> int:
         """How many of a split's ``count`` items are scored at a time.

@@ -41,7 +41,7 @@ def with_common_tokens(settings: TokenizerSettings, base: Checkpoint, experts: d
     Raises BadInput for experts that do not fit the base, and for tokens that cannot be brought together.
     """
     asked = bool(settings.tokens or settings.pad_to_multiple_of)
-    if not _has_known_rows(base) or not (asked or any(_differs(e, base) for e in experts.values())):
+    if not has_known_rows(base) or not (asked or any(_differs(e, base) for e in experts.values())):
         for expert in experts.values():
             if isinstance(expert, Checkpoint):
                 check_same_vocabulary(expert, base, expert.key)
@@ -67,7 +67,7 @@ def _with_tokenizer(source: Source, base: Checkpoint) -> Path:
     return source.path if (source.path / TOKENIZER_FILE).exists() and isinstance(source, Checkpoint) else base.path
 
 
-def _has_known_rows(base: Checkpoint) -> bool:
+def has_known_rows(base: Checkpoint) -> bool:
     """Whether it is known which tensors of a model have a row for each token: an embedding, and no other tensor outside
     the layers than those of TOKEN_MATRICES. Other models have to have the same tokens.
     """

@@ -31,7 +31,7 @@ from evolver.records import Candidate, Result, Split
 from evolver.records.recipe import Expert
 from evolver.workers.compute import ComputeChoice, choose, is_open, refuse_compute
 from evolver.workers.failures import BrokenDevice, is_broken_device, is_out_of_memory, is_transient, told_reason
-from evolver.workers.opened import GIB, Opened, OwnTokens, check_backend_device, open_models
+from evolver.workers.opened import GIB, Opened, OwnModel, check_backend_device, open_models
 from evolver.workers.plan import Plan, items_hash
 from evolver.workers.statistics import Statistics
 
@@ -63,8 +63,8 @@ def build_materialiser(
     return Materialiser(opened.base, sources, dtype, int(config.pool.cache_gb * GIB), device, kernels, statistics)
 
 
-def own_materialiser(config: Config, own: OwnTokens, recipe: Expert, device: str = "cpu") -> Materialiser:
-    """The materialiser that builds a model with its own tokens."""
+def own_materialiser(config: Config, own: OwnModel, recipe: Expert, device: str = "cpu") -> Materialiser:
+    """The materialiser that builds a model as it is."""
     dtype = None if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     return Materialiser(own.base, {recipe.digest: own.source}, dtype, device=device)
 
@@ -148,7 +148,8 @@ class Worker:
             )
         self.materialiser = build_materialiser(plan, opened, device)
         self._companions, self._config, self._device, self._tasks = opened.companions, config, device, tasks
-        self._own = {plan.digests[name]: own for name, own in opened.own.items()}
+        self._own = {plan.own_digest(name): own for name, own in opened.own.items()}
+        self._heads = opened.heads
         self.live = build_model(config, opened, device)
         self.scale = tasks.scale(split)
         self.block = plan.block(split, len(self.scale.tasks))
@@ -214,7 +215,8 @@ class Worker:
         if isinstance(recipe, Expert) and (own := self._own.get(recipe.digest)) is not None:
             materialiser, companions = own_materialiser(self._config, own, recipe, self._device), own.companions
             if isinstance(live, LiveModel):
-                live = build_model(self._config, Opened(own.base, {}, companions), self._device)
+                as_it_is = Opened(own.base, {}, companions, self._heads, own.labels)
+                live = build_model(self._config, as_it_is, self._device)
             scorer = self._tasks.scorer(live, candidate.split)
         if isinstance(live, LiveModel):
             live.write(materialiser.stream(recipe))

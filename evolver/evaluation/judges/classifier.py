@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,8 +25,15 @@ from evolver.evaluation.scores.metrics import CLASS, LABELS, VALUE, Metric, metr
 from evolver.storage.paths import expand
 
 Labels = Mapping[str, int]
+# What the logits of a model are seen as.
+Seen = Callable[[Tensor], Tensor]
 # Sets of labels are kept as the bits of a float64.
 MOST_LABELS = 52
+
+
+def as_they_are(logits: Tensor) -> Tensor:
+    """Logits of a model whose labels have the numbers of the tasks' labels."""
+    return logits
 
 
 @judge("classifier", "data", "report_data", "text", "text_pair", "label", "threshold", "head")
@@ -39,9 +48,15 @@ class Classification(RowJudge):
         return True
 
     def check_model(self, model: ModelFolder | None, asked: Sequence[AskedItem]) -> None:
-        """See ``ChecksModel``: a base needs a tokenizer for its texts."""
+        """See ``ChecksModel``: a base needs a tokenizer for its texts, and several labels to choose one."""
         if model is not None:
             _ = model.tokenizer
+        for entry in {a.entry.task: a.entry for a in asked}.values():
+            if entry.metric in CLASS and entry.threshold is None and len(self._spaces.of(entry)) == 1:
+                raise BadInput(
+                    f"{self.named[entry.task]}.metric: {entry.metric} asks for one of several labels, and the model "
+                    "gives a single number; write pearson, or judge: reranking for queries with documents."
+                )
 
     def columns(self, entry: TaskEntry) -> list[str]:
         return [entry.text, *([entry.text_pair] if entry.text_pair else []), entry.label]
@@ -60,7 +75,7 @@ class Classification(RowJudge):
             )
             for a in asked
         ]  # fmt: skip
-        return ClassificationScorer(model, questions, self.settings)
+        return ClassificationScorer(model, questions, self.settings, self._spaces.seen_of(model))
 
     def show(self, asked: AskedItem) -> ItemText:
         """See ``Shows``."""
@@ -103,23 +118,37 @@ class _Batch:
     positions: Tensor
 
 
-class ClassificationScorer:
+class Answerable(Protocol):
+    """One item of a judge of texts."""
+
+    @property
+    def head(self) -> str | None: ...
+    def answer(self, logits: Tensor) -> tuple[float, str]: ...
+
+
+Asked = TypeVar("Asked", bound=Answerable)
+
+
+class TextScorer(ABC, Generic[Asked]):
     """One text (or a pair), one row of a forward pass."""
 
-    def __init__(self, model: LiveModel, questions: Sequence[TextQuestion], settings: EvaluationSettings) -> None:
-        self.model, self.settings, self.questions = model, settings, questions
-        tokenise: Callable[..., Any] = model.tokenizer
-        whole = [tokenise(*q.texts, verbose=False) for q in questions]
+    def __init__(
+        self, model: LiveModel, questions: Sequence[Asked], settings: EvaluationSettings, seen: Seen
+    ) -> None:  # fmt: skip
+        self.model, self.settings, self.questions, self._seen = model, settings, questions, seen
+        whole = [self.tokenised(q) for q in questions]
         self.whole = [len(row["input_ids"]) for row in whole]
         most = model.tokenizer.model_max_length
         self.rows = [
-            tokenise(*q.texts, truncation=True) if length > most else row
+            self.tokenised(q, truncation=True) if length > most else row
             for q, row, length in zip(questions, whole, self.whole, strict=True)
         ]
         self.pad = model.tokenizer.pad_token_id or 0
         self._ready: dict[tuple[int, ...], Batches[_Batch]] = {}
-        for question in questions:
-            self._check(question)
+
+    @abstractmethod
+    def tokenised(self, question: Asked, **options: Any) -> Any:
+        """What the tokenizer makes of a question, with further options of its own."""
 
     def score(self, places: Sequence[int]) -> Scored:
         return by_head(self.model, self.questions, places, self._score)
@@ -129,14 +158,18 @@ class ClassificationScorer:
         if key not in self._ready:
             keys = by_length(lengths, self.settings.batch_tokens, self.settings.batch_size)
             self._ready[key] = Batches(keys, self._batch)
-        out = Scored(tokens=sum(lengths.values()), truncated=sum(self.whole[p] > lengths[p] for p in places))
+        out = Scored(tokens=sum(lengths.values()), truncated=sum(map(self.is_cut, places)))
         for numbers, logits in self._ready[key].run(self._forward):
-            take_in(out, self.questions, numbers, logits)
+            take_in(out, self.questions, numbers, self._seen(logits))
         return out
+
+    def is_cut(self, place: int) -> bool:
+        """Whether the model does not read all of a text, as it is too long."""
+        return self.whole[place] > len(self.rows[place]["input_ids"])
 
     @torch.inference_mode()
     def _forward(self, batch: _Batch) -> Tensor:
-        """Logits (rows, labels)."""
+        """Logits, (rows, labels) or (rows, longest, labels)."""
         logits: Tensor = self.model.forward(batch.positions, **batch.inputs).logits.float()
         if not torch.isfinite(logits).all():
             raise FloatingPointError("the model's outputs are not finite")
@@ -155,6 +188,20 @@ class ClassificationScorer:
         }
         return _Batch(inputs, (torch.arange(width) < lengths[:, None]).to(self.model.device))
 
+
+class ClassificationScorer(TextScorer[TextQuestion]):
+    """One answer to each text."""
+
+    def __init__(
+        self, model: LiveModel, questions: Sequence[TextQuestion], settings: EvaluationSettings, seen: Seen
+    ) -> None:  # fmt: skip
+        super().__init__(model, questions, settings, seen)
+        for question in questions:
+            self._check(question)
+
+    def tokenised(self, question: TextQuestion, **options: Any) -> Any:
+        return self.model.tokenizer(*question.texts, verbose=False, **options)
+
     def _check(self, asked: TextQuestion) -> None:
         outputs = self.model.outputs(asked.head)
         if asked.metric.name in VALUE and outputs != 1:
@@ -164,7 +211,7 @@ class ClassificationScorer:
 
 
 def by_head(
-    model: LiveModel, questions: Sequence[TextQuestion], places: Sequence[int], score: Callable[[Sequence[int]], Scored]
+    model: LiveModel, questions: Sequence[Answerable], places: Sequence[int], score: Callable[[Sequence[int]], Scored]
 ) -> Scored:
     """The answers of each head to its own questions."""
     out = Scored()
@@ -175,8 +222,8 @@ def by_head(
     return out
 
 
-def take_in(out: Scored, questions: Sequence[TextQuestion], places: Sequence[int], logits: Tensor) -> None:
-    """Add the answers to the items at ``places``, given their logits (rows, labels)."""
+def take_in(out: Scored, questions: Sequence[Answerable], places: Sequence[int], logits: Tensor) -> None:
+    """Add the answers to the items at ``places``, given their logits, the first dimension of which are these items."""
     for place, row in zip(places, logits, strict=True):
         out.answers[place], out.said[place] = questions[place].answer(row)
 
@@ -198,33 +245,60 @@ class LabelSpaces:
         Raises BadInput where a folder says nothing of them.
         """
         if self._model.heads == "union":
-            names = dict.fromkeys(n for e in self._experts for n in self._of(self._experts[e]))
-            return {name: number for number, name in enumerate(names)}
+            return self._of_all()
         head = self.head(entry)
         return self._of(self._model.base if head is None else self._experts[head])
+
+    def seen_of(self, model: LiveModel) -> Seen:
+        """How the logits of a model become those of the labels of all experts, where tasks ask for these.
+
+        A model that is scored as it is has a head for its own labels only. It never says a label that it lacks, and it
+        is never right with one that the experts lack.
+        """
+        own = [str(name) for _, name in sorted(model.module.config.id2label.items())]
+        if self._model.heads != "union" or own == [*(all_labels := self._of_all())]:
+            return as_they_are
+        wanted = [*all_labels, *(name for name in own if name not in all_labels)]
+
+        def seen(logits: Tensor) -> Tensor:
+            out = logits.new_full((*logits.shape[:-1], len(wanted)), -torch.inf)
+            out[..., [wanted.index(name) for name in own]] = logits
+            return out
+
+        return seen
 
     def names(self, entry: TaskEntry) -> dict[int, str]:
         """Names of the labels by number; raises as ``of`` does."""
         return {} if entry.metric in VALUE else {number: name for name, number in self.of(entry).items()}
 
+    def _of_all(self) -> Labels:
+        names = dict.fromkeys(n for e in self._experts for n in self._of(self._experts[e]))
+        return {name: number for number, name in enumerate(names)}
+
     def _of(self, location: str) -> Labels:
         if location not in self._known:
-            found = labels_of(location)
+            key = next((f"experts.{n}" for n, place in self._experts.items() if place == location), "model.base")
+            found = labels_of(location, key)
             self._known[location] = dict(sorted(found.items(), key=lambda pair: pair[1]))
         return self._known[location]
 
 
-def labels_of(base: str) -> dict[str, int]:
+def labels_of(location: str, key: str) -> dict[str, int]:
     """Numbers of a classifier's labels, by name.
 
-    Raises BadInput where its folder says nothing of them.
+    Raises BadInput that names ``key`` where its folder says nothing of them.
     """
     from transformers import AutoConfig  # slow, and most tasks need none
 
+    place = expand(location)
+    name, _, revision = (place, "", "") if Path(place).exists() else place.partition("@")
     try:
-        labels: dict[str, int] = AutoConfig.from_pretrained(expand(base)).label2id
+        labels: dict[str, int] = AutoConfig.from_pretrained(name, revision=revision or "main").label2id
     except (OSError, ValueError) as error:
-        raise BadInput(f"model.base: {base} has no readable config.json; give a classifier's folder.") from error
+        raise BadInput(
+            f"{key}: {location} has no readable config.json, which names the labels of a classifier; give a "
+            "classifier's folder, and merge an adapter into its base with PEFT (merge_and_unload) before."
+        ) from error
     return labels
 
 
@@ -262,14 +336,18 @@ def right_answer(value: Any, labels: Labels, entry: TaskEntry) -> float:
         except ValueError as error:
             raise BadInput(f"evaluation: {entry.task} has {value!r} where a number is expected.") from error
     if entry.threshold is None:
-        return float(_label(value, labels, entry))
+        return float(label_number(value, labels, entry))
     if len(labels) > MOST_LABELS:
         raise BadInput(f"evaluation: {entry.task} has {len(labels)} labels; sets of up to {MOST_LABELS} can be scored.")
     chosen = value if isinstance(value, list) else [v for v in str(value).replace(",", " ").split() if v]
-    return float(sum(1 << number for number in {_label(v, labels, entry) for v in chosen}))
+    return float(sum(1 << number for number in {label_number(v, labels, entry) for v in chosen}))
 
 
-def _label(value: Any, labels: Labels, entry: TaskEntry) -> int:
+def label_number(value: Any, labels: Labels, entry: TaskEntry) -> int:
+    """The number of a label that data give by its name or number.
+
+    Raises BadInput for one that the model lacks.
+    """
     if isinstance(value, int) and value in labels.values():
         return int(value)
     if isinstance(value, str) and value in labels:

@@ -20,6 +20,7 @@ from evolver.evaluation.data import Row
 from evolver.evaluation.items import Item
 from evolver.evaluation.judges.classifier import (
     LabelSpaces,
+    Seen,
     TextQuestion,
     by_head,
     label_text,
@@ -77,7 +78,7 @@ class Images(RowJudge):
             TextQuestion(a.entry, (), self.right(a), spaces.head(a.entry), spaces.names(a.entry)) for a in asked
         ]
         images = [self.row(a)[a.entry.image] for a in asked]
-        return ImageScorer(model, questions, images, self.settings.batch_size or BATCH)
+        return ImageScorer(model, questions, images, self.settings.batch_size or BATCH, spaces.seen_of(model))
 
     def show(self, asked: AskedItem) -> ItemText:
         """See ``Shows``: a report holds no images, so it says which one it is."""
@@ -88,8 +89,10 @@ class Images(RowJudge):
 class ImageScorer:
     """Images of one size, side by side; each is decoded and scaled once."""
 
-    def __init__(self, model: LiveModel, questions: Sequence[TextQuestion], images: Sequence[bytes], most: int) -> None:
-        self.model, self.questions, self._images, self._most = model, questions, images, most
+    def __init__(
+        self, model: LiveModel, questions: Sequence[TextQuestion], images: Sequence[bytes], most: int, seen: Seen
+    ) -> None:  # fmt: skip
+        self.model, self.questions, self._images, self._most, self._seen = model, questions, images, most, seen
         self._processor = _processor(model.folder)
         self._mode = "L" if getattr(model.module.config, "num_channels", 3) == 1 else "RGB"
         self._ready: dict[tuple[int, ...], Batches[Tensor]] = {}
@@ -104,7 +107,7 @@ class ImageScorer:
             self._ready[key] = Batches(keys, self._pixels)
         out = Scored(tokens=len(places))
         for numbers, logits in self._ready[key].run(self._forward):
-            take_in(out, self.questions, numbers, logits)
+            take_in(out, self.questions, numbers, self._seen(logits))
         return out
 
     @torch.inference_mode()

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from evolver.errors import BadInput, nearest
 
 Numbers = NDArray[np.float64]
+# An answer of spans is HITS · right spans + given spans, which a float64 holds exactly.
+HITS = float(1 << 26)
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,28 @@ def binary_f1(answers: Numbers, right: Numbers) -> Numbers:
     return _divided(2 * (given & wanted).sum(-1), given.sum(-1) + wanted.sum(-1))
 
 
+def right_share(answers: Numbers, right: Numbers) -> Numbers:
+    """The share of right parts, (R): Σ right parts / Σ parts.
+
+    ``answers`` holds the number of right parts of each item, such as words, and ``right`` the number of all its parts.
+    """
+    return _divided(answers.sum(-1), right.sum(-1))
+
+
+def span_f1(answers: Numbers, right: Numbers) -> Numbers:
+    """F1 of spans, (R): 2 · hits / (given + right), each summed over the items. It is 0 where there are no spans.
+
+    ``answers`` holds what ``spans_answer`` makes of each item, and ``right`` the number of its right spans.
+    """
+    hits, given = np.divmod(answers, HITS)
+    return _divided(2 * hits.sum(-1), given.sum(-1) + right.sum(-1))
+
+
+def spans_answer(hits: int, given: int) -> float:
+    """How many spans of an item were found, and how many were given, as one number."""
+    return hits * HITS + given
+
+
 def median_item(answers: Numbers, _: Numbers) -> Numbers:
     """The upper median of judged items, (R)."""
     middle: Numbers = np.sort(answers, -1)[..., answers.shape[-1] // 2]
@@ -159,6 +183,11 @@ def closeness(metric: Metric, answers: Numbers, right: Numbers) -> Numbers:
         found = (answers == right).astype(np.float64)
     elif metric.of is pearson:
         found = -np.abs(answers - right)
+    elif metric.of is right_share:
+        found = _divided(answers, right)
+    elif metric.of is span_f1:
+        hits, given = np.divmod(answers, HITS)
+        found = np.where(given + right > 0, _divided(2 * hits, given + right), 1.0)
     return -found if metric.of is opposite else found
 
 
@@ -170,12 +199,14 @@ ERRORS = Metric("mean", mean, best=None, judged=True, negative=True)
 CLASS = {"acc": JUDGED, "macro_f1": Metric("macro_f1", macro_f1), "mcc": Metric("mcc", mcc)}
 LABELS = {"acc": JUDGED, "macro_f1": Metric("macro_f1", labels_f1)}
 VALUE = {"pearson": Metric("pearson", pearson)}
+# The metrics of models that give a tag to each word.
+TAGS = {"acc": Metric("acc", right_share), "f1": Metric("f1", span_f1)}
 
 
 def _functions() -> dict[str, Callable[[Numbers, Numbers], Numbers]]:
     known = (
-        mean, macro_f1, mcc, pearson, labels_f1, binary_f1, median_item, perplexity, weighted_perplexity, bits_per_byte,
-        opposite,
+        mean, macro_f1, mcc, pearson, labels_f1, binary_f1, right_share, span_f1, median_item, perplexity,
+        weighted_perplexity, bits_per_byte, opposite,
     )  # fmt: skip
     return {function.__name__: function for function in known}
 
