@@ -58,7 +58,7 @@ def of_task(value: float | None, metric: Metric) -> str:
     """A task's metric, with the sign that the field gives it."""
     if value is None:
         return "–"
-    value = -value if metric.negative else value
+    value = 0.0 - value if metric.negative else value  # 0 has no sign
     return f"{100 * value:.1f}" if metric.points else f"{value:.4g}"
 
 

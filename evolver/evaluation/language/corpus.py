@@ -15,13 +15,16 @@ import numpy as np
 @cache
 def _counting(metric: str) -> Any:
     """The class of sacreBLEU that counts for a metric. The effective order matters only for scores of single items."""
-    from sacrebleu.metrics import BLEU, CHRF, TER
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+    from sacrebleu.metrics.ter import TER
 
-    known = {
-        "bleu": lambda: BLEU(effective_order=True, force=True), "chrf": CHRF, "chrf++": lambda: CHRF(word_order=2),
-        "ter": TER,
-    }  # fmt: skip
-    return known[metric]()
+    match metric:
+        case "bleu":
+            return BLEU(effective_order=True, force=True)
+        case "ter":
+            return TER()
+    return CHRF(word_order=2 if metric == "chrf++" else 0)
 
 
 def counted(metric: str, references: str | Sequence[str], said: str | Sequence[str]) -> tuple[float, ...]:
@@ -41,7 +44,7 @@ def counted(metric: str, references: str | Sequence[str], said: str | Sequence[s
     counting = _counting(metric)
     (counts,) = counting._extract_corpus_statistics(answers, [[text] for text in texts])
     score = counting._compute_score_from_stats(list(counts)).score / 100
-    return (-score if metric == "ter" else score, *map(float, counts))
+    return (-score if metric == "ter" else min(score, 1.0), *map(float, counts))
 
 
 def brier(right: int, probabilities: Sequence[float]) -> float:

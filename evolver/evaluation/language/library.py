@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,8 @@ class Meaning:
         return float(outcome[1] if self.kept == "said" else outcome[0])
 
     def _judged(self, value: float) -> float:
+        if math.isnan(value):
+            raise ValueError("an item has no score (NaN), and a mean without such items cannot be computed here")
         if not self.metric.judged:
             return value
         if self.metric.share and not 0.0 <= value <= 1.0:

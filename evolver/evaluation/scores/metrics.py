@@ -178,7 +178,7 @@ def bleu(sums: Numbers, _: Numbers) -> Numbers:
     found = np.zeros(len(sums))
     brevity = np.exp(np.minimum(0.0, 1 - _divided(wanted, said)))
     found[usable] = brevity[usable] * np.exp(np.log(precision).mean(1))
-    return found
+    return np.minimum(found, 1.0)  # rounding may lead above, and bounds rest on 1
 
 
 def chrf(sums: Numbers, _: Numbers) -> Numbers:
@@ -193,7 +193,7 @@ def chrf(sums: Numbers, _: Numbers) -> Numbers:
     orders = ((said > 0) & (wanted > 0)).sum(1)
     both = np.where((said > 0) & (wanted > 0), agree, 0)
     precision, recall = _divided(_divided(both, said).sum(1), orders), _divided(_divided(both, wanted).sum(1), orders)
-    return _divided(5 * precision * recall, 4 * precision + recall)
+    return np.minimum(_divided(5 * precision * recall, 4 * precision + recall), 1.0)
 
 
 def ter(sums: Numbers, _: Numbers) -> Numbers:
