@@ -27,7 +27,7 @@ pytestmark = pytest.mark.whole
 
 OWN = """
 def references(doc):
-    return [doc["said"] + " " + doc["question"], "the " + doc["question"]]
+    return [doc["question"] + " boat boat red red", "is is is " + doc["question"]]
 
 
 def results(doc, answers):
@@ -50,7 +50,7 @@ def mean(values):
     return max(values)
 """
 SAMPLED = {"until": ["\n"], "max_gen_toks": 1, "do_sample": True, "temperature": 1.5}
-WORD = {"function": "regex", "regex_pattern": "([a-z]+)"}
+LETTER = {"function": "regex", "regex_pattern": "([a-z])"}
 # Task → its metric in lm-eval's notation, and what ours is times when lm-eval writes it.
 GREEDY = {
     "bleu": ("bleu", 100), "chrf": ("chrf", 100), "chrfpp": ("chrf++", 100), "ter": ("ter", -100),
@@ -75,14 +75,15 @@ def own_tasks(tasks, tmp_path_factory):
     """A folder of tasks in YAML, and functions that they name."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "own.py").write_text(OWN)
-    written = {"output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{said}} {{question}}"}
-    greedy = written | {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 8}}
-    word = written | {"doc_to_target": "{{said|trim}}", "generation_kwargs": SAMPLED}
+    written = {"output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{question}} boat red red is is"}
+    words = {"suppress_tokens": list(range(259))}  # of the toys' tokens, the first are special ones and bytes
+    greedy = written | {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 8, **words}}
+    word = written | {"doc_to_target": "s", "generation_kwargs": SAMPLED}
     choose = yaml.safe_load((tasks / "yesno.yaml").read_text())
     translated = greedy | {"metric_list": listed("bleu", "chrf", "chrf++", "ter")}
     measured = greedy | {"process_results": "!function own.results", "metric_list": listed("bleu", "shared", "length")}
-    voted = {"name": "maj@5", "filter": [WORD, {"function": "majority_vote"}, {"function": "take_first"}]}
-    first = {"name": "first", "filter": [WORD, {"function": "take_first"}]}
+    voted = {"name": "maj@5", "filter": [LETTER, {"function": "majority_vote"}, {"function": "take_first"}]}
+    first = {"name": "first", "filter": [LETTER, {"function": "take_first"}]}
     three = {"name": "three", "filter": [{"function": "take_first_k", "k": 3}]}
     sampled = word | {"repeats": 5, "metric_list": listed("exact_match"), "filter_list": [voted, first]}
     single = sampled | {"repeats": 1, "filter_list": [voted | {"name": "maj@1"}]}
@@ -185,12 +186,18 @@ def test_repeats_and_filters_are_those_of_lm_eval(make_config, own_tasks, tmp_pa
     worker = Worker(ready.plan, "dev", tasks=ready.tasks)
     (part, _), *_ = worker.scorer.parts
     heard, write = {}, part._written
-    part._written = lambda prompts: heard.setdefault(0, write(prompts))
+
+    def listen(prompts):
+        found = write(prompts)
+        heard.update(found.texts)
+        return found
+
+    part._written = listen
     result = worker.evaluate(Candidate(0, ready.experts[0], "test"))
     assert result.status == "ok", result.reason
     said = {
         part.prepared[p].requests[0].args[0]: texts
-        for p, texts in heard[0].texts.items()
+        for p, texts in heard.items()
         if part.prepared[p].task.task_name == task
     }
     assert any(len(set(texts)) > 1 for texts in said.values())  # they are samples
