@@ -78,7 +78,7 @@ def own_tasks(tasks, tmp_path_factory):
     written = {"output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{question}} boat red red is is"}
     words = {"suppress_tokens": list(range(259))}  # of the toys' tokens, the first are special ones and bytes
     greedy = written | {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 8, **words}}
-    word = written | {"doc_to_target": "s", "generation_kwargs": SAMPLED}
+    word = written | {"doc_to_target": "s", "generation_kwargs": SAMPLED | words}
     choose = yaml.safe_load((tasks / "yesno.yaml").read_text())
     translated = greedy | {"metric_list": listed("bleu", "chrf", "chrf++", "ter")}
     measured = greedy | {"process_results": "!function own.results", "metric_list": listed("bleu", "shared", "length")}
