@@ -75,7 +75,11 @@ def own_tasks(tasks, tmp_path_factory):
     """A folder of tasks in YAML, and functions that they name."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "own.py").write_text(OWN)
-    written = {"output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{question}} boat red red is is"}
+    written = {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{question}} boat red red is is",
+    }
     words = {"suppress_tokens": list(range(259))}  # of the toys' tokens, the first are special ones and bytes
     greedy = written | {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 8, **words}}
     word = written | {"doc_to_target": "s", "generation_kwargs": SAMPLED | words}

@@ -10,12 +10,12 @@ import torch
 from evolver.config.changes import unrounded
 from evolver.driver.prepare import Prepared
 from evolver.evaluation.tasks import SplitScorer
-from evolver.records import Answer
+from evolver.records import ItemAnswer
 from evolver.workers.worker import build_model
 
 
 def score_again(
-    prepared: Prepared, best: Path, recorded: Sequence[Answer], device: str, quantised: bool = False
+    prepared: Prepared, best: Path, recorded: Sequence[ItemAnswer], device: str, quantised: bool = False
 ) -> dict[str, int]:  # fmt: skip
     """Load an exported folder as any user would, score it on the first dev items, and count the equal answers.
 
@@ -30,6 +30,6 @@ def score_again(
     return {"items": len(recorded), "equal": sum(a == b for a, b in zip(recorded, fresh, strict=True))}
 
 
-def answer_again(scorer: SplitScorer, count: int, block: int) -> list[Answer]:
+def answer_again(scorer: SplitScorer, count: int, block: int) -> list[ItemAnswer]:
     """The answers to the first items, scored so many at a time as a run does: in bfloat16 batches show in scores."""
     return [v for s in range(0, count, block) for v in scorer.score(s, min(s + block, count)).items]

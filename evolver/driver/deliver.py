@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from evolver.checkpoints.gguf import seal as gguf_seal
 from evolver.checkpoints.gguf import writer as gguf_out
 from evolver.checkpoints.gguf.keys import OPTION
+from evolver.checkpoints.gguf.reader import EXACT_TYPES
 from evolver.checkpoints.lora_out import is_tied, is_transposed, write_delta, write_lora
 from evolver.driver.card import companion_files, companion_files_of
 from evolver.driver.check import score_again
@@ -182,7 +181,7 @@ def _read_back(model: gguf_out.FileContent, file: Path, folder: Path, beside: Pa
     files name in part only. The weights are in the run's dtype or, if ``exact``, in float32.
     """
     own = next(info.dtype for info in model.infos.values() if info.dtype.is_floating_point)
-    dtype = torch.float32 if exact else own
+    dtype = EXACT_TYPES["F32"] if exact else own
     gguf_out.read_back(file, folder, dtype)
     for name in TOKENIZER:
         if (beside / name).exists():

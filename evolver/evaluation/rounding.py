@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 32
+BLOCK_WEIGHTS = 32
 # What llama.cpp leaves as it is: tables of positions, and what chooses among the experts of a layer.
 LEFT_ALONE = re.compile(r"position|relative_attention_bias|\bwpe\b|(^|\.)(gate|router)\.weight$|token_type")
 
@@ -28,9 +28,9 @@ def rounded(matrix: Tensor, kind: str) -> Tensor:
     values = matrix.float()
     if kind == "int8":
         return _by_largest(values)
-    if values.shape[-1] % BLOCK:
+    if values.shape[-1] % BLOCK_WEIGHTS:
         return values.half().float()
-    blocks = values.reshape(-1, BLOCK)
+    blocks = values.reshape(-1, BLOCK_WEIGHTS)
     found = _to_4_bits(blocks) if kind == "q4_0" else _by_largest(blocks, half=True)
     return found.reshape(values.shape)
 
@@ -45,9 +45,9 @@ def _by_largest(rows: Tensor, half: bool = False) -> Tensor:
 def _to_4_bits(blocks: Tensor) -> Tensor:
     """Blocks as integers from -8 to 7 times a scale, by which the value that is furthest from 0 becomes -8."""
     sizes = blocks.abs()
-    places = torch.arange(BLOCK, device=blocks.device).expand(blocks.shape)
+    places = torch.arange(BLOCK_WEIGHTS, device=blocks.device).expand(blocks.shape)
     # The first of equals, as in llama.cpp.
-    first = torch.where(sizes == sizes.amax(-1, keepdim=True), places, BLOCK - 1).amin(-1, keepdim=True)
+    first = torch.where(sizes == sizes.amax(-1, keepdim=True), places, BLOCK_WEIGHTS - 1).amin(-1, keepdim=True)
     scale = blocks.gather(-1, first) / -8
     whole = torch.trunc(blocks * _inverse(scale) + 8.5).clamp(0, 15)
     return (whole - 8) * scale.half().float()

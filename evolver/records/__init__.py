@@ -15,10 +15,10 @@ Stage = Literal["baseline", "search", "report"]
 Split = Literal["dev", "report"]
 # What a model answered to an item, as a number. For a metric that is computed from counts over all items, such as BLEU,
 # it is a tuple: the item's own score, which people read, and after it the item's counts.
-Answer = float | tuple[float, ...]
+ItemAnswer = float | tuple[float, ...]
 
 
-def own_score(answer: Answer) -> float:
+def own_score(answer: ItemAnswer) -> float:
     """An item's answer as one number."""
     return answer[0] if isinstance(answer, tuple) else answer
 
@@ -60,8 +60,8 @@ class Question:
 
     bar: float | None = None
     limit: int | None = None
-    rival: tuple[Answer, ...] = ()
-    known: tuple[Answer, ...] = ()
+    rival: tuple[ItemAnswer, ...] = ()
+    known: tuple[ItemAnswer, ...] = ()
     piece: tuple[int, int] | None = None
 
 
@@ -128,7 +128,7 @@ class Result:
     score: float | None = None
     bound: float | None = None
     complete: bool = False
-    items: tuple[Answer, ...] = ()
+    items: tuple[ItemAnswer, ...] = ()
     tasks: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     counts: Mapping[str, float] = field(default_factory=dict)

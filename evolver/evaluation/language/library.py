@@ -24,7 +24,7 @@ from evolver.evaluation.language.index import Index, manager_of
 from evolver.evaluation.language.written import ANSWER_LIMITS, check_generation
 from evolver.evaluation.scores import metrics
 from evolver.evaluation.scores.metrics import Metric
-from evolver.records import Answer
+from evolver.records import ItemAnswer
 from evolver.storage.paths import expand
 
 # Metrics whose items lie between 0 and 1, so that the most that an unscored item can add is known.
@@ -50,7 +50,7 @@ class Meaning:
     metric: Metric
     kept: Kept = "value"
 
-    def answer(self, outcome: Any) -> Answer:
+    def answer(self, outcome: Any) -> ItemAnswer:
         """The answer to an item, from lm-eval's outcome for it.
 
         Raises ValueError for the score of an item outside of 0 to 1 where the metric lies there.

@@ -15,7 +15,7 @@ from evolver.errors import BadInput, cause_of
 from evolver.evaluation.base import ItemText
 from evolver.evaluation.items import Item, item_hash
 from evolver.evaluation.language.library import Meaning, filters, metric_name, quiet
-from evolver.records import Answer
+from evolver.records import ItemAnswer
 
 # What a chat template that is tried out has to repeat.
 ASKED = "Which colour has the sky?"
@@ -27,7 +27,7 @@ INVALID = ("[invalid]", "", None)
 class Judgement:
     """The result of an item: its answer as it is kept and in words, and whether the generated text held no answer."""
 
-    answer: Answer
+    answer: ItemAnswer
     invalid: bool
     said: str = ""
 

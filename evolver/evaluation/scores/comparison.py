@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from evolver.evaluation.scores.metrics import Metric, Numbers
 from evolver.evaluation.scores.scoring import Scale
-from evolver.records import Answer
+from evolver.records import ItemAnswer
 
 RESAMPLES = 9999
 # The most numbers that are held in memory at once.
@@ -37,7 +37,7 @@ class Comparison:
     p: float
 
 
-def interval(items: Sequence[Answer], scale: Scale, seed: int) -> tuple[float, float]:
+def interval(items: Sequence[ItemAnswer], scale: Scale, seed: int) -> tuple[float, float]:
     """The 95 % percentile bootstrap interval of a score (Efron 1979). Items are resampled within each task.
 
     Args:
@@ -48,7 +48,7 @@ def interval(items: Sequence[Answer], scale: Scale, seed: int) -> tuple[float, f
     return _middle(_resampled([items], scale, seed)[0])
 
 
-def compare(ours: Sequence[Answer], theirs: Sequence[Answer], scale: Scale, seed: int) -> Comparison:
+def compare(ours: Sequence[ItemAnswer], theirs: Sequence[ItemAnswer], scale: Scale, seed: int) -> Comparison:
     """A paired comparison of two models on the same items.
 
     The interval is the 95 % percentile bootstrap interval of the difference. Items are resampled within each task, and
@@ -75,7 +75,7 @@ def compare(ours: Sequence[Answer], theirs: Sequence[Answer], scale: Scale, seed
     return Comparison(difference, *_middle(mine - other), p)
 
 
-def _resampled(models: Sequence[Sequence[Answer]], scale: Scale, seed: int) -> list[Numbers]:
+def _resampled(models: Sequence[Sequence[ItemAnswer]], scale: Scale, seed: int) -> list[Numbers]:
     """The scores of every model on the same RESAMPLES resamples of the items, (RESAMPLES) for each model."""
     rng, totals = np.random.default_rng(seed), [np.zeros(RESAMPLES) for _ in models]
     for task, places in scale.places.items():
@@ -92,7 +92,7 @@ def _resampled(models: Sequence[Sequence[Answer]], scale: Scale, seed: int) -> l
     return totals
 
 
-def _kept(items: Sequence[Answer], metric: Metric, places: Sequence[int]) -> Numbers:
+def _kept(items: Sequence[ItemAnswer], metric: Metric, places: Sequence[int]) -> Numbers:
     """What a metric is computed from: the answers to its n items, (n), or their counts, (n, counts)."""
     found = np.asarray([items[p] for p in places], dtype=np.float64)
     return found[:, 1:] if metric.counts else found
@@ -126,7 +126,7 @@ def _by_signs(each: Numbers, seed: int) -> float:
     return float(test.pvalue)
 
 
-def _by_exchange(ours: Sequence[Answer], theirs: Sequence[Answer], scale: Scale, seed: int) -> float:
+def _by_exchange(ours: Sequence[ItemAnswer], theirs: Sequence[ItemAnswer], scale: Scale, seed: int) -> float:
     """The p-value of the difference of the scores, by exchanging the models' answers to an item."""
     if list(ours) == list(theirs):
         return 1.0
@@ -148,7 +148,7 @@ def _by_exchange(ours: Sequence[Answer], theirs: Sequence[Answer], scale: Scale,
     return float(test.pvalue)
 
 
-def _scores(own: NDArray[np.bool_], ours: Sequence[Answer], theirs: Sequence[Answer], scale: Scale) -> Numbers:
+def _scores(own: NDArray[np.bool_], ours: Sequence[ItemAnswer], theirs: Sequence[ItemAnswer], scale: Scale) -> Numbers:
     """The scores of R mixtures of two models' answers, (R); ``own``, (R, items), says which are the first model's."""
     total = np.zeros(len(own))
     for task, places in scale.places.items():

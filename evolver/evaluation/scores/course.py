@@ -11,7 +11,7 @@ from typing import cast
 
 from evolver.evaluation.scores.racing import Race
 from evolver.evaluation.scores.scoring import Scale
-from evolver.records import Answer, Candidate, Result
+from evolver.records import Candidate, ItemAnswer, Result
 
 
 def blocks(start: int, stop: int, size: int) -> list[tuple[int, int]]:
@@ -47,7 +47,7 @@ class Evaluation:
         stop = count if asked.limit is None else min(count, -(-asked.limit // size) * size)
         return blocks(len(asked.known), stop, size)
 
-    def ended(self, items: Sequence[Answer]) -> bool:
+    def ended(self, items: Sequence[ItemAnswer]) -> bool:
         """Whether the evaluation may stop here.
 
         That is so if the score can no longer exceed the candidate's bar, or if a race has decided against the
@@ -64,7 +64,7 @@ class Evaluation:
         return self.raced
 
     def result(
-        self, items: Sequence[Answer], seconds: Mapping[str, float], counts: Mapping[str, float], worker: str
+        self, items: Sequence[ItemAnswer], seconds: Mapping[str, float], counts: Mapping[str, float], worker: str
     ) -> Result:  # fmt: skip
         """The result of the candidate.
 

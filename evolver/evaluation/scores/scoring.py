@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from evolver.evaluation.scores.metrics import Metric
-from evolver.records import Answer
+from evolver.records import ItemAnswer
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Scale:
         metrics = {task: Metric.from_form(metric) for task, metric in form["metrics"].items()}
         return Scale(tuple(form["tasks"]), form["weights"], metrics, tuple(form["right"]))
 
-    def of_tasks(self, items: Sequence[Answer]) -> dict[str, float]:
+    def of_tasks(self, items: Sequence[ItemAnswer]) -> dict[str, float]:
         """The metric of every task over the items scored so far. Tasks without a scored item are left out."""
         scored = {task: [p for p in places if p < len(items)] for task, places in self.places.items()}
         return {task: self._metric(task, items, places) for task, places in scored.items() if places}
 
-    def score(self, items: Sequence[Answer]) -> float:
+    def score(self, items: Sequence[ItemAnswer]) -> float:
         """The score of the answers to all items.
 
         Raises ValueError where answers are missing.
@@ -73,7 +73,7 @@ class Scale:
             raise ValueError(f"{len(items)} of {len(self.tasks)} items")
         return self._weighted(self.of_tasks(items))
 
-    def bound(self, items: Sequence[Answer]) -> float:
+    def bound(self, items: Sequence[ItemAnswer]) -> float:
         """The highest score that is still possible after the answers to the first items.
 
         It is infinite where a task has unscored items and a metric without a known highest value.
