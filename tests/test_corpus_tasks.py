@@ -16,6 +16,8 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evolver.config.reading import config_at
+from evolver.dashboard import views
+from evolver.dashboard.overview import Overview
 from evolver.driver.prepare import prepare
 from evolver.evaluation.items import item_hash
 from evolver.records import Candidate
@@ -240,6 +242,8 @@ def test_a_run_on_corpus_metrics(make_config, own_tasks, tmp_path):
     searched = [r for (stage, _), r in toys.rows(folder).items() if stage == "search"]
     assert all(r["complete"] for r in searched)
     assert all(len(r["item_counts"]) == 2 * DEV for r in searched)
+    heat = views.heat(Overview(storage_at(folder)))
+    assert len(heat["items"][0]) == 2 * DEV
     write_again(storage_at(folder), storage_at(tmp_path / "again"))
     assert (tmp_path / "again" / "report.md").read_text() == report
     again = toys.run_here(file, tmp_path / "results", toys.no_work)  # everything is known from the ledger

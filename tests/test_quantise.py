@@ -8,10 +8,23 @@ import numpy as np
 import pytest
 import torch
 import toys
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
+from evolver.commands.evaluate import score_models
+from evolver.config.model import ModelSettings
 from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare
+from evolver.evaluation.live import LiveModel
 from evolver.evaluation.rounding import Rounding, rounded
 from evolver.records import Candidate
 from evolver.workers.worker import Worker
@@ -104,6 +117,57 @@ def test_a_model_is_scored_with_rounded_weights(make_config, models, tmp_path, k
     assert not all(torch.equal(found[name], tensor) for name, tensor in plain.items())
     words = AutoTokenizer.from_pretrained(models / "a")("Question: a red house", return_tensors="pt")
     assert torch.equal(worker.live.module(**words).logits, module(**words).logits)
+
+
+@pytest.mark.whole
+def test_models_are_evaluated_in_the_same_way(make_config, models, tmp_path):
+    """``evolver evaluate`` loads a folder, and a run writes weights into its model."""
+    tasks = [{"task": "roll", "metric": "bits_per_byte", "dev": 6, "report": 4}]  # a number in which any weight shows
+    file = make_config(tmp_path, {**Q4, "evaluation.tasks": tasks})
+    ready = prepare(config_at(file))
+    result = Worker(ready.plan, "dev", tasks=ready.tasks).evaluate(Candidate(0, ready.experts[0], "test"))
+    plain = make_config(tmp_path, {"model.compute": "float32", "evaluation.tasks": tasks}, "plain.yaml")
+    scores = [score_models(str(f), [str(models / "a")], "dev")[0].score for f in (file, plain)]
+    assert scores[0] == result.score != scores[1]
+
+
+@pytest.mark.whole
+def test_experts_of_a_mixture_are_rounded_one_by_one(tmp_path):
+    config = MixtralConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=3, tie_word_embeddings=False, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+    toys.tokenizer().save_pretrained(tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    shapes = {n: tuple(t.shape) for n, t in tensors.items()}
+    settings = ModelSettings(base=str(tmp_path / "model"), compute="float32")
+    live = LiveModel(settings, tmp_path / "model", shapes, "cpu", quantise="q8_0")
+    live.write(tensors.items())
+    expected = {n: t if t.ndim < 2 or ".gate." in n else rounded(t, "q8_0") for n, t in tensors.items()}
+    save_file(expected, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).state_dict()
+    found = live.module.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in theirs.items())
+    live.write(tensors.items(), whole=True)  # as statistics of experts are collected
+    assert torch.equal(live.module.state_dict()["lm_head.weight"], tensors["lm_head.weight"])
+
+
+@pytest.mark.whole
+def test_experts_in_one_tensor_are_refused(make_config, tasks, tmp_path):
+    config = GptOssConfig(
+        vocab_size=len(toys.tokenizer()), hidden_size=32, intermediate_size=32, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        max_position_embeddings=toys.LENGTH,
+    )  # fmt: skip
+    toys.noisy_experts(GptOssForCausalLM(config), tmp_path, toys.tokenizer())
+    changes = {
+        **Q4, "model.base": str(tmp_path / "base"), "experts": {n: str(tmp_path / n) for n in ("a", "b")},
+    }  # fmt: skip
+    ended = toys.evolver("validate", make_config(tmp_path, changes))
+    said = toys.refusal(ended.code, ended.err)
+    assert "evaluation.quantise: model.layers.0.mlp.experts." in said
 
 
 @pytest.mark.whole

@@ -15,7 +15,7 @@ from torch import Tensor
 from evolver.config.model import ModelSettings
 from evolver.errors import BadInput
 from evolver.evaluation.fused import refuse_experts, slices_of
-from evolver.evaluation.rounding import Rounding
+from evolver.evaluation.rounding import Rounding, refuse_stacks
 
 
 class Listener(Protocol):
@@ -40,8 +40,8 @@ class LiveModel:
         wrappers: patterns in the names of the folder's files, and what takes their place, before the class reads them.
         quantise: the quantisation through which ``write`` rounds weights; None: it writes them as they are.
 
-    Raises BadInput where a tensor of the checkpoint has no place in the model, and where the checkpoint lacks a tensor
-    that the model needs.
+    Raises BadInput where a tensor of the checkpoint has no place in the model, where the checkpoint lacks a tensor that
+    the model needs, and for tensors that cannot be quantised.
     """
 
     def __init__(
@@ -53,6 +53,8 @@ class LiveModel:
 
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()  # missing tensors, which it would report, are checked below
+        if quantise:
+            refuse_stacks(shapes)
         self.device = torch.device(device)
         self.listener: Listener | None = None
         self.folder, self._heads = folder, heads or {}

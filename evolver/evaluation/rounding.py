@@ -8,10 +8,13 @@ what ``load_in_8bit`` of Transformers rounds.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from evolver.errors import BadInput
 
 BLOCK_WEIGHTS = 32
 # What llama.cpp leaves as it is: tables of positions, and what chooses among the experts of a layer.
@@ -62,6 +65,20 @@ def _nearest(values: Tensor) -> Tensor:
     sizes = values.abs()
     below = sizes.floor()
     return values.sign() * (below + (2 * (sizes - below)).floor())
+
+
+def refuse_stacks(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises BadInput for a model whose files hold the matrices of several experts in one tensor.
+
+    Args:
+        shapes: of the tensors in the model's files, by name.
+    """
+    stack = next((name for name, shape in shapes.items() if len(shape) > 2 and ".experts." in name), None)
+    if stack is not None:
+        raise BadInput(
+            f"evaluation.quantise: {stack} holds the matrices of several experts, which cannot be told apart here; "
+            "leave quantise out."
+        )
 
 
 class Rounding:
