@@ -14,6 +14,7 @@ import pytest
 from evolver.errors import BadInput
 from evolver.ledger import DamagedPart, Ledger, read_table, result_of
 from evolver.ledger import ledger as module
+from evolver.ledger.parts import SCHEMA_VERSION
 from evolver.ledger.rows import OLDEST
 from evolver.records import Candidate, Question, Result
 from evolver.records.recipe import Cross, Expert, dump_recipe
@@ -418,7 +419,7 @@ def of_version(old, version):
 
 
 def test_a_ledger_of_a_newer_version_is_left_to_it(old):
-    of_version(old, b"3")
+    of_version(old, str(SCHEMA_VERSION + 1).encode())
     before = old.names()
     for reading in (lambda: Ledger(old, "the owner of 2026-11"), lambda: read_table(old)):
         with pytest.raises(BadInput, match=r"a newer version of Evolver wrote it; continue the run with that version"):

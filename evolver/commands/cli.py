@@ -87,6 +87,10 @@ def validate(config: Annotated[Path, typer.Argument(help="the YAML file of a run
         f"{config}: {len(prepared.experts)} experts, {sizes['dev']} dev and {sizes['report']} report items, "
         f"{'no fixed number of' if total is None else total} candidates: ready to run"
     )
+    for task in given.evaluation.tasks:
+        dev, report = prepared.tasks.sizes[task.task]
+        if isinstance(task.dev, float) or isinstance(task.report, float):
+            typer.echo(f"{task.task}: dev {task.dev} and report {task.report} are {dev} and {report} items")
     if given.model.compute == "auto" and given.evaluation.backend == "resident":
         choice = choose_compute(given, device)
         typer.echo(f"model.compute: auto is {choice.compute} on this machine: {choice.why}")

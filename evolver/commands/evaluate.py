@@ -90,7 +90,7 @@ def score_models(
     scale, found = tasks.scale(split), []
     block = block_of(config, file, split, len(scale.tasks))
     for model in models:
-        live = build_model(config, given[model], device, given[model].base.path)
+        live = build_model(config, given[model], device, given[model].base.path, split)
         items = answer_again(tasks.scorer(live, split), len(scale.tasks), block)
         live.close()
         low, high = interval(items, scale, config.seed)

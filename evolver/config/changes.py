@@ -32,6 +32,12 @@ def computing(config: Config, compute: str) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"compute": compute})})
 
 
+def unrounded(config: Config) -> Config:
+    """A copy of the configuration that scores models as they are, without a quantisation."""
+    changes = {"quantise": None, "quantise_search": True}
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update=changes)})
+
+
 def keeping_base_chat(config: Config) -> Config:
     """A copy of the configuration whose models keep the base's chat template, or its lack of one."""
     return config.model_copy(update={"model": config.model.model_copy(update={"chat_template": "base"})})

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
 
 from evolver.config.section import FUNCTION, Section
+from evolver.records import Split
+
+
+def _amount(value: Any) -> Any:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if (whole and value >= 1) or (isinstance(value, float) and 0 < value < 1):
+        return value
+    raise ValueError(
+        f"{value!r} is not usable; write a number greater than or equal to 1, or a share of the task's documents above "
+        "0 and below 1"
+    )
+
+
+# A number of items, or a share of a task's documents.
+Amount = Annotated[int | float, PlainValidator(_amount)]
 
 
 class DataSet(Section):
@@ -41,8 +56,12 @@ class TaskEntry(Section):
         le=1e6,
         description="weight of this task's metric in the score, which is the weighted mean of all tasks",
     )
-    dev: int = Field(ge=1, description="number of dev items, which the search sees")
-    report: int = Field(ge=1, description="number of report items, which are scored once at the end")
+    dev: Amount = Field(
+        description="number of dev items, which the search sees; below 1: their share of the task's documents"
+    )
+    report: Amount = Field(
+        description="number of report items, which are scored once at the end; below 1: their share of the documents"
+    )
     report_task: str | None = Field(
         None,
         min_length=1,
@@ -161,9 +180,35 @@ class EvaluationSettings(Section):
         lt=0.5,
         description="error rate at which a sequential test may reject a candidate early; default: no such test",
     )
+    quantise: Literal["q4_0", "q8_0", "int8"] | None = Field(
+        None,
+        description="score models as they are after this quantisation, which you are going to deploy: q4_0 and q8_0 "
+        "are those of llama.cpp, int8 has one scale for each row. Matrices are rounded through the format and computed "
+        "with in model.compute; exported models are not quantised. Default: models are scored as they are",
+    )
+    quantise_search: bool = Field(
+        True,
+        description="with quantise, score the candidates of the search in this way, too; false: the finalists on the "
+        "report items only",
+    )
     threads: int = Field(
         1, ge=1, le=1024, description="CPU threads of one worker; their number influences how sums are rounded"
     )
+
+    def rounding(self, split: Split) -> str | None:
+        """The quantisation through which models are rounded before they are scored on a split; None: none."""
+        return self.quantise if split == "report" or self.quantise_search else None
+
+    @model_validator(mode="after")
+    def _quantise_said(self) -> EvaluationSettings:
+        if not self.quantise_search and self.quantise is None:
+            raise ValueError("quantise_search does nothing without quantise; leave it out, or name a quantisation")
+        if self.quantise is not None and self.backend != "resident":
+            raise ValueError(
+                f"quantise: the backend {self.backend} is given whole models; leave quantise out and let the backend "
+                "quantise them (model_args), or write backend: resident"
+            )
+        return self
 
     @model_validator(mode="after")
     def _data_of_both(self) -> EvaluationSettings:

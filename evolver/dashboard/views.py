@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from evolver.dashboard.lineage import drawing
 from evolver.dashboard.overview import Column, Overview, Places, Rows
 from evolver.dashboard.status import Status
+from evolver.records import own_score
 from evolver.records.recipe import Merge, Recipe, ancestors
 from evolver.report.text import cost_rows
 from evolver.search.hypervolume import hypervolume
@@ -98,7 +99,7 @@ def heat(run: Overview) -> dict[str, Any]:
     pairs += [run.pair("search", int(k)) for k in leaders]
     if not pairs:
         return {"models": [], "items": []}
-    answers = np.asarray([result.items for _, result in pairs])
+    answers = np.asarray([[own_score(a) for a in result.items] for _, result in pairs])
     edges = np.linspace(0, answers.shape[1], min(COLUMNS, answers.shape[1]) + 1).astype(int)
     cells = np.stack([answers[:, a:b].mean(1) for a, b in itertools.pairwise(edges)], axis=1)
     return {"models": [c.label or str(c.number) for c, _ in pairs], "items": np.round(cells, 4).tolist()}

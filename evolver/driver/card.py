@@ -15,7 +15,7 @@ from evolver.merging import mergekit
 from evolver.records import Candidate, Result, Split
 from evolver.records.recipe import Recipe
 from evolver.report.report import table_of
-from evolver.report.text import score_text
+from evolver.report.text import as_served, score_text
 from evolver.report.verdict import verdict
 from evolver.runs.about import About
 from evolver.runs.outcome import Outcome
@@ -61,6 +61,8 @@ def _card(config: Config, results: list[dict[str, Any]], said: str, rebuild: str
         front["license"] = one
     front |= {"tags": ["merge", "evolver"], "model-index": [{"name": config.run, "results": results}]}
     named = [("base", config.model.base), *config.experts.items()]
+    served = as_served(config.evaluation)
+    unlike = f"\n\n{served} The weights here are not quantised." if served else ""
     lines = [f"- {name}: `{location}`{_under(licences.get(location))}" for name, location in named]
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}
@@ -69,7 +71,7 @@ def _card(config: Config, results: list[dict[str, Any]], said: str, rebuild: str
 
 A merge of fine-tunes of one base, found by Evolver ({config.search["algorithm"]}) without training.
 
-{said}
+{said}{unlike}
 
 Merged models
 

@@ -13,6 +13,7 @@ from typing import Any
 from evolver.checkpoints.gguf import seal as gguf_seal
 from evolver.checkpoints.gguf import writer as gguf_out
 from evolver.checkpoints.gguf.keys import OPTION
+from evolver.checkpoints.gguf.reader import EXACT_TYPES
 from evolver.checkpoints.lora_out import is_tied, is_transposed, write_delta, write_lora
 from evolver.driver.card import companion_files, companion_files_of
 from evolver.driver.check import score_again
@@ -24,6 +25,7 @@ from evolver.merging.export import beside_of, export, merged_config, write_heads
 from evolver.merging.materialise import Materialiser
 from evolver.records import Candidate, Result
 from evolver.records.recipe import Recipe
+from evolver.report.text import as_served
 from evolver.runs.history import History, read_history
 from evolver.storage import Storage, check_export, check_target, exported_folder, new_file
 
@@ -84,6 +86,8 @@ def deliver(run: Storage, out: Path, wanted: str | None, say: Warn, force: bool 
         f"{out}: the model was loaded again and gives the answers in the ledger on {agreement['equal']} of "
         f"{agreement['items']} dev items"
     )
+    if served := as_served(prepared.config.evaluation):
+        say(f"{out}: {served} The weights in this folder are not quantised; quantise them before you deploy them.")
 
 
 def deliver_delta(run: Storage, out: Path, wanted: str | None, say: Warn, force: bool = False) -> None:
@@ -151,13 +155,16 @@ def deliver_gguf(
         model = _model(prepared, candidate.recipe, materialiser, beside)
         written = gguf_out.write_gguf(model, kind, file)
         gguf_out.verify(file, written)
-        folder = _read_back(model, file, Path(scratch) / "model", beside)
-        agreement = score_again(prepared, folder, result.items, default_device())
+        exact = prepared.config.evaluation.quantise is not None
+        folder = _read_back(model, file, Path(scratch) / "model", beside, exact)
+        agreement = score_again(prepared, folder, result.items, default_device(), quantised=True)
         gguf_seal.seal(file)
     say(
         f"{out}: {len(written.digests)} tensors as {kind}, each read back and compared; loaded by Transformers, the "
         f"model gives the answers in the ledger on {agreement['equal']} of {agreement['items']} dev items"
     )
+    if (served := as_served(prepared.config.evaluation)) and kind != prepared.config.evaluation.quantise:
+        say(f"{out}: {served} This file is {kind}, so its scores may be others.")
     for note in written.notes:
         say(f"{out}: {note}")
 
@@ -170,11 +177,12 @@ def _model(prepared: Prepared, recipe: Recipe, materialiser: Materialiser, besid
     )  # fmt: skip
 
 
-def _read_back(model: gguf_out.FileContent, file: Path, folder: Path, beside: Path) -> Path:
-    """What Transformers makes of a file, in the run's dtype, and with the run's tokenizer (``beside``): it knows the
-    ways of cutting texts that files name in part only.
+def _read_back(model: gguf_out.FileContent, file: Path, folder: Path, beside: Path, exact: bool) -> Path:
+    """What Transformers makes of a file, with the run's tokenizer (``beside``): it knows the ways of cutting texts that
+    files name in part only. The weights are in the run's dtype or, if ``exact``, in float32.
     """
-    dtype = next(info.dtype for info in model.infos.values() if info.dtype.is_floating_point)
+    own = next(info.dtype for info in model.infos.values() if info.dtype.is_floating_point)
+    dtype = EXACT_TYPES["F32"] if exact else own
     gguf_out.read_back(file, folder, dtype)
     for name in TOKENIZER:
         if (beside / name).exists():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -17,6 +17,7 @@ from evolver.driver.early import chosen_search, named_search
 from evolver.errors import BadInput
 from evolver.evaluation.blueprint import Blueprint, ModelFolder
 from evolver.evaluation.fused import refuse_experts
+from evolver.evaluation.rounding import refuse_stacks
 from evolver.evaluation.scores.estimates import Estimates, first_unjudged
 from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.loggers import check_loggers
@@ -90,6 +91,8 @@ def prepare(
             tasks.check_model(blueprint)
         estimates = Estimates(tasks.scale("dev"), config.evaluation.block_items)
         _refuse_racing(config, algorithm, estimates)
+        if config.evaluation.quantise:
+            refuse_stacks({name: info.shape for name, info in opened.base.headers.items()})
         digests = opened.digests() if weights else None
         sampled = cache(lambda expert: _sampled(config, tasks, blueprint, expert))
         maker = RecipeMaker(list(config.experts), opened.base.names(), digests, sampled)
@@ -98,6 +101,7 @@ def prepare(
         warnings = opened.warnings
         warnings += tuple(suspicions(opened.base, opened.experts.values())) if weights else ()
         warnings += tuple(filter(None, [too_many(config.evaluation.threads)]))
+        warnings += tuple(_not_stopped(config, algorithm, estimates))
         setup = Setup(
             maker.experts, maker.base, config.seed, config.budget, maker, estimates,
             config.evaluation.early_stopping, config.evaluation.racing is not None,
@@ -236,6 +240,16 @@ def _refuse_racing(config: Config, algorithm: str, estimates: Estimates) -> None
         raise BadInput(
             f"evaluation.racing: racing needs a score from 0 to 1 for each item, which the metric of {task} does not "
             "give; leave racing out, or choose another metric."
+        )
+
+
+def _not_stopped(config: Config, algorithm: str, estimates: Estimates) -> Iterator[str]:
+    """A sentence on the tasks for which no evaluation can stop early, if there are some."""
+    names = [task for task, metric in estimates.scale.metrics.items() if not metric.judged]
+    if names and config.evaluation.early_stopping and SEARCHES[algorithm].incumbent:
+        yield (
+            f"early stopping is off for {', '.join(names)}: the metric is computed from the answers to all items "
+            "together, so nothing is certain about it before the last item"
         )
 
 

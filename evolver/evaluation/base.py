@@ -10,7 +10,7 @@ from evolver.config import Config
 from evolver.config.evaluation import TaskEntry
 from evolver.evaluation.items import Item
 from evolver.evaluation.scores.metrics import Metric
-from evolver.records import Split
+from evolver.records import ItemAnswer, Split
 
 # Characters that are kept of an answer: generated texts may be long, and a report shows their beginning and end.
 SAID_LENGTH = 400
@@ -38,7 +38,7 @@ class Scored:
 
     Args:
         answers: the answer to each item, by the item's place in its split. Where the task's metric is the mean of
-            judged items (see ``Metric``), an answer is the item's score already.
+            judged items (see ``Metric``), an answer is the item's score already; see also ``ItemAnswer``.
         tokens: number of tokens that went through the model, without padding; an image counts as one.
         truncated: number of items whose prompt was cut, or whose generated answer reached its limit before its end.
         invalid: number of items in whose generated text lm-eval's filters found no answer.
@@ -46,7 +46,7 @@ class Scored:
             it empty.
     """
 
-    answers: dict[int, float] = field(default_factory=dict)
+    answers: dict[int, ItemAnswer] = field(default_factory=dict)
     tokens: int = 0
     truncated: int = 0
     invalid: int = 0
@@ -65,7 +65,7 @@ class Scored:
         self.invalid += other.invalid
 
     @property
-    def items(self) -> list[float]:
+    def items(self) -> list[ItemAnswer]:
         """The answers in the order of the places."""
         return [self.answers[place] for place in sorted(self.answers)]
 

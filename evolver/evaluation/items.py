@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from math import ceil
 from typing import Any
 
 from evolver.config.evaluation import TaskEntry
@@ -60,6 +63,27 @@ class ItemSource:
     own: Sequence[Item]
     report: Sequence[Item] | None = None
 
+    @cached_property
+    def wanted(self) -> tuple[int, int]:
+        """The numbers of dev and report items that are asked for.
+
+        A share is that of the different documents, rounded up, as lm-eval rounds a limit below 1. Two shares of the
+        same documents that add up to 1 at most do so after rounding, too.
+
+        Raises BadInput for two shares of the same documents that add up to more than 1.
+        """
+        entry, own = self.entry, len({i.hash for i in self.own})
+        other = own if self.report is None else len({i.hash for i in self.report})
+        dev, report = _count(entry.dev, own), _count(entry.report, other)
+        if self.report is None and isinstance(entry.dev, float) and isinstance(entry.report, float):
+            if _exact(entry.dev) + _exact(entry.report) > 1:
+                raise BadInput(
+                    f"{self.key}.dev + report: the shares {entry.dev} and {entry.report} of the documents of "
+                    f"{entry.task} add up to more than 1; ask for less."
+                )
+            report = max(1, min(report, own - dev))
+        return dev, report
+
 
 def draw(sources: Sequence[ItemSource], seed: int) -> list[Items]:
     """The dev and report items of every task, drawn without replacement by the hash of seed and item.
@@ -75,33 +99,43 @@ def draw(sources: Sequence[ItemSource], seed: int) -> list[Items]:
 
 
 def _draw_dev(source: ItemSource, seed: int) -> tuple[Item, ...]:
-    ranked, entry = _ranked(source.own, seed), source.entry
+    ranked, entry, (dev, report) = _ranked(source.own, seed), source.entry, source.wanted
     if source.report is None:
-        require_items(entry.task, len(ranked), entry.dev + entry.report, f"{source.key}.dev + report")
+        require_items(entry.task, len(ranked), dev + report, f"{source.key}.dev + report")
     else:
-        require_items(entry.task, len(ranked), entry.dev, f"{source.key}.dev")
-    return tuple(ranked[: entry.dev])
+        require_items(entry.task, len(ranked), dev, f"{source.key}.dev")
+    return tuple(ranked[:dev])
 
 
 def _draw_report(source: ItemSource, dev: Sequence[Item], searched: Collection[str], seed: int) -> tuple[Item, ...]:
-    entry, key = source.entry, source.key
+    entry, key, (_, report) = source.entry, source.key, source.wanted
     ranked = _ranked(source.own if source.report is None else source.report, seed)
     if source.report is not None:
         name = entry.report_task or f"the report data of {entry.task}"
-        require_items(name, len(ranked), entry.report, f"{key}.report")
-        shared = {i.hash for i in dev} & {i.hash for i in ranked[: entry.report]}
+        require_items(name, len(ranked), report, f"{key}.report")
+        shared = {i.hash for i in dev} & {i.hash for i in ranked[:report]}
         if shared:
             raise BadInput(
                 f"{key}: {len(shared)} items are both dev items and report items of {entry.task}; give data that "
                 "share no item, or leave the report data out, so that the dev data is split."
             )
     free = [item for item in ranked if item.hash not in searched]
-    if len(free) < entry.report:
+    if len(free) < report:
         raise BadInput(
-            f"{key}.report: {entry.report} items are asked for, and {len(free)} documents of {entry.task} are not "
+            f"{key}.report: {report} items are asked for, and {len(free)} documents of {entry.task} are not "
             "among the dev items of this task or of another one; ask for fewer dev or report items."
         )
-    return tuple(free[: entry.report])
+    return tuple(free[:report])
+
+
+def _count(amount: int | float, documents: int) -> int:
+    """A number of items, or the number that a share of the documents is."""
+    return ceil(_exact(amount) * documents) if isinstance(amount, float) else amount
+
+
+def _exact(share: float) -> Fraction:
+    """A share as it is written: the float next to 0.2 is above it, and a fifth of 50 documents is 10."""
+    return Fraction(repr(share))
 
 
 def in_order(items: Iterable[Item], seed: int) -> tuple[Item, ...]:

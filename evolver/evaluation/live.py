@@ -16,6 +16,7 @@ from torch import Tensor
 from evolver.config.model import ModelSettings
 from evolver.errors import BadInput
 from evolver.evaluation.fused import refuse_experts, slices_of
+from evolver.evaluation.rounding import Rounding, refuse_stacks
 
 
 class Listener(Protocol):
@@ -38,20 +39,23 @@ class LiveModel:
         beside: the folder whose tokenizer, settings of generation and config.json the model has; default: ``folder``.
             It may be gone once the model is made.
         wrappers: patterns in the names of the folder's files, and what takes their place, before the class reads them.
+        quantise: the quantisation through which ``write`` rounds weights; None: it writes them as they are.
 
-    Raises BadInput where a tensor of the checkpoint has no place in the model, and where the checkpoint lacks a tensor
-    that the model needs.
+    Raises BadInput where a tensor of the checkpoint has no place in the model, where the checkpoint lacks a tensor that
+    the model needs, and for tensors that cannot be quantised.
     """
 
     def __init__(
         self, settings: ModelSettings, folder: Path, shapes: Mapping[str, tuple[int, ...]], device: str,
         heads: Mapping[str, Mapping[str, Tensor]] | None = None, labels: Sequence[str] = (),
-        beside: Path | None = None, wrappers: Mapping[str, str] | None = None,
+        beside: Path | None = None, wrappers: Mapping[str, str] | None = None, quantise: str | None = None,
     ) -> None:  # fmt: skip
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()  # missing tensors, which it would report, are checked below
+        if quantise:
+            refuse_stacks(shapes)
         self.device = torch.device(device)
         self.listener: Listener | None = None
         self.folder, self._heads = folder, heads or {}
@@ -79,6 +83,7 @@ class LiveModel:
             _ = self.tokenizer
         self.module.to(self.device).eval()
         self._places = self._find(shapes, folder)
+        self._rounding = Rounding(self.module, quantise) if quantise else None
         # lm-eval ties a model's weights when it wraps it, even where the checkpoint holds both tensors. This stops it.
         self.module.tie_weights = lambda *_, **__: None
 
@@ -87,8 +92,12 @@ class LiveModel:
         """The model's tokenizer."""
         return open_tokenizer(self._beside)
 
-    def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def write(self, tensors: Iterable[tuple[str, Tensor]], whole: bool = False) -> None:
         """Overwrite the parameters of the model with the tensors of a candidate.
+
+        Args:
+            tensors: of the candidate, by their names in the checkpoint.
+            whole: write them as they are, even if the model's weights are scored after a quantisation.
 
         Raises ValueError where the tensors are not exactly those of the model: where one was missing, the tensor of the
         previous candidate would stay. After such an error, a complete set of tensors makes the model usable again.
@@ -101,6 +110,8 @@ class LiveModel:
                         f"the model has no tensor {name}, or the recipe gives it twice; the recipe has another number "
                         "of layers"
                     )
+                if self._rounding is not None and not whole:
+                    tensor = self._rounding(name, self._owners.get(name, name), tensor.to(self.device))
                 self._places[name].copy_(tensor)
                 left.discard(name)
         if left:
@@ -153,6 +164,7 @@ class LiveModel:
         places = places_of(self.module, (n for n in shapes if n not in slices), folder)
         self._untie(places.values())
         state = self.module.state_dict(keep_vars=False)
+        self._owners = places | {name: part.parameter for name, part in slices.items()}
         whole = {name: state[found] for name, found in places.items()}
         return whole | {name: part.within(state[part.parameter]) for name, part in slices.items()}
 

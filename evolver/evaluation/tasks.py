@@ -28,6 +28,7 @@ from evolver.evaluation.base import (
 )
 from evolver.evaluation.blueprint import Blueprint, ModelFolder
 from evolver.evaluation.items import Item, Items, ItemSource, draw, in_order
+from evolver.evaluation.scores.metrics import Metric
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Split
 
@@ -48,6 +49,7 @@ class Tasks:
         entries: the tasks as the configuration gives them.
         judges: the judge of each task, by the task's name.
         items: the items of both splits, in the order in which every candidate is scored on them.
+        sizes: the numbers of dev and report items of each task.
 
     Raises BadInput as ``load_tasks`` does.
     """
@@ -57,6 +59,7 @@ class Tasks:
         self.judges = _judges(config)
         self._owners: dict[tuple[Split, Item], TaskEntry] = {}
         drawn = draw([self._source(number, entry) for number, entry in enumerate(self.entries)], config.seed)
+        self.sizes = {e.task: (len(d.dev), len(d.report)) for e, d in zip(self.entries, drawn, strict=True)}
         for number, (entry, items) in enumerate(zip(self.entries, drawn, strict=True)):
             self._own(number, entry, items)
         self.items = Items(
@@ -104,8 +107,8 @@ class Tasks:
         asked = self._asked(split)
         shares = self._shares(split, asked)
         metrics = {e.task: self.judges[e.task].metric(e) for e in self.entries}
-        judged = all(m.judged for m in metrics.values())
-        right = () if judged else tuple(self._right(a, metrics[a.entry.task].judged) for a in asked)
+        compares = any(m.compares for m in metrics.values())
+        right = tuple(self._right(a, metrics[a.entry.task]) for a in asked) if compares else ()
         return Scale(
             tuple(a.item.task if a.item.task in shares[a.entry.task] else a.entry.task for a in asked),
             {name: e.weight * share for e in self.entries for name, share in shares[e.task].items()},
@@ -153,8 +156,8 @@ class Tasks:
     def _asked(self, split: Split) -> list[AskedItem]:
         return [AskedItem(self._owners[split, item], item) for item in self.items.of(split)]
 
-    def _right(self, asked: AskedItem, judged: bool) -> float:
-        return 0.0 if judged else self.judges[asked.entry.task].right(asked)
+    def _right(self, asked: AskedItem, metric: Metric) -> float:
+        return self.judges[asked.entry.task].right(asked) if metric.compares else 0.0
 
     def _source(self, number: int, entry: TaskEntry) -> ItemSource:
         judge = self.judges[entry.task]

@@ -21,7 +21,7 @@ from evolver.storage import Storage, read_all
 PART = re.compile(r"part-(\d{8})(?:-(\d{8}))?\.parquet")
 OWNER, VERSION = b"evolver.run", b"evolver.ledger"
 # The version of the columns. Increase it when you add a column: earlier versions then refuse such a ledger.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 DAMAGED = "damaged"
 
 
@@ -118,11 +118,13 @@ def _whole_rows(table: pa.Table) -> pa.ChunkedArray:
         *(pc.is_valid(table[name]) for name in ("time", "recipe_id", "label", "proposer", "parents")),
         pc.starts_with(table["recipe"], "[["), pc.ends_with(table["recipe"], "]]"),
     )  # fmt: skip
+    counted = pc.fill_null(pc.list_value_length(table["item_counts"]), 0)
     scored = pc.or_(pc.invert(both(table["complete"])), both(pc.is_finite(table["score"])))
     result = both(
         among("status", STATUSES), scored, pc.greater_equal(table["given"], 0),
         *(pc.is_valid(table[name]) for name in ("items", "reason", "worker", "reused", "raced", "transient", *MAPS)),
         pc.or_(pc.equal(table["status"], "failed"), pc.greater(pc.list_value_length(table["items"]), 0)),
+        pc.or_(pc.equal(counted, 0), pc.equal(counted, pc.list_value_length(table["items"]))),
     )  # fmt: skip
     return pc.and_(proposal, pc.or_(both(pc.equal(table["event"], "asked")), result))
 

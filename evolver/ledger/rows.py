@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from evolver.records import Candidate, Question, Result
+from evolver.records import Candidate, Question, Result, own_score
 from evolver.records.recipe import dump_recipe, load_recipe
 
 STAGES, STATUSES = ("baseline", "search", "report"), ("ok", "failed")
@@ -43,6 +43,8 @@ SCHEMA = pa.schema(
         ("counts", pa.map_(pa.string(), pa.float64())),
         ("worker", pa.string()),
         ("said", pa.list_(pa.string())),
+        # for metrics that are computed from counts over all items, the counts of each item; else empty
+        ("item_counts", pa.list_(pa.list_(pa.float64()))),
     ]
 )
 
@@ -72,7 +74,10 @@ def row_of(candidate: Candidate, result: Result | None) -> dict[str, Any]:
         "limit": candidate.question.limit,
     }
     if result:
-        row |= {name: getattr(result, name) for name in PLAIN_FIELDS} | {"items": list(result.items)}
+        row |= {name: getattr(result, name) for name in PLAIN_FIELDS} | {"items": [own_score(a) for a in result.items]}
+        row["item_counts"] = [list(a[1:]) if isinstance(a, tuple) else [] for a in result.items]
+        if not any(row["item_counts"]):
+            row["item_counts"] = []
         row["said"] = list(result.said)
         row |= {name: list(getattr(result, name).items()) for name in MAPS}
     return row
@@ -89,7 +94,10 @@ def candidate_of(row: Mapping[str, Any]) -> Candidate:
 def result_of(row: Mapping[str, Any]) -> Result:
     """The result of a row that has one."""
     same = ("number", "recipe_id", "stage", *PLAIN_FIELDS, *MAPS)
-    return Result(**{name: row[name] for name in same}, items=tuple(row["items"]), said=tuple(row["said"] or ()))
+    items: tuple[Any, ...] = tuple(row["items"])
+    if row["item_counts"]:
+        items = tuple((own, *counts) if counts else own for own, counts in zip(items, row["item_counts"], strict=True))
+    return Result(**{name: row[name] for name in same}, items=items, said=tuple(row["said"] or ()))
 
 
 def now() -> int:

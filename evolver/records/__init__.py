@@ -5,7 +5,7 @@ This package is on the ground floor and knows no tensors, searches or files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -13,6 +13,19 @@ from evolver.records.recipe import Recipe
 
 Stage = Literal["baseline", "search", "report"]
 Split = Literal["dev", "report"]
+# What a model answered to an item, as a number. For a metric that is computed from counts over all items, such as BLEU,
+# it is a tuple: the item's own score, which people read, and after it the item's counts.
+ItemAnswer = float | tuple[float, ...]
+
+
+def own_score(answer: ItemAnswer) -> float:
+    """An item's answer as one number."""
+    return answer[0] if isinstance(answer, tuple) else answer
+
+
+def as_answers(values: Iterable[Any]) -> tuple[Any, ...]:
+    """Answers that were lists in a file or in a message, as tuples again."""
+    return tuple(tuple(value) if isinstance(value, list) else value for value in values)
 
 
 @dataclass(frozen=True)
@@ -47,8 +60,8 @@ class Question:
 
     bar: float | None = None
     limit: int | None = None
-    rival: tuple[float, ...] = ()
-    known: tuple[float, ...] = ()
+    rival: tuple[ItemAnswer, ...] = ()
+    known: tuple[ItemAnswer, ...] = ()
     piece: tuple[int, int] | None = None
 
 
@@ -94,7 +107,7 @@ class Result:
         score: the score of all items; None where the evaluation failed or stopped early.
         bound: the highest score that was still possible when the evaluation ended.
         complete: whether all items were scored.
-        items: the scores of the first items in the run's fixed order.
+        items: the answers to the first items in the run's fixed order.
         tasks: the metric of each task over these items.
         seconds: the time of each step of the work.
         counts: tokens, and numbers of truncated and invalid answers, of the items that were scored for this result.
@@ -115,7 +128,7 @@ class Result:
     score: float | None = None
     bound: float | None = None
     complete: bool = False
-    items: tuple[float, ...] = ()
+    items: tuple[ItemAnswer, ...] = ()
     tasks: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     counts: Mapping[str, float] = field(default_factory=dict)

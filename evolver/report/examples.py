@@ -14,6 +14,7 @@ import numpy as np
 
 from evolver.evaluation.base import ItemText, shortened
 from evolver.evaluation.scores.metrics import closeness
+from evolver.records import own_score
 from evolver.report.text import escaped, fenced, markdown_table
 from evolver.runs.outcome import Outcome
 from evolver.storage import Storage
@@ -51,7 +52,8 @@ def compared_items(outcome: Outcome) -> Differences | None:
     lost: dict[str, list[int]] = {}
     for task, places in scale.places.items():
         right = np.asarray([scale.right[p] if scale.right else 0.0 for p in places])
-        a, b = (closeness(scale.metrics[task], np.asarray([r.items[p] for p in places]), right) for r in (ours, theirs))
+        own = (np.asarray([own_score(r.items[p]) for p in places]) for r in (ours, theirs))
+        a, b = (closeness(scale.metrics[task], scores, right) for scores in own)
         gain = a - b
         order = np.argsort(-np.abs(gain), kind="stable")
         won[task] = [places[k] for k in order if gain[k] > 0]
@@ -136,7 +138,7 @@ def _example(place: int, outcome: Outcome, texts: Texts) -> Iterator[str]:
         yield fenced(text.prompt)
     ours, theirs = map(_in_a_line, _words(outcome, place))
     if not ours:
-        ours, theirs = (f"score {f.report.items[place]:.4g}" for f in (outcome.winner, expert))
+        ours, theirs = (f"score {own_score(f.report.items[place]):.4g}" for f in (outcome.winner, expert))
     right = f"- right: {_in_a_line(text.right)}\n" if text is not None and text.right else ""
     yield f"{right}- **winner**: {ours}\n- {expert.label}: {theirs}"
 

@@ -21,7 +21,16 @@ from evolver.records.recipe import Recipe, ancestors, dump_recipe
 from evolver.report.curve import curve
 from evolver.report.examples import examples_section, read_texts
 from evolver.report.html import html_page
-from evolver.report.text import cost_rows, escaped, markdown_table, median_or_zero, of_task, score_text, signed
+from evolver.report.text import (
+    as_served,
+    cost_rows,
+    escaped,
+    markdown_table,
+    median_or_zero,
+    of_task,
+    score_text,
+    signed,
+)
 from evolver.report.verdict import verdict
 from evolver.runs.files import SUMMARY_FILE, agreement_of
 from evolver.runs.history import History, read_history, rows_of
@@ -77,8 +86,9 @@ def _question(outcome: Outcome) -> str:
     search = f"`{config.search['algorithm']}`" + (f" ({said})" if settings else "")
     return (
         f"Is there a merge of {_listed(list(config.experts))}, fine-tunes of `{config.model.base}`, that is better "
-        f"than the best of them on {tasks}? Searched by {search} within {limits}, on {dev} dev items."
-    )
+        f"than the best of them on {tasks}? Searched by {search} within {limits}, on {dev} dev items. "
+        + as_served(config.evaluation)
+    ).strip()
 
 
 def _listed(words: Sequence[str]) -> str:

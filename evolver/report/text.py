@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from evolver.config import PoolSettings
+from evolver.config.evaluation import EvaluationSettings
 from evolver.evaluation.scores.metrics import Metric
 from evolver.evaluation.scores.scoring import Scale
 
@@ -57,7 +58,16 @@ def of_task(value: float | None, metric: Metric) -> str:
     """A task's metric, with the sign that the field gives it."""
     if value is None:
         return "–"
-    return f"{100 * value:.1f}" if metric.share else f"{-value if metric.negative else value:.4g}"
+    value = 0.0 - value if metric.negative else value  # 0 has no sign
+    return f"{100 * value:.1f}" if metric.points else f"{value:.4g}"
+
+
+def as_served(settings: EvaluationSettings) -> str:
+    """A sentence that says after which quantisation models were scored; empty where there was none."""
+    if settings.quantise is None:
+        return ""
+    whom = "Candidates and finalists" if settings.quantise_search else "On the report items, the finalists"
+    return f"{whom} were scored as they are after quantisation to {settings.quantise}."
 
 
 def median_or_zero(values: Iterable[float]) -> float:

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from evolver.config import Budget
 from evolver.config.section import Section
-from evolver.records import Candidate, Choice, Knob, Result
+from evolver.records import Candidate, Choice, ItemAnswer, Knob, Result
 from evolver.records.recipe import Expert, Recipe
 
 
@@ -103,7 +103,7 @@ class Estimator(Protocol):
         """The complete result of a recipe, if one was learnt."""
         ...
 
-    def estimate(self, kind: str, items: Sequence[float]) -> float:
+    def estimate(self, kind: str, items: Sequence[ItemAnswer]) -> float:
         """The score of all items, estimated from the answers to the first of them.
 
         The estimate depends on these answers and on the set of learnt results, but not on the order of learning.

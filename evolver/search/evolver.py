@@ -26,7 +26,7 @@ from pydantic import Field
 
 from evolver.config.section import Section
 from evolver.errors import BadInput
-from evolver.records import Candidate, Question, Result
+from evolver.records import Candidate, ItemAnswer, Question, Result
 from evolver.records.recipe import Cross, Recipe
 from evolver.search.ahead import RunsAhead
 from evolver.search.base import Ordered, Setup, algorithm
@@ -114,7 +114,7 @@ def _score(result: Result) -> float:
     return result.score if result.score is not None else float("-inf")
 
 
-def _challenge(setup: Setup, score: float, items: tuple[float, ...]) -> Question:
+def _challenge(setup: Setup, score: float, items: tuple[ItemAnswer, ...]) -> Question:
     """Whether a candidate beats the incumbent, of which it is told the score and, for a race, the answers."""
     if not setup.early_stopping or score == float("-inf"):
         return Question()
@@ -138,7 +138,7 @@ class Alone(RunsAhead):
         self.settings = settings
         self.population: list[Recipe] = list(setup.experts)
         self.scores: list[float] = [float("-inf")] * self.size
-        self.items: list[tuple[float, ...]] = [()] * self.size
+        self.items: list[tuple[ItemAnswer, ...]] = [()] * self.size
 
     def waits_for(self, k: int) -> int:
         if k < self.size:
@@ -191,7 +191,7 @@ class Merged(RunsAhead):
         self.merge = setup.maker.merger(settings.merger or {"method": "simple"})
         self.population: list[Recipe] = list(setup.experts)
         self.score = float("-inf")
-        self.items: tuple[float, ...] = ()
+        self.items: tuple[ItemAnswer, ...] = ()
         self._members: dict[int, list[Recipe]] = {}
         self._best: tuple[Result, list[Recipe]] | None = None
 

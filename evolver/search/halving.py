@@ -22,7 +22,7 @@ from pydantic import Field
 from evolver.config.reading import check_section
 from evolver.config.section import Section
 from evolver.errors import BadInput, nearest
-from evolver.records import Candidate, Result
+from evolver.records import Candidate, ItemAnswer, Result
 from evolver.search.base import SEARCHES, Estimator, Search, Setup, algorithm
 
 
@@ -131,7 +131,7 @@ class Halving:
         score = self._worth(found.items) if estimated else found.score
         return replace(found, number=candidate.number, score=score, reused=False, given=len(found.items) - cost)
 
-    def _worth(self, items: Sequence[float]) -> float:
+    def _worth(self, items: Sequence[ItemAnswer]) -> float:
         return self.estimator.estimate(self.settings.estimate, items)
 
 
@@ -154,7 +154,7 @@ class Bracket:
         candidates: Sequence[Candidate],
         limits: Sequence[int | None],
         eta: int,
-        worth: Callable[[Sequence[float]], float],
+        worth: Callable[[Sequence[ItemAnswer]], float],
     ) -> None:
         self.candidates, self.limits, self.eta, self.worth = candidates, limits, eta, worth
         self.results: dict[int, Result] = {}

@@ -10,7 +10,7 @@ import numpy as np
 
 from evolver.evaluation.scores.scoring import Scale
 from evolver.evaluation.tasks import load_tasks
-from evolver.records import Candidate, Result
+from evolver.records import Candidate, ItemAnswer, Result
 from evolver.records.recipe import Expert
 from evolver.report.text import markdown_table
 from evolver.training.settings import PoolConfig
@@ -57,7 +57,7 @@ def _cells(pool: PoolConfig, name: str, result: Result, scale: Scale) -> list[st
     return cells
 
 
-def standard_error(items: Sequence[float], scale: Scale, task: str) -> float:
+def standard_error(items: Sequence[ItemAnswer], scale: Scale, task: str) -> float:
     """The standard error of a task's metric: of a mean by the items' spread, of others by resampling the items."""
     places, metric = scale.places[task], scale.metrics[task]
     answers = np.asarray([items[p] for p in places])

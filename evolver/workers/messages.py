@@ -10,7 +10,7 @@ import zlib
 from dataclasses import asdict, replace
 from typing import Any
 
-from evolver.records import Candidate, Question, Result
+from evolver.records import Candidate, Question, Result, as_answers
 from evolver.records.recipe import dump_recipe, load_recipe
 
 
@@ -23,7 +23,7 @@ def pack_candidate(candidate: Candidate) -> bytes:
 def unpack_candidate(data: bytes) -> Candidate:
     """The inverse of ``pack_candidate``."""
     fields = _unpack(data)
-    asked: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["question"].items()}
+    asked: dict[str, Any] = {k: as_answers(v) if isinstance(v, list) else v for k, v in fields["question"].items()}
     decoded = {"recipe": load_recipe(fields["recipe"]), "question": Question(**asked)}
     return Candidate(**{**fields, **decoded, "parents": tuple(fields["parents"])})
 
@@ -36,7 +36,7 @@ def pack_result(result: Result) -> bytes:
 def unpack_result(data: bytes) -> Result:
     """The inverse of ``pack_result``."""
     result = Result(**_unpack(data))
-    return replace(result, items=tuple(result.items), said=tuple(result.said))
+    return replace(result, items=as_answers(result.items), said=tuple(result.said))
 
 
 def _pack(fields: dict[str, Any]) -> bytes:

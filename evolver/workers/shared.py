@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from evolver.evaluation.scores.course import Evaluation
 from evolver.pool import Pool
-from evolver.records import Candidate, Result
+from evolver.records import Candidate, ItemAnswer, Result
 
 Key = tuple[str, int, str]
 
@@ -31,7 +31,7 @@ class _Shared:
 
     course: Evaluation
     blocks: list[tuple[int, int]]
-    items: list[float]
+    items: list[ItemAnswer]
     come: dict[int, Result] = field(default_factory=dict)
     waiting: int = 0
     answered: bool = False

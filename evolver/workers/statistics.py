@@ -102,7 +102,7 @@ class Statistics:
         began, config = time.perf_counter(), self._plan.config
         torch.set_num_threads(config.evaluation.threads)
         live: LiveModel = self._model()
-        live.write(weights)
+        live.write(weights, whole=True)
         scorer, block = self._scorer(live), self._plan.block("dev", len(places))
 
         def score() -> None:

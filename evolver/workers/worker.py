@@ -76,7 +76,7 @@ def statistics_of(plan: Plan, opened: Opened, tasks: Tasks) -> Statistics:
 
 
 def build_model(
-    config: Config, opened: Opened, device: str, folder: Path | None = None
+    config: Config, opened: Opened, device: str, folder: Path | None = None, split: Split = "dev"
 ) -> LiveModel | LaunchedModel:  # fmt: skip
     """The model that candidates are evaluated with: one resident model whose weights are overwritten, or, where
     ``evaluation.backend`` says so, a model class of lm-eval that is started on each candidate.
@@ -84,17 +84,23 @@ def build_model(
     Args:
         folder: folder of a model that is to be scored as it is, but for what ``opened.companions`` changes in this very
             folder; default: the base, whose weights are overwritten.
+        split: the items that models are scored on, which decides whether their weights are rounded before.
 
     Raises BadInput for a backend that is not installed, and for a base that is not of the kind ``model.kind``.
     """
     companions = opened.companions if folder in (None, opened.companions.folder) else Companions(folder)
     if config.evaluation.backend == "resident":
-        shapes = {} if folder else {name: info.shape for name, info in opened.base.headers.items()}
+        quantise = config.evaluation.rounding(split)
         labels = opened.labels if folder is None else ()
         path = folder or opened.base.path
-        wrappers = Checkpoint(path, "model.base").wrappers
+        fresh = Checkpoint(path, "model.base")
+        own = opened.base if path == opened.base.path else fresh
+        shapes = {n: i.shape for n, i in own.headers.items()} if folder is None or quantise else {}
         with companions.shown() as beside:
-            return LiveModel(config.model, path, shapes, device, opened.heads, labels, beside, wrappers)
+            live = LiveModel(config.model, path, shapes, device, opened.heads, labels, beside, fresh.wrappers, quantise)
+        if folder is not None and quantise:
+            live.write((name, own.tensor(name)) for name in own.headers)
+        return live
     from evolver.evaluation.language.launched import LaunchedModel  # imports lm-eval, which takes seconds
 
     model = LaunchedModel(config.evaluation, room=4 * opened.base.scalars)  # 4 bytes a scalar: the widest dtype
@@ -150,7 +156,7 @@ class Worker:
         self._companions, self._config, self._device, self._tasks = opened.companions, config, device, tasks
         self._own = {plan.own_digest(name): own for name, own in opened.own.items()}
         self._heads = opened.heads
-        self.live = build_model(config, opened, device)
+        self.live = build_model(config, opened, device, split=split)
         self.scale = tasks.scale(split)
         self.block = plan.block(split, len(self.scale.tasks))
         self.scorer = tasks.scorer(self.live, split)
@@ -216,7 +222,7 @@ class Worker:
             materialiser, companions = own_materialiser(self._config, own, recipe, self._device), own.companions
             if isinstance(live, LiveModel):
                 as_it_is = Opened(own.base, {}, companions, self._heads, own.labels)
-                live = build_model(self._config, as_it_is, self._device)
+                live = build_model(self._config, as_it_is, self._device, split=candidate.split)
             scorer = self._tasks.scorer(live, candidate.split)
         if isinstance(live, LiveModel):
             live.write(materialiser.stream(recipe))

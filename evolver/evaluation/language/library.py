@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lm_eval.api import metrics as theirs
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.filters import build_filter_ensemble
@@ -17,10 +19,12 @@ from lm_eval.tasks import TaskManager
 
 from evolver.config.evaluation import EvaluationSettings, TaskEntry
 from evolver.errors import BadInput, nearest
+from evolver.evaluation.language import corpus
 from evolver.evaluation.language.index import Index, manager_of
 from evolver.evaluation.language.written import ANSWER_LIMITS, check_generation
 from evolver.evaluation.scores import metrics
 from evolver.evaluation.scores.metrics import Metric
+from evolver.records import ItemAnswer
 from evolver.storage.paths import expand
 
 # Metrics whose items lie between 0 and 1, so that the most that an unscored item can add is known.
@@ -29,8 +33,9 @@ UNIT_METRICS = {"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match"
 LOCAL_BUILDERS = {"json", "csv", "parquet", "text", "arrow"}
 
 # The form of what lm-eval passes to its aggregation for an item: "value" is a number, "said" a pair (right answer,
-# answer), "weighed" a pair (log-likelihood, number of words or bytes).
-Kept = Literal["value", "said", "weighed"]
+# answer), "weighed" a pair (log-likelihood, number of words or bytes), "written" a pair of texts (references, answer),
+# "sure" a pair (right answer, probabilities of all options).
+Kept = Literal["value", "said", "weighed", "written", "sure"]
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,31 @@ class Meaning:
     metric: Metric
     kept: Kept = "value"
 
-    def answer(self, outcome: Any) -> float:
-        """The answer to an item, from lm-eval's outcome for it."""
-        if self.kept == "value":
-            value = float(outcome)
-            return -value if self.metric.judged and self.metric.negative else value
+    def answer(self, outcome: Any) -> ItemAnswer:
+        """The answer to an item, from lm-eval's outcome for it.
+
+        Raises ValueError for the score of an item outside of 0 to 1 where the metric lies there.
+        """
+        match self.kept:
+            case "value":
+                return self._judged(float(outcome))
+            case "written":
+                return corpus.counted(self.metric.name, *outcome)
+            case "sure":
+                return -corpus.brier(*outcome)
         return float(outcome[1] if self.kept == "said" else outcome[0])
+
+    def _judged(self, value: float) -> float:
+        if math.isnan(value):
+            raise ValueError("an item has no score (NaN), and a mean without such items cannot be computed here")
+        if not self.metric.judged:
+            return value
+        if self.metric.share and not 0.0 <= value <= 1.0:
+            raise ValueError(
+                f"process_results gave an item the score {value:g}, and a metric of this name lies between 0 and 1; "
+                "give the metric another name in the task's file"
+            )
+        return -value if self.metric.negative else value
 
     def right(self, outcome: Any) -> float:
         """The right answer, or the item's number of words or bytes, from lm-eval's outcome for the item."""
@@ -74,6 +98,11 @@ MEANINGS: dict[str, tuple[Meaning | None, Meaning | None]] = {
     "bits_per_byte": (None, Meaning(Metric("bits_per_byte", metrics.bits_per_byte, 0.0, negative=True), "weighed")),
     "f1_score": (Meaning(Metric("f1", metrics.binary_f1), "said"), None),
     "matthews_corrcoef": (Meaning(Metric("mcc", metrics.mcc), "said"), None),
+    "bleu": (Meaning(Metric("bleu", metrics.bleu, counts=10), "written"), None),
+    "chrf": (Meaning(Metric("chrf", metrics.chrf, counts=18), "written"), None),
+    "chrfpp": (Meaning(Metric("chrf++", metrics.chrf, counts=24), "written"), None),
+    "ter": (None, Meaning(Metric("ter", metrics.ter, 0.0, negative=True, counts=2), "written")),
+    "brier_score": (None, Meaning(Metric("mean", metrics.mean, 0.0, judged=True, negative=True), "sure")),
 }
 
 
@@ -117,8 +146,8 @@ class Library:
         Args:
             key: the key of the configuration that errors name.
 
-        Raises BadInput for a metric that one of the entry's tasks lacks, on which they do not agree, or that cannot be
-        computed from one number for each item.
+        Raises BadInput for a metric that one of the entry's tasks lacks, on which they do not agree, or whose
+        aggregation is none that is known here.
         """
         found = [_meaning(self.tasks[n], entry.metric, key) for n in self.members[entry.task]]
         for name in self.members.get(entry.report_task or "", []):
@@ -274,14 +303,18 @@ def _meaning(task: Task, spelled: str, key: str) -> Meaning:
     if found is None:
         usable = [m for m, f in known.items() if any(MEANINGS.get(_spelled(f), ()))]
         raise BadInput(
-            f"{key}: {name} cannot be computed from one number for each item; "
+            f"{key}: how {name} is computed over all items is not known here, only lm-eval's own ways are; "
             f"usable here: {', '.join(usable) or f'none, so leave out {task.task_name}'}."
         )
     return Meaning(metrics.JUDGED) if name in UNIT_METRICS and found.metric == metrics.ENDLESS else found
 
 
 def _spelled(aggregation: Any) -> str:
-    return aggregation if isinstance(aggregation, str) else getattr(aggregation, "__name__", "")
+    """The name of one of lm-eval's aggregations; empty for a function of a task's own, whatever its name is."""
+    if isinstance(aggregation, str):
+        return aggregation
+    name = str(getattr(aggregation, "__name__", ""))
+    return name if getattr(theirs, name, None) is aggregation else ""
 
 
 @contextlib.contextmanager

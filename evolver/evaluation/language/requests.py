@@ -15,6 +15,7 @@ from evolver.errors import BadInput, cause_of
 from evolver.evaluation.base import ItemText
 from evolver.evaluation.items import Item, item_hash
 from evolver.evaluation.language.library import Meaning, filters, metric_name, quiet
+from evolver.records import ItemAnswer
 
 # What a chat template that is tried out has to repeat.
 ASKED = "Which colour has the sky?"
@@ -24,9 +25,9 @@ INVALID = ("[invalid]", "", None)
 
 @dataclass(frozen=True)
 class Judgement:
-    """The result of an item: its answer as a number and in words, and whether the generated text held no answer."""
+    """The result of an item: its answer as it is kept and in words, and whether the generated text held no answer."""
 
-    answer: float
+    answer: ItemAnswer
     invalid: bool
     said: str = ""
 
@@ -55,10 +56,11 @@ class PreparedRequests:
     def judge(self, answers: Sequence[Any]) -> Judgement:
         """Turn the model's answers to the item's requests, in their order, into the result of the item."""
         for request, answer in zip(self.requests, answers, strict=True):
-            # A generated answer is a list of its repeats. Greedy decoding gives one text for all repeats.
+            # A generated answer is a list of its repeats. Greedy decoding gives one text for all repeats, and where
+            # tasks are sampled together, each gets as many answers as the one that wants most.
             said = answer if isinstance(answer, list) else [answer]
-            repeats = (request.repeats or 1) // len(said)
-            request.resps, request.filtered_resps = said * max(1, repeats), {}
+            repeats = request.repeats or 1
+            request.resps, request.filtered_resps = (said * repeats if len(said) == 1 else said[:repeats]), {}
         for ensemble in self._ensembles:
             ensemble.apply(self.requests)
         filtered = [r.filtered_resps[self._filter] for r in self.requests]

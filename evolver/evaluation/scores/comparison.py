@@ -11,8 +11,9 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
-from evolver.evaluation.scores.metrics import Numbers
+from evolver.evaluation.scores.metrics import Metric, Numbers
 from evolver.evaluation.scores.scoring import Scale
+from evolver.records import ItemAnswer
 
 RESAMPLES = 9999
 # The most numbers that are held in memory at once.
@@ -36,7 +37,7 @@ class Comparison:
     p: float
 
 
-def interval(items: Sequence[float], scale: Scale, seed: int) -> tuple[float, float]:
+def interval(items: Sequence[ItemAnswer], scale: Scale, seed: int) -> tuple[float, float]:
     """The 95 % percentile bootstrap interval of a score (Efron 1979). Items are resampled within each task.
 
     Args:
@@ -47,7 +48,7 @@ def interval(items: Sequence[float], scale: Scale, seed: int) -> tuple[float, fl
     return _middle(_resampled([items], scale, seed)[0])
 
 
-def compare(ours: Sequence[float], theirs: Sequence[float], scale: Scale, seed: int) -> Comparison:
+def compare(ours: Sequence[ItemAnswer], theirs: Sequence[ItemAnswer], scale: Scale, seed: int) -> Comparison:
     """A paired comparison of two models on the same items.
 
     The interval is the 95 % percentile bootstrap interval of the difference. Items are resampled within each task, and
@@ -70,22 +71,42 @@ def compare(ours: Sequence[float], theirs: Sequence[float], scale: Scale, seed: 
         each = share * (np.asarray(ours) - np.asarray(theirs))
         difference, p = math.fsum(each), _by_signs(each, seed)
     else:
-        p = _by_exchange(np.asarray(ours), np.asarray(theirs), scale, seed)
+        p = _by_exchange(ours, theirs, scale, seed)
     return Comparison(difference, *_middle(mine - other), p)
 
 
-def _resampled(models: Sequence[Sequence[float]], scale: Scale, seed: int) -> list[Numbers]:
+def _resampled(models: Sequence[Sequence[ItemAnswer]], scale: Scale, seed: int) -> list[Numbers]:
     """The scores of every model on the same RESAMPLES resamples of the items, (RESAMPLES) for each model."""
     rng, totals = np.random.default_rng(seed), [np.zeros(RESAMPLES) for _ in models]
     for task, places in scale.places.items():
-        of, weight = scale.metrics[task].of, _weight(scale, task)
-        answers = [np.asarray(items, dtype=np.float64)[places] for items in models]
-        right = np.asarray(scale.right)[places] if scale.right else np.zeros(len(places))
+        metric, weight = scale.metrics[task], _weight(scale, task)
+        answers = [_kept(items, metric, places) for items in models]
+        right = _right(scale, places)
         for rows in _blocks(len(places)):
             drawn = rng.integers(len(places), size=(rows.stop - rows.start, len(places)))
             for total, answer in zip(totals, answers, strict=True):
-                total[rows] += weight * of(answer[drawn], right[drawn])
+                if metric.counts:
+                    total[rows] += weight * metric.of(_times_drawn(drawn) @ answer, right)
+                else:
+                    total[rows] += weight * metric.of(answer[drawn], right[drawn])
     return totals
+
+
+def _kept(items: Sequence[ItemAnswer], metric: Metric, places: Sequence[int]) -> Numbers:
+    """What a metric is computed from: the answers to its n items, (n), or their counts, (n, counts)."""
+    found = np.asarray([items[p] for p in places], dtype=np.float64)
+    return found[:, 1:] if metric.counts else found
+
+
+def _right(scale: Scale, places: Sequence[int]) -> Numbers:
+    return np.asarray(scale.right)[places] if scale.right else np.zeros(len(places))
+
+
+def _times_drawn(drawn: NDArray[np.int64]) -> Numbers:
+    """How often each of n items is among the drawn ones, (R, n), which are given as places, (R, n)."""
+    resamples, count = drawn.shape
+    cells = (np.arange(resamples)[:, None] * count + drawn).ravel()
+    return np.bincount(cells, minlength=resamples * count).reshape(resamples, count).astype(np.float64)
 
 
 def _blocks(width: int) -> Iterator[slice]:
@@ -105,33 +126,39 @@ def _by_signs(each: Numbers, seed: int) -> float:
     return float(test.pvalue)
 
 
-def _by_exchange(ours: Numbers, theirs: Numbers, scale: Scale, seed: int) -> float:
+def _by_exchange(ours: Sequence[ItemAnswer], theirs: Sequence[ItemAnswer], scale: Scale, seed: int) -> float:
     """The p-value of the difference of the scores, by exchanging the models' answers to an item."""
-    if np.array_equal(ours, theirs):
+    if list(ours) == list(theirs):
         return 1.0
+    count = len(ours)
 
     def difference(a: NDArray[Any], b: NDArray[Any], axis: int) -> Numbers:
         a, b = np.moveaxis(a, axis, -1), np.moveaxis(b, axis, -1)
         lead = np.broadcast_shapes(a.shape, b.shape)[:-1]
-        rows = [np.broadcast_to(x, (*lead, x.shape[-1])).reshape(-1, x.shape[-1]) for x in (a, b)]
-        one, other = (_scores(x, scale) for x in rows)
+        rows = [np.broadcast_to(x, (*lead, count)).reshape(-1, count) < count for x in (a, b)]
+        one, other = (_scores(x, ours, theirs, scale) for x in rows)
         return (one - other).reshape(lead)
 
+    # What is exchanged are numbers of answers: those from ``count`` on are the second model's.
+    numbers = np.arange(2.0 * count)
     test = scipy.stats.permutation_test(
-        (ours, theirs), difference, permutation_type="samples", n_resamples=RESAMPLES,
-        rng=np.random.default_rng(seed), vectorized=True, batch=max(1, HELD // len(ours)),
+        (numbers[:count], numbers[count:]), difference, permutation_type="samples", n_resamples=RESAMPLES,
+        rng=np.random.default_rng(seed), vectorized=True, batch=max(1, HELD // count),
     )  # fmt: skip
     return float(test.pvalue)
 
 
-def _scores(answers: Numbers, scale: Scale) -> Numbers:
-    """The scores of R sets of answers, (R, items) to (R)."""
-    total = np.zeros(len(answers))
+def _scores(own: NDArray[np.bool_], ours: Sequence[ItemAnswer], theirs: Sequence[ItemAnswer], scale: Scale) -> Numbers:
+    """The scores of R mixtures of two models' answers, (R); ``own``, (R, items), says which are the first model's."""
+    total = np.zeros(len(own))
     for task, places in scale.places.items():
-        right = np.asarray(scale.right)[places] if scale.right else np.zeros(len(places))
-        total += _weight(scale, task) * scale.metrics[task].of(
-            answers[:, places], np.broadcast_to(right, (len(answers), len(places)))
-        )
+        metric, right, first = scale.metrics[task], _right(scale, places), own[:, places]
+        a, b = _kept(ours, metric, places), _kept(theirs, metric, places)
+        if metric.counts:
+            found = metric.of(first.astype(np.float64) @ (a - b) + b.sum(0), right)
+        else:
+            found = metric.of(np.where(first, a, b), np.broadcast_to(right, first.shape))
+        total += _weight(scale, task) * found
     return total
 
 

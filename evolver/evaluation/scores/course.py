@@ -7,10 +7,11 @@ that they send.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 from evolver.evaluation.scores.racing import Race
 from evolver.evaluation.scores.scoring import Scale
-from evolver.records import Candidate, Result
+from evolver.records import Candidate, ItemAnswer, Result
 
 
 def blocks(start: int, stop: int, size: int) -> list[tuple[int, int]]:
@@ -37,7 +38,7 @@ class Evaluation:
     def __init__(self, candidate: Candidate, scale: Scale, block: int, alpha: float | None) -> None:
         self.candidate, self._scale, self._block = candidate, scale, block
         rival = candidate.question.rival
-        self._race = Race(scale, rival, alpha) if alpha and rival else None
+        self._race = Race(scale, cast(Sequence[float], rival), alpha) if alpha and rival else None
         self.raced = False
 
     def blocks(self) -> list[tuple[int, int]]:
@@ -46,7 +47,7 @@ class Evaluation:
         stop = count if asked.limit is None else min(count, -(-asked.limit // size) * size)
         return blocks(len(asked.known), stop, size)
 
-    def ended(self, items: Sequence[float]) -> bool:
+    def ended(self, items: Sequence[ItemAnswer]) -> bool:
         """Whether the evaluation may stop here.
 
         That is so if the score can no longer exceed the candidate's bar, or if a race has decided against the
@@ -59,11 +60,11 @@ class Evaluation:
         if bar is not None and self._scale.bound(items) <= bar:
             return True
         if self._race is not None and len(items) < len(self._scale.tasks):
-            self.raced = self._race.look(items) == "not better"
+            self.raced = self._race.look(cast(Sequence[float], items)) == "not better"
         return self.raced
 
     def result(
-        self, items: Sequence[float], seconds: Mapping[str, float], counts: Mapping[str, float], worker: str
+        self, items: Sequence[ItemAnswer], seconds: Mapping[str, float], counts: Mapping[str, float], worker: str
     ) -> Result:  # fmt: skip
         """The result of the candidate.
 

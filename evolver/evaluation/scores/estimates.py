@@ -9,7 +9,7 @@ from typing import cast
 from evolver.errors import BadInput
 from evolver.evaluation.scores.irt import EstimateKind, ItemModel, fit_items
 from evolver.evaluation.scores.scoring import Scale
-from evolver.records import Result
+from evolver.records import ItemAnswer, Result
 
 # An item model is fitted iteratively, so later digits of an estimate may differ between processors. They are cut off.
 DIGITS = 6
@@ -54,7 +54,7 @@ class Estimates:
         """The complete result of a recipe, if ``learn`` was given one; else None."""
         return self._complete.get(recipe_id)
 
-    def estimate(self, kind: str, items: Sequence[float]) -> float:
+    def estimate(self, kind: str, items: Sequence[ItemAnswer]) -> float:
         """Estimate the score of all items from the answers to the first ones.
 
         Args:
@@ -67,10 +67,12 @@ class Estimates:
             return self._mean(items)
         if self._model is None:
             # Sorted by id, as the order in which results arrived would otherwise change the rounding of sums.
-            self._model = fit_items([self._complete[i].items for i in sorted(self._complete)], self.items)
-        return round(self._model.estimate(items, self.scale, cast(EstimateKind, kind)), DIGITS)
+            self._model = fit_items(
+                [cast(Sequence[float], self._complete[i].items) for i in sorted(self._complete)], self.items
+            )
+        return round(self._model.estimate(cast(Sequence[float], items), self.scale, cast(EstimateKind, kind)), DIGITS)
 
-    def _mean(self, items: Sequence[float]) -> float:
+    def _mean(self, items: Sequence[ItemAnswer]) -> float:
         found = self.scale.of_tasks(items)
         total = math.fsum(self.scale.weights[task] for task in found)
         return math.fsum(self.scale.weights[task] * value for task, value in found.items()) / total

@@ -2,7 +2,9 @@
 
 Most metrics are means over items that were judged one by one, for example accuracy. The others look at all answers
 together, for example Matthews' correlation. For these, the ledger keeps the answer to an item (a class, a value, or a
-set of labels as the bits of a number), and the metric is computed again on every resample of the items.
+set of labels as the bits of a number), and the metric is computed again on every resample of the items. Some of these
+are functions of counts that are added up over the items, for example BLEU. For them, the ledger keeps each item's
+counts.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ class Metric:
         best: the highest possible value; None where it is unknown.
         judged: whether an answer is already the score of its item, and the metric the mean of these scores.
         negative: whether the values are those of the usual metric with the opposite sign.
+        counts: how many counts of each item the metric is computed from; 0 for metrics that are computed from the
+            answers. Where there are counts, ``of`` gets their sums over the items of each resample, (R, counts).
     """
 
     name: str
@@ -38,11 +42,22 @@ class Metric:
     best: float | None = 1.0
     judged: bool = False
     negative: bool = False
+    counts: int = 0
 
     @property
     def share(self) -> bool:
         """Whether values lie between 0 and 1 (or -1 and 1) and read well as percentages."""
         return self.best == 1.0
+
+    @property
+    def points(self) -> bool:
+        """Whether values are written times 100."""
+        return self.share or self.of is ter
+
+    @property
+    def compares(self) -> bool:
+        """Whether the metric is computed from answers and right answers."""
+        return not self.judged and not self.counts
 
     def form(self) -> dict[str, Any]:
         """The metric as a JSON object, in which the function stands by its name."""
@@ -172,11 +187,54 @@ def opposite(answers: Numbers, right: Numbers) -> Numbers:
     return -median_item(answers, right)
 
 
+def bleu(sums: Numbers, _: Numbers) -> Numbers:
+    """BLEU between 0 and 1, (R), with the smoothing of sacreBLEU (``exp``).
+
+    Args:
+        sums: words of the answers, words of the nearest references, and for n from 1 to 4 the n-grams that agree, then
+            for the same n the n-grams of the answers, (R, 10).
+    """
+    said, wanted, agree, total = sums[:, 0], sums[:, 1], sums[:, 2:6], sums[:, 6:]
+    # Of the orders in which no n-gram agrees, the first counts as half an n-gram, the next as a quarter, and so on.
+    agree = np.where(agree > 0, agree, 0.5 ** np.cumsum(agree == 0, axis=1))
+    usable = (sums[:, 2:6] > 0).any(1) & (total > 0).all(1)
+    precision = _divided(agree, total)[usable]
+    found = np.zeros(len(sums))
+    brevity = np.exp(np.minimum(0.0, 1 - _divided(wanted, said)))
+    found[usable] = brevity[usable] * np.exp(np.log(precision).mean(1))
+    return np.minimum(found, 1.0)  # rounding may lead above, and bounds rest on 1
+
+
+def chrf(sums: Numbers, _: Numbers) -> Numbers:
+    """The metric chrF or chrF++ between 0 and 1, (R): F2 of the mean precision and
+    the mean recall over the orders of n-grams.
+
+    Args:
+        sums: for each order the n-grams of the answers, those of the references, and those that agree,
+            (R, 3 · orders).
+    """
+    said, wanted, agree = sums[:, 0::3], sums[:, 1::3], sums[:, 2::3]
+    orders = ((said > 0) & (wanted > 0)).sum(1)
+    both = np.where((said > 0) & (wanted > 0), agree, 0)
+    precision, recall = _divided(_divided(both, said).sum(1), orders), _divided(_divided(both, wanted).sum(1), orders)
+    return np.minimum(_divided(5 * precision * recall, 4 * precision + recall), 1.0)
+
+
+def ter(sums: Numbers, _: Numbers) -> Numbers:
+    """The negative translation error rate, (R): edits for each word of the references.
+
+    Args:
+        sums: edits, and words of the references, (R, 2). Without any word, each answer with edits counts as one.
+    """
+    edits, words = sums[:, 0], sums[:, 1]
+    return -np.where(words > 0, _divided(edits, words), edits > 0)
+
+
 def closeness(metric: Metric, answers: Numbers, right: Numbers) -> Numbers:
     """How good each answer is, (n), more being better: comparable between models, not between metrics.
 
     Args:
-        answers, right: as they are kept, (n) both.
+        answers, right: as they are kept, (n) both; of answers with counts, the items' own scores.
     """
     found: Numbers = answers
     if metric.of in (macro_f1, mcc, labels_f1, binary_f1):
@@ -206,7 +264,7 @@ TAGS = {"acc": Metric("acc", right_share), "f1": Metric("f1", span_f1)}
 def _functions() -> dict[str, Callable[[Numbers, Numbers], Numbers]]:
     known = (
         mean, macro_f1, mcc, pearson, labels_f1, binary_f1, right_share, span_f1, median_item, perplexity,
-        weighted_perplexity, bits_per_byte, opposite,
+        weighted_perplexity, bits_per_byte, opposite, bleu, chrf, ter,
     )  # fmt: skip
     return {function.__name__: function for function in known}
 

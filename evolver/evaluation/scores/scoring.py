@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from evolver.evaluation.scores.metrics import Metric
+from evolver.records import ItemAnswer
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Scale:
         tasks: the task of every item, in the run's order.
         weights: the weight of every task.
         metrics: the metric of every task.
-        right: the right answer to every item; empty where all tasks are judged item by item.
+        right: the right answer to every item; empty where no task's metric needs them.
     """
 
     tasks: tuple[str, ...]
@@ -58,12 +59,12 @@ class Scale:
         metrics = {task: Metric.from_form(metric) for task, metric in form["metrics"].items()}
         return Scale(tuple(form["tasks"]), form["weights"], metrics, tuple(form["right"]))
 
-    def of_tasks(self, items: Sequence[float]) -> dict[str, float]:
+    def of_tasks(self, items: Sequence[ItemAnswer]) -> dict[str, float]:
         """The metric of every task over the items scored so far. Tasks without a scored item are left out."""
         scored = {task: [p for p in places if p < len(items)] for task, places in self.places.items()}
         return {task: self._metric(task, items, places) for task, places in scored.items() if places}
 
-    def score(self, items: Sequence[float]) -> float:
+    def score(self, items: Sequence[ItemAnswer]) -> float:
         """The score of the answers to all items.
 
         Raises ValueError where answers are missing.
@@ -72,7 +73,7 @@ class Scale:
             raise ValueError(f"{len(items)} of {len(self.tasks)} items")
         return self._weighted(self.of_tasks(items))
 
-    def bound(self, items: Sequence[float]) -> float:
+    def bound(self, items: Sequence[ItemAnswer]) -> float:
         """The highest score that is still possible after the answers to the first items.
 
         It is infinite where a task has unscored items and a metric without a known highest value.
@@ -93,6 +94,8 @@ class Scale:
         metric, answers = self.metrics[task], [items[p] for p in places]
         if metric.judged:
             return math.fsum(answers) / len(answers)
+        if metric.counts:
+            return float(metric.of(np.asarray(answers)[:, 1:].sum(0)[None], np.zeros(1))[0])
         right = [self.right[p] for p in places]
         return float(metric.of(np.asarray([answers]), np.asarray([right]))[0])
 
