@@ -87,6 +87,7 @@ class Checkpoint:
         ignored: tensors of the files that the model's class has no place for, as far as it was asked.
         named: the name of the tensor that the model's class calls so, or the same where it is not known.
         apart: the names in the files, by their own names, of tensors that are kept with the head.
+        lent: the tensors that another model holds in its place, by name.
 
     Raises BadInput where the folder is no checkpoint, or a file of it is truncated or not safetensors.
     """
@@ -96,6 +97,7 @@ class Checkpoint:
     ignored: tuple[str, ...] = ()
     apart: Mapping[str, str] = MappingProxyType({})
     named: Callable[[str], str] = staticmethod(str)
+    lent: Mapping[str, Checkpoint] = MappingProxyType({})
 
     def __init__(self, path: Path, key: str, headless: bool = False) -> None:
         self.path, self.key, self.headless = path, key, headless
@@ -114,7 +116,8 @@ class Checkpoint:
 
     @cached_property
     def headers(self) -> dict[str, TensorInfo]:
-        return {n: self._info(self._stored[n]) for n in sorted(self._stored)}
+        own = {n: self._info(self._stored[n]) for n in sorted(self._stored)}
+        return dict(sorted({**own, **{n: lender.headers[n] for n, lender in self.lent.items()}}.items()))
 
     @property
     def stored(self) -> Mapping[str, str]:
@@ -143,6 +146,11 @@ class Checkpoint:
     def tie(self, name: str, source: str) -> None:
         """See a tensor that the files do not hold with the values of another one."""
         self._stored[name], self.tied = self._stored[source], {**self.tied, name: source}
+        self._forget()
+
+    def lend(self, lender: Checkpoint, names: Iterable[str]) -> None:
+        """See tensors of another model as this one's, where it has none of that name."""
+        self.lent = {n: lender for n in sorted(names) if n not in self._stored}
         self._forget()
 
     def set_apart(self, names: Iterable[str]) -> None:
@@ -176,7 +184,7 @@ class Checkpoint:
         return list(self.headers)
 
     def tensor(self, name: str) -> Tensor:
-        return self._read(self._stored[name])
+        return self.lent[name].tensor(name) if name in self.lent else self._read(self._stored[name])
 
     def _read(self, stored: str) -> Tensor:
         tensor: Tensor = self._files[self._place[stored]].get_tensor(stored)
@@ -186,7 +194,9 @@ class Checkpoint:
         return [self.path / f for f in self._files]
 
     def digest(self) -> str:
-        return cached("digests-headless" if self.headless else "digests", self.files(), self._digest)
+        own = cached("digests-headless" if self.headless else "digests", self.files(), self._digest)
+        parts = [own, *dict.fromkeys(lender.digest() for lender in self.lent.values())]
+        return own if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()[:20]
 
     @cached_property
     def layers(self) -> int:

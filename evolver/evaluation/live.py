@@ -170,12 +170,41 @@ class LiveModel:
             seen.add(parameters[name].data_ptr())
 
 
+# Architectures that read images and texts, and go on with a text alone as language models do.
+SEEING = ("llava", "llava_next", "llava_onevision", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+class CausalModels:
+    """Loads language models. Of those that also read images, the class for both is loaded, and given texts only."""
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, **given: Any) -> Any:
+        """A model with its weights; see Transformers for the arguments."""
+        import transformers
+
+        config = given.get("config") or transformers.AutoConfig.from_pretrained(folder)
+        return cls._of(config).from_pretrained(folder, **given)
+
+    @classmethod
+    def from_config(cls, config: Any, **given: Any) -> Any:
+        """A model with random weights; see Transformers for the arguments."""
+        return cls._of(config).from_config(config, **given)
+
+    @staticmethod
+    def _of(config: Any) -> Any:
+        import transformers
+
+        if config.model_type in SEEING:
+            return transformers.AutoModelForImageTextToText
+        return transformers.AutoModelForCausalLM
+
+
 def model_class(kind: str) -> Any:
     """The class of Transformers that loads models of this kind."""
     import transformers
 
     kinds: dict[str, Any] = {
-        "causal-lm": transformers.AutoModelForCausalLM,
+        "causal-lm": CausalModels,
         "seq2seq": transformers.AutoModelForSeq2SeqLM,
         "classifier": transformers.AutoModelForSequenceClassification,
         "image-classifier": transformers.AutoModelForImageClassification,
@@ -271,7 +300,7 @@ def kinds_of(architecture: str) -> list[str]:
     from transformers.models.auto import modeling_auto as known  # slow
 
     kinds: dict[str, Mapping[str, Any]] = {
-        "causal-lm": known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "causal-lm": {**known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **dict.fromkeys(SEEING)},
         "seq2seq": known.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
         "classifier": known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
         "image-classifier": known.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
