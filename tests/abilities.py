@@ -7,6 +7,7 @@ folders. An ability that a family does not have shows by the sentence that the u
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -125,7 +126,7 @@ class Trial:
     @cached_property
     def run_file(self) -> Path:
         """The configuration of a short search over the models."""
-        kind = self.family.kind or "causal-lm"
+        kind = self.family.kind
         entry: dict[str, Any] = {"dev": DEV, "report": 8}
         if kind in ("causal-lm", "seq2seq"):
             entry |= {"task": "toy", "metric": "acc"}
@@ -271,11 +272,15 @@ def without_rest(family: Family, folder: Path) -> dict[str, Tensor]:
 
 
 def linear_names(model: Any) -> str:
-    """A pattern of the layers that an adapter changes: those of the last block that PEFT can wrap."""
+    """A pattern of the layers that an adapter changes: those of the blocks, without what PEFT does not wrap or, in
+    mixtures of experts, changes as a whole parameter.
+    """
     from transformers.pytorch_utils import Conv1D
 
-    kinds = (torch.nn.Linear, Conv1D)
-    blocks = [n for n, m in model.named_modules() if isinstance(m, kinds) and any(p.isdigit() for p in n.split("."))]
+    mixture = any(p.ndim == 3 and "expert" in n for n, p in model.named_parameters())
+    left_out = ("mixer.out_proj", *(("mlp", "feed_forward", "block_sparse_moe") if mixture else ()))
+    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)]
+    blocks = [n for n in names if re.search(r"\.\d+\.", n) and not any(part in n for part in left_out)]
     return "|".join(n.replace(".", r"\.") for n in blocks)
 
 

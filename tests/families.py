@@ -28,6 +28,7 @@ DECODER = {
     "num_key_value_heads": 2, "max_position_embeddings": toys.LENGTH, "initializer_range": 0.2, **SPECIAL,
 }  # fmt: skip
 ROPE3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip  # noqa: E501
+WIDE = {"num_attention_heads": 2, "num_key_value_heads": 1}  # heads that have the frequencies of published ones
 UNTIED = {"tie_word_embeddings": False}
 MIXTURE = {**DECODER, **UNTIED, "num_experts_per_tok": 2}
 LATENT = {
@@ -70,7 +71,7 @@ class Family:
         name: as people call it.
         class_name: Transformers' class.
         settings: of its configuration, without the size of the vocabulary.
-        kind: ``model.kind`` with which it is searched over; empty: there is none, models can only be merged.
+        kind: ``model.kind`` with which it is searched over.
         inner: the keys of settings that are configurations themselves and have a vocabulary.
     """
 
@@ -86,7 +87,7 @@ class Family:
         settings = {**self.settings, **changes}
         for key in self.inner:
             settings[key] = {**settings[key], "vocab_size": size}
-        if not self.inner and self.kind != "image-classifier":
+        if not self.inner and "text_config" not in settings and self.kind != "image-classifier":
             settings["vocab_size"] = size
         torch.manual_seed(seed)
         return kind(kind.config_class(**settings)).float().eval()
@@ -94,7 +95,7 @@ class Family:
     def beside(self) -> list[Any]:
         """What is saved beside the weights."""
         found: list[Any] = []
-        if self.kind != "image-classifier":
+        if self.kind != "image-classifier" or self.inner:
             found.append(toys.tokenizer())
         if self.kind == "image-classifier" or self.inner:
             side = {"height": IMAGE, "width": IMAGE}
@@ -104,7 +105,7 @@ class Family:
 
 def _decoders() -> Iterator[Family]:
     yield Family("Llama 2", "LlamaForCausalLM", {**DECODER, **UNTIED, "num_key_value_heads": 4})
-    yield Family("Llama 3", "LlamaForCausalLM", {**DECODER, **UNTIED, "rope_parameters": ROPE3})
+    yield Family("Llama 3", "LlamaForCausalLM", {**DECODER, **UNTIED, **WIDE, "rope_parameters": ROPE3})
     llama4 = {"num_local_experts": 4, "intermediate_size_mlp": 48, "head_dim": 8, "interleave_moe_layer_step": 1}
     yield Family("Llama 4, text", "Llama4ForCausalLM", {**DECODER, **UNTIED, **llama4, "num_experts_per_tok": 1})
     yield Family("SmolLM", "LlamaForCausalLM", {**DECODER, "tie_word_embeddings": True})
@@ -113,7 +114,7 @@ def _decoders() -> Iterator[Family]:
     yield Family("Qwen2, Qwen2.5", "Qwen2ForCausalLM", {**DECODER, "tie_word_embeddings": True})
     moe = {"num_experts": 4, "moe_intermediate_size": 16}
     yield Family("Qwen2-MoE", "Qwen2MoeForCausalLM", {**MIXTURE, **moe, "shared_expert_intermediate_size": 24})
-    yield Family("Qwen3", "Qwen3ForCausalLM", {**DECODER, "head_dim": 8, "tie_word_embeddings": True})
+    yield Family("Qwen3", "Qwen3ForCausalLM", {**DECODER, "head_dim": 128, "tie_word_embeddings": True})
     # More than ten experts: the names of the tenth and the second are not in the order of the alphabet.
     yield Family("Qwen3-MoE", "Qwen3MoeForCausalLM", {**MIXTURE, **moe, "num_experts": 12, "head_dim": 8})
     yield Family("Gemma 2", "Gemma2ForCausalLM", {**DECODER, "head_dim": 8, "query_pre_attn_scalar": 8})
@@ -124,7 +125,7 @@ def _decoders() -> Iterator[Family]:
     yield Family("DeepSeek V2", "DeepseekV2ForCausalLM", {**MIXTURE, **LATENT})
     yield Family("DeepSeek V3", "DeepseekV3ForCausalLM", {**MIXTURE, **LATENT})
     yield Family("Falcon", "FalconForCausalLM", {**DECODER, "new_decoder_architecture": True, "num_kv_heads": 2})
-    gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": toys.LENGTH, "initializer_range": 0.2}
+    gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.2}
     yield Family("GPT-2", "GPT2LMHeadModel", {**gpt2, **SPECIAL})
     yield Family("GPT-NeoX", "GPTNeoXForCausalLM", {**DECODER, **UNTIED})
     bloom = {"hidden_size": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.2}
@@ -163,13 +164,13 @@ def _others() -> Iterator[Family]:
     yield Family("SigLIP, image classifier", "SiglipForImageClassification", towers, kind)
     inner = ("text_config",)
     pair = {"text_config": TEXT, "vision_config": VISION}
-    yield Family("CLIP", "CLIPModel", {**pair, "projection_dim": 16}, "", inner)
-    yield Family("SigLIP", "SiglipModel", pair, "", inner)
+    yield Family("CLIP", "CLIPModel", {**pair, "projection_dim": 16}, kind, inner)
+    yield Family("SigLIP", "SiglipModel", pair, kind, inner)
     llava = {
         "text_config": {"model_type": "llama", **DECODER, **UNTIED}, "image_token_index": 5, **UNTIED,
         "vision_config": {"model_type": "clip_vision_model", **VISION}, "vision_feature_layer": -1,
     }  # fmt: skip
-    yield Family("LLaVA", "LlavaForConditionalGeneration", llava, "", inner)
+    yield Family("LLaVA", "LlavaForConditionalGeneration", llava, "causal-lm", inner)
 
 
 FAMILIES = {f.name: f for make in (_decoders, _encoders, _others) for f in make()}

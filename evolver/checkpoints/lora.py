@@ -23,6 +23,7 @@ from evolver.records.recipe import layer_of
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Matrices of an adapter, and how PEFT marks a layer that it has wrapped.
 MATRIX = re.compile(r"(.+)(\.lora_[AB]\.weight|\.lora_embedding_[AB])")
+END_OF_MATRIX = re.compile(r"\.lora_(A\.weight|embedding_A)$")
 OF_LAYER, BASE_LAYER = ".lora_A.", ".base_layer."
 # Options of PEFT that make an adapter more than B A, and beginnings of training that change the base itself.
 NO_DELTA = (
@@ -115,7 +116,7 @@ class LoraAdapter:
 
     def _check_pairs(self) -> None:
         """Check the matrices against the adapter's configuration."""
-        modules = {name.removesuffix(".weight"): pair.rank for name, pair in self._pairs.items()}
+        modules = {self._layer(name): pair.rank for name, pair in self._pairs.items()}
         for module, rank in modules.items():
             check_rank(self.config, module, rank, self.path / CONFIG, self.key)
         check_targets(self.config, modules, self.path / CONFIG, self.key)
@@ -212,9 +213,12 @@ class LoraAdapter:
             "does not have; give the base that it was trained on."
         )
 
+    def _layer(self, name: str) -> str:
+        """The layer of a tensor as the model's class calls it, and so the adapter's settings."""
+        return END_OF_MATRIX.sub("", _plain_name(self._pairs[name].a))
+
     def _scale(self, name: str, rank: int) -> float:
-        module = name.removesuffix(".weight")
-        alpha = pattern_value(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8))
+        alpha = pattern_value(self.config.get("alpha_pattern"), self._layer(name), self.config.get("lora_alpha", 8))
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
 

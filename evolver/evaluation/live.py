@@ -240,11 +240,11 @@ def places_of(module: Any, names: Iterable[str], folder: Path) -> dict[str, str]
     Raises BadInput for a tensor that has no place in the model.
     """
     state = module.state_dict(keep_vars=False)
-    prefix, renamed = module.base_model_prefix + ".", _renaming(module)
+    prefix, renamed = module.base_model_prefix + ".", _renaming(module, state)
     places = {}
     for name in names:
-        possible = (name, prefix + name, name.removeprefix(prefix), renamed(name))
-        found = next((n for n in possible if n in state), None)
+        found = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in state), None)
+        found = found or next((n for n in renamed(name) if n in state), None)
         if found is None:
             raise BadInput(
                 f"model.base: {folder} holds {name}, which {type(module).__name__} has no place for; "
@@ -267,16 +267,17 @@ def labelled(labels: Sequence[str], loads: bool = True) -> dict[str, Any]:
     return {**own, "ignore_mismatched_sizes": True} if loads else own
 
 
-def _renaming(module: Any) -> Callable[[str], str]:
-    """A function from names in the checkpoint to names in the model.
+def _renaming(module: Any, state: Mapping[str, Tensor]) -> Callable[[str], tuple[str, str]]:
+    """A function from names in the checkpoint to names in the model, without and with the class's prefix.
 
     They differ where Transformers renames an architecture's tensors as it loads them.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, apply_renamings
+    from transformers.core_model_loading import WeightRenaming, apply_renamings, rename_source_key
 
-    renamings = [t for t in get_model_conversion_mapping(module) or [] if isinstance(t, WeightRenaming)]
-    return lambda name: apply_renamings(name, renamings)
+    rules = [t for t in get_model_conversion_mapping(module) or [] if isinstance(t, WeightRenaming)]
+    prefix, known = module.base_model_prefix, dict(state)
+    return lambda name: (apply_renamings(name, rules), rename_source_key(name, rules, [], prefix, known)[0])
 
 
 def default_device() -> str:
