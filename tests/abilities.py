@@ -17,7 +17,7 @@ import torch
 import toys
 import transformers
 import yaml
-from families import WEIGHTS, Family, loaded, oldest, save_all, sharded
+from families import WEIGHTS, Family, loaded, oldest, save_all, save_texts, sharded
 from safetensors.torch import load_file
 from torch import Tensor
 from toys import Ended, evolver
@@ -204,6 +204,24 @@ class Trial:
             raw = {"merge_method": "task_arithmetic", "models": models}
             compare(self._merged(raw, base, f"lora-{base}"), right, 1e-5)
 
+    def texts(self) -> None:
+        """Text models are merged into the language part, and the rest is the base's, to the bit."""
+        save_texts(self.family, self.folder)
+        models = [{"model": str(self.folder / f"text-{n}"), "parameters": {"weight": w}} for n, w in WEIGHT.items()]
+        raw = {"merge_method": "task_arithmetic", "models": models}
+        base, inside = self.right["base"], "model.language_model."
+        seen = {n: dict(base) for n in WEIGHT}
+        for name, tensors in seen.items():
+            text = load(self.family.text, self.folder / f"text-{name}")
+            tensors |= {(n if n in base else n.replace("model.", inside, 1)): t for n, t in text.items()}
+        right = expected({"base": base, **seen})
+        for place in ("base", "old-base"):
+            made = self._merged(raw, place, f"texts-{place}")
+            compare(made, right)
+            beside = [n for n in base if not n.startswith((inside, "lm_head"))]
+            if not beside or any(not torch.equal(made[n], base[n]) for n in beside):
+                raise Wrong("the part that reads images has changed")
+
     def gguf(self) -> None:
         """The winner as a GGUF file, which the command itself reads back and scores."""
         said = answered(evolver("export", self._run, self.folder / "winner.gguf", "--gguf", "f32"))
@@ -215,6 +233,9 @@ ABILITIES: dict[str, Callable[[Trial], None]] = {
     "read": Trial.read, "merge": Trial.merge, "search": Trial.search, "evaluate": Trial.evaluate,
     "export": Trial.export, "LoRA": Trial.lora, "GGUF": Trial.gguf,
 }  # fmt: skip
+
+
+TEXTS = "text experts"
 
 
 def write_data(folder: Path, tasks: Path) -> None:
@@ -271,6 +292,12 @@ def without_rest(family: Family, folder: Path) -> dict[str, Tensor]:
     return {n: t.clone() for n, t in model.state_dict().items()}
 
 
+def load(class_name: str, folder: Path) -> dict[str, Tensor]:
+    """The tensors that a class makes of a folder."""
+    model = getattr(transformers, class_name).from_pretrained(folder, dtype=torch.float32)
+    return {n: t.clone() for n, t in model.state_dict().items()}
+
+
 def linear_names(model: Any) -> str:
     """A pattern of the layers that an adapter changes: those of the blocks, without what PEFT does not wrap or, in
     mixtures of experts, changes as a whole parameter.
@@ -290,9 +317,9 @@ def trials(family: Family, folder: Path, data: Path, wanted: Sequence[str] = tup
     Raises Wrong, with all that is wrong in it, for wrong answers and tracebacks.
     """
     trial, found, wrong = Trial(family, folder, data), dict[str, str | None](), []
-    for name in wanted:
+    for name in [*wanted, *([TEXTS] if family.text else [])]:
         try:
-            ABILITIES[name](trial)
+            (Trial.texts if name == TEXTS else ABILITIES[name])(trial)
             found[name] = None
         except Refused as error:
             found[name] = str(error).replace(str(folder), "…")

@@ -73,6 +73,7 @@ class Family:
         settings: of its configuration, without the size of the vocabulary.
         kind: ``model.kind`` with which it is searched over.
         inner: the keys of settings that are configurations themselves and have a vocabulary.
+        text: for a model that also reads images, the class of text models that are merged into its language part.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Family:
     settings: Mapping[str, Any]
     kind: str = "causal-lm"
     inner: tuple[str, ...] = ()
+    text: str = ""
 
     def model(self, seed: int = 0, **changes: Any) -> Any:
         """A random model, drawn with ``seed``."""
@@ -166,14 +168,40 @@ def _others() -> Iterator[Family]:
     pair = {"text_config": TEXT, "vision_config": VISION}
     yield Family("CLIP", "CLIPModel", {**pair, "projection_dim": 16}, kind, inner)
     yield Family("SigLIP", "SiglipModel", pair, kind, inner)
-    llava = {
-        "text_config": {"model_type": "llama", **DECODER, **UNTIED}, "image_token_index": 5, **UNTIED,
-        "vision_config": {"model_type": "clip_vision_model", **VISION}, "vision_feature_layer": -1,
-    }  # fmt: skip
-    yield Family("LLaVA", "LlavaForConditionalGeneration", llava, "causal-lm", inner)
 
 
-FAMILIES = {f.name: f for make in (_decoders, _encoders, _others) for f in make()}
+def _seeing() -> Iterator[Family]:
+    """Models that read images and texts."""
+    inner, kind, plain = ("text_config",), "causal-lm", {**DECODER, **UNTIED}
+    clip, siglip = ({"model_type": f"{n}_vision_model", **VISION} for n in ("clip", "siglip"))
+    llava = {"image_token_index": 5, "vision_feature_layer": -1, **UNTIED}
+    llama = {"text_config": {"model_type": "llama", **plain}, "vision_config": clip, **llava}
+    yield Family("LLaVA", "LlavaForConditionalGeneration", llama, kind, inner, "LlamaForCausalLM")
+    grid = {"image_grid_pinpoints": [[IMAGE, IMAGE]]}
+    yield Family("LLaVA-NeXT", "LlavaNextForConditionalGeneration", {**llama, **grid}, kind, inner, "LlamaForCausalLM")
+    qwen = {"text_config": {"model_type": "qwen2", **plain}, "vision_config": siglip, **llava, **grid}
+    vision = "LlavaOnevisionForConditionalGeneration"
+    yield Family("LLaVA-OneVision", vision, {**qwen, "video_token_index": 6}, kind, inner, "Qwen2ForCausalLM")
+    pixtral = {"model_type": "pixtral", **VISION, "head_dim": 16}
+    mistral = {"text_config": {"model_type": "mistral", **plain, "head_dim": 8}, "vision_config": pixtral, **llava}
+    yield Family("Mistral 3", "Mistral3ForConditionalGeneration", mistral, kind, inner, "MistralForCausalLM")
+    tower = {"depth": 2, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "patch_size": 8, "intermediate_size": 24}  # fmt: skip  # noqa: E501
+    turned = {**plain, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+    second = {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 8, "mlp_ratio": 2}
+    older = {"text_config": turned, "vision_config": second, **UNTIED}
+    yield Family("Qwen2-VL", "Qwen2VLForConditionalGeneration", older, kind, inner, "Qwen2ForCausalLM")
+    newer = {**older, "vision_config": {**tower, "fullatt_block_indexes": [1]}}
+    yield Family("Qwen2.5-VL", "Qwen2_5_VLForConditionalGeneration", newer, kind, inner, "Qwen2ForCausalLM")
+    deep = {**tower, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    third = {**older, "text_config": {**turned, "head_dim": 8}, "vision_config": deep}
+    yield Family("Qwen3-VL", "Qwen3VLForConditionalGeneration", third, kind, inner, "Qwen3ForCausalLM")
+    gemma = {"text_config": {**DECODER, "head_dim": 8, "query_pre_attn_scalar": 8}, "vision_config": VISION}
+    places = {"mm_tokens_per_image": 4, "boi_token_index": 3, "eoi_token_index": 4, "image_token_index": 5}
+    vision = "Gemma3ForConditionalGeneration"
+    yield Family("Gemma 3", vision, {**gemma, **places}, kind, inner, "Gemma3ForCausalLM")
+
+
+FAMILIES = {f.name: f for make in (_decoders, _encoders, _others, _seeing) for f in make()}
 
 
 def save_all(family: Family, folder: Path) -> None:
@@ -188,6 +216,20 @@ def save_all(family: Family, folder: Path) -> None:
         model.tie_weights()
         for part in (model, *family.beside()):
             part.save_pretrained(folder / name)
+
+
+def save_texts(family: Family, folder: Path) -> None:
+    """Save text models ``text-a`` and ``text-b``, fine-tunes of the language part of ``base``."""
+    kind, inside = getattr(transformers, family.text), "model.language_model."
+    whole = getattr(transformers, family.class_name).from_pretrained(folder / "base", dtype=torch.float32)
+    known = {k: v for k, v in whole.config.get_text_config().to_dict().items() if k not in ("model_type", "dtype")}
+    part = {n.replace(inside, "model."): t for n, t in whole.state_dict().items()}
+    for seed, name in enumerate(("text-a", "text-b"), 1):
+        model = kind(kind.config_class(**known)).float()
+        model.load_state_dict(_noisy({n: part[n] for n in model.state_dict()}, seed))
+        model.tie_weights()
+        model.save_pretrained(folder / name)
+        toys.tokenizer().save_pretrained(folder / name)
 
 
 def _noisy(tensors: Tensors, seed: int) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ def row(name: str) -> list[str]:
 @pytest.mark.parametrize("name", RULES)
 def test_a_family_is_read_and_merged_as_the_map_says(name, data, tmp_path):
     found = trials(FAMILIES[name], tmp_path / "models", data, ("read", "merge"))
-    assert list(found.values()) == [None, None]
+    assert set(found.values()) == {None}
     assert row(name)[1:3] == ["✓", "✓"]
 
 

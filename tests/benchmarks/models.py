@@ -26,7 +26,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": 
 import torch  # noqa: E402
 import toys  # noqa: E402
 import yaml  # noqa: E402
-from abilities import ABILITIES, Trial, Wrong, trials, write_data  # noqa: E402
+from abilities import ABILITIES, TEXTS, Trial, Wrong, trials, write_data  # noqa: E402
 from families import FAMILIES  # noqa: E402
 from merging import peak_mb  # noqa: E402
 
@@ -54,6 +54,12 @@ Without a rest means that the class misses no tensor and finds none that it has 
 sentence with which Evolver refuses it, [below](#sentences).
 
 """
+
+
+OF_TEXTS = """## Text experts on models that also read images
+
+A tick means that `evolver merge` merges fine-tunes of the text model into the language part of the base, in every
+layout, as the reference in float64 does, and that all other tensors are the base's to the bit."""
 
 
 def try_all(names: Sequence[str]) -> tuple[Found, list[str]]:
@@ -92,6 +98,9 @@ def write_map(found: Found) -> None:
     for name, abilities in found.items():
         cells = " | ".join(cell(abilities[a]) for a in ABILITIES)
         lines.append(f"| {name} | `{FAMILIES[name].class_name}` | {cells} |")
+    seeing = {n: row[TEXTS] for n, row in found.items() if TEXTS in row}
+    lines += ["", OF_TEXTS, "", "| base | text experts | merge |", "| --- | --- | --- |"]
+    lines += [f"| {n} | `{FAMILIES[n].text}` | {cell(said)} |" for n, said in seeing.items()]
     notes = [f"{number}. {sentence}" for sentence, number in sentences.items()]
     MAP.write_text(HEAD + "\n".join([*lines, "", "## Sentences", "", *notes]) + "\n")
 
