@@ -17,7 +17,7 @@ import torch
 import toys
 import transformers
 import yaml
-from families import WEIGHTS, Family, loaded, oldest, save_all, save_texts, sharded
+from families import WEIGHTS, Family, loaded, oldest, save_all, save_texts, sharded, unconverted
 from safetensors.torch import load_file
 from torch import Tensor
 from toys import Ended, evolver
@@ -57,7 +57,7 @@ class Trial:
 
     Args:
         folder: empty; ``base``, ``a`` and ``b`` are saved there by the class itself, ``old-…`` in the oldest layout
-            that Transformers reads, ``shards-…`` in shards.
+            that Transformers reads, ``shards-…`` in shards, ``memory-…`` with the tensors that the class has in memory.
     """
 
     def __init__(self, family: Family, folder: Path, data: Path) -> None:
@@ -65,6 +65,8 @@ class Trial:
         save_all(family, folder)
         self.changed = {n: oldest(family, folder / n, folder / f"old-{n}") for n in ("base", "a")}
         sharded(family, folder / "b", folder / "shards-b")
+        for name in ("base", "a"):
+            unconverted(family, folder / name, folder / f"memory-{name}")
 
     @cached_property
     def right(self) -> dict[str, dict[str, Tensor]]:
@@ -77,6 +79,7 @@ class Trial:
         for folder in ("base", "old-base", "shards-b"):
             answered(evolver("explain", self.folder / folder))
         self.agree("old-base", "a")
+        self.agree("base", "memory-a")  # of layers in one tensor, the parts are those that the class saves, to the bit
         self.agree("base", "shards-b")
 
     def renamed(self, seed: int) -> None:
@@ -109,7 +112,7 @@ class Trial:
 
     def merge(self) -> None:
         """The merge of three layouts is the one in float64 of what the class loads, and loads without a rest."""
-        for base, a, b in (("old-base", "a", "shards-b"), ("base", "old-a", "b")):
+        for base, a, b in (("old-base", "memory-a", "shards-b"), ("memory-base", "old-a", "b")):
             models = [
                 {"model": str(self.folder / place), "parameters": {"weight": WEIGHT[name]}}
                 for name, place in (("a", a), ("b", b))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from evolver.checkpoints.fused import as_in_base
 from evolver.checkpoints.names import ClassNames
 from evolver.checkpoints.weights import HEAD, TOKEN_MATRICES, Checkpoint, Source, is_head
 from evolver.errors import BadInput
@@ -69,6 +70,8 @@ class Agreement:
             known = self._loaded or {}
             new = {n: known.get(loaded, loaded if loaded in self._twins else n) for n, loaded in found.items()}
             expert.read_as({new[n]: n for n in found})
+            if self.base.headers.keys() - expert.headers.keys() and expert.headers.keys() - self.base.headers.keys():
+                as_in_base(expert, self.base, self._build(self.base), known, {found[n]: new[n] for n in found})
         elif self._is_text_of(expert):
             raise BadInput(
                 f"{expert.key}: {expert.path} is a {expert.config.get('model_type')} model, to be merged into the "

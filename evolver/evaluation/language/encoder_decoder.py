@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +66,7 @@ class EncoderDecoder:
     def score(self, batch: Encoded) -> list[Likelihood]:
         module = self.model.module
         encoded = module.get_encoder()(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
-        start = torch.full_like(batch.ids[:, :1], start_of(module))
+        start = torch.full_like(batch.ids[:, :1], module.config.decoder_start_token_id)
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         logits = self._decode(encoded, batch.mask, start, cache)[batch.owner]  # (C, 1, vocabulary)
         longest = int(batch.lengths.max())
@@ -96,7 +95,7 @@ def check_start(model: LiveModel | Blueprint) -> None:
     Raises BadInput for a model that has no start token, or that starts an answer with another token.
     """
     module = model.module
-    start = start_of(module)
+    start = getattr(module.config, "decoder_start_token_id", None)
     if start is None:
         raise no_start(model)
     shifted = module.prepare_decoder_input_ids_from_labels(torch.tensor([[5, 6]]))
@@ -113,12 +112,6 @@ def no_start(model: LiveModel | Blueprint) -> BadInput:
         f"model.base: {model.folder} has no decoder_start_token_id, with which the model begins each answer; write it "
         "into its config.json (for a T5 it is the pad_token_id)."
     )
-
-
-def start_of(module: Any) -> int | None:
-    """The token with which the model of a configuration begins each answer; None: it names none."""
-    start: int | None = getattr(module.config, "decoder_start_token_id", None)
-    return start
 
 
 def _padded(rows: Sequence[TokenIds]) -> tuple[Tensor, Tensor]:
