@@ -245,8 +245,25 @@ def test_a_model_whose_answers_start_in_a_way_of_their_own_is_refused(worker, mo
         with pytest.raises(BadInput, match=r"^model\.base: .* begins each answer with a token that names its language"):
             forward.check()
     monkeypatch.setattr(worker.live.module.config, "decoder_start_token_id", None)
-    with pytest.raises(BadInput, match="has no decoder_start_token_id; write it into its config"):
+    with pytest.raises(BadInput, match="has no decoder_start_token_id, with which the model begins each answer"):
         forward.check()
+
+
+@pytest.mark.parametrize("task", ["toy", "echo"])
+def test_a_t5_that_names_no_first_token_of_answers_is_refused_before_the_run(task, tasks, tmp_path):
+    """Whether answers are compared or generated; a traceback ended such a run."""
+    words = toys.tokenizer()
+    model = t5(words)
+    model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = None
+    toys.noisy_experts(model, tmp_path, words)
+    entry = {"task": task, "metric": METRICS[task], "dev": 8, "report": 4}
+    raw = toys.settings(tmp_path, tasks, {"evaluation.tasks": [entry], "model.kind": "seq2seq"})
+    raw["experts"] = {n: str(tmp_path / n) for n in ("a", "b")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
+    for command in (("validate",), ("run", "--results", tmp_path / "results")):
+        ended = toys.evolver(command[0], tmp_path / "run.yaml", *command[1:])
+        assert "has no decoder_start_token_id" in toys.refusal(ended.code, ended.err)
+    assert not (tmp_path / "results").exists()
 
 
 def assert_says_the_same(one, other):

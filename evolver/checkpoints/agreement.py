@@ -1,7 +1,9 @@
 """One set of names for a base and its experts.
 
 A tensor has the name that it has in the base. What each file calls it, is found by the names that the models' class
-gives to both. A tensor that one model ties to another and another model does not is read from both.
+gives to both. A tensor that one model ties to another and another model does not is read from both. A text model is an
+expert of a base that also reads images: its tensors are those of the base's language part, and the base's own stand for
+the rest.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from typing import Any
 
 import torch
 
+from evolver.checkpoints.fused import as_in_base
 from evolver.checkpoints.names import ClassNames
 from evolver.checkpoints.weights import HEAD, TOKEN_MATRICES, Checkpoint, Source, is_head
 from evolver.errors import BadInput
@@ -37,6 +40,7 @@ class Agreement:
         self._loaded: dict[str, str] | None = None  # the base's names by those of the class
         self._twins: dict[str, str] = {}
         self._brought: list[Checkpoint] = []
+        self._language: str | None = None  # where the part that reads text stands in a base that reads more than text
         base.named = self.named
 
     def ask_class(self) -> bool:
@@ -56,7 +60,7 @@ class Agreement:
 
         Raises BadInput where one of the two has tensors that the other one needs and lacks.
         """
-        if expert.headers.keys() != self.base.headers.keys():
+        if expert.headers.keys() != self.base.headers.keys() or self._is_text_of(expert):
             self._rename(expert)
         self._brought.append(expert)
         expert.named = self.named
@@ -66,9 +70,19 @@ class Agreement:
             known = self._loaded or {}
             new = {n: known.get(loaded, loaded if loaded in self._twins else n) for n, loaded in found.items()}
             expert.read_as({new[n]: n for n in found})
+            if self.base.headers.keys() - expert.headers.keys() and expert.headers.keys() - self.base.headers.keys():
+                as_in_base(expert, self.base, self._build(self.base), known, {found[n]: new[n] for n in found})
+        elif self._is_text_of(expert):
+            raise BadInput(
+                f"{expert.key}: {expert.path} is a {expert.config.get('model_type')} model, to be merged into the "
+                f"language part of {self.base.path}, and Transformers has no class for one of the two; check "
+                "architectures in their config.json."
+            )
         else:
             self._twins |= {**_same_by_name(self.base), **_same_by_name(expert)}
         self._tie(expert, self.base.names())
+        if self._is_text_of(expert):
+            expert.lend(self.base, self._beside_language())
         extra = expert.headers.keys() - self.base.headers.keys() - self._twins.keys()
         missing = self.base.headers.keys() - expert.headers.keys()
         if self._apart and (parts := {n for n in extra if layer_of(n) is None}):
@@ -114,7 +128,12 @@ class Agreement:
         module = self._build(model)
         if module is None:
             return None
-        reading = ClassNames(module).read(model.names())
+        classed = ClassNames(module)
+        reading = classed.read(model.names())
+        if model is self.base:
+            self._language = classed.language
+        elif self._is_text_of(model) and self._language:
+            reading = reading.within(classed.prefix, self._language)
         if not reading.loaded:  # the files are of another model altogether, which is said of its tensors
             return None
         names = {}
@@ -137,10 +156,26 @@ class Agreement:
     def _name(self, loaded: str, own: Mapping[str, str]) -> str:
         return (self._loaded or own).get(loaded, loaded)
 
+    def _is_text_of(self, expert: Checkpoint) -> bool:
+        return is_text_of(expert.config, self.base.config)
+
+    def _beside_language(self) -> set[str]:
+        """The base's tensors outside of the part that reads text, and of the head that names tokens."""
+        head = {t for pair in self._twins.items() for t in pair} | {n for n in self.base.headers if n.endswith(HEAD)}
+        inside = {name for loaded, name in (self._loaded or {}).items() if loaded.startswith(f"{self._language}.")}
+        return self.base.headers.keys() - inside - head
+
     def _tie(self, model: Checkpoint, names: Sequence[str]) -> None:
         for twin, source in self._twins.items():
             if twin in names and twin not in model.headers and source in model.headers and _ties(model, twin):
                 model.tie(twin, source)
+
+
+def is_text_of(text: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
+    """Whether a configuration is that of a text model, and the other one that of a model which has such a part."""
+    inner, own = whole.get("text_config"), str(text.get("model_type"))
+    part = str(inner.get("model_type")) if isinstance(inner, dict) else ""
+    return "text_config" not in text and (part == own or part.startswith(f"{own}_")) and own != whole.get("model_type")
 
 
 def _same_by_name(model: Checkpoint) -> dict[str, str]:

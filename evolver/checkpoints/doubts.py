@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from evolver.checkpoints.agreement import is_text_of
 from evolver.checkpoints.model_settings import differing_settings
 from evolver.checkpoints.origins import NAMED_BASE, OtherBase, other_base
 from evolver.checkpoints.weights import DIGEST_BYTES, Checkpoint, Source, cached, digests
@@ -104,7 +105,8 @@ def _other_settings(expert: Source, base: Checkpoint) -> str:
     """The settings in which an expert computes differently, with both values; empty where there are none."""
     if not isinstance(expert, Checkpoint):  # an adapter has no such settings
         return ""
-    found = differing_settings(expert.config, base.config)
+    settings = base.config["text_config"] if is_text_of(expert.config, base.config) else base.config
+    found = differing_settings(expert.config, settings)
     return ", ".join(f"{key} is {_short(ours)}, the base's {_short(theirs)}" for key, ours, theirs in found)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from evolver.checkpoints.adapter import CONFIG, Adapter
+from evolver.checkpoints.adapter import CONFIG, Adapter, name_in_class
 from evolver.checkpoints.adapter_settings import check_rank, check_settings, check_targets, is_nonlinear, pattern_value
 from evolver.checkpoints.formats import model_format
 from evolver.checkpoints.peft_layers import LayerAdapter
@@ -66,7 +66,7 @@ class LoraAdapter(Adapter):
 
     def _check_pairs(self) -> None:
         """Check the matrices against the adapter's configuration."""
-        modules = {name.removesuffix(".weight"): pair.rank for name, pair in self._pairs.items()}
+        modules = {self._layer(name): pair.rank for name, pair in self._pairs.items()}
         for module, rank in modules.items():
             check_rank(self.config, module, rank, self.path / CONFIG, self.key)
         check_targets(self.config, modules, self.path / CONFIG, self.key)
@@ -108,9 +108,12 @@ class LoraAdapter(Adapter):
             raise self._misfit(name, delta)
         return ways
 
+    def _layer(self, name: str) -> str:
+        """The layer of a tensor as the model's class calls it, and so the adapter's settings."""
+        return name_in_class(self.part.sub(r"\1", self._pairs[name].a))
+
     def _scale(self, name: str, rank: int) -> float:
-        module = name.removesuffix(".weight")
-        alpha = pattern_value(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8))
+        alpha = pattern_value(self.config.get("alpha_pattern"), self._layer(name), self.config.get("lora_alpha", 8))
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
 

@@ -73,6 +73,16 @@ class Reading:
     tied: Mapping[str, str]
     bare: frozenset[str]
 
+    def within(self, own: str, outer: str) -> Reading:
+        """The same of a text model that stands at ``outer`` in a larger model; ``own`` is the prefix of its body."""
+
+        def moved(name: str) -> str:
+            return f"{outer}.{name.removeprefix(own + '.')}" if name.startswith(f"{own}.") else name
+
+        loaded = {name: moved(found) for name, found in self.loaded.items()}
+        tied = {moved(twin): moved(source) for twin, source in self.tied.items()}
+        return Reading(loaded, self.ignored, tied, frozenset(loaded))
+
 
 class ClassNames:
     """The names that a class of Transformers gives to tensors.
@@ -90,6 +100,15 @@ class ClassNames:
     def tied(self) -> dict[str, str]:
         """The name of the tensor that another one is, by the name of that one."""
         return dict(getattr(self.module, "all_tied_weights_keys", None) or {})
+
+    @cached_property
+    def language(self) -> str | None:
+        """Where the part that reads text stands in a model that reads more than text; None: it reads nothing else."""
+        text = self.module.config.get_text_config(decoder=True)
+        if text is self.module.config:
+            return None
+        parts = (path for path, part in self.module.named_modules() if path and getattr(part, "config", None) is text)
+        return next(parts, None)
 
     def read(self, names: Iterable[str]) -> Reading:
         """What ``from_pretrained`` makes of a file with these tensors."""

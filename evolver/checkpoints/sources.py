@@ -8,7 +8,7 @@ import pkgutil
 from pathlib import Path
 
 from evolver import checkpoints
-from evolver.checkpoints.agreement import Agreement
+from evolver.checkpoints.agreement import Agreement, is_text_of
 from evolver.checkpoints.formats import FORMATS, ModelFormat
 from evolver.checkpoints.places import refuse_missing
 from evolver.checkpoints.weights import TOKEN_MATRICES, TOKENIZER_FILE, Checkpoint, Source
@@ -88,7 +88,13 @@ def _check_same_family(
     expert: Checkpoint, base: Checkpoint, key: str, same_tokens: bool, names: Agreement
 ) -> None:  # fmt: skip
     kinds = [c.config.get("model_type") for c in (expert, base)]
-    if kinds[0] != kinds[1]:
+    if is_text_of(base.config, expert.config):
+        raise BadInput(
+            f"{key}: {expert.path} is a {kinds[0]} model, which reads more than text, and the base {base.path} a "
+            f"{kinds[1]} model, which reads text only; give the {kinds[0]} model as the base, whose language part text "
+            "models are merged into."
+        )
+    if kinds[0] != kinds[1] and not is_text_of(expert.config, base.config):
         raise BadInput(
             f"{key}: {expert.path} is a {kinds[0]} model and the base {base.path} a {kinds[1]} model; "
             "only fine-tunes of the base can be merged."

@@ -57,6 +57,21 @@ class TensorInfo:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class Derived:
+    """A tensor that is made of tensors of the files: a part of one, or several put together.
+
+    Attributes:
+        info: its shape and dtype.
+        stored: the names in the files of those that it is made of.
+        make: makes it of them, in this order.
+    """
+
+    info: TensorInfo
+    stored: tuple[str, ...]
+    make: Callable[[Sequence[Tensor]], Tensor]
+
+
 class Source(Protocol):
     """A model whose tensors can be had one at a time; ``key`` is where the user named it."""
 
@@ -89,6 +104,8 @@ class Checkpoint:
         named: the name of the tensor that the model's class calls so, or the same where it is not known.
         apart: the names in the files, by their own names, of tensors that are kept with the head.
         location: as the user named it, where this is known.
+        lent: the tensors that another model holds in its place, by name.
+        derived: the tensors that are made of those in the files, by name.
 
     Raises BadInput where the folder is no checkpoint, or a file of it is truncated or not safetensors.
     """
@@ -99,6 +116,8 @@ class Checkpoint:
     apart: Mapping[str, str] = MappingProxyType({})
     location = ""
     named: Callable[[str], str] = staticmethod(str)
+    lent: Mapping[str, Checkpoint] = MappingProxyType({})
+    derived: Mapping[str, Derived] = MappingProxyType({})
 
     def __init__(self, path: Path, key: str, headless: bool = False) -> None:
         self.path, self.key, self.headless = path, key, headless
@@ -119,7 +138,10 @@ class Checkpoint:
 
     @cached_property
     def headers(self) -> dict[str, TensorInfo]:
-        return {n: self._info(self._stored[n]) for n in sorted(self._stored)}
+        own = {n: self._info(stored) for n, stored in self._stored.items()}
+        made = {n: derived.info for n, derived in self.derived.items()}
+        lent = {n: lender.headers[n] for n, lender in self.lent.items()}
+        return dict(sorted({**own, **made, **lent}.items()))
 
     @property
     def stored(self) -> Mapping[str, str]:
@@ -141,13 +163,27 @@ class Checkpoint:
         Args:
             names: the present name by the new one.
         """
-        self._stored = {new: self._stored[old] for new, old in names.items()}
-        self.tied = {new: source for new, source in self.tied.items() if new in names}
+        self._stored = {new: self._stored[old] for new, old in names.items() if old in self._stored}
+        self.tied = {n: source for n, source in self.tied.items() if n in names}
+        self.lent = {n: lender for n, lender in self.lent.items() if n in names}
+        self.derived = {n: derived for n, derived in self.derived.items() if n in names}
         self._forget()
 
     def tie(self, name: str, source: str) -> None:
         """See a tensor that the files do not hold with the values of another one."""
         self._stored[name], self.tied = self._stored[source], {**self.tied, name: source}
+        self._forget()
+
+    def lend(self, lender: Checkpoint, names: Iterable[str]) -> None:
+        """See tensors of another model as this one's, where it has none of that name."""
+        self.lent = {n: lender for n in sorted(names) if n not in self._stored}
+        self._forget()
+
+    def derive(self, made: Mapping[str, Derived]) -> None:
+        """See tensors that are made of those in the files, in whose place they stand."""
+        used = {stored for derived in made.values() for stored in derived.stored}
+        self.derived = {**self.derived, **made}
+        self._stored = {name: stored for name, stored in self._stored.items() if stored not in used}
         self._forget()
 
     def set_apart(self, names: Iterable[str]) -> None:
@@ -181,6 +217,11 @@ class Checkpoint:
         return list(self.headers)
 
     def tensor(self, name: str) -> Tensor:
+        if name in self.lent:
+            return self.lent[name].tensor(name)
+        if name in self.derived:
+            derived = self.derived[name]
+            return derived.make([self._read(stored) for stored in derived.stored])
         return self._read(self._stored[name])
 
     def _read(self, stored: str) -> Tensor:
@@ -195,7 +236,9 @@ class Checkpoint:
         return [self.path / f for f in self._files]
 
     def digest(self) -> str:
-        return cached("digests-headless" if self.headless else "digests", self.files(), self._digest)
+        own = cached("digests-headless" if self.headless else "digests", self.files(), self._digest)
+        parts = [own, *dict.fromkeys(lender.digest() for lender in self.lent.values())]
+        return own if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()[:20]
 
     @cached_property
     def layers(self) -> int:
@@ -221,7 +264,7 @@ class Checkpoint:
 
     def _digest(self) -> str:
         """Of what the files hold, under the names that it has there: it does not depend on the other models."""
-        used = set(self._stored.values())
+        used = {*self._stored.values(), *(s for d in self.derived.values() for s in d.stored)}
         return digest_of_tensors((name, self._checked(name, name in used)) for name in sorted(self._place))[:20]
 
     def _checked(self, stored: str, used: bool) -> Tensor:

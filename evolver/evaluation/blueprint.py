@@ -81,7 +81,15 @@ class Blueprint(ModelFolder):
         super().__init__(folder, beside)
         self.device = torch.device("meta")
         self.module = _built(settings, folder, self._beside, labels)
+        self._generation = _read_generation_settings(folder)
         self._check_tensors(shapes, heads)
+
+    @property
+    def begins_answers(self) -> bool:
+        """Whether the folder says with which token an encoder–decoder begins the answers that it generates."""
+        settings = [self.module.config, self._generation]
+        keys = ("decoder_start_token_id", "bos_token_id")
+        return any(getattr(s, key, None) is not None for s in settings for key in keys)
 
     def _check_tensors(self, shapes: Mapping[str, tuple[int, ...]], heads: Collection[str]) -> None:
         state = self.module.state_dict(keep_vars=True)
@@ -113,8 +121,6 @@ def _built(settings: ModelSettings, folder: Path, beside: Path, labels: Sequence
     transformers.utils.logging.set_verbosity_error()
     try:
         config = transformers.AutoConfig.from_pretrained(beside, **labelled(labels, False))
-        if (folder / "generation_config.json").exists():
-            _read_generation_settings(folder)
         with torch.device("meta"):
             return model_class(settings.kind).from_config(config, dtype=torch.float32).eval()
     except BadInput:
@@ -123,16 +129,20 @@ def _built(settings: ModelSettings, folder: Path, beside: Path, labels: Sequence
         raise _unusable(folder, reason_of(error)) from error
 
 
-def _read_generation_settings(folder: Path) -> None:
-    """Raises BadInput for settings of generation that Transformers cannot read. A file that is no JSON is passed over,
-    as Transformers does.
+def _read_generation_settings(folder: Path) -> Any | None:
+    """The settings of generation in a folder; None where there are none. A file that is no JSON is passed over, as
+    Transformers does.
+
+    Raises BadInput for settings that Transformers cannot read.
     """
     import transformers
 
+    if not (folder / "generation_config.json").exists():
+        return None
     try:
-        transformers.GenerationConfig.from_pretrained(folder)
+        return transformers.GenerationConfig.from_pretrained(folder)
     except OSError:
-        return
+        return None
     except Exception as error:  # it takes any JSON for a mapping
         raise BadInput(
             f"model.base: {folder / 'generation_config.json'} cannot be read ({reason_of(error)}); copy the file "

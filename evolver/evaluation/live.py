@@ -184,12 +184,41 @@ class LiveModel:
             seen.add(parameters[name].data_ptr())
 
 
+# Architectures that read images and texts, and go on with a text alone as language models do.
+SEEING = ("llava", "llava_next", "llava_onevision", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+class CausalModels:
+    """Loads language models. Of those that also read images, the class for both is loaded, and given texts only."""
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, **given: Any) -> Any:
+        """A model with its weights; see Transformers for the arguments."""
+        import transformers
+
+        config = given.get("config") or transformers.AutoConfig.from_pretrained(folder)
+        return cls._of(config).from_pretrained(folder, **given)
+
+    @classmethod
+    def from_config(cls, config: Any, **given: Any) -> Any:
+        """A model with random weights; see Transformers for the arguments."""
+        return cls._of(config).from_config(config, **given)
+
+    @staticmethod
+    def _of(config: Any) -> Any:
+        import transformers
+
+        if config.model_type in SEEING:
+            return transformers.AutoModelForImageTextToText
+        return transformers.AutoModelForCausalLM
+
+
 def model_class(kind: str) -> Any:
     """The class of Transformers that loads models of this kind."""
     import transformers
 
     kinds: dict[str, Any] = {
-        "causal-lm": transformers.AutoModelForCausalLM,
+        "causal-lm": CausalModels,
         "seq2seq": transformers.AutoModelForSeq2SeqLM,
         "classifier": transformers.AutoModelForSequenceClassification,
         "token-classifier": transformers.AutoModelForTokenClassification,
@@ -226,11 +255,11 @@ def places_of(module: Any, names: Iterable[str], folder: Path) -> dict[str, str]
     Raises BadInput for a tensor that has no place in the model.
     """
     state = module.state_dict(keep_vars=False)
-    prefix, renamed = module.base_model_prefix + ".", _renaming(module)
+    prefix, renamed = module.base_model_prefix + ".", _renaming(module, state)
     places = {}
     for name in names:
-        possible = (name, prefix + name, name.removeprefix(prefix), renamed(name))
-        found = next((n for n in possible if n in state), None)
+        found = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in state), None)
+        found = found or next((n for n in renamed(name) if n in state), None)
         if found is None:
             raise BadInput(
                 f"model.base: {folder} holds {name}, which {type(module).__name__} has no place for; "
@@ -265,16 +294,17 @@ def dequantised(folder: Path) -> dict[str, Any]:
     return {"quantization_config": kind(dequantize=True, modules_to_not_convert=kept)}
 
 
-def _renaming(module: Any) -> Callable[[str], str]:
-    """A function from names in the checkpoint to names in the model.
+def _renaming(module: Any, state: Mapping[str, Tensor]) -> Callable[[str], tuple[str, str]]:
+    """A function from names in the checkpoint to names in the model, without and with the class's prefix.
 
     They differ where Transformers renames an architecture's tensors as it loads them.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, apply_renamings
+    from transformers.core_model_loading import WeightRenaming, apply_renamings, rename_source_key
 
-    renamings = [t for t in get_model_conversion_mapping(module) or [] if isinstance(t, WeightRenaming)]
-    return lambda name: apply_renamings(name, renamings)
+    rules = [t for t in get_model_conversion_mapping(module) or [] if isinstance(t, WeightRenaming)]
+    prefix, known = module.base_model_prefix, dict(state)
+    return lambda name: (apply_renamings(name, rules), rename_source_key(name, rules, [], prefix, known)[0])
 
 
 def default_device() -> str:
@@ -298,7 +328,7 @@ def kinds_of(architecture: str) -> list[str]:
     from transformers.models.auto import modeling_auto as known  # slow
 
     kinds: dict[str, Mapping[str, Any]] = {
-        "causal-lm": known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "causal-lm": {**known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **dict.fromkeys(SEEING)},
         "seq2seq": known.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
         "classifier": known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
         "token-classifier": known.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evolver.checkpoints.chat import CHAT_FILE, GENERATION_FILE, SPECIAL_FILE, TOKENIZER_SETTINGS, Chat, update_json
-from evolver.checkpoints.weights import TOKENIZER_FILE
-from evolver.merging.mergekit.vocabulary import Vocabulary, extend_tokenizer
+from evolver.checkpoints.weights import TOKENIZER_FILE, read_json
+from evolver.merging.mergekit.vocabulary import Vocabulary, extend_tokenizer, with_vocabulary
 
 # What a model folder has besides weights, and what goes with the tokenizer that was chosen. What else the base's folder
 # may have is told by ``merging.export.beside_of``.
@@ -66,7 +66,8 @@ class Companions:
                 shutil.copyfile(origin / name, target / name)
         if self.tokens is not None:
             extend_tokenizer(target, self.tokens.target, self.tokens.donors)
-            update_json(target / "config.json", {"vocab_size": self.tokens.target.size})
+            config = read_json(target / "config.json", str(target))
+            update_json(target / "config.json", with_vocabulary(config, self.tokens.target.size))
         if self.chat is not None:
             self.chat.write(target)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -138,10 +140,11 @@ def _load(file: Path, dtype: torch.dtype) -> tuple[Any, set[str]]:
 
     transformers.utils.logging.disable_progress_bar()
     kind: Any = transformers.AutoModelForCausalLM  # what it returns depends on the arguments
-    model, loaded = kind.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True,
-        quantization_config=transformers.GgufConfig(dequantize=True),
-    )  # fmt: skip
+    with contextlib.redirect_stderr(io.StringIO()):  # its bar for GGUF files heeds no setting
+        model, loaded = kind.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True,
+            quantization_config=transformers.GgufConfig(dequantize=True),
+        )  # fmt: skip
     # The weights are plain floats by now, but the model is still marked as quantised and would refuse to be saved.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -16,6 +16,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from evolver.errors import BadInput
+from evolver.evaluation.blueprint import Blueprint
 from evolver.evaluation.language.loglikelihood import Likelihood, Row, TokenIds, of_tokens, summed
 from evolver.evaluation.live import LiveModel
 
@@ -46,22 +47,8 @@ class EncoderDecoder:
         self.model, self._longest = model, max_length
 
     def check(self) -> None:
-        """Check that every answer starts with the decoder's start token, as the computation here assumes.
-
-        Raises BadInput for a model that has no start token, or that starts an answer with another token.
-        """
-        module = self.model.module
-        start = module.config.decoder_start_token_id
-        if start is None:
-            raise BadInput(
-                f"model.base: {self.model.folder} has no decoder_start_token_id; write it into its config.json."
-            )
-        shifted = module.prepare_decoder_input_ids_from_labels(torch.tensor([[5, 6]], device=self.model.device))
-        if shifted.tolist() != [[start, 5]]:
-            raise BadInput(
-                f"model.base: {type(module).__name__} begins each answer with a token that names its language, so the "
-                "likelihood of an answer cannot be computed; choose tasks with generated answers."
-            )
+        """See ``check_start``."""
+        check_start(self.model)
 
     def cut(self, context: TokenIds, continuation: TokenIds) -> TokenIds:
         return context[-self._longest :]
@@ -100,6 +87,31 @@ class EncoderDecoder:
             past_key_values=cache, use_cache=True,
         ).logits  # fmt: skip
         return logits
+
+
+def check_start(model: LiveModel | Blueprint) -> None:
+    """Check that every answer starts with the decoder's start token, as the computation here assumes.
+
+    Raises BadInput for a model that has no start token, or that starts an answer with another token.
+    """
+    module = model.module
+    start = getattr(module.config, "decoder_start_token_id", None)
+    if start is None:
+        raise no_start(model)
+    shifted = module.prepare_decoder_input_ids_from_labels(torch.tensor([[5, 6]]))
+    if shifted.tolist() != [[start, 5]]:
+        raise BadInput(
+            f"model.base: {type(module).__name__} begins each answer with a token that names its language, so the "
+            "likelihood of an answer cannot be computed; choose tasks with generated answers."
+        )
+
+
+def no_start(model: LiveModel | Blueprint) -> BadInput:
+    """What is said of a model whose answers have no first token."""
+    return BadInput(
+        f"model.base: {model.folder} has no decoder_start_token_id, with which the model begins each answer; write it "
+        "into its config.json (for a T5 it is the pad_token_id)."
+    )
 
 
 def _padded(rows: Sequence[TokenIds]) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from evolver.errors import BadInput
 from evolver.evaluation.base import Scored
 from evolver.evaluation.blueprint import Blueprint
 from evolver.evaluation.language.decoder import DecoderOnly
-from evolver.evaluation.language.encoder_decoder import EncoderDecoder
+from evolver.evaluation.language.encoder_decoder import EncoderDecoder, check_start, no_start
 from evolver.evaluation.language.generation import Generations
 from evolver.evaluation.language.library import quiet
 from evolver.evaluation.language.loglikelihood import Forward, Likelihoods, LogLikelihoods
@@ -47,7 +47,8 @@ def check_requests(model: Blueprint, prepare: Callable[[Any], list[PreparedReque
 
     Returns the names of the tasks of which prompts have to be cut, so that their answers find room.
 
-    Raises BadInput where the base's tokenizer, its chat template or its length do not allow it.
+    Raises BadInput where the base's tokenizer, its chat template, its length or the token with which an
+    encoder–decoder begins its answers do not allow it.
     """
     with quiet():
         lm = Tokens(pretrained=model.module, tokenizer=model.tokenizer, batch_size=1)
@@ -61,8 +62,13 @@ def check_requests(model: Blueprint, prepare: Callable[[Any], list[PreparedReque
             f"model.base: the tokenizer of {model.folder} names neither a first nor a last token of texts; copy "
             "tokenizer_config.json from the model that the weights belong to."
         )
-    cut = []
-    for item in prepare(lm):
+    cut, prepared = [], prepare(lm)
+    if model.module.config.is_encoder_decoder:
+        if any(item.kind != "generate_until" for item in prepared):
+            check_start(model)
+        elif not model.begins_answers:
+            raise no_start(model)
+    for item in prepared:
         if item.kind == "generate_until":
             cut += [item.task.task_name] if lm.prompt(item.requests[0]).truncated else []
         else:

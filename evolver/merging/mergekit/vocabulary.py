@@ -147,7 +147,7 @@ class Aligned(Checkpoint):
 
     @property
     def config(self) -> dict[str, Any]:
-        return {**self.base.config, "vocab_size": self.target.size}
+        return with_vocabulary(self.base.config, self.target.size)
 
     def files(self) -> list[Path]:
         return self.inner.files()
@@ -180,6 +180,14 @@ class Aligned(Checkpoint):
     def digest(self) -> str:
         parts = [self.inner.digest(), self.name, self.target.digest, *(s.digest() for s in self.models.values())]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:20]
+
+
+def with_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """A model's configuration with another number of tokens; of a model that reads more than text, its text part's."""
+    text, sized = config.get("text_config"), {"vocab_size": size}
+    if not isinstance(text, dict):
+        return {**config, **sized}
+    return {**config, "text_config": {**text, **sized}, **(sized if "vocab_size" in config else {})}
 
 
 def _mean_row(matrix: Tensor, rows: Tensor) -> Tensor:
