@@ -19,6 +19,7 @@ from evolver.evaluation.judges.classifier import LabelSpaces, TextScorer, as_the
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.rows import RowJudge
 from evolver.evaluation.scores.metrics import JUDGED, Metric, metric_named
+from evolver.records import own_score
 
 # mrr: the reciprocal of the rank of the best right document.
 RANKS = {"mrr": JUDGED}
@@ -143,7 +144,7 @@ class RankingScorer:
         out = Scored(tokens=found.tokens)
         for place in places:
             query, pairs = self.queries[place], self._places[place]
-            numbers = [found.answers[pair] for pair in pairs]
+            numbers = [own_score(found.answers[pair]) for pair in pairs]
             out.answers[place] = query.reciprocal_rank(numbers)
             out.said[place] = query.documents[numbers.index(max(numbers))]
             out.truncated += any(self._pairs.is_cut(pair) for pair in pairs)
