@@ -25,9 +25,12 @@ class BadInput(EvolverError):
     """
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt ``word``: the nearest known words, or a list of the known words if none is near."""
-    known = sorted(set(known))
+def nearest(word: object, known: Iterable[object]) -> str:
+    """A hint for a misspelt ``word``: the nearest known words, or a list of the known words if none is near.
+
+    Keys of a user's file may be numbers, which are taken as the words that they are written as.
+    """
+    word, known = str(word), sorted({str(k) for k in known})
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"

@@ -122,6 +122,7 @@ def _decoders() -> Iterator[Family]:
     yield Family("Gemma 2", "Gemma2ForCausalLM", {**DECODER, "head_dim": 8, "query_pre_attn_scalar": 8})
     yield Family("Gemma 3, text", "Gemma3ForCausalLM", {**DECODER, "head_dim": 8, "query_pre_attn_scalar": 8})
     yield Family("Phi-3", "Phi3ForCausalLM", {**DECODER, **UNTIED})
+    yield Family("OLMo", "OlmoForCausalLM", {**DECODER, **UNTIED})
     yield Family("OLMo 2", "Olmo2ForCausalLM", {**DECODER, **UNTIED})
     yield Family("OLMoE", "OlmoeForCausalLM", {**MIXTURE, "num_experts": 4})
     yield Family("DeepSeek V2", "DeepseekV2ForCausalLM", {**MIXTURE, **LATENT})

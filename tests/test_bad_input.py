@@ -99,6 +99,12 @@ def spoilt(models, tasks, tmp_path_factory):
     lost = yaml.safe_load((tasks / "toy.yaml").read_text())
     lost["task"], lost["dataset_kwargs"] = "lost", {"data_files": str(folder / "lost.jsonl")}
     (folder / "tasks" / "lost.yaml").write_text(yaml.safe_dump(lost))
+    endless = yaml.safe_load((tasks / "echo.yaml").read_text())
+    endless["task"], endless["generation_kwargs"]["max_gen_toks"] = "endless", float("inf")
+    (folder / "tasks" / "endless.yaml").write_text(yaml.safe_dump(endless))
+    numbered = yaml.safe_load((tasks / "roll.yaml").read_text())
+    numbered["task"], numbered["metric_list"][1]["metric"] = "numbered", 2
+    (folder / "tasks" / "numbered.yaml").write_text(yaml.safe_dump(numbered))
     return folder
 
 
@@ -277,6 +283,14 @@ TABLE = {
     "no data file": (
         {**task(task="lost"), "evaluation.include_path": "SPOILT/tasks"},
         ["evaluation.tasks", "lost.jsonl", "check its data files"],
+    ),
+    "a task whose answers have no number of tokens": (
+        {**task(task="endless", metric="exact_match"), "evaluation.include_path": "SPOILT/tasks"},
+        ["evaluation.tasks[0].task", "endless has the max_gen_toks inf", "write a number of tokens"],
+    ),
+    "a task whose metric is a number": (
+        {**task(task="numbered", metric="bits_per_byte"), "evaluation.include_path": "SPOILT/tasks"},
+        ["evaluation.tasks[0].metric", "numbered has no metric 'bits_per_byte'", "known: 2, word_perplexity"],
     ),
     "more items than there are": (
         task(dev=100, report=100),

@@ -165,4 +165,5 @@ def test_differences():
 def test_a_misspelt_word_gets_its_nearest():
     assert nearest("wieght", ["weight", "density"]) == "did you mean 'weight'?"
     assert nearest("zzz", ["weight", "density"]) == "known: density, weight"
+    assert nearest("zzz", [2, "b", 0.5]) == "known: 0.5, 2, b"
     assert nearest("zzz", []) == "there are no known names here"

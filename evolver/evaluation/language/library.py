@@ -190,9 +190,10 @@ class Library:
         try:
             loaded = manager.load([spec])
         except Exception as error:  # data sets come from files, hubs and scripts; each fails in its own way
-            reason = " ".join(str(error).split())[:300]
+            cause = error.__cause__ or error  # the `datasets` library says in its own error only that there was one
+            reason = " ".join(str(cause).split())[:300]
             raise BadInput(
-                f"{key}: the data of {name!r} cannot be loaded ({type(error).__name__}: {reason}); "
+                f"{key}: the data of {name!r} cannot be loaded ({type(cause).__name__}: {reason}); "
                 "check its data files, and for a data set of the hub also the network."
             ) from error
         found: dict[str, Task] = loaded["tasks"]
@@ -237,6 +238,7 @@ class Library:
             self._refuse_hidden_limit(given, task, key)
             if given and task.OUTPUT_TYPE == "generate_until":
                 task.set_config("generation_kwargs", given, update=True)
+            _check_limits(task, key)
 
     def _refuse_hidden_limit(self, given: Mapping[str, Any], task: Task, key: str) -> None:
         """Raises BadInput for a limit of answers that lm-eval passes over, as the task has one under another name."""
@@ -247,6 +249,19 @@ class Library:
                 f"{key}.gen_kwargs.{name}: {task.task_name} says max_gen_toks itself, which counts before {name}; "
                 "write max_gen_toks."
             )
+
+
+def _check_limits(task: Task, key: str) -> None:
+    """Raises BadInput where the task's own file limits its answers to something that is no number of tokens."""
+    for name in ANSWER_LIMITS:
+        limit = (task.get_config("generation_kwargs") or {}).get(name)
+        try:
+            int(0 if limit is None else limit)
+        except (TypeError, ValueError, OverflowError):
+            raise BadInput(
+                f"{key}.task: {task.task_name} has the {name} {limit!r} in its generation_kwargs; write a number of "
+                "tokens there."
+            ) from None
 
 
 def filters(task: Task) -> Iterator[Any]:
