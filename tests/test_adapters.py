@@ -282,6 +282,10 @@ def test_strict_is_no_part_of_what_a_run_is(make_config, tmp_path):
     assert toys.essence(toys.run_here(again, tmp_path / "results")) == before
 
 
+# A search whose models mergekit can make, too.
+BY_COEFFICIENTS = {"search": {"algorithm": "tpe", "method": "task_arithmetic"}}
+
+
 @pytest.mark.parametrize("kind", ["dora", "loha"])
 def test_a_search_over_an_adapter_is_one_over_what_peft_makes_of_it(make_config, models, tmp_path, kind):
     from transformers import AutoModelForCausalLM
@@ -292,8 +296,17 @@ def test_a_search_over_an_adapter_is_one_over_what_peft_makes_of_it(make_config,
     scores = {}
     for name in ("lora", "merged"):
         (tmp_path / f"run-{name}").mkdir()
-        config = make_config(tmp_path / f"run-{name}", toys.SHORT | {"experts.b": str(tmp_path / name)})
+        config = make_config(
+            tmp_path / f"run-{name}", toys.SHORT | BY_COEFFICIENTS | {"experts.b": str(tmp_path / name)}
+        )
         folder = toys.run_here(config, tmp_path / f"run-{name}")
         scores[name] = sorted((r["stage"], r["number"], r["score"]) for r in toys.all_rows(folder, "finished"))
+        best = folder / "best"
+        again = toys.evolver("merge", best / "mergekit_config.yml", tmp_path / f"again-{name}")
+        assert again.code == 0, again.err
+        made = [load_file(place / "model.safetensors") for place in (best, tmp_path / f"again-{name}")]
+        assert all(torch.equal(tensor, made[1][n]) for n, tensor in made[0].items())
+        if name == "lora":  # mergekit knows an adapter behind its base only
+            assert f"{models / 'base'}+{tmp_path / 'lora'}" in (best / "mergekit_config.yml").read_text()
     assert len(scores["lora"]) > 5
     assert scores["lora"] == scores["merged"]

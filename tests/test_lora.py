@@ -92,6 +92,7 @@ BY_PEFT = {
                                          "fan_in_fan_out": True}, 6),
     "DoRA of embedding and head": (lambda: llama(tied=False), {"target_modules": ["embed_tokens", "lm_head", "q_proj"],
                                                                "use_dora": True}, 4),
+    "DoRA of an embedding": (llama, {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}, 3),
     "DoRA and modules to save": (lambda: llama(tied=False), {"use_dora": True, "modules_to_save": ["norm"]}, 7),
     "DoRA and biases": (lambda: llama(biases=True), {"use_dora": True, "bias": "all"}, 10),
     "LoHa": (llama, {"kind": "LoHaConfig", "r": 3, "alpha": 5, "target_modules": LINEAR}, 6),
@@ -350,3 +351,34 @@ def test_a_cache_that_cannot_be_used_costs_time_only(tmp_path, cache, trouble):
         cache.write_text("")
     first, second, third = asked_thrice(opened(tmp_path)[1])
     assert all(torch.equal(first[n], other[n]) for other in (second, third) for n in first)
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "IA3"])
+def test_an_adapter_of_a_classifier_on_a_bare_body(tmp_path, kind):
+    """The adapter names tensors as the classifier does, the base as the body alone; the head stays with the adapter."""
+    from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, BertModel
+
+    from evolver.checkpoints.agreement import Agreement
+    from evolver.checkpoints.heads import head_of
+    from evolver.evaluation.blueprint import without_weights
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = with_biases(BertForSequenceClassification(BertConfig(vocab_size=40, num_labels=3, **sizes)))
+    settings = {"target_modules": ["query", "output.dense"], "modules_to_save": ["classifier"]}
+    more = {"use_dora": True} if kind == "DoRA" else {"kind": "IA3Config", "feedforward_modules": ["output.dense"]}
+    merged = train(tmp_path, model, **settings, **more).merge_and_unload()
+    BertModel.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "bare")
+    base = open_base(str(tmp_path / "bare"), headless=True)
+    names = Agreement(
+        base, lambda m: without_weights(m.path, m.config, AutoModelForSequenceClassification), apart=True
+    )  # fmt: skip
+    ours = open_expert(str(tmp_path / "lora"), base, "experts.x", names=names)
+    wanted = merged.bert.state_dict()
+    changed = 0
+    for name in base.names():
+        found = wanted[name.removeprefix("bert.")]
+        assert torch.equal(ours.tensor(name), found), name
+        changed += not torch.equal(found, base.tensor(name))
+    assert changed == (6 if kind == "DoRA" else 8)
+    assert torch.equal(head_of(ours)["classifier.weight"], merged.classifier.weight)

@@ -131,6 +131,15 @@ def test_four_bits_are_the_numbers_that_transformers_makes_of_them(tmp_path):
 
 
 @pytest.mark.whole
+def test_explain_says_what_scales_are(models, tmp_path):
+    said = toys.evolver("explain", quantise(shutil.copytree(models / "a", tmp_path / "a"))).out.splitlines()
+    read = dict(line.split(maxsplit=1) for line in said)
+    assert read[f"{Q}.weight"] == f"{Q}.weight"
+    assert read[f"{Q}.weight_scale_inv"] == f"(scales of {Q}.weight)"
+    assert sum("scales of" in line for line in said) == 14
+
+
+@pytest.mark.whole
 def test_a_merge_of_quantised_and_plain_models_is_written_plainly(models, tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -37,7 +37,7 @@ def other_base(source: Source, weights: bool) -> OtherBase | None:
         weights: whether tensors may be read; without, models with the same names and shapes of tensors are taken for
             the same.
     """
-    adapter = _seen_through(source)
+    adapter = seen_through(source)
     if not isinstance(adapter, Adapter):
         return None
     named, base = adapter.config.get(NAMED_BASE), adapter.base
@@ -51,8 +51,8 @@ def other_base(source: Source, weights: bool) -> OtherBase | None:
     return None if same else OtherBase(named, base.path)
 
 
-def _seen_through(source: Any) -> Any:
-    """A model that is shown with other heads or tokens, as it is."""
+def seen_through(source: Any) -> Any:
+    """A model as it is, where it is shown with other heads or tokens."""
     while hasattr(source, "inner"):
         source = source.inner
     return source

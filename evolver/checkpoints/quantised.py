@@ -121,6 +121,11 @@ class ScaledTensors:
         """The tensor whose numbers the files call so; None where the name is of a plain tensor."""
         return self._found.get(codes)
 
+    @property
+    def scales(self) -> dict[str, str]:
+        """The names in the files of numbers, by those of their scales."""
+        return {scaled.scales: codes for codes, scaled in self._found.items()}
+
     def in_parts(self, stored: Mapping[str, str]) -> dict[str, str]:
         """The names in the files of a model's tensors by their own: without scales, and those of four bits renamed."""
         return {

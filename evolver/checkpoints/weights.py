@@ -148,6 +148,11 @@ class Checkpoint:
         """The name in the files of every tensor by its own name."""
         return self._stored
 
+    @property
+    def scales(self) -> Mapping[str, str]:
+        """The name in the files of every quantised weight by that of its scales."""
+        return self._scaled.scales
+
     def in_files(self) -> list[str]:
         """The names of all tensors in the files, sorted."""
         return sorted(self._place)

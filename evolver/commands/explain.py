@@ -84,6 +84,7 @@ def names_table(folder: str | Path) -> str:
     model = open_base(str(folder), str(folder))
     Agreement(model, without_weights_of).ask_class()
     read = {stored: name for name, stored in model.stored.items()}
+    read |= {scales: f"(scales of {read[codes]})" for scales, codes in model.scales.items() if codes in read}
     width = max(map(len, model.in_files()))
     rows = [(stored, read.get(stored, "(left out)")) for stored in model.in_files()]
     return "\n".join(f"{stored:{width}}  {name}" for stored, name in rows)

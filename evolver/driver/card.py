@@ -8,7 +8,9 @@ from typing import Any
 
 import yaml
 
+from evolver.checkpoints.adapter import Adapter
 from evolver.checkpoints.chat import EXPERT
+from evolver.checkpoints.origins import seen_through
 from evolver.config import Config
 from evolver.driver.prepare import Prepared
 from evolver.merging import mergekit
@@ -125,7 +127,7 @@ def companion_files_of(prepared: Prepared, about: About, candidate: Candidate, r
 def _rebuilt(prepared: Prepared, recipe: Recipe) -> tuple[str, dict[str, str]]:
     """How mergekit makes a model, in words, and its configuration where it does."""
     config, digests = prepared.config, prepared.plan.digests
-    locations = {digests[n]: str(expand(p)) for n, p in {"base": config.model.base, **config.experts}.items()}
+    locations = {digests[n]: _reference(prepared, n) for n in ("base", *config.experts)}
     dtype = None if config.model.dtype == "auto" else config.model.dtype
     try:
         text = mergekit.dump(recipe, locations, prepared.opened.base.names(), dtype)
@@ -133,6 +135,17 @@ def _rebuilt(prepared: Prepared, recipe: Recipe) -> tuple[str, dict[str, str]]:
     except mergekit.Inexpressible as why:
         return f"mergekit cannot make this model: {why}.", {}
     return f"mergekit makes it, too: `mergekit-yaml {mergekit.CONFIG_FILE} OUT`.", {mergekit.CONFIG_FILE: text}
+
+
+def _reference(prepared: Prepared, name: str) -> str:
+    """A model of a run as a mergekit file names it: an adapter behind its base."""
+    config = prepared.config
+    base = str(expand(config.model.base))
+    if name == "base":
+        return base
+    location = str(expand(config.experts[name]))
+    adapter = isinstance(seen_through(prepared.opened.experts[name]), Adapter)
+    return f"{base}+{location}" if adapter and "+" not in base + location else location
 
 
 def _words(prepared: Prepared, text: str) -> str:
@@ -147,7 +160,7 @@ def _words(prepared: Prepared, text: str) -> str:
         if settings.tokens or "---\n" in text:
             raise mergekit.Inexpressible("its tokens come from several models")
         name = settings.source.removeprefix(EXPERT).strip()
-        source = str(expand(config.experts[name])) if name in config.experts else name
+        source = _reference(prepared, name) if name in config.experts else name
         lines["tokenizer"] = {"source": source, "pad_to_multiple_of": settings.pad_to_multiple_of}
     if companions.chat is not None:
         lines["chat_template"] = companions.chat.template
