@@ -205,3 +205,83 @@ def test_the_source_of_tokens_belongs_to_the_run_only_where_tokens_differ(search
     other = identity("a", "b", model__tokenizer="base")
     assert other["model"]["tokenizer"] == "base"
     assert other["experts"] != identity("a", "b")["experts"]
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def resized(request, models, tmp_path_factory):
+    """An adapter that was trained after its base had got a token more, and the folder into which PEFT merges it."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, tokenizer = tmp_path_factory.mktemp("resized"), AutoTokenizer.from_pretrained(models / "base")
+    tied = {"tie_word_embeddings": request.param == "tied"}
+    for name in ("base", "a"):
+        torch.manual_seed(3)
+        model = AutoModelForCausalLM.from_pretrained(models / name, **tied)
+        if request.param == "untied":
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 0.05 * torch.randn(len(tokenizer), 64))
+        for part in (model, tokenizer):
+            part.save_pretrained(folder / name)
+    tokenizer.add_tokens([NEW])
+
+    def grown():
+        model = AutoModelForCausalLM.from_pretrained(folder / "base")
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        return model
+
+    saved = ["embed_tokens"] if request.param == "tied" else ["embed_tokens", "lm_head"]
+    weights = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=saved, ensure_weight_tying=len(saved) == 1)
+    torch.manual_seed(4)
+    adapter = get_peft_model(grown(), weights)
+    for name, parameter in adapter.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    for part in (adapter, tokenizer):
+        part.save_pretrained(folder / "adapter")
+    whole = PeftModel.from_pretrained(grown(), folder / "adapter").merge_and_unload()
+    for part in (whole, tokenizer):
+        part.save_pretrained(folder / "whole")
+    return folder
+
+
+def test_an_adapter_trained_after_resizing_is_its_merged_folder(resized):
+    base = open_base(str(resized / "base"))
+    found = {n: open_expert(str(resized / n), base, f"experts.{n}", same_tokens=False) for n in ("adapter", "whole")}
+    assert found["adapter"].has_own_tokens
+    seen = with_common_tokens(TokenizerSettings(), base, found)
+    assert seen.tokens.target.ids == found["whole"].vocabulary
+    for name in seen.base.headers:
+        ours, theirs = (seen.experts[n].tensor(name) for n in found)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    new = seen.tokens.target.ids[NEW]
+    assert seen.experts["adapter"].tensor(EMBEDDING)[new].equal(found["whole"].tensor(EMBEDDING)[new])
+
+
+@pytest.mark.parametrize("other", ["a", "whole"])
+def test_a_search_over_an_adapter_trained_after_resizing(make_config, resized, other, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from evolver.commands.evaluate import score_models
+
+    changes = {"model.base": str(resized / "base"), "search": {"algorithm": "tpe"}, "model.compute": "float32"}
+    changes["experts"] = {n: str(resized / n) for n in (other, "adapter")}
+    file = make_config(tmp_path, {**toys.SHORT, **changes, "evaluation.tasks": [ROLL]})
+    run = toys.run_here(file, tmp_path / "results")
+    assert json.loads((run / "best.json").read_text()) == {"items": 4, "equal": 4}
+    recorded = json.loads((run / "summary.json").read_text())["report"]
+    (alone,) = score_models(str(file), [str(resized / "whole")], "report", lambda _: None)
+    assert recorded["adapter"] == pytest.approx(alone.score, abs=1e-5)
+    model, words = (kind.from_pretrained(run / "best") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    assert model.config.vocab_size == len(words) == model.get_input_embeddings().weight.shape[0]
+    assert words.encode("a stone")[-1] == words.convert_tokens_to_ids(NEW)
+
+
+def test_an_adapter_whose_tokens_are_not_known_is_refused(resized, tmp_path):
+    base = open_base(str(resized / "base"))
+    shutil.copytree(resized / "adapter", tmp_path / "adapter")
+    said = "experts.x: the vocabulary of", "(320 tokens) differs from that of the base (319 tokens)"
+    refused(lambda: open_expert(str(tmp_path / "adapter"), base, "experts.x"), *said)
+    (tmp_path / "adapter" / "tokenizer.json").unlink()
+    said = "of shape (320, 64), which the base", "does not have"
+    for same in (True, False):
+        refused(lambda same=same: open_expert(str(tmp_path / "adapter"), base, "experts.x", same_tokens=same), *said)

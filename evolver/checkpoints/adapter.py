@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,13 +12,27 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from evolver.checkpoints.weights import HEAD, Checkpoint, cached, check_finite, is_head, open_tensors, raw
+from evolver.checkpoints.weights import (
+    HEAD,
+    TOKEN_MATRICES,
+    TOKENIZER_FILE,
+    Checkpoint,
+    TensorInfo,
+    cached,
+    check_finite,
+    is_head,
+    open_tensors,
+    raw,
+    vocabulary_in,
+)
 from evolver.errors import BadInput
 from evolver.records.recipe import layer_of
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # How PEFT marks a layer that it has wrapped.
 BASE_LAYER = ".base_layer."
+# And, where it also saves a resized embedding, a module that was trained whole, and the one whose place this takes.
+TRAINED, REPLACED = ".modules_to_save.", ".original_module."
 
 
 class Adapter:
@@ -41,9 +55,11 @@ class Adapter:
     def __init__(self, path: Path, key: str, base: Checkpoint, config: dict[str, Any]) -> None:
         self.path, self.key, self.base, self.config = path, key, base, config
         self._handle = open_tensors(path / ADAPTER, key)
-        self._shapes = {k: tuple(self._handle.get_slice(k).get_shape()) for k in sorted(self._handle.keys())}
+        keys = [k for k in sorted(self._handle.keys()) if REPLACED not in k]
+        self._shapes = {k: tuple(self._handle.get_slice(k).get_shape()) for k in keys}
         self._read_changes()
         self._whole = self._find_whole()
+        self._check_rows()
 
     def names(self) -> list[str]:
         return self.base.names()
@@ -57,6 +73,24 @@ class Adapter:
             kept: Tensor = start.to(origin.dtype)
             return kept
         return self._changed(name, start.float()).to(origin.dtype)
+
+    @property
+    def headers(self) -> Mapping[str, TensorInfo]:
+        """What the tensors are: the base's, but for those that have rows for other tokens."""
+        found = self.base.headers
+        own = {n: self._shapes[k] for n, k in self._whole.items() if self._shapes[k] != found[n].shape}
+        own |= {twin: own[source] for twin, source in self.base.tied.items() if source in own}
+        return {**found, **{n: TensorInfo(shape, found[n].dtype) for n, shape in own.items()}}
+
+    @property
+    def has_own_tokens(self) -> bool:
+        """Whether it was trained with other tokens than the base's, so that its embedding has rows for them."""
+        return any(self._shapes[key] != self.base.headers[name].shape for name, key in self._whole.items())
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int] | None:
+        """Token → id, or None where neither it nor its base has a fast tokenizer."""
+        return vocabulary_in(self.path, self.key) if self.has_own_tokens else self.base.vocabulary
 
     def digest(self) -> str:
         return cached("digests-headless" if self.base.headless else "digests", self.files(), self._digest)
@@ -116,7 +150,7 @@ class Adapter:
                     f"{self.key}: the adapter {self.path} holds {key}, which is neither a LoRA matrix of a layer nor "
                     f"a tensor of the base {self.base.path}; merge it into its base with PEFT and give that folder."
                 )
-            if self.base.headers[name].shape != self._shapes[key]:
+            if self.base.headers[name].shape != self._shapes[key] and not self._adds_tokens(name, self._shapes[key]):
                 raise self._misfit(name, self._shapes[key])
             if BASE_LAYER not in key and self._is_tied_embedding(name) and not self._stays_tied:
                 raise BadInput(
@@ -124,6 +158,23 @@ class Adapter:
                     "tensor for both; train the adapter again with ensure_weight_tying."
                 )
         return whole
+
+    def _adds_tokens(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor was trained whole with other tokens than the base's, which are in the adapter's folder."""
+        known = name.endswith(TOKEN_MATRICES) and (self.path / TOKENIZER_FILE).exists()
+        return known and shape[1:] == self.base.headers[name].shape[1:]
+
+    def _check_rows(self) -> None:
+        """Raises BadInput where one tensor has a row for each token of the adapter, and another one for the base's."""
+        rows = {n: i.shape[0] for n, i in self.headers.items() if n.endswith(TOKEN_MATRICES)}
+        for name, key in self._whole.items():
+            other = next((n for n in rows if name in rows and rows[n] != rows[name]), None)
+            if other is not None:
+                raise BadInput(
+                    f"{self.key}: the adapter {self.path} has {self._shapes[key][0]} rows for tokens in {name}, and "
+                    f"{other} has {rows[other]}; train both with the same tokens, or merge the adapter into its base "
+                    "with PEFT and give that folder."
+                )
 
     def _is_tied_twin(self, key: str) -> bool:
         """Whether what is stored for the head is what is stored for the embedding that the base ties it to."""
@@ -157,4 +208,4 @@ class Adapter:
 
 def name_in_class(key: str) -> str:
     """The name that a tensor of an adapter has in the model's class."""
-    return key.removeprefix("base_model.model.").replace(BASE_LAYER, ".")
+    return key.removeprefix("base_model.model.").replace(BASE_LAYER, ".").replace(TRAINED, ".")

@@ -8,6 +8,7 @@ import pkgutil
 from pathlib import Path
 
 from evolver import checkpoints
+from evolver.checkpoints.adapter import Adapter
 from evolver.checkpoints.agreement import Agreement, is_text_of
 from evolver.checkpoints.formats import FORMATS, ModelFormat
 from evolver.checkpoints.places import refuse_missing
@@ -61,6 +62,8 @@ def open_expert(
         _check_same_family(expert, base, key, same_tokens, common)
         if names is None:
             common.settle([expert])
+    elif same_tokens:
+        check_same_vocabulary(expert, base, key)
     return expert
 
 
@@ -75,11 +78,13 @@ def _format_of(path: Path) -> ModelFormat | None:
     return next((f for f in FORMATS.values() if f.recognises(path)), None)
 
 
-def check_same_vocabulary(expert: Checkpoint, base: Checkpoint, key: str) -> None:
-    """Check that an expert has the base's tokens, and as many rows for them.
+def check_same_vocabulary(expert: Source, base: Checkpoint, key: str) -> None:
+    """Check that an expert has the base's tokens, and as many rows for them. Most adapters have what their base has.
 
     Raises BadInput that names ``key``.
     """
+    if not isinstance(expert, Checkpoint) and not (isinstance(expert, Adapter) and expert.has_own_tokens):
+        return
     _check_same_tokens(expert, base, key)
     _check_same_shapes(expert, base, key, same_tokens=True)
 
@@ -105,7 +110,7 @@ def _check_same_family(
     _check_same_shapes(expert, base, key, same_tokens)
 
 
-def _check_same_tokens(expert: Checkpoint, base: Checkpoint, key: str) -> None:
+def _check_same_tokens(expert: Checkpoint | Adapter, base: Checkpoint, key: str) -> None:
     ours_at, theirs_at = (c.path / TOKENIZER_FILE for c in (expert, base))
     if not (ours_at.exists() and theirs_at.exists()):
         return
@@ -120,7 +125,7 @@ def _check_same_tokens(expert: Checkpoint, base: Checkpoint, key: str) -> None:
         )
 
 
-def _check_same_shapes(expert: Checkpoint, base: Checkpoint, key: str, same_tokens: bool) -> None:
+def _check_same_shapes(expert: Checkpoint | Adapter, base: Checkpoint, key: str, same_tokens: bool) -> None:
     for name, info in base.headers.items():
         free = 0 if same_tokens or not name.endswith(TOKEN_MATRICES) else 1  # the rows of tokens may differ in number
         if expert.headers[name].shape[free:] != info.shape[free:]:

@@ -231,4 +231,4 @@ def _open(reference: str, names: Agreement, base_location: str, path: str | Path
         return own
     if not isinstance(own, Checkpoint):
         raise BadInput(f"{key}: {location} is an adapter itself; give the model that {adapter} was trained on.")
-    return open_expert(adapter, own, key)
+    return open_expert(adapter, own, key, same_tokens)

@@ -78,7 +78,7 @@ class LiveModel:
                 "give a base of the kind that model.kind names."
             )
         if self._beside != folder:
-            if self.module.can_generate():
+            if self.module.can_generate() and (self._beside / "generation_config.json").exists():
                 self.module.generation_config = transformers.GenerationConfig.from_pretrained(self._beside)
             _ = self.tokenizer
         self.module.to(self.device).eval()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from evolver.checkpoints.adapter import Adapter
 from evolver.checkpoints.agreement import Agreement
 from evolver.checkpoints.chat import EXPERT, Wanted, resolve, template_of
 from evolver.checkpoints.doubts import left_out, refuse_strangers, strange_bases
@@ -22,9 +23,10 @@ from evolver.errors import BadInput
 from evolver.evaluation.blueprint import HF, Blueprint, ModelFolder, check_architecture, without_weights
 from evolver.evaluation.live import free_memory, kinds_of, model_class
 from evolver.merging.companions import CommonTokens, Companions
+from evolver.merging.mergekit.vocabulary import with_tokens
 from evolver.workers.compute import refuse_compute, stored_dtype
 from evolver.workers.plan import AS_IT_IS, CHAT, TOKENS
-from evolver.workers.vocabulary import OF_BASE, Models, with_common_tokens
+from evolver.workers.vocabulary import OF_BASE, Models, tokens_of, with_common_tokens
 
 GIB = 1 << 30
 STRICT = "model.strict"
@@ -126,15 +128,22 @@ def _joined(config: Config, base: Checkpoint, experts: dict[str, Source]) -> Ope
         heads = {n: head_of(s) for n, s in experts.items()} if config.model.heads == "apart" else {}
         own = {}
         if models.tokens is not None:
-            loaded = {n: s if isinstance(s, Checkpoint) else base for n, s in {OF_BASE: base, **experts}.items()}
             sources = {OF_BASE: base, **experts}
-            own = {n: OwnModel(sources[n], one, Companions(one.path)) for n, one in loaded.items()}
+            own = {n: _own_model(s, base, Companions(with_tokens(s).path)) for n, s in sources.items()}
         opened = Opened(models.base, models.experts, Companions(base.path), heads, own=own)
     said = _moved_labels(base, experts) if config.model.heads == "merged" else []
     if models.tokens is None:
         return replace(opened, warnings=tuple(said))
     said.append(_other_tokens(config, models.tokens, base.vocabulary or {}))
     return replace(opened, companions=Companions(base.path, tokens=models.tokens), warnings=tuple(said))
+
+
+def _own_model(source: Source, base: Checkpoint, files: Companions) -> OwnModel:
+    """A model with its own tokens; an adapter is put on the base with as many rows as it has."""
+    if isinstance(source, Adapter) and source.has_own_tokens:
+        loaded, tokens = tokens_of(source)
+        return OwnModel(source, loaded, replace(files, folder=base.path, tokens=tokens))
+    return OwnModel(source, source if isinstance(source, Checkpoint) else base, files)
 
 
 def _moved_labels(base: Checkpoint, experts: Mapping[str, Source]) -> list[str]:
@@ -180,9 +189,8 @@ def _with_words(config: Config, base: Checkpoint, experts: dict[str, Source]) ->
     if models.tokens is not None:
         said += [_other_tokens(config, models.tokens, base.vocabulary or {})]
         for name, source in {OF_BASE: base, **experts}.items():
-            loaded = source if isinstance(source, Checkpoint) else base
-            files = companions_of(config, {OF_BASE: base.path, **folders}, loaded.path, own_template=False)
-            own[name] = OwnModel(source, loaded, files)
+            files = companions_of(config, {OF_BASE: base.path, **folders}, with_tokens(source).path, own_template=False)
+            own[name] = _own_model(source, base, files)
     companions = Companions(base.path, chat, models.tokens)
     return Opened(models.base, models.experts, companions, warnings=tuple(said), own=own)
 

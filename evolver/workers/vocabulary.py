@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from evolver.checkpoints.adapter import Adapter
 from evolver.checkpoints.chat import EXPERT
 from evolver.checkpoints.sources import check_same_vocabulary
 from evolver.checkpoints.weights import TOKEN_MATRICES, TOKENIZER_FILE, Checkpoint, Source
 from evolver.config.model import TokenizerSettings
 from evolver.errors import BadInput
 from evolver.merging.companions import CommonTokens
-from evolver.merging.mergekit.vocabulary import Aligned, Ids, known_tokens, vocabulary
+from evolver.merging.mergekit.vocabulary import Aligned, Ids, Vocabulary, known_tokens, vocabulary, with_tokens
 from evolver.records.recipe import layer_of
 
 HEADS = ("lm_head.weight", "embed_out.weight")
@@ -43,8 +44,7 @@ def with_common_tokens(settings: TokenizerSettings, base: Checkpoint, experts: d
     asked = bool(settings.tokens or settings.pad_to_multiple_of)
     if not has_known_rows(base) or not (asked or any(_differs(e, base) for e in experts.values())):
         for expert in experts.values():
-            if isinstance(expert, Checkpoint):
-                check_same_vocabulary(expert, base, expert.key)
+            check_same_vocabulary(expert, base, expert.key)
         return Models(base, experts)
     sources = {OF_BASE: base, **experts}
     known = {name: known_tokens(source) for name, source in sources.items()}
@@ -62,9 +62,20 @@ def with_common_tokens(settings: TokenizerSettings, base: Checkpoint, experts: d
     )
 
 
+def tokens_of(adapter: Adapter) -> tuple[Checkpoint, CommonTokens]:
+    """An adapter that was trained with tokens of its own: its base with as many rows, and its tokens.
+
+    Raises BadInput where it has no fast tokenizer.
+    """
+    base, ids = adapter.base, known_tokens(adapter)
+    target = Vocabulary(ids, max(_rows(adapter)), {}, {})
+    return Aligned(base, OF_BASE, target, {}, base), CommonTokens(target, adapter.path, {OF_BASE: adapter.path})
+
+
 def _with_tokenizer(source: Source, base: Checkpoint) -> Path:
     """The folder that holds the tokenizer of a model; an adapter may have left it with its base."""
-    return source.path if (source.path / TOKENIZER_FILE).exists() and isinstance(source, Checkpoint) else base.path
+    found = with_tokens(source)
+    return found.path if (found.path / TOKENIZER_FILE).exists() else base.path
 
 
 def has_known_rows(base: Checkpoint) -> bool:
@@ -79,25 +90,24 @@ def has_known_rows(base: Checkpoint) -> bool:
 
 def _differs(expert: Source, base: Checkpoint) -> bool:
     """Whether an expert has other tokens than the base, or another number of rows for them."""
-    if not isinstance(expert, Checkpoint):  # an adapter has the base's
+    ours = with_tokens(expert)
+    ours_at, theirs_at = (c.path / TOKENIZER_FILE for c in (ours, base))
+    if ours is base or not (ours_at.exists() and theirs_at.exists()):
         return False
-    ours_at, theirs_at = (c.path / TOKENIZER_FILE for c in (expert, base))
-    if not (ours_at.exists() and theirs_at.exists()):
-        return False
-    if _rows(expert) != _rows(base):
+    if _rows(ours) != _rows(base):
         return True
     if filecmp.cmp(ours_at, theirs_at, shallow=False):  # far sooner than parsing both
         return False
-    return expert.vocabulary != base.vocabulary
+    return ours.vocabulary != base.vocabulary
 
 
-def _rows(checkpoint: Checkpoint) -> set[int]:
+def _rows(checkpoint: Checkpoint | Adapter) -> set[int]:
     return {info.shape[0] for name, info in checkpoint.headers.items() if name.endswith(TOKEN_MATRICES)}
 
 
 def _refuse_rowless(expert: Source, known: Ids, base: Checkpoint) -> None:
     """Raises BadInput where an expert has a token, unlike the base, for which its embedding has no row."""
-    own = (expert.vocabulary if isinstance(expert, Checkpoint) else None) or {}
+    own = with_tokens(expert).vocabulary or {}
     rowless = own.keys() - known.keys() - (base.vocabulary or {}).keys()
     if rowless:
         token = min(rowless)

@@ -19,6 +19,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
+from evolver.checkpoints.adapter import Adapter
 from evolver.checkpoints.weights import TOKEN_MATRICES, TOKENIZER_FILE, Checkpoint, Source, TensorInfo, read_json
 from evolver.config.model import TokenizerSettings
 from evolver.errors import BadInput, nearest
@@ -196,11 +197,12 @@ def _mean_row(matrix: Tensor, rows: Tensor) -> Tensor:
     return halved(torch.stack(sums)) / len(rows)
 
 
-def with_tokens(source: Any) -> Checkpoint:
-    """The checkpoint whose tokens a model has: those of an adapter are its base's."""
+def with_tokens(source: Any) -> Checkpoint | Adapter:
+    """The model whose tokens a model has: those of most adapters are their base's."""
     if isinstance(source, Aligned):
         return with_tokens(source.inner)
-    found: Checkpoint = source if isinstance(source, Checkpoint) else source.base
+    own = isinstance(source, Checkpoint) or (isinstance(source, Adapter) and source.has_own_tokens)
+    found: Checkpoint | Adapter = source if own else source.base
     return found
 
 
