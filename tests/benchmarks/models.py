@@ -191,6 +191,7 @@ def counts(found: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
 
 def figures(after: Found, before: Found | None) -> str:
     """The page of figures, in Markdown."""
+    before_load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="models-") as place:
         home = Path(place)
         os.environ["EVOLVER_CACHE"] = str(home / "cache")
@@ -214,7 +215,8 @@ def figures(after: Found, before: Found | None) -> str:
         )
     ]
     return PAGE.format(
-        families=len(after), abilities=table(["", *ABILITIES], rows),
+        families=len(after), load=f"{before_load:.1f} before the calls and {os.getloadavg()[0]:.1f} after them",
+        cores=os.cpu_count(), abilities=table(["", *ABILITIES], rows),
         seconds=table(["", "least, s", "median, s", "goal, s"], times),
         memory=table(["method", "model, MB", "largest tensor, MB", "peak, MB", "peak ÷ largest tensor"], memory),
     )  # fmt: skip
@@ -233,14 +235,20 @@ Measured by `make benchmark-models` (`tests/benchmarks/models.py --figures`).
 ## Families × abilities
 
 So many of {families} families have each ability; [docs/models.md](../../docs/models.md) says which, and what each
-ability means. *Before* is commit 4f0254c, tried with the same script.
+ability means. *Before* is commit 4f0254c, tried with the same script. Its row of zeros needs a word: every try mixes
+layouts, and the base of every search is in the oldest one, so one layout that is refused fails the whole try. Before,
+mixed layouts were refused in all families, nearly always with "lacks the tensor". Models that one release of
+Transformers saved were merged and searched over then as well; this table does not count that.
 
 {abilities}
 
 ## Checking a configuration
 
 Wall time of whole commands, five calls of each, with a base and two experts and one task. The tensors hold a few
-hundred bytes each, so this is what their number costs, not their size.
+hundred bytes each, so this is what their number costs, not their size. Look at the load beside the times: on a shared
+machine they are upper bounds, and their differences say more than they do themselves.
+
+The load was {load}, on {cores} cores.
 
 {seconds}
 
