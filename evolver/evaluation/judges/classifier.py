@@ -22,6 +22,7 @@ from evolver.evaluation.items import Item
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.rows import RowJudge
 from evolver.evaluation.scores.metrics import CLASS, LABELS, VALUE, Metric, metric_named
+from evolver.records import ItemAnswer
 from evolver.storage.paths import expand
 
 Labels = Mapping[str, int]
@@ -123,7 +124,7 @@ class Answerable(Protocol):
 
     @property
     def head(self) -> str | None: ...
-    def answer(self, logits: Tensor) -> tuple[float, str]: ...
+    def answer(self, logits: Tensor) -> tuple[ItemAnswer, str]: ...
 
 
 Asked = TypeVar("Asked", bound=Answerable)

@@ -20,7 +20,8 @@ from evolver.evaluation.items import Item
 from evolver.evaluation.judges.classifier import LabelSpaces, Seen, TextScorer, label_number
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.rows import RowJudge
-from evolver.evaluation.scores.metrics import TAGS, Metric, metric_named, spans_answer
+from evolver.evaluation.scores.metrics import TAGS, Metric, metric_named
+from evolver.records import ItemAnswer
 
 # The tag of words outside of every span, and how the tags of words inside begin.
 OUTSIDE, BEGINNINGS = "O", ("B-", "I-", "E-", "S-")
@@ -40,7 +41,11 @@ class Tags(RowJudge):
         return True
 
     def check_model(self, model: ModelFolder | None, asked: Sequence[AskedItem]) -> None:
-        """See ``ChecksModel``: a base needs a tokenizer that tells which token belongs to which word."""
+        """See ``ChecksModel``: a base needs a tokenizer that tells which token belongs to which word, and all tags of
+        the data.
+        """
+        for one in asked:
+            self._question(one)
         if model is not None and not model.tokenizer.is_fast:
             raise BadInput(
                 f"model.base: the tokenizer of {model.folder} cannot tell which tokens belong to which word; save it "
@@ -75,8 +80,7 @@ class Tags(RowJudge):
         return found
 
     def right(self, asked: AskedItem) -> float:
-        question = self._question(asked)
-        return float(len(question.right) if asked.entry.metric == "acc" else len(spans(question.named(question.right))))
+        return 0.0  # the counts of an item hold it
 
     def scorer(self, model: LiveModel, asked: Sequence[AskedItem], scored: Iterable[Item]) -> TagScorer:
         return TagScorer(model, [self._question(a) for a in asked], self.settings, self._spaces.seen_of(model))
@@ -114,17 +118,22 @@ class TagQuestion:
     names: Mapping[int, str]
     places: tuple[int | None, ...] = ()
 
-    def answer(self, logits: Tensor) -> tuple[float, str]:
-        """What the model says, as it is kept, and in words, given its logits (tokens, labels)."""
+    def answer(self, logits: Tensor) -> tuple[ItemAnswer, str]:
+        """What the model says, as it is kept (the item's own score, and the counts of its metric), and in words.
+
+        Args:
+            logits: (tokens, labels).
+        """
         best = logits.argmax(-1).tolist()
         said = [None if place is None else int(best[place]) for place in self.places]
         given = self.named(said)
         if self.entry.metric == "acc":
-            kept = float(sum(a == b for a, b in zip(said, self.right, strict=True)))
-        else:
-            found, right = spans(given), spans(self.named(self.right))
-            kept = spans_answer(len(found & right), len(found))
-        return kept, " ".join(given)
+            hits, words = sum(a == b for a, b in zip(said, self.right, strict=True)), len(self.right)
+            return (hits / words, float(hits), float(words)), " ".join(given)
+        found, right = spans(given), spans(self.named(self.right))
+        hits, both = len(found & right), len(found) + len(right)
+        own = 2 * hits / both if both else 1.0
+        return (own, float(hits), float(len(found)), float(len(right))), " ".join(given)
 
     def named(self, numbers: Iterable[int | None]) -> list[str]:
         """The names of tags. A word that was not read is in no span."""

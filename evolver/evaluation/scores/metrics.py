@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 from evolver.errors import BadInput, nearest
 
 Numbers = NDArray[np.float64]
-# An answer of spans is HITS · right spans + given spans, which a float64 holds exactly.
-HITS = float(1 << 26)
 
 
 @dataclass(frozen=True)
@@ -130,26 +128,22 @@ def binary_f1(answers: Numbers, right: Numbers) -> Numbers:
     return _divided(2 * (given & wanted).sum(-1), given.sum(-1) + wanted.sum(-1))
 
 
-def right_share(answers: Numbers, right: Numbers) -> Numbers:
-    """The share of right parts, (R): Σ right parts / Σ parts.
+def right_share(sums: Numbers, _: Numbers) -> Numbers:
+    """The share of right parts, such as words, (R).
 
-    ``answers`` holds the number of right parts of each item, such as words, and ``right`` the number of all its parts.
+    Args:
+        sums: right parts, and all parts, (R, 2).
     """
-    return _divided(answers.sum(-1), right.sum(-1))
+    return _divided(sums[:, 0], sums[:, 1])
 
 
-def span_f1(answers: Numbers, right: Numbers) -> Numbers:
-    """F1 of spans, (R): 2 · hits / (given + right), each summed over the items. It is 0 where there are no spans.
+def span_f1(sums: Numbers, _: Numbers) -> Numbers:
+    """F1 of spans, (R). It is 0 where there are no spans.
 
-    ``answers`` holds what ``spans_answer`` makes of each item, and ``right`` the number of its right spans.
+    Args:
+        sums: given spans that are right, given spans, and right spans, (R, 3).
     """
-    hits, given = np.divmod(answers, HITS)
-    return _divided(2 * hits.sum(-1), given.sum(-1) + right.sum(-1))
-
-
-def spans_answer(hits: int, given: int) -> float:
-    """How many spans of an item were found, and how many were given, as one number."""
-    return hits * HITS + given
+    return _divided(2 * sums[:, 0], sums[:, 1] + sums[:, 2])
 
 
 def median_item(answers: Numbers, _: Numbers) -> Numbers:
@@ -241,11 +235,6 @@ def closeness(metric: Metric, answers: Numbers, right: Numbers) -> Numbers:
         found = (answers == right).astype(np.float64)
     elif metric.of is pearson:
         found = -np.abs(answers - right)
-    elif metric.of is right_share:
-        found = _divided(answers, right)
-    elif metric.of is span_f1:
-        hits, given = np.divmod(answers, HITS)
-        found = np.where(given + right > 0, _divided(2 * hits, given + right), 1.0)
     return -found if metric.of is opposite else found
 
 
@@ -258,7 +247,7 @@ CLASS = {"acc": JUDGED, "macro_f1": Metric("macro_f1", macro_f1), "mcc": Metric(
 LABELS = {"acc": JUDGED, "macro_f1": Metric("macro_f1", labels_f1)}
 VALUE = {"pearson": Metric("pearson", pearson)}
 # The metrics of models that give a tag to each word.
-TAGS = {"acc": Metric("acc", right_share), "f1": Metric("f1", span_f1)}
+TAGS = {"acc": Metric("acc", right_share, counts=2), "f1": Metric("f1", span_f1, counts=3)}
 
 
 def _functions() -> dict[str, Callable[[Numbers, Numbers], Numbers]]:
