@@ -168,7 +168,7 @@ TABLE = {
     "pickle only": ({"experts.a": "SPOILT/pickled"}, ["experts.a", "pytorch_model.bin", "save", "safetensors"]),
     "other architecture": ({"experts.a": "SPOILT/gpt"}, ["experts.a", "gpt2", "only fine-tunes"]),
     "other vocabulary": ({"experts.a": "SPOILT/words"}, ["experts.a", "vocabulary", "give a fine-tune"]),
-    "DoRA": ({"experts.a": "SPOILT/dora"}, ["experts.a", "use_dora", "merge_and_unload"]),
+    "DoRA": ({"experts.a": "SPOILT/dora"}, ["experts.a", "PEFT cannot put", "lora_magnitude_vector", "give the base"]),
     "adapter with LoRA biases": ({"experts.a": "SPOILT/biased"}, ["experts.a", "lora_bias", "merge_and_unload"]),
     "a model that finds no room": (
         {"model.base": "SPOILT/many", "experts": {"a": "SPOILT/many", "b": "SPOILT/many"}},
@@ -178,7 +178,10 @@ TABLE = {
         {"model.base": "SPOILT/huge"},
         ["model.base", "huge/model-0.safetensors", "cannot be mapped", "smaller shards"],
     ),
-    "base is an adapter": ({"model.base": "SPOILT/dora"}, ["model.base", "SPOILT/dora", "give a Hugging Face"]),
+    "base is an adapter": (
+        {"model.base": "SPOILT/dora"},
+        ["model.base", "SPOILT/dora", "give the model that it was trained on"],
+    ),
     "base of no type": (
         {"model.base": "SPOILT/of-no-type"},
         ["model.base", "of-no-type/config.json", "model_type None"],

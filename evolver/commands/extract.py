@@ -82,7 +82,7 @@ def extract_pool(
     config = load(str(file))
     try:
         opened = open_models(config)
-        if opened.own:
+        if opened.companions.tokens is not None:
             raise BadInput(
                 "model.tokenizer: the experts have other tokens than the base, and an adapter has no place for their "
                 "rows; give experts with the tokens of the base."
