@@ -125,6 +125,12 @@ class Wanted:
     read_ids: Callable[[], Mapping[str, int] | None] = lambda: None
 
     @cached_property
+    def templates(self) -> dict[str, str]:
+        """The templates of the experts that have one, by their names."""
+        found = {name: template_of(folder, f"experts.{name}") for name, folder in self.experts.items()}
+        return {name: text for name, text in found.items() if text is not None}
+
+    @cached_property
     def ids(self) -> Mapping[str, int] | None:
         return self.read_ids()
 
@@ -142,7 +148,7 @@ def resolve(wanted: Wanted) -> tuple[Chat | None, list[str]]:
         return _shared(wanted)
     if setting.startswith(EXPERT):
         name = setting.removeprefix(EXPERT).strip()
-        having = _templates(wanted)
+        having = wanted.templates
         if name not in having:
             remedy = (
                 f"name one that has, such as expert {next(iter(having))}" if having else "write auto, or another one"
@@ -194,7 +200,7 @@ def _shared(wanted: Wanted) -> tuple[Chat | None, list[str]]:
     """The template of ``auto``: the base's own, else the only one that experts have."""
     if template_of(wanted.base, "model.base") is not None:
         return None, []
-    having = _templates(wanted)
+    having = wanted.templates
     first = {text: name for name, text in reversed(having.items())}
     if len(first) > 1:
         names = sorted(first.values(), key=list(having).index)
@@ -212,12 +218,6 @@ def _shared(wanted: Wanted) -> tuple[Chat | None, list[str]]:
     return chat, [said]
 
 
-def _templates(wanted: Wanted) -> dict[str, str]:
-    """The templates of the experts that have one, by their names."""
-    found = {name: template_of(folder, f"experts.{name}") for name, folder in wanted.experts.items()}
-    return {name: text for name, text in found.items() if text is not None}
-
-
 def _of_expert(name: str, wanted: Wanted) -> Chat:
     """Template, special tokens and settings of generation of an expert, with the merged model's numbers of tokens."""
     folder, key = wanted.experts[name], f"experts.{name}"
@@ -231,7 +231,7 @@ def _of_expert(name: str, wanted: Wanted) -> Chat:
         generation = {k: _moved(v, tokens, wanted.ids) if k in SPECIAL_IDS else v for k, v in generation.items()}
     if not generation:  # an adapter has no such settings
         generation = _ending(_generation(wanted.base, "model.base"), special.get("eos_token"), wanted.ids)
-    return Chat(f"the expert {name}", _templates(wanted)[name], generation, special)
+    return Chat(f"the expert {name}", wanted.templates[name], generation, special)
 
 
 def _of_base(origin: str, named: NamedTemplate, wanted: Wanted) -> tuple[Chat, list[str]]:

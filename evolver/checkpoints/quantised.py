@@ -136,8 +136,9 @@ class ScaledTensors:
 
     def _find_four_bits(self) -> None:
         for codes in sorted(n for n in self._names if n.endswith(CODES)):
-            plain = codes.removesuffix(CODES)
-            sizes, scales = self._shape(codes), self._part(codes, (plain + SHARED_EXPONENTS,))
+            sizes, scales = self._shape(codes), codes.removesuffix(CODES) + SHARED_EXPONENTS
+            if scales not in self._names:
+                raise BadInput(f"{self._key}: {self._path} holds {codes} without its scales; copy the model again.")
             if len(sizes) != 4 or self._shape(scales) != sizes[:-1]:
                 raise self._unfit(codes, scales)
             experts, rows, groups, group = sizes
@@ -157,12 +158,6 @@ class ScaledTensors:
             if block is None and not of_all:
                 raise self._unfit(name, scales)
             self._found[name] = Scaled(name, scales, sizes, self._dtype, block)
-
-    def _part(self, codes: str, names: Iterable[str]) -> str:
-        found = next((n for n in names if n in self._names), None)
-        if found is None:
-            raise BadInput(f"{self._key}: {self._path} holds {codes} without its scales; copy the model again.")
-        return found
 
     def _unfit(self, codes: str, scales: str) -> BadInput:
         return BadInput(

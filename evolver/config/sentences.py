@@ -40,7 +40,7 @@ def sentence(kind: type[BaseModel], error: ErrorDetails, prefix: str) -> str:
     place = prefix + "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in keys).lstrip(".")
     place = place.replace("..", ".") or "the configuration"
     if error["type"] == "extra_forbidden":
-        return f"{place}: unknown key; {nearest(str(last), fields_of(within.type))}"
+        return f"{place}: unknown key; {nearest(last, fields_of(within.type))}"
     if error["type"] == "missing":
         description = fields_of(within.type)[str(last)].description
         return f"{place}: this key is missing; add it{f' ({description})' if description else ''}."

@@ -50,7 +50,7 @@ def named_search(section: Mapping[str, Any], file: str, prefix: str) -> tuple[st
     """
     name = section.get("algorithm")
     if not isinstance(name, str) or name not in SEARCHES:
-        raise BadInput(f"{file}: {prefix}algorithm: unknown search {name!r}; {nearest(str(name), SEARCHES)}")
+        raise BadInput(f"{file}: {prefix}algorithm: unknown search {name!r}; {nearest(name, SEARCHES)}")
     return name, check_section(SEARCHES[name].settings, section, file, prefix)
 
 

@@ -61,6 +61,10 @@ class RowJudge:
             raise BadInput(f"{key}.data: missing; give the file or the data set of {entry.task}.")
         return self._read(entry, entry.data, f"{key}.data")
 
+    def right(self, asked: AskedItem) -> float:
+        """See ``Judge``. Items that are judged one by one, or of which counts are kept, need none."""
+        return 0.0
+
     def row(self, asked: AskedItem) -> Row:
         """The row of an item."""
         return self._rows[asked.item.task][asked.item.index]
@@ -77,4 +81,4 @@ def _check(rows: Iterable[Row], columns: Sequence[str], key: str) -> None:
     for number, row in enumerate(rows, 1):
         for column in columns:
             if row.get(column) is None:
-                raise BadInput(f"{key}: row {number} lacks the key {column!r}; {nearest(column, map(str, row))}")
+                raise BadInput(f"{key}: row {number} lacks the key {column!r}; {nearest(column, row)}")

@@ -228,9 +228,7 @@ def _inner(setup: Setup, settings: HalvingSettings) -> Search:
     name = settings.of.get("algorithm")
     known = [n for n in SEARCHES if n != settings.algorithm]
     if name not in known:
-        raise BadInput(
-            f"search.of.algorithm: {name!r} cannot be the inner search of halving; {nearest(str(name), known)}"
-        )
+        raise BadInput(f"search.of.algorithm: {name!r} cannot be the inner search of halving; {nearest(name, known)}")
     found = SEARCHES[name]
     typed = check_section(found.settings, settings.of, "search.of")
     try:

@@ -37,9 +37,8 @@ def as_they_are(logits: Tensor) -> Tensor:
     return logits
 
 
-@judge("classifier", "data", "report_data", "text", "text_pair", "label", "threshold", "head")
-class Classification(RowJudge):
-    """The judge of data sets of texts and labels, one each (or one for dev and one for report)."""
+class LabelledRows(RowJudge):
+    """The common part of the judges of rows that the models' heads answer."""
 
     def __init__(self, config: Config, numbers: Sequence[int]) -> None:
         super().__init__(config, numbers)
@@ -47,6 +46,11 @@ class Classification(RowJudge):
 
     def tells_padding(self, entry: TaskEntry) -> bool:
         return True
+
+
+@judge("classifier", "data", "report_data", "text", "text_pair", "label", "threshold", "head")
+class Classification(LabelledRows):
+    """The judge of data sets of texts and labels, one each (or one for dev and one for report)."""
 
     def check_model(self, model: ModelFolder | None, asked: Sequence[AskedItem]) -> None:
         """See ``ChecksModel``: a base needs a tokenizer for its texts, and several labels to choose one."""
@@ -355,6 +359,4 @@ def label_number(value: Any, labels: Labels, entry: TaskEntry) -> int:
         return labels[value]
     if isinstance(value, str) and value.isdecimal() and int(value) in labels.values():  # a table's cells are texts
         return int(value)
-    raise BadInput(
-        f"evaluation: {entry.task} has the label {value!r}, which the model lacks; {nearest(str(value), labels)}"
-    )
+    raise BadInput(f"evaluation: {entry.task} has the label {value!r}, which the model lacks; {nearest(value, labels)}")

@@ -52,9 +52,6 @@ class Functions(RowJudge):
     def metric(self, entry: TaskEntry) -> Metric:
         return metric_named(entry.metric, FUNCTION_METRICS, f"{self.named[entry.task]}.metric")
 
-    def right(self, asked: AskedItem) -> float:
-        return 0.0  # judged item by item, always
-
     def show(self, asked: AskedItem) -> ItemText:
         """See ``Shows``: what the function is given; the right answer, if there is one, only the function knows."""
         return ItemText(json.dumps(self.row(asked), ensure_ascii=False, default=repr))

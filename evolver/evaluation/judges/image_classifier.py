@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evolver.config import Config
 from evolver.config.evaluation import DataSet, TaskEntry
 from evolver.errors import BadInput, cause_of, refuse_special
 from evolver.evaluation.base import AskedItem, ItemText, Scored, judge
@@ -19,7 +18,7 @@ from evolver.evaluation.blueprint import ModelFolder
 from evolver.evaluation.data import Row
 from evolver.evaluation.items import Item
 from evolver.evaluation.judges.classifier import (
-    LabelSpaces,
+    LabelledRows,
     Seen,
     TextQuestion,
     by_head,
@@ -29,7 +28,6 @@ from evolver.evaluation.judges.classifier import (
     take_in,
 )
 from evolver.evaluation.live import LiveModel
-from evolver.evaluation.rows import RowJudge
 from evolver.evaluation.scores.metrics import Metric
 from evolver.storage.paths import expand
 
@@ -38,15 +36,8 @@ BATCH = 32
 
 
 @judge("image-classifier", "data", "report_data", "image", "label", "threshold", "head")
-class Images(RowJudge):
+class Images(LabelledRows):
     """The judge of data sets of images: files by path, or the images of a Parquet file or a data set."""
-
-    def __init__(self, config: Config, numbers: Sequence[int]) -> None:
-        super().__init__(config, numbers)
-        self._spaces = LabelSpaces(config)
-
-    def tells_padding(self, entry: TaskEntry) -> bool:
-        return True  # there is none
 
     def check_model(self, model: ModelFolder | None, asked: Sequence[AskedItem]) -> None:
         """See ``ChecksModel``: a base needs what scales its images."""

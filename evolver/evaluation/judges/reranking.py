@@ -15,9 +15,8 @@ from evolver.evaluation.base import AskedItem, ItemText, Scored, judge
 from evolver.evaluation.blueprint import ModelFolder
 from evolver.evaluation.data import Row
 from evolver.evaluation.items import Item
-from evolver.evaluation.judges.classifier import LabelSpaces, TextScorer, as_they_are
+from evolver.evaluation.judges.classifier import LabelledRows, TextScorer, as_they_are
 from evolver.evaluation.live import LiveModel
-from evolver.evaluation.rows import RowJudge
 from evolver.evaluation.scores.metrics import JUDGED, Metric, metric_named
 from evolver.records import own_score
 
@@ -26,20 +25,16 @@ RANKS = {"mrr": JUDGED}
 
 
 @judge("reranking", "data", "report_data", "text", "text_pair", "label", "head")
-class Rankings(RowJudge):
+class Rankings(LabelledRows):
     """The judge of data sets of queries, each with documents of which some are right. An item is a query."""
 
     def __init__(self, config: Config, numbers: Sequence[int]) -> None:
         super().__init__(config, numbers)
-        self._spaces = LabelSpaces(config)
         for number in numbers:
             if config.evaluation.tasks[number].text_pair is None:
                 raise BadInput(
                     f"evaluation.tasks[{number}].text_pair: missing; give the column that holds the list of documents."
                 )
-
-    def tells_padding(self, entry: TaskEntry) -> bool:
-        return True
 
     def check_model(self, model: ModelFolder | None, asked: Sequence[AskedItem]) -> None:
         """See ``ChecksModel``: a base needs a tokenizer for its texts."""
@@ -76,9 +71,6 @@ class Rankings(RowJudge):
                 f"{len(labels)} labels; give rerankers (num_labels: 1)."
             )
         return found
-
-    def right(self, asked: AskedItem) -> float:
-        return 0.0  # judged item by item, always
 
     def show(self, asked: AskedItem) -> ItemText:
         """See ``Shows``."""

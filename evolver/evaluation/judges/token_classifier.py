@@ -10,16 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from evolver.config import Config
 from evolver.config.evaluation import DataSet, EvaluationSettings, TaskEntry
 from evolver.errors import BadInput
 from evolver.evaluation.base import AskedItem, ItemText, judge
 from evolver.evaluation.blueprint import ModelFolder
 from evolver.evaluation.data import Row
 from evolver.evaluation.items import Item
-from evolver.evaluation.judges.classifier import LabelSpaces, Seen, TextScorer, label_number
+from evolver.evaluation.judges.classifier import LabelledRows, Seen, TextScorer, label_number
 from evolver.evaluation.live import LiveModel
-from evolver.evaluation.rows import RowJudge
 from evolver.evaluation.scores.metrics import TAGS, Metric, metric_named
 from evolver.records import ItemAnswer
 
@@ -30,15 +28,8 @@ Span = tuple[str, int, int]
 
 
 @judge("token-classifier", "data", "report_data", "text", "label", "head")
-class Tags(RowJudge):
+class Tags(LabelledRows):
     """The judge of data sets of words and tags. An item is a row: a sentence, or any other list of words."""
-
-    def __init__(self, config: Config, numbers: Sequence[int]) -> None:
-        super().__init__(config, numbers)
-        self._spaces = LabelSpaces(config)
-
-    def tells_padding(self, entry: TaskEntry) -> bool:
-        return True
 
     def check_model(self, model: ModelFolder | None, asked: Sequence[AskedItem]) -> None:
         """See ``ChecksModel``: a base needs a tokenizer that tells which token belongs to which word, and all tags of
@@ -78,9 +69,6 @@ class Tags(RowJudge):
                         "with B- or I-; write acc, or name the tags in the model's config.json (id2label)."
                     )
         return found
-
-    def right(self, asked: AskedItem) -> float:
-        return 0.0  # the counts of an item hold it
 
     def scorer(self, model: LiveModel, asked: Sequence[AskedItem], scored: Iterable[Item]) -> TagScorer:
         return TagScorer(model, [self._question(a) for a in asked], self.settings, self._spaces.seen_of(model))

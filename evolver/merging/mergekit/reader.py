@@ -322,7 +322,7 @@ def _check_reference(model: Any, place: str) -> None:
     if isinstance(model, dict):
         for key in model:
             if key not in REFERENCE_KEYS:
-                raise BadInput(f"{place}: unknown key {key!r}; {nearest(str(key), REFERENCE_KEYS)}")
+                raise BadInput(f"{place}: unknown key {key!r}; {nearest(key, REFERENCE_KEYS)}")
         if model.get("override_architecture"):
             raise BadInput(
                 f"{place}: override_architecture: Evolver reads the architecture from the model's config.json; leave "

@@ -367,7 +367,7 @@ def _checked(setting: Setting, value: Any, experts: int, place: str) -> Value:
         _check_range(setting, value, where)
         return float(value)
     if setting.choices and value not in setting.choices:
-        raise BadInput(f"{where}: unknown choice {value!r}; {nearest(str(value), setting.choices)}")
+        raise BadInput(f"{where}: unknown choice {value!r}; {nearest(value, setting.choices)}")
     if not isinstance(value, setting.kind):
         raise BadInput(f"{where}: {value!r} is not usable; write a value of type {setting.kind.__name__}.")
     return typing.cast(Value, value)

@@ -163,7 +163,7 @@ def _check_form(given: Any, where: str) -> None:
     for entry in _conditions(given):
         for key in entry:
             if key not in ("filter", "value"):
-                raise BadInput(f"{where}: unknown key {key!r}; {nearest(str(key), ('filter', 'value'))}")
+                raise BadInput(f"{where}: unknown key {key!r}; {nearest(key, ('filter', 'value'))}")
         value = entry.get("value")
         for one in value if isinstance(value, list) and value else [value]:
             if not isinstance(one, bool | int | float | str) or not isinstance(entry.get("filter", ""), str | None):
