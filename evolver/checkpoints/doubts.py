@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from evolver.checkpoints.adapter import Adapter
 from evolver.checkpoints.agreement import is_text_of
 from evolver.checkpoints.model_settings import differing_settings
 from evolver.checkpoints.origins import NAMED_BASE, OtherBase, other_base
@@ -52,10 +53,10 @@ def refuse_strangers(base: Checkpoint, experts: Iterable[Source], key: str, weig
 
     Raises BadInput for an adapter that names another base, and for a model whose weights have nothing to do with it.
     """
-    for source in experts:
+    for source in (base, *experts):
         if found := other_base(source, weights):
             raise BadInput(f"{source.key}: {source.path} {_says_other(found)} ({key} refuses it).")
-        if weights and (distance := _survey(source, base)) > FAR:
+        if weights and source is not base and (distance := _survey(source, base)) > FAR:
             raise BadInput(f"{source.key}: {source.path} {_says_far(distance, base)} ({key} refuses it).")
 
 
@@ -103,7 +104,8 @@ def _says_other(found: OtherBase) -> str:
 
 def _other_settings(expert: Source, base: Checkpoint) -> str:
     """The settings in which an expert computes differently, with both values; empty where there are none."""
-    if not isinstance(expert, Checkpoint):  # an adapter has no such settings
+    expert = expert.base if isinstance(expert, Adapter) else expert  # which has no such settings itself
+    if not isinstance(expert, Checkpoint):
         return ""
     settings = base.config["text_config"] if is_text_of(expert.config, base.config) else base.config
     found = differing_settings(expert.config, settings)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from evolver.checkpoints.adapted import seen_through
 from evolver.checkpoints.adapter import Adapter
 from evolver.checkpoints.weights import Checkpoint, Source
 from evolver.errors import BadInput
@@ -49,13 +49,6 @@ def other_base(source: Source, weights: bool) -> OtherBase | None:
     known = (base.location, str(base.path), str(base.config.get("_name_or_path") or ""))
     same = _last_part(named) in {part for name in known for part in _parts(name)}
     return None if same else OtherBase(named, base.path)
-
-
-def seen_through(source: Any) -> Any:
-    """A model as it is, where it is shown with other heads or tokens."""
-    while hasattr(source, "inner"):
-        source = source.inner
-    return source
 
 
 def _opened(named: str, base: Checkpoint) -> Checkpoint | None:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from evolver.checkpoints.agreement import Agreement
+from evolver.checkpoints.places import parts_of
 from evolver.checkpoints.sources import open_base
 from evolver.commands.merge import open_merge, without_weights_of
 from evolver.config.reading import config_at, load
@@ -101,7 +102,7 @@ def _of_winner(run: Path) -> list[SettingRow]:
             f"{file}: {cause_of(error)}; run the configuration again, which writes the file again."
         ) from error
     config = load(run / RUN_FILE)
-    base = open_named(config, config.model.base, f"{run / RUN_FILE}: model.base").base
+    base = open_named(config, parts_of(config.model.base)[0], f"{run / RUN_FILE}: model.base").base
     try:
         return _rows(recipe, base.names(), ())
     except BadInput as error:

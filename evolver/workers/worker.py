@@ -14,6 +14,8 @@ import torch
 if TYPE_CHECKING:
     from evolver.evaluation.language.launched import LaunchedModel
 
+from evolver.checkpoints.adapted import Adapted
+from evolver.checkpoints.places import parts_of
 from evolver.checkpoints.sources import open_base
 from evolver.checkpoints.weights import Checkpoint
 from evolver.config import Config
@@ -49,7 +51,7 @@ def choose_compute(config: Config, device: str | None = None) -> ComputeChoice:
 
     Raises BadInput where there is no usable base.
     """
-    return choose(config, open_base(config.model.base).headers, device or default_device())
+    return choose(config, open_base(parts_of(config.model.base)[0]).headers, device or default_device())
 
 
 def build_materialiser(
@@ -95,10 +97,11 @@ def build_model(
         path = folder or opened.base.path
         fresh = Checkpoint(path, "model.base")
         own = opened.base if path == opened.base.path else fresh
-        shapes = {n: i.shape for n, i in own.headers.items()} if folder is None or quantise else {}
+        written = folder is not None and (bool(quantise) or isinstance(own, Adapted))
+        shapes = {n: i.shape for n, i in own.headers.items()} if folder is None or written else {}
         with companions.shown() as beside:
             live = LiveModel(config.model, path, shapes, device, opened.heads, labels, beside, fresh.wrappers, quantise)
-        if folder is not None and quantise:
+        if written:
             live.write((name, own.tensor(name)) for name in own.headers)
         return live
     from evolver.evaluation.language.launched import LaunchedModel  # imports lm-eval, which takes seconds
