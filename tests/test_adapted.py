@@ -6,11 +6,18 @@ import json
 import shutil
 
 import pytest
+import torch
 import toys
 import yaml
-from safetensors.torch import load_file
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from test_lora import train
 from transformers import AutoModelForCausalLM
+
+from evolver.checkpoints.places import parts_of
+from evolver.commands.evaluate import score_models
+from evolver.config.reading import config_at
+from evolver.driver.prepare import prepare
 
 pytestmark = pytest.mark.whole
 
@@ -84,3 +91,103 @@ def test_a_run_is_the_run_over_the_models_that_peft_makes(make_config, world, tm
     card = yaml.safe_load((best / "README.md").read_text().split("---")[1])
     parts = [part for name in PLACES[place] for part in placed(world, name).split("+")]
     assert card["base_model"] == list(dict.fromkeys(parts))
+
+
+@pytest.mark.parametrize("part", ["base", "one"])
+def test_a_run_knows_when_either_part_has_changed(make_config, world, tmp_path, part):
+    for name in ("base", "one"):
+        shutil.copytree(world / name, tmp_path / name)
+    base = f"{tmp_path / 'base'}+{tmp_path / 'one'}"
+    file = configured(make_config, world, tmp_path / "run", ("base", "a", "b"), **{"model.base": base})
+    folder = toys.run_here(file, tmp_path)
+    weights = next((tmp_path / part).glob("*.safetensors"))
+    changed = load_file(weights)
+    changed[min(changed)] += 1
+    save_file(changed, weights, {"format": "pt"})
+    ended = toys.evolver("run", file, "--results", tmp_path)
+    assert "model.base: other weights" in toys.refusal(ended.code, ended.err)
+    assert folder.exists()
+
+
+def test_an_adapter_alone_is_on_the_model_of_the_base(make_config, world, tmp_path):
+    """As PEFT would load it, and as in a mergekit file."""
+    files = [
+        configured(make_config, world, tmp_path / n, ("base+one", n, "b")) for n in ("two", "base+two")
+    ]  # fmt: skip
+    found = [prepare(config_at(file)).plan.digests for file in files]
+    assert found[0] == found[1]
+
+
+def test_a_score_of_a_model_with_an_adapter_is_that_of_the_merged_model(make_config, world, tmp_path):
+    file = configured(make_config, world, tmp_path / "run", ("base", "a", "b"))
+    scores = score_models(str(file), [placed(world, n) for n in ("base+one", "base-one", "base")], "dev")
+    assert scores[0].score == scores[1].score != scores[2].score
+
+
+def test_an_adapter_that_is_exported_is_one_of_the_model_below(make_config, world, tmp_path):
+    """PEFT knows no base that has an adapter itself."""
+    file = configured(make_config, world, tmp_path / "run", ("base+one", "base+two", "a+three"))
+    folder = toys.run_here(file, tmp_path)
+    assert toys.evolver("export", folder, tmp_path / "lora", "--lora", "64").code == 0
+    assert toys.evolver("extract", file, tmp_path / "loras", "--rank", "64").code == 0
+    for out, whole in (("lora", folder / "best"), ("loras/x", world / "base-two"), ("loras/y", world / "a-three")):
+        assert json.loads((tmp_path / out / "adapter_config.json").read_text())["base_model_name_or_path"] == placed(
+            world, "base"
+        )
+        model = AutoModelForCausalLM.from_pretrained(world / "base")
+        state = PeftModel.from_pretrained(model, tmp_path / out).merge_and_unload().state_dict()
+        for name, tensor in load_file(whole / "model.safetensors").items():
+            torch.testing.assert_close(state[name], tensor, rtol=0, atol=2e-5, msg=name)
+
+
+def test_what_is_not_model_and_adapter_is_refused(make_config, world, tmp_path):
+    for number, (names, said) in enumerate({
+        ("one", "a", "b"): "model.base: {0} is an adapter, which is no model without its base; write MODEL+{0}",
+        ("base+a", "a", "b"): "model.base: {1} is no adapter",
+        ("base", "one+two", "b"): "experts.x: {0} is an adapter itself; give the model that {1} was trained on",
+        ("base", "base+one+two", "b"): "experts.x: {all} has more than one plus sign",
+        ("base", "base+nowhere", "b"): "experts.x: there is no folder {1}",
+        ("base", "nowhere+one", "b"): "experts.x: there is no folder {0}",
+        ("base", "base+", "b"): "experts.x: there is no folder {all}",
+    }.items()):  # fmt: skip
+        file = configured(make_config, world, tmp_path / str(number), names)
+        wrong = next(n for n in names if n not in ("a", "b", "base"))
+        place = str(world / "base") + "+" if wrong == "base+" else placed(world, wrong)
+        if wrong == "base+":
+            raw = yaml.safe_load(file.read_text())
+            raw["experts"]["x"] = place
+            file.write_text(yaml.safe_dump(raw))
+        ended = toys.evolver("validate", file)
+        said = said.format(*place.split("+"), all=place)
+        assert f": {said}" in toys.refusal(ended.code, ended.err)
+
+
+def test_a_plus_sign_in_the_name_of_a_folder_divides_nothing(tmp_path):
+    for name in ("base", "adapter", "c++", "base+adapter"):
+        (tmp_path / name).mkdir()
+    at = str(tmp_path) + "/"
+    for text, wanted in {
+        at + "base": (at + "base", ""),
+        at + "c++": (at + "c++", ""),
+        at + "base+adapter": (at + "base+adapter", ""),
+        at + "c+++" + at + "adapter": (at + "c++", at + "adapter"),
+        at + "base+" + at + "c++": (at + "base", at + "c++"),
+        "org/name+" + at + "adapter": ("org/name", at + "adapter"),
+        "org/name@v1+org/lora@v2": ("org/name@v1", "org/lora@v2"),
+        "s3://bucket/a+b/c": ("s3://bucket/a+b/c", ""),
+        "s3://bucket/a+b+s3://bucket/c": ("s3://bucket/a+b", "s3://bucket/c"),
+        "s3://bucket/a+" + at + "adapter": ("s3://bucket/a", at + "adapter"),
+        at + "base+": (at + "base+", ""),
+        "+" + at + "adapter": ("+" + at + "adapter", ""),
+    }.items():
+        assert parts_of(text) == wanted
+
+
+def test_an_adapter_of_another_base_is_said_of_the_base(make_config, world, tmp_path):
+    file = configured(make_config, world, tmp_path / "run", ("base+three", "a", "b"))
+    loose = toys.evolver("run", file, "--results", tmp_path)
+    assert loose.code == 0, loose.err
+    assert loose.out.count(f"model.base ({world / 'three'}) was trained on ") == 1
+    strict = configured(make_config, world, tmp_path / "strict", ("base+three", "a", "b"), **{"model.strict": True})
+    ended = toys.evolver("run", strict, "--results", tmp_path / "results")
+    assert "model.strict refuses it" in toys.refusal(ended.code, ended.err)

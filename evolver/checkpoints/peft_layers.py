@@ -37,9 +37,10 @@ KINDS_OF_PEFT: dict[str, tuple[str, tuple[str, ...]]] = {
     "IA3": ("IA3Config", ("fan_in_fan_out",)),
 }
 OF_AN_ADAPTER = re.compile(r"\.(lora|hada|lokr|ia3)_")
-# PEFT draws first values for a layer, although the adapter's own take their place: one thread at a time, so that the
-# state of torch's random numbers is put back.
-ONE_AT_A_TIME = threading.Lock()
+# PEFT draws first values for a layer, although the adapter's own take their place, so the state of torch's random
+# numbers is put back. And while it makes a layer without values, every module that is made anywhere in the process gets
+# none: a layer that another thread is merging would have no memory. So one thread makes and merges layers at a time.
+ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ class LayerAdapter(Adapter):
         # PEFT changes tensors in place, and these may be the file itself, mapped into memory.
         own = {n: t.to(torch.float32, copy=True) for n, t in {**others, name: start}.items()}
         state = {key: self._handle.get_tensor(key).float() for key in layer.keys}
-        merged = self._wrapped([layer], own, state).merge_and_unload().get_submodule(layer.path)
+        with ONE_AT_A_TIME:
+            merged = self._wrapped([layer], own, state).merge_and_unload().get_submodule(layer.path)
         found: Tensor = (merged.weight if name == layer.weight else merged.bias).detach()
         return found
 

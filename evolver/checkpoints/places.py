@@ -11,6 +11,8 @@ from evolver.storage.paths import expand
 
 # The suffixes of files that Python's pickle writes.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# A place on another file system; a plus sign in its first word would be that behind a model.
+URI = re.compile(r"\w+://")
 HUB_ID = r"[\w.-]+/[\w.-]+(@[\w.-]+)?"
 
 
@@ -47,7 +49,7 @@ def parts_of(location: str) -> tuple[str, str]:
     if not pairs or _is_here(location):
         return location, ""
     if is_remote(expand(location)):
-        found = [(left, right) for left, right in pairs if is_remote(right) or _is_here(right)]
+        found = [(left, right) for left, right in pairs if URI.match(right) or _is_here(right)]
         return found[0] if found else (location, "")
     return next(((left, right) for left, right in pairs if _may_be(left) and _may_be(right)), pairs[0])
 
