@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import json
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
 
 from evolver.checkpoints.adapted import Adapted
 from evolver.checkpoints.places import parts_of
+from evolver.checkpoints.shards import SHARD_BYTES, write_shards
 from evolver.checkpoints.sources import open_base
 from evolver.checkpoints.weights import Checkpoint
 from evolver.config import Config
@@ -99,8 +104,11 @@ def build_model(
         own = opened.base if path == opened.base.path else fresh
         written = folder is not None and (bool(quantise) or isinstance(own, Adapted))
         shapes = {n: i.shape for n, i in own.headers.items()} if folder is None or written else {}
-        with companions.shown() as beside:
-            live = LiveModel(config.model, path, shapes, device, opened.heads, labels, beside, fresh.wrappers, quantise)
+        with companions.shown() as beside, _plain(fresh) as plain:
+            live = LiveModel(
+                config.model, path, shapes, device, opened.heads, labels, beside, {} if plain else fresh.wrappers,
+                quantise, fresh.quantisation, plain,
+            )  # fmt: skip
         if written:
             live.write((name, own.tensor(name)) for name in own.headers)
         return live
@@ -110,6 +118,28 @@ def build_model(
     if folder is not None:
         model.launch(companions.dress(folder, model.folder) if companions.changed else folder)
     return model
+
+
+@contextlib.contextmanager
+def _plain(model: Checkpoint) -> Iterator[Path | None]:
+    """A folder of the same weights as plain numbers as long as the context lasts, where Transformers cannot read them.
+
+    Raises BadInput where there is no room for it.
+    """
+    if not model.uneven:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="evolver-plain-") as place:
+        try:
+            write_shards(((n, model.tensor(n)) for n in model.names()), model.headers, Path(place), SHARD_BYTES)
+            (Path(place) / "config.json").write_text(json.dumps(model.config))
+        except OSError as error:
+            raise BadInput(
+                f"{model.key}: the weights of {model.path} cannot be written as plain numbers, as which Transformers "
+                f"loads them ({error.strerror or error}); free {model.size / GIB:.1f} GiB in {place}, or set TMPDIR to "
+                "a larger folder."
+            ) from error
+        yield Path(place)
 
 
 class Worker:
