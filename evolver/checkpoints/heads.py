@@ -59,7 +59,7 @@ def all_labels(experts: Mapping[str, Sequence[str]]) -> list[str]:
     return list(dict.fromkeys(label for labels in experts.values() for label in labels))
 
 
-def labels_of(source: Source, head: Head) -> list[str]:
+def own_labels(source: Source, head: Head) -> list[str]:
     """The labels of a classifier by their number; empty where it names none. An adapter has those of the model that it
     is on, if its head has as many rows.
     """

@@ -78,7 +78,7 @@ def method_of(config: Mapping[str, Any]) -> str | None:
     return str(found.get(METHOD, "some way")) if isinstance(found, dict) else "some way"
 
 
-def settings_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+def how_quantised(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """How a model's weights are quantised, where they are read as plain numbers."""
     return dict(config[CONFIG_KEY]) if method_of(config) in READ_METHODS else None
 

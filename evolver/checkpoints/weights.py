@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from evolver.checkpoints.names import is_computed, plain_names, wrapper_patterns
-from evolver.checkpoints.quantised import ScaledTensors, refuse_quantised, settings_of, without_quantisation
+from evolver.checkpoints.quantised import ScaledTensors, how_quantised, refuse_quantised, without_quantisation
 from evolver.errors import BadInput, cause_of, refuse_special
 from evolver.kernels import native
 from evolver.records.recipe import layer_of
@@ -130,7 +130,7 @@ class Checkpoint:
             handle = open_tensors(path / file, key)
             self._files[file] = handle
             self._place.update(dict.fromkeys(handle.keys(), file))
-        self.quantisation = settings_of(raw_config)
+        self.quantisation = how_quantised(raw_config)
         self._scaled = ScaledTensors(raw_config, self._place, self._sizes, path, key)
         plain = plain_names(self._place)
         self._place = {n: f for n, f in self._place.items() if not (headless and is_head(plain[n]))}

@@ -14,7 +14,7 @@ from evolver.checkpoints.adapter import Adapter
 from evolver.checkpoints.agreement import Agreement
 from evolver.checkpoints.chat import EXPERT, Wanted, resolve, template_of
 from evolver.checkpoints.doubts import left_out, refuse_strangers, strange_bases
-from evolver.checkpoints.heads import Head, Relabelled, all_labels, head_digest, head_of, labels_in_order, labels_of
+from evolver.checkpoints.heads import Head, Relabelled, all_labels, head_digest, head_of, labels_in_order, own_labels
 from evolver.checkpoints.places import parts_of
 from evolver.checkpoints.sources import Named, models_below, open_base, open_experts
 from evolver.checkpoints.weights import Checkpoint, Source, digests, vocabulary_in
@@ -319,7 +319,7 @@ def check_memory(config: Config, opened: Opened, device: str) -> None:
 
 def _with_all_labels(models: Models, base: Checkpoint, experts: Mapping[str, Source]) -> Opened:
     heads = {n: head_of(s, base) for n, s in experts.items()}
-    labels = {n: labels_of(s, heads[n]) for n, s in experts.items()}
+    labels = {n: own_labels(s, heads[n]) for n, s in experts.items()}
     for name, source in experts.items():
         if not labels.get(name):
             raise BadInput(
