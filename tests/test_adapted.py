@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from test_lora import train
 from transformers import AutoModelForCausalLM
 
-from evolver.checkpoints.places import parts_of
 from evolver.commands.evaluate import score_models
 from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare
+from evolver.storage.references import parts_of
 
 pytestmark = pytest.mark.whole
 

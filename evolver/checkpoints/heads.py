@@ -40,6 +40,12 @@ def head_of(source: Source, base: Checkpoint) -> Head:
         found = _saved(source)
     if not found:
         raise BadInput(f"{source.key}: {source.path} holds no classification head; give a classifier.")
+    rows, labels = list(found.values())[-1].shape[0], labels_in_order(getattr(below, "config", {}))
+    if source is adapter and below is not model_below(base) and len(labels) not in (0, rows):
+        raise BadInput(
+            f"{source.key}: the head of the adapter {source.path} has {rows} rows, and config.json of {below.path} "
+            f"names {len(labels)} labels; merge the two with PEFT (merge_and_unload) and give that folder."
+        )
     return found
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import yaml
 
 from evolver.checkpoints.agreement import Agreement
-from evolver.checkpoints.places import parts_of
 from evolver.checkpoints.sources import open_base
 from evolver.commands.merge import open_merge, without_weights_of
 from evolver.config.reading import config_at, load
@@ -27,6 +26,7 @@ from evolver.records.recipe import Expert, Layers, Merge, Recipe, layer_of, load
 from evolver.runs.files import RECIPE_FILE, RUN_FILE
 from evolver.runs.folder import config_of_run
 from evolver.storage import storage_at
+from evolver.storage.references import parts_of
 from evolver.workers.opened import draw_up, open_named
 
 # Items of each task whose prompts are shown.

@@ -12,12 +12,12 @@ from evolver.checkpoints.adapted import model_below
 from evolver.checkpoints.doubts import strange_bases, suspicions
 from evolver.checkpoints.heads import Head, Relabelled
 from evolver.checkpoints.lora_out import WrittenAdapter, is_tied, is_transposed, write_lora
-from evolver.checkpoints.places import parts_of
 from evolver.checkpoints.sources import open_base, open_expert
 from evolver.checkpoints.weights import Checkpoint, Source
 from evolver.config.reading import load
 from evolver.errors import BadInput
 from evolver.storage import check_target, new_folder
+from evolver.storage.references import parts_of
 from evolver.workers.opened import Opened, open_models
 
 

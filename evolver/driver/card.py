@@ -11,7 +11,6 @@ import yaml
 from evolver.checkpoints.adapted import model_below, seen_through
 from evolver.checkpoints.adapter import Adapter
 from evolver.checkpoints.chat import EXPERT
-from evolver.checkpoints.places import parts_of
 from evolver.config import Config
 from evolver.driver.prepare import Prepared
 from evolver.merging import mergekit
@@ -23,6 +22,7 @@ from evolver.report.verdict import verdict
 from evolver.runs.about import About
 from evolver.runs.outcome import Outcome
 from evolver.storage.paths import expand
+from evolver.storage.references import parts_of
 
 # What the hub calls the tasks of our kinds of models.
 HUB_TASKS = {

@@ -16,7 +16,6 @@ from evolver.checkpoints.gguf import writer as gguf_out
 from evolver.checkpoints.gguf.keys import OPTION
 from evolver.checkpoints.gguf.reader import EXACT_TYPES
 from evolver.checkpoints.lora_out import is_tied, is_transposed, write_delta, write_lora
-from evolver.checkpoints.places import parts_of
 from evolver.driver.card import companion_files, companion_files_of
 from evolver.driver.check import score_again
 from evolver.driver.prepare import Prepared, materialiser_of, materials_of, prepare_run
@@ -30,6 +29,7 @@ from evolver.records.recipe import Recipe
 from evolver.report.text import as_served
 from evolver.runs.history import History, read_history
 from evolver.storage import Storage, check_export, check_target, exported_folder, new_file
+from evolver.storage.references import parts_of
 
 Warn = Callable[[str], None]
 

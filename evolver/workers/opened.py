@@ -15,7 +15,6 @@ from evolver.checkpoints.agreement import Agreement
 from evolver.checkpoints.chat import EXPERT, Wanted, resolve, template_of
 from evolver.checkpoints.doubts import left_out, refuse_strangers, strange_bases
 from evolver.checkpoints.heads import Head, Relabelled, all_labels, head_digest, head_of, labels_in_order, own_labels
-from evolver.checkpoints.places import parts_of
 from evolver.checkpoints.sources import Named, models_below, open_base, open_experts
 from evolver.checkpoints.weights import Checkpoint, Source, digests, vocabulary_in
 from evolver.config import Config
@@ -26,6 +25,7 @@ from evolver.evaluation.blueprint import HF, Blueprint, ModelFolder, check_archi
 from evolver.evaluation.live import free_memory, kinds_of, model_class
 from evolver.merging.companions import CommonTokens, Companions
 from evolver.merging.mergekit.vocabulary import with_tokens
+from evolver.storage.references import parts_of
 from evolver.workers.compute import refuse_compute, stored_dtype
 from evolver.workers.plan import AS_IT_IS, CHAT, TOKENS
 from evolver.workers.vocabulary import OF_BASE, Models, tokens_of, with_common_tokens

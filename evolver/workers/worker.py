@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from evolver.evaluation.language.launched import LaunchedModel
 
 from evolver.checkpoints.adapted import Adapted
-from evolver.checkpoints.places import parts_of
 from evolver.checkpoints.shards import SHARD_BYTES, write_shards
 from evolver.checkpoints.sources import open_base
 from evolver.checkpoints.weights import Checkpoint
@@ -36,6 +35,7 @@ from evolver.merging.export import export
 from evolver.merging.materialise import Materialiser
 from evolver.records import Candidate, Result, Split
 from evolver.records.recipe import Expert
+from evolver.storage.references import parts_of
 from evolver.workers.compute import ComputeChoice, choose, is_open, refuse_compute
 from evolver.workers.failures import BrokenDevice, is_broken_device, is_out_of_memory, is_transient, told_reason
 from evolver.workers.opened import GIB, Opened, OwnModel, check_backend_device, open_models
