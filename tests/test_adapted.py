@@ -12,7 +12,7 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_lora import train
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evolver.commands.evaluate import score_models
 from evolver.config.reading import config_at
@@ -191,3 +191,38 @@ def test_an_adapter_of_another_base_is_said_of_the_base(make_config, world, tmp_
     strict = configured(make_config, world, tmp_path / "strict", ("base+three", "a", "b"), **{"model.strict": True})
     ended = toys.evolver("run", strict, "--results", tmp_path / "results")
     assert "model.strict refuses it" in toys.refusal(ended.code, ended.err)
+
+
+@pytest.mark.parametrize("resized", ["the model", "the adapter"])
+def test_tokens_and_template_are_those_of_the_model_below(make_config, world, tmp_path, resized):
+    """Unless the adapter was trained after the embedding was resized, so that it has rows of its own."""
+    words, below = AutoTokenizer.from_pretrained(world / "a"), AutoModelForCausalLM.from_pretrained(world / "a")
+    if resized == "the adapter":
+        for part in (below, words):
+            part.save_pretrained(tmp_path / "below")
+    words.add_tokens(["<mark>"])
+    words.chat_template = "{% for m in messages %}<mark>{{ m['content'] }}{% endfor %}"
+    below.resize_token_embeddings(len(words))
+    settings = {"target_modules": ["q_proj"]}
+    if resized == "the adapter":
+        settings |= {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    tuned = train(tmp_path / "made", below, **settings)
+    if resized == "the model":
+        (tmp_path / "made" / "base").rename(tmp_path / "below")
+        words.save_pretrained(tmp_path / "below")
+    else:
+        words.save_pretrained(tmp_path / "made" / "lora")
+    for part in (tuned.merge_and_unload(), words):
+        part.save_pretrained(tmp_path / "merged")
+    found = {}
+    for kind, expert in (
+        ("plus", f"{tmp_path / 'below'}+{tmp_path / 'made' / 'lora'}"),
+        ("whole", tmp_path / "merged"),
+    ):
+        changes = {"model.chat_template": "expert x", "experts": {"x": str(expert), "y": str(world / "b")}}
+        file = configured(make_config, world, tmp_path / kind, ("base", "a", "b"), **changes)
+        folder = toys.run_here(file, tmp_path / kind)
+        found[kind] = sorted((r["stage"], r["number"], r["score"]) for r in toys.all_rows(folder, "finished"))
+        found[kind].append([(folder / "best" / n).read_text() for n in ("chat_template.jinja", "tokenizer.json")])
+    assert found["plus"] == found["whole"]
+    assert "<mark>" in AutoTokenizer.from_pretrained(tmp_path / "plus" / "toy" / "best").get_vocab()
