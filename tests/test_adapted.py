@@ -93,6 +93,14 @@ def test_a_run_is_the_run_over_the_models_that_peft_makes(make_config, world, tm
     assert card["base_model"] == list(dict.fromkeys(parts))
 
 
+def test_another_class_loads_what_is_written(make_config, world, tmp_path):
+    changes = {"evaluation.backend": "hf", "evaluation.model_args": {"device": "cpu", "dtype": "float32"}}
+    file = configured(make_config, world, tmp_path / "run", ("base+one", "base+two", "a"), **changes)
+    folder = toys.run_here(file, tmp_path)
+    agreed = json.loads((folder / "best.json").read_text())
+    assert agreed["equal"] == agreed["items"]
+
+
 @pytest.mark.parametrize("part", ["base", "one"])
 def test_a_run_knows_when_either_part_has_changed(make_config, world, tmp_path, part):
     for name in ("base", "one"):
@@ -118,8 +126,12 @@ def test_an_adapter_alone_is_on_the_model_of_the_base(make_config, world, tmp_pa
     assert found[0] == found[1]
 
 
-def test_a_score_of_a_model_with_an_adapter_is_that_of_the_merged_model(make_config, world, tmp_path):
-    file = configured(make_config, world, tmp_path / "run", ("base", "a", "b"))
+@pytest.mark.parametrize("backend", ["resident", "hf"])
+def test_a_score_of_a_model_with_an_adapter_is_that_of_the_merged_model(make_config, world, tmp_path, backend):
+    changes = {"evaluation.backend": backend}
+    if backend == "hf":
+        changes["evaluation.model_args"] = {"device": "cpu", "dtype": "float32"}
+    file = configured(make_config, world, tmp_path / "run", ("base", "a", "b"), **changes)
     scores = score_models(str(file), [placed(world, n) for n in ("base+one", "base-one", "base")], "dev")
     assert scores[0].score == scores[1].score != scores[2].score
 

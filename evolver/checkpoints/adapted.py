@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ class Adapted(Checkpoint):
         self.inner, self.path, self.key = inner, inner.base.path, inner.key
         self.headless, self.location = inner.base.headless, inner.base.location
 
-    @property
-    def headers(self) -> dict[str, TensorInfo]:  # derived here, read from files there
+    @cached_property
+    def headers(self) -> dict[str, TensorInfo]:  # asked for with every tensor, and the adapter makes them anew
         return dict(self.inner.headers)
 
     @property
