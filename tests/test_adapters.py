@@ -142,7 +142,7 @@ def test_an_adapter_alone_is_no_base(world, tmp_path):
     adapter = str(world / "lora-of-x")
     ended = merge(world, {"merge_method": "linear", "models": models(adapter)}, tmp_path / "out")
     said = toys.refusal(ended.code, ended.err)
-    assert f"write BASE+{adapter} in a mergekit file" in said
+    assert f"write MODEL+{adapter} with the model that it was trained on" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -171,20 +171,34 @@ def test_a_base_of_the_same_name_is_not_doubted(world, tmp_path, base):
     assert said_of(world, named(world, tmp_path, base), weights=True) == []
 
 
-@pytest.mark.parametrize("base", ["org/another", "/far/away/another", "../nowhere", "x" * 5000, "\0"])
+@pytest.mark.parametrize("base", ["org/another", "/far/away/another", "../nowhere", "x" * 5000])
 def test_another_base_is_named_before_weights_are_read(world, tmp_path, base):
-    adapter = named(world, tmp_path, base)
-    (said,) = said_of(world, adapter)
+    adapter, used = named(world, tmp_path, base), shutil.copytree(world / "x", tmp_path / "llama-7b")
+    (said,) = said_of(world, adapter, used)
     assert said.startswith(f"experts.a ({adapter}) was trained on {base} (base_model_name_or_path in its")
-    assert f"is used on {world / 'x'}; check" in said
+    assert f"is used on {used}; check" in said
+
+
+@pytest.mark.parametrize(
+    "folder", ["base", "model", "checkpoint-500", "my_base_model", "tmpx4q", "v2", "base.q8_0.gguf"]
+)
+@pytest.mark.parametrize("base", ["org/SmolLM2-135M", "gpt2"])
+def test_a_folder_whose_name_says_nothing_contradicts_no_name(world, tmp_path, folder, base):
+    adapter, copy = named(world, tmp_path, base), shutil.copytree(world / "x", tmp_path / folder)
+    assert said_of(world, adapter, copy) == []
+
+
+@pytest.mark.parametrize("base", ["./base", "/tmp/tmp3k/model", "\0", "org/base"])
+def test_an_adapter_that_names_nothing_is_not_doubted(world, tmp_path, base):
+    assert said_of(world, named(world, tmp_path, base), shutil.copytree(world / "x", tmp_path / "llama-7b")) == []
 
 
 def test_a_base_says_in_its_config_where_it_is_from(world, tmp_path):
     adapter, copy = named(world, tmp_path, "org/true-name"), shutil.copytree(world / "x", tmp_path / "copy")
-    assert len(said_of(world, adapter, copy)) == 1
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"_name_or_path": "org/true-name"}))
-    assert said_of(world, adapter, copy) == []
+    for origin, doubts in {"org/another-name": 1, "org/true-name": 0, "./base": 0}.items():
+        (copy / "config.json").write_text(json.dumps(config | {"_name_or_path": origin}))
+        assert len(said_of(world, adapter, copy)) == doubts
 
 
 def test_a_base_in_another_folder_of_this_machine_is_compared_by_its_weights(world, tmp_path):
@@ -205,7 +219,8 @@ def test_a_base_in_another_folder_of_this_machine_is_compared_by_its_weights(wor
 
 def test_a_merge_warns_of_another_base_and_strict_refuses_it(world, tmp_path):
     adapter = named(world, tmp_path, "org/another")
-    raw = {"merge_method": "linear", "models": models(f"{world / 'x'}+{adapter}", "x")}
+    base = str(shutil.copytree(world / "x", tmp_path / "llama-7b"))
+    raw = {"merge_method": "linear", "models": models(f"{base}+{adapter}", base)}
     ended = merge(world, raw, tmp_path / "out")
     assert ended.code == 0
     assert ended.err.count("was trained on org/another") == 1
@@ -263,9 +278,10 @@ def test_validate_refuses_an_adapter_of_another_base_if_strict(make_config, mode
     train(tmp_path, AutoModelForCausalLM.from_pretrained(models / "base"), target_modules=["q_proj"])
     file = tmp_path / "lora" / "adapter_config.json"
     config = json.loads(file.read_text())
+    used = shutil.copytree(models / "base", tmp_path / "llama-7b")
     for base, code in (("org/another", 2), (str(models / "base"), 0)):
         file.write_text(json.dumps(config | {"base_model_name_or_path": base}))
-        changes = {"experts.b": str(tmp_path / "lora")}
+        changes = {"experts.b": str(tmp_path / "lora"), "model.base": str(used)}
         loose = toys.evolver("validate", make_config(tmp_path, changes))
         assert loose.code == 0, loose.err
         assert ("experts.b (" in loose.err and "was trained on org/another" in loose.err) is (code == 2)

@@ -17,6 +17,7 @@ from evolver.checkpoints.gguf import keys, reader, writer
 from evolver.checkpoints.weights import Checkpoint
 from evolver.commands.cli import app
 from evolver.driver import deliver
+from evolver.errors import BadInput
 from evolver.runs.history import read_history
 from evolver.storage import storage_at
 
@@ -369,6 +370,28 @@ def test_in_float32_it_is_the_exported_model(run, tmp_path):
     other = tmp_path / "other.gguf"
     (line,) = deliver_one(run, other, "bf16", "3")
     assert toys.rows(run)["search", 3]["recipe_id"] in fields(other)["general.description"]
+
+
+@pytest.mark.parametrize(
+    ("patched", "reason"),
+    [
+        ("transformers.AutoModelForCausalLM.from_pretrained", "this type is unknown"),
+        ("evolver.checkpoints.gguf.reader._check_complete", "it lacks a tensor"),
+    ],
+)
+def test_why_a_file_cannot_be_read_back_is_said(made, tmp_path, monkeypatch, patched, reason):
+    _, _ = written(made("llama"), "q8_0", file := tmp_path / "m.gguf")
+    if "AutoModel" in patched:
+        monkeypatch.setattr(patched, lambda *_, **__: (_ for _ in ()).throw(NotImplementedError(reason)))
+    else:
+        error = BadInput(f"--gguf: {file} lacks a tensor; give the whole model.")
+        monkeypatch.setattr(patched, lambda *_: (_ for _ in ()).throw(error))
+    refused(
+        lambda: writer.read_back(file, tmp_path / "m", torch.float32),
+        "--gguf: Transformers does not read the architecture llama in the type MOSTLY_Q8_0",
+        f"cannot be checked ({reason})",
+        "leave --gguf out",
+    )
 
 
 @pytest.mark.parametrize("stage", ["write", "verify", "read_back"])

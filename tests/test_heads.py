@@ -11,6 +11,7 @@ import torch
 import toys
 import yaml
 from safetensors.torch import load_file, save_file
+from test_lora import train
 from toys import rows, run_here, texts
 from transformers import (
     AutoModelForSequenceClassification,
@@ -414,3 +415,54 @@ def test_a_language_model_has_no_heads(configured):
     file.write_text(yaml.safe_dump(raw, sort_keys=False))
     with pytest.raises(BadInput, match="a model of kind causal-lm has no classification heads; write merged"):
         prepare(config_at(file))
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("place", ["an expert", "the base and an expert"])
+@pytest.mark.parametrize("saved", [[], ["classifier"]])
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("heads", ["apart", "union"])
+def test_a_classifier_with_an_adapter_is_what_peft_makes_of_it(
+    configured, folders, marked, tmp_path, heads, tokens, saved, place
+):
+    """Its head is its own, or that of the model that the adapter is on, and so are its labels and its tokens."""
+    own, scores = marked if tokens else folders, {}
+    for name in ("mood", "base"):
+        model = AutoModelForSequenceClassification.from_pretrained(own / name)
+        settings = {"target_modules": ["query", "output.dense"], "modules_to_save": saved or None}
+        tuned = train(tmp_path / name, model, seed=len(name), **settings)
+        words = AutoTokenizer.from_pretrained(own / name)
+        merged = tuned.merge_and_unload()
+        for part in (merged, words):
+            part.save_pretrained(tmp_path / f"{name}-merged")
+    placed = {n: {"plus": f"{own / n}+{tmp_path / n / 'lora'}", "merged": str(tmp_path / f"{n}-merged")} for n in ("mood", "base")}  # fmt: skip  # noqa: E501
+    for kind in ("plus", "merged"):
+        raw = yaml.safe_load(configured(heads).read_text())
+        raw["model"]["base"] = str(own / "base") if place == "an expert" else placed["base"][kind]
+        raw["experts"] = {"mood": placed["mood"][kind], "colour": str(own / "colour")}
+        raw["budget"]["candidates"] = 3
+        raw["search"] = {"algorithm": "tpe"}
+        (tmp_path / f"{kind}.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+        folder = run_here(tmp_path / f"{kind}.yaml", tmp_path / kind)
+        agreed = json.loads((folder / "best.json").read_text())
+        assert agreed["equal"] == agreed["items"] == 80
+        scores[kind] = sorted((r["stage"], r["number"], r["score"]) for r in toys.all_rows(folder, "finished"))
+        for name in ("mood", "colour") if heads == "apart" else (".",):
+            model, said = AutoModelForSequenceClassification.from_pretrained(
+                folder / "best" / name, output_loading_info=True
+            )
+            assert not any(said[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+            scores[kind].append(model.config.id2label)
+    assert scores["plus"] == scores["merged"]
+
+
+def test_a_head_with_other_rows_than_the_model_below_has_labels_is_refused(configured, folders, tmp_path):
+    bodies = AutoModelForSequenceClassification.from_pretrained(folders / "mood").state_dict()
+    model = classifier(("a", "b", "c", "d"), bodies, 4)
+    train(tmp_path / "mood", model, target_modules=["query"], modules_to_save=["classifier"])
+    for heads in ("apart", "union"):
+        raw = yaml.safe_load(configured(heads).read_text())
+        raw["experts"]["mood"] = f"{folders / 'mood'}+{tmp_path / 'mood' / 'lora'}"
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+        with pytest.raises(BadInput, match=r"experts.mood: .* has 4 rows, and config.json of .* names 3 labels"):
+            prepare(config_at(tmp_path / "run.yaml"))

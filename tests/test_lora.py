@@ -106,7 +106,29 @@ BY_PEFT = {
     "IA3 of transposed layers": (lambda: with_biases(gpt2()), {
         "kind": "IA3Config", "target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"],
         "fan_in_fan_out": True}, 6),
+    "AdaLoRA": (llama, {"kind": "AdaLoraConfig", "init_r": 4, "lora_alpha": 5, "total_step": 9,
+                        "target_modules": LINEAR}, 6),
+    "AdaLoRA of transposed layers": (gpt2, {"kind": "AdaLoraConfig", "init_r": 4, "total_step": 9, "lora_alpha": 5,
+                                            "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}, 6),
+    "OFT": (llama, {"kind": "OFTConfig", "oft_block_size": 8, "target_modules": LINEAR}, 6),
+    "OFT in a number of blocks": (llama, {"kind": "OFTConfig", "oft_block_size": 0, "r": 4, "target_modules": LINEAR,
+                                          "use_cayley_neumann": False}, 6),
+    "OFT, constrained and shared": (lambda: with_biases(llama(biases=True)), {
+        "kind": "OFTConfig", "oft_block_size": 4, "target_modules": LINEAR, "coft": True, "eps": 1e-3,
+        "block_share": True, "bias": "oft_only"}, 10),
+    "BOFT": (llama, {"kind": "BOFTConfig", "boft_block_size": 4, "target_modules": LINEAR}, 6),
+    "BOFT in factors": (llama, {"kind": "BOFTConfig", "boft_block_num": 4, "boft_block_size": 0,
+                                "boft_n_butterfly_factor": 2, "target_modules": ["q_proj", "v_proj"]}, 4),
+    "VeRA": (llama, {"kind": "VeraConfig", "r": 5, "target_modules": LINEAR}, 6),
+    "VeRA, drawn anew": (llama, {"kind": "VeraConfig", "r": 5, "target_modules": LINEAR, "save_projection": False,
+                                 "projection_prng_key": 11}, 6),
+    "VeRA of transposed layers": (gpt2, {"kind": "VeraConfig", "r": 5, "target_modules": ["c_attn", "mlp.c_proj"],
+                                         "fan_in_fan_out": True}, 4),
+    "biases of LoRA": (lambda: with_biases(llama(biases=True)), {"target_modules": ["q_proj", "o_proj"],
+                                                                  "lora_bias": True}, 8),
 }  # fmt: skip
+# One of each kind.
+KINDS = ["DoRA", "LoHa", "LoKr", "IA3", "AdaLoRA", "OFT", "BOFT", "VeRA", "biases of LoRA"]
 
 
 @pytest.mark.parametrize("name", CASES | BY_PEFT)
@@ -124,6 +146,50 @@ def test_an_adapter_is_what_peft_makes_of_it(tmp_path, name):
             assert torch.equal(ours.tensor(tensor), merged[tensor]), tensor
         changed += not torch.equal(ours.tensor(tensor), base.tensor(tensor))
     assert changed == changes
+
+
+def test_an_adapter_whose_ranks_were_cut_off_in_training(tmp_path):
+    """AdaLoRA saves what is left of its matrices, and says in its configuration which ranks these were."""
+    torch.manual_seed(0)
+    tuned = train(tmp_path, llama(), **BY_PEFT["AdaLoRA"][1])
+    left = iter([[True, False, True, True], [False, True, False, False], [True] * 4] * 2)
+    layers = sorted(n.removesuffix(".default") for n, _ in tuned.base_model.model.named_parameters() if "lora_E" in n)
+    tuned.peft_config["default"].rank_pattern = {name: next(left) for name in layers}
+    tuned.save_pretrained(tmp_path / "lora")
+    whole = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    wanted = peft.PeftModel.from_pretrained(whole, tmp_path / "lora").merge_and_unload().state_dict()
+    base, ours = opened(tmp_path)
+    assert sum(not torch.equal(ours.tensor(n), base.tensor(n)) for n in base.names()) == 6
+    for name in base.names():
+        assert torch.equal(ours.tensor(name), wanted[name]), name
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "says"),
+    [
+        ("OFT", {"oft_block_size": None}, "before 0.14, which computed rotations in another way"),
+        ("OFT", {"peft_version": "0.17.1"}, "before 0.18, which computed rotations in another way"),
+        ("VeRA", {"save_projection": "no"}, "save_projection: 'no' is not usable"),
+        (
+            "AdaLoRA",
+            {"rank_pattern": {"q_proj": 3}},
+            "rank_pattern: .* is not usable; it has to be a mapping from names",
+        ),
+    ],
+)
+def test_a_kind_that_cannot_be_read_as_it_was_meant_is_refused(tmp_path, name, settings, says):
+    train(tmp_path, llama(), **BY_PEFT[name][1])
+    file = tmp_path / "lora" / "adapter_config.json"
+    config = json.loads(file.read_text()) | settings
+    file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    with pytest.raises(BadInput, match=rf"^experts\.x: .*{says}"):
+        opened(tmp_path)
+
+
+def test_a_bias_that_no_merged_model_can_hold_is_refused(tmp_path):
+    train(tmp_path, llama(), lora_bias=True)
+    with pytest.raises(BadInput, match=r"^experts\.x: .* trains a bias for .*q_proj \(lora_bias\), where the model"):
+        opened(tmp_path)
 
 
 def test_a_square_layer_follows_the_others_where_the_flag_is_that_of_the_head(tmp_path):
@@ -175,7 +241,7 @@ def copy_adapter(source, target):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"peft_type": "VERA"}, r"of the kind 'VERA' \(peft_type\), and only LORA, LOHA, LOKR, IA3 are read"),
+        ({"peft_type": "FOURIERFT"}, r"of the kind 'FOURIERFT' \(peft_type\), and only LORA, LOHA, LOKR, IA3, ADALORA"),
         ({"peft_type": None}, r"of the kind None \(peft_type\)"),
         ({"r": 5}, "says r = 5 for .*, and its matrices there have the rank"),
         ({"r": "8"}, "r: '8' is not usable; it has to be an integer from 1"),
@@ -232,7 +298,7 @@ def change_norm(file):
     save_file(content, file)
 
 
-@pytest.mark.parametrize("name", ["DoRA", "LoHa", "LoKr", "IA3"])
+@pytest.mark.parametrize("name", KINDS)
 def test_an_adapter_that_peft_reads_is_known_by_what_it_makes(tmp_path, name):
     """Other values or settings are another model; a note or a dropout in its configuration is not."""
     make, settings, _ = BY_PEFT[name]
@@ -246,13 +312,13 @@ def test_an_adapter_that_peft_reads_is_known_by_what_it_makes(tmp_path, name):
     file.write_text(json.dumps(config | {"note": 1, "lora_dropout": 0.3}))
     found.add(opened(tmp_path / "two")[1].digest())
     assert len(found) == 2
-    if name != "IA3":
-        key = "lora_alpha" if name == "DoRA" else "alpha"
-        file.write_text(json.dumps(config | {key: 2}))
+    changes = {"LoHa": {"alpha": 2}, "LoKr": {"alpha": 2}, "OFT": {"eps": 1e-3}, "IA3": {}, "BOFT": {}, "VeRA": {}}
+    if change := changes.get(name, {"lora_alpha": 2}):
+        file.write_text(json.dumps(config | change))
         assert opened(tmp_path / "two")[1].digest() not in found
 
 
-@pytest.mark.parametrize("name", ["DoRA", "LoHa", "IA3"])
+@pytest.mark.parametrize("name", KINDS)
 def test_bfloat16_is_computed_in_float32(tmp_path, name):
     make, settings, _ = BY_PEFT[name]
     torch.manual_seed(0)
@@ -266,7 +332,7 @@ def test_bfloat16_is_computed_in_float32(tmp_path, name):
         assert torch.equal(ours.tensor(tensor), exact[tensor].bfloat16()), tensor
 
 
-@pytest.mark.parametrize("name", ["DoRA", "LoHa", "LoKr", "IA3"])
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize(
     ("damage", "says"), [("shape", "PEFT cannot put the adapter"), ("missing", "only one of the two has")]
 )
@@ -280,7 +346,7 @@ def test_what_peft_cannot_put_onto_the_base_is_refused(tmp_path, name, damage, s
     last = max(content)
     if damage == "shape":
         content[last] = torch.cat([content[last], content[last]])
-    elif name == "IA3":
+    elif name in ("IA3", "OFT"):
         pytest.skip("it has one tensor for each layer; without it, the layer is not changed")
     else:
         del content[last]
@@ -381,4 +447,4 @@ def test_an_adapter_of_a_classifier_on_a_bare_body(tmp_path, kind):
         assert torch.equal(ours.tensor(name), found), name
         changed += not torch.equal(found, base.tensor(name))
     assert changed == (6 if kind == "DoRA" else 8)
-    assert torch.equal(head_of(ours)["classifier.weight"], merged.classifier.weight)
+    assert torch.equal(head_of(ours, base)["classifier.weight"], merged.classifier.weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from evolver.checkpoints.quantised import Scaled
 from evolver.checkpoints.sources import open_base
+from evolver.commands.evaluate import score_models
 from evolver.errors import BadInput
 
 BLOCK = 16
@@ -179,6 +181,43 @@ def test_a_search_over_quantised_models_scores_their_plain_numbers(make_config, 
         scores[kind] = sorted((row["stage"], row["number"], row["score"]) for row in rows)
         assert "quantization_config" not in json.loads((folder / "best" / "config.json").read_text())
     assert scores["eight"] == scores["plain"]
+
+
+def in_fours(weight):
+    """Blocks of 24 rows and columns, which divide no weight of the toys."""
+    return in_blocks(weight, 24)
+
+
+@pytest.mark.whole
+def test_a_search_over_models_that_their_blocks_do_not_divide(make_config, models, tmp_path, monkeypatch):
+    """Against the same run over folders of float64 sums of codes and scales, rounded once."""
+    monkeypatch.setitem(SCALED, "uneven", (in_fours, "weight_scale_inv"))
+    monkeypatch.setattr(sys.modules[__name__], "BLOCK", 24)
+    folders = {kind: {} for kind in ("eight", "plain")}
+    for name in ("base", *"abc"):
+        eight = quantise(shutil.copytree(models / name, tmp_path / "eight" / name), "uneven", "float32")
+        plain, tensors = (
+            shutil.copytree(models / name, tmp_path / "plain" / name),
+            load_file(eight / "model.safetensors"),
+        )
+        for scale in [n for n in tensors if n.endswith("_scale_inv")]:
+            factors, codes = tensors.pop(scale).double(), tensors[weight := scale.removesuffix("_scale_inv")]
+            rows, columns = (torch.arange(n) // 24 for n in codes.shape)
+            tensors[weight] = (codes.double() * factors[rows][:, columns]).float()
+        save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+        folders["eight"][name], folders["plain"][name] = eight, plain
+    scores = {}
+    for kind, of in folders.items():
+        (tmp_path / kind / "run").mkdir()
+        changes = {"model.base": str(of["base"]), **{f"experts.{n}": str(of[n]) for n in "abc"}}
+        config = make_config(tmp_path / kind / "run", toys.SHORT | changes | {"model.compute": "float32"})
+        folder = toys.run_here(config, tmp_path / kind / "results")
+        rows = toys.all_rows(folder, "finished")
+        scores[kind] = sorted((row["stage"], row["number"], row["score"]) for row in rows)
+        scores[kind] += [one.score for one in score_models(str(config), [str(of["a"])], "dev")]
+    assert scores["eight"] == scores["plain"]
+    with pytest.raises(RuntimeError):  # else no other way of reading is needed
+        loaded(folders["eight"]["a"])
 
 
 def stored(tmp_path, tensors, settings, dtype="bfloat16"):

@@ -12,10 +12,12 @@ from evolver.errors import BadInput
 # PEFT's words for all linear layers.
 ALL_LINEAR = "all-linear"
 # The kinds of adapters that are read. All of them change one layer at a time, by its own tensors.
-KINDS = ("LORA", "LOHA", "LOKR", "IA3")
+KINDS = ("LORA", "LOHA", "LOKR", "IA3", "ADALORA", "OFT", "BOFT", "VERA")
+# The release of PEFT from which on rotations are computed as they are now, with this approximation of them.
+NEUMANN_SINCE = (0, 18)
 # Options of LoRA with which a layer's change is not made of its own tensors, or not made of the base's.
 NOT_OF_A_LAYER = (
-    "lora_bias", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config",
+    "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config",
     "alora_invocation_tokens", "layer_replication", "target_parameters", "trainable_token_indices",
 )  # fmt: skip
 # Beginnings of training that change the base itself.
@@ -35,10 +37,16 @@ def check_settings(config: Mapping[str, Any], file: Path, key: str) -> None:
         "use_rslora": (_is_switch, "true or false"), "fan_in_fan_out": (_is_switch, "true or false"),
         "ensure_weight_tying": (_is_switch, "true or false"),
         "rank_pattern": (lambda v: _is_pattern(v, _is_rank), "a mapping from names of modules to integers from 1"),
+        "lora_bias": (_is_switch, "true or false"), "save_projection": (_is_switch, "true or false"),
+        "init_r": (_is_rank, "an integer from 1"),
         "alpha_pattern": (lambda v: _is_pattern(v, _is_number), "a mapping from names of modules to numbers"),
         "target_modules": (_is_names, "a text or a list of names of modules"),
         "modules_to_save": (_is_names, "a list of names of modules"),
     }  # fmt: skip
+    if config.get("peft_type") == "ADALORA":
+        wanted["rank_pattern"] = (lambda v: _is_pattern(v, _is_mask), "a mapping from names to lists of true and false")
+    if config.get("peft_type") == "OFT":
+        wanted["r"] = (lambda v: v == 0 or _is_rank(v), "an integer from 0")
     for name, (usable, words) in wanted.items():
         value = config.get(name)
         if value is not None and not usable(value):
@@ -50,7 +58,7 @@ def check_settings(config: Mapping[str, Any], file: Path, key: str) -> None:
 
 def is_nonlinear(config: Mapping[str, Any]) -> bool:
     """Whether an adapter changes a layer otherwise than by adding B A, so that PEFT has to compute the change."""
-    return config.get("peft_type", "LORA") != "LORA" or bool(config.get("use_dora"))
+    return config.get("peft_type", "LORA") != "LORA" or bool(config.get("use_dora") or config.get("lora_bias"))
 
 
 def _check_kind(config: Mapping[str, Any], file: Path, key: str) -> None:
@@ -60,6 +68,12 @@ def _check_kind(config: Mapping[str, Any], file: Path, key: str) -> None:
             f"{key}: {file} is of an adapter of the kind {_short(kind)} (peft_type), and only {', '.join(KINDS)} are "
             "read; merge it into its base with PEFT (merge_and_unload) and give that folder."
         )
+    if kind == "OFT" and (reason := _old_rotations(config)):
+        raise BadInput(
+            f"{key}: the adapter {file.parent} was trained with a release of PEFT before {reason}, which computed "
+            "rotations in another way; merge it into its base with that release (merge_and_unload) and give that "
+            "folder."
+        )
     used = [o for o in NOT_OF_A_LAYER if config.get(o)]
     start = str(config.get("init_lora_weights"))
     if used or start.lower().startswith(MOVES_THE_BASE):
@@ -67,6 +81,14 @@ def _check_kind(config: Mapping[str, Any], file: Path, key: str) -> None:
             f"{key}: the adapter {file.parent} uses {[*used, start][0]}, which changes more than single layers of the "
             "base; merge it into its base with PEFT (merge_and_unload) and give that folder."
         )
+
+
+def _old_rotations(config: Mapping[str, Any]) -> str:
+    """The release of PEFT before which an adapter of rotations was trained, if it cannot be read as it was meant."""
+    if "oft_block_size" not in config:
+        return "0.14"
+    release = tuple(int(n) for n in re.findall(r"\d+", str(config.get("peft_version") or "0.0"))[:2])
+    return "0.18" if config.get("use_cayley_neumann") and release < NEUMANN_SINCE else ""
 
 
 def check_rank(config: Mapping[str, Any], module: str, rank: int, file: Path, key: str) -> None:
@@ -122,6 +144,10 @@ def _check_pattern(pattern: str, place: str) -> None:
 
 def _is_rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_switch, value))
 
 
 def _is_number(value: Any) -> bool:

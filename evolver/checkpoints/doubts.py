@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from evolver.checkpoints.adapted import seen_through
+from evolver.checkpoints.adapter import Adapter
 from evolver.checkpoints.agreement import is_text_of
 from evolver.checkpoints.model_settings import differing_settings
 from evolver.checkpoints.origins import NAMED_BASE, OtherBase, other_base
@@ -40,7 +42,7 @@ def strange_bases(models: Iterable[Source]) -> list[str]:
     """Which adapters name another base than the one that they are used on, as far as this is known without reading
     weights, a sentence each.
     """
-    return [f"{m.key} ({m.path}) {_says_other(found)}." for m in models if (found := other_base(m, weights=False))]
+    return [_doubt(m, found) for m in models if (found := other_base(m, weights=False))]
 
 
 def refuse_strangers(base: Checkpoint, experts: Iterable[Source], key: str, weights: bool) -> None:
@@ -52,10 +54,10 @@ def refuse_strangers(base: Checkpoint, experts: Iterable[Source], key: str, weig
 
     Raises BadInput for an adapter that names another base, and for a model whose weights have nothing to do with it.
     """
-    for source in experts:
+    for source in (base, *experts):
         if found := other_base(source, weights):
-            raise BadInput(f"{source.key}: {source.path} {_says_other(found)} ({key} refuses it).")
-        if weights and (distance := _survey(source, base)) > FAR:
+            raise BadInput(f"{source.key}: {seen_through(source).path} {_says_other(found)} ({key} refuses it).")
+        if weights and source is not base and (distance := _survey(source, base)) > FAR:
             raise BadInput(f"{source.key}: {source.path} {_says_far(distance, base)} ({key} refuses it).")
 
 
@@ -77,14 +79,18 @@ def suspicions(base: Checkpoint, experts: Iterable[Source]) -> list[str]:
             out.append(f"{which} equals the base ({base.path}) in every floating tensor, so it adds nothing.")
         if distance > FAR:
             out.append(f"{which} {_says_far(distance, base)}.")
-        if (found := other_base(source, weights=True)) and not other_base(source, weights=False):
-            out.append(f"{which} {_says_other(found)}.")
         if other := _other_settings(source, base):
             out.append(
                 f"{which} has other settings in its config.json than the base ({base.path}), which change what the "
                 f"same weights compute: {other}; merges and experts are computed with the base's."
             )
-    return out
+    strange = [(s, found) for s in (base, *sources.values()) if (found := other_base(s, weights=True))]
+    # What names show is said before weights are read.
+    return out + [_doubt(s, found) for s, found in strange if found.by_weights]
+
+
+def _doubt(source: Source, found: OtherBase) -> str:
+    return f"{source.key} ({seen_through(source).path}) {_says_other(found)}."
 
 
 def _says_far(distance: float, base: Checkpoint) -> str:
@@ -103,7 +109,8 @@ def _says_other(found: OtherBase) -> str:
 
 def _other_settings(expert: Source, base: Checkpoint) -> str:
     """The settings in which an expert computes differently, with both values; empty where there are none."""
-    if not isinstance(expert, Checkpoint):  # an adapter has no such settings
+    expert = expert.base if isinstance(expert, Adapter) else expert  # which has no such settings itself
+    if not isinstance(expert, Checkpoint):
         return ""
     settings = base.config["text_config"] if is_text_of(expert.config, base.config) else base.config
     found = differing_settings(expert.config, settings)

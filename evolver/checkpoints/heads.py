@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evolver.checkpoints.adapted import model_below, seen_through
 from evolver.checkpoints.adapter import Adapter
 from evolver.checkpoints.weights import Checkpoint, Source, TensorInfo, digest_of_tensors, is_head
 from evolver.errors import BadInput
@@ -23,14 +24,28 @@ from evolver.errors import BadInput
 Head = dict[str, Tensor]
 
 
-def head_of(source: Source) -> Head:
-    """The tensors of a model's own head.
+def head_of(source: Source, base: Checkpoint) -> Head:
+    """The tensors of a model's own head; that of an adapter without one is the head of the model that it is on.
+
+    Args:
+        base: of the run, whose tensors all models get that lack them.
 
     Raises BadInput where it has none.
     """
-    found = source.saved(is_head) if isinstance(source, Adapter) else _saved(source)
+    adapter, below = seen_through(source), model_below(source)
+    if isinstance(adapter, Adapter):
+        own = adapter.saved(is_head)
+        found = own if own and below is model_below(base) and source is adapter else {**_saved(below), **own}
+    else:
+        found = _saved(source)
     if not found:
         raise BadInput(f"{source.key}: {source.path} holds no classification head; give a classifier.")
+    rows, labels = list(found.values())[-1].shape[0], labels_in_order(getattr(below, "config", {}))
+    if source is adapter and below is not model_below(base) and len(labels) not in (0, rows):
+        raise BadInput(
+            f"{source.key}: the head of the adapter {source.path} has {rows} rows, and config.json of {below.path} "
+            f"names {len(labels)} labels; merge the two with PEFT (merge_and_unload) and give that folder."
+        )
     return found
 
 
@@ -48,6 +63,16 @@ def labels_in_order(config: Mapping[str, Any]) -> list[str]:
 def all_labels(experts: Mapping[str, Sequence[str]]) -> list[str]:
     """The labels of all experts, each once, in the order in which they are met."""
     return list(dict.fromkeys(label for labels in experts.values() for label in labels))
+
+
+def own_labels(source: Source, head: Head) -> list[str]:
+    """The labels of a classifier by their number; empty where it names none. An adapter has those of the model that it
+    is on, if its head has as many rows.
+    """
+    below = model_below(source)
+    found = labels_in_order(below.config) if isinstance(below, Checkpoint) else []
+    fits = below is source or {len(found)} == {tensor.shape[0] for name, tensor in [*head.items()][-1:]}
+    return found if fits else []
 
 
 class Relabelled(Checkpoint):

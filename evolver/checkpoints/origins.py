@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from evolver.checkpoints.adapted import seen_through
 from evolver.checkpoints.adapter import Adapter
 from evolver.checkpoints.weights import Checkpoint, Source
 from evolver.errors import BadInput
@@ -15,23 +15,35 @@ from evolver.storage.paths import expand
 NAMED_BASE = "base_model_name_or_path"
 # How the cache of the hub's client calls a model.
 CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+$")
+# Words that say nothing of which model a folder holds. One name of such words is as good as none.
+SAYS_NOTHING = re.compile(
+    r"(base|model|llm|lm|encoder|checkpoint|ckpt|step|epoch|iter|snapshot|weights|pretrained|foundation|origin|original"
+    r"|source|start|init|merged|output|out|results?|run|final|best|last|latest|new|old|copy|local|cache|hf|my|the"
+    r"|tmp\w*|small|medium|large)s?\d*|v?\d+|[a-z]|[0-9a-f]{16,}"
+)
 # What is put behind the name of a model that was quantised for training.
 FOR_TRAINING = re.compile(r"(-unsloth)?-bnb-4bit$|-4bit$")
 
 
 @dataclass(frozen=True)
 class OtherBase:
-    """An adapter's base, and the other model that the adapter names."""
+    """An adapter's base, and the other model that the adapter names.
+
+    Attributes:
+        by_weights: only their weights show that they differ.
+    """
 
     named: str
     used: Path
+    by_weights: bool = False
 
 
 def other_base(source: Source, weights: bool) -> OtherBase | None:
     """The model that an adapter was trained on, if it is another one than its base; None for anything else.
 
     A folder that is on this machine is compared by its tensors. Otherwise names are compared, by their last parts: a
-    copy of ``org/name`` lies in a folder ``name``, or its config.json says where it is from.
+    copy of ``org/name`` lies in a folder ``name``, or its config.json says where it is from. A name such as ``base``
+    or ``checkpoint-500`` says nothing, so it contradicts none.
 
     Args:
         weights: whether tensors may be read; without, models with the same names and shapes of tensors are taken for
@@ -45,17 +57,14 @@ def other_base(source: Source, weights: bool) -> OtherBase | None:
         return None
     other = _opened(named, base)
     if other is not None and other.in_files() == base.in_files():
-        return OtherBase(named, base.path) if _differ(other, base, weights) else None
+        if _look_apart(other, base):
+            return OtherBase(named, base.path)
+        return OtherBase(named, base.path, by_weights=True) if weights and _differ(other, base) else None
     known = (base.location, str(base.path), str(base.config.get("_name_or_path") or ""))
-    same = _last_part(named) in {part for name in known for part in _parts(name)}
-    return None if same else OtherBase(named, base.path)
-
-
-def seen_through(source: Any) -> Any:
-    """A model as it is, where it is shown with other heads or tokens."""
-    while hasattr(source, "inner"):
-        source = source.inner
-    return source
+    if _last_part(named) in {part for name in known for part in _parts(name)}:
+        return None
+    says = _says_something(named) and any(_says_something(name) for name in known)
+    return OtherBase(named, base.path) if says else None
 
 
 def _opened(named: str, base: Checkpoint) -> Checkpoint | None:
@@ -67,13 +76,19 @@ def _opened(named: str, base: Checkpoint) -> Checkpoint | None:
         return None
 
 
-def _differ(one: Checkpoint, base: Checkpoint, weights: bool) -> bool:
-    if one.path.resolve() == base.path.resolve():
-        return False
+def _look_apart(one: Checkpoint, base: Checkpoint) -> bool:
     shapes, others = ({c.stored[n]: i.shape for n, i in c.headers.items()} for c in (one, base))
-    if any(shapes[n] != others[n] for n in shapes.keys() & others.keys()):
-        return True
-    return weights and one.digest() != base.digest()
+    return any(shapes[n] != others[n] for n in shapes.keys() & others.keys())
+
+
+def _differ(one: Checkpoint, base: Checkpoint) -> bool:
+    return one.path.resolve() != base.path.resolve() and one.digest() != base.digest()
+
+
+def _says_something(name: str) -> bool:
+    """Whether the last part of a name has a word that can be of one model only."""
+    plain = min(_parts(name), key=len, default="")
+    return any(not SAYS_NOTHING.fullmatch(word) for word in re.split(r"[^a-z0-9]+", plain) if word)
 
 
 def _parts(name: str) -> set[str]:

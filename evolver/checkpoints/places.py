@@ -8,10 +8,10 @@ from pathlib import Path
 from evolver.errors import BadInput, cause_of
 from evolver.storage import is_remote
 from evolver.storage.paths import expand
+from evolver.storage.references import HUB_ID, may_be, parts_of
 
 # The suffixes of files that Python's pickle writes.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-HUB_ID = r"[\w.-]+/[\w.-]+(@[\w.-]+)?"
 
 
 def refuse_missing(location: str, key: str) -> None:
@@ -35,6 +35,20 @@ def refuse_missing(location: str, key: str) -> None:
         )
     if not there and not re.fullmatch(HUB_ID, location):
         raise BadInput(f"{key}: there is no folder {path}; give the folder of a model, or a hub id such as org/name.")
+
+
+def refuse_missing_parts(location: str, key: str) -> None:
+    """Check that a model, and its adapter where it has one, can be where a user says, as ``refuse_missing`` does."""
+    model, adapter = parts_of(location)
+    refuse_missing(model, key)
+    if not adapter:
+        return
+    if "+" in adapter and not may_be(adapter):
+        raise BadInput(
+            f"{key}: {location} has more than one plus sign; write MODEL+ADAPTER, and merge further adapters into "
+            "their model with PEFT (merge_and_unload) before."
+        )
+    refuse_missing(adapter, key)
 
 
 def _refuse_pickle(path: Path, key: str) -> None:

@@ -78,6 +78,11 @@ def method_of(config: Mapping[str, Any]) -> str | None:
     return str(found.get(METHOD, "some way")) if isinstance(found, dict) else "some way"
 
 
+def how_quantised(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How a model's weights are quantised, where they are read as plain numbers."""
+    return dict(config[CONFIG_KEY]) if method_of(config) in READ_METHODS else None
+
+
 def refuse_quantised(config: Mapping[str, Any], path: Path, key: str) -> None:
     """Raises BadInput for weights that are quantised by a method that is not read."""
     method = method_of(config)
@@ -125,6 +130,12 @@ class ScaledTensors:
     def scales(self) -> dict[str, str]:
         """The names in the files of numbers, by those of their scales."""
         return {scaled.scales: codes for codes, scaled in self._found.items()}
+
+    @property
+    def uneven(self) -> bool:
+        """Whether the blocks of a weight do not divide it, so that Transformers does not read it."""
+        blocks = [(s, self._shape(s.scales)) for s in self._found.values() if s.block is not None]
+        return any(size % parts for s, grid in blocks for size, parts in zip(s.shape[-2:], grid[-2:], strict=True))
 
     def in_parts(self, stored: Mapping[str, str]) -> dict[str, str]:
         """The names in the files of a model's tensors by their own: without scales, and those of four bits renamed."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import filecmp
 import importlib
 import pkgutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from evolver import checkpoints
+from evolver.checkpoints.adapted import Adapted, model_below
 from evolver.checkpoints.adapter import Adapter
 from evolver.checkpoints.agreement import Agreement, is_text_of
 from evolver.checkpoints.formats import FORMATS, ModelFormat
@@ -34,8 +37,8 @@ def open_base(location: str, key: str = "model.base", headless: bool = False) ->
     known = _format_of(path)
     if known is not None and known.delta:
         raise BadInput(
-            f"{key}: {location} is an adapter, which is no model without its base; write BASE+{location} in a mergekit "
-            "file, or give the model that it was trained on."
+            f"{key}: {location} is an adapter, which is no model without its base; write MODEL+{location} with the "
+            "model that it was trained on."
         )
     base: Checkpoint = Checkpoint(path, key, headless) if known is None else known.open(path, key, None, headless)
     base.location = location
@@ -67,6 +70,75 @@ def open_expert(
     return expert
 
 
+@dataclass(frozen=True)
+class Named:
+    """An expert as a user names it.
+
+    Attributes:
+        model: its place.
+        adapter: the place of an adapter that is on it; empty where there is none.
+        key: under which the user named it.
+    """
+
+    model: str
+    adapter: str
+    key: str
+
+
+def open_experts(
+    wanted: Mapping[str, Named], base: Named, names: Agreement, same_tokens: bool = True
+) -> tuple[Checkpoint, dict[str, Source]]:
+    """The base, with its adapter where it has one, and the experts. An adapter that stands alone is on the model of the
+    base. All get the names of that model, on whose tensors they agree.
+
+    Args:
+        base: the base as it is named; its model is that of ``names``.
+
+    Raises BadInput, see ``open_expert``, and where a part of a name is of the wrong kind.
+    """
+    models: dict[str, Checkpoint] = {}
+    # An adapter changes tensors of the base by name, so the base has to have its names by then.
+    last = {n for n, w in wanted.items() if w.adapter or is_delta(w.model, w.key)}
+    found: dict[str, Source] = {}
+    for name in sorted(wanted, key=last.__contains__):
+        one = wanted[name]
+        if not one.adapter:
+            found[name] = open_expert(one.model, names.base, one.key, same_tokens, names)
+            continue
+        if one.model not in models:
+            models[one.model] = _carrier(one, base, names, same_tokens)
+        found[name] = _adapter_on(models[one.model], one, same_tokens)
+    own = _adapter_on(names.base, base, same_tokens) if base.adapter else None
+    names.settle([*found.values(), *models.values()])
+    return Adapted(own) if own is not None else names.base, {name: found[name] for name in wanted}
+
+
+def models_below(sources: Iterable[Source]) -> list[Checkpoint]:
+    """The checkpoints that adapters are on, each once."""
+    return list({id(m): m for s in sources if isinstance(m := model_below(s), Checkpoint) and m is not s}.values())
+
+
+def _carrier(one: Named, base: Named, names: Agreement, same_tokens: bool) -> Checkpoint:
+    """The model before a plus sign."""
+    if expand(one.model) == expand(base.model):
+        return names.base
+    found = open_expert(one.model, names.base, one.key, same_tokens, names)
+    if not isinstance(found, Checkpoint):
+        raise BadInput(
+            f"{one.key}: {one.model} is an adapter itself; give the model that {one.adapter} was trained on."
+        )
+    return found
+
+
+def _adapter_on(model: Checkpoint, one: Named, same_tokens: bool) -> Source:
+    if not is_delta(one.adapter, one.key):
+        raise BadInput(
+            f"{one.key}: {one.adapter} is no adapter (it has no adapter_config.json); write an adapter behind the plus "
+            "sign, or give a model alone."
+        )
+    return open_expert(one.adapter, model, one.key, same_tokens)
+
+
 def is_delta(location: str, key: str) -> bool:
     """Whether what lies at ``location`` holds only what a model changes in its base, such as a LoRA adapter."""
     known = _format_of(_locate(location, key))
@@ -83,10 +155,11 @@ def check_same_vocabulary(expert: Source, base: Checkpoint, key: str) -> None:
 
     Raises BadInput that names ``key``.
     """
-    if not isinstance(expert, Checkpoint) and not (isinstance(expert, Adapter) and expert.has_own_tokens):
+    seen = model_below(expert) if isinstance(expert, Adapter) and not expert.has_own_tokens else expert
+    if seen is model_below(base) or not isinstance(seen, Checkpoint | Adapter):
         return
-    _check_same_tokens(expert, base, key)
-    _check_same_shapes(expert, base, key, same_tokens=True)
+    _check_same_tokens(seen, base, key)
+    _check_same_shapes(seen, base, key, same_tokens=True)
 
 
 def _check_same_family(

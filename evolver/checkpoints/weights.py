@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from evolver.checkpoints.names import is_computed, plain_names, wrapper_patterns
-from evolver.checkpoints.quantised import ScaledTensors, refuse_quantised, without_quantisation
+from evolver.checkpoints.quantised import ScaledTensors, how_quantised, refuse_quantised, without_quantisation
 from evolver.errors import BadInput, cause_of, refuse_special
 from evolver.kernels import native
 from evolver.records.recipe import layer_of
@@ -104,6 +104,7 @@ class Checkpoint:
         named: the name of the tensor that the model's class calls so, or the same where it is not known.
         apart: the names in the files, by their own names, of tensors that are kept with the head.
         location: as the user named it, where this is known.
+        quantisation: how its weights are quantised, as config.json says; None: they are plain numbers.
         lent: the tensors that another model holds in its place, by name.
         derived: the tensors that are made of those in the files, by name.
 
@@ -129,6 +130,7 @@ class Checkpoint:
             handle = open_tensors(path / file, key)
             self._files[file] = handle
             self._place.update(dict.fromkeys(handle.keys(), file))
+        self.quantisation = how_quantised(raw_config)
         self._scaled = ScaledTensors(raw_config, self._place, self._sizes, path, key)
         plain = plain_names(self._place)
         self._place = {n: f for n, f in self._place.items() if not (headless and is_head(plain[n]))}
@@ -152,6 +154,11 @@ class Checkpoint:
     def scales(self) -> Mapping[str, str]:
         """The name in the files of every quantised weight by that of its scales."""
         return self._scaled.scales
+
+    @property
+    def uneven(self) -> bool:
+        """Whether the blocks of a quantised weight do not divide it, so that Transformers does not read it."""
+        return self._scaled.uneven
 
     def in_files(self) -> list[str]:
         """The names of all tensors in the files, sorted."""

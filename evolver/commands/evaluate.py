@@ -23,12 +23,13 @@ from evolver.report.text import markdown_table, score_text
 from evolver.workers.compute import is_open, settled
 from evolver.workers.opened import (
     Opened,
+    chat_folder,
     check_backend_device,
     check_device,
     companions_of,
     draw_up,
+    open_alone,
     open_models,
-    open_named,
 )
 from evolver.workers.worker import build_model, choose_compute
 
@@ -101,8 +102,8 @@ def score_models(
 def _opened(config: Config, opened: Opened, model: str, device: str) -> Opened:
     """A model in the place of the base, which the device can hold. It has a head of its own, with its own labels."""
     with _said_of(model):
-        base = open_named(config, model, COMMAND).base
-        folders = {name: source.path for name, source in {"base": opened.base, **opened.experts}.items()}
+        base = open_alone(config, model, COMMAND)
+        folders = {"base": opened.base.path, **{n: chat_folder(s, opened.base) for n, s in opened.experts.items()}}
         companions = companions_of(config, folders, base.path, own_template=True)
         found = replace(opened, base=base, labels=(), companions=companions)
         check_device(config, found, device)

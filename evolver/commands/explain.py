@@ -26,6 +26,7 @@ from evolver.records.recipe import Expert, Layers, Merge, Recipe, layer_of, load
 from evolver.runs.files import RECIPE_FILE, RUN_FILE
 from evolver.runs.folder import config_of_run
 from evolver.storage import storage_at
+from evolver.storage.references import parts_of
 from evolver.workers.opened import draw_up, open_named
 
 # Items of each task whose prompts are shown.
@@ -101,7 +102,7 @@ def _of_winner(run: Path) -> list[SettingRow]:
             f"{file}: {cause_of(error)}; run the configuration again, which writes the file again."
         ) from error
     config = load(run / RUN_FILE)
-    base = open_named(config, config.model.base, f"{run / RUN_FILE}: model.base").base
+    base = open_named(config, parts_of(config.model.base)[0], f"{run / RUN_FILE}: model.base").base
     try:
         return _rows(recipe, base.names(), ())
     except BadInput as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from evolver.checkpoints.adapted import model_below
 from evolver.checkpoints.doubts import strange_bases, suspicions
 from evolver.checkpoints.heads import Head, Relabelled
 from evolver.checkpoints.lora_out import WrittenAdapter, is_tied, is_transposed, write_lora
@@ -16,6 +17,7 @@ from evolver.checkpoints.weights import Checkpoint, Source
 from evolver.config.reading import load
 from evolver.errors import BadInput
 from evolver.storage import check_target, new_folder
+from evolver.storage.references import parts_of
 from evolver.workers.opened import Opened, open_models
 
 
@@ -87,16 +89,17 @@ def extract_pool(
                 "model.tokenizer: the experts have other tokens than the base, and an adapter has no place for their "
                 "rows; give experts with the tokens of the base."
             )
-        origin = _body(opened.base)
+        origin = model_below(_body(opened.base))  # PEFT puts an adapter onto a model without one
         models = {name: _body(expert) for name, expert in opened.experts.items()}
         for doubt in (*strange_bases(models.values()), *suspicions(origin, models.values())):
             warn(doubt)
+        location = parts_of(config.model.base)[0]
         with new_folder(target) as folder:
             made = {}
             for name, expert in models.items():
                 (folder / name).mkdir()
                 head = _head(opened, name)
-                made[name] = _write(origin, expert, folder / name, config.model.base, rank, energy, head)
+                made[name] = _write(origin, expert, folder / name, location, rank, energy, head)
             return made
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from error

@@ -13,7 +13,7 @@ from evolver.checkpoints import chat
 from evolver.checkpoints.agreement import Agreement
 from evolver.checkpoints.doubts import left_out, refuse_strangers, strange_bases, suspicions
 from evolver.checkpoints.shards import SHARD_BYTES
-from evolver.checkpoints.sources import is_delta, open_base, open_expert
+from evolver.checkpoints.sources import Named, models_below, open_base, open_experts
 from evolver.checkpoints.weights import TOKEN_MATRICES, Checkpoint, Source, digests
 from evolver.config.model import TokenizerSettings
 from evolver.errors import BadInput
@@ -79,12 +79,10 @@ def open_merge(path: str | Path) -> OpenedFile:
     location = configuration.origin.partition("+")[0]
     base = open_base(location, f"{path}: base_model")
     names, same = Agreement(base, without_weights_of), configuration.tokenizer is None
-    references = configuration.references
-    # An adapter changes tensors of the base by name, so the base has to have its names by then.
-    last = {r for r in references if "+" in r or (r != location and is_delta(r, f"{path}: models"))}
-    found = {r: _open(r, names, location, path, same) for r in sorted(references, key=last.__contains__)}
-    names.settle([*found.values(), *(getattr(s, "base", base) for s in found.values())])
-    said = (*left_out(found.values()), *strange_bases(found.values()))
+    references, key = configuration.references, f"{path}: models"
+    wanted = {r: Named(*r.partition("+")[::2], key) for r in references if r != location}
+    found = {location: base, **open_experts(wanted, Named(location, "", key), names, same)[1]}
+    said = (*left_out([*found.values(), *models_below(found.values())]), *strange_bases(found.values()))
     opened = OpenedFile(configuration, base, {r: found[r] for r in references}, left_out=said)
     return opened if configuration.tokenizer is None else _aligned(opened, configuration.tokenizer, str(path))
 
@@ -221,14 +219,3 @@ def _chat_template(opened: OpenedFile, path: str) -> str | None:
     own = {s.path: with_tokens(s).path for s in opened.sources.values()}  # an adapter's folder may have no template
     folders = [f if chat.template_of(f) is not None else below for f, below in own.items()]
     return chat.template(wanted, folders, f"{path}: chat_template")
-
-
-def _open(reference: str, names: Agreement, base_location: str, path: str | Path, same_tokens: bool) -> Source:
-    location, _, adapter = reference.partition("+")
-    key, base = f"{path}: models", names.base
-    own = base if location == base_location else open_expert(location, base, key, same_tokens, names)
-    if not adapter:
-        return own
-    if not isinstance(own, Checkpoint):
-        raise BadInput(f"{key}: {location} is an adapter itself; give the model that {adapter} was trained on.")
-    return open_expert(adapter, own, key, same_tokens)

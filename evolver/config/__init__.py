@@ -147,8 +147,8 @@ class Config(Section):
     )
     model: ModelSettings = Field(description="the base model and its kind")
     experts: dict[str, str] = Field(
-        description="mapping from a name for each expert to its folder (a fine-tune or a LoRA adapter), GGUF file or "
-        "hub id"
+        description="mapping from a name for each expert to its folder (a fine-tune, or an adapter of the base), GGUF "
+        "file or hub id; an adapter of another model is written MODEL+ADAPTER"
     )
     search: dict[str, Any] = Field(description="mapping with algorithm and the settings of this algorithm")
     budget: Budget = Field(description="number of candidates or of scored items")

@@ -47,7 +47,9 @@ class TokenizerSettings(Section):
 class ModelSettings(Section):
     """The base model, from which all experts were fine-tuned, and how models are evaluated and stored."""
 
-    base: str = Field(description="the base: its Hugging Face folder, a GGUF file, or a hub id")
+    base: str = Field(
+        description="the base: its Hugging Face folder, a GGUF file, or a hub id; with an adapter in it: MODEL+ADAPTER"
+    )
     kind: Literal["causal-lm", "seq2seq", "classifier", "token-classifier", "image-classifier"] = Field(
         "causal-lm",
         description="the kind of model that base and experts are evaluated as. classifier: labels of texts or pairs of "

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
+from evolver.checkpoints.adapted import model_below, seen_through
 from evolver.checkpoints.adapter import Adapter
 from evolver.checkpoints.chat import EXPERT
-from evolver.checkpoints.origins import seen_through
 from evolver.config import Config
 from evolver.driver.prepare import Prepared
 from evolver.merging import mergekit
@@ -22,6 +22,7 @@ from evolver.report.verdict import verdict
 from evolver.runs.about import About
 from evolver.runs.outcome import Outcome
 from evolver.storage.paths import expand
+from evolver.storage.references import parts_of
 
 # What the hub calls the tasks of our kinds of models.
 HUB_TASKS = {
@@ -56,7 +57,7 @@ def candidate_card(about: About, candidate: Candidate, result: Result, rebuild: 
 
 
 def _card(config: Config, results: list[dict[str, Any]], said: str, rebuild: str, licences: Licences) -> str:
-    parents = [config.model.base, *config.experts.values()]
+    parents = _parents(config)
     front: dict[str, Any] = {"base_model": parents, "base_model_relation": "merge", "library_name": "transformers"}
     known = {licences.get(parent) for parent in parents}
     if len(known) == 1 and (one := known.pop()):
@@ -65,7 +66,10 @@ def _card(config: Config, results: list[dict[str, Any]], said: str, rebuild: str
     named = [("base", config.model.base), *config.experts.items()]
     served = as_served(config.evaluation)
     unlike = f"\n\n{served} The weights here are not quantised." if served else ""
-    lines = [f"- {name}: `{location}`{_under(licences.get(location))}" for name, location in named]
+    lines = [
+        f"- {name}: `{location}`{''.join(_under(licences.get(part)) for part in parts_of(location) if part)}"
+        for name, location in named
+    ]
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}
 ---
@@ -108,6 +112,12 @@ def _results(about: About, split: Split, result: Result) -> list[dict[str, Any]]
     ]
 
 
+def _parents(config: Config) -> list[str]:
+    """The models and adapters that a merge is made of, each once."""
+    named = (config.model.base, *config.experts.values())
+    return list(dict.fromkeys(part for location in named for part in parts_of(location) if part))
+
+
 def _under(licence: str | None) -> str:
     return f", {licence}" if licence else ""
 
@@ -140,12 +150,12 @@ def _rebuilt(prepared: Prepared, recipe: Recipe) -> tuple[str, dict[str, str]]:
 def _reference(prepared: Prepared, name: str) -> str:
     """A model of a run as a mergekit file names it: an adapter behind its base."""
     config = prepared.config
-    base = str(expand(config.model.base))
-    if name == "base":
-        return base
-    location = str(expand(config.experts[name]))
-    adapter = isinstance(seen_through(prepared.opened.experts[name]), Adapter)
-    return f"{base}+{location}" if adapter and "+" not in base + location else location
+    location = config.model.base if name == "base" else config.experts[name]
+    base, model, adapter = map(expand, (parts_of(config.model.base)[0], *parts_of(location)))
+    if adapter:
+        return f"{model}+{adapter}"
+    alone = name != "base" and isinstance(seen_through(prepared.opened.experts[name]), Adapter)
+    return f"{base}+{model}" if alone and "+" not in base + model else model
 
 
 def _words(prepared: Prepared, text: str) -> str:
@@ -169,5 +179,10 @@ def _words(prepared: Prepared, text: str) -> str:
 
 def _licences(prepared: Prepared) -> dict[str, str | None]:
     config, opened = prepared.config, prepared.opened
-    found = {config.model.base: licence_of(opened.base.path)}
-    return found | {location: licence_of(opened.experts[n].path) for n, location in config.experts.items()}
+    found: dict[str, str | None] = {}
+    named = [(config.model.base, opened.base), *((where, opened.experts[n]) for n, where in config.experts.items())]
+    for location, source in named:
+        model, adapter = parts_of(location)
+        found |= {model: licence_of(model_below(source).path)} if adapter else {model: licence_of(source.path)}
+        found |= {adapter: licence_of(seen_through(source).path)} if adapter else {}
+    return found

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from evolver.checkpoints.adapted import model_below
 from evolver.checkpoints.gguf import seal as gguf_seal
 from evolver.checkpoints.gguf import writer as gguf_out
 from evolver.checkpoints.gguf.keys import OPTION
@@ -28,6 +29,7 @@ from evolver.records.recipe import Recipe
 from evolver.report.text import as_served
 from evolver.runs.history import History, read_history
 from evolver.storage import Storage, check_export, check_target, exported_folder, new_file
+from evolver.storage.references import parts_of
 
 Warn = Callable[[str], None]
 
@@ -119,9 +121,9 @@ def deliver_lora(
     recipe, prepared = _chosen(run, wanted)
     config = prepared.opened.base.config
     tied, transposed = is_tied(config), is_transposed(config)
-    model, base = _stream(prepared, recipe), prepared.config.model.base
+    model, base = _stream(prepared, recipe), parts_of(prepared.config.model.base)[0]
     with exported_folder(out, force) as folder:
-        made = write_lora(_of_base(prepared), model, folder, base, tied, rank, energy, transposed)
+        made = write_lora(_of_carrier(prepared), model, folder, base, tied, rank, energy, transposed)
     say(f"{out}: {made.said}")
 
 
@@ -206,6 +208,14 @@ def _chosen(run: Storage, wanted: str | None) -> tuple[Recipe, Prepared]:
 
 def _of_base(prepared: Prepared) -> dict[str, Any]:
     return {name: tensor.clone() for name, tensor in _stream(prepared, prepared.base)}
+
+
+def _of_carrier(prepared: Prepared) -> dict[str, Any]:
+    """The model that PEFT can put an adapter onto: the base, without an adapter that it has itself."""
+    tensors, below = _of_base(prepared), model_below(prepared.opened.base)
+    if below is prepared.opened.base:
+        return tensors
+    return {n: below.tensor(n).to(t.dtype) if n in below.headers else t for n, t in tensors.items()}
 
 
 def _stream(prepared: Prepared, recipe: Recipe) -> Iterator[tuple[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from evolver.checkpoints.places import refuse_missing
+from evolver.checkpoints.places import refuse_missing_parts
 from evolver.config import Config
 from evolver.config.reading import ConfigText, check_section
 from evolver.errors import BadInput, nearest
@@ -26,7 +26,7 @@ def refuse_early(given: ConfigText) -> None:
     check_loggers(config, file)
     try:
         for key, location in {"model.base": config.model.base, **_keyed(config.experts)}.items():
-            refuse_missing(location, key)
+            refuse_missing_parts(location, key)
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +39,9 @@ class LiveModel:
             It may be gone once the model is made.
         wrappers: patterns in the names of the folder's files, and what takes their place, before the class reads them.
         quantise: the quantisation through which ``write`` rounds weights; None: it writes them as they are.
+        stored: how the folder's weights are quantised, as its config.json says; None: they are plain numbers.
+        plain: a folder with the same weights as plain numbers, where Transformers cannot read those in ``folder``. It
+            may be gone once the model is made.
 
     Raises BadInput where a tensor of the checkpoint has no place in the model, where the checkpoint lacks a tensor that
     the model needs, and for tensors that cannot be quantised.
@@ -49,6 +51,7 @@ class LiveModel:
         self, settings: ModelSettings, folder: Path, shapes: Mapping[str, tuple[int, ...]], device: str,
         heads: Mapping[str, Mapping[str, Tensor]] | None = None, labels: Sequence[str] = (),
         beside: Path | None = None, wrappers: Mapping[str, str] | None = None, quantise: str | None = None,
+        stored: Mapping[str, Any] | None = None, plain: Path | None = None,
     ) -> None:  # fmt: skip
         import transformers
 
@@ -60,15 +63,15 @@ class LiveModel:
         self.listener: Listener | None = None
         self.folder, self._heads = folder, heads or {}
         self._beside = beside or folder
-        given = labelled(labels)
-        if self._beside != folder:  # its config.json may name another number of tokens, whose rows are written later
-            given = {
-                "config": transformers.AutoConfig.from_pretrained(self._beside, **labelled(labels, False)),
-                "ignore_mismatched_sizes": bool(shapes),
-            }
+        given, apart = labelled(labels), self._beside != folder or plain is not None
+        if apart:  # its config.json may name another number of tokens, whose rows are written later
+            config = transformers.AutoConfig.from_pretrained(self._beside, **labelled(labels, False))
+            if plain is not None and hasattr(config, "quantization_config"):
+                del config.quantization_config
+            given = {"config": config, "ignore_mismatched_sizes": bool(shapes)}
         self.module, loaded = model_class(settings.kind).from_pretrained(
-            folder, dtype=settings.compute, use_safetensors=True, output_loading_info=True,
-            key_mapping=dict(wrappers) if wrappers else None, **given, **dequantised(folder),
+            plain or folder, dtype=settings.compute, use_safetensors=True, output_loading_info=True,
+            key_mapping=dict(wrappers) if wrappers else None, **given, **({} if plain else dequantised(stored)),
         )  # fmt: skip
         written = {*shapes, *(n for head in self._heads.values() for n in head)}
         missing = set(loaded["missing_keys"]) - written
@@ -77,7 +80,7 @@ class LiveModel:
                 f"model.base: {folder} lacks {min(missing)}, which {type(self.module).__name__} needs; "
                 "give a base of the kind that model.kind names."
             )
-        if self._beside != folder:
+        if apart:
             if self.module.can_generate() and (self._beside / "generation_config.json").exists():
                 self.module.generation_config = transformers.GenerationConfig.from_pretrained(self._beside)
             _ = self.tokenizer
@@ -282,15 +285,18 @@ def labelled(labels: Sequence[str], loads: bool = True) -> dict[str, Any]:
     return {**own, "ignore_mismatched_sizes": True} if loads else own
 
 
-def dequantised(folder: Path) -> dict[str, Any]:
-    """The arguments with which Transformers loads weights of FP8 or MXFP4 as plain numbers, on a GPU as well."""
+def dequantised(stored: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The arguments with which Transformers loads weights of FP8 or MXFP4 as plain numbers, on a GPU as well.
+
+    Args:
+        stored: see ``LiveModel``.
+    """
     from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
-    settings = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
     kinds: dict[str, Any] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
-    if (kind := kinds.get(str(settings.get("quant_method")))) is None:
+    if stored is None or (kind := kinds.get(str(stored.get("quant_method")))) is None:
         return {}
-    kept = settings.get("modules_to_not_convert")
+    kept = stored.get("modules_to_not_convert")
     return {"quantization_config": kind(dequantize=True, modules_to_not_convert=kept)}
 
 

@@ -101,7 +101,16 @@ def write_heads(folder: Path, heads: Mapping[str, tuple[Path, Head]]) -> None:
         config = without_quantisation(json.loads((expert / "config.json").read_text()))  # its body is another one
         if "vocab_size" in config:
             config["vocab_size"] = rows
+        config |= _labels_of_head(config, list(head.values())[-1].shape[0])
         (own / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _labels_of_head(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """Labels for the rows of a head, where config.json, which may be of a model below an adapter, has others."""
+    if len(config.get("id2label") or ("LABEL_0", "LABEL_1")) == rows:
+        return {}
+    labels = [f"LABEL_{n}" for n in range(rows)]
+    return {"id2label": {str(n): la for n, la in enumerate(labels)}, "label2id": {la: n for n, la in enumerate(labels)}}
 
 
 def merged_config(recipe: Recipe, materialiser: Materialiser) -> dict[str, Any]:

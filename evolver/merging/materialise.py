@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from evolver.checkpoints.adapted import Adapted
 from evolver.checkpoints.weights import Checkpoint, Source, TensorInfo
 from evolver.kernels.compiled import Kernels
 from evolver.merging import crossing, methods
@@ -158,7 +159,8 @@ class Materialiser:
         return new[: self._slots]
 
     def _is_mapped(self, node: Recipe) -> bool:
-        return isinstance(node, Expert) and isinstance(self.sources[node.digest], Checkpoint)
+        source = self.sources[node.digest] if isinstance(node, Expert) else None
+        return isinstance(source, Checkpoint) and not isinstance(source, Adapted)
 
     def _admit(self, built: Mapping[str, dict[str, Tensor]]) -> None:
         self._resident.update(built)

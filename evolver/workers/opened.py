@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
+from evolver.checkpoints.adapted import model_below
 from evolver.checkpoints.adapter import Adapter
 from evolver.checkpoints.agreement import Agreement
 from evolver.checkpoints.chat import EXPERT, Wanted, resolve, template_of
 from evolver.checkpoints.doubts import left_out, refuse_strangers, strange_bases
-from evolver.checkpoints.heads import Head, Relabelled, all_labels, head_digest, head_of, labels_in_order
-from evolver.checkpoints.sources import is_delta, open_base, open_expert
+from evolver.checkpoints.heads import Head, Relabelled, all_labels, head_digest, head_of, labels_in_order, own_labels
+from evolver.checkpoints.sources import Named, models_below, open_base, open_experts
 from evolver.checkpoints.weights import Checkpoint, Source, digests, vocabulary_in
 from evolver.config import Config
 from evolver.config.evaluation import EvaluationSettings
@@ -24,6 +25,7 @@ from evolver.evaluation.blueprint import HF, Blueprint, ModelFolder, check_archi
 from evolver.evaluation.live import free_memory, kinds_of, model_class
 from evolver.merging.companions import CommonTokens, Companions
 from evolver.merging.mergekit.vocabulary import with_tokens
+from evolver.storage.references import parts_of
 from evolver.workers.compute import refuse_compute, stored_dtype
 from evolver.workers.plan import AS_IT_IS, CHAT, TOKENS
 from evolver.workers.vocabulary import OF_BASE, Models, tokens_of, with_common_tokens
@@ -83,7 +85,7 @@ class Opened:
     @property
     def placed_heads(self) -> dict[str, tuple[Path, Head]]:
         """The heads that are kept apart, each with the folder of its expert, by the expert's name."""
-        return {name: (self.experts[name].path, head) for name, head in self.heads.items()}
+        return {name: (model_below(self.experts[name]).path, head) for name, head in self.heads.items()}
 
     def digests(self) -> dict[str, str]:
         own = {f"head of {name}": head_digest(head) for name, head in self.heads.items()}
@@ -100,18 +102,15 @@ def open_models(config: Config) -> Opened:
 
     Raises BadInput where one is no usable checkpoint, and where an expert does not fit the base.
     """
-    names = open_named(config, config.model.base, "model.base", headless=config.model.heads != "merged")
-    base, keyed = names.base, {n: (p, f"experts.{n}") for n, p in config.experts.items()}
-    tokens = config.model.kind != "image-classifier"
-    # An adapter changes tensors of the base by name, so the base has to have its names by then.
-    order = sorted(keyed, key=lambda n: is_delta(*keyed[n]))
-    found = {n: open_expert(keyed[n][0], base, keyed[n][1], same_tokens=not tokens, names=names) for n in order}
-    names.settle(found.values())
-    experts: dict[str, Source] = {n: found[n] for n in config.experts}
+    origin = Named(*parts_of(config.model.base), "model.base")
+    names = open_named(config, origin.model, origin.key, headless=config.model.heads != "merged")
+    wanted = {n: Named(*parts_of(p), f"experts.{n}") for n, p in config.experts.items()}
+    base, experts = open_experts(wanted, origin, names, same_tokens=config.model.kind == "image-classifier")
     if config.model.strict:
         refuse_strangers(base, experts.values(), STRICT, weights=False)
     opened = _joined(config, base, experts)
-    said = (*left_out([base, *experts.values()]), *strange_bases(experts.values()))
+    models = [base, *experts.values()]
+    said = (*left_out([*models, *models_below(models)]), *strange_bases(models))
     return replace(opened, warnings=(*said, *opened.warnings))
 
 
@@ -125,7 +124,7 @@ def _joined(config: Config, base: Checkpoint, experts: dict[str, Source]) -> Ope
     if config.model.heads == "union":
         opened = _with_all_labels(models, base, experts)
     else:
-        heads = {n: head_of(s) for n, s in experts.items()} if config.model.heads == "apart" else {}
+        heads = {n: head_of(s, base) for n, s in experts.items()} if config.model.heads == "apart" else {}
         own = {}
         if models.tokens is not None:
             sources = {OF_BASE: base, **experts}
@@ -139,18 +138,20 @@ def _joined(config: Config, base: Checkpoint, experts: dict[str, Source]) -> Ope
 
 
 def _own_model(source: Source, base: Checkpoint, files: Companions) -> OwnModel:
-    """A model with its own tokens; an adapter is put on the base with as many rows as it has."""
+    """A model with its own tokens; an adapter is put on its model with as many rows as it has."""
     if isinstance(source, Adapter) and source.has_own_tokens:
         loaded, tokens = tokens_of(source)
-        return OwnModel(source, loaded, replace(files, folder=base.path, tokens=tokens))
-    return OwnModel(source, source if isinstance(source, Checkpoint) else base, files)
+        return OwnModel(source, loaded, replace(files, folder=source.base.path, tokens=tokens))
+    below = source.base if isinstance(source, Adapter) else source
+    return OwnModel(source, below if isinstance(below, Checkpoint) else base, files)
 
 
 def _moved_labels(base: Checkpoint, experts: Mapping[str, Source]) -> list[str]:
     """Experts with the base's labels in another order, a sentence each: their heads' rows are of different labels."""
     theirs, said = labels_in_order(base.config), []
     for source in experts.values():
-        ours = labels_in_order(source.config) if isinstance(source, Checkpoint) else theirs
+        below = model_below(source)
+        ours = labels_in_order(below.config) if isinstance(below, Checkpoint) else theirs
         if ours != theirs and sorted(ours) == sorted(theirs):
             moved = next(label for label, other in zip(ours, theirs, strict=True) if label != other)
             said.append(
@@ -159,6 +160,15 @@ def _moved_labels(base: Checkpoint, experts: Mapping[str, Source]) -> list[str]:
                 "labels are merged; write model.heads: union, which matches them by name"
             )
     return said
+
+
+def open_alone(config: Config, location: str, key: str) -> Checkpoint:
+    """A model that is scored as it is: a base, or ``MODEL+ADAPTER``.
+
+    Raises BadInput that names ``key``.
+    """
+    origin = Named(*parts_of(location), key)
+    return open_experts({}, origin, open_named(config, origin.model, key))[0]
 
 
 def open_named(config: Config, location: str, key: str, headless: bool = False) -> Agreement:
@@ -179,7 +189,7 @@ def open_named(config: Config, location: str, key: str, headless: bool = False) 
 def _with_words(config: Config, base: Checkpoint, experts: dict[str, Source]) -> Opened:
     """The models, with the tokens and the chat template that the configuration asks for."""
     models = with_common_tokens(config.model.tokens, base, experts)
-    folders = {name: source.path for name, source in experts.items()}
+    folders = {name: chat_folder(source, base) for name, source in experts.items()}
     origin = base.path if models.tokens is None else models.tokens.folder
     tokens = models.tokens
     chat, said = resolve(
@@ -193,6 +203,15 @@ def _with_words(config: Config, base: Checkpoint, experts: dict[str, Source]) ->
             own[name] = _own_model(source, base, files)
     companions = Companions(base.path, chat, models.tokens)
     return Opened(models.base, models.experts, companions, warnings=tuple(said), own=own)
+
+
+def chat_folder(source: Source, base: Checkpoint) -> Path:
+    """The folder with the chat template of an expert; an adapter may have left it with a model that is not the base."""
+    below = model_below(source)
+    if below is source or below.path == base.path or template_of(source.path) is not None:
+        return source.path
+    found: Path = below.path
+    return found
 
 
 def _other_tokens(config: Config, tokens: CommonTokens, own: Mapping[str, int]) -> str:
@@ -299,28 +318,30 @@ def check_memory(config: Config, opened: Opened, device: str) -> None:
 
 
 def _with_all_labels(models: Models, base: Checkpoint, experts: Mapping[str, Source]) -> Opened:
-    heads = {n: head_of(s) for n, s in experts.items()}
-    labels = {n: labels_in_order(s.config) for n, s in experts.items() if isinstance(s, Checkpoint)}
+    heads = {n: head_of(s, base) for n, s in experts.items()}
+    labels = {n: own_labels(s, heads[n]) for n, s in experts.items()}
     for name, source in experts.items():
         if not labels.get(name):
             raise BadInput(
-                f"{source.key}: config.json of {source.path} names no labels (id2label); give a classifier that names "
-                "its labels."
+                f"{source.key}: config.json of {model_below(source).path} names no labels (id2label) for the head of "
+                f"{source.path}; give a classifier that names its labels."
             )
     target = all_labels(labels)
     known = labels_in_order(base.config)
     with contextlib.suppress(BadInput):  # most bases have no head, and need none
         if set(known) & set(target):
-            heads["base"], labels["base"] = head_of(base), known
+            heads["base"], labels["base"] = head_of(base, base), known
     merged = {OF_BASE: models.base, **models.experts}
     seen = {n: Relabelled(s, n, heads, labels, target, models.base) for n, s in merged.items()}
     own = {}
     for name, source in experts.items():
         if labels[name] != target or models.tokens is not None:  # it could say a label that it does not know
             head, only = {name: heads[name]}, {name: labels[name]}
-            loaded = base if models.tokens is None or not isinstance(source, Checkpoint) else source
-            ours, theirs = (Relabelled(s, name, head, only, labels[name], loaded) for s in (source, loaded))
-            own[name] = OwnModel(ours, theirs, Companions(loaded.path), tuple(labels[name]))
+            plain = OwnModel(source, base, Companions(base.path))
+            if models.tokens is not None:
+                plain = _own_model(source, base, Companions(with_tokens(source).path))
+            ours, theirs = (Relabelled(s, name, head, only, labels[name], plain.base) for s in (source, plain.base))
+            own[name] = OwnModel(ours, theirs, plain.companions, tuple(labels[name]))
     if models.tokens is not None:
         whole = Relabelled(base, OF_BASE, heads, labels, target, base)
         own[OF_BASE] = OwnModel(whole, whole, Companions(base.path), tuple(target))

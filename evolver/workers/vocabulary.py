@@ -56,7 +56,7 @@ def with_common_tokens(settings: TokenizerSettings, base: Checkpoint, experts: d
     target = vocabulary(settings.model_copy(update={"source": chosen}), known, OF_BASE, TOKENS_FROM)
     seen = {name: Aligned(source, name, target, sources, base) for name, source in sources.items()}
     origin = sources[chosen] if chosen in experts else base
-    folders = {name: source.path for name, source in sources.items()}
+    folders = {name: with_tokens(source).path for name, source in sources.items()}
     return Models(
         seen[OF_BASE], {n: seen[n] for n in experts}, CommonTokens(target, _with_tokenizer(origin, base), folders)
     )

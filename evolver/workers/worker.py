@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import json
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,6 +18,8 @@ import torch
 if TYPE_CHECKING:
     from evolver.evaluation.language.launched import LaunchedModel
 
+from evolver.checkpoints.adapted import Adapted
+from evolver.checkpoints.shards import SHARD_BYTES, write_shards
 from evolver.checkpoints.sources import open_base
 from evolver.checkpoints.weights import Checkpoint
 from evolver.config import Config
@@ -29,6 +35,7 @@ from evolver.merging.export import export
 from evolver.merging.materialise import Materialiser
 from evolver.records import Candidate, Result, Split
 from evolver.records.recipe import Expert
+from evolver.storage.references import parts_of
 from evolver.workers.compute import ComputeChoice, choose, is_open, refuse_compute
 from evolver.workers.failures import BrokenDevice, is_broken_device, is_out_of_memory, is_transient, told_reason
 from evolver.workers.opened import GIB, Opened, OwnModel, check_backend_device, open_models
@@ -49,7 +56,7 @@ def choose_compute(config: Config, device: str | None = None) -> ComputeChoice:
 
     Raises BadInput where there is no usable base.
     """
-    return choose(config, open_base(config.model.base).headers, device or default_device())
+    return choose(config, open_base(parts_of(config.model.base)[0]).headers, device or default_device())
 
 
 def build_materialiser(
@@ -95,18 +102,49 @@ def build_model(
         path = folder or opened.base.path
         fresh = Checkpoint(path, "model.base")
         own = opened.base if path == opened.base.path else fresh
-        shapes = {n: i.shape for n, i in own.headers.items()} if folder is None or quantise else {}
-        with companions.shown() as beside:
-            live = LiveModel(config.model, path, shapes, device, opened.heads, labels, beside, fresh.wrappers, quantise)
-        if folder is not None and quantise:
+        written = folder is not None and (bool(quantise) or isinstance(own, Adapted))
+        shapes = {n: i.shape for n, i in own.headers.items()} if folder is None or written else {}
+        with companions.shown() as beside, _plain(fresh) as plain:
+            live = LiveModel(
+                config.model, path, shapes, device, opened.heads, labels, beside, {} if plain else fresh.wrappers,
+                quantise, fresh.quantisation, plain,
+            )  # fmt: skip
+        if written:
             live.write((name, own.tensor(name)) for name in own.headers)
         return live
     from evolver.evaluation.language.launched import LaunchedModel  # imports lm-eval, which takes seconds
 
     model = LaunchedModel(config.evaluation, room=4 * opened.base.scalars)  # 4 bytes a scalar: the widest dtype
-    if folder is not None:
+    own = opened.base if folder == opened.base.path else None
+    if isinstance(own, Adapted) or (type(own) is Checkpoint and own.uneven):  # its folder holds other weights, or codes
+        recipe = Expert("model", own.digest())
+        export(recipe, Materialiser(own, {recipe.digest: own}), model.folder, {}, companions=companions)
+        model.launch(model.folder)
+    elif folder is not None:
         model.launch(companions.dress(folder, model.folder) if companions.changed else folder)
     return model
+
+
+@contextlib.contextmanager
+def _plain(model: Checkpoint) -> Iterator[Path | None]:
+    """A folder of the same weights as plain numbers as long as the context lasts, where Transformers cannot read them.
+
+    Raises BadInput where there is no room for it.
+    """
+    if not model.uneven:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="evolver-plain-") as place:
+        try:
+            write_shards(((n, model.tensor(n)) for n in model.names()), model.headers, Path(place), SHARD_BYTES)
+            (Path(place) / "config.json").write_text(json.dumps(model.config))
+        except OSError as error:
+            raise BadInput(
+                f"{model.key}: the weights of {model.path} cannot be written as plain numbers, as which Transformers "
+                f"loads them ({error.strerror or error}); free {model.size / GIB:.1f} GiB in {place}, or set TMPDIR to "
+                "a larger folder."
+            ) from error
+        yield Path(place)
 
 
 class Worker:

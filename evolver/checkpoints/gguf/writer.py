@@ -160,7 +160,20 @@ def read_back(file: Path, folder: Path, dtype: torch.dtype) -> None:
     try:
         reader.convert(file, folder, OPTION, dtype)
     except BadInput as error:
-        raise BadInput(f"{OPTION}: Transformers does not read the file, so it cannot be checked; {INSTEAD}") from error
+        reason = error.__cause__ or str(error).removeprefix(f"{OPTION}: ").partition("; ")[0].replace(f"{file} ", "it ")
+        raise BadInput(
+            f"{OPTION}: Transformers does not read {_described(file)}, so the file cannot be checked "
+            f"({' '.join(str(reason).split())[:200]}); try another type, such as f16, or {INSTEAD}"
+        ) from error
+
+
+def _described(file: Path) -> str:
+    """The architecture and the type of a file, in words."""
+    from gguf import GGUFReader, LlamaFileType
+
+    fields = GGUFReader(file).fields
+    kind = LlamaFileType(int(fields["general.file_type"].contents())).name
+    return f"the architecture {fields['general.architecture'].contents()} in the type {kind}"
 
 
 def _head_of_file(writer: Any, model: FileContent, config: Any, of_file: Any) -> None:

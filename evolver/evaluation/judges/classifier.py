@@ -24,6 +24,7 @@ from evolver.evaluation.rows import RowJudge
 from evolver.evaluation.scores.metrics import CLASS, LABELS, VALUE, Metric, metric_named
 from evolver.records import ItemAnswer
 from evolver.storage.paths import expand
+from evolver.storage.references import parts_of
 
 Labels = Mapping[str, int]
 # What the logits of a model are seen as.
@@ -283,7 +284,7 @@ class LabelSpaces:
     def _of(self, location: str) -> Labels:
         if location not in self._known:
             key = next((f"experts.{n}" for n, place in self._experts.items() if place == location), "model.base")
-            found = labels_of(location, key)
+            found = labels_of(parts_of(location)[0], key)
             self._known[location] = dict(sorted(found.items(), key=lambda pair: pair[1]))
         return self._known[location]
 
@@ -302,7 +303,7 @@ def labels_of(location: str, key: str) -> dict[str, int]:
     except (OSError, ValueError) as error:
         raise BadInput(
             f"{key}: {location} has no readable config.json, which names the labels of a classifier; give a "
-            "classifier's folder, and merge an adapter into its base with PEFT (merge_and_unload) before."
+            "classifier's folder, or write MODEL+ADAPTER with a model that names them."
         ) from error
     return labels
 
