@@ -139,9 +139,11 @@ def _joined(config: Config, base: Checkpoint, experts: dict[str, Source]) -> Ope
 
 
 def _own_model(source: Source, base: Checkpoint, files: Companions) -> OwnModel:
-    """A model with its own tokens; an adapter is put on the base with as many rows as it has."""
-    if isinstance(source, Adapter) and source.has_own_tokens:
-        loaded, tokens = tokens_of(source)
+    """A model with its own tokens; an adapter, and a text model of a base that also reads images, is put on the base
+    with as many rows as it has.
+    """
+    if (isinstance(source, Adapter) and source.has_own_tokens) or (isinstance(source, Checkpoint) and source.lent):
+        loaded, tokens = tokens_of(source, base)
         return OwnModel(source, loaded, replace(files, folder=base.path, tokens=tokens))
     return OwnModel(source, source if isinstance(source, Checkpoint) else base, files)
 

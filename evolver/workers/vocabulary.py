@@ -13,6 +13,7 @@ from evolver.checkpoints.sources import check_same_vocabulary
 from evolver.checkpoints.weights import TOKEN_MATRICES, TOKENIZER_FILE, Checkpoint, Source, token_axis
 from evolver.config.model import TokenizerSettings
 from evolver.errors import BadInput
+from evolver.evaluation.live import HEADS
 from evolver.merging.companions import CommonTokens
 from evolver.merging.mergekit.vocabulary import (
     Aligned,
@@ -26,7 +27,6 @@ from evolver.merging.mergekit.vocabulary import (
 )
 from evolver.records.recipe import layer_of
 
-HEADS = ("lm_head.weight", "embed_out.weight")
 OF_BASE, TOKENS_FROM = "base", "model.tokenizer"
 
 
@@ -72,14 +72,13 @@ def with_common_tokens(settings: TokenizerSettings, base: Checkpoint, experts: d
     )
 
 
-def tokens_of(adapter: Adapter) -> tuple[Checkpoint, CommonTokens]:
-    """An adapter that was trained with tokens of its own: its base with as many rows, and its tokens.
+def tokens_of(model: Adapter | Checkpoint, base: Checkpoint) -> tuple[Checkpoint, CommonTokens]:
+    """A model that is loaded into its base, and has tokens of its own: the base with as many rows, and its tokens.
 
     Raises BadInput where it has no fast tokenizer.
     """
-    base, ids = adapter.base, known_tokens(adapter)
-    target = Vocabulary(ids, max(token_rows(adapter)), {}, {})
-    return Aligned(base, OF_BASE, target, {}, base), CommonTokens(target, adapter.path, {OF_BASE: adapter.path})
+    target = Vocabulary(known_tokens(model), max(token_rows(model)), {}, {})
+    return Aligned(base, OF_BASE, target, {}, base), CommonTokens(target, model.path, {OF_BASE: model.path})
 
 
 def _with_tokenizer(source: Source, base: Checkpoint) -> Path:
