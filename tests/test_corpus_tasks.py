@@ -161,6 +161,18 @@ def test_so_are_those_of_the_first_items(greedy, judged, task):
         assert times * found == pytest.approx(aggregate(inside), rel=1e-6, abs=1e-12)
 
 
+@pytest.mark.parametrize("parts", [2, 3])
+def test_workers_that_share_the_items_have_the_same_values(greedy, parts):
+    """A value of all answers is made of what every item adds to it, whoever has scored the item."""
+    ready, alone = greedy
+    worker = Worker(ready.plan, "dev", tasks=ready.tasks)
+    result = toys.shared_result(worker, Candidate(0, ready.experts[0], "test"), parts)
+    same = ("status", "score", "bound", "complete", "items", "tasks")
+    assert [getattr(result, n) for n in same] == [getattr(alone, n) for n in same]
+    assert any(isinstance(value, tuple) for value in result.items)
+    assert result.tasks.keys() == GREEDY.keys()
+
+
 class Replay(LM):
     """Says what the live model said, to whatever repeat of a prompt."""
 
@@ -201,6 +213,8 @@ def test_repeats_and_filters_are_those_of_lm_eval(make_config, own_tasks, tmp_pa
     part._written = listen
     result = worker.evaluate(Candidate(0, ready.experts[0], "test"))
     assert result.status == "ok", result.reason
+    shared = toys.shared_result(Worker(ready.plan, "dev", tasks=ready.tasks), Candidate(0, ready.experts[0], "test"), 3)
+    assert (shared.items, shared.tasks) == (result.items, result.tasks)
     said = {
         part.prepared[p].requests[0].args[0]: texts
         for p, texts in heard.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from toys import evolver, refusal, rows
 
 from evolver.checkpoints.agreement import is_text_of
+from evolver.commands.evaluate import score_models
 
 pytestmark = pytest.mark.whole
 
@@ -123,3 +125,107 @@ def test_only_text_models_of_the_same_family_are_parts():
     assert not part("llama4_text", "llama")
     assert not part("llama", "mistral")
     assert not is_text_of({"model_type": "llama"}, {"model_type": "llama"})
+
+
+NEW = " stone"
+
+
+@pytest.fixture(scope="module")
+def worded(folders, tmp_path_factory):
+    """The same, with a Llama ``more`` that has a token which the base lacks."""
+    folder = tmp_path_factory.mktemp("worded")
+    for name in ("base", "a"):
+        shutil.copytree(folders / name, folder / name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders / "b")
+    words = toys.tokenizer()
+    words.add_tokens([NEW])
+    torch.manual_seed(7)
+    model.resize_token_embeddings(len(words), mean_resizing=False)
+    for part in (model, words):
+        part.save_pretrained(folder / "more")
+    return folder
+
+
+def with_new_row(folder, size):
+    """What the language part of a merge of ``a`` and ``more`` is, at half weight each, by hand in float64."""
+    texts = [load_file(folder / n / "model.safetensors") for n in ("a", "more")]
+    out = {}
+    for name, base in loaded(LLAVA, folder / "base").items():
+        if not name.startswith(INSIDE) and name != "lm_head.weight":
+            out[name] = base
+            continue
+        own = [t[name.replace(INSIDE, "model.")].double() for t in texts]
+        out[name] = sum(t[: len(base)] for t in own) / 2
+        if base.shape[0] == size - 1:  # a and the base lack the token, and get the row of the one that has it
+            out[name] = torch.cat([out[name], own[1][-1:]])
+    return out
+
+
+def test_a_text_expert_with_a_token_more(worded, tmp_path):
+    models = [{"model": str(worded / n), "parameters": {"weight": 0.5}} for n in ("a", "more")]
+    raw = {
+        "merge_method": "task_arithmetic", "base_model": str(worded / "base"), "models": models, "dtype": "float32",
+        "tokenizer_source": "union",
+    }  # fmt: skip
+    (tmp_path / "merge.yml").write_text(yaml.safe_dump(raw))
+    ended = evolver("merge", tmp_path / "merge.yml", tmp_path / "out")
+    assert ended.code == 0, ended.err
+    made, info = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert words.encode("a stone")[-1] == len(words) - 1
+    assert made.config.text_config.vocab_size == len(words) == made.get_input_embeddings().weight.shape[0]
+    assert made.config.image_token_index == LLAVA.model().config.image_token_index
+    expected = with_new_row(worded, len(words))
+    assert made.state_dict().keys() == expected.keys()
+    for name, tensor in made.state_dict().items():
+        assert torch.allclose(tensor.double(), expected[name].double(), atol=1e-6), name
+    assert (tmp_path / "out" / "preprocessor_config.json").exists()
+
+
+def test_a_search_over_a_text_expert_with_a_token_more(worded, tasks, tmp_path):
+    entries = [
+        {"task": "toy", "metric": "acc", "dev": 8, "report": 8},
+        {"task": "roll", "metric": "bits_per_byte", "dev": 4, "report": 4},
+    ]
+    changes = {"search": {"algorithm": "tpe"}, "model.compute": "float32", "evaluation.tasks": entries}
+    raw = toys.settings(worded, tasks, {**toys.SHORT, **changes})
+    raw["experts"] = {n: str(worded / n) for n in ("a", "more")}
+    (file := tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
+    run = toys.run_here(file, tmp_path / "results")
+    assert not [r["reason"] for r in rows(run).values() if r["status"] != "ok"]
+    assert json.loads((run / "best.json").read_text())["equal"] >= 8  # of 12; the others show the last digits
+    recorded = json.loads((run / "summary.json").read_text())["report"]
+    alone = score_models(str(file), [str(worded / n) for n in ("base", "a", "more")], "report", lambda _: None)
+    assert [recorded[n] for n in ("base", "a", "more")] == pytest.approx([m.score for m in alone], rel=1e-6)
+    assert len({m.score for m in alone}) == 3
+    made = transformers.LlavaForConditionalGeneration.from_pretrained(run / "best")
+    assert made.config.text_config.vocab_size == made.lm_head.weight.shape[0] == len(toys.tokenizer()) + 1
+    base = loaded(LLAVA, worded / "base")
+    beside = {n: t for n, t in made.state_dict().items() if not n.startswith(INSIDE) and n != "lm_head.weight"}
+    assert beside
+    assert all(torch.equal(t, base[n]) for n, t in beside.items())
+
+
+def test_the_token_of_images_is_not_lost(worded, tmp_path):
+    """The merged model would read an image where another word stands."""
+    words, image = toys.tokenizer(), LLAVA.model().config.image_token_index
+    raw = json.loads((worded / "more" / "tokenizer.json").read_text())
+    vocabulary = raw["model"]["vocab"]
+    lost = next(t for t, n in vocabulary.items() if n == image)
+    assert lost in words.get_vocab()
+    shutil.copytree(worded / "more", tmp_path / "other")
+    vocabulary["<|another|>"] = vocabulary.pop(lost)
+    raw["model"]["merges"] = [m for m in raw["model"]["merges"] if lost not in m]
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(raw))
+    models = [{"model": str(tmp_path / "other"), "parameters": {"weight": 0.5}}]
+    merge = {
+        "merge_method": "task_arithmetic", "base_model": str(worded / "base"), "models": models,
+        "tokenizer_source": str(tmp_path / "other"),
+    }  # fmt: skip
+    (tmp_path / "merge.yml").write_text(yaml.safe_dump(merge))
+    ended = evolver("merge", tmp_path / "merge.yml", tmp_path / "out")
+    said = refusal(ended.code, ended.err)
+    assert f"would lack the token {lost!r}" in said
+    assert "image_token_index" in said
+    assert not (tmp_path / "out").exists()

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import toys
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     GptOssConfig,
     GptOssForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from evolver.commands.evaluate import score_models
@@ -216,3 +224,134 @@ def test_the_gguf_file_of_that_type_is_what_was_scored(make_config, tmp_path):
     ended = toys.evolver("export", folder, tmp_path / "wide.gguf", "--gguf", "q8_0")
     assert ended.code == 0, ended.err
     assert "This file is q8_0, so its scores may be others." in ended.out
+
+
+def reference(matrix, kind):
+    """A matrix after it was quantised, float32, as the formats' descriptions say it; in NumPy, block by block."""
+    values = matrix.detach().numpy().astype(np.float32)
+    size = values.shape[1] if kind == "int8" else 32
+    if values.shape[1] % size:
+        return torch.from_numpy(values.astype(np.float16).astype(np.float32))
+    out = np.zeros_like(values)
+    for row, line in enumerate(values):
+        for start in range(0, len(line), size):
+            block = line[start : start + size]
+            furthest = block[np.abs(block).argmax()]
+            if furthest == 0:
+                continue
+            if kind == "q4_0":
+                scale = np.float32(furthest / np.float32(-8))
+                steps = np.minimum(15, np.floor(block * (np.float32(1) / scale) + np.float32(8.5))) - 8
+            else:
+                scale = np.float32(abs(furthest) / np.float32(127))
+                ratios = block * (np.float32(1) / scale)
+                steps = np.sign(ratios) * np.floor(np.abs(ratios) + np.float32(0.5))
+            kept = scale if kind == "int8" else np.float32(np.float16(scale))
+            out[row, start : start + size] = steps.astype(np.float32) * kept
+    return torch.from_numpy(out)
+
+
+# What keeps its precision: tables of positions, biases, and with int8 the tables and heads of tokens, and a T5's wo.
+PLAIN = ("position", "token_type", "relative_attention_bias", "final_logits_bias")
+WITH_INT8 = ("word_embeddings", "shared", "embed_tokens", "lm_head", "wo")
+
+
+def rounded_copy(source, target, kind):
+    """A copy of a model's folder with its matrices as they are after they were quantised."""
+    shutil.copytree(source, target)
+    tensors = load_file(source / "model.safetensors")
+    names = [n for n, t in tensors.items() if t.ndim == 2 and not any(p in n for p in PLAIN)]
+    chosen = [n for n in names if kind != "int8" or n.split(".")[-2] not in WITH_INT8]
+    assert len(chosen) > 10
+    changed = {**tensors, **{n: reference(tensors[n], kind) for n in chosen}}
+    assert all(not torch.equal(changed[n], tensors[n]) for n in chosen)
+    save_file(changed, target / "model.safetensors", metadata={"format": "pt"})
+
+
+def classifiers(folder):
+    toys.make_encoders(folder)
+    rows = [{"text": t, "label": toys.MOODS[n % 3]} for n, t in enumerate(toys.texts())]
+    data = toys.write_rows(folder / "rows.jsonl", rows)
+    return {"task": "moods", "data": data, "metric": "acc", "dev": 60, "report": 10}
+
+
+def numbers(folder):
+    """Models with one output, so that any weight shows in the answers."""
+    toys.make_rerankers(folder)
+    rows = [{"text": t, "label": n % 7} for n, t in enumerate(toys.texts())]
+    data = toys.write_rows(folder / "rows.jsonl", rows)
+    return {"task": "numbers", "data": data, "metric": "pearson", "dev": 60, "report": 10}
+
+
+def encoder_decoders(make):
+    def saved(folder):
+        words = toys.tokenizer()
+        torch.manual_seed(0)
+        toys.noisy_experts(make(len(words)), folder, words)
+        return ROLL
+
+    return saved
+
+
+def bart(size):
+    sizes = dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "d_model"), 32)
+    heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "encoder_layers", "decoder_layers"), 2)
+    return BartForConditionalGeneration(BartConfig(
+        vocab_size=size, **sizes, **heads, max_position_embeddings=192, init_std=0.3, decoder_start_token_id=1,
+        pad_token_id=2, bos_token_id=0, eos_token_id=1, forced_eos_token_id=1,
+    ))  # fmt: skip
+
+
+def t5(size):
+    return T5ForConditionalGeneration(T5Config(
+        vocab_size=size, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=2,
+        feed_forward_proj="gated-gelu", decoder_start_token_id=2, pad_token_id=2, eos_token_id=1, n_positions=128,
+    ))  # fmt: skip
+
+
+def decoders(folder):
+    toys.make_models(folder)
+    return ROLL
+
+
+ROLL = {"task": "roll", "metric": "bits_per_byte", "dev": 6, "report": 4}
+KINDS = {
+    "classifier": ("classifier", classifiers), "one output": ("classifier", numbers),
+    "t5": ("seq2seq", encoder_decoders(t5)), "bart": ("seq2seq", encoder_decoders(bart)),
+    "llama": ("causal-lm", decoders),
+}  # fmt: skip
+CLASSES = {"classifier": AutoModelForSequenceClassification, "seq2seq": AutoModelForSeq2SeqLM, "causal-lm": AutoModelForCausalLM}  # fmt: skip  # noqa: E501
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("own_tokens", [False, True])
+@pytest.mark.parametrize("quantise", ["q4_0", "int8"])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_score_is_that_of_a_rounded_copy(name, quantise, own_tokens, tasks, tmp_path):
+    """In a run and by ``evolver evaluate``, whose copies are rounded by the reference above and not quantised again."""
+    kind, save = KINDS[name]
+    entry = save(tmp_path)
+    if own_tokens:
+        model, words = (part.from_pretrained(tmp_path / "b") for part in (CLASSES[kind], AutoTokenizer))
+        words.add_tokens([" stone"])
+        model.resize_token_embeddings(len(words), mean_resizing=False)
+        for part in (model, words):
+            part.save_pretrained(tmp_path / "b")
+    rounded_copy(tmp_path / "b", tmp_path / "copy", quantise)
+    changes = {"evaluation.tasks": [entry], "model.compute": "float32", "model.kind": kind}
+    raw = toys.settings(tmp_path, tasks, changes)
+    found, said = {}, {}
+    for expert, quantised in (("b", True), ("copy", False), ("b", False)):
+        raw["evaluation"]["quantise"] = quantise if quantised else None
+        raw["experts"] = {"a": str(tmp_path / "a"), "b": str(tmp_path / expert)}
+        (file := tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
+        ready = prepare(config_at(file))
+        assert bool(ready.opened.own) == own_tokens
+        result = Worker(ready.plan, "dev", tasks=ready.tasks).evaluate(Candidate(0, ready.experts[1], "test"))
+        assert result.status == "ok", result.reason
+        found[expert, quantised] = torch.tensor(result.items)
+        said[expert, quantised] = score_models(str(file), [str(tmp_path / expert)], "dev")[0].score
+        assert said[expert, quantised] == pytest.approx(result.score, rel=1e-6)
+    torch.testing.assert_close(found["b", True], found["copy", False], rtol=1e-5, atol=1e-5)
+    assert said["b", True] == pytest.approx(said["copy", False], rel=1e-5)
+    assert name == "classifier" or not torch.allclose(found["b", True], found["b", False], rtol=1e-4)

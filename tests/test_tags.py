@@ -24,6 +24,7 @@ from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare
 from evolver.evaluation.judges.token_classifier import first_tokens, of_words, spans
 from evolver.evaluation.scores.metrics import right_share, span_f1
+from evolver.records import Candidate
 from evolver.workers.worker import Worker
 
 SPACES = {"things": ("O", "B-thing", "I-thing"), "colours": ("B-colour", "I-colour", "O")}
@@ -109,6 +110,17 @@ def test_f1_is_that_of_all_spans_together(configured, taggers):
     assert hits > 0
     expected = 2 * hits / (sum(map(len, given)) + sum(map(len, right)))
     assert worker.scale.score(worker.scorer.score(0, 40).items) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("metric", ["acc", "f1"])
+def test_workers_that_share_the_items_have_the_same_value(configured, metric):
+    file = configured(metric=metric)
+    file.write_text(file.read_text().replace("batch_tokens: 128", "block_items: 8"))
+    ready, worker = worker_of(file)
+    candidate = Candidate(0, ready.experts[0], "test")
+    alone, shared = worker.evaluate(candidate), toys.shared_result(worker, candidate, 3)
+    assert (shared.score, shared.items, shared.tasks) == (alone.score, alone.items, alone.tasks)
+    assert 0 < alone.score < 1
 
 
 # What seqeval 1.2.2 (get_entities) says of these tags; the end counts the last word there.

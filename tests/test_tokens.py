@@ -15,6 +15,7 @@ from evolver.checkpoints.weights import TensorInfo
 from evolver.config.model import TokenizerSettings
 from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare
+from evolver.merging.mergekit.vocabulary import check_named_tokens, vocabulary, with_vocabulary
 from evolver.workers.vocabulary import with_common_tokens
 
 pytestmark = pytest.mark.whole
@@ -111,6 +112,27 @@ def test_one_token_with_two_numbers_has_no_union(opened):
         "experts.moved", "the number 319", "the number 320", "no union", "model.tokenizer: base",
     )  # fmt: skip
     assert with_common_tokens(TokenizerSettings(source="base"), base, experts).tokens is not None
+
+
+def test_the_numbers_that_a_configuration_names_follow_their_tokens():
+    models = {"base": {"<s>": 0, "<image>": 1, "a": 2}, "x": {"a": 0, "<image>": 4, "<s>": 1, "b": 2}}
+    config = {
+        "vocab_size": 3, "eos_token_id": [0, 2], "image_token_index": 1, "pad_token_id": None, "tie_embeddings": True,
+        "hidden_size": 1, "text_config": {"bos_token_id": 0, "vocab_size": 3},
+    }  # fmt: skip
+    kept = vocabulary(TokenizerSettings(), models, "base", "here")
+    assert with_vocabulary(config, kept) == {
+        **config,
+        "vocab_size": 4,
+        "text_config": {"bos_token_id": 0, "vocab_size": 4},
+    }
+    target = vocabulary(TokenizerSettings(source="x"), models, "base", "here")
+    found = with_vocabulary(config, target)
+    named = {"eos_token_id": [1, 0], "image_token_index": 4, "text_config": {"bos_token_id": 1, "vocab_size": 5}}
+    assert found == {**config, **named, "vocab_size": 5}
+    check_named_tokens(config, target, "here")
+    lacking = vocabulary(TokenizerSettings(source="x"), {**models, "x": {"a": 0, "b": 1}}, "base", "here")
+    refused(lambda: check_named_tokens(config, lacking, "here"), "here: ", "'<image>'", "image_token_index")
 
 
 def test_tokens_that_no_model_has_are_refused(searching, tmp_path):

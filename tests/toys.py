@@ -26,11 +26,14 @@ from evolver import ledger
 from evolver.config.reading import config_at
 from evolver.driver.run import run
 from evolver.errors import BadInput
+from evolver.evaluation.scores.course import Evaluation
 from evolver.pool import Pool
 from evolver.records import Candidate, Result, Split
 from evolver.storage import storage_at
 from evolver.workers.plan import Plan
 from evolver.workers.pools.local import LocalPool
+from evolver.workers.shared import SharedPool
+from evolver.workers.worker import Worker
 
 ROOT = Path(__file__).parent.parent
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")
@@ -405,6 +408,34 @@ def run_here(
 ) -> Path:  # fmt: skip
     """A whole run in this process; returns its folder."""
     return Path(run(config_at(file), storage_at(results), make_pool, display or Silent(), "cpu", **options).location)
+
+
+class LastFirst:
+    """A pool of one worker in this process, which evaluates first what came last."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker, self.waiting = worker, list[Candidate]()
+
+    def free(self) -> int:
+        return 8 - len(self.waiting)
+
+    def submit(self, candidate: Candidate) -> None:
+        self.waiting.append(candidate)
+
+    def wait(self) -> list[Result]:
+        return [self._worker.evaluate(self.waiting.pop())]
+
+    def close(self) -> None: ...
+
+
+def shared_result(worker: Worker, candidate: Candidate, parts: int) -> Result:
+    """The result of a candidate whose items are shared among so many workers."""
+    pool = LastFirst(worker)
+    shared = SharedPool(pool, parts, lambda c: Evaluation(c, worker.scale, worker.block, None))
+    shared.submit(candidate)
+    assert len(pool.waiting) == parts
+    (result,) = shared.wait()
+    return result
 
 
 def no_work(plan: Plan, split: Split, tasks: Any) -> Pool:

@@ -162,7 +162,15 @@ class Adapter:
     def _adds_tokens(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether a tensor was trained whole with other tokens than the base's, which are in the adapter's folder."""
         known = name.endswith(TOKEN_MATRICES) and (self.path / TOKENIZER_FILE).exists()
-        return known and shape[1:] == self.base.headers[name].shape[1:]
+        if not known or shape[1:] != self.base.headers[name].shape[1:]:
+            return False
+        if self.base.config.get("is_encoder_decoder"):  # PEFT takes its embedding for several, which it trains apart
+            raise BadInput(
+                f"{self.key}: the adapter {self.path} of an encoder-decoder has {shape[0]} rows for tokens in {name}, "
+                f"and the base has {self.base.headers[name].shape[0]}; merge the adapter into its base with PEFT and "
+                "give that folder."
+            )
+        return True
 
     def _check_rows(self) -> None:
         """Raises BadInput where one tensor has a row for each token of the adapter, and another one for the base's."""

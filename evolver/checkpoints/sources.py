@@ -15,7 +15,7 @@ from evolver.checkpoints.adapter import Adapter
 from evolver.checkpoints.agreement import Agreement, is_text_of
 from evolver.checkpoints.formats import FORMATS, ModelFormat
 from evolver.checkpoints.places import refuse_missing
-from evolver.checkpoints.weights import TOKEN_MATRICES, TOKENIZER_FILE, Checkpoint, Source
+from evolver.checkpoints.weights import TOKENIZER_FILE, Checkpoint, Source, resized
 from evolver.errors import BadInput, cause_of, refuse_special
 from evolver.storage import is_remote
 from evolver.storage.fetch import fetched
@@ -200,11 +200,11 @@ def _check_same_tokens(expert: Checkpoint | Adapter, base: Checkpoint, key: str)
 
 def _check_same_shapes(expert: Checkpoint | Adapter, base: Checkpoint, key: str, same_tokens: bool) -> None:
     for name, info in base.headers.items():
-        free = 0 if same_tokens or not name.endswith(TOKEN_MATRICES) else 1  # the rows of tokens may differ in number
-        if expert.headers[name].shape[free:] != info.shape[free:]:
+        ours, theirs = expert.headers[name].shape, info.shape
+        if ours != theirs and (same_tokens or resized(name, ours, 0) != resized(name, theirs, 0)):
             _check_same_tokens(expert, base, key)  # other tokens explain more than another shape
             raise BadInput(
-                f"{key}: {name} has shape {expert.headers[name].shape} in {expert.path} and {info.shape} in the base; "
+                f"{key}: {name} has shape {ours} in {expert.path} and {theirs} in the base; "
                 "only fine-tunes of the base merge."
             )
 

@@ -45,8 +45,10 @@ DIGEST_BYTES = 1 << 15
 # Tensors that have a row for each token.
 TOKEN_MATRICES = (
     "embed_tokens.weight", "tok_embeddings.weight", "word_embeddings.weight", "embed_in.weight", "wte.weight",
-    "lm_head.weight", "embed_out.weight",
+    "shared.weight", "lm_head.weight", "embed_out.weight",
 )  # fmt: skip
+# And one that has a column for each, which BART and its descendants add to what their head says.
+TOKEN_BIAS = "final_logits_bias"
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,19 @@ class Derived:
     info: TensorInfo
     stored: tuple[str, ...]
     make: Callable[[Sequence[Tensor]], Tensor]
+
+
+def token_axis(name: str) -> int | None:
+    """The dimension of a tensor that has a place for each token; None where none has."""
+    if name.endswith(TOKEN_BIAS):
+        return 1
+    return 0 if name.endswith(TOKEN_MATRICES) else None
+
+
+def resized(name: str, shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """The shape of a tensor in a model with ``size`` places for tokens."""
+    axis = token_axis(name)
+    return shape if axis is None or len(shape) <= axis else (*shape[:axis], size, *shape[axis + 1 :])
 
 
 class Source(Protocol):

@@ -14,7 +14,7 @@ from evolver.checkpoints.agreement import Agreement
 from evolver.checkpoints.doubts import left_out, refuse_strangers, strange_bases, suspicions
 from evolver.checkpoints.shards import SHARD_BYTES
 from evolver.checkpoints.sources import Named, models_below, open_base, open_experts
-from evolver.checkpoints.weights import TOKEN_MATRICES, Checkpoint, Source, digests
+from evolver.checkpoints.weights import Checkpoint, Source, digests
 from evolver.config.model import TokenizerSettings
 from evolver.errors import BadInput
 from evolver.kernels.compiled import Kernels
@@ -25,8 +25,10 @@ from evolver.merging.materialise import Materialiser
 from evolver.merging.mergekit.vocabulary import (
     Aligned,
     Vocabulary,
+    check_named_tokens,
     extend_tokenizer,
     known_tokens,
+    token_rows,
     vocabulary,
     with_tokens,
 )
@@ -99,10 +101,11 @@ def _aligned(opened: OpenedFile, tokenizer: TokenizerSettings, file: str) -> Ope
     key = "tokenizer_source" if opened.configuration.raw.tokenizer is None else "tokenizer"
     if not has_known_rows(opened.base):
         _refuse_other_tokens(models, opened.base, f"{file}: {key}")
-        if not any(name.endswith(TOKEN_MATRICES) for name in opened.base.headers):
+        if not token_rows(opened.base):
             return opened  # the rows that all models have stay where they are
     known = {r: known_tokens(s) for r, s in models.items()}
     target = vocabulary(tokenizer, known, base, f"{file}: {key}")
+    check_named_tokens(opened.base.config, target, f"{file}: {key}")
     seen = {r: Aligned(s, r, target, models, opened.base) for r, s in models.items()}
     # Of a base with an adapter, the files beside the weights are those of the model that the adapter is of.
     shown = seen[base] if models[base] is opened.base else Aligned(opened.base, base, target, models, opened.base)

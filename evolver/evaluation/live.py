@@ -17,6 +17,9 @@ from evolver.errors import BadInput
 from evolver.evaluation.fused import refuse_experts, slices_of
 from evolver.evaluation.rounding import Rounding, refuse_stacks
 
+# The matrices that name tokens, by the ends of their names.
+HEADS = ("lm_head.weight", "embed_out.weight")
+
 
 class Listener(Protocol):
     """Hears of the passes of a live model: ``end`` comes only after one that ended well."""
@@ -66,6 +69,8 @@ class LiveModel:
         given, apart = labelled(labels), self._beside != folder or plain is not None
         if apart:  # its config.json may name another number of tokens, whose rows are written later
             config = transformers.AutoConfig.from_pretrained(self._beside, **labelled(labels, False))
+            if config.is_encoder_decoder:  # Transformers stumbles over tied tensors that it leaves out
+                config.vocab_size = transformers.AutoConfig.from_pretrained(folder).vocab_size
             if plain is not None and hasattr(config, "quantization_config"):
                 del config.quantization_config
             given = {"config": config, "ignore_mismatched_sizes": bool(shapes)}
@@ -165,21 +170,46 @@ class LiveModel:
         """The memory of each tensor: a whole parameter, or a slice of one."""
         slices = slices_of(self.module, shapes, folder)
         places = places_of(self.module, (n for n in shapes if n not in slices), folder)
+        if self.module.config.is_encoder_decoder:
+            self._resize({place: shapes[name] for name, place in places.items()})
         self._untie(places.values())
         state = self.module.state_dict(keep_vars=False)
         self._owners = places | {name: part.parameter for name, part in slices.items()}
         whole = {name: state[found] for name, found in places.items()}
         return whole | {name: part.within(state[part.parameter]) for name, part in slices.items()}
 
+    def _resize(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Make room for other numbers of tokens. Tensors that the model ties stay tied, and others do not get so, as
+        ``resize_token_embeddings`` would have it.
+
+        Args:
+            shapes: of tensors, by their names in the model.
+        """
+        named = (self.module.named_parameters, self.module.named_buffers)
+        tensors = {name: tensor for find in named for name, tensor in find(remove_duplicate=False)}
+        for place, shape in shapes.items():
+            old = tensors[place]
+            if tuple(old.shape) == shape:
+                continue
+            made = old.new_zeros(shape)
+            new = torch.nn.Parameter(made, requires_grad=False) if isinstance(old, torch.nn.Parameter) else made
+            for name in (n for n, tensor in tensors.items() if tensor is old):
+                owner, _, leaf = name.rpartition(".")
+                setattr(self.module.get_submodule(owner), leaf, new)
+            self.module.config.vocab_size = next(
+                size for size, was in zip(shape, old.shape, strict=True) if size != was
+            )
+
     def _untie(self, names: Iterable[str]) -> None:
         """Give each of these tensors memory of its own.
 
         Transformers ties a head to its embedding if the checkpoint holds both with equal values. In another expert, or
-        in a merge, the two need not be equal.
+        in a merge, the two need not be equal. The head is moved, as an encoder-decoder uses its embedding in several
+        places.
         """
         seen: set[int] = set()
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
-        for name in (n for n in names if n in parameters):
+        for name in sorted((n for n in names if n in parameters), key=lambda n: n.endswith(HEADS)):
             if parameters[name].data_ptr() in seen:
                 owner, _, leaf = name.rpartition(".")
                 clone = torch.nn.Parameter(parameters[name].detach().clone(), requires_grad=False)

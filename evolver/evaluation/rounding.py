@@ -17,8 +17,11 @@ from torch import Tensor
 from evolver.errors import BadInput
 
 BLOCK_WEIGHTS = 32
-# What llama.cpp leaves as it is: tables of positions, and what chooses among the experts of a layer.
-LEFT_ALONE = re.compile(r"position|relative_attention_bias|\bwpe\b|(^|\.)(gate|router)\.weight$|token_type")
+# What llama.cpp leaves as it is: tables of positions, and what chooses among the experts of a layer. The last one is a
+# bias for each token, of the shape (1, tokens).
+LEFT_ALONE = re.compile(
+    r"position|relative_attention_bias|\bwpe\b|(^|\.)(gate|router)\.weight$|token_type|final_logits_bias$"
+)
 
 
 def rounded(matrix: Tensor, kind: str) -> Tensor:
@@ -91,10 +94,15 @@ class Rounding:
 
     def __init__(self, module: Any, kind: str) -> None:
         from transformers.pytorch_utils import Conv1D
+        from transformers.quantizers.base import get_keys_to_not_convert
+        from transformers.quantizers.quantizers_utils import should_convert_module
 
         self.kind = kind
         last = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
         self._tables = {n for n, m in module.named_modules() if isinstance(m, torch.nn.Embedding) or m is last}
+        if kind == "int8":
+            whole = [*get_keys_to_not_convert(module), *(module._keep_in_fp32_modules or ())]
+            self._tables |= {n for n, _ in module.named_modules() if not should_convert_module(n, whole)}
         self._turned = {n for n, m in module.named_modules() if isinstance(m, Conv1D)}
 
     def __call__(self, name: str, place: str, tensor: Tensor) -> Tensor:

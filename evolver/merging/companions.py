@@ -59,15 +59,13 @@ class Companions:
         return self.chat is not None or self.tokens is not None
 
     def write(self, target: Path) -> None:
-        """Write the files into the folder of a model, which holds its config.json already."""
+        """Write the files into the folder of a model, which holds its config.json already, with the tokens' numbers."""
         origin = self.folder if self.tokens is None else self.tokens.folder
         for name in COMPANIONS:
             if (origin / name).exists():
                 shutil.copyfile(origin / name, target / name)
         if self.tokens is not None:
             extend_tokenizer(target, self.tokens.target, self.tokens.donors)
-            config = read_json(target / "config.json", str(target))
-            update_json(target / "config.json", with_vocabulary(config, self.tokens.target.size))
         if self.chat is not None:
             self.chat.write(target)
 
@@ -80,8 +78,7 @@ class Companions:
         for file in model.iterdir():
             if file.is_file() and file.name not in (*COMPANIONS, "config.json"):
                 (target / file.name).symlink_to(file.resolve())
-        shutil.copyfile(model / "config.json", target / "config.json")
-        self.write(target)
+        self._show(model, target)
         return target
 
     @contextlib.contextmanager
@@ -93,6 +90,13 @@ class Companions:
             yield self.folder
             return
         with tempfile.TemporaryDirectory(prefix="evolver-companions-") as place:
-            shutil.copyfile(self.folder / "config.json", Path(place) / "config.json")
-            self.write(Path(place))
+            self._show(self.folder, Path(place))
             yield Path(place)
+
+    def _show(self, model: Path, target: Path) -> None:
+        """Write the files, and the config.json of a model as it is with the tokens."""
+        shutil.copyfile(model / "config.json", target / "config.json")
+        if self.tokens is not None:
+            config = read_json(target / "config.json", str(target))
+            update_json(target / "config.json", with_vocabulary(config, self.tokens.target))
+        self.write(target)

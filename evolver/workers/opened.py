@@ -138,11 +138,14 @@ def _joined(config: Config, base: Checkpoint, experts: dict[str, Source]) -> Ope
 
 
 def _own_model(source: Source, base: Checkpoint, files: Companions) -> OwnModel:
-    """A model with its own tokens; an adapter is put on its model with as many rows as it has."""
-    if isinstance(source, Adapter) and source.has_own_tokens:
-        loaded, tokens = tokens_of(source)
-        return OwnModel(source, loaded, replace(files, folder=source.base.path, tokens=tokens))
+    """A model with its own tokens; an adapter, and a text model of a base that also reads images, is put on the model
+    that it needs with as many rows as it has.
+    """
     below = source.base if isinstance(source, Adapter) else source
+    under = below if isinstance(source, Adapter) and isinstance(below, Checkpoint) else base
+    if (isinstance(source, Adapter) and source.has_own_tokens) or (isinstance(source, Checkpoint) and source.lent):
+        loaded, tokens = tokens_of(source, under)
+        return OwnModel(source, loaded, replace(files, folder=under.path, tokens=tokens))
     return OwnModel(source, below if isinstance(below, Checkpoint) else base, files)
 
 

@@ -10,14 +10,23 @@ from pathlib import Path
 from evolver.checkpoints.adapter import Adapter
 from evolver.checkpoints.chat import EXPERT
 from evolver.checkpoints.sources import check_same_vocabulary
-from evolver.checkpoints.weights import TOKEN_MATRICES, TOKENIZER_FILE, Checkpoint, Source
+from evolver.checkpoints.weights import TOKEN_MATRICES, TOKENIZER_FILE, Checkpoint, Source, token_axis
 from evolver.config.model import TokenizerSettings
 from evolver.errors import BadInput
+from evolver.evaluation.live import HEADS
 from evolver.merging.companions import CommonTokens
-from evolver.merging.mergekit.vocabulary import Aligned, Ids, Vocabulary, known_tokens, vocabulary, with_tokens
+from evolver.merging.mergekit.vocabulary import (
+    Aligned,
+    Ids,
+    Vocabulary,
+    check_named_tokens,
+    known_tokens,
+    token_rows,
+    vocabulary,
+    with_tokens,
+)
 from evolver.records.recipe import layer_of
 
-HEADS = ("lm_head.weight", "embed_out.weight")
 OF_BASE, TOKENS_FROM = "base", "model.tokenizer"
 
 
@@ -54,6 +63,7 @@ def with_common_tokens(settings: TokenizerSettings, base: Checkpoint, experts: d
     if chosen == "union":
         _refuse_moved(known, sources)
     target = vocabulary(settings.model_copy(update={"source": chosen}), known, OF_BASE, TOKENS_FROM)
+    check_named_tokens(base.config, target, TOKENS_FROM)
     seen = {name: Aligned(source, name, target, sources, base) for name, source in sources.items()}
     origin = sources[chosen] if chosen in experts else base
     folders = {name: with_tokens(source).path for name, source in sources.items()}
@@ -62,14 +72,13 @@ def with_common_tokens(settings: TokenizerSettings, base: Checkpoint, experts: d
     )
 
 
-def tokens_of(adapter: Adapter) -> tuple[Checkpoint, CommonTokens]:
-    """An adapter that was trained with tokens of its own: its base with as many rows, and its tokens.
+def tokens_of(model: Adapter | Checkpoint, base: Checkpoint) -> tuple[Checkpoint, CommonTokens]:
+    """A model that is loaded into its base, and has tokens of its own: the base with as many rows, and its tokens.
 
     Raises BadInput where it has no fast tokenizer.
     """
-    base, ids = adapter.base, known_tokens(adapter)
-    target = Vocabulary(ids, max(_rows(adapter)), {}, {})
-    return Aligned(base, OF_BASE, target, {}, base), CommonTokens(target, adapter.path, {OF_BASE: adapter.path})
+    target = Vocabulary(known_tokens(model), max(token_rows(model)), {}, {})
+    return Aligned(base, OF_BASE, target, {}, base), CommonTokens(target, model.path, {OF_BASE: model.path})
 
 
 def _with_tokenizer(source: Source, base: Checkpoint) -> Path:
@@ -79,13 +88,13 @@ def _with_tokenizer(source: Source, base: Checkpoint) -> Path:
 
 
 def has_known_rows(base: Checkpoint) -> bool:
-    """Whether it is known which tensors of a model have a row for each token: an embedding, and no other tensor outside
-    the layers than those of TOKEN_MATRICES. Other models have to have the same tokens.
+    """Whether it is known which tensors of a model have a place for each token: an embedding, and no other tensor
+    outside the layers than those of ``token_axis``. Other models have to have the same tokens.
     """
-    matrices = [name for name in base.headers if name.endswith(TOKEN_MATRICES)]
-    rows = _rows(base)
+    matrices = [name for name in base.headers if token_axis(name) is not None]
+    rows = token_rows(base)
     others = [n for n, i in base.headers.items() if layer_of(n) is None and rows & set(i.shape) and n not in matrices]
-    return any(not name.endswith(HEADS) for name in matrices) and not others
+    return any(name.endswith(TOKEN_MATRICES) and not name.endswith(HEADS) for name in matrices) and not others
 
 
 def _differs(expert: Source, base: Checkpoint) -> bool:
@@ -94,15 +103,11 @@ def _differs(expert: Source, base: Checkpoint) -> bool:
     ours_at, theirs_at = (c.path / TOKENIZER_FILE for c in (ours, base))
     if ours is base or not (ours_at.exists() and theirs_at.exists()):
         return False
-    if _rows(ours) != _rows(base):
+    if token_rows(ours) != token_rows(base):
         return True
     if filecmp.cmp(ours_at, theirs_at, shallow=False):  # far sooner than parsing both
         return False
     return ours.vocabulary != base.vocabulary
-
-
-def _rows(checkpoint: Checkpoint | Adapter) -> set[int]:
-    return {info.shape[0] for name, info in checkpoint.headers.items() if name.endswith(TOKEN_MATRICES)}
 
 
 def _refuse_rowless(expert: Source, known: Ids, base: Checkpoint) -> None:

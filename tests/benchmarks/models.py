@@ -32,6 +32,7 @@ from families import FAMILIES  # noqa: E402
 from merging import peak_mb  # noqa: E402
 
 MAP, FIGURES = ROOT / "docs" / "models.md", ROOT / "results" / "benchmarks" / "models.md"
+KEPT = FIGURES.with_name("models-before.json")
 Found = dict[str, dict[str, str | None]]
 SEEDS = 3
 HEAD = """# What works with which models
@@ -61,6 +62,17 @@ OF_TEXTS = """## Text experts on models that also read images
 
 A tick means that `evolver merge` merges fine-tunes of the text model into the language part of the base, in every
 layout, as the reference in float64 does, and that all other tensors are the base's to the bit."""
+OF_SENTENCES = """## Sentence encoders
+
+`evolver merge` keeps a folder of sentence-transformers whole ([merging](merging.md#models)). A test loads merged
+folders with that library: embeddings equal those of a model built from the mean of the state dicts in float64, the
+prompts and modules are the base's, and the weights of a Dense module are merged. The library is no dependency of
+Evolver, so `make test` skips this test. To run it, put the library into a folder of its own:
+
+```
+.venv/bin/pip install --target FOLDER --no-deps sentence-transformers
+PYTHONPATH=FOLDER .venv/bin/python -m pytest tests/oracles/test_sentence_transformers.py
+```"""
 
 
 def try_all(names: Sequence[str], strict: bool) -> tuple[Found, list[str]]:
@@ -103,6 +115,7 @@ def write_map(found: Found) -> None:
     lines += ["", OF_TEXTS, "", "| base | text experts | merge |", "| --- | --- | --- |"]
     lines += [f"| {n} | `{FAMILIES[n].text}` | {cell(said)} |" for n, said in seeing.items()]
     notes = [f"{number}. {sentence}" for sentence, number in sentences.items()]
+    lines += ["", OF_SENTENCES]
     MAP.write_text(HEAD + "\n".join([*lines, "", "## Sentences", "", *notes]) + "\n")
 
 
@@ -189,8 +202,28 @@ def counts(found: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     return {a: sum(row.get(a, "") is None for row in found.values()) for a in ABILITIES}
 
 
-def figures(after: Found, before: Found | None) -> str:
-    """The page of figures, in Markdown."""
+def kept(found: Found, trial: str | None) -> dict[str, Any]:
+    """What was found, in the commit of this folder, and by the files of which commit (None: the same)."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return {"commit": commit, "trial": trial or commit, "families": len(found), "abilities": counts(found)}
+
+
+def said_before(before: Mapping[str, Any] | None) -> str:
+    """Where the row of an earlier commit is from; without one, where its abilities can be read."""
+    if before is None:
+        return BEFORE_UNKNOWN
+    said = BEFORE.format(**before)
+    return said if any(before["abilities"].values()) else f"{said} {BEFORE_NOTHING}"
+
+
+def figures(after: Found, before: Mapping[str, Any] | None) -> str:
+    """The page of figures, in Markdown.
+
+    Args:
+        after: what was found now.
+        before: what ``kept`` says of an earlier commit.
+    """
     before_load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="models-") as place:
         home = Path(place)
@@ -205,7 +238,7 @@ def figures(after: Found, before: Found | None) -> str:
         memory = merge_memory(home / "mixture")
     rows = [["after", *map(str, counts(after).values())]]
     if before is not None:
-        rows.insert(0, ["before", *map(str, counts(before).values())])
+        rows.insert(0, ["before", *map(str, before["abilities"].values())])
     times = [
         [name, f"{min(found):.1f}", f"{statistics.median(found):.1f}", goal]
         for name, found, goal in (
@@ -214,8 +247,9 @@ def figures(after: Found, before: Found | None) -> str:
             ("importing torch, Transformers and lm-eval, nothing else", imports, ""),
         )
     ]
+    load = f"{before_load:.1f} before the calls and {os.getloadavg()[0]:.1f} after them"
     return PAGE.format(
-        families=len(after), load=f"{before_load:.1f} before the calls and {os.getloadavg()[0]:.1f} after them",
+        families=len(after), before=said_before(before), load=load,
         cores=os.cpu_count(), abilities=table(["", *ABILITIES], rows),
         seconds=table(["", "least, s", "median, s", "goal, s"], times),
         memory=table(["method", "model, MB", "largest tensor, MB", "peak, MB", "peak ÷ largest tensor"], memory),
@@ -228,6 +262,14 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+BEFORE_UNKNOWN = "The abilities before this work are those that the text of issue 21 names."
+BEFORE = """The row *before* was measured in commit {commit}, from which the work on issue 21 started, with {families}
+families, by this script with `--tolerant --keep`. The script was copied there from commit {trial}, together with
+`tests/families.py` and `tests/abilities.py`."""
+BEFORE_NOTHING = """Its zeros need a word: every try mixes layouts, and the base
+of every search is in the oldest one, so one layout that is refused fails the whole try. In that commit, mixed layouts
+were refused in all families, nearly always with "lacks the tensor". Models that one release of Transformers saved were
+merged and searched over then as well; this table does not count that."""
 PAGE = """# What works with which models: figures
 
 Measured by `make benchmark-models` (`tests/benchmarks/models.py --figures`).
@@ -235,10 +277,7 @@ Measured by `make benchmark-models` (`tests/benchmarks/models.py --figures`).
 ## Families × abilities
 
 So many of {families} families have each ability; [docs/models.md](../../docs/models.md) says which, and what each
-ability means. *Before* is commit 4f0254c, tried with the same script. Its row of zeros needs a word: every try mixes
-layouts, and the base of every search is in the oldest one, so one layout that is refused fails the whole try. Before,
-mixed layouts were refused in all families, nearly always with "lacks the tensor". Models that one release of
-Transformers saved were merged and searched over then as well; this table does not count that.
+ability means. {before}
 
 {abilities}
 
@@ -266,21 +305,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="only these, and write nothing")
     parser.add_argument("--figures", action="store_true", help="also measure, and write results/benchmarks/models.md")
-    parser.add_argument("--keep", type=Path, help="write what was found to this JSON file, too")
-    parser.add_argument("--before", type=Path, help="a file that --keep wrote, of an earlier commit")
+    parser.add_argument("--keep", type=Path, help="write how many families have each ability to this JSON file, too")
+    parser.add_argument("--trial", help="with --keep, the commit from which this script was copied into this folder")
+    parser.add_argument("--before", type=Path, default=KEPT, help="a file that --keep wrote in an earlier commit")
     parser.add_argument("--tolerant", action="store_true", help="count wrong answers as what does not work")
     given = parser.parse_args()
     torch.set_num_threads(1)
     found, wrong = try_all(given.families or list(FAMILIES), not given.tolerant)
     if given.keep:
-        given.keep.write_text(json.dumps(found))
+        given.keep.write_text(json.dumps(kept(found, given.trial), indent=2) + "\n")
     for sentence in wrong:
         print(f"wrong: {sentence}", file=sys.stderr)
     if given.families or wrong or given.tolerant:
         return int(bool(wrong))
     write_map(found)
     if given.figures:
-        FIGURES.write_text(figures(found, json.loads(given.before.read_text()) if given.before else None))
+        FIGURES.write_text(figures(found, json.loads(given.before.read_text()) if given.before.exists() else None))
     return 0
 
 

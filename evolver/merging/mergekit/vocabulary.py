@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,15 @@ from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
 from evolver.checkpoints.adapter import Adapter
-from evolver.checkpoints.weights import TOKEN_MATRICES, TOKENIZER_FILE, Checkpoint, Source, TensorInfo, read_json
+from evolver.checkpoints.weights import (
+    TOKENIZER_FILE,
+    Checkpoint,
+    Source,
+    TensorInfo,
+    read_json,
+    resized,
+    token_axis,
+)
 from evolver.config.model import TokenizerSettings
 from evolver.errors import BadInput, nearest
 from evolver.merging.mergekit.reader import reference
@@ -29,6 +37,12 @@ from evolver.merging.methods.operators import halved
 Ids = Mapping[str, int]
 # So many rows are summed at a time, which bounds the memory for their float64 copies.
 MEAN_ROWS = 1024
+# Ends of the keys of a configuration that name tokens by their numbers, and those keys for which the settings of the
+# tokenizer and of generation hold as well, which come with the tokens.
+TOKEN_NUMBERS = ("_token_id", "_token_index")
+OF_TOKENIZER = {
+    f"{kind}_token_id" for kind in ("bos", "eos", "pad", "unk", "sep", "cls", "mask", "forced_bos", "forced_eos")
+}
 TokenRow = tuple[str, int]  # a model, and the place in its matrices
 
 
@@ -41,12 +55,16 @@ class Vocabulary:
         size: number of rows; those after the last token are the mean of the rows of tokens, as in mergekit.
         own: for every model the row that it has for each row of the target, int64 (size), -1 where it has none.
         others: for rows that a model lacks, the rows whose mean it gets; zero where there are none.
+        moved: the new number of each token of the base that gets another one, by its old number.
+        lost: the tokens of the base that the target lacks, by their numbers.
     """
 
     ids: Ids
     size: int
     own: Mapping[str, Tensor]
     others: Mapping[int, tuple[TokenRow, ...]]
+    moved: Mapping[int, int] = field(default_factory=dict)
+    lost: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -100,7 +118,9 @@ def vocabulary(settings: TokenizerSettings, models: Mapping[str, Ids], base: str
             for rows in own.values():
                 rows[ids[token]] = -1
     lacking = torch.stack(list(own.values())).min(0).values < 0
-    return Vocabulary(ids, size, own, {i: rows for i, rows in others.items() if lacking[i]})
+    moved = {i: ids[token] for token, i in models[base].items() if ids.get(token, i) != i}
+    lost = {i: token for token, i in models[base].items() if token not in ids}
+    return Vocabulary(ids, size, own, {i: rows for i, rows in others.items() if lacking[i]}, moved, lost)
 
 
 def _usual(token: str, models: Mapping[str, Ids], base: str) -> tuple[TokenRow, ...]:
@@ -143,52 +163,81 @@ class Aligned(Checkpoint):
     @property
     def headers(self) -> dict[str, TensorInfo]:  # derived here, read from files there
         size = self.target.size
-        found = self.base.headers.items()
-        return {n: TensorInfo((size, *i.shape[1:]), i.dtype) if n.endswith(TOKEN_MATRICES) else i for n, i in found}
+        return {n: TensorInfo(resized(n, i.shape, size), i.dtype) for n, i in self.base.headers.items()}
 
     @property
     def config(self) -> dict[str, Any]:
-        return with_vocabulary(self.base.config, self.target.size)
+        return with_vocabulary(self.base.config, self.target)
 
     def files(self) -> list[Path]:
         return self.inner.files()
 
     def tensor(self, name: str) -> Tensor:
-        own = self.inner.tensor(name)
-        if not name.endswith(TOKEN_MATRICES):
-            return own
+        axis = token_axis(name)
+        if axis is None:
+            return self.inner.tensor(name)
+        return self._rows(name, axis).movedim(0, axis).contiguous()
+
+    def digest(self) -> str:
+        parts = [self.inner.digest(), self.name, self.target.digest, *(s.digest() for s in self.models.values())]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:20]
+
+    def _rows(self, name: str, axis: int) -> Tensor:
+        """A tensor with the dimension of tokens, ``axis``, as its first one: a row for each of the target's."""
+        own = self.inner.tensor(name).movedim(axis, 0)
         rows = self.target.own[self.name]
         has = rows >= 0
         out = own.new_zeros(self.target.size, *own.shape[1:])
         out[has] = own[rows[has]]
         missing = [i for i in self.target.others if not has[i]]
-        out[missing] = self._means(name, missing, own).to(out.dtype)
+        out[missing] = self._means(name, axis, missing, own).to(out.dtype)
         if (first := self.target.padded_from) < self.target.size:
             out[first:] = _mean_row(out, torch.tensor(sorted(self.target.ids.values()))).to(out.dtype)
         return out
 
-    def _means(self, name: str, missing: list[int], like: Tensor) -> Tensor:
+    def _means(self, name: str, axis: int, missing: list[int], like: Tensor) -> Tensor:
         """Rows for tokens that the model lacks, float32 (missing, ...)."""
         total = torch.zeros(len(missing), *like.shape[1:])
         for model, source in self.models.items():
             pairs = [(k, r) for k, i in enumerate(missing) for m, r in self.target.others[i] if m == model]
             if pairs:
                 places, rows = (torch.tensor(x) for x in zip(*pairs, strict=True))
-                total.index_add_(0, places, source.tensor(name)[rows].float())
+                total.index_add_(0, places, source.tensor(name).movedim(axis, 0)[rows].float())
         counts = torch.tensor([max(1, len(self.target.others[i])) for i in missing])
         return total / counts.view(-1, *[1] * (total.dim() - 1))
 
-    def digest(self) -> str:
-        parts = [self.inner.digest(), self.name, self.target.digest, *(s.digest() for s in self.models.values())]
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:20]
 
-
-def with_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """A model's configuration with another number of tokens; of a model that reads more than text, its text part's."""
-    text, sized = config.get("text_config"), {"vocab_size": size}
+def with_vocabulary(config: Mapping[str, Any], target: Vocabulary) -> dict[str, Any]:
+    """The base's configuration with another number of tokens, and with the new numbers of those that it names; of a
+    model that reads more than text, its text part's too.
+    """
+    text, sized, own = config.get("text_config"), {"vocab_size": target.size}, _renumbered(config, target)
     if not isinstance(text, dict):
-        return {**config, **sized}
-    return {**config, "text_config": {**text, **sized}, **(sized if "vocab_size" in config else {})}
+        return {**own, **sized}
+    inner = {**_renumbered(text, target), **sized}
+    return {**own, "text_config": inner, **(sized if "vocab_size" in config else {})}
+
+
+def check_named_tokens(config: Mapping[str, Any], target: Vocabulary, place: str) -> None:
+    """Raises BadInput that names ``place`` where the target lacks a token that the base cannot do without, such as the
+    one that stands for an image.
+    """
+    parts = [config, *(p for p in [config.get("text_config")] if isinstance(p, dict))]
+    for key, number in ((k, v) for part in parts for k, v in part.items() if k.endswith(TOKEN_NUMBERS)):
+        if isinstance(number, int) and number in target.lost and key not in OF_TOKENIZER:
+            raise BadInput(
+                f"{place}: merged models would lack the token {target.lost[number]!r}, which config.json of the base "
+                f"names as {key}; write union, or base."
+            )
+
+
+def _renumbered(config: Mapping[str, Any], target: Vocabulary) -> dict[str, Any]:
+    def new(value: Any) -> Any:
+        if isinstance(value, list):
+            return [new(v) for v in value]
+        return target.moved.get(value, value) if isinstance(value, int) else value
+
+    return {k: new(v) if k.endswith(TOKEN_NUMBERS) else v for k, v in config.items()}
 
 
 def _mean_row(matrix: Tensor, rows: Tensor) -> Tensor:
@@ -218,8 +267,14 @@ def known_tokens(source: Source) -> Ids:
             f"{source.key}: {checkpoint.path} has no {TOKENIZER_FILE}, so its rows have no tokens; save a fast "
             "tokenizer."
         )
-    rows = min(i.shape[0] for n, i in checkpoint.headers.items() if n.endswith(TOKEN_MATRICES))
+    rows = min(token_rows(checkpoint))
     return {t: i for t, i in tokens.items() if i < rows}
+
+
+def token_rows(checkpoint: Checkpoint | Adapter) -> set[int]:
+    """The numbers of places that a model's tensors have for tokens: one number, where all have as many."""
+    found = ((i.shape, token_axis(n)) for n, i in checkpoint.headers.items())
+    return {shape[axis] for shape, axis in found if axis is not None}
 
 
 def extend_tokenizer(folder: Path, target: Vocabulary, donors: Mapping[str, Path]) -> None:
