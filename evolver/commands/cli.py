@@ -73,14 +73,17 @@ def validate(config: Annotated[Path, typer.Argument(help="the YAML file of a run
     refuse_early(written)
     # These bring torch.
     from cluster.job import device_of, unread_by_pool
+    from evolver.driver.foresight import foresight, training_lines
     from evolver.driver.prepare import prepare
     from evolver.records import SPLITS
+    from evolver.storage import storage_at
     from evolver.workers.worker import choose_compute
 
     given = written.parsed()
     device = device_of(given, written.origin)
     prepared = prepare(written, weights=False, device=device)
-    for warning in (*unread_by_pool(given.pool), *prepared.warnings, *prepared.tasks.warnings):
+    seen, unseen = training_lines(prepared)
+    for warning in (*unread_by_pool(given.pool), *prepared.warnings, *prepared.tasks.warnings, *seen):
         typer.echo(f"warning: {warning}", err=True)
     sizes = {split: len(prepared.tasks.items.of(split)) for split in SPLITS}
     total = prepared.search.total
@@ -93,6 +96,8 @@ def validate(config: Annotated[Path, typer.Argument(help="the YAML file of a run
         for split, count in prepared.tasks.sizes[task.task].items():
             if isinstance(share := getattr(task, split), float):
                 typer.echo(f"{task.task}: {split} {share} is {count} items")
+    for line in (*foresight(prepared, storage_at("results")), *unseen):
+        typer.echo(line)
     if given.model.compute == "auto" and given.evaluation.backend == "resident":
         choice = choose_compute(given, device)
         typer.echo(f"model.compute: auto is {choice.compute} on this machine: {choice.why}")

@@ -12,6 +12,7 @@ from evolver.config import Config
 from evolver.config.reading import ConfigText
 from evolver.driver.card import companion_files
 from evolver.driver.check import score_again
+from evolver.driver.foresight import foresight
 from evolver.driver.prepare import (
     Prepared,
     as_it_is,
@@ -100,6 +101,8 @@ def run(
         ):
             for warning in (*about.warnings, *ledger.warnings):
                 display.say(f"warning: {warning}")
+            for line in foresight(prepared, results):
+                display.say(line)
             if retry_failed:
                 display.say(_retried(ledger.retry_failed()))
             if listeners:

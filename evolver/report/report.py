@@ -18,6 +18,7 @@ from evolver.evaluation.scores.comparison import compare, interval
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Result
 from evolver.records.recipe import Recipe, ancestors, dump_recipe
+from evolver.report.claims import claims_of, claims_section
 from evolver.report.curve import curve
 from evolver.report.examples import examples_section, read_texts
 from evolver.report.finals import finals_section
@@ -26,6 +27,7 @@ from evolver.report.text import (
     as_served,
     cost_rows,
     escaped,
+    listed,
     markdown_table,
     median_or_zero,
     of_task,
@@ -64,6 +66,7 @@ def write_report(
         table_of(outcome),
         finals_section(outcome),
         _against_others(outcome),
+        claims_section(outcome),
         examples_section(outcome, texts or {}),
         "![best dev score against scored items](curve.png)",
         _winner_section(outcome, agreement),
@@ -81,20 +84,16 @@ def _question(outcome: Outcome) -> str:
     """What the run was to find out, and how."""
     config, dev = outcome.config, len(outcome.scales["dev"].tasks)
     heavy = {t.task: f", weight {t.weight:g}" if t.weight != 1 else "" for t in config.evaluation.tasks}
-    tasks = _listed([f"{escaped(t.task)} ({escaped(t.metric)}{heavy[t.task]})" for t in config.evaluation.tasks])
-    limits = _listed([f"{n} {what}" for what, n in config.budget.model_dump(exclude_none=True).items()])
+    tasks = listed([f"{escaped(t.task)} ({escaped(t.metric)}{heavy[t.task]})" for t in config.evaluation.tasks])
+    limits = listed([f"{n} {what}" for what, n in config.budget.model_dump(exclude_none=True).items()])
     settings = {key: value for key, value in config.search.items() if key != "algorithm"}
     said = yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=math.inf).strip()[1:-1]
     search = f"`{config.search['algorithm']}`" + (f" ({said})" if settings else "")
     return (
-        f"Is there a merge of {_listed(list(config.experts))}, fine-tunes of `{config.model.base}`, that is better "
+        f"Is there a merge of {listed(list(config.experts))}, fine-tunes of `{config.model.base}`, that is better "
         f"than the best of them on {tasks}? Searched by {search} within {limits}, on {dev} dev items. "
         + as_served(config.evaluation)
     ).strip()
-
-
-def _listed(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def summary(outcome: Outcome) -> dict[str, Any]:
@@ -115,6 +114,7 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "report": {f.label: f.report.score for f in outcome.finalists},
         "best_expert": expert.label,
         "against": against,
+        **claims_of(outcome).form(),
         "candidates": len(results),
         "items": sum(r.cost for r in results),
         "seconds": math.fsum(r.seconds.get("total", 0.0) for r in results if not r.reused),
@@ -194,8 +194,8 @@ def _against_others(outcome: Outcome) -> str:
         c = compare(outcome.winner.report.items, other.report.items, outcome.scales["report"], outcome.config.seed)
         scale = outcome.scales["report"]
         between = f"{signed(c.low, scale)} – {signed(c.high, scale)}"
-        rows.append([other.label, signed(c.difference, scale), between, f"{c.p:.3g}"])
-    head = ["winner against", "points", "95 % interval", "p (paired permutation)"]
+        rows.append([other.label, signed(c.difference, scale), between, f"{c.p:.3g}", f"{100 * c.ahead:.1f} %"])
+    head = ["winner against", "points", "95 % interval", "p (paired permutation)", "winner ahead (of resamples)"]
     return "## Paired tests on the report set\n\n" + markdown_table(head, rows)
 
 

@@ -1,0 +1,49 @@
+"""What can be said of a run's claims before it starts: which differences it can show, and what its experts know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from evolver.driver.prepare import Prepared, overlap_of
+from evolver.errors import BadInput
+from evolver.evaluation.overlap import overlap_warnings
+from evolver.records import Result, Split
+from evolver.report.margin import margin_sentence
+from evolver.runs.history import read_history
+from evolver.storage import Storage
+
+DECIDING: tuple[Split, ...] = ("select", "report")
+
+
+def foresight(prepared: Prepared, results: Storage) -> list[str]:
+    """Sentences on what the select and the report items can show. If a run of this name has scored its experts already,
+    they rest on the experts' answers.
+
+    Args:
+        results: the folder of all runs.
+    """
+    config, tasks = prepared.config, prepared.tasks
+    dev, experts = tasks.scale("dev"), list(_scored_experts(prepared, results))
+    return [
+        margin_sentence(experts, dev, tasks.scale(split), split, config.worthwhile, config.seed)
+        for split in DECIDING
+        if tasks.items.of(split)
+    ]
+
+
+def training_lines(prepared: Prepared) -> tuple[list[str], list[str]]:
+    """Warnings about experts that were trained on items of the run, and notes on those that were not."""
+    found = overlap_of(prepared)
+    clean = [name for name, overlap in found.items() if not any(overlap.shared.values())]
+    notes = [f"{name}: none of the run's items is among its training texts" for name in clean]
+    return overlap_warnings(found), notes
+
+
+def _scored_experts(prepared: Prepared, results: Storage) -> Iterator[Result]:
+    """The dev results of the experts in the run's folder, if it holds a run on the same items."""
+    try:
+        history = read_history(results.folder(prepared.config.run))
+    except (BadInput, OSError):
+        return
+    if history.about.scales.get("dev") == prepared.tasks.scale("dev"):
+        yield from (r for c, r in history.stages["baseline"] if c.label in prepared.config.experts)

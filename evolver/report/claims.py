@@ -1,0 +1,169 @@
+"""The section of a report on what the run may claim: which differences its items show, and how much of it is luck."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from evolver.evaluation.scores.comparison import compare
+from evolver.evaluation.scores.correction import corrected_best, obstacle, rounds_of
+from evolver.evaluation.scores.discrimination import undecided
+from evolver.evaluation.scores.resampling import SIGNIFICANCE
+from evolver.records import Candidate, Result, Split
+from evolver.report.margin import margin_sentence
+from evolver.report.text import escaped, listed, score_text
+from evolver.runs.finals import leaders
+from evolver.runs.outcome import Finalist, Outcome
+
+DECIDED_ON: tuple[Split, ...] = ("select", "report")
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What the statistics of a run say.
+
+    Attributes:
+        best: the candidate with the highest dev score, and its result.
+        complete: how many models have a dev score of all items.
+        corrected: the highest dev score after the bootstrap correction; None where it is left out.
+        why_not: why it is left out, as a part of a sentence.
+        ahead: the share of resamples of the report items in which the winner is ahead of the best expert, of the
+            average, and of the best plain merge, by their labels.
+        undecided: the tasks whose dev items do not tell the experts apart, with p-values.
+    """
+
+    best: tuple[Candidate, Result]
+    complete: int
+    corrected: float | None
+    why_not: str
+    ahead: Mapping[str, float]
+    undecided: Mapping[str, float]
+
+    def form(self) -> dict[str, Any]:
+        """The figures, for programs."""
+        return {
+            "best_dev": self.best[1].score, "corrected_dev": self.corrected, "ahead": dict(self.ahead),
+            "undecided_tasks": dict(self.undecided),
+        }  # fmt: skip
+
+
+def claims_of(outcome: Outcome) -> Claims:
+    """The statistics of a run. They are seeded from its seed."""
+    dev, seed = outcome.scales["dev"], outcome.config.seed
+    complete = leaders(outcome.searched, len(outcome.searched))
+    why_not = "only one candidate has a score of all dev items" if len(complete) < 2 else obstacle(dev)
+    # In the order of the search, so that the earliest of equals is chosen, as the run does.
+    in_turn = sorted(complete, key=lambda pair: pair[0].number)
+    corrected = None if why_not else corrected_best([r.items for _, r in in_turn], dev, seed)
+    experts = [r.items for r in _experts(outcome) if r.score is not None]
+    return Claims(
+        complete[0], len(complete), corrected, why_not, dict(_ahead(outcome)),
+        undecided(experts, dev, seed) if len(experts) > 1 else {},
+    )  # fmt: skip
+
+
+def claims_section(outcome: Outcome) -> str:
+    """The section as Markdown."""
+    found = claims_of(outcome)
+    parts = [_margins(outcome), _luck(found, outcome), _order(found, outcome), _tasks(found, outcome)]
+    return "\n\n".join(["## What these scores can show", *filter(None, [*parts, _training(outcome)])])
+
+
+def _experts(outcome: Outcome) -> list[Result]:
+    return [f.dev for f in outcome.finalists if f.label in outcome.config.experts]
+
+
+def _ahead(outcome: Outcome) -> Iterator[tuple[str, float]]:
+    """How often the winner is ahead of each rival in resamples of the report items."""
+    winner, scale = outcome.winner.report, outcome.scales["report"]
+    for rival in _rivals(outcome).values():
+        if None not in (winner.score, rival.report.score):
+            yield rival.label, compare(winner.items, rival.report.items, scale, outcome.config.seed).ahead
+
+
+def _rivals(outcome: Outcome) -> dict[str, Finalist]:
+    """Whom the winner is compared with, by what each one is."""
+    average = next(f for f in outcome.finalists if f.label == "average")
+    return {"the best expert": outcome.best_expert, "the average": average, "the best plain merge": outcome.best_plain}
+
+
+def _margins(outcome: Outcome) -> str:
+    """What each set on which something is decided can show."""
+    dev, config = outcome.scales["dev"], outcome.config
+    said = [
+        margin_sentence(_experts(outcome), dev, outcome.scales[split], split, config.worthwhile, config.seed)
+        for split in DECIDED_ON
+        if split in outcome.scales
+    ]
+    return (
+        "**The smallest difference.** A set of items misses small differences. The figures here follow from the sizes "
+        "of the sets and from how often models answer differently, not from the differences that were observed.\n\n"
+        + "\n".join(f"- {sentence}" for sentence in said)
+    )
+
+
+def _luck(found: Claims, outcome: Outcome) -> str:
+    candidate, result = found.best
+    scale, is_winner = outcome.scales["dev"], candidate.recipe.id == outcome.winner.recipe.id
+    whose = "the winner's" if is_winner else f"that of candidate {candidate.number}"
+    raw = score_text(result.score, scale)
+    first = f"**The luck in the best dev score.** The highest dev score, {whose}, is {raw}."
+    if found.corrected is None:
+        return f"{first} It is not corrected for the choice among candidates: {escaped(found.why_not)}."
+    return (
+        f"{first} It is the highest of {found.complete} scores, and the highest one is partly luck. After a bootstrap "
+        f"correction of this choice it is **{score_text(found.corrected, scale)}**: dev items were drawn with "
+        f"replacement {rounds_of(scale):,} times, the candidate that is best on the drawn items was chosen, and its "
+        "scores on the items that were not drawn were averaged. The correction is a partial one. It takes the "
+        "candidates as given, but the search proposed most of them after it had seen scores on the same items, and "
+        "this part of the luck remains. Only items that the search did not see, such as the report items, are free of "
+        "it."
+    )
+
+
+def _order(found: Claims, outcome: Outcome) -> str:
+    named: dict[str, list[str]] = {}
+    for what, rival in _rivals(outcome).items():
+        if rival.label in found.ahead:
+            named.setdefault(rival.label, []).append(what)
+    if not named:
+        return ""
+    said = listed([
+        f"{escaped(label)} ({listed(whats)}) in {100 * found.ahead[label]:.1f} %" for label, whats in named.items()
+    ])  # fmt: skip
+    return (
+        "**How sure the order is.** When the report items are drawn again with replacement, within each task and the "
+        f"same ones for both models, the winner is ahead of {said} of the resamples."
+    )
+
+
+def _tasks(found: Claims, outcome: Outcome) -> str:
+    if sum(r.score is not None for r in _experts(outcome)) < 2:
+        return ""
+    level = f"permutation test within items at {100 * SIGNIFICANCE:g} %"
+    if not found.undecided:
+        return f"**What the tasks tell apart.** The dev items of every task tell the experts apart ({level})."
+    named = listed([f"{escaped(task)} (p = {p:.2g})" for task, p in found.undecided.items()])
+    items, them = ("Its items", "it") if len(found.undecided) == 1 else ("Their items", "them")
+    return (
+        f"**Tasks that cannot tell the experts apart.** On the dev items of {named} the experts differ by no more than "
+        f"chance ({level}). {items} say little about which model is better, so differences on {them} are mostly noise. "
+        "More items, a harder or an easier task may help."
+    )
+
+
+def _training(outcome: Outcome) -> str:
+    """What is known of the overlap of the items with the experts' training texts."""
+    known = outcome.about.overlap
+    unknown = [name for name in outcome.config.experts if name not in known]
+    said = []
+    for name, overlap in known.items():
+        counts = [f"{n} of {overlap.items[split]} {split} items" for split, n in overlap.shared.items() if n]
+        said.append(f"{escaped(name)} was trained on {f'the texts of {listed(counts)}' if counts else 'none of them'}")
+    if unknown:
+        said.append(
+            f"of {listed(list(map(escaped, unknown)))} it is not known, as no `training.json` in the folder lists the "
+            "training texts"
+        )
+    return f"**Items among the experts' training texts.** {'; '.join(said).capitalize()}." if said else ""
