@@ -158,13 +158,30 @@ def report(
     folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
     out: Annotated[str | None, typer.Option(help="folder to write to; default: the run's folder")] = None,
 ) -> None:
-    """Write the report of a run again: as Markdown, as one HTML file, and all candidates as CSV."""
+    """Write the report of a run again: as Markdown, as one HTML file, and its tables as CSV."""
     from evolver.report.report import write_again
     from evolver.storage import storage_at
 
     target = storage_at(folder if out is None else out)
     typer.echo(write_again(storage_at(folder), target))
     typer.echo(f"{target.location}/report.html")
+
+
+@app.command()
+def bundle(
+    folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
+    out: Annotated[
+        Path | None, typer.Option(help="folder to write, new or empty; default: the run's name and -bundle, here")
+    ] = None,
+) -> None:
+    """Write a finished run as one folder that opens in a browser without a server: report, tables, recipe, no models."""
+    from evolver.report.bundle import write_bundle
+    from evolver.storage import storage_at
+
+    run = storage_at(folder)
+    target = out or Path(f"{run.location.rstrip('/').rpartition('/')[2]}-bundle")
+    typer.echo(write_bundle(run, target))
+    typer.echo(target / "index.html")
 
 
 @app.command()

@@ -63,9 +63,8 @@ def claims_of(outcome: Outcome) -> Claims:
     )  # fmt: skip
 
 
-def claims_section(outcome: Outcome) -> str:
+def claims_section(found: Claims, outcome: Outcome) -> str:
     """The section as Markdown."""
-    found = claims_of(outcome)
     parts = [_margins(outcome), _luck(found, outcome), _order(found, outcome), _tasks(found, outcome)]
     return "\n\n".join(["## What these scores can show", *filter(None, [*parts, _training(outcome)])])
 

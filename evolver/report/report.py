@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import yaml
@@ -18,11 +18,13 @@ from evolver.evaluation.scores.comparison import compare, interval
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Result
 from evolver.records.recipe import Recipe, ancestors, dump_recipe
-from evolver.report.claims import claims_of, claims_section
+from evolver.report.claims import Claims, claims_of, claims_section
 from evolver.report.curve import curve
 from evolver.report.examples import examples_section, read_texts
 from evolver.report.finals import finals_section
 from evolver.report.html import html_page
+from evolver.report.scores import score_rows, scores_section
+from evolver.report.settings import setting_rows, settings_section
 from evolver.report.text import (
     as_served,
     cost_rows,
@@ -40,6 +42,8 @@ from evolver.runs.history import History, read_history, rows_of
 from evolver.runs.outcome import Finalist, Outcome
 from evolver.storage import Storage
 
+# What ``evolver report`` writes beside the report: all candidates, every model × task score, the merges' settings.
+CSV_FILES = ("candidates.csv", "scores.csv", "settings.csv")
 # What can be wrong with answers, by the name of its count.
 FLAWS = {
     "truncated": "the prompt was cut, or the answer was cut at its length limit",
@@ -57,7 +61,8 @@ def write_report(
         texts: of the report items that are shown as examples, by their places.
     """
     folder.write("curve.png", curve(outcome))
-    folder.write(SUMMARY_FILE, json.dumps(summary(outcome), indent=1).encode())
+    claims = claims_of(outcome)
+    folder.write(SUMMARY_FILE, json.dumps(summary(outcome, claims), indent=1).encode())
     sections = [
         f"# {outcome.config.run}",
         _question(outcome),
@@ -66,11 +71,13 @@ def write_report(
         table_of(outcome),
         finals_section(outcome),
         _against_others(outcome),
-        claims_section(outcome),
+        claims_section(claims, outcome),
         examples_section(outcome, texts or {}),
         "![best dev score against scored items](curve.png)",
         _winner_section(outcome, agreement),
         _lineage(outcome.winner.recipe),
+        settings_section(outcome),
+        scores_section(outcome),
         _cost(outcome),
         _failures(outcome),
         _provenance(outcome),
@@ -96,7 +103,7 @@ def _question(outcome: Outcome) -> str:
     ).strip()
 
 
-def summary(outcome: Outcome) -> dict[str, Any]:
+def summary(outcome: Outcome, claims: Claims) -> dict[str, Any]:
     """The outcome in numbers; ``against`` is the winner's difference to the best expert on the report items."""
     results = [r for _, r in outcome.searched]
     dev, report, expert = outcome.winner.dev, outcome.winner.report, outcome.best_expert
@@ -114,7 +121,7 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "report": {f.label: f.report.score for f in outcome.finalists},
         "best_expert": expert.label,
         "against": against,
-        **claims_of(outcome).form(),
+        **claims.form(),
         "candidates": len(results),
         "items": sum(r.cost for r in results),
         "seconds": math.fsum(r.seconds.get("total", 0.0) for r in results if not r.reused),
@@ -122,8 +129,26 @@ def summary(outcome: Outcome) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_again(run: Storage, target: Storage) -> str:
-    """Write the report of a run again, from its folder alone, and ``candidates.csv``. Returns the verdict.
+@dataclass(frozen=True)
+class Finished:
+    """A finished run, as its report is written again: from its folder alone."""
+
+    run: Storage
+    history: History
+    outcome: Outcome
+    agreement: Mapping[str, int]
+
+    def write(self, target: Storage) -> str:
+        """Write the report and the files of ``CSV_FILES``. Returns the verdict."""
+        write_report(target, self.outcome, self.agreement, read_texts(self.run))
+        tables = (rows_of(self.history), score_rows(self.outcome), setting_rows(self.outcome))
+        for name, rows in zip(CSV_FILES, tables, strict=True):
+            target.write(name, _csv(list(rows)).encode())
+        return verdict(self.outcome)
+
+
+def finished(run: Storage) -> Finished:
+    """The run in a folder.
 
     Raises BadInput if the folder holds no run, or a run whose finalists are not scored yet.
     """
@@ -132,16 +157,22 @@ def write_again(run: Storage, target: Storage) -> str:
     agreement = agreement_of(run)
     if outcome is None or agreement is None:
         raise BadInput(f"{run.location}: the run is not finished; continue it first (evolver resume).")
+    return Finished(run, history, outcome, agreement)
+
+
+def write_again(run: Storage, target: Storage) -> str:
+    """Write the report of a run again, and its tables as CSV. Returns the verdict.
+
+    Raises BadInput as ``finished`` does, and where nothing can be written.
+    """
+    found = finished(run)
     try:
-        write_report(target, outcome, agreement, read_texts(run))
-        target.write("candidates.csv", _csv(history).encode())
+        return found.write(target)
     except OSError as error:
         raise BadInput(file_sentence(error, target.location)) from error
-    return verdict(outcome)
 
 
-def _csv(history: History) -> str:
-    rows = rows_of(history)
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, list({key: None for row in rows for key in row}), restval="")
     writer.writeheader()
