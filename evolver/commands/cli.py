@@ -174,7 +174,7 @@ def bundle(
         Path | None, typer.Option(help="folder to write, new or empty; default: the run's name and -bundle, here")
     ] = None,
 ) -> None:
-    """Write a finished run as one folder that opens in a browser without a server: report, tables, recipe, no models."""
+    """Write a finished run as one folder that a browser opens without a server: report, tables, recipe, no models."""
     from evolver.report.bundle import write_bundle
     from evolver.storage import storage_at
 

@@ -73,13 +73,13 @@ def scores_section(outcome: Outcome) -> str:
 
 def formula(scale: Scale) -> str:
     """How the score is computed from the metrics of the tasks, as a sentence."""
-    total = math.fsum(scale.weights.values())
+    weights = scale.weights if len(scale.weights) > 1 else dict.fromkeys(scale.weights, 1.0)
     terms = [
         f"{'−' if scale.metrics[t].negative else ''}{'' if w == 1 else f'{w:.4g} × '}"
         f"{escaped(t)} ({scale.metrics[t].name})"
-        for t, w in scale.weights.items()
+        for t, w in weights.items()
     ]
-    said = terms[0] if len(terms) == 1 else f"({' + '.join(terms)}) / {total:.4g}"
+    said = terms[0] if len(terms) == 1 else f"({' + '.join(terms)}) / {math.fsum(weights.values()):.4g}"
     negative = any(m.negative for m in scale.metrics.values())
     return f"The score of a model is {said.replace('+ −', '− ')}." + (
         " A metric of which lower values are better counts with the opposite sign." if negative else ""

@@ -30,7 +30,7 @@ def settings_section(outcome: Outcome) -> str:
 
 def merged_rows(outcome: Outcome) -> Iterator[dict[str, Any]]:
     """A row for each setting of each operation of each merge; a setting with one number per input is one row."""
-    for finalist in outcome.finalists:
+    for finalist in (outcome.winner, *outcome.finalists[:-1]):
         if finalist.label != "base" and finalist.label not in outcome.config.experts:
             for node in ancestors(finalist.recipe):
                 for row in _of_node(node):
