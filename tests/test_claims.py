@@ -1,11 +1,8 @@
 """What a report claims and shows: margins, the corrected dev score, tables of scores and settings, and the bundle."""
 
-import csv
-import io
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -383,21 +380,3 @@ def test_a_long_table_of_settings_is_cut():
     text = settings_section(replace(done, finalists=(*done.finalists[:-1], deep)))
     assert "The first 40 of 64 rows are shown; `evolver report` writes all to `settings.csv`." in text
     assert text.count("\n| ") == 42
-
-
-class Page(HTMLParser):
-    """The links of a page, and what it loads."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.links, self.loaded = [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        found = dict(attrs)
-        self.links += [found["href"]] if tag == "a" else []
-        self.loaded += [v for k, v in found.items() if k == "src"]
-
-
-def rows_in(text):
-    return list(csv.DictReader(io.StringIO(text)))
