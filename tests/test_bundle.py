@@ -230,7 +230,8 @@ def test_items_that_an_expert_was_trained_on_are_named(classifiers, tmp_path):
     (models / "b" / "training.json").write_text(json.dumps({"texts": [item_hash("another text")]}))
     done = evolver("validate", file, cwd=tmp_path)
     assert done.err.startswith(
-        "warning: expert a was trained on the texts of 20 of 20 dev items, 5 of 5 select items and 20 of 20 report items"
+        "warning: expert a was trained on the texts of 20 of 20 dev items, 5 of 5 select items and 20 of 20 report "
+        "items, so its scores on them"
     )
     assert "b: none of the run's items is among its training texts" in done.out
     folder = toys.run_here(file, tmp_path / "results")

@@ -361,6 +361,12 @@ def test_settings_stand_in_a_table_and_as_rows():
     assert "| a 0.5, b 0.5 |" in text
 
 
+def test_a_winner_that_is_an_expert_has_no_settings():
+    done = outcome()
+    rows = list(setting_rows(replace(done, finalists=(*done.finalists[:-1], replace(done.winner, recipe=A)))))
+    assert [(r["method"], r["value"]) for r in rows if r["model"] == "winner"] == [("none", "the expert a as it is")]
+
+
 def test_the_place_of_a_setting_is_said():
     places = [Place(layers=(0, 4)), Place(layers=(3, 4)), Place(outside=True), Place(contains="attn"), Place()]
     merge = Merge("ties", (A, B), BASE, tuple(Rule.of({"density": 0.5}, p) for p in places))

@@ -62,7 +62,8 @@ def overlap_warnings(found: Mapping[str, Overlap]) -> list[str]:
 
 
 def _counts(overlap: Overlap) -> str:
-    return " and ".join(f"{n} of {overlap.items[split]} {split} items" for split, n in overlap.shared.items() if n)
+    counts = [f"{n} of {overlap.items[split]} {split} items" for split, n in overlap.shared.items() if n]
+    return " and ".join(filter(None, [", ".join(counts[:-1]), counts[-1]]))
 
 
 def _trained_on(folder: Path) -> frozenset[str] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from evolver.records.recipe import Cross, Layers, Merge, Place, Recipe, ancestors
+from evolver.records.recipe import Cross, Expert, Layers, Merge, Place, Recipe, ancestors
 from evolver.report.text import escaped, markdown_table
 from evolver.runs.outcome import Outcome
 
@@ -32,6 +32,9 @@ def merged_rows(outcome: Outcome) -> Iterator[dict[str, Any]]:
     """A row for each setting of each operation of each merge; a setting with one number per input is one row."""
     for finalist in (outcome.winner, *outcome.finalists[:-1]):
         if finalist.label != "base" and finalist.label not in outcome.config.experts:
+            if isinstance(finalist.recipe, Expert):
+                given = _row("none", "", f"the expert {finalist.recipe.name} as it is")
+                yield {"model": finalist.label, "node": finalist.recipe.id[:8], **given}
             for node in ancestors(finalist.recipe):
                 for row in _of_node(node):
                     yield {"model": finalist.label, "node": node.id[:8], **row}
