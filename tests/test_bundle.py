@@ -140,7 +140,7 @@ def test_validate_says_what_the_items_can_show(file, run, tmp_path):
 def test_validate_rests_on_experts_that_are_scored_already(file, run, tmp_path):
     shutil.copytree(run, tmp_path / "results" / "toy")
     done = evolver("validate", file, cwd=tmp_path)
-    line = next(line for line in done.out.splitlines() if "50 report items" in line)
+    line = next(line for line in done.out.splitlines() if "the 50 report items" in line)
     assert line.startswith("Two experts answer")
     assert f"- {line}" in (run / "report.md").read_text()
     other = yaml.safe_load(file.read_text()) | {"seed": 5}  # other items, so the scores say nothing of them
@@ -163,13 +163,13 @@ def test_worthwhile_may_change_between_two_calls(file, run, tmp_path, make_confi
 
 
 def test_an_older_run_without_clusters_and_overlap_still_opens(run, tmp_path):
-    shutil.copytree(run, tmp_path / "older")
-    about = json.loads((tmp_path / "older" / "about.json").read_text())
+    shutil.copytree(run, tmp_path / "older" / "toy")
+    about = json.loads((tmp_path / "older" / "toy" / "about.json").read_text())
     del about["overlap"]
     for scale in about["scales"].values():
         del scale["clusters"]
-    (tmp_path / "older" / "about.json").write_text(json.dumps(about))
-    assert evolver("report", tmp_path / "older", "--out", tmp_path / "out").code == 0
+    (tmp_path / "older" / "toy" / "about.json").write_text(json.dumps(about))
+    assert evolver("report", tmp_path / "older" / "toy", "--out", tmp_path / "out").code == 0
     assert (tmp_path / "out" / "report.md").read_text() == (run / "report.md").read_text()
 
 
@@ -254,5 +254,5 @@ def test_the_prompts_of_a_language_task_are_compared(make_config, models, tmp_pa
     judge = tasks.judges["toy"]
     for item, found in zip(tasks.items.report, texts, strict=True):
         document = judge._documents[item.task][item.index]
-        prompt = f"Question: {document['question']}\nAnswer:" if item.task == "toy" else document["said"]
+        prompt = f"Question: {document['question']}\nAnswer:" if item.task == "toy" else document["question"]
         assert found == item_hash(prompt)

@@ -96,7 +96,7 @@ def validate(config: Annotated[Path, typer.Argument(help="the YAML file of a run
         for split, count in prepared.tasks.sizes[task.task].items():
             if isinstance(share := getattr(task, split), float):
                 typer.echo(f"{task.task}: {split} {share} is {count} items")
-    for line in (*foresight(prepared, storage_at("results")), *unseen):
+    for line in (*foresight(prepared, storage_at("results").folder(given.run)), *unseen):
         typer.echo(line)
     if given.model.compute == "auto" and given.evaluation.backend == "resident":
         choice = choose_compute(given, device)

@@ -15,15 +15,14 @@ from evolver.storage import Storage
 DECIDING: tuple[Split, ...] = ("select", "report")
 
 
-def foresight(prepared: Prepared, results: Storage) -> list[str]:
-    """Sentences on what the select and the report items can show. If a run of this name has scored its experts already,
-    they rest on the experts' answers.
+def foresight(prepared: Prepared, run: Storage | None = None) -> list[str]:
+    """Sentences on what the select and the report items can show.
 
     Args:
-        results: the folder of all runs.
+        run: a folder that may hold the run. If its experts are scored already, the sentences rest on their answers.
     """
     config, tasks = prepared.config, prepared.tasks
-    dev, experts = tasks.scale("dev"), list(_scored_experts(prepared, results))
+    dev, experts = tasks.scale("dev"), list(_scored_experts(prepared, run)) if run else []
     return [
         margin_sentence(experts, dev, tasks.scale(split), split, config.worthwhile, config.seed)
         for split in DECIDING
@@ -39,10 +38,10 @@ def training_lines(prepared: Prepared) -> tuple[list[str], list[str]]:
     return overlap_warnings(found), notes
 
 
-def _scored_experts(prepared: Prepared, results: Storage) -> Iterator[Result]:
+def _scored_experts(prepared: Prepared, run: Storage) -> Iterator[Result]:
     """The dev results of the experts in the run's folder, if it holds a run on the same items."""
     try:
-        history = read_history(results.folder(prepared.config.run))
+        history = read_history(run)
     except (BadInput, OSError):
         return
     if history.about.scales.get("dev") == prepared.tasks.scale("dev"):

@@ -101,7 +101,7 @@ def run(
         ):
             for warning in (*about.warnings, *ledger.warnings):
                 display.say(f"warning: {warning}")
-            for line in foresight(prepared, results):
+            for line in foresight(prepared):
                 display.say(line)
             if retry_failed:
                 display.say(_retried(ledger.retry_failed()))

@@ -82,16 +82,18 @@ def compare(ours: Sequence[ItemAnswer], theirs: Sequence[ItemAnswer], scale: Sca
     return Comparison(difference, *_middle(mine - other), p, ahead)
 
 
-def resampled(models: Sequence[Sequence[ItemAnswer]], scale: Scale, seed: int) -> list[Numbers]:
-    """The scores of every model on the same RESAMPLES resamples of the items, (RESAMPLES) for each model."""
+def resampled(
+    models: Sequence[Sequence[ItemAnswer]], scale: Scale, seed: int, count: int = RESAMPLES
+) -> list[Numbers]:  # fmt: skip
+    """The scores of every model on the same resamples of the items, (count) for each model."""
     if scale.clusters:
-        return _resampled_by_document(models, scale, seed)
-    rng, totals = np.random.default_rng(seed), [np.zeros(RESAMPLES) for _ in models]
+        return _resampled_by_document(models, scale, seed, count)
+    rng, totals = np.random.default_rng(seed), [np.zeros(count) for _ in models]
     for task, places in scale.places.items():
         metric, weight = scale.metrics[task], _weight(scale, task)
         answers = [_kept(items, metric, places) for items in models]
         right = _right(scale, places)
-        for rows in _blocks(len(places)):
+        for rows in _blocks(count, len(places)):
             drawn = rng.integers(len(places), size=(rows.stop - rows.start, len(places)))
             for total, answer in zip(totals, answers, strict=True):
                 if metric.counts:
@@ -101,11 +103,13 @@ def resampled(models: Sequence[Sequence[ItemAnswer]], scale: Scale, seed: int) -
     return totals
 
 
-def _resampled_by_document(models: Sequence[Sequence[ItemAnswer]], scale: Scale, seed: int) -> list[Numbers]:
+def _resampled_by_document(
+    models: Sequence[Sequence[ItemAnswer]], scale: Scale, seed: int, count: int
+) -> list[Numbers]:  # fmt: skip
     """The same where items share documents: whole documents are drawn, so a task's number of items varies."""
     rng, resampling = np.random.default_rng(seed), Resampling(scale)
     parts: list[list[Numbers]] = [[] for _ in models]
-    for rounds in resampling.blocks(RESAMPLES, 1):
+    for rounds in resampling.blocks(count, 1):
         times = resampling.draw(rng, rounds)
         for part, items in zip(parts, models, strict=True):
             part.append(_weighted_scores(items, scale, times))
@@ -137,9 +141,9 @@ def _right(scale: Scale, places: Sequence[int]) -> Numbers:
     return np.asarray(scale.right)[places] if scale.right else np.zeros(len(places))
 
 
-def _blocks(width: int) -> Iterator[slice]:
+def _blocks(count: int, width: int) -> Iterator[slice]:
     step = max(1, HELD // width)
-    return (slice(start, min(RESAMPLES, start + step)) for start in range(0, RESAMPLES, step))
+    return (slice(start, min(count, start + step)) for start in range(0, count, step))
 
 
 def _by_signs(each: Numbers, seed: int) -> float:

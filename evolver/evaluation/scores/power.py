@@ -30,6 +30,7 @@ POWER = 0.8
 STANDARD_ERRORS = float(scipy.stats.norm.ppf(1 - SIGNIFICANCE / 2) + scipy.stats.norm.ppf(POWER))
 # Discordances to reckon with before any model is scored.
 DISCORDANCES = (0.1, 0.2, 0.3)
+RESAMPLES_OF_POWER = 1000
 
 Answers = Sequence[ItemAnswer]
 
@@ -78,16 +79,25 @@ def assumed_margin(scale: Scale, discordance: float) -> Margin:
 def measured_margin(experts: Sequence[Answers], dev: Scale, report: Scale, seed: int) -> Margin:
     """What the report items can show of two models that differ on items as two experts do on the dev items.
 
-    Of all pairs of experts, the median is taken.
+    Of all pairs of experts, the median is taken. The variance of an item's difference is that of two models which
+    differ as often as the two experts but are equally good, so the observed difference plays no part. Of a metric that
+    is no mean of items, it is the variance of the difference over resamples, times the number of items.
 
     Args:
         experts: the answers of at least two experts to all dev items.
         dev, report: the scales of both sets.
         seed: of the resampling, which metrics need that are no means of items.
     """
+    resamples = {task: _resamples(experts, dev, task, seed) for task, m in dev.metrics.items() if not m.judged}
     errors, shares = [], []
-    for ours, theirs in itertools.combinations(experts, 2):
-        variances = _variances(ours, theirs, dev, seed)
+    for one, other in itertools.combinations(range(len(experts)), 2):
+        ours, theirs = experts[one], experts[other]
+        variances = {
+            task: len(places) * float((resamples[task][one] - resamples[task][other]).var())
+            if task in resamples
+            else float((_differences(ours, theirs, places) ** 2).mean())
+            for task, places in dev.places.items()
+        }
         typical = float(np.mean(list(variances.values())))
         known = {task: variances.get(task, typical) for task in report.places}
         errors.append(_error(report, known, _correlation(ours, theirs, dev)))
@@ -119,23 +129,12 @@ def _shares(scale: Scale) -> Numbers:
     return share
 
 
-def _variances(ours: Answers, theirs: Answers, scale: Scale, seed: int) -> dict[str, float]:
-    """The variance of an item's difference, by task.
-
-    It is that of two models which differ as often but are equally good, so the observed difference plays no part. Of a
-    metric that is no mean of items, it is the variance of the difference over resamples, times the number of items.
-    """
-    found = {}
-    for task, places in scale.places.items():
-        metric = scale.metrics[task]
-        if metric.judged:
-            found[task] = float((_differences(ours, theirs, places) ** 2).mean())
-            continue
-        right = tuple(scale.right[p] for p in places) if scale.right else ()
-        alone = Scale((task,) * len(places), {task: 1.0}, {task: metric}, right)
-        mine, other = resampled([[items[p] for p in places] for items in (ours, theirs)], alone, seed)
-        found[task] = len(places) * float((mine - other).var())
-    return found
+def _resamples(models: Sequence[Answers], scale: Scale, task: str, seed: int) -> list[Numbers]:
+    """A task's metric of every model on the same resamples of the task's items."""
+    places = scale.places[task]
+    right = tuple(scale.right[p] for p in places) if scale.right else ()
+    alone = Scale((task,) * len(places), {task: 1.0}, {task: scale.metrics[task]}, right)
+    return resampled([[items[p] for p in places] for items in models], alone, seed, RESAMPLES_OF_POWER)
 
 
 def _correlation(ours: Answers, theirs: Answers, scale: Scale) -> float:
