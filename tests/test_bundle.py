@@ -121,9 +121,9 @@ def test_the_report_has_the_sections(run):
     text = (run / "report.md").read_text()
     for head in ("What these scores can show", "The settings of the merges", "All scores"):
         assert f"\n## {head}\n" in text
-    assert "The score of a model is (toy (mean) + pair (mean)) / 2." in text
-    assert re.search(r"the 35 select items can show a difference of [\d.]+ points", text)
-    assert re.search(r"the 50 report items can show a difference of [\d.]+ points", text)
+    assert "The score of a model is (toy (acc) + pair (acc)) / 2." in text
+    assert re.search(r"The 35 select items can show a difference of [\d.]+ points", text)
+    assert re.search(r"The 50 report items can show a difference of [\d.]+ points", text)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["corrected_dev"] is None or 0 <= summary["corrected_dev"] <= 1
     assert set(summary["ahead"]) >= {"average"}
@@ -133,19 +133,19 @@ def test_validate_says_what_the_items_can_show(file, run, tmp_path):
     done = evolver("validate", file, cwd=tmp_path)
     assert done.code == 0
     assert "The 35 select items can show a difference of" in done.out
-    assert "if two models answer" in done.out
+    assert "between models that score differently on" in done.out
     assert list(tmp_path.iterdir()) == []
 
 
 def test_validate_rests_on_experts_that_are_scored_already(file, run, tmp_path):
     shutil.copytree(run, tmp_path / "results" / "toy")
     done = evolver("validate", file, cwd=tmp_path)
-    line = next(line for line in done.out.splitlines() if "the 50 report items" in line)
-    assert line.startswith("Two experts answer")
+    line = next(line for line in done.out.splitlines() if "The 50 report items" in line)
+    assert "between models that differ as often" in line
     assert f"- {line}" in (run / "report.md").read_text()
     other = yaml.safe_load(file.read_text()) | {"seed": 5}  # other items, so the scores say nothing of them
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
-    assert "Two experts answer" not in evolver("validate", tmp_path / "other.yaml", cwd=tmp_path).out
+    assert "as often" not in evolver("validate", tmp_path / "other.yaml", cwd=tmp_path).out
 
 
 def test_worthwhile_may_change_between_two_calls(file, run, tmp_path, make_config):
@@ -155,7 +155,7 @@ def test_worthwhile_may_change_between_two_calls(file, run, tmp_path, make_confi
     again = toys.run_here(tmp_path / "again.yaml", tmp_path, toys.no_work)
     assert toys.essence(again) == toys.essence(run)
     assert toys.winner(again) == toys.winner(run)
-    assert "A difference of 3 points, which is what `worthwhile` says" in (again / "report.md").read_text()
+    assert "for 3 points (`worthwhile`) it would take" in (again / "report.md").read_text()
     for value in (0, -1, "much"):
         (tmp_path / "bad.yaml").write_text(yaml.safe_dump(changed | {"worthwhile": value}))
         done = evolver("validate", tmp_path / "bad.yaml")

@@ -17,8 +17,9 @@ from evolver.evaluation.scores.power import STANDARD_ERRORS
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Result
 from evolver.records.recipe import Cross, Expert, Layers, Merge, Place, Rule
-from evolver.report.claims import claims_of, claims_section
-from evolver.report.margin import margin_sentence
+from evolver.report.claims import claims_of as statistics_of
+from evolver.report.claims import claims_section, comparisons_of
+from evolver.report.margin import margin_lines
 from evolver.report.report import write_report
 from evolver.report.scores import formula, is_own, score_rows, scores_section
 from evolver.report.settings import merged_rows, setting_rows, settings_section
@@ -87,6 +88,10 @@ def outcome(dev=80, report=120, candidates=12, **changes):
     return Outcome(About(config, scales, {"torch": "2"}), (*finalists, winner), finals, tuple(searched))
 
 
+def claims_of(done):
+    return statistics_of(done, comparisons_of(done))
+
+
 def said(done):
     return claims_section(claims_of(done), done)
 
@@ -98,10 +103,10 @@ def test_the_best_dev_score_stands_beside_the_corrected_one():
     assert found.corrected == expected < found.best[1].score
     text = said(done)
     assert (
-        f"The highest dev score, the winner's, is {100 * found.best[1].score:.1f}. It is the highest of 12 scores"
+        f"The highest dev score, the winner's, is {100 * found.best[1].score:.1f}. The highest of 12 scores is partly"
         in text
     )
-    assert f"it is **{100 * expected:.1f}**" in text
+    assert f"becomes **{100 * expected:.1f}**" in text
     assert "The correction is a partial one." in text
     assert "proposed most of them after it had seen scores on the same items" in text
 
@@ -169,8 +174,8 @@ def test_the_margin_rests_on_the_experts_and_not_on_the_winner():
     variance = np.mean([(a - b)[k::2] @ (a - b)[k::2] / 40 for k in (0, 1)])
     smallest = STANDARD_ERRORS * np.sqrt(2 * 0.25 * variance / 60)
     text = said(done)
-    assert f"Two experts answer {100 * np.mean(a != b):.1f} % of the dev items differently" in text
-    assert f"the 120 report items can show a difference of {100 * smallest:.1f} points" in text
+    assert f"On {100 * np.mean(a != b):.1f} % of the dev items, two experts score differently" in text
+    assert f"The 120 report items can show a difference of {100 * smallest:.1f} points" in text
     needed = re.search(r"would take ([\d,]+) items", text)
     assert int(needed[1].replace(",", "")) == pytest.approx(120 * (smallest / 0.01) ** 2, rel=0.01)
     worse = replace(done.winner, report=result([0.0] * 120), dev=result([0.0] * 80))
@@ -183,32 +188,32 @@ def margins_of(done):
 
 def test_worthwhile_is_in_points_and_changes_nothing_else():
     one, half = outcome(), outcome(worthwhile=0.5)
-    assert "A difference of 0.5 points, which is what `worthwhile` says" in said(half)
+    assert "for 0.5 points (`worthwhile`) it would take" in said(half)
     counts = [int(re.search(r"would take ([\d,]+) items", said(d))[1].replace(",", "")) for d in (one, half)]
     assert counts[1] == pytest.approx(4 * counts[0], abs=4)
     assert claims_of(one).form() == claims_of(half).form()
 
 
-def sentence(of, worthwhile=1.0):
-    return margin_sentence([], of, of, "report", worthwhile, 0)
+def sentence(of, experts=(), worthwhile=1.0):
+    return margin_lines(experts, {"dev": of, "report": of}, worthwhile, 0)[-1]
 
 
 def test_before_anything_is_scored_three_discordances_are_shown():
     """Worked out by hand: 2.8016 · √(p / 900) = 2.95, 4.18, 5.11 points; 7.849 · p / 0.01² items."""
     text = sentence(Scale(("t",) * 900, {"t": 1.0}, {"t": JUDGED}))
     assert "The 900 report items can show a difference of 3.0, 4.2 or 5.1 points" in text
-    assert "10, 20 or 30 % of the items differently" in text
-    assert "would take 7,849, 15,698 or 23,547 items (at 10, 20 or 30 %)" in text
+    assert "between models that score differently on 10, 20 or 30 % of them" in text
+    assert "would take 7,849, 15,698 or 23,547 items (on 10, 20 or 30 %)" in text
 
 
 def test_too_few_items_show_nothing():
-    assert "The 8 report items can show no difference at all" in sentence(scale(8))
-    assert "can show a difference of 19.8 points if two models answer 20" not in sentence(scale(40))
+    assert "The 8 report items can show no difference between models" in sentence(scale(8))
+    assert "can show a difference of 19.8 or 24.3 points between models that score" in sentence(scale(40))
 
 
 def test_documents_are_mentioned():
     of = replace(scale(40), clusters=tuple(n // 2 for n in range(40)))
-    assert "The items come from 20 documents; items of the same document count as related." in sentence(of)
+    assert "They come from 20 documents; items of the same document count as related." in sentence(of)
 
 
 def test_metrics_of_all_items_wait_for_the_experts():
@@ -216,14 +221,14 @@ def test_metrics_of_all_items_wait_for_the_experts():
     assert "is not known before the experts are scored, since the metric of t is no mean" in sentence(of)
     rng = np.random.default_rng(0)
     experts = [result(drawn(rng, 40, 0.5), of) for _ in range(2)]
-    assert "the 40 report items can show a difference of" in margin_sentence(experts, of, of, "report", 1.0, 0)
+    assert "The 40 report items can show a difference of" in sentence(of, experts)
 
 
 def test_scores_that_are_no_shares_have_points_of_their_own():
     of = Scale(("t",) * 40, {"t": 1.0}, {"t": metrics.ENDLESS})
     rng = np.random.default_rng(0)
     experts = [result(list(rng.normal(size=40)), of) for _ in range(2)]
-    text = margin_sentence(experts, of, of, "report", 0.5, 0)
+    text = sentence(of, experts, 0.5)
     smallest = float(re.search(r"can show a difference of ([\d.]+) points", text)[1])
     each = np.subtract(experts[0].items, experts[1].items)
     assert smallest == pytest.approx(STANDARD_ERRORS * np.sqrt(np.mean(each**2) / 40), rel=0.001)
@@ -279,9 +284,14 @@ def test_texts_are_not_asked_for_where_no_folder_says_anything(tmp_path):
 
 
 def test_the_formula_is_that_of_the_score():
-    of = Scale(("a", "b"), {"a": 1.0, "b": 3.0}, {"a": JUDGED, "b": metrics.ERRORS})
-    assert formula(of).startswith("The score of a model is (a (mean) − 3 × b (mean)) / 4. A metric of which lower")
-    assert formula(Scale(("a",), {"a": 2.0}, {"a": JUDGED})) == "The score of a model is a (mean)."
+    done = outcome()
+
+    def said_of(of):
+        return formula(replace(done, about=replace(done.about, scales={"report": of})))
+
+    of = Scale(("a", "c"), {"a": 1.0, "c": 3.0}, {"a": JUDGED, "c": metrics.ERRORS})
+    assert said_of(of).startswith("The score of a model is (a (acc) − 3 × c (mean)) / 4. A metric of which lower")
+    assert said_of(Scale(("a",), {"a": 2.0}, {"a": JUDGED})) == "The score of a model is a (acc)."
 
 
 def test_normalised_scores_are_shares_of_the_task_s_own_expert():

@@ -7,12 +7,10 @@ from collections.abc import Iterator
 from evolver.driver.prepare import Prepared, overlap_of
 from evolver.errors import BadInput
 from evolver.evaluation.overlap import overlap_warnings
-from evolver.records import Result, Split
-from evolver.report.margin import margin_sentence
+from evolver.records import SPLITS, Result
+from evolver.report.margin import margin_lines
 from evolver.runs.history import read_history
 from evolver.storage import Storage
-
-DECIDING: tuple[Split, ...] = ("select", "report")
 
 
 def foresight(prepared: Prepared, run: Storage | None = None) -> list[str]:
@@ -22,12 +20,9 @@ def foresight(prepared: Prepared, run: Storage | None = None) -> list[str]:
         run: a folder that may hold the run. If its experts are scored already, the sentences rest on their answers.
     """
     config, tasks = prepared.config, prepared.tasks
-    dev, experts = tasks.scale("dev"), list(_scored_experts(prepared, run)) if run else []
-    return [
-        margin_sentence(experts, dev, tasks.scale(split), split, config.worthwhile, config.seed)
-        for split in DECIDING
-        if tasks.items.of(split)
-    ]
+    experts = list(_scored_experts(prepared, run)) if run else []
+    scales = {split: tasks.scale(split) for split in SPLITS if tasks.items.of(split)}
+    return margin_lines(experts, scales, config.worthwhile, config.seed)
 
 
 def training_lines(prepared: Prepared) -> tuple[list[str], list[str]]:

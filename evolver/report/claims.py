@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from evolver.evaluation.scores.comparison import compare
+from evolver.evaluation.scores.comparison import RESAMPLES, Comparison, compare
 from evolver.evaluation.scores.correction import corrected_best, obstacle, rounds_of
 from evolver.evaluation.scores.discrimination import undecided
 from evolver.evaluation.scores.resampling import SIGNIFICANCE
-from evolver.records import Candidate, Result, Split
-from evolver.report.margin import margin_sentence
+from evolver.records import Candidate, Result
+from evolver.report.margin import margin_lines
 from evolver.report.text import escaped, listed, score_text
 from evolver.runs.finals import leaders
 from evolver.runs.outcome import Finalist, Outcome
-
-DECIDED_ON: tuple[Split, ...] = ("select", "report")
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,24 @@ class Claims:
         }  # fmt: skip
 
 
-def claims_of(outcome: Outcome) -> Claims:
-    """The statistics of a run. They are seeded from its seed."""
+def comparisons_of(outcome: Outcome) -> dict[str, Comparison]:
+    """The paired comparisons of the winner with all other finalists on the report items, by label, as far as both have
+    scores.
+    """
+    winner, scale, seed = outcome.winner.report, outcome.scales["report"], outcome.config.seed
+    return {
+        other.label: compare(winner.items, other.report.items, scale, seed)
+        for other in outcome.finalists[:-1]
+        if None not in (winner.score, other.report.score)
+    }
+
+
+def claims_of(outcome: Outcome, compared: Mapping[str, Comparison]) -> Claims:
+    """The statistics of a run. They are seeded from its seed.
+
+    Args:
+        compared: the winner's comparisons with the other finalists.
+    """
     dev, seed = outcome.scales["dev"], outcome.config.seed
     complete = leaders(outcome.searched, len(outcome.searched))
     why_not = "only one candidate has a score of all dev items" if len(complete) < 2 else obstacle(dev)
@@ -58,7 +72,8 @@ def claims_of(outcome: Outcome) -> Claims:
     corrected = None if why_not else corrected_best([r.items for _, r in in_turn], dev, seed)
     experts = [r.items for r in _experts(outcome) if r.score is not None]
     return Claims(
-        complete[0], len(complete), corrected, why_not, dict(_ahead(outcome)),
+        complete[0], len(complete), corrected, why_not,
+        {f.label: compared[f.label].ahead for f in _rivals(outcome).values() if f.label in compared},
         undecided(experts, dev, seed) if len(experts) > 1 else {},
     )  # fmt: skip
 
@@ -73,14 +88,6 @@ def _experts(outcome: Outcome) -> list[Result]:
     return [f.dev for f in outcome.finalists if f.label in outcome.config.experts]
 
 
-def _ahead(outcome: Outcome) -> Iterator[tuple[str, float]]:
-    """How often the winner is ahead of each rival in resamples of the report items."""
-    winner, scale = outcome.winner.report, outcome.scales["report"]
-    for rival in _rivals(outcome).values():
-        if None not in (winner.score, rival.report.score):
-            yield rival.label, compare(winner.items, rival.report.items, scale, outcome.config.seed).ahead
-
-
 def _rivals(outcome: Outcome) -> dict[str, Finalist]:
     """Whom the winner is compared with, by what each one is."""
     average = next(f for f in outcome.finalists if f.label == "average")
@@ -89,30 +96,30 @@ def _rivals(outcome: Outcome) -> dict[str, Finalist]:
 
 def _margins(outcome: Outcome) -> str:
     """What each set on which something is decided can show."""
-    dev, config = outcome.scales["dev"], outcome.config
-    said = [
-        margin_sentence(_experts(outcome), dev, outcome.scales[split], split, config.worthwhile, config.seed)
-        for split in DECIDED_ON
-        if split in outcome.scales
-    ]
-    return (
-        "**The smallest difference.** A set of items misses small differences. The figures here follow from the sizes "
-        "of the sets and from how often models answer differently, not from the differences that were observed.\n\n"
-        + "\n".join(f"- {sentence}" for sentence in said)
+    config = outcome.config
+    first, *others = margin_lines(_experts(outcome), outcome.scales, config.worthwhile, config.seed)
+    said = (
+        f"**The smallest difference.** {first} The figures follow from the numbers of items and from how often models "
+        "differ, not from the differences that were observed."
     )
+    return "\n\n".join(filter(None, [said, "\n".join(f"- {line}" for line in others)]))
 
 
 def _luck(found: Claims, outcome: Outcome) -> str:
     candidate, result = found.best
     scale, is_winner = outcome.scales["dev"], candidate.recipe.id == outcome.winner.recipe.id
-    whose = "the winner's" if is_winner else f"that of candidate {candidate.number}"
+    whose, also = "the winner's", ""
+    if not is_winner:
+        whose = f"that of candidate {candidate.number}"
+        own = score_text(outcome.winner.dev.score, scale)
+        also = f" The winner, which was chosen on the select items, too, has {own}."
     raw = score_text(result.score, scale)
-    first = f"**The luck in the best dev score.** The highest dev score, {whose}, is {raw}."
+    first = f"**The luck in the best dev score.** The highest dev score, {whose}, is {raw}.{also}"
     if found.corrected is None:
         return f"{first} It is not corrected for the choice among candidates: {escaped(found.why_not)}."
     return (
-        f"{first} It is the highest of {found.complete} scores, and the highest one is partly luck. After a bootstrap "
-        f"correction of this choice it is **{score_text(found.corrected, scale)}**: dev items were drawn with "
+        f"{first} The highest of {found.complete} scores is partly luck. After a bootstrap correction of this choice, "
+        f"{raw} becomes **{score_text(found.corrected, scale)}**: dev items were drawn with "
         f"replacement {rounds_of(scale):,} times, the candidate that is best on the drawn items was chosen, and its "
         "scores on the items that were not drawn were averaged. The correction is a partial one. It takes the "
         "candidates as given, but the search proposed most of them after it had seen scores on the same items, and "
@@ -128,12 +135,13 @@ def _order(found: Claims, outcome: Outcome) -> str:
             named.setdefault(rival.label, []).append(what)
     if not named:
         return ""
-    said = listed([
-        f"{escaped(label)} ({listed(whats)}) in {100 * found.ahead[label]:.1f} %" for label, whats in named.items()
-    ])  # fmt: skip
+    first, *others = [
+        f"of {escaped(label)} ({listed(whats)}) in {100 * found.ahead[label]:.1f} %" for label, whats in named.items()
+    ]
+    ahead = listed([f"{first} of these resamples", *others])
     return (
-        "**How sure the order is.** When the report items are drawn again with replacement, within each task and the "
-        f"same ones for both models, the winner is ahead of {said} of the resamples."
+        f"**How sure the order is.** The report items were drawn again {RESAMPLES:,} times, with replacement within "
+        f"each task, and the same ones for both models. The winner is ahead {ahead}."
     )
 
 

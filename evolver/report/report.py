@@ -14,11 +14,11 @@ import yaml
 
 from evolver.errors import BadInput, file_sentence
 from evolver.evaluation.base import ItemText
-from evolver.evaluation.scores.comparison import compare, interval
+from evolver.evaluation.scores.comparison import Comparison, interval
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Result
 from evolver.records.recipe import Recipe, ancestors, dump_recipe
-from evolver.report.claims import Claims, claims_of, claims_section
+from evolver.report.claims import Claims, claims_of, claims_section, comparisons_of
 from evolver.report.curve import curve
 from evolver.report.examples import examples_section, read_texts
 from evolver.report.finals import finals_section
@@ -61,8 +61,9 @@ def write_report(
         texts: of the report items that are shown as examples, by their places.
     """
     folder.write("curve.png", curve(outcome))
-    claims = claims_of(outcome)
-    folder.write(SUMMARY_FILE, json.dumps(summary(outcome, claims), indent=1).encode())
+    compared = comparisons_of(outcome)
+    claims = claims_of(outcome, compared)
+    folder.write(SUMMARY_FILE, json.dumps(summary(outcome, claims, compared), indent=1).encode())
     sections = [
         f"# {outcome.config.run}",
         _question(outcome),
@@ -70,7 +71,7 @@ def write_report(
         "\n\n".join(f"> Warning: {w}." for w in outcome.about.warnings),
         table_of(outcome),
         finals_section(outcome),
-        _against_others(outcome),
+        _against_others(compared, outcome.scales["report"]),
         claims_section(claims, outcome),
         examples_section(outcome, texts or {}),
         "![best dev score against scored items](curve.png)",
@@ -103,14 +104,11 @@ def _question(outcome: Outcome) -> str:
     ).strip()
 
 
-def summary(outcome: Outcome, claims: Claims) -> dict[str, Any]:
+def summary(outcome: Outcome, claims: Claims, compared: Mapping[str, Comparison]) -> dict[str, Any]:
     """The outcome in numbers; ``against`` is the winner's difference to the best expert on the report items."""
     results = [r for _, r in outcome.searched]
     dev, report, expert = outcome.winner.dev, outcome.winner.report, outcome.best_expert
-    against = None
-    if None not in (report.score, expert.report.score):
-        scale = outcome.scales["report"]
-        against = asdict(compare(report.items, expert.report.items, scale, outcome.config.seed))
+    against = compared.get(expert.label)
     return {
         "run": outcome.config.run,
         "budget": outcome.config.budget.model_dump(),
@@ -120,7 +118,7 @@ def summary(outcome: Outcome, claims: Claims) -> dict[str, Any]:
         "recommended": outcome.recommended.label,
         "report": {f.label: f.report.score for f in outcome.finalists},
         "best_expert": expert.label,
-        "against": against,
+        "against": None if against is None else asdict(against),
         **claims.form(),
         "candidates": len(results),
         "items": sum(r.cost for r in results),
@@ -216,16 +214,12 @@ def _row(finalist: Finalist, outcome: Outcome, flawed: Sequence[str]) -> list[st
     return [name, *dev, score_text(finalist.report.score, scale), between, *tasks, *flaws]
 
 
-def _against_others(outcome: Outcome) -> str:
+def _against_others(compared: Mapping[str, Comparison], scale: Scale) -> str:
     """Paired tests of the winner against all other finalists."""
     rows = []
-    for other in outcome.finalists[:-1]:
-        if other.report.score is None or outcome.winner.report.score is None:
-            continue
-        c = compare(outcome.winner.report.items, other.report.items, outcome.scales["report"], outcome.config.seed)
-        scale = outcome.scales["report"]
+    for label, c in compared.items():
         between = f"{signed(c.low, scale)} – {signed(c.high, scale)}"
-        rows.append([other.label, signed(c.difference, scale), between, f"{c.p:.3g}", f"{100 * c.ahead:.1f} %"])
+        rows.append([label, signed(c.difference, scale), between, f"{c.p:.3g}", f"{100 * c.ahead:.1f} %"])
     head = ["winner against", "points", "95 % interval", "p (paired permutation)", "winner ahead (of resamples)"]
     return "## Paired tests on the report set\n\n" + markdown_table(head, rows)
 
@@ -237,7 +231,7 @@ def _winner_section(outcome: Outcome, agreement: Mapping[str, int]) -> str:
     where, which = ("in the ledger", f", {plain},") if plain else ("in `recipe.json`", "")
     return (
         f"## The winner\n\nOne of {models} models, proposed by `{candidate.proposer}` as candidate "
-        f"{candidate.number}, recipe `{candidate.recipe.id}` ({len(dump_recipe(candidate.recipe))} bytes, in "
+        f"{candidate.number}, recipe `{candidate.recipe.id}` ({len(dump_recipe(candidate.recipe))} bytes, "
         f"{where}). The model in the folder `best/`{which} was loaded again and scored on the dev items; its scores "
         f"are those in the ledger on {same} items."
     )

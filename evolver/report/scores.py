@@ -63,7 +63,7 @@ def scores_section(outcome: Outcome) -> str:
     """The section of a report."""
     parts = [
         "## All scores",
-        formula(outcome.scales["report"]),
+        formula(outcome),
         _raw_table(outcome),
         _own_table(outcome),
         _normalised_table(outcome),
@@ -71,12 +71,13 @@ def scores_section(outcome: Outcome) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def formula(scale: Scale) -> str:
+def formula(outcome: Outcome) -> str:
     """How the score is computed from the metrics of the tasks, as a sentence."""
+    scale = outcome.scales["report"]
     weights = scale.weights if len(scale.weights) > 1 else dict.fromkeys(scale.weights, 1.0)
     terms = [
         f"{'−' if scale.metrics[t].negative else ''}{'' if w == 1 else f'{w:.4g} × '}"
-        f"{escaped(t)} ({scale.metrics[t].name})"
+        f"{escaped(t)} ({escaped(_metric_name(outcome, t, scale))})"
         for t, w in weights.items()
     ]
     said = terms[0] if len(terms) == 1 else f"({' + '.join(terms)}) / {math.fsum(weights.values()):.4g}"
@@ -84,6 +85,12 @@ def formula(scale: Scale) -> str:
     return f"The score of a model is {said.replace('+ −', '− ')}." + (
         " A metric of which lower values are better counts with the opposite sign." if negative else ""
     )
+
+
+def _metric_name(outcome: Outcome, task: str, scale: Scale) -> str:
+    """The metric as the configuration names it; of a task in a group, its kind."""
+    entry = _entry(outcome.config, task)
+    return entry.metric if entry else scale.metrics[task].name
 
 
 def score_rows(outcome: Outcome) -> Iterator[dict[str, Any]]:
@@ -94,7 +101,8 @@ def score_rows(outcome: Outcome) -> Iterator[dict[str, Any]]:
             same = {"model": name, "recipe_id": result.recipe_id, "split": split}
             yield {**same, "task": "", "items": len(scale.tasks), "value": result.score}
             for row in _task_rows(result, results, references(outcome), scale):
-                yield same | row | {"own": row["own"] == name}
+                named = {"metric": _metric_name(outcome, row["task"], scale), "own": row["own"] == name}
+                yield same | row | named
 
 
 def _task_rows(
@@ -105,7 +113,7 @@ def _task_rows(
         metric, expert = scale.metrics[task], reference.get(task)
         value = result.tasks.get(task) if result.score is not None else None
         yield {
-            "task": task, "metric": metric.name, "weight": weight, "items": len(scale.places[task]),
+            "task": task, "metric": "", "weight": weight, "items": len(scale.places[task]),
             "value": -value if metric.negative and value is not None else value,
             "reference": expert.expert if expert else "", "own": expert.expert if expert and expert.own else "",
             "normalised": _normalised(task, result, results, reference, scale),
