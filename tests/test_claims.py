@@ -12,7 +12,7 @@ from evolver.evaluation.overlap import Overlap, overlap_warnings, overlaps
 from evolver.evaluation.scores import metrics
 from evolver.evaluation.scores.comparison import compare
 from evolver.evaluation.scores.correction import corrected_best
-from evolver.evaluation.scores.metrics import CLASS, JUDGED, Metric
+from evolver.evaluation.scores.metrics import CLASS, JUDGED, TAGS, Metric
 from evolver.evaluation.scores.power import STANDARD_ERRORS
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Result
@@ -23,6 +23,7 @@ from evolver.report.margin import margin_lines
 from evolver.report.report import write_report
 from evolver.report.scores import formula, is_own, score_rows, scores_section
 from evolver.report.settings import merged_rows, setting_rows, settings_section
+from evolver.report.text import score_text
 from evolver.runs.about import About
 from evolver.runs.finals import Contender, Finals
 from evolver.runs.outcome import Finalist, Outcome
@@ -135,6 +136,48 @@ def test_why_there_is_no_correction_is_said():
     scales = {"dev": scale(80, median), "report": scale(120)}
     text = said(replace(done, about=replace(done.about, scales=scales)))
     assert "the metric of a, b is a median, which the correction does not know." in text
+
+
+def with_metric(done, metric):
+    """The same outcome with other answers, for a metric of all items."""
+    rng = np.random.default_rng(7)
+
+    def answers(count):
+        if metric.counts:
+            return [(0.0, *map(float, rng.integers(1, 5, metric.counts))) for _ in range(count)]
+        return list(map(float, rng.integers(0, 2, count) if metric.compares else -rng.random(count)))
+
+    scales = {}
+    for split, of in done.scales.items():
+        right = tuple(map(float, rng.integers(0, 2, len(of.tasks))))
+        scales[split] = replace(of, metrics=dict.fromkeys(TASKS, metric), right=right)
+
+    def again(r, split):
+        items = answers(len(scales[split].tasks))
+        return replace(result(items, scales[split], number=r.number), recipe_id=r.recipe_id)
+
+    finalists = tuple(replace(f, dev=again(f.dev, "dev"), report=again(f.report, "report")) for f in done.finalists)
+    searched = tuple((c, again(r, "dev")) for c, r in done.searched)
+    return replace(done, about=replace(done.about, scales=scales), finalists=finalists, searched=searched)
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [CLASS["macro_f1"], CLASS["mcc"], TAGS["f1"], Metric("perplexity", metrics.perplexity, -1.0, negative=True)],
+    ids=lambda m: m.name,
+)
+def test_metrics_of_all_items_have_every_figure(metric, tmp_path):
+    done = with_metric(outcome(), metric)
+    found = claims_of(done)
+    raw = max(r.score for _, r in done.searched)
+    assert found.corrected < raw == found.best[1].score
+    text = said(done)
+    assert re.search(r"The 120 report items can show a difference of [\d.]+ points", text)
+    assert f"becomes **{score_text(found.corrected, done.scales['dev'])}**" in text
+    assert "drawn with replacement 250 times" in text
+    assert found.undecided.keys() == set(TASKS)  # the answers are random ones
+    write_report(storage_at(tmp_path), done, {"items": 4, "equal": 4})
+    assert text in (tmp_path / "report.md").read_text()
 
 
 def test_the_shares_of_resamples_are_those_of_the_paired_comparison():
