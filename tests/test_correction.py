@@ -80,6 +80,10 @@ def test_why_there_is_no_correction():
     assert "a, b is a median" in obstacle(scale_of(Metric("median", metrics.median_item, None)))
     few = Scale(("a",) * 9 + ("b",) * 4, {"a": 1.0, "b": 1.0}, {"a": JUDGED, "b": JUDGED})
     assert "fewer than 5 items" in obstacle(few)
+    # Twelve documents, of which one is asked by both tasks: it is in every resample, and the others make up for it.
+    shared = replace(scale_of(JUDGED), tasks=("a", "b") * 6 + ("a",), clusters=(0, 0, *range(1, 12)))
+    assert obstacle(shared) == ""
+    assert "fewer than 5 items" in obstacle(replace(shared, tasks=("a", "b") * 5 + ("a",) * 3))
 
 
 def test_the_correction_is_nearer_to_the_truth_than_the_best_score():

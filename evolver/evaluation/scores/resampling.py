@@ -60,6 +60,7 @@ class Resampling:
 
     def __init__(self, scale: Scale) -> None:
         self.clusters: Indices = np.asarray(scale.clusters or range(len(scale.tasks)), dtype=np.int64)
+        self._tasks = scale.tasks
         tasks: list[set[str]] = [set() for _ in range(int(self.clusters.max()) + 1)]
         for cluster, task in zip(self.clusters, scale.tasks, strict=True):
             tasks[cluster].add(task)
@@ -70,8 +71,14 @@ class Resampling:
 
     @cached_property
     def smallest(self) -> int:
-        """The number of documents of the smallest stratum."""
-        return min(map(len, self.strata))
+        """The smallest number of documents of a task that a resample can leave out. The only document of a stratum is
+        in every resample.
+        """
+        free = {int(c) for members in self.strata if len(members) > 1 for c in members}
+        found: dict[str, set[int]] = {task: set() for task in self._tasks}
+        for cluster, task in zip(map(int, self.clusters), self._tasks, strict=True):
+            found[task] |= {cluster} & free
+        return min(map(len, found.values()))
 
     def draw(self, rng: np.random.Generator, rounds: int) -> Numbers:
         """How often each item is drawn in each round, (rounds, n)."""
