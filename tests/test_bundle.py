@@ -233,12 +233,12 @@ def test_items_that_an_expert_was_trained_on_are_named(classifiers, tmp_path):
         "warning: expert a was trained on the texts of 20 of 20 dev items, 5 of 5 select items and 20 of 20 report "
         "items, so its scores on them"
     )
-    assert "b: none of the run's items is among its training texts" in done.out
+    assert "None of the run's items is among the training texts of b." in done.out
     folder = toys.run_here(file, tmp_path / "results")
     text = (folder / "report.md").read_text()
     assert "> Warning: expert a was trained on the texts of" in text
-    assert "a was trained on the texts of 20 of 20 dev items" in text
-    assert "b was trained on none of them." in text
+    assert "Expert a was trained on the texts of 20 of 20 dev items" in text
+    assert "None of the run's items is among the training texts of b." in text
 
 
 def test_the_prompts_of_a_language_task_are_compared(make_config, models, tmp_path):

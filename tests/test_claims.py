@@ -291,10 +291,13 @@ def test_the_summary_has_the_figures(tmp_path):
     ("overlap", "text"),
     [
         ({}, "Of a and b it is not known, as no `training.json`"),
-        ({"a": Overlap({"dev": 0, "report": 0}, {"dev": 80, "report": 120})}, "A was trained on none of them; of b it"),
+        (
+            {"a": Overlap({"dev": 0, "report": 0}, {"dev": 80, "report": 120})},
+            "None of the run's items is among the training texts of a. Of b it is not known",
+        ),
         (
             {n: Overlap({"dev": 2, "report": 7}, {"dev": 80, "report": 120}) for n in TASKS},
-            "b was trained on the texts of 2 of 80 dev items and 7 of 120 report items.",
+            "Expert b was trained on the texts of 2 of 80 dev items and 7 of 120 report items, so its scores on them",
         ),
     ],
 )

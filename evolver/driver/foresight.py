@@ -8,6 +8,7 @@ from evolver.driver.prepare import Prepared, overlap_of
 from evolver.errors import BadInput
 from evolver.evaluation.overlap import overlap_warnings
 from evolver.records import SPLITS, Result
+from evolver.report.claims import untrained_sentence
 from evolver.report.margin import margin_lines
 from evolver.runs.history import read_history
 from evolver.storage import Storage
@@ -26,11 +27,10 @@ def foresight(prepared: Prepared, run: Storage | None = None) -> list[str]:
 
 
 def training_lines(prepared: Prepared) -> tuple[list[str], list[str]]:
-    """Warnings about experts that were trained on items of the run, and notes on those that were not."""
+    """Warnings about experts that were trained on items of the run, and a note on those that were not."""
     found = overlap_of(prepared)
-    clean = [name for name, overlap in found.items() if not any(overlap.shared.values())]
-    notes = [f"{name}: none of the run's items is among its training texts" for name in clean]
-    return overlap_warnings(found), notes
+    note = untrained_sentence(found)
+    return overlap_warnings(found), [note] if note else []
 
 
 def _scored_experts(prepared: Prepared, run: Storage) -> Iterator[Result]:

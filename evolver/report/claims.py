@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from evolver.evaluation.overlap import Overlap, overlap_warnings
 from evolver.evaluation.scores.comparison import RESAMPLES, Comparison, compare
 from evolver.evaluation.scores.correction import corrected_best, obstacle, rounds_of
 from evolver.evaluation.scores.discrimination import undecided
@@ -163,14 +164,18 @@ def _tasks(found: Claims, outcome: Outcome) -> str:
 def _training(outcome: Outcome) -> str:
     """What is known of the overlap of the items with the experts' training texts."""
     known = outcome.about.overlap
-    unknown = [name for name in outcome.config.experts if name not in known]
-    said = []
-    for name, overlap in known.items():
-        counts = [f"{n} of {overlap.items[split]} {split} items" for split, n in overlap.shared.items() if n]
-        said.append(f"{escaped(name)} was trained on {f'the texts of {listed(counts)}' if counts else 'none of them'}")
+    unknown = [escaped(name) for name in outcome.config.experts if name not in known]
+    said = [f"{warning[0].upper()}{warning[1:]}." for warning in map(escaped, overlap_warnings(known))]
+    if clean := untrained_sentence(known):
+        said.append(clean)
     if unknown:
         said.append(
-            f"of {listed(list(map(escaped, unknown)))} it is not known, as no `training.json` in the folder lists the "
-            "training texts"
+            f"Of {listed(unknown)} it is not known, as no `training.json` in the folder lists the training texts."
         )
-    return f"**Items among the experts' training texts.** {'; '.join(said).capitalize()}." if said else ""
+    return f"**Items among the experts' training texts.** {' '.join(said)}" if said else ""
+
+
+def untrained_sentence(found: Mapping[str, Overlap]) -> str:
+    """A sentence on the experts that were trained on none of the run's items; empty if there are none."""
+    names = [name for name, overlap in found.items() if not any(overlap.shared.values())]
+    return f"None of the run's items is among the training texts of {listed(names)}." if names else ""
