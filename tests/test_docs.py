@@ -85,10 +85,11 @@ def test_the_tutorial_as_typed(home, monkeypatch):
     assert (home / "adapter" / "adapter_model.safetensors").exists()
     assert (home / "merged.gguf").read_bytes()[:4] == b"GGUF"
     assert (home / "results" / "first" / "report.html").exists()
+    assert (home / "shared" / "index.html").exists()
     assert answer_table(storage_at(home / "results" / "first")).num_rows > 0
     listing = (DOCS / "runs.md").read_text().split("| in a run's folder")[1].split("\n\n")[0]
     listed = re.findall(r"`([\w.]+/?)`", listing)
-    there = {p.name for p in (home / "results" / "first").iterdir()} - {"candidates.csv"}
+    there = {p.name for p in (home / "results" / "first").iterdir()}
     assert {name.rstrip("/") for name in listed} >= there
 
 

@@ -20,11 +20,14 @@ from evolver.checkpoints.heads import head_of
 from evolver.checkpoints.sources import open_base, open_expert
 from evolver.commands.cli import app
 from evolver.errors import BadInput
+from evolver.evaluation.items import item_hash
+from evolver.evaluation.overlap import overlaps
 from evolver.evaluation.scores.metrics import JUDGED, Metric
 from evolver.evaluation.scores.scoring import Scale
+from evolver.evaluation.tasks import load_tasks
 from evolver.training.experts import cache, make_experts
 from evolver.training.fit import CHECKPOINT
-from evolver.training.losses import Learner, lessons_of, loss_of
+from evolver.training.losses import Learner, lessons_of, loss_of, training_text
 from evolver.training.settings import PoolConfig, load_pool
 from evolver.training.show import show
 from evolver.training.table import standard_error
@@ -130,6 +133,36 @@ def test_an_expert_is_trained_once_for_its_content(encoder, tmp_path):
     other = Silent()
     make_experts(PoolConfig.model_validate(raw), other)
     assert [s[0] for s in other.steps if isinstance(s[0], str)] == ["two"]
+
+
+def test_the_record_of_an_expert_lists_its_training_texts(encoder, tmp_path):
+    """As a run compares them with its items; a record of an earlier version is completed."""
+    pool = PoolConfig.model_validate(classifiers(encoder, tmp_path))
+    folders = make_experts(pool, Silent())
+    file = folders["one"] / "training.json"
+    record = json.loads(file.read_text())
+    assert record["texts"] == sorted({item_hash(row["text"]) for row in rows(0)})
+    tasks = load_tasks(pool.run({n: str(f) for n, f in folders.items()}, "toys"))
+    found = overlaps(tasks.texts, {n: folders[n] for n in ("one", "two")}, ("dev", "report"))
+    owners = {split: [i.task.partition(":")[0] for i in tasks.items.of(split)] for split in ("dev", "report")}
+    both = {row["text"] for row in rows(0)} & {row["text"] for row in rows(1)}
+    for name, overlap in found.items():
+        for split, own in owners.items():
+            assert own.count(name) <= overlap.shared[split] <= own.count(name) + len(both)
+    file.write_text(json.dumps({key: value for key, value in record.items() if key != "texts"}))
+    make_experts(pool, Silent())
+    assert json.loads(file.read_text()) == record
+
+
+@pytest.mark.parametrize(("kind", "texts"), [("causal-lm", ["p"]), ("seq2seq", ["say t"]), ("classifier", ["t"])])
+def test_the_text_of_a_training_item_is_what_the_model_reads(kind, texts):
+    raw = {
+        "pool": "x", "base": "b", "kind": kind, "train": {"steps": 1},
+        "experts": {"one": {"data": "f"}, "two": {"data": "f"}},
+        "evaluation": {"tasks": [{"task": "one", "dev": 1, "report": 1}]}, "template": "say {text}",
+    }  # fmt: skip
+    pool = PoolConfig.model_validate(raw)
+    assert [training_text(pool, pool.experts["one"], {"text": "t", "prompt": "p"})] == texts
 
 
 @pytest.mark.parametrize("killed_at", [3, 7, 11])

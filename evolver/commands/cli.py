@@ -73,14 +73,17 @@ def validate(config: Annotated[Path, typer.Argument(help="the YAML file of a run
     refuse_early(written)
     # These bring torch.
     from cluster.job import device_of, unread_by_pool
+    from evolver.driver.foresight import foresight, training_lines
     from evolver.driver.prepare import prepare
     from evolver.records import SPLITS
+    from evolver.storage import storage_at
     from evolver.workers.worker import choose_compute
 
     given = written.parsed()
     device = device_of(given, written.origin)
     prepared = prepare(written, weights=False, device=device)
-    for warning in (*unread_by_pool(given.pool), *prepared.warnings, *prepared.tasks.warnings):
+    seen, unseen = training_lines(prepared)
+    for warning in (*unread_by_pool(given.pool), *prepared.warnings, *prepared.tasks.warnings, *seen):
         typer.echo(f"warning: {warning}", err=True)
     sizes = {split: len(prepared.tasks.items.of(split)) for split in SPLITS}
     total = prepared.search.total
@@ -93,6 +96,8 @@ def validate(config: Annotated[Path, typer.Argument(help="the YAML file of a run
         for split, count in prepared.tasks.sizes[task.task].items():
             if isinstance(share := getattr(task, split), float):
                 typer.echo(f"{task.task}: {split} {share} is {count} items")
+    for line in (*foresight(prepared, storage_at("results").folder(given.run)), *unseen):
+        typer.echo(line)
     if given.model.compute == "auto" and given.evaluation.backend == "resident":
         choice = choose_compute(given, device)
         typer.echo(f"model.compute: auto is {choice.compute} on this machine: {choice.why}")
@@ -153,13 +158,30 @@ def report(
     folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
     out: Annotated[str | None, typer.Option(help="folder to write to; default: the run's folder")] = None,
 ) -> None:
-    """Write the report of a run again: as Markdown, as one HTML file, and all candidates as CSV."""
+    """Write the report of a run again: as Markdown, as one HTML file, and its tables as CSV."""
     from evolver.report.report import write_again
     from evolver.storage import storage_at
 
     target = storage_at(folder if out is None else out)
     typer.echo(write_again(storage_at(folder), target))
     typer.echo(f"{target.location}/report.html")
+
+
+@app.command()
+def bundle(
+    folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
+    out: Annotated[
+        Path | None, typer.Option(help="folder to write, new or empty; default: the run's name and -bundle, here")
+    ] = None,
+) -> None:
+    """Write a finished run as one folder that a browser opens without a server: report, tables, recipe, no models."""
+    from evolver.report.bundle import write_bundle
+    from evolver.storage import storage_at
+
+    run = storage_at(folder)
+    target = out or Path(f"{run.location.rstrip('/').rpartition('/')[2]}-bundle")
+    typer.echo(write_bundle(run, target))
+    typer.echo(target / "index.html")
 
 
 @app.command()

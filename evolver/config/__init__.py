@@ -153,6 +153,14 @@ class Config(Section):
     search: dict[str, Any] = Field(description="mapping with algorithm and the settings of this algorithm")
     budget: Budget = Field(description="number of candidates or of scored items")
     evaluation: EvaluationSettings = Field(description="tasks and how candidates are scored on them")
+    worthwhile: float = Field(
+        1.0,
+        gt=0,
+        le=1e9,
+        description="the smallest difference between two models that matters to you, in points of the score (percent "
+        "where all metrics are shares); validate and the report say how many items it takes to see it. It changes no "
+        "result",
+    )
     baselines: Baselines = Baselines()
     finalists: FinalistSettings = FinalistSettings()
     statistics: StatisticsSettings = StatisticsSettings()

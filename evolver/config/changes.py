@@ -14,7 +14,7 @@ from evolver.config.sentences import TEXT_FORMS
 from evolver.errors import BadInput
 
 # Keys that may change between two calls of a run. A change of any other key is refused.
-FREE_KEYS = ("run", "pool", "budget", "finalists", "loggers")
+FREE_KEYS = ("run", "pool", "budget", "finalists", "worthwhile", "loggers")
 
 
 def without_select(config: Config) -> Config:

@@ -17,6 +17,7 @@ from evolver.driver.early import chosen_search, named_search
 from evolver.errors import BadInput
 from evolver.evaluation.blueprint import Blueprint, ModelFolder
 from evolver.evaluation.fused import refuse_experts
+from evolver.evaluation.overlap import Overlap, overlaps
 from evolver.evaluation.rounding import refuse_stacks
 from evolver.evaluation.scores.estimates import Estimates, first_unjudged
 from evolver.evaluation.tasks import Tasks, load_tasks
@@ -115,6 +116,11 @@ def prepare(
     plan = Plan(config, maker.digests, items, _stops(algorithm, settings))
     identity = _identity(config, settings.model_dump(), plan, bool(tasks.items.select))
     return Prepared(config, file, opened, tasks, plan, maker.base, maker.experts, estimates, search, identity, warnings)
+
+
+def overlap_of(prepared: Prepared) -> dict[str, Overlap]:
+    """How many items of the run each expert was trained on, as far as the experts' folders say."""
+    return overlaps(prepared.tasks.texts, {n: e.path for n, e in prepared.opened.experts.items()}, SPLITS)
 
 
 def as_it_is(prepared: Prepared, model: Expert) -> Expert:

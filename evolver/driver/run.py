@@ -12,8 +12,19 @@ from evolver.config import Config
 from evolver.config.reading import ConfigText
 from evolver.driver.card import companion_files
 from evolver.driver.check import score_again
-from evolver.driver.prepare import Prepared, as_it_is, in_compute, materials_of, prepare, run_folder, versions
+from evolver.driver.foresight import foresight
+from evolver.driver.prepare import (
+    Prepared,
+    as_it_is,
+    in_compute,
+    materials_of,
+    overlap_of,
+    prepare,
+    run_folder,
+    versions,
+)
 from evolver.errors import BadInput, file_sentence
+from evolver.evaluation.overlap import overlap_warnings
 from evolver.ledger import Ledger, write_items
 from evolver.loggers import Tracked, Trackers, build_loggers, tracked
 from evolver.loggers.pace import Pace, Remaining
@@ -90,6 +101,8 @@ def run(
         ):
             for warning in (*about.warnings, *ledger.warnings):
                 display.say(f"warning: {warning}")
+            for line in foresight(prepared):
+                display.say(line)
             if retry_failed:
                 display.say(_retried(ledger.retry_failed()))
             if listeners:
@@ -132,9 +145,10 @@ def _in_chosen_compute(
 
 def _about(prepared: Prepared, folder: RunFolder, job: Job | None) -> About:
     scales = {split: prepared.tasks.scale(split) for split in SPLITS if prepared.tasks.items.of(split)}
-    warnings = (*prepared.warnings, *prepared.tasks.warnings)
+    overlap = overlap_of(prepared)
+    warnings = (*prepared.warnings, *prepared.tasks.warnings, *overlap_warnings(overlap))
     job = job and replace(job, location=folder.location)
-    return About(prepared.config, scales, versions(), warnings, job, folder.owner)
+    return About(prepared.config, scales, versions(), warnings, job, folder.owner, overlap)
 
 
 def _stages(

@@ -216,6 +216,23 @@ class ShowsPrompts(Protocol):
         ...
 
 
+@runtime_checkable
+class Sourced(Protocol):
+    """A judge that knows which texts its items come from. Each may be None: nothing is known but the item itself."""
+
+    def document(self, asked: AskedItem) -> Any:
+        """The text that an item asks about, such as a passage with several questions. Items that share it are not
+        independent of each other.
+        """
+        ...
+
+    def text(self, asked: AskedItem) -> Any:
+        """The text that a model reads of an item, without examples before it. An expert that was trained on this text
+        knows the item.
+        """
+        ...
+
+
 # The keys of a task that have a meaning for every kind of evaluation.
 COMMON_KEYS = frozenset({"task", "judge", "metric", "weight", "dev", "select", "report"})
 JUDGES: dict[str, type[Judge]] = {}

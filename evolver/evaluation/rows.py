@@ -67,6 +67,15 @@ class RowJudge:
         """See ``Judge``. Items that are judged one by one, or of which counts are kept, need none."""
         return 0.0
 
+    def document(self, asked: AskedItem) -> Any:
+        """See ``Sourced``: the text of the row; of a pair of texts, the first one."""
+        column = asked.entry.text
+        return self.row(asked)[column] if column in self.columns(asked.entry) else None
+
+    def text(self, asked: AskedItem) -> Any:
+        """See ``Sourced``."""
+        return self.document(asked)
+
     def row(self, asked: AskedItem) -> Row:
         """The row of an item."""
         return self._rows[asked.item.task][asked.item.index]

@@ -25,10 +25,12 @@ from evolver.evaluation.base import (
     Scorer,
     Shows,
     ShowsPrompts,
+    Sourced,
 )
 from evolver.evaluation.blueprint import Blueprint, ModelFolder
-from evolver.evaluation.items import Item, Items, ItemSource, draw, in_order
+from evolver.evaluation.items import Item, Items, ItemSource, draw, in_order, item_hash
 from evolver.evaluation.scores.metrics import Metric
+from evolver.evaluation.scores.resampling import clusters_of
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import SPLITS, Split
 
@@ -117,7 +119,23 @@ class Tasks:
             {name: e.weight * share for e in self.entries for name, share in shares[e.task].items()},
             {name: metrics[task] for task, parts in shares.items() for name in parts},
             right,
+            clusters_of([self._keys_of_document(a) for a in asked]),
         )
+
+    def texts(self, split: Split) -> list[str | None]:
+        """The hashes of the texts of a split's items, in the form of ``item_hash``; None of items without a text."""
+        found = []
+        for a in self._asked(split):
+            judge = self.judges[a.entry.task]
+            text = judge.text(a) if isinstance(judge, Sourced) else None
+            found.append(None if text is None else item_hash(text))
+        return found
+
+    def _keys_of_document(self, asked: AskedItem) -> list[str]:
+        """What an item shares with others that come from the same source document, as hashes."""
+        judge = self.judges[asked.entry.task]
+        document = judge.document(asked) if isinstance(judge, Sourced) else None
+        return [asked.item.hash] if document is None else [asked.item.hash, item_hash(document)]
 
     def _shares(self, split: Split, asked: Sequence[AskedItem]) -> dict[str, dict[str, float]]:
         """For each task what its metric is made of, and at which shares: itself, or the tasks of a group."""

@@ -7,25 +7,29 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import yaml
 
 from evolver.errors import BadInput, file_sentence
 from evolver.evaluation.base import ItemText
-from evolver.evaluation.scores.comparison import compare, interval
+from evolver.evaluation.scores.comparison import Comparison, interval
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Result
 from evolver.records.recipe import Recipe, ancestors, dump_recipe
+from evolver.report.claims import Claims, claims_of, claims_section, comparisons_of
 from evolver.report.curve import curve
 from evolver.report.examples import examples_section, read_texts
 from evolver.report.finals import finals_section
 from evolver.report.html import html_page
+from evolver.report.scores import score_rows, scores_section
+from evolver.report.settings import setting_rows, settings_section
 from evolver.report.text import (
     as_served,
     cost_rows,
     escaped,
+    listed,
     markdown_table,
     median_or_zero,
     of_task,
@@ -38,6 +42,8 @@ from evolver.runs.history import History, read_history, rows_of
 from evolver.runs.outcome import Finalist, Outcome
 from evolver.storage import Storage
 
+# What ``evolver report`` writes beside the report: all candidates, every model × task score, the merges' settings.
+CSV_FILES = ("candidates.csv", "scores.csv", "settings.csv")
 # What can be wrong with answers, by the name of its count.
 FLAWS = {
     "truncated": "the prompt was cut, or the answer was cut at its length limit",
@@ -55,7 +61,9 @@ def write_report(
         texts: of the report items that are shown as examples, by their places.
     """
     folder.write("curve.png", curve(outcome))
-    folder.write(SUMMARY_FILE, json.dumps(summary(outcome), indent=1).encode())
+    compared = comparisons_of(outcome)
+    claims = claims_of(outcome, compared)
+    folder.write(SUMMARY_FILE, json.dumps(summary(outcome, claims, compared), indent=1).encode())
     sections = [
         f"# {outcome.config.run}",
         _question(outcome),
@@ -63,11 +71,14 @@ def write_report(
         "\n\n".join(f"> Warning: {w}." for w in outcome.about.warnings),
         table_of(outcome),
         finals_section(outcome),
-        _against_others(outcome),
+        _against_others(compared, outcome.scales["report"]),
+        claims_section(claims, outcome),
         examples_section(outcome, texts or {}),
         "![best dev score against scored items](curve.png)",
         _winner_section(outcome, agreement),
         _lineage(outcome.winner.recipe),
+        settings_section(outcome),
+        scores_section(outcome),
         _cost(outcome),
         _failures(outcome),
         _provenance(outcome),
@@ -81,30 +92,23 @@ def _question(outcome: Outcome) -> str:
     """What the run was to find out, and how."""
     config, dev = outcome.config, len(outcome.scales["dev"].tasks)
     heavy = {t.task: f", weight {t.weight:g}" if t.weight != 1 else "" for t in config.evaluation.tasks}
-    tasks = _listed([f"{escaped(t.task)} ({escaped(t.metric)}{heavy[t.task]})" for t in config.evaluation.tasks])
-    limits = _listed([f"{n} {what}" for what, n in config.budget.model_dump(exclude_none=True).items()])
+    tasks = listed([f"{escaped(t.task)} ({escaped(t.metric)}{heavy[t.task]})" for t in config.evaluation.tasks])
+    limits = listed([f"{n} {what}" for what, n in config.budget.model_dump(exclude_none=True).items()])
     settings = {key: value for key, value in config.search.items() if key != "algorithm"}
     said = yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=math.inf).strip()[1:-1]
     search = f"`{config.search['algorithm']}`" + (f" ({said})" if settings else "")
     return (
-        f"Is there a merge of {_listed(list(config.experts))}, fine-tunes of `{config.model.base}`, that is better "
+        f"Is there a merge of {listed(list(config.experts))}, fine-tunes of `{config.model.base}`, that is better "
         f"than the best of them on {tasks}? Searched by {search} within {limits}, on {dev} dev items. "
         + as_served(config.evaluation)
     ).strip()
 
 
-def _listed(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
-
-
-def summary(outcome: Outcome) -> dict[str, Any]:
+def summary(outcome: Outcome, claims: Claims, compared: Mapping[str, Comparison]) -> dict[str, Any]:
     """The outcome in numbers; ``against`` is the winner's difference to the best expert on the report items."""
     results = [r for _, r in outcome.searched]
     dev, report, expert = outcome.winner.dev, outcome.winner.report, outcome.best_expert
-    against = None
-    if None not in (report.score, expert.report.score):
-        scale = outcome.scales["report"]
-        against = asdict(compare(report.items, expert.report.items, scale, outcome.config.seed))
+    against = compared.get(expert.label)
     return {
         "run": outcome.config.run,
         "budget": outcome.config.budget.model_dump(),
@@ -114,7 +118,8 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "recommended": outcome.recommended.label,
         "report": {f.label: f.report.score for f in outcome.finalists},
         "best_expert": expert.label,
-        "against": against,
+        "against": None if against is None else asdict(against),
+        **claims.form(),
         "candidates": len(results),
         "items": sum(r.cost for r in results),
         "seconds": math.fsum(r.seconds.get("total", 0.0) for r in results if not r.reused),
@@ -122,8 +127,26 @@ def summary(outcome: Outcome) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_again(run: Storage, target: Storage) -> str:
-    """Write the report of a run again, from its folder alone, and ``candidates.csv``. Returns the verdict.
+@dataclass(frozen=True)
+class Finished:
+    """A finished run, as its report is written again: from its folder alone."""
+
+    run: Storage
+    history: History
+    outcome: Outcome
+    agreement: Mapping[str, int]
+
+    def write(self, target: Storage) -> str:
+        """Write the report and the files of ``CSV_FILES``. Returns the verdict."""
+        write_report(target, self.outcome, self.agreement, read_texts(self.run))
+        tables = (rows_of(self.history), score_rows(self.outcome), setting_rows(self.outcome))
+        for name, rows in zip(CSV_FILES, tables, strict=True):
+            target.write(name, _csv(list(rows)).encode())
+        return verdict(self.outcome)
+
+
+def finished(run: Storage) -> Finished:
+    """The run in a folder.
 
     Raises BadInput if the folder holds no run, or a run whose finalists are not scored yet.
     """
@@ -132,16 +155,22 @@ def write_again(run: Storage, target: Storage) -> str:
     agreement = agreement_of(run)
     if outcome is None or agreement is None:
         raise BadInput(f"{run.location}: the run is not finished; continue it first (evolver resume).")
+    return Finished(run, history, outcome, agreement)
+
+
+def write_again(run: Storage, target: Storage) -> str:
+    """Write the report of a run again, and its tables as CSV. Returns the verdict.
+
+    Raises BadInput as ``finished`` does, and where nothing can be written.
+    """
+    found = finished(run)
     try:
-        write_report(target, outcome, agreement, read_texts(run))
-        target.write("candidates.csv", _csv(history).encode())
+        return found.write(target)
     except OSError as error:
         raise BadInput(file_sentence(error, target.location)) from error
-    return verdict(outcome)
 
 
-def _csv(history: History) -> str:
-    rows = rows_of(history)
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, list({key: None for row in rows for key in row}), restval="")
     writer.writeheader()
@@ -185,17 +214,13 @@ def _row(finalist: Finalist, outcome: Outcome, flawed: Sequence[str]) -> list[st
     return [name, *dev, score_text(finalist.report.score, scale), between, *tasks, *flaws]
 
 
-def _against_others(outcome: Outcome) -> str:
+def _against_others(compared: Mapping[str, Comparison], scale: Scale) -> str:
     """Paired tests of the winner against all other finalists."""
     rows = []
-    for other in outcome.finalists[:-1]:
-        if other.report.score is None or outcome.winner.report.score is None:
-            continue
-        c = compare(outcome.winner.report.items, other.report.items, outcome.scales["report"], outcome.config.seed)
-        scale = outcome.scales["report"]
+    for label, c in compared.items():
         between = f"{signed(c.low, scale)} – {signed(c.high, scale)}"
-        rows.append([other.label, signed(c.difference, scale), between, f"{c.p:.3g}"])
-    head = ["winner against", "points", "95 % interval", "p (paired permutation)"]
+        rows.append([label, signed(c.difference, scale), between, f"{c.p:.3g}", f"{100 * c.ahead:.1f} %"])
+    head = ["winner against", "points", "95 % interval", "p (paired permutation)", "winner ahead (of resamples)"]
     return "## Paired tests on the report set\n\n" + markdown_table(head, rows)
 
 
@@ -206,7 +231,7 @@ def _winner_section(outcome: Outcome, agreement: Mapping[str, int]) -> str:
     where, which = ("in the ledger", f", {plain},") if plain else ("in `recipe.json`", "")
     return (
         f"## The winner\n\nOne of {models} models, proposed by `{candidate.proposer}` as candidate "
-        f"{candidate.number}, recipe `{candidate.recipe.id}` ({len(dump_recipe(candidate.recipe))} bytes, in "
+        f"{candidate.number}, recipe `{candidate.recipe.id}` ({len(dump_recipe(candidate.recipe))} bytes, "
         f"{where}). The model in the folder `best/`{which} was loaded again and scored on the dev items; its scores "
         f"are those in the ledger on {same} items."
     )

@@ -54,6 +54,16 @@ def signed(value: float, scale: Scale) -> str:
     return f"{100 * value:+.1f}" if scale.shares else f"{value:+.4g}"
 
 
+def points(value: float, scale: Scale) -> str:
+    """A difference of scores in points, without a sign."""
+    return f"{100 * value:.1f}" if scale.shares else f"{value:.4g}"
+
+
+def listed(words: Sequence[str], last: str = "and") -> str:
+    """Words as a list in a sentence: a, b and c."""
+    return f" {last} ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
 def of_task(value: float | None, metric: Metric) -> str:
     """A task's metric, with the sign that the field gives it."""
     if value is None:

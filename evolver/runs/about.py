@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from evolver.config import Config
 from evolver.config.changes import computing
 from evolver.errors import BadInput, cause_of
+from evolver.evaluation.overlap import Overlap
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import SPLITS, Split
 from evolver.records.canonical import content_hash
@@ -46,6 +47,7 @@ class About:
         warnings: the warnings that were printed before the run began.
         job: the Ray job that drove it last; None: a process drove it.
         owner: the name of the run's identity.
+        overlap: how many items each expert was trained on, for the experts of which that is known.
     """
 
     config: Config
@@ -54,6 +56,7 @@ class About:
     warnings: tuple[str, ...] = ()
     job: Job | None = None
     owner: str | None = None
+    overlap: Mapping[str, Overlap] = field(default_factory=dict)
 
 
 def write_about(folder: Storage, about: About) -> None:
@@ -65,6 +68,7 @@ def write_about(folder: Storage, about: About) -> None:
         "scales": {split: scale.form() for split, scale in about.scales.items()},
         "job": asdict(about.job) if about.job else None,
         "owner": about.owner,
+        "overlap": {name: found.form() for name, found in about.overlap.items()},
     }
     folder.write(ABOUT_FILE, json.dumps(form).encode())
 
@@ -83,6 +87,7 @@ def read_about(folder: Storage) -> About:
         found = form["scales"]
         scales: dict[Split, Scale] = {s: Scale.from_form(found[s]) for s in SPLITS if s != "select" or s in found}
         job = Job(**form["job"]) if form.get("job") else None
+        overlap = {name: Overlap.from_form(found) for name, found in form.get("overlap", {}).items()}
         versions, warnings, compute = dict(form["versions"]), tuple(form["warnings"]), str(form["compute"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(
@@ -91,7 +96,7 @@ def read_about(folder: Storage) -> About:
     _refuse_files_of_another_run(folder, config, form)
     name = folder.location.rstrip("/").rpartition("/")[2]  # a run may have been called by another name than its file's
     config = config.model_copy(update={"run": name})
-    return About(computing(config, compute), scales, versions, warnings, job, form.get("owner"))
+    return About(computing(config, compute), scales, versions, warnings, job, form.get("owner"), overlap)
 
 
 def runs_in(root: Storage) -> list[str]:

@@ -18,11 +18,13 @@ from evolver.checkpoints.sources import open_base
 from evolver.checkpoints.weights import is_head
 from evolver.errors import BadInput
 from evolver.evaluation.data import Row, read_rows
+from evolver.evaluation.items import item_hash
+from evolver.evaluation.overlap import TEXTS_KEY, TRAINING_FILE
 from evolver.records.canonical import content_hash
 from evolver.storage import disk_refusals, whole_folder
 from evolver.storage.paths import expand
 from evolver.training.fit import fit
-from evolver.training.losses import Learner, lessons_of, loss_of
+from evolver.training.losses import Learner, lessons_of, loss_of, training_text
 from evolver.training.settings import PoolConfig, Training
 from evolver.training.show import Show
 
@@ -79,7 +81,21 @@ def _expert(pool: PoolConfig, name: str, base: Path, show: Show) -> Path:
         show.say(f"{name}: it exists already ({target})")
     else:
         _train(pool, name, base, rows, labels, seed, target, show)
+    _note_texts(target, [training_text(pool, entry, row) for row in rows])
     return _linked(pool, name, target)
+
+
+def _note_texts(folder: Path, texts: Sequence[str]) -> None:
+    """Write the hashes of the training texts into an expert's record, also into that of an earlier version. A run
+    compares them with those of its items.
+    """
+    file = folder / TRAINING_FILE
+    record = json.loads(file.read_text())
+    if TEXTS_KEY not in record:
+        record[TEXTS_KEY] = sorted({item_hash(text) for text in texts})
+        temporary = file.with_name(f".{TRAINING_FILE}-{os.getpid()}")
+        temporary.write_text(json.dumps(record, indent=1))
+        os.replace(temporary, file)
 
 
 def _own_labels(rows: Sequence[Row], label: str, key: str) -> list[str]:
@@ -111,7 +127,7 @@ def _train(
         with disk_errors():
             _write(module, base, folder)
         tokenizer.save_pretrained(folder)
-        (folder / "training.json").write_text(json.dumps({"expert": name, "seed": seed, **record}, indent=1))
+        (folder / TRAINING_FILE).write_text(json.dumps({"expert": name, "seed": seed, **record}, indent=1))
     shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -136,6 +136,14 @@ def loss_of(pool: PoolConfig, name: str, tokenizer: Any, labels: Sequence[str]) 
     return Continued(tokenizer, most)
 
 
+def training_text(pool: PoolConfig, entry: ExpertEntry, row: Row) -> str:
+    """The text of a row that the model reads; of a pair of texts the first one. See ``Sourced.text``."""
+    if pool.kind == "causal-lm":
+        return str(row["prompt"])
+    text = str(row[entry.text])
+    return pool.template.replace("{text}", text) if pool.kind == "seq2seq" else text
+
+
 def lessons_of(loss: Loss, rows: Sequence[Row], key: str) -> list[Any]:
     """All rows in tokens, those that do not fit left out.
 

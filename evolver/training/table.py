@@ -12,6 +12,7 @@ from evolver.evaluation.scores.scoring import Scale
 from evolver.evaluation.tasks import load_tasks
 from evolver.records import SPLITS, Candidate, ItemAnswer, Result
 from evolver.records.recipe import Expert
+from evolver.report.scores import is_own
 from evolver.report.text import markdown_table
 from evolver.training.settings import PoolConfig
 from evolver.workers.opened import open_models
@@ -47,7 +48,7 @@ def _cells(pool: PoolConfig, name: str, result: Result, scale: Scale) -> list[st
         return [f"failed: {result.reason}"] * len(scale.weights)
     cells = []
     for entry in pool.evaluation.tasks:
-        own = name in (entry.head, entry.task) or entry.task.endswith(f"_{name}")
+        own = is_own(name, entry.task, entry)
         if pool.own_heads and not own and name != "base":
             cells.append("–")
             continue

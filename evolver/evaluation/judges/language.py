@@ -6,7 +6,7 @@ once; for each candidate only the forward passes run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -163,6 +163,25 @@ class Language:
         from evolver.evaluation.language.launched import LaunchedScorer
 
         return LaunchedScorer(model, prepare)
+
+    def document(self, asked: AskedItem) -> Any:
+        """See ``Sourced``: the text by which lm-eval's task recognises a document, if its file names one."""
+        task = self.library.tasks[asked.item.task]
+        named = task.config.should_decontaminate and task.config.doc_to_decontamination_query
+        return self._rendered(asked, task.doc_to_decontamination_query) if named else None
+
+    def text(self, asked: AskedItem) -> Any:
+        """See ``Sourced``: the prompt or, of a whole text, the text."""
+        task = self.library.tasks[asked.item.task]
+        return self._rendered(asked, task.doc_to_text) or self._rendered(asked, task.doc_to_target)
+
+    def _rendered(self, asked: AskedItem, template: Callable[[Any], Any]) -> str | None:
+        """What one of a task's templates makes of an item's document; None where it is no text, or an empty one."""
+        try:
+            found = template(self._documents[asked.item.task][asked.item.index])
+        except Exception:  # a template is a program, which may fail in any way; building prompts says so
+            return None
+        return found if isinstance(found, str) and found else None
 
     def _prepared(self, lm: Any, asked: Sequence[AskedItem], hashes: set[str]) -> list[PreparedRequests]:
         """The requests of items, built by lm-eval; ``hashes`` are those of all items that are scored anywhere."""

@@ -12,12 +12,12 @@ import scipy
 from numpy.typing import NDArray
 
 from evolver.evaluation.scores.metrics import Metric, Numbers
+from evolver.evaluation.scores.resampling import DIGITS_OF_SCORES, HELD, Resampling, times_drawn
 from evolver.evaluation.scores.scoring import Scale
+from evolver.evaluation.scores.weighted import is_weighable, weighted_metric
 from evolver.records import ItemAnswer
 
 RESAMPLES = 9999
-# The most numbers that are held in memory at once.
-HELD = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -29,23 +29,27 @@ class Comparison:
         low: lower end of the 95 % interval of the difference.
         high: upper end of this interval.
         p: p-value of the hypothesis that the models do not differ.
+        ahead: share of the resamples of the items in which the first model has the higher score; resamples in which
+            the scores are equal count half.
     """
 
     difference: float
     low: float
     high: float
     p: float
+    ahead: float
 
 
 def interval(items: Sequence[ItemAnswer], scale: Scale, seed: int) -> tuple[float, float]:
-    """The 95 % percentile bootstrap interval of a score (Efron 1979). Items are resampled within each task.
+    """The 95 % percentile bootstrap interval of a score (Efron 1979). Items are resampled within each task; items that
+    share a source document are drawn together (see ``Resampling``).
 
     Args:
         items: the answers to all items, in the order of the scale.
         scale: how items make up the score.
         seed: seed of the resampling.
     """
-    return _middle(_resampled([items], scale, seed)[0])
+    return _middle(resampled([items], scale, seed)[0])
 
 
 def compare(ours: Sequence[ItemAnswer], theirs: Sequence[ItemAnswer], scale: Scale, seed: int) -> Comparison:
@@ -54,7 +58,7 @@ def compare(ours: Sequence[ItemAnswer], theirs: Sequence[ItemAnswer], scale: Sca
     The interval is the 95 % percentile bootstrap interval of the difference. Items are resampled within each task, and
     both models get the same resamples. The p-value is that of a two-sided permutation test for paired data (Fisher's
     randomisation test), which exchanges the two models' answers to an item. Where items are judged one by one, this
-    changes the sign of an item's difference.
+    changes the sign of an item's difference. Items that share a source document are resampled and exchanged together.
 
     Args:
         ours: the first model's answers to all items, in the order of the scale.
@@ -62,34 +66,69 @@ def compare(ours: Sequence[ItemAnswer], theirs: Sequence[ItemAnswer], scale: Sca
         scale: how items make up the score.
         seed: seed of the resampling.
     """
-    mine, other = _resampled([ours, theirs], scale, seed)
+    mine, other = resampled([ours, theirs], scale, seed)
     difference = scale.score(ours) - scale.score(theirs)
     if all(m.judged for m in scale.metrics.values()):
         share = np.empty(len(scale.tasks))
         for task, places in scale.places.items():
             share[places] = _weight(scale, task) / len(places)
         each = share * (np.asarray(ours) - np.asarray(theirs))
-        difference, p = math.fsum(each), _by_signs(each, seed)
+        moved: Numbers = np.bincount(scale.clusters, each).astype(np.float64) if scale.clusters else each
+        difference, p = math.fsum(each), _by_signs(moved, seed)
     else:
         p = _by_exchange(ours, theirs, scale, seed)
-    return Comparison(difference, *_middle(mine - other), p)
+    leads = np.round(mine - other, DIGITS_OF_SCORES)
+    ahead = float((leads > 0).mean() + (leads == 0).mean() / 2)
+    return Comparison(difference, *_middle(mine - other), p, ahead)
 
 
-def _resampled(models: Sequence[Sequence[ItemAnswer]], scale: Scale, seed: int) -> list[Numbers]:
-    """The scores of every model on the same RESAMPLES resamples of the items, (RESAMPLES) for each model."""
-    rng, totals = np.random.default_rng(seed), [np.zeros(RESAMPLES) for _ in models]
+def resampled(
+    models: Sequence[Sequence[ItemAnswer]], scale: Scale, seed: int, count: int = RESAMPLES
+) -> list[Numbers]:  # fmt: skip
+    """The scores of every model on the same resamples of the items, (count) for each model."""
+    if scale.clusters:
+        return _resampled_by_document(models, scale, seed, count)
+    rng, totals = np.random.default_rng(seed), [np.zeros(count) for _ in models]
     for task, places in scale.places.items():
         metric, weight = scale.metrics[task], _weight(scale, task)
         answers = [_kept(items, metric, places) for items in models]
         right = _right(scale, places)
-        for rows in _blocks(len(places)):
+        for rows in _blocks(count, len(places)):
             drawn = rng.integers(len(places), size=(rows.stop - rows.start, len(places)))
             for total, answer in zip(totals, answers, strict=True):
                 if metric.counts:
-                    total[rows] += weight * metric.of(_times_drawn(drawn) @ answer, right)
+                    total[rows] += weight * metric.of(times_drawn(drawn) @ answer, right)
                 else:
                     total[rows] += weight * metric.of(answer[drawn], right[drawn])
     return totals
+
+
+def _resampled_by_document(
+    models: Sequence[Sequence[ItemAnswer]], scale: Scale, seed: int, count: int
+) -> list[Numbers]:  # fmt: skip
+    """The same where items share documents: whole documents are drawn, so a task's number of items varies."""
+    rng, resampling = np.random.default_rng(seed), Resampling(scale)
+    parts: list[list[Numbers]] = [[] for _ in models]
+    for rounds in resampling.blocks(count, 1):
+        times = resampling.draw(rng, rounds)
+        for part, items in zip(parts, models, strict=True):
+            part.append(_weighted_scores(items, scale, times))
+    return [np.concatenate(part) for part in parts]
+
+
+def _weighted_scores(items: Sequence[ItemAnswer], scale: Scale, times: Numbers) -> Numbers:
+    """The scores of one model on resamples, (R); ``times``, (R, items), says how often each item is drawn."""
+    total = np.zeros(len(times))
+    for task, places in scale.places.items():
+        metric, right, drawn = scale.metrics[task], _right(scale, places), times[:, places]
+        answers = _kept(items, metric, places)
+        if is_weighable(metric):
+            found = weighted_metric(metric, answers, right, drawn.__matmul__)
+        else:
+            rows = [np.repeat(np.arange(len(places)), row.astype(np.int64)) for row in drawn]
+            found = np.asarray([float(metric.of(answers[row][None], right[row][None])[0]) for row in rows])
+        total += _weight(scale, task) * found
+    return total
 
 
 def _kept(items: Sequence[ItemAnswer], metric: Metric, places: Sequence[int]) -> Numbers:
@@ -102,20 +141,13 @@ def _right(scale: Scale, places: Sequence[int]) -> Numbers:
     return np.asarray(scale.right)[places] if scale.right else np.zeros(len(places))
 
 
-def _times_drawn(drawn: NDArray[np.int64]) -> Numbers:
-    """How often each of n items is among the drawn ones, (R, n), which are given as places, (R, n)."""
-    resamples, count = drawn.shape
-    cells = (np.arange(resamples)[:, None] * count + drawn).ravel()
-    return np.bincount(cells, minlength=resamples * count).reshape(resamples, count).astype(np.float64)
-
-
-def _blocks(width: int) -> Iterator[slice]:
+def _blocks(count: int, width: int) -> Iterator[slice]:
     step = max(1, HELD // width)
-    return (slice(start, min(RESAMPLES, start + step)) for start in range(0, RESAMPLES, step))
+    return (slice(start, min(count, start + step)) for start in range(0, count, step))
 
 
 def _by_signs(each: Numbers, seed: int) -> float:
-    """The p-value of the sum of the items' differences, by changing their signs."""
+    """The p-value of the sum of the differences on items, or on documents, by changing their signs."""
     moved = each[each != 0]
     if len(moved) < 2:  # of a single difference, both signs give an equally extreme sum
         return 1.0
@@ -127,23 +159,27 @@ def _by_signs(each: Numbers, seed: int) -> float:
 
 
 def _by_exchange(ours: Sequence[ItemAnswer], theirs: Sequence[ItemAnswer], scale: Scale, seed: int) -> float:
-    """The p-value of the difference of the scores, by exchanging the models' answers to an item."""
+    """The p-value of the difference of the scores, by exchanging the models' answers to an item, or to all items of a
+    document.
+    """
     if list(ours) == list(theirs):
         return 1.0
-    count = len(ours)
+    count = max(scale.clusters) + 1 if scale.clusters else len(ours)
 
     def difference(a: NDArray[Any], b: NDArray[Any], axis: int) -> Numbers:
         a, b = np.moveaxis(a, axis, -1), np.moveaxis(b, axis, -1)
         lead = np.broadcast_shapes(a.shape, b.shape)[:-1]
         rows = [np.broadcast_to(x, (*lead, count)).reshape(-1, count) < count for x in (a, b)]
+        if scale.clusters:
+            rows = [own[:, scale.clusters] for own in rows]
         one, other = (_scores(x, ours, theirs, scale) for x in rows)
         return (one - other).reshape(lead)
 
-    # What is exchanged are numbers of answers: those from ``count`` on are the second model's.
+    # What is exchanged are numbers of items or documents: those from ``count`` on are the second model's.
     numbers = np.arange(2.0 * count)
     test = scipy.stats.permutation_test(
         (numbers[:count], numbers[count:]), difference, permutation_type="samples", n_resamples=RESAMPLES,
-        rng=np.random.default_rng(seed), vectorized=True, batch=max(1, HELD // count),
+        rng=np.random.default_rng(seed), vectorized=True, batch=max(1, HELD // len(ours)),
     )  # fmt: skip
     return float(test.pvalue)
 

@@ -90,7 +90,7 @@ def macro_f1(answers: Numbers, right: Numbers) -> Numbers:
     """Macro F1, (R): the mean of F1 = 2·hits / (given + right) over the classes that occur."""
     counts = _confusion(answers, right)
     hits, occur = np.diagonal(counts, axis1=1, axis2=2), counts.sum(1) + counts.sum(2)
-    f1: Numbers = _divided(2 * hits, occur).sum(1) / (occur > 0).sum(1)
+    f1: Numbers = divided(2 * hits, occur).sum(1) / (occur > 0).sum(1)
     return f1
 
 
@@ -100,14 +100,14 @@ def mcc(answers: Numbers, right: Numbers) -> Numbers:
     given, wanted, total = counts.sum(1), counts.sum(2), counts.sum((1, 2))
     hits = np.trace(counts, axis1=1, axis2=2)
     spread = (total**2 - (given**2).sum(1)) * (total**2 - (wanted**2).sum(1))
-    return _divided(hits * total - (given * wanted).sum(1), np.sqrt(spread))
+    return divided(hits * total - (given * wanted).sum(1), np.sqrt(spread))
 
 
 def pearson(answers: Numbers, right: Numbers) -> Numbers:
     """Pearson's correlation of answers and right answers, (R). It is 0 where undefined."""
     a = answers - answers.mean(-1, keepdims=True)
     b = right - right.mean(-1, keepdims=True)
-    return _divided((a * b).sum(-1), np.sqrt((a * a).sum(-1) * (b * b).sum(-1)))
+    return divided((a * b).sum(-1), np.sqrt((a * a).sum(-1) * (b * b).sum(-1)))
 
 
 def labels_f1(answers: Numbers, right: Numbers) -> Numbers:
@@ -117,15 +117,15 @@ def labels_f1(answers: Numbers, right: Numbers) -> Numbers:
     for label in range(int(max(given.max(initial=0), wanted.max(initial=0))).bit_length()):
         g, w = given >> label & 1, wanted >> label & 1
         occur = g.sum(-1) + w.sum(-1)
-        total += _divided(2 * (g & w).sum(-1), occur)
+        total += divided(2 * (g & w).sum(-1), occur)
         labels += occur > 0
-    return _divided(total, labels)
+    return divided(total, labels)
 
 
 def binary_f1(answers: Numbers, right: Numbers) -> Numbers:
     """F1 of class 1, (R). It is 0 where neither the answers nor the right answers contain this class."""
     given, wanted = answers == 1, right == 1
-    return _divided(2 * (given & wanted).sum(-1), given.sum(-1) + wanted.sum(-1))
+    return divided(2 * (given & wanted).sum(-1), given.sum(-1) + wanted.sum(-1))
 
 
 def right_share(sums: Numbers, _: Numbers) -> Numbers:
@@ -134,7 +134,7 @@ def right_share(sums: Numbers, _: Numbers) -> Numbers:
     Args:
         sums: right parts, and all parts, (R, 2).
     """
-    return _divided(sums[:, 0], sums[:, 1])
+    return divided(sums[:, 0], sums[:, 1])
 
 
 def span_f1(sums: Numbers, _: Numbers) -> Numbers:
@@ -143,7 +143,7 @@ def span_f1(sums: Numbers, _: Numbers) -> Numbers:
     Args:
         sums: given spans that are right, given spans, and right spans, (R, 3).
     """
-    return _divided(2 * sums[:, 0], sums[:, 1] + sums[:, 2])
+    return divided(2 * sums[:, 0], sums[:, 1] + sums[:, 2])
 
 
 def median_item(answers: Numbers, _: Numbers) -> Numbers:
@@ -192,9 +192,9 @@ def bleu(sums: Numbers, _: Numbers) -> Numbers:
     # Of the orders in which no n-gram agrees, the first counts as half an n-gram, the next as a quarter, and so on.
     agree = np.where(agree > 0, agree, 0.5 ** np.cumsum(agree == 0, axis=1))
     usable = (sums[:, 2:6] > 0).any(1) & (total > 0).all(1)
-    precision = _divided(agree, total)[usable]
+    precision = divided(agree, total)[usable]
     found = np.zeros(len(sums))
-    brevity = np.exp(np.minimum(0.0, 1 - _divided(wanted, said)))
+    brevity = np.exp(np.minimum(0.0, 1 - divided(wanted, said)))
     found[usable] = brevity[usable] * np.exp(np.log(precision).mean(1))
     return np.minimum(found, 1.0)  # rounding may lead above, and bounds rest on 1
 
@@ -210,8 +210,8 @@ def chrf(sums: Numbers, _: Numbers) -> Numbers:
     said, wanted, agree = sums[:, 0::3], sums[:, 1::3], sums[:, 2::3]
     orders = ((said > 0) & (wanted > 0)).sum(1)
     both = np.where((said > 0) & (wanted > 0), agree, 0)
-    precision, recall = _divided(_divided(both, said).sum(1), orders), _divided(_divided(both, wanted).sum(1), orders)
-    return np.minimum(_divided(5 * precision * recall, 4 * precision + recall), 1.0)
+    precision, recall = divided(divided(both, said).sum(1), orders), divided(divided(both, wanted).sum(1), orders)
+    return np.minimum(divided(5 * precision * recall, 4 * precision + recall), 1.0)
 
 
 def ter(sums: Numbers, _: Numbers) -> Numbers:
@@ -221,7 +221,7 @@ def ter(sums: Numbers, _: Numbers) -> Numbers:
         sums: edits, and words of the references, (R, 2). Without any word, each answer with edits counts as one.
     """
     edits, words = sums[:, 0], sums[:, 1]
-    return -np.where(words > 0, _divided(edits, words), edits > 0)
+    return -np.where(words > 0, divided(edits, words), edits > 0)
 
 
 def closeness(metric: Metric, answers: Numbers, right: Numbers) -> Numbers:
@@ -265,7 +265,7 @@ def _confusion(answers: Numbers, right: Numbers) -> NDArray[Any]:
     return np.bincount(cells.ravel(), minlength=resamples * classes**2).reshape(resamples, classes, classes)
 
 
-def _divided(above: NDArray[Any], below: NDArray[Any]) -> Numbers:
+def divided(above: NDArray[Any], below: NDArray[Any]) -> Numbers:
     """The quotient of two arrays, and 0 where ``below`` is 0 or less."""
     out: Numbers = np.divide(above, below, out=np.zeros(np.shape(above)), where=below > 0)
     return out

@@ -28,12 +28,14 @@ class Scale:
         weights: the weight of every task.
         metrics: the metric of every task.
         right: the right answer to every item; empty where no task's metric needs them.
+        clusters: the number of the source document of every item, from 0; empty where every item has one of its own.
     """
 
     tasks: tuple[str, ...]
     weights: Mapping[str, float]
     metrics: Mapping[str, Metric]
     right: tuple[float, ...] = ()
+    clusters: tuple[int, ...] = ()
 
     @cached_property
     def places(self) -> dict[str, list[int]]:
@@ -51,13 +53,17 @@ class Scale:
     def form(self) -> dict[str, Any]:
         """The scale as a JSON object."""
         metrics = {task: metric.form() for task, metric in self.metrics.items()}
-        return {"tasks": self.tasks, "weights": dict(self.weights), "metrics": metrics, "right": self.right}
+        return {
+            "tasks": self.tasks, "weights": dict(self.weights), "metrics": metrics, "right": self.right,
+            "clusters": self.clusters,
+        }  # fmt: skip
 
     @staticmethod
     def from_form(form: Mapping[str, Any]) -> Scale:
         """The inverse of ``form``."""
         metrics = {task: Metric.from_form(metric) for task, metric in form["metrics"].items()}
-        return Scale(tuple(form["tasks"]), form["weights"], metrics, tuple(form["right"]))
+        clusters = tuple(form.get("clusters", ()))  # runs of earlier versions do not have them
+        return Scale(tuple(form["tasks"]), form["weights"], metrics, tuple(form["right"]), clusters)
 
     def joined(self, other: Scale) -> Scale:
         """The scale of these items and then those of another scale of the same tasks; weights and metrics are ours."""
