@@ -184,6 +184,9 @@ def test_a_plus_sign_in_the_name_of_a_folder_divides_nothing(tmp_path):
         at + "base+adapter": (at + "base+adapter", ""),
         at + "c+++" + at + "adapter": (at + "c++", at + "adapter"),
         at + "base+" + at + "c++": (at + "base", at + "c++"),
+        at + "c++/typo": (at + "c++/typo", ""),
+        at + "typo+" + at + "adapter": (at + "typo", at + "adapter"),
+        at + "base+" + at + "typo": (at + "base", at + "typo"),
         "org/name+" + at + "adapter": ("org/name", at + "adapter"),
         "org/name@v1+org/lora@v2": ("org/name@v1", "org/lora@v2"),
         "s3://bucket/a+b/c": ("s3://bucket/a+b/c", ""),
@@ -226,15 +229,19 @@ def test_tokens_and_template_are_those_of_the_model_below(make_config, world, tm
         words.save_pretrained(tmp_path / "made" / "lora")
     for part in (tuned.merge_and_unload(), words):
         part.save_pretrained(tmp_path / "merged")
-    found = {}
-    for kind, expert in (
-        ("plus", f"{tmp_path / 'below'}+{tmp_path / 'made' / 'lora'}"),
-        ("whole", tmp_path / "merged"),
-    ):
-        changes = {"model.chat_template": "expert x", "experts": {"x": str(expert), "y": str(world / "b")}}
+    experts, found = (
+        {"plus": f"{tmp_path / 'below'}+{tmp_path / 'made' / 'lora'}", "whole": str(tmp_path / "merged")},
+        {},
+    )
+    for kind, expert in experts.items():
+        changes = {"model.chat_template": "expert x", "experts": {"x": expert, "y": str(world / "b")}}
         file = configured(make_config, world, tmp_path / kind, ("base", "a", "b"), **changes)
         folder = toys.run_here(file, tmp_path / kind)
         found[kind] = sorted((r["stage"], r["number"], r["score"]) for r in toys.all_rows(folder, "finished"))
         found[kind].append([(folder / "best" / n).read_text() for n in ("chat_template.jinja", "tokenizer.json")])
     assert found["plus"] == found["whole"]
+    if resized == "the adapter":  # the files of a base are those of the model below, which lack the token
+        file = configured(make_config, world, tmp_path / "base", ("base", "a", "b"), **{"model.base": experts["plus"]})
+        ended = toys.evolver("validate", file)
+        assert "was trained with other tokens than" in toys.refusal(ended.code, ended.err)
     assert "<mark>" in AutoTokenizer.from_pretrained(tmp_path / "plus" / "toy" / "best").get_vocab()

@@ -169,7 +169,7 @@ TABLE = {
     "other architecture": ({"experts.a": "SPOILT/gpt"}, ["experts.a", "gpt2", "only fine-tunes"]),
     "other vocabulary": ({"experts.a": "SPOILT/words"}, ["experts.a", "vocabulary", "give a fine-tune"]),
     "DoRA": ({"experts.a": "SPOILT/dora"}, ["experts.a", "PEFT cannot put", "lora_magnitude_vector", "give the base"]),
-    "adapter with LoRA biases": ({"experts.a": "SPOILT/biased"}, ["experts.a", "lora_bias", "merge_and_unload"]),
+    "adapter with LoRA biases": ({"experts.a": "SPOILT/biased"}, ["experts.a", "lora_bias", "train it again"]),
     "a model that finds no room": (
         {"model.base": "SPOILT/many", "experts": {"a": "SPOILT/many", "b": "SPOILT/many"}},
         ["model.base", "SPOILT/many takes 640.0 GiB", "GiB are free", "use a machine with more memory"],

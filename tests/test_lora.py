@@ -1,6 +1,7 @@
 """Adapters of all kinds against what PEFT itself makes of them (merge_and_unload)."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import peft
 import pytest
@@ -8,6 +9,7 @@ import torch
 from peft import get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from evolver.checkpoints.adapter import Adapter
 from evolver.checkpoints.peft_layers import LayerAdapter
 from evolver.checkpoints.sources import open_base, open_expert
 from evolver.errors import BadInput
@@ -362,6 +364,19 @@ def test_reading_an_adapter_draws_no_random_numbers(tmp_path):
     _, ours = opened(tmp_path)
     ours.tensor("model.layers.0.self_attn.q_proj.weight")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_several_threads_read_adapters_at_once(tmp_path):
+    """PEFT makes layers without values by changing how the whole process makes modules."""
+    models = []
+    for name in ("DoRA", "LoHa", "VeRA"):
+        train(tmp_path / name, llama(), **BY_PEFT[name][1])
+        models.append(opened(tmp_path / name)[1])
+    wanted = [(model, name) for _ in range(3) for name in models[0].names() for model in models]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda pair: Adapter.tensor(*pair), wanted))
+    for (model, name), tensor in zip(wanted, found, strict=True):
+        assert torch.equal(tensor, Adapter.tensor(model, name)), name
 
 
 def test_without_peft_the_sentence_says_what_to_install(tmp_path, monkeypatch):

@@ -247,7 +247,7 @@ def test_an_adapter_is_an_expert_of_its_base(encoder, tmp_path, labels):
     expert = open_expert(str(folders["one"]), base, "experts.one")
     moved = {n for n in base.names() if not torch.equal(base.tensor(n), expert.tensor(n))}
     assert {n for n in moved if "query" in n} == {f"bert.encoder.layer.{k}.attention.self.query.weight" for k in (0, 1)}
-    assert head_of(expert)["classifier.weight"].shape == (3, 32)
+    assert head_of(expert, base)["classifier.weight"].shape == (3, 32)
     assert ("classifier.weight" in moved) == (labels is not None)
 
 

@@ -192,7 +192,6 @@ def test_the_digest_of_a_lora_is_that_of_what_it_adds(tmp_path, base):
     ("config", "said"),
     [
         ({"target_parameters": ["x"]}, "uses target_parameters"),
-        ({"lora_bias": True}, "uses lora_bias"),
         ({"trainable_token_indices": [1]}, "uses trainable_token_indices"),
         ({"init_lora_weights": "pissa_niter_4"}, "uses pissa_niter_4"),
     ],

@@ -37,8 +37,8 @@ def open_base(location: str, key: str = "model.base", headless: bool = False) ->
     known = _format_of(path)
     if known is not None and known.delta:
         raise BadInput(
-            f"{key}: {location} is an adapter, which is no model without its base; write MODEL+{location} with the "
-            "model that it was trained on."
+            f"{key}: {location} is an adapter, which is no model without its base; write MODEL+{location}, or give "
+            "the model that it was trained on."
         )
     base: Checkpoint = Checkpoint(path, key, headless) if known is None else known.open(path, key, None, headless)
     base.location = location

@@ -25,7 +25,8 @@ def parts_of(location: str) -> tuple[str, str]:
     if is_remote(expand(location)):
         found = [(left, right) for left, right in pairs if URI.match(right) or _is_here(right)]
         return found[0] if found else (location, "")
-    return next(((left, right) for left, right in pairs if may_be(left) and may_be(right)), pairs[0])
+    best = max(pairs, key=lambda pair: 2 * may_be(pair[0]) + may_be(pair[1]))  # the first of equals
+    return best if any(map(may_be, best)) else (location, "")
 
 
 def may_be(location: str) -> bool:

@@ -115,10 +115,11 @@ def build_model(
     from evolver.evaluation.language.launched import LaunchedModel  # imports lm-eval, which takes seconds
 
     model = LaunchedModel(config.evaluation, room=4 * opened.base.scalars)  # 4 bytes a scalar: the widest dtype
-    own = opened.base if folder == opened.base.path else None
-    if isinstance(own, Adapted) or (type(own) is Checkpoint and own.uneven):  # its folder holds other weights, or codes
-        recipe = Expert("model", own.digest())
-        export(recipe, Materialiser(own, {recipe.digest: own}), model.folder, {}, companions=companions)
+    alone = opened.base if folder == opened.base.path else None
+    # Its folder holds other weights, or codes that Transformers does not read.
+    if isinstance(alone, Adapted) or (type(alone) is Checkpoint and alone.uneven):
+        recipe = Expert("model", alone.digest())
+        export(recipe, Materialiser(alone, {recipe.digest: alone}), model.folder, {}, companions=companions)
         model.launch(model.folder)
     elif folder is not None:
         model.launch(companions.dress(folder, model.folder) if companions.changed else folder)
