@@ -51,6 +51,7 @@ class Trial:
     """One family's models in a folder of their own, and what is tried with them.
 
     Args:
+        data: folder of the items on which searches score models; see ``write_data``.
         folder: empty; ``base``, ``a`` and ``b`` are saved there by the class itself, ``old-…`` in the oldest layout
             that Transformers reads, ``shards-…`` in shards, ``memory-…`` with the tensors that the class has in memory.
     """
@@ -58,7 +59,8 @@ class Trial:
     def __init__(self, family: Family, folder: Path, data: Path) -> None:
         self.family, self.folder, self.data = family, folder, data
         save_all(family, folder)
-        self.changed = {n: oldest(family, folder / n, folder / f"old-{n}") for n in ("base", "a")}
+        self.saved = {n: loaded(family, folder / n) for n in ("base", "a")}
+        self.changed = {n: oldest(family, folder / n, folder / f"old-{n}", t) for n, t in self.saved.items()}
         sharded(family, folder / "b", folder / "shards-b")
         for name in ("base", "a"):
             unconverted(family, folder / name, folder / f"memory-{name}")
@@ -82,7 +84,7 @@ class Trial:
         draw = random.Random(seed)
         places = {name: self.folder / f"drawn-{name}-{seed}" for name in ("base", "a")}
         for name, place in places.items():
-            oldest(self.family, self.folder / name, place, draw.random(), draw)
+            oldest(self.family, self.folder / name, place, self.saved[name], draw.random(), draw)
         self.agree(places["base"].name, "a")
         self.agree("base", places["a"].name)
 
@@ -315,7 +317,7 @@ def linear_names(model: Any) -> str:
 
 
 def trials(
-    family: Family, folder: Path, data: Path, wanted: Sequence[str] = tuple(ABILITIES), strict: bool = True
+    trial: Trial, wanted: Sequence[str] = tuple(ABILITIES), strict: bool = True
 ) -> dict[str, str | None]:  # fmt: skip
     """What the abilities are worth: None for one that the family has, else the sentence that the user gets.
 
@@ -323,16 +325,16 @@ def trials(
         strict: raise Wrong, with all that is wrong in it, for wrong answers and tracebacks; else these are told in the
             place of a sentence.
     """
-    trial, found, wrong = Trial(family, folder, data), dict[str, str | None](), []
-    for name in [*wanted, *([TEXTS] if family.text else [])]:
+    found, wrong = dict[str, str | None](), []
+    for name in [*wanted, *([TEXTS] if trial.family.text else [])]:
         try:
             (Trial.texts if name == TEXTS else ABILITIES[name])(trial)
             found[name] = None
         except Refused as error:
-            found[name] = str(error).replace(str(folder), "…")
+            found[name] = str(error).replace(str(trial.folder), "…")
         except Exception as error:
             found[name] = f"wrong: {type(error).__name__}: {str(error)[:700]}"
             wrong.append(f"{name}: {found[name]}")
     if wrong and strict:
-        raise Wrong(f"{family.name}: " + "\n".join(wrong))
+        raise Wrong(f"{trial.family.name}: " + "\n".join(wrong))
     return found

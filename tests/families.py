@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import shutil
@@ -205,6 +206,12 @@ def _seeing() -> Iterator[Family]:
 FAMILIES = {f.name: f for make in (_decoders, _encoders, _others, _seeing) for f in make()}
 
 
+@functools.cache
+def _plain(name: str) -> Any:
+    """A model of a family, of which only the names of tensors count."""
+    return FAMILIES[name].model()
+
+
 def save_all(family: Family, folder: Path) -> None:
     """Save ``base``, and fine-tunes ``a`` and ``b`` of it, by the class itself, each with what belongs beside it.
 
@@ -298,14 +305,15 @@ def loads_alike(family: Family, folder: Path, right: Tensors) -> bool:
     return found.keys() == right.keys() and all(torch.equal(t, right[n]) for n, t in found.items())
 
 
-def oldest(family: Family, folder: Path, target: Path, share: float = 1.0, draw: random.Random | None = None) -> list[str]:  # fmt: skip  # noqa: E501
+def oldest(
+    family: Family, folder: Path, target: Path, right: Tensors, share: float = 1.0, draw: random.Random | None = None
+) -> list[str]:  # fmt: skip
     """Write a model in the oldest layout that Transformers still reads; returns what was changed.
 
-    Every change is kept with which the class still loads the very same tensors.
+    Every change is kept with which the class still loads the very same tensors, ``right``.
     """
-    right, tensors, made = loaded(family, folder), load_file(folder / WEIGHTS), list[str]()
-    model = family.model()
-    for name, change in changes(model, share, draw).items():
+    tensors, made = load_file(folder / WEIGHTS), list[str]()
+    for name, change in changes(_plain(family.name), share, draw).items():
         if draw is not None and draw.random() < 0.5:
             continue
         new = change(dict(tensors))

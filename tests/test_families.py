@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import toys
-from abilities import Trial, Wrong, trials, write_data
+from abilities import Trial, Wrong, trials
 from families import FAMILIES
 
 pytestmark = pytest.mark.whole
@@ -31,11 +32,16 @@ RULES = {
 }
 
 
-@pytest.fixture(scope="session")
-def data(tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("families") / "data"
-    write_data(folder, tasks)
-    return folder
+@pytest.fixture(scope="module")
+def trial_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trial]:
+    """``trial_of(family)`` has the family's models saved, once for all tests. No test here scores them on items."""
+
+    @functools.cache
+    def make(name: str) -> Trial:
+        folder = tmp_path_factory.mktemp("family")
+        return Trial(FAMILIES[name], folder / "models", folder / "no-data")
+
+    return make
 
 
 def row(name: str) -> list[str]:
@@ -46,26 +52,25 @@ def row(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_family_is_read_and_merged_as_the_map_says(name, data, tmp_path):
-    found = trials(FAMILIES[name], tmp_path / "models", data, ("read", "merge"))
+def test_a_family_is_read_and_merged_as_the_map_says(name, trial_of):
+    found = trials(trial_of(name), ("read", "merge"))
     assert set(found.values()) == {None}
     assert row(name)[1:3] == ["✓", "✓"]
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_random_renamings_that_transformers_undoes_are_undone(name, data, tmp_path):
-    trial = Trial(FAMILIES[name], tmp_path / "models", data)
+def test_random_renamings_that_transformers_undoes_are_undone(name, trial_of):
     for seed in range(2):
-        trial.renamed(seed)
+        trial_of(name).renamed(seed)
 
 
 def test_the_map_has_a_row_for_each_family():
     assert [name for name in FAMILIES if row(name)] == list(FAMILIES)
 
 
-def test_a_wrong_merge_is_found(data, tmp_path, monkeypatch):
+def test_a_wrong_merge_is_found(trial_of, monkeypatch):
     """The trial itself: weights that are not those of the reference."""
-    trial = Trial(FAMILIES["Llama 2"], tmp_path / "models", data)
+    trial = trial_of("Llama 2")
     monkeypatch.setattr("abilities.WEIGHT", {"a": 0.5, "b": 0.2})
     _ = trial.right
     made = trial._merged({"merge_method": "task_arithmetic", "models": [{"model": str(trial.folder / "a"), "parameters": {"weight": 0.5}}]}, "base", "one")  # fmt: skip  # noqa: E501

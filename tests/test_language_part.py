@@ -127,12 +127,14 @@ def test_only_text_models_of_the_same_family_are_parts():
     assert not is_text_of({"model_type": "llama"}, {"model_type": "llama"})
 
 
-NEW = " stone"
+NEW, HEAD = " stone", "lm_head.weight"
 
 
 @pytest.fixture(scope="module")
 def worded(folders, tmp_path_factory):
-    """The same, with a Llama ``more`` that has a token which the base lacks."""
+    """The same, with a Llama ``more`` that has a token which the base lacks, and a base ``wide`` that has a token for
+    images, which the Llamas lack, and spare rows.
+    """
     folder = tmp_path_factory.mktemp("worded")
     for name in ("base", "a"):
         shutil.copytree(folders / name, folder / name)
@@ -143,6 +145,13 @@ def worded(folders, tmp_path_factory):
     model.resize_token_embeddings(len(words), mean_resizing=False)
     for part in (model, words):
         part.save_pretrained(folder / "more")
+    wide, words = transformers.LlavaForConditionalGeneration.from_pretrained(folder / "base"), toys.tokenizer()
+    words.add_tokens(["<image>"], special_tokens=True)
+    torch.manual_seed(8)
+    wide.resize_token_embeddings(len(words) + 8, mean_resizing=False)
+    wide.config.image_token_index = wide.config.image_token_id = words.convert_tokens_to_ids("<image>")
+    for part in (wide, *LLAVA.beside()[1:], words):
+        part.save_pretrained(folder / "wide")
     return folder
 
 
@@ -183,28 +192,57 @@ def test_a_text_expert_with_a_token_more(worded, tmp_path):
     assert (tmp_path / "out" / "preprocessor_config.json").exists()
 
 
-def test_a_search_over_a_text_expert_with_a_token_more(worded, tasks, tmp_path):
+@pytest.mark.parametrize("base", ["base", "wide"])
+def test_a_search_over_a_text_expert_with_a_token_more(worded, tasks, tmp_path, base):
     entries = [
         {"task": "toy", "metric": "acc", "dev": 8, "report": 8},
         {"task": "roll", "metric": "bits_per_byte", "dev": 4, "report": 4},
     ]
     changes = {"search": {"algorithm": "tpe"}, "model.compute": "float32", "evaluation.tasks": entries}
     raw = toys.settings(worded, tasks, {**toys.SHORT, **changes})
+    raw["model"]["base"] = str(worded / base)
     raw["experts"] = {n: str(worded / n) for n in ("a", "more")}
     (file := tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
     run = toys.run_here(file, tmp_path / "results")
     assert not [r["reason"] for r in rows(run).values() if r["status"] != "ok"]
     assert json.loads((run / "best.json").read_text())["equal"] >= 8  # of 12; the others show the last digits
     recorded = json.loads((run / "summary.json").read_text())["report"]
-    alone = score_models(str(file), [str(worded / n) for n in ("base", "a", "more")], "report", lambda _: None)
+    alone = score_models(str(file), [str(worded / n) for n in (base, "a", "more")], "report", lambda _: None)
     assert [recorded[n] for n in ("base", "a", "more")] == pytest.approx([m.score for m in alone], rel=1e-6)
     assert len({m.score for m in alone}) == 3
     made = transformers.LlavaForConditionalGeneration.from_pretrained(run / "best")
-    assert made.config.text_config.vocab_size == made.lm_head.weight.shape[0] == len(toys.tokenizer()) + 1
-    base = loaded(LLAVA, worded / "base")
+    assert made.config.text_config.vocab_size == made.lm_head.weight.shape[0]
+    assert made.lm_head.weight.shape[0] == len(toys.tokenizer()) + (1 if base == "base" else 2)
+    own = loaded(LLAVA, worded / base)
     beside = {n: t for n, t in made.state_dict().items() if not n.startswith(INSIDE) and n != "lm_head.weight"}
     assert beside
-    assert all(torch.equal(t, base[n]) for n, t in beside.items())
+    assert all(torch.equal(t, own[n]) for n, t in beside.items())
+
+
+def test_a_base_that_has_a_token_for_images_and_spare_rows(worded, tmp_path):
+    """As published ones: the text models have neither, and a new token of theirs has the number of that for images."""
+    base = transformers.LlavaForConditionalGeneration.from_pretrained(worded / "wide")
+    words = transformers.AutoTokenizer.from_pretrained(worded / "wide")
+    models = [{"model": str(worded / n), "parameters": {"weight": 0.5}} for n in ("a", "more")]
+    raw = {
+        "merge_method": "task_arithmetic", "base_model": str(worded / "wide"), "models": models, "dtype": "float32",
+        "tokenizer_source": "union",
+    }  # fmt: skip
+    (tmp_path / "merge.yml").write_text(yaml.safe_dump(raw))
+    ended = evolver("merge", tmp_path / "merge.yml", tmp_path / "out")
+    assert ended.code == 0, ended.err
+    made = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
+    found = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    image, new = (found.convert_tokens_to_ids(t) for t in ("<image>", NEW))
+    assert (image, new) == (len(words) - 1, len(words))
+    assert made.config.image_token_index == image
+    texts = [load_file(worded / n / "model.safetensors") for n in ("a", "more")]
+    for ours, own in ((made.get_input_embeddings().weight, "model.embed_tokens.weight"), (made.lm_head.weight, HEAD)):
+        before = (base.get_input_embeddings() if own != HEAD else base.lm_head).weight
+        assert len(ours) == new + 1
+        assert torch.equal(ours[image], before[image])
+        assert torch.allclose(ours[new], texts[1][own][-1], atol=1e-6)
+        assert torch.allclose(ours[:image], (texts[0][own] + texts[1][own][:image]) / 2, atol=1e-6)
 
 
 def test_the_token_of_images_is_not_lost(worded, tmp_path):

@@ -87,8 +87,8 @@ def try_all(names: Sequence[str], strict: bool) -> tuple[Found, list[str]]:
         for number, name in enumerate(names):
             began, folder = time.perf_counter(), home / f"{number}"
             try:
-                found[name] = trials(FAMILIES[name], folder, home / "data", strict=strict)
-                trial = Trial(FAMILIES[name], home / f"{number}-drawn", home / "data")
+                trial = Trial(FAMILIES[name], folder, home / "data")
+                found[name] = trials(trial, strict=strict)
                 for seed in range(SEEDS if strict else 0):
                     trial.renamed(seed)
             except Wrong as error:
