@@ -69,7 +69,8 @@ class LiveModel:
         given, apart = labelled(labels), self._beside != folder or plain is not None
         if apart:  # its config.json may name another number of tokens, whose rows are written later
             config = transformers.AutoConfig.from_pretrained(self._beside, **labelled(labels, False))
-            if config.is_encoder_decoder:  # Transformers stumbles over tied tensors that it leaves out
+            if config.is_encoder_decoder and hasattr(config, "vocab_size"):
+                # Transformers stumbles over tied tensors that it leaves out, so it is to read them all.
                 config.vocab_size = transformers.AutoConfig.from_pretrained(folder).vocab_size
             if plain is not None and hasattr(config, "quantization_config"):
                 del config.quantization_config
@@ -170,7 +171,7 @@ class LiveModel:
         """The memory of each tensor: a whole parameter, or a slice of one."""
         slices = slices_of(self.module, shapes, folder)
         places = places_of(self.module, (n for n in shapes if n not in slices), folder)
-        if self.module.config.is_encoder_decoder:
+        if self.module.config.is_encoder_decoder and self._beside != folder:
             self._resize({place: shapes[name] for name, place in places.items()})
         self._untie(places.values())
         state = self.module.state_dict(keep_vars=False)
