@@ -115,7 +115,7 @@ def build_model(
     from evolver.evaluation.language.launched import LaunchedModel  # imports lm-eval, which takes seconds
 
     model = LaunchedModel(config.evaluation, room=4 * opened.base.scalars)  # 4 bytes a scalar: the widest dtype
-    alone = opened.base if folder == opened.base.path else None
+    alone: Checkpoint | None = opened.base if folder == opened.base.path else None
     # Its folder holds other weights, or codes that Transformers does not read.
     if isinstance(alone, Adapted) or (type(alone) is Checkpoint and alone.uneven):
         recipe = Expert("model", alone.digest())
