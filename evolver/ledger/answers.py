@@ -31,7 +31,7 @@ def write_items(run: Storage, items: Mapping[Split, Sequence[tuple[str, int, str
 def answer_table(run: Storage) -> pa.Table:
     """Every answer of a run: one row for each candidate and item, with the item's hash."""
     items: dict[str, list[dict[str, Any]]] = {"dev": [], "report": []}
-    for row in _items_of(run):
+    for row in items_of(run):
         items[row["split"]].append(row)
     finished = [r for r in read_table(run.folder("ledger")).to_pylist() if r["event"] == "finished" and not r["reused"]]
     rows = [
@@ -42,8 +42,8 @@ def answer_table(run: Storage) -> pa.Table:
     return pa.Table.from_pylist(rows)
 
 
-def _items_of(run: Storage) -> list[dict[str, Any]]:
-    """The rows of ``items.parquet``.
+def items_of(run: Storage) -> list[dict[str, Any]]:
+    """The rows of ``items.parquet``: split, place, task, index and hash of every item, in the order of the answers.
 
     Raises BadInput where it cannot be read.
     """
