@@ -29,6 +29,15 @@ app = typer.Typer(add_completion=True, no_args_is_help=True, help="Search for th
 # Python's garbage collector runs after so many new objects; see main().
 SELDOM = 50_000
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
+WithTable = Annotated[
+    bool,
+    typer.Option(
+        "--table", help="write all models with their recipes and their answers to every item instead, as Parquet"
+    ),
+]
+AlsoRuns = Annotated[
+    list[str] | None, typer.Option(help="with --table, a further run over the same items; may be repeated")
+]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help=options.RETRY_FAILED)]
 
 
@@ -185,15 +194,8 @@ def export(
         bool, typer.Option(help="write the difference to the base instead, as one safetensors file")
     ] = False,
     gguf: Annotated[str | None, typer.Option(help="write a GGUF file of this type instead: bf16, q8_0, …")] = None,
-    table: Annotated[
-        bool,
-        typer.Option(
-            "--table", help="write all models with their recipes and their answers to every item instead, as Parquet"
-        ),
-    ] = False,
-    also: Annotated[
-        list[str] | None, typer.Option(help="with --table, a further run over the same items; may be repeated")
-    ] = None,
+    table: WithTable = False,
+    also: AlsoRuns = None,
     push_to_hub: Annotated[
         str | None, typer.Option(help="also upload the result to the Hugging Face hub, under this org/name")
     ] = None,

@@ -32,7 +32,7 @@ AMOUNTS = {
     "estimate", "subset", "order", "fitness",
 }  # fmt: skip
 AMOUNTS_OF_TASK = {"dev", "select", "report", "weight"}
-Key = tuple[str, str]
+ItemKey = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def join_runs(runs: Sequence[Storage]) -> AnswerTable:
     abouts = [read_about(run) for run in runs]
     for run in runs[1:]:
         _refuse_other_scoring(runs[0], run)
-    items: dict[Key, dict[str, Any]] = {}
+    items: dict[ItemKey, dict[str, Any]] = {}
     places: list[dict[str, NDArray[np.int64]]] = []
     for run, about in zip(runs, abouts, strict=True):
         own = _items(run, about)
@@ -181,9 +181,9 @@ def _described(recipe: Recipe, text: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _items(run: Storage, about: About) -> dict[Split, dict[Key, dict[str, Any]]]:
+def _items(run: Storage, about: About) -> dict[Split, dict[ItemKey, dict[str, Any]]]:
     """The items of every split, in the order in which the answers to them are in the ledger."""
-    found: dict[Split, dict[Key, dict[str, Any]]] = {split: {} for split in about.scales}
+    found: dict[Split, dict[ItemKey, dict[str, Any]]] = {split: {} for split in about.scales}
     for row in ledger.items_of(run):
         split, scale = row["split"], about.scales[row["split"]]
         place = len(found[split])

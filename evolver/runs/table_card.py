@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-CARD = """---
+DATA_CARD = """---
 tags: [model-merging, evolver]
 configs:
 - {{config_name: models, data_files: models.parquet}}
@@ -70,7 +70,7 @@ def card(runs: Sequence[str], items: pa.Table, models: pa.Table, proposals: pa.T
     ran = ", ".join(f"`{run}` ({proposals['run'].to_pylist().count(run)} results)" for run in runs)
     made = f"{complete} of the {models.num_rows} models have answered all items. Their last steps: {said}."
     bits = BITS if pa.types.is_boolean(models.schema.field("answers").type.value_type) else GRADED
-    return CARD.format(
+    return DATA_CARD.format(
         models=models.num_rows, items=items.num_rows, runs=f"the runs {ran}" if len(runs) > 1 else f"the run {ran}",
         counts=f"{counts}\n\n{made}", bits=bits,
     )  # fmt: skip
