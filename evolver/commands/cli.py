@@ -29,6 +29,13 @@ app = typer.Typer(add_completion=True, no_args_is_help=True, help="Search for th
 # Python's garbage collector runs after so many new objects; see main().
 SELDOM = 50_000
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
+ExportTo = Annotated[
+    Path | None,
+    typer.Argument(
+        help="folder to write, new or empty; with --gguf, the file to write; default with --table: RUN-table",
+        show_default=False,
+    ),
+]
 WithTable = Annotated[
     bool,
     typer.Option(
@@ -172,13 +179,7 @@ def report(
 @app.command()
 def export(
     folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
-    out: Annotated[
-        Path | None,
-        typer.Argument(
-            help="folder to write, new or empty; with --gguf, the file to write; left out with --table: RUN-table",
-            show_default=False,
-        ),
-    ] = None,
+    out: ExportTo = None,
     candidate: Annotated[
         str | None, typer.Option(help="number of the candidate, or the beginning of its recipe's id; default: the best")
     ] = None,
