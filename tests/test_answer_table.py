@@ -98,7 +98,12 @@ def test_the_table_says_what_the_ledger_says(tmp_path):
         MERGE.id: [True, True, None, None, None, None],
     }
     merge = found["models"][1]
-    assert (merge["kind"], merge["method"], merge["scored"], merge["inputs"]) == ("merge", "ties", 2, [A.id, B.id])
+    assert (merge["kind"], merge["method"], merge["complete"], merge["inputs"]) == (
+        "merge",
+        "ties",
+        False,
+        [A.id, B.id],
+    )
     assert json.loads(merge["settings"])[0][1] == [["density", 0.5]]
     assert [(p["stage"], p["recipe_id"], p["status"], p["scored"]) for p in found["proposals"]] == [
         ("baseline", A.id, "ok", 4), ("search", MERGE.id, "ok", 2), ("search", CHILD.id, "failed", 0),
@@ -106,7 +111,7 @@ def test_the_table_says_what_the_ledger_says(tmp_path):
     ]  # fmt: skip
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Answers of 2 merged models to 6 items" in card
-    assert "1 of the 2 models have answered all items" in card
+    assert "1 of the 2 models have answered all dev items" in card
     for file in (tmp_path / "out").iterdir():
         assert b"a text" not in file.read_bytes()
 

@@ -42,8 +42,9 @@ class AnswerTable:
     Attributes:
         runs: names of the runs.
         items: one row for each item: task, hash, split, weight, label.
-        models: one row for each model: recipe_id, kind, method, settings, inputs, recipe, scored, answers. The answers
-            are in the order of the items, null where the item was not scored.
+        models: one row for each model: recipe_id, kind, method, settings, inputs, recipe, complete (whether it has
+            answered all dev items), answers. The answers are in the order of the items, null where the item was not
+            scored.
         proposals: one row for each result of a run: run, stage, number, recipe_id, label, proposer, parents, limit,
             status, score, scored.
     """
@@ -106,7 +107,7 @@ def join_runs(runs: Sequence[Storage]) -> AnswerTable:
             )
     rows = pa.Table.from_pylist(list(items.values()), schema=ITEM_COLUMNS)
     return AnswerTable(
-        tuple(about.config.run for about in abouts), rows, models.table(),
+        tuple(about.config.run for about in abouts), rows, models.table([r["split"] == "dev" for r in items.values()]),
         pa.Table.from_pylist(proposals, schema=PROPOSAL_COLUMNS),
     )  # fmt: skip
 
@@ -152,8 +153,12 @@ class _Models:
         new = np.isnan(row[places])
         row[places[new]] = answers[new]
 
-    def table(self) -> pa.Table:
-        """One row for each model. Where every answer is right or wrong, the answers are bits."""
+    def table(self, dev: Sequence[bool]) -> pa.Table:
+        """One row for each model. Where every answer is right or wrong, the answers are bits.
+
+        Args:
+            dev: which items are dev items, (N).
+        """
         found = np.stack(list(self._answers.values()))
         missing = np.isnan(found)
         bits = bool(np.all(missing | (found == 0) | (found == 1)))
@@ -162,9 +167,9 @@ class _Models:
         offsets = np.arange(0, found.size + 1, self._count, dtype=np.int64)
         rows = [_described(load_recipe(text), text) for text in self._recipes.values()]
         columns = {name: [row[name] for row in rows] for name in rows[0]}
-        scored = (~missing).sum(1)
+        complete = ~missing[:, np.asarray(dev)].any(1)
         answers = pa.LargeListArray.from_arrays(offsets, values).cast(pa.list_(values.type))
-        return pa.table({**columns, "scored": scored, "answers": answers})
+        return pa.table({**columns, "complete": complete, "answers": answers})
 
 
 def _described(recipe: Recipe, text: str) -> dict[str, Any]:

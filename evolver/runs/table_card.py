@@ -29,8 +29,8 @@ who has the experts can rebuild it.
 | `items.parquet` | an item | `task`; `hash` of its content; `split`, for which it was drawn; `weight` of its task in \
 the score (those of all tasks add up to 1); `label`, the right answer as a number where a metric compares with it |
 | `models.parquet` | a model | `recipe_id`; `kind` and `method` of the last step that made it; its `settings`; \
-`inputs`, the ids of what it was made from; `recipe`, the whole lineage as JSON; `scored`, the number of its answers; \
-`answers` in the order of the items, null where an item was not scored |
+`inputs`, the ids of what it was made from; `recipe`, the whole lineage as JSON; `complete`, whether it \
+has answered all dev items; `answers` in the order of the items, null where an item was not scored |
 | `proposals.parquet` | a result of a run, in the order of its ledger | `run`, `stage`, `number`; `recipe_id`; \
 `label` and `proposer`; `parents`; `limit`, the number of items that were asked for; `status`; `score`; `scored`, the \
 number of items that had been scored |
@@ -42,8 +42,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 items, models = pq.read_table("items.parquet"), pq.read_table("models.parquet")
-complete = models.filter(np.asarray(models["scored"]) == items.num_rows)
-answers = np.stack([np.asarray(row, dtype=float) for row in complete["answers"].to_pylist()])  # models × items
+dev = np.asarray(items["split"]) == "dev"
+answers = np.array(models.filter(models["complete"])["answers"].to_pylist(), dtype=float)[:, dev]  # models × dev items
 ```
 
 **Selection.** The models of a search are no random sample: each was proposed after the results of others, on the items
@@ -64,11 +64,11 @@ def card(runs: Sequence[str], items: pa.Table, models: pa.Table, proposals: pa.T
     counts = head + "\n".join(
         f"| {t} | {' | '.join(str(each[t, s]) for s in splits)} |" for t in dict.fromkeys(task)
     )  # fmt: skip
-    complete = pc.sum(pc.equal(models["scored"], items.num_rows)).as_py()
+    complete = pc.sum(models["complete"]).as_py()
     methods = Counter(models["method"].to_pylist()).most_common()
     said = ", ".join(f"{count} by {method}" for method, count in methods)
     ran = ", ".join(f"`{run}` ({proposals['run'].to_pylist().count(run)} results)" for run in runs)
-    made = f"{complete} of the {models.num_rows} models have answered all items. Their last steps: {said}."
+    made = f"{complete} of the {models.num_rows} models have answered all dev items. Their last steps: {said}."
     bits = BITS if pa.types.is_boolean(models.schema.field("answers").type.value_type) else GRADED
     return DATA_CARD.format(
         models=models.num_rows, items=items.num_rows, runs=f"the runs {ran}" if len(runs) > 1 else f"the run {ran}",

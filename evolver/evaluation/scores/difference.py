@@ -215,14 +215,9 @@ def _squares(values: Numbers) -> Numbers:
     return found
 
 
-def asymptotic_interval(found: Estimated, scored: int, tasks: int) -> tuple[Numbers, Numbers]:
-    """The asymptotic 95 % intervals of estimates from ``ASYMPTOTIC_FROM`` scored items or more: low and high, (B) each.
-
-    Args:
-        scored: the number of scored items.
-        tasks: the number of tasks.
-    """
-    reach = stats.t.ppf((1 + LEVEL) / 2, max(scored - tasks, 1)) * found.error
+def asymptotic_interval(found: Estimated) -> tuple[Numbers, Numbers]:
+    """The asymptotic 95 % intervals, low and high, (B) each; for ``ASYMPTOTIC_FROM`` scored items or more."""
+    reach = stats.norm.ppf((1 + LEVEL) / 2) * found.error
     return found.value - reach, found.value + reach
 
 
