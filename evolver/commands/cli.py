@@ -90,6 +90,7 @@ def validate(config: Annotated[Path, typer.Argument(help="the YAML file of a run
     # These bring torch.
     from cluster.job import device_of, unread_by_pool
     from evolver.driver.prepare import prepare
+    from evolver.records import SPLITS
     from evolver.workers.worker import choose_compute
 
     given = written.parsed()
@@ -97,16 +98,17 @@ def validate(config: Annotated[Path, typer.Argument(help="the YAML file of a run
     prepared = prepare(written, weights=False, device=device)
     for warning in (*unread_by_pool(given.pool), *prepared.warnings, *prepared.tasks.warnings):
         typer.echo(f"warning: {warning}", err=True)
-    sizes = {split: len(prepared.tasks.items.of(split)) for split in ("dev", "report")}
+    sizes = {split: len(prepared.tasks.items.of(split)) for split in SPLITS}
     total = prepared.search.total
     typer.echo(
-        f"{config}: {len(prepared.experts)} experts, {sizes['dev']} dev and {sizes['report']} report items, "
+        f"{config}: {len(prepared.experts)} experts, {sizes['dev']} dev, {sizes['select']} select and "
+        f"{sizes['report']} report items, "
         f"{'no fixed number of' if total is None else total} candidates: ready to run"
     )
     for task in given.evaluation.tasks:
-        dev, report = prepared.tasks.sizes[task.task]
-        if isinstance(task.dev, float) or isinstance(task.report, float):
-            typer.echo(f"{task.task}: dev {task.dev} and report {task.report} are {dev} and {report} items")
+        for split, count in prepared.tasks.sizes[task.task].items():
+            if isinstance(share := getattr(task, split), float):
+                typer.echo(f"{task.task}: {split} {share} is {count} items")
     if given.model.compute == "auto" and given.evaluation.backend == "resident":
         choice = choose_compute(given, device)
         typer.echo(f"model.compute: auto is {choice.compute} on this machine: {choice.why}")

@@ -54,6 +54,19 @@ class Baselines(Section):
         return masses
 
 
+class FinalistSettings(Section):
+    """Which candidates of the search are scored on the select items, and how they are ranked."""
+
+    count: int = Field(
+        6, ge=1, le=10_000, description="number of candidates, the best ones of the search on the dev items"
+    )
+    rank: Literal["both", "select"] = Field(
+        "both",
+        description="both: finalists are ranked by their score on dev and select items together; select: on the select "
+        "items alone",
+    )
+
+
 class StatisticsSettings(Section):
     """What merge methods that ask for statistics of the experts, such as regmean, get them from: dev items only."""
 
@@ -141,6 +154,7 @@ class Config(Section):
     budget: Budget = Field(description="number of candidates or of scored items")
     evaluation: EvaluationSettings = Field(description="tasks and how candidates are scored on them")
     baselines: Baselines = Baselines()
+    finalists: FinalistSettings = FinalistSettings()
     statistics: StatisticsSettings = StatisticsSettings()
     pool: PoolSettings = PoolSettings()
     loggers: dict[str, dict[str, Any] | None] = Field(

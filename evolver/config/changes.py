@@ -14,7 +14,13 @@ from evolver.config.sentences import TEXT_FORMS
 from evolver.errors import BadInput
 
 # Keys that may change between two calls of a run. A change of any other key is refused.
-FREE_KEYS = ("run", "pool", "budget", "loggers")
+FREE_KEYS = ("run", "pool", "budget", "finalists", "loggers")
+
+
+def without_select(config: Config) -> Config:
+    """A copy of the configuration that draws no select items."""
+    tasks = [entry.model_copy(update={"select": 0}) for entry in config.evaluation.tasks]
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"tasks": tasks})})
 
 
 def renamed(config: Config, run: str) -> Config:

@@ -20,6 +20,12 @@ def _amount(value: Any) -> Any:
     )
 
 
+def _amount_or_none(value: Any) -> Any:
+    """An amount of items that may be 0, or left open (None)."""
+    none = value is None or (value == 0 and isinstance(value, int) and not isinstance(value, bool))
+    return value if none else _amount(value)
+
+
 # A number of items, or a share of a task's documents.
 Amount = Annotated[int | float, PlainValidator(_amount)]
 
@@ -38,7 +44,9 @@ class DataSet(Section):
 
 
 class TaskEntry(Section):
-    """One task. The search sees its dev items only; its report items are scored once, at the end of the run."""
+    """One task. The search sees its dev items only. When the search has ended, its best candidates are scored on the
+    select items, on which the winner is chosen, and the winner is scored on the report items once.
+    """
 
     task: str = Field(
         min_length=1,
@@ -62,6 +70,12 @@ class TaskEntry(Section):
     report: Amount = Field(
         description="number of report items, which are scored once at the end; below 1: their share of the documents"
     )
+    select: Annotated[int | float | None, PlainValidator(_amount_or_none)] = Field(
+        None,
+        description="number of select items, on which the winner is chosen among the best candidates of the search; "
+        "below 1: their share of the documents; 0: none, the winner is the best on the dev items. Default: as many as "
+        "dev items, but at most half of the documents that are neither dev nor report items",
+    )
     report_task: str | None = Field(
         None,
         min_length=1,
@@ -77,6 +91,9 @@ class TaskEntry(Section):
     )
     report_data: str | DataSet | None = Field(
         None, description="like data, for the report items; default: they are taken from data"
+    )
+    select_data: str | DataSet | None = Field(
+        None, description="like data, for the select items; default: they are taken from data"
     )
     function: str | None = Field(
         None,
@@ -188,8 +205,8 @@ class EvaluationSettings(Section):
     )
     quantise_search: bool = Field(
         True,
-        description="with quantise, score the candidates of the search in this way, too; false: the finalists on the "
-        "report items only",
+        description="with quantise, score the candidates of the search in this way, too; false: the finalists only, "
+        "on the select and the report items",
     )
     threads: int = Field(
         1, ge=1, le=1024, description="CPU threads of one worker; their number influences how sums are rounded"
@@ -197,7 +214,7 @@ class EvaluationSettings(Section):
 
     def rounding(self, split: Split) -> str | None:
         """The quantisation through which models are rounded before they are scored on a split; None: none."""
-        return self.quantise if split == "report" or self.quantise_search else None
+        return self.quantise if split != "dev" or self.quantise_search else None
 
     @model_validator(mode="after")
     def _quantise_said(self) -> EvaluationSettings:
@@ -213,8 +230,9 @@ class EvaluationSettings(Section):
     @model_validator(mode="after")
     def _data_of_both(self) -> EvaluationSettings:
         for number, task in enumerate(self.tasks):
-            if task.report_data is not None and task.data is None:
-                raise ValueError(f"task {number} has report_data but no data; give data for its dev items, too")
+            for key in ("select_data", "report_data"):
+                if getattr(task, key) is not None and task.data is None:
+                    raise ValueError(f"task {number} has {key} but no data; give data for its dev items, too")
         return self
 
     @model_validator(mode="after")

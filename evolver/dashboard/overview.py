@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from evolver import ledger
 from evolver.errors import BadInput
-from evolver.records import Candidate, Result, Stage
+from evolver.records import STAGES, Candidate, Result, Stage
 from evolver.runs.about import read_about
 from evolver.storage import Storage
 
@@ -24,7 +24,6 @@ KEPT_COLUMNS = (
 )  # fmt: skip
 SECONDS = ("total", "materialise", "forward")
 PAIRS = 200  # candidates that are kept in full
-STAGES: tuple[Stage, ...] = ("baseline", "search", "report")
 
 Column = NDArray[np.float64]
 Places = NDArray[np.int64]

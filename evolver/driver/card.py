@@ -40,7 +40,7 @@ def model_card(outcome: Outcome, rebuild: str, licences: Licences) -> str:
         rebuild: how mergekit makes it, or why it does not.
         licences: of the base and the experts by their locations, as their own cards say; None where they do not.
     """
-    results = _results(outcome.about, "report", outcome.winner.report)
+    results = _results(outcome.about, "report", outcome.recommended.report)
     return _card(outcome.config, results, f"{verdict(outcome)}\n\n{table_of(outcome)}", rebuild, licences)
 
 
@@ -114,7 +114,7 @@ def _under(licence: str | None) -> str:
 
 def companion_files(prepared: Prepared, outcome: Outcome) -> dict[str, str]:
     """The card of the best model and, where mergekit can make it, mergekit's configuration."""
-    rebuild, files = _rebuilt(prepared, outcome.winner.recipe)
+    rebuild, files = _rebuilt(prepared, outcome.recommended.recipe)
     return {"README.md": model_card(outcome, rebuild, _licences(prepared)), **files}
 
 

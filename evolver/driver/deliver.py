@@ -33,16 +33,16 @@ Warn = Callable[[str], None]
 
 
 def find(history: History, wanted: str | None) -> tuple[Candidate, Result]:
-    """A candidate of the search by its number or the beginning of its recipe's id; default: the best one.
+    """A candidate of the search by its number or the beginning of its recipe's id; default: the recommended one.
 
     Raises BadInput where there is none, or several.
     """
     if wanted is None:
-        if history.best is None:
+        if history.recommended is None:
             raise BadInput(
                 "evolver export: no candidate of the run has a score yet; continue the run first (evolver resume)."
             )
-        return history.best
+        return history.recommended
     searched = history.stages["search"]
     numbered = [(c, r) for c, r in searched if wanted == str(c.number)]
     found = numbered or [(c, r) for c, r in searched if c.recipe.id.startswith(wanted)]
@@ -67,7 +67,7 @@ def deliver(run: Storage, out: Path, wanted: str | None, say: Warn, force: bool 
     candidate, result = find(history, wanted)
     prepared = prepare_run(run)
     outcome = history.outcome()
-    best = history.best is not None and candidate.recipe.id == history.best[0].recipe.id
+    best = outcome is not None and candidate.recipe.id == outcome.recommended.recipe.id
     more = (
         companion_files(prepared, outcome)
         if outcome and best

@@ -11,7 +11,7 @@ from typing import Any
 from evolver.checkpoints.doubts import refuse_strangers, suspicions
 from evolver.checkpoints.weights import Checkpoint
 from evolver.config import Config
-from evolver.config.changes import FREE_KEYS, computing, default_at, keeping_base_chat, renamed
+from evolver.config.changes import FREE_KEYS, computing, default_at, keeping_base_chat, renamed, without_select
 from evolver.config.reading import ConfigText, load
 from evolver.driver.early import chosen_search, named_search
 from evolver.errors import BadInput
@@ -24,7 +24,7 @@ from evolver.loggers import check_loggers
 from evolver.merging.companions import Companions
 from evolver.merging.materialise import Materialiser
 from evolver.merging.settings.maker import RecipeMaker
-from evolver.records import Split
+from evolver.records import SPLITS, Split
 from evolver.records.recipe import Expert, Recipe
 from evolver.runs.folder import RunFolder, compute_of, config_of_run, made_before
 from evolver.search import SEARCHES, Search
@@ -39,7 +39,6 @@ from evolver.workers.plan import CHAT, SCORING_PACKAGES, TOKENS, Plan, items_has
 from evolver.workers.statistics import sample_hash
 from evolver.workers.worker import build_materialiser, own_materialiser, statistics_of
 
-SPLITS: tuple[Split, Split] = ("dev", "report")
 RECORDED_PACKAGES = ("torch", "transformers", "lm-eval", "optuna", "safetensors", "numpy", "ray")
 
 
@@ -76,8 +75,10 @@ def prepare(
     """
     config, file = given.parsed(), given.origin
     config = config if name is None else renamed(config, name)
-    if run is not None and config.model.chat_template == "auto" and made_before(run, "chat_template"):
+    if run is not None and config.model.chat_template == "auto" and made_before(run, "model", "chat_template"):
         config = keeping_base_chat(config)
+    if run is not None and made_before(run, "items", "select"):
+        config = without_select(config)
     algorithm, settings = chosen_search(config, file)
     check_loggers(config, file)
     try:
@@ -110,9 +111,9 @@ def prepare(
         search = SEARCHES[algorithm].build(setup, settings)
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from error
-    items: dict[Split, str] = {"dev": items_hash(tasks, "dev"), "report": items_hash(tasks, "report")}
+    items = {split: items_hash(tasks, split) for split in SPLITS}
     plan = Plan(config, maker.digests, items, _stops(algorithm, settings))
-    identity = _identity(config, settings.model_dump(), plan)
+    identity = _identity(config, settings.model_dump(), plan, bool(tasks.items.select))
     return Prepared(config, file, opened, tasks, plan, maker.base, maker.experts, estimates, search, identity, warnings)
 
 
@@ -253,8 +254,12 @@ def _not_stopped(config: Config, algorithm: str, estimates: Estimates) -> Iterat
         )
 
 
-def _identity(config: Config, search: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    """What identifies a run: the contents of models and items, not the places of their files."""
+def _identity(config: Config, search: Mapping[str, Any], plan: Plan, selects: bool) -> dict[str, Any]:
+    """What identifies a run: the contents of models and items, not the places of their files.
+
+    Args:
+        selects: whether there are select items.
+    """
     identity: dict[str, Any] = config.model_dump(mode="json", exclude=set(FREE_KEYS))
     identity["search"] = dict(search)
     del identity["model"]["strict"]  # it may refuse a run, and changes nothing in one
@@ -265,8 +270,10 @@ def _identity(config: Config, search: Mapping[str, Any], plan: Plan) -> dict[str
     identity["model"]["chat_template"] = plan.digests.get(CHAT, default_at(Config, "model.chat_template"))
     identity["experts"] = {n: plan.digests[n] for n in config.experts}
     identity["heads"] = {n: d for n, d in plan.digests.items() if n.startswith("head of ")}
-    identity["items"] = dict(plan.items)
+    identity["items"] = {split: found for split, found in plan.items.items() if selects or split != "select"}
     identity["evaluation"].pop("include_path")
+    for entry in identity["evaluation"]["tasks"]:
+        del entry["select"], entry["select_data"]  # the select items say it all
     # Scores of different releases must not be mixed: a forward pass or a prompt may have changed between them.
     identity["versions"] = {p: versions()[p] for p in SCORING_PACKAGES}
     return identity

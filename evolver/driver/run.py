@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,7 +12,7 @@ from evolver.config import Config
 from evolver.config.reading import ConfigText
 from evolver.driver.card import companion_files
 from evolver.driver.check import score_again
-from evolver.driver.prepare import SPLITS, Prepared, as_it_is, in_compute, materials_of, prepare, run_folder, versions
+from evolver.driver.prepare import Prepared, as_it_is, in_compute, materials_of, prepare, run_folder, versions
 from evolver.errors import BadInput, file_sentence
 from evolver.ledger import Ledger, write_items
 from evolver.loggers import Tracked, Trackers, build_loggers, tracked
@@ -22,13 +21,14 @@ from evolver.loggers.terminal import Display
 from evolver.loop import Guesses, evolve
 from evolver.merging.export import beside_of, export, write_heads
 from evolver.pool import Pool
-from evolver.records import Candidate, Result
+from evolver.records import SPLITS, Candidate, Result
 from evolver.records.recipe import Merge, Recipe, Rule, dump_recipe
 from evolver.report.examples import compared_items, read_texts, write_texts
 from evolver.report.report import write_report
 from evolver.report.verdict import verdict
 from evolver.runs.about import About, Job, write_about
 from evolver.runs.files import AGREEMENT_FILE, RECIPE_FILE, agreement_of
+from evolver.runs.finals import Finals
 from evolver.runs.folder import RunFolder, compute_of
 from evolver.runs.history import History, read_history
 from evolver.runs.outcome import Outcome
@@ -131,7 +131,7 @@ def _in_chosen_compute(
 
 
 def _about(prepared: Prepared, folder: RunFolder, job: Job | None) -> About:
-    scales = {split: prepared.tasks.scale(split) for split in SPLITS}
+    scales = {split: prepared.tasks.scale(split) for split in SPLITS if prepared.tasks.items.of(split)}
     warnings = (*prepared.warnings, *prepared.tasks.warnings)
     job = job and replace(job, location=folder.location)
     return About(prepared.config, scales, versions(), warnings, job, folder.owner)
@@ -141,7 +141,7 @@ def _stages(
     prepared: Prepared, folder: RunFolder, ledger: Ledger, pool: Pool, make_pool: PoolMaker, display: Display,
     trackers: Trackers,
 ) -> Outcome:  # fmt: skip
-    """Baselines, search, and the finalists on the report set."""
+    """Baselines and search on the dev items, the finals on the select items, and the winner on the report items."""
     plain = Listed(_baselines(prepared), "baseline")
     pace = _pace(prepared, plain.total)
 
@@ -157,17 +157,11 @@ def _stages(
     display.stage("search", prepared.search.total)
     evolve(prepared.search, pool, ledger, watch, _guesses(prepared))
     pool.close()  # its resources are the next one's
-    winner = _winner(read_history(folder.storage))
-    finalists = _finalists(prepared, plain, winner)
-    # Each winner gets its own number, because a larger budget may lead to another winner.
-    fixed = len(finalists) - 1
-    listed = Listed(finalists, "report", [*range(fixed), fixed + winner.number])
-    pool = make_pool(prepared.plan, "report", prepared.tasks)
-    try:
-        display.stage("report", listed.total)
-        evolve(listed, pool, ledger, watch)
-    finally:
-        pool.close()
+    for final in (_select, _report):
+        if (listed := final(prepared, _finals(read_history(folder.storage)))) is not None:
+            with contextlib.closing(make_pool(prepared.plan, listed.split, prepared.tasks)) as pool:
+                display.stage(listed.stage, listed.total)
+                evolve(listed, pool, ledger, watch)
     outcome = read_history(folder.storage).outcome()
     if outcome is None:
         raise RuntimeError("all finalists are scored, but there is no outcome")
@@ -176,12 +170,13 @@ def _stages(
 
 def _pace(prepared: Prepared, baselines: int) -> Pace:
     """What lies ahead of a run; at its end the exported winner is scored on the dev items once more."""
-    dev, report = (len(prepared.tasks.items.of(split)) for split in SPLITS)
-    finalists = len(prepared.experts) + len(("base", "average", "task_arithmetic", "winner"))
+    dev, select, report = (len(prepared.tasks.items.of(split)) for split in SPLITS)
+    fixed = len(prepared.experts) + len(("average", "task_arithmetic"))
     stages = {
         "baseline": Remaining(baselines, dev),
         "search": Remaining(prepared.search.total, dev, prepared.config.budget.items),
-        "report": Remaining(finalists, report, builds=True),
+        "select": Remaining(fixed + prepared.config.finalists.count if select else 0, select, builds=True),
+        "report": Remaining(fixed + len(("base", "winner")), report, builds=True),
         "check": Remaining(1, dev, builds=True),
     }
     return Pace(stages, prepared.config.pool.num_workers)
@@ -197,21 +192,21 @@ def _guesses(prepared: Prepared) -> Guesses | None:
 
 def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Display, device: str) -> None:
     """Write the best model, check it by loading and scoring it again, and write the report."""
-    storage, winner = folder.storage, outcome.winner
-    text = dump_recipe(winner.recipe).encode()
+    storage, best = folder.storage, outcome.recommended
+    text = dump_recipe(best.recipe).encode()
     agreement = _checked_before(storage, text, display)
     if agreement is None:
         display.say(f"writing the best model to {folder.location}/best")
-        materialiser, companions = materials_of(prepared, winner.recipe)
+        materialiser, companions = materials_of(prepared, best.recipe)
         beside = beside_of(prepared.opened.base)
         for sentence in beside.warnings:
             display.say(f"warning: {sentence}")
-        with storage.whole_folder("best") as best:
+        with storage.whole_folder("best") as place:
             texts = companion_files(prepared, outcome)
-            export(winner.recipe, materialiser, best, texts, companions=companions)
-            beside.copy_to(best)
-            write_heads(best, prepared.opened.placed_heads)
-            agreement = score_again(prepared, best, outcome.best_dev.items, device)
+            export(best.recipe, materialiser, place, texts, companions=companions)
+            beside.copy_to(place)
+            write_heads(place, prepared.opened.placed_heads)
+            agreement = score_again(prepared, place, best.dev.items, device)
         storage.write(AGREEMENT_FILE, json.dumps(agreement).encode())
         storage.write(RECIPE_FILE, text)  # last: only a folder that was checked counts as written
     found = compared_items(outcome)
@@ -250,17 +245,33 @@ def _baselines(prepared: Prepared) -> list[tuple[str, Recipe]]:
     return out
 
 
-def _winner(history: History) -> Candidate:
-    """The best candidate of the search on the dev set."""
-    if history.best is None:
+def _finals(history: History) -> Finals:
+    """Who is in the finals.
+
+    Raises BadInput where no candidate of the search has a score.
+    """
+    found = history.finals
+    if found is None:
         reasons = sorted({r.reason for _, r in history.stages["search"] if r.status == "failed"})
         raise BadInput(f"search: no candidate could be scored ({reasons[0] if reasons else 'none was proposed'}).")
-    return history.best[0]
+    return found
 
 
-def _finalists(prepared: Prepared, plain: Listed, winner: Candidate) -> list[tuple[str, Recipe]]:
-    """What is scored on the report set: base, every expert, average, task arithmetic as tuned on dev, the winner."""
-    recipes = dict(_baselines(prepared))
-    tuned = [n for n in recipes if n.startswith("task_arithmetic@")]
-    best = max(tuned, key=lambda n: -math.inf if (score := plain.results[n].score) is None else score)
-    return [*((n, r) for n, r in recipes.items() if n not in tuned or n == best), ("winner", winner.recipe)]
+def _select(prepared: Prepared, finals: Finals) -> Listed | None:
+    """Everybody in the finals, to be scored on the select items, if there are some."""
+    if not prepared.tasks.items.select:
+        return None
+    fixed = (*finals.experts, *finals.plain)
+    # Each candidate gets its own number, because a larger budget may lead to other finalists.
+    numbers = [*range(len(fixed)), *(len(fixed) + c.candidate.number for c in finals.searched)]
+    return Listed([(c.label, c.recipe) for c in finals.everybody], "select", numbers)
+
+
+def _report(prepared: Prepared, finals: Finals) -> Listed:
+    """What is scored on the report items: base, every expert, the plain merges, and the winner of the search."""
+    base = [("base", as_it_is(prepared, prepared.base))]
+    fixed = [*base, *((c.label, c.recipe) for c in (*finals.experts, *finals.plain))]
+    winner = finals.winner
+    return Listed(
+        [*fixed, ("winner", winner.recipe)], "report", [*range(len(fixed)), len(fixed) + winner.candidate.number]
+    )

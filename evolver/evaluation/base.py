@@ -109,7 +109,8 @@ class Judge(Protocol):
     warnings: list[str]
 
     def items(self, entry: TaskEntry, split: Split) -> list[Item] | None:
-        """All items that a split can be drawn from. None for the report split means: from the items of the dev split.
+        """All items that a split can be drawn from. None for another split than dev means: from the items of
+        the dev split.
 
         Raises BadInput where the data cannot be read.
         """
@@ -216,7 +217,7 @@ class ShowsPrompts(Protocol):
 
 
 # The keys of a task that have a meaning for every kind of evaluation.
-COMMON_KEYS = frozenset({"task", "judge", "metric", "weight", "dev", "report"})
+COMMON_KEYS = frozenset({"task", "judge", "metric", "weight", "dev", "select", "report"})
 JUDGES: dict[str, type[Judge]] = {}
 JudgeType = TypeVar("JudgeType", bound=type[Any])
 

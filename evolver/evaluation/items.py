@@ -33,13 +33,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Items:
-    """The items of both splits, in the order in which every candidate is scored on them."""
+    """The items of each split, in the order in which every candidate is scored on them."""
 
     dev: tuple[Item, ...]
     report: tuple[Item, ...]
+    select: tuple[Item, ...] = ()
 
     def of(self, split: Split) -> tuple[Item, ...]:
-        return self.dev if split == "dev" else self.report
+        return {"dev": self.dev, "select": self.select, "report": self.report}[split]
 
 
 def item_hash(document: Any) -> str:
@@ -56,12 +57,14 @@ class ItemSource:
         key: of the task in the configuration.
         own: items of the task.
         report: items of another task that the report set is to be taken from, if any.
+        select: items of other data that the select set is to be taken from, if any.
     """
 
     entry: TaskEntry
     key: str
     own: Sequence[Item]
     report: Sequence[Item] | None = None
+    select: Sequence[Item] | None = None
 
     @cached_property
     def wanted(self) -> tuple[int, int]:
@@ -86,16 +89,19 @@ class ItemSource:
 
 
 def draw(sources: Sequence[ItemSource], seed: int) -> list[Items]:
-    """The dev and report items of every task, drawn without replacement by the hash of seed and item.
+    """The dev, select and report items of every task, drawn without replacement by the hash of seed and item.
 
-    Tasks may ask different things of the same documents: no document that one of them has among its dev items is a
-    report item of any.
+    Tasks may ask different things of the same documents: no document that one of them has in one of its sets is in
+    another set of any.
 
-    Raises BadInput for an empty or too small set, and for a task whose own dev and report sets overlap.
+    Raises BadInput for an empty or too small set, and for a task whose own dev and report data overlap.
     """
     dev = [_draw_dev(source, seed) for source in sources]
     searched = {item.hash for items in dev for item in items}
-    return [Items(d, _draw_report(s, d, searched, seed)) for s, d in zip(sources, dev, strict=True)]
+    report = [_draw_report(s, d, searched, seed) for s, d in zip(sources, dev, strict=True)]
+    used = searched | {item.hash for items in report for item in items}
+    select = [_draw_select(source, len(d), used, seed) for source, d in zip(sources, dev, strict=True)]
+    return [Items(*drawn) for drawn in zip(dev, report, select, strict=True)]
 
 
 def _draw_dev(source: ItemSource, seed: int) -> tuple[Item, ...]:
@@ -126,6 +132,26 @@ def _draw_report(source: ItemSource, dev: Sequence[Item], searched: Collection[s
             "among the dev items of this task or of another one; ask for fewer dev or report items."
         )
     return tuple(free[:report])
+
+
+def _draw_select(source: ItemSource, dev: int, used: Collection[str], seed: int) -> tuple[Item, ...]:
+    """The last ones to be drawn, so that the other two sets are the same with and without them."""
+    entry, key = source.entry, f"{source.key}.select"
+    ranked = _ranked(source.own if source.select is None else source.select, seed)
+    free = [item for item in ranked if item.hash not in used]
+    if entry.select is None:
+        # Tasks whose data have one part only take their few-shot examples from what is left over.
+        return tuple(free[: min(dev, len(free) if source.select is not None else len(free) // 2)])
+    wanted = _count(entry.select, len(ranked))
+    shares = [a for a in (entry.dev, entry.select, entry.report) if isinstance(a, float)]
+    if len(shares) == 3 and sum(map(_exact, shares)) <= 1:  # which holds for the numbers of documents only nearly
+        wanted = max(1, min(wanted, len(free)))
+    if len(free) < wanted:
+        raise BadInput(
+            f"{key}: {wanted} items are asked for, and {len(free)} of the {len(ranked)} documents of {entry.task} are "
+            "neither dev nor report items of this task or of another one; ask for fewer items of one of the three sets."
+        )
+    return tuple(free[:wanted])
 
 
 def _count(amount: int | float, documents: int) -> int:

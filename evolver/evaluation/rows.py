@@ -55,8 +55,10 @@ class RowJudge:
         Raises BadInput where the data are missing or cannot be read, and where a row lacks a column.
         """
         key = self.named[entry.task]
-        if split == "report":
-            return self._read(entry, entry.report_data, f"{key}.report_data") if entry.report_data else None
+        if split != "dev":
+            part = f"{split}_data"
+            data = getattr(entry, part)
+            return self._read(entry, data, f"{key}.{part}") if data else None
         if entry.data is None:
             raise BadInput(f"{key}.data: missing; give the file or the data set of {entry.task}.")
         return self._read(entry, entry.data, f"{key}.data")

@@ -30,7 +30,7 @@ from evolver.evaluation.blueprint import Blueprint, ModelFolder
 from evolver.evaluation.items import Item, Items, ItemSource, draw, in_order
 from evolver.evaluation.scores.metrics import Metric
 from evolver.evaluation.scores.scoring import Scale
-from evolver.records import Split
+from evolver.records import SPLITS, Split
 
 
 def load_tasks(config: Config) -> Tasks:
@@ -48,8 +48,8 @@ class Tasks:
     Attributes:
         entries: the tasks as the configuration gives them.
         judges: the judge of each task, by the task's name.
-        items: the items of both splits, in the order in which every candidate is scored on them.
-        sizes: the numbers of dev and report items of each task.
+        items: the items of each split, in the order in which every candidate is scored on them.
+        sizes: the number of items of each task in each split.
 
     Raises BadInput as ``load_tasks`` does.
     """
@@ -59,14 +59,17 @@ class Tasks:
         self.judges = _judges(config)
         self._owners: dict[tuple[Split, Item], TaskEntry] = {}
         drawn = draw([self._source(number, entry) for number, entry in enumerate(self.entries)], config.seed)
-        self.sizes = {e.task: (len(d.dev), len(d.report)) for e, d in zip(self.entries, drawn, strict=True)}
+        self.sizes = {
+            e.task: {split: len(d.of(split)) for split in SPLITS} for e, d in zip(self.entries, drawn, strict=True)
+        }
         for number, (entry, items) in enumerate(zip(self.entries, drawn, strict=True)):
             self._own(number, entry, items)
         self.items = Items(
             in_order((i for d in drawn for i in d.dev), config.seed),
             in_order((i for d in drawn for i in d.report), config.seed),
+            in_order((i for d in drawn for i in d.select), config.seed),
         )
-        asked = [*self._asked("dev"), *self._asked("report")]
+        asked = self._asked_of_all()
         for judge in dict.fromkeys(self.judges.values()):
             if isinstance(judge, Checked):
                 judge.check(asked)
@@ -84,7 +87,7 @@ class Tasks:
 
         Raises BadInput for a model that the tasks cannot be scored with.
         """
-        asked = [*self._asked("dev"), *self._asked("report")]
+        asked = self._asked_of_all()
         for judge in dict.fromkeys(self.judges.values()):
             if isinstance(judge, ChecksModel):
                 judge.check_model(model, [a for a in asked if self.judges[a.entry.task] is judge])
@@ -151,7 +154,10 @@ class Tasks:
 
     def _scored(self) -> set[Item]:
         """All items that are scored anywhere in the run."""
-        return {*self.items.of("dev"), *self.items.of("report")}
+        return {item for split in SPLITS for item in self.items.of(split)}
+
+    def _asked_of_all(self) -> list[AskedItem]:
+        return [asked for split in SPLITS for asked in self._asked(split)]
 
     def _asked(self, split: Split) -> list[AskedItem]:
         return [AskedItem(self._owners[split, item], item) for item in self.items.of(split)]
@@ -163,12 +169,13 @@ class Tasks:
         judge = self.judges[entry.task]
         judge.metric(entry)
         own = judge.items(entry, "dev") or []
-        return ItemSource(entry, f"evaluation.tasks[{number}]", own, judge.items(entry, "report"))
+        own_report, own_select = judge.items(entry, "report"), judge.items(entry, "select")
+        return ItemSource(entry, f"evaluation.tasks[{number}]", own, own_report, own_select)
 
     def _own(self, number: int, entry: TaskEntry, items: Items) -> None:
         """Note whose the items are, as no item is scored twice."""
         key = f"evaluation.tasks[{number}]"
-        for split in ("dev", "report"):
+        for split in SPLITS:
             for item in items.of(split):
                 if (split, item) in self._owners:
                     raise BadInput(

@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 
 from evolver.errors import BadInput, cause_of
 from evolver.ledger.parts import part_bytes, read_table
-from evolver.records import Split
+from evolver.records import SPLITS, Split, split_of
 from evolver.storage import Storage
 
 ITEMS_FILE = "items.parquet"
 
 
 def write_items(run: Storage, items: Mapping[Split, Sequence[tuple[str, int, str]]]) -> None:
-    """Write ``items.parquet`` into a run's folder: of every place of both splits the task, its index in the task's
+    """Write ``items.parquet`` into a run's folder: of every place of each split the task, its index in the task's
     data, and the hash of its content. The ledger's answers stand in this order.
     """
     rows = [
@@ -30,14 +30,14 @@ def write_items(run: Storage, items: Mapping[Split, Sequence[tuple[str, int, str
 
 def answer_table(run: Storage) -> pa.Table:
     """Every answer of a run: one row for each candidate and item, with the item's hash."""
-    items: dict[str, list[dict[str, Any]]] = {"dev": [], "report": []}
+    items: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for row in items_of(run):
         items[row["split"]].append(row)
     finished = [r for r in read_table(run.folder("ledger")).to_pylist() if r["event"] == "finished" and not r["reused"]]
     rows = [
         {**{k: r[k] for k in ("stage", "number", "recipe_id")}, "task": i["task"], "hash": i["hash"], "answer": a}
         for r in finished
-        for i, a in zip(items["report" if r["stage"] == "report" else "dev"], r["items"] or (), strict=False)
+        for i, a in zip(items[split_of(r["stage"])], r["items"] or (), strict=False)
     ]
     return pa.Table.from_pylist(rows)
 
@@ -49,7 +49,7 @@ def items_of(run: Storage) -> list[dict[str, Any]]:
     """
     try:
         rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(run.read(ITEMS_FILE))).to_pylist()
-        if not all({"split", "task", "hash"} <= row.keys() and row["split"] in ("dev", "report") for row in rows):
+        if not all({"split", "task", "hash"} <= row.keys() and row["split"] in SPLITS for row in rows):
             raise ValueError("it has other columns or splits")
     except (pa.ArrowException, OSError, ValueError) as error:
         raise BadInput(

@@ -33,7 +33,7 @@ from evolver.ledger.parts import (
 )  # fmt: skip
 from evolver.ledger.retried import ORPHANED, RETRIED, standing
 from evolver.ledger.rows import SCHEMA, now, result_of, row_of
-from evolver.records import Candidate, Result, Split
+from evolver.records import Candidate, Result, Split, split_of
 from evolver.storage import Storage, lease, read_all
 from evolver.storage.lease import Lease
 
@@ -167,8 +167,7 @@ class Ledger:
         self._ranks[result.stage] = rank + 1
         result = replace(result, rank=rank)
         self._finished[result.stage, result.number] = result
-        split: Split = "report" if result.stage == "report" else "dev"
-        self._by_recipe.setdefault((result.recipe_id, split), []).append(result)
+        self._by_recipe.setdefault((result.recipe_id, split_of(result.stage)), []).append(result)
         return result
 
     def _index_guess(self, number: int, question: LedgerQuestion, result: Result) -> None:

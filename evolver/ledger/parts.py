@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 
 from evolver.errors import BadInput, cause_of, is_misplaced
 from evolver.ledger.retried import standing
-from evolver.ledger.rows import DEFAULTS, EVENTS, MAPS, OLDEST, SCHEMA, STAGES, STATUSES
+from evolver.ledger.rows import DEFAULTS, EVENTS, MAPS, OLDEST, SCHEMA, STATUSES
+from evolver.records import STAGES
 from evolver.records.recipe import load_recipe
 from evolver.storage import Storage, read_all
 

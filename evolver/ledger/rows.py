@@ -12,7 +12,7 @@ import pyarrow as pa
 from evolver.records import Candidate, Question, Result, own_score
 from evolver.records.recipe import dump_recipe, load_recipe
 
-STAGES, STATUSES = ("baseline", "search", "report"), ("ok", "failed")
+STATUSES = ("ok", "failed")
 EVENTS = ("asked", "finished", "guessed", "retried")
 
 SCHEMA = pa.schema(

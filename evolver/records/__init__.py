@@ -11,11 +11,18 @@ from typing import Any, Literal
 
 from evolver.records.recipe import Recipe
 
-Stage = Literal["baseline", "search", "report"]
-Split = Literal["dev", "report"]
+Stage = Literal["baseline", "search", "select", "report"]
+Split = Literal["dev", "select", "report"]
+STAGES: tuple[Stage, ...] = ("baseline", "search", "select", "report")
+SPLITS: tuple[Split, ...] = ("dev", "select", "report")
 # What a model answered to an item, as a number. For a metric that is computed from counts over all items, such as BLEU,
 # it is a tuple: the item's own score, which people read, and after it the item's counts.
 ItemAnswer = float | tuple[float, ...]
+
+
+def split_of(stage: Stage) -> Split:
+    """The items that candidates of a stage are scored on: those of its name, or dev items."""
+    return stage if stage == "select" or stage == "report" else "dev"
 
 
 def own_score(answer: ItemAnswer) -> float:
@@ -75,7 +82,7 @@ class Candidate:
         proposer: what proposed it, such as the name of the search.
         parents: ids of the recipes that it was made from.
         question: what is asked about its score.
-        stage: baseline, search or report.
+        stage: baseline, search, select or report.
         label: name of a baseline or finalist.
     """
 
@@ -89,8 +96,8 @@ class Candidate:
 
     @property
     def split(self) -> Split:
-        """The items that it is scored on: report items in the stage ``report``, else dev items."""
-        return "report" if self.stage == "report" else "dev"
+        """The items that it is scored on."""
+        return split_of(self.stage)
 
     def asking(self, **changes: Any) -> Candidate:
         """The same candidate with these attributes of its question changed."""

@@ -20,6 +20,7 @@ from evolver.records import Candidate, Result
 from evolver.records.recipe import Recipe, ancestors, dump_recipe
 from evolver.report.curve import curve
 from evolver.report.examples import examples_section, read_texts
+from evolver.report.finals import finals_section
 from evolver.report.html import html_page
 from evolver.report.text import (
     as_served,
@@ -61,6 +62,7 @@ def write_report(
         f"**{verdict(outcome)}**",
         "\n\n".join(f"> Warning: {w}." for w in outcome.about.warnings),
         table_of(outcome),
+        finals_section(outcome),
         _against_others(outcome),
         examples_section(outcome, texts or {}),
         "![best dev score against scored items](curve.png)",
@@ -109,6 +111,7 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "verdict": verdict(outcome),
         "winner": {"candidate": outcome.winning.number, "recipe": outcome.winner.recipe.id,
                    "dev": dev.score, "report": report.score},
+        "recommended": outcome.recommended.label,
         "report": {f.label: f.report.score for f in outcome.finalists},
         "best_expert": expert.label,
         "against": against,
@@ -150,9 +153,12 @@ def table_of(outcome: Outcome) -> str:
     """Winner, base, experts and plain merges: scores, intervals, tasks."""
     scale = outcome.scales["report"]
     flawed = [name for name in FLAWS if any(f.report.counts.get(name) for f in outcome.finalists)]
-    head = ["model", "dev", "report", "95 % interval", *(_headline(t, scale) for t in scale.weights), *flawed]
+    select = ["select"] if "select" in outcome.scales else []
+    head = ["model", "dev", *select, "report", "95 % interval", *(_headline(t, scale) for t in scale.weights), *flawed]
     rows = [_row(f, outcome, flawed) for f in outcome.finalists]
     sizes = f"Dev: {len(outcome.scales['dev'].tasks)} items, the only ones that the search saw. "
+    if select:
+        sizes += f"Select: {len(outcome.scales['select'].tasks)} items, on which the winner was chosen. "
     sizes += f"Report: {len(scale.tasks)} other items, scored once. Tasks: on the report items."
     flaws = " ".join(f"{name.capitalize()}: {what}, in % of the report items." for name, what in FLAWS.items())
     none = "" if flawed else " No prompt or answer was truncated, no answer was invalid."
@@ -167,14 +173,16 @@ def _headline(task: str, scale: Scale) -> str:
 
 def _row(finalist: Finalist, outcome: Outcome, flawed: Sequence[str]) -> list[str]:
     name, scale = f"**{finalist.label}**" if finalist.label == "winner" else finalist.label, outcome.scales["report"]
-    dev = score_text(finalist.dev.score, outcome.scales["dev"])
+    dev = [score_text(finalist.dev.score, outcome.scales["dev"])]
+    if "select" in outcome.scales:
+        dev.append(score_text(finalist.select.score, outcome.scales["select"]) if finalist.select else "")
     if finalist.report.score is None:
-        return [name, dev, f"failed: {escaped(finalist.report.reason)}", "", *["" for _ in (*scale.weights, *flawed)]]
+        return [name, *dev, f"failed: {escaped(finalist.report.reason)}", "", *["" for _ in (*scale.weights, *flawed)]]
     low, high = interval(finalist.report.items, scale, outcome.config.seed)
     tasks = [of_task(finalist.report.tasks.get(t), scale.metrics[t]) for t in scale.weights]
     flaws = [f"{100 * finalist.report.counts.get(f, 0.0) / len(scale.tasks):.1f}" for f in flawed]
     between = f"{score_text(low, scale)} – {score_text(high, scale)}"
-    return [name, dev, score_text(finalist.report.score, scale), between, *tasks, *flaws]
+    return [name, *dev, score_text(finalist.report.score, scale), between, *tasks, *flaws]
 
 
 def _against_others(outcome: Outcome) -> str:
@@ -194,10 +202,12 @@ def _against_others(outcome: Outcome) -> str:
 def _winner_section(outcome: Outcome, agreement: Mapping[str, int]) -> str:
     candidate, models = outcome.winning, len({r.recipe_id for _, r in outcome.searched})
     same = f"{agreement['equal']} of {agreement['items']}"
+    plain = outcome.recommended.label if outcome.recommended is not outcome.winner else ""
+    where, which = ("in the ledger", f", {plain},") if plain else ("in `recipe.json`", "")
     return (
         f"## The winner\n\nOne of {models} models, proposed by `{candidate.proposer}` as candidate "
         f"{candidate.number}, recipe `{candidate.recipe.id}` ({len(dump_recipe(candidate.recipe))} bytes, in "
-        "`recipe.json`). The model in the folder `best/` was loaded again and scored on the dev items; its scores "
+        f"{where}). The model in the folder `best/`{which} was loaded again and scored on the dev items; its scores "
         f"are those in the ledger on {same} items."
     )
 

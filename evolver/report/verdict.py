@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from evolver.evaluation.scores.comparison import Comparison, compare
 from evolver.evaluation.scores.scoring import Scale
+from evolver.report.finals import recommendation
 from evolver.report.text import signed
 from evolver.runs.outcome import Outcome
 
@@ -11,7 +12,9 @@ LEVEL = 0.05
 
 
 def verdict(outcome: Outcome) -> str:
-    """Two plain sentences: is the winner better than the best expert, and than the best plain merge, and how surely?"""
+    """Plain sentences: is the winner better than the best expert, and than the best plain merge, and how surely? And
+    which model is recommended, if it is another one?
+    """
     expert, plain = outcome.best_expert, outcome.best_plain
     if None in (outcome.winner.report.score, expert.report.score, plain.report.score):
         return "No verdict: the winner, an expert or a plain merge could not be scored on the report set."
@@ -24,7 +27,7 @@ def verdict(outcome: Outcome) -> str:
         first = f"No clear improvement: the winner leads the best expert, {expert.label}, within noise ({numbers})."
     else:
         first = f"Improvement: the winner beats the best expert, {expert.label} ({numbers})."
-    return f"{first} {_against_plain(outcome)}"
+    return " ".join(filter(None, [first, _against_plain(outcome), recommendation(outcome)]))
 
 
 def _against_plain(outcome: Outcome) -> str:

@@ -11,7 +11,7 @@ from evolver.config import Config
 from evolver.config.changes import computing
 from evolver.errors import BadInput, cause_of
 from evolver.evaluation.scores.scoring import Scale
-from evolver.records import Split
+from evolver.records import SPLITS, Split
 from evolver.records.canonical import content_hash
 from evolver.runs.files import ABOUT_FILE, CONFIG_REMEDY, IDENTITY_FILE, RUN_FILE, holds_a_run, mapping_of, no_run
 from evolver.runs.folder import config_of_run
@@ -41,7 +41,7 @@ class About:
 
     Attributes:
         config: the one with which the run was started last, with the dtype of forward passes that was chosen.
-        scales: how items make up scores, of both splits.
+        scales: how items make up scores, of each split; a run without select items has none for them.
         versions: of the packages that were used.
         warnings: the warnings that were printed before the run began.
         job: the Ray job that drove it last; None: a process drove it.
@@ -80,7 +80,8 @@ def read_about(folder: Storage) -> About:
     except (FileNotFoundError, NotADirectoryError):
         raise no_run(folder) from None
     try:
-        scales: dict[Split, Scale] = {split: Scale.from_form(form["scales"][split]) for split in ("dev", "report")}
+        found = form["scales"]
+        scales: dict[Split, Scale] = {s: Scale.from_form(found[s]) for s in SPLITS if s != "select" or s in found}
         job = Job(**form["job"]) if form.get("job") else None
         versions, warnings, compute = dict(form["versions"]), tuple(form["warnings"]), str(form["compute"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -29,13 +29,15 @@ def compute_of(folder: Storage) -> str | None:
     return model.get("compute") if isinstance(model, dict) else None
 
 
-def made_before(folder: Storage, key: str) -> bool:
-    """Whether the folder holds scores of a run that is older than a key of the section ``model``."""
+def made_before(folder: Storage, section: str, key: str) -> bool:
+    """Whether the folder holds scores of a run whose identity has a section, but not this key in it: the run is older
+    than the key, or has chosen against it.
+    """
     try:
-        model = (_frozen(folder) or {}).get("model")
+        found = (_frozen(folder) or {}).get(section)
     except (OSError, BadInput):  # RunFolder says what is wrong
         return False
-    return isinstance(model, dict) and key not in model and _has_results(folder)
+    return isinstance(found, dict) and key not in found and _has_results(folder)
 
 
 def config_of_run(folder: Storage, candidates: int | None = None, items: int | None = None) -> ConfigText:

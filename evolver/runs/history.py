@@ -9,8 +9,9 @@ from typing import Any
 from evolver import ledger
 from evolver.config import Config
 from evolver.errors import BadInput
-from evolver.records import Candidate, Result, Stage
+from evolver.records import STAGES, Candidate, Result, Stage, split_of
 from evolver.runs.about import About, read_about
+from evolver.runs.finals import Finals, finals, leaders
 from evolver.runs.outcome import Finalist, Outcome
 from evolver.storage import Storage
 
@@ -41,12 +42,20 @@ class History:
         """The candidate of the search with the highest score of all items, the earliest of equals; None before there
         is one. Candidates that were asked for a part of the items only do not count.
         """
-        complete = [
-            (r.score, -c.number, c, r)
-            for c, r in self.stages["search"] if c.question.limit is None and r.complete and r.score is not None
-        ]  # fmt: skip
-        best = max(complete, key=lambda row: row[:2], default=None)
-        return None if best is None else best[2:]
+        return next(iter(leaders(self.stages["search"], 1)), None)
+
+    @property
+    def finals(self) -> Finals | None:
+        """Who is in the finals; None before a candidate and all baselines are scored."""
+        return finals(self.stages, self.config, self.about.scales)
+
+    @property
+    def recommended(self) -> tuple[Candidate, Result] | None:
+        """The model that the run recommends, with its dev result; before its finals, the best candidate so far."""
+        found = self.finals
+        if found is None or not found.held:
+            return self.best
+        return found.recommended.candidate, found.recommended.dev
 
     @property
     def wasted(self) -> tuple[Result, ...]:
@@ -57,20 +66,23 @@ class History:
     @property
     def lost(self) -> tuple[Result, ...]:
         """Orphaned results of models that the run has not asked for again, up to now."""
-        asked = {(r.stage == "report", r.recipe_id) for pairs in self.stages.values() for _, r in pairs}
-        return tuple(r for r in self.orphaned if (r.stage == "report", r.recipe_id) not in asked)
+        asked = {(split_of(r.stage), r.recipe_id) for pairs in self.stages.values() for _, r in pairs}
+        return tuple(r for r in self.orphaned if (split_of(r.stage), r.recipe_id) not in asked)
 
     def outcome(self) -> Outcome | None:
         """The outcome for the report; None before the finalists are scored."""
-        best, dev = self.best, {c.label: r for c, r in self.stages["baseline"]}
-        report = {c.label: (c, r) for c, r in self.stages["report"] if c.label != "winner"}
-        winner = [(c, r) for c, r in self.stages["report"] if best and r.recipe_id == best[0].recipe.id]
-        wanted = [*self.config.experts, "base", "average"]
-        if best is None or not winner or any(label not in report for label in wanted):
+        held, dev = self.finals, {c.label: r for c, r in self.stages["baseline"]}
+        if held is None or not held.held:
             return None
-        rows = [Finalist(label, c.recipe, dev[label], r) for label, (c, r) in report.items()]
-        last = Finalist("winner", best[0].recipe, best[1], winner[-1][1])
-        return Outcome(self.about, (*rows, last), best[0], self.stages["search"], self.wasted, self.lost)
+        first, select = held.winner, {c.label: c.select for c in held.everybody}
+        report = {c.label: (c, r) for c, r in self.stages["report"] if c.label != "winner"}
+        winner = [r for _, r in self.stages["report"] if r.recipe_id == first.recipe.id]
+        wanted = [*self.config.experts, "base", "average"]
+        if not winner or any(label not in report for label in wanted):
+            return None
+        rows = [Finalist(label, c.recipe, dev[label], r, select.get(label)) for label, (c, r) in report.items()]
+        last = Finalist("winner", first.recipe, first.dev, winner[-1], first.select)
+        return Outcome(self.about, (*rows, last), held, self.stages["search"], self.wasted, self.lost)
 
 
 def history_of(
@@ -78,7 +90,7 @@ def history_of(
     orphaned: Iterable[Result] = (),
 ) -> History:  # fmt: skip
     """The history that consists of these results. Of two results with the same number, the later one counts."""
-    stages: dict[Stage, dict[int, tuple[Candidate, Result]]] = {"baseline": {}, "search": {}, "report": {}}
+    stages: dict[Stage, dict[int, tuple[Candidate, Result]]] = {stage: {} for stage in STAGES}
     for candidate, result in pairs:
         stages[candidate.stage][candidate.number] = candidate, result
     ordered = {stage: tuple(found[n] for n in sorted(found)) for stage, found in stages.items()}

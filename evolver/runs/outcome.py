@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from evolver.config import Config
@@ -11,21 +10,25 @@ from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Result, Split
 from evolver.records.recipe import Recipe
 from evolver.runs.about import About
+from evolver.runs.finals import Contender, Finals
 
 
 @dataclass(frozen=True)
 class Finalist:
-    """A model that was scored on the report set: its dev result and its report result."""
+    """A model that was scored on the report set: its results on the dev items, on the select items if it was scored on
+    them, and on the report items.
+    """
 
     label: str
     recipe: Recipe
     dev: Result
     report: Result
+    select: Result | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """All that a report says of a run. The winner is the last of the finalists.
+    """All that a report says of a run. The winner of the search is the last of the finalists.
 
     ``wasted`` are results of candidates that were scored ahead on guesses that proved wrong. ``lost`` are results that
     the search did not ask for again after an earlier failure was tried again.
@@ -33,7 +36,7 @@ class Outcome:
 
     about: About
     finalists: tuple[Finalist, ...]
-    winning: Candidate
+    finals: Finals
     searched: tuple[tuple[Candidate, Result], ...]
     wasted: tuple[Result, ...] = ()
     lost: tuple[Result, ...] = ()
@@ -47,28 +50,33 @@ class Outcome:
         return self.about.scales
 
     @property
+    def winning(self) -> Candidate:
+        """The candidate of the search that the winner is."""
+        return self.finals.winner.candidate
+
+    @property
     def winner(self) -> Finalist:
         return self.finalists[-1]
 
     @property
-    def best_dev(self) -> Result:
-        return self.winner.dev
+    def recommended(self) -> Finalist:
+        """The model that ``best/`` holds: the winner, or a plain merge that leads it on the select items."""
+        return self._of(self.finals.recommended)
 
     @property
     def best_expert(self) -> Finalist:
-        """The expert with the highest dev score: the one that a user who has not seen the report items would take.
-
-        Chosen on the report items, the highest of several noisy scores would be too high, and every difference to it
-        too small.
-        """
-        return _highest(f for f in self.finalists if f.label in self.config.experts)
+        """See ``Finals``. An expert that could not be scored on the report items is named only if there is no other."""
+        return self._of(self._reported(self.finals.experts, self.finals.best_expert))
 
     @property
     def best_plain(self) -> Finalist:
-        """The merge without a search (simple average, tuned task arithmetic) with the highest dev score."""
-        return _highest(f for f in self.finalists[:-1] if f.label != "base" and f.label not in self.config.experts)
+        """The merge without a search (simple average, tuned task arithmetic) that leads; likewise."""
+        return self._of(self._reported(self.finals.plain, self.finals.best_plain))
 
+    def _of(self, contender: Contender) -> Finalist:
+        found = {f.label: f for f in self.finalists}
+        return found.get(contender.label, self.winner)
 
-def _highest(finalists: Iterable[Finalist]) -> Finalist:
-    """The highest dev score; a model that could not be scored on the report set only if there is no other."""
-    return max(finalists, key=lambda f: (f.report.score is not None, -math.inf if f.dev.score is None else f.dev.score))
+    def _reported(self, contenders: tuple[Contender, ...], first: Contender) -> Contender:
+        scored = [c for c in contenders if self._of(c).report.score is not None]
+        return first if first in scored or not scored else max(scored, key=self.finals.key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evolver.records import Candidate, Result, Stage
+from evolver.records import Candidate, Result, Split, Stage, split_of
 from evolver.records.recipe import Recipe
 
 
@@ -17,6 +17,7 @@ class Listed:
         numbers: the numbers of the candidates; default: 0, 1, ….
 
     Attributes:
+        stage: the stage that the candidates belong to.
         results: the results told so far, by label.
     """
 
@@ -27,9 +28,15 @@ class Listed:
             Candidate(k, recipe, proposer=stage, stage=stage, label=label)
             for k, (label, recipe) in zip(numbers or range(len(recipes)), recipes, strict=True)
         ]
+        self.stage: Stage = stage
         self._labels = {c.number: c.label for c in self._candidates}
         self._asked = 0
         self.results: dict[str, Result] = {}
+
+    @property
+    def split(self) -> Split:
+        """The items that the candidates are scored on."""
+        return split_of(self.stage)
 
     @property
     def total(self) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 
 from evolver.evaluation.scores.scoring import Scale
 from evolver.evaluation.tasks import load_tasks
-from evolver.records import Candidate, ItemAnswer, Result
+from evolver.records import SPLITS, Candidate, ItemAnswer, Result
 from evolver.records.recipe import Expert
 from evolver.report.text import markdown_table
 from evolver.training.settings import PoolConfig
@@ -31,7 +31,7 @@ def measure(pool: PoolConfig, folders: Mapping[str, Path]) -> str:
     """
     config = pool.run({n: str(f) for n, f in folders.items()}, f"pool {pool.pool}")
     opened, tasks = open_models(config), load_tasks(config)
-    plan = Plan(config, opened.digests(), {s: items_hash(tasks, s) for s in ("dev", "report")})
+    plan = Plan(config, opened.digests(), {s: items_hash(tasks, s) for s in SPLITS})
     worker = Worker(plan, "report", tasks=tasks)
     rows = []
     for number, name in enumerate(("base", *pool.experts)):

@@ -27,7 +27,7 @@ from evolver.storage.paths import expand
 from evolver.workers.plan import CHAT, SCORING_PACKAGES, Plan
 
 # Keys of a task that change neither what a model reads nor in which batches.
-NOT_READ = {"data", "report_data", "report", "report_task", "dev", "weight", "metric"}
+NOT_READ = {"data", "report_data", "select", "select_data", "report", "report_task", "dev", "weight", "metric"}
 # The same of the evaluation.
 NOT_ASKED = {"tasks", "include_path", "early_stopping", "racing"}
 

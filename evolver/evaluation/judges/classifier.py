@@ -48,7 +48,7 @@ class LabelledRows(RowJudge):
         return True
 
 
-@judge("classifier", "data", "report_data", "text", "text_pair", "label", "threshold", "head")
+@judge("classifier", "data", "select_data", "report_data", "text", "text_pair", "label", "threshold", "head")
 class Classification(LabelledRows):
     """The judge of data sets of texts and labels, one each (or one for dev and one for report)."""
 

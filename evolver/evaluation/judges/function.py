@@ -30,7 +30,7 @@ ScoreFunction = Callable[[LiveModel, Sequence[Row]], Any]
 FUNCTION_METRICS = {"acc": JUDGED, "mean": ENDLESS}
 
 
-@judge("function", "function", "data", "report_data", "head")
+@judge("function", "function", "data", "select_data", "report_data", "head")
 class Functions(RowJudge):
     """The judge of tasks with a ``function``.
 

@@ -35,7 +35,7 @@ from evolver.storage.paths import expand
 BATCH = 32
 
 
-@judge("image-classifier", "data", "report_data", "image", "label", "threshold", "head")
+@judge("image-classifier", "data", "select_data", "report_data", "image", "label", "threshold", "head")
 class Images(LabelledRows):
     """The judge of data sets of images: files by path, or the images of a Parquet file or a data set."""
 

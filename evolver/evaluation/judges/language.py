@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 LOOKED_AT = 8
 
 
-@judge("language", "report_task", "num_fewshot", "gen_kwargs", "data", "report_data", "text")
+@judge("language", "report_task", "num_fewshot", "gen_kwargs", "data", "select_data", "report_data", "text")
 class Language:
     """The judge of lm-eval's tasks and groups, and of the user's own texts."""
 
@@ -55,9 +55,10 @@ class Language:
         self.warnings += _without_effect(config.evaluation, self.library)
 
     def items(self, entry: TaskEntry, split: Split) -> list[Item] | None:
-        name = entry.task if split == "dev" else entry.report_task
-        if split == "report" and entry.report_data is not None:
-            name = f"{entry.task}_report"
+        own = {"dev": entry.data, "select": entry.select_data, "report": entry.report_data}[split]
+        name = {"dev": entry.task, "select": None, "report": entry.report_task}[split]
+        if split != "dev" and own is not None:
+            name = f"{entry.task}_{split}"
         if name is None:
             return None
         return [item for member in self.library.members[name] for item in self._items(member, self._keys[entry.task])]

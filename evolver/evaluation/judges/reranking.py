@@ -24,7 +24,7 @@ from evolver.records import own_score
 RANKS = {"mrr": JUDGED}
 
 
-@judge("reranking", "data", "report_data", "text", "text_pair", "label", "head")
+@judge("reranking", "data", "select_data", "report_data", "text", "text_pair", "label", "head")
 class Rankings(LabelledRows):
     """The judge of data sets of queries, each with documents of which some are right. An item is a query."""
 

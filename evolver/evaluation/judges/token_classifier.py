@@ -27,7 +27,7 @@ OUTSIDE, BEGINNINGS = "O", ("B-", "I-", "E-", "S-")
 Span = tuple[str, int, int]
 
 
-@judge("token-classifier", "data", "report_data", "text", "label", "head")
+@judge("token-classifier", "data", "select_data", "report_data", "text", "label", "head")
 class Tags(LabelledRows):
     """The judge of data sets of words and tags. An item is a row: a sentence, or any other list of words."""
 

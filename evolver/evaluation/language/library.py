@@ -209,9 +209,9 @@ class Library:
             return
         from evolver.evaluation.language.passages import passages
 
-        for name, data in ((entry.task, entry.data), (f"{entry.task}_report", entry.report_data)):
-            if data is not None:
-                part = "data" if data is entry.data else "report_data"
+        for part, suffix in {"data": "", "select_data": "_select", "report_data": "_report"}.items():
+            if (data := getattr(entry, part)) is not None:
+                name = f"{entry.task}{suffix}"
                 config = passages(name, data, entry.text, f"{key}.{part}")
                 self._add(name, key, TaskManager(include_defaults=False), config)
 

@@ -59,6 +59,10 @@ class Scale:
         metrics = {task: Metric.from_form(metric) for task, metric in form["metrics"].items()}
         return Scale(tuple(form["tasks"]), form["weights"], metrics, tuple(form["right"]))
 
+    def joined(self, other: Scale) -> Scale:
+        """The scale of these items and then those of another scale of the same tasks; weights and metrics are ours."""
+        return Scale((*self.tasks, *other.tasks), self.weights, self.metrics, (*self.right, *other.right))
+
     def of_tasks(self, items: Sequence[ItemAnswer]) -> dict[str, float]:
         """The metric of every task over the items scored so far. Tasks without a scored item are left out."""
         scored = {task: [p for p in places if p < len(items)] for task, places in self.places.items()}
