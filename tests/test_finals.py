@@ -22,7 +22,6 @@ from evolver.runs.finals import Contender, Finals, leaders
 from evolver.runs.history import read_history
 from evolver.storage import storage_at
 
-
 THREE = [{"task": "toy", "dev": 30, "select": 40, "report": 30}]
 
 

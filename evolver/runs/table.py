@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from evolver import ledger
 from evolver.errors import BadInput
-from evolver.records import Split
+from evolver.records import Split, split_of
 from evolver.records.recipe import Cross, Merge, Recipe, load_recipe
 from evolver.runs.about import About, read_about
 from evolver.runs.files import IDENTITY_FILE, mapping_of
@@ -212,8 +212,7 @@ def _results(
                 continue
             recipe = row.pop("recipe")
             answers = np.asarray(part["items"][batch].values, dtype=np.float64)
-            split = "dev" if row["stage"] in ("baseline", "search") else row["stage"]
-            at = places[split][: len(answers)]
+            at = places[split_of(row["stage"])][: len(answers)]
             if len(answers):
                 models.add(row["recipe_id"], recipe, at, answers[: len(at)])
             yield {"run": name, **row, "scored": len(answers)}

@@ -169,15 +169,18 @@ def _chain(gained: int, alpha: float, fresh: bool, seed: int) -> np.ndarray:
 
 
 def _by_first_items(gained: int, alpha: float, fresh: bool, seed: int) -> np.ndarray:
-    """Whether children of incumbents are rejected that are the best of twenty equal models on the first 64 items."""
+    """Whether models are rejected against an incumbent that is the best of twenty equal ones on the first 64 items.
+
+    The model is of their kind, but better by ``gained`` items.
+    """
     rng = np.random.default_rng([seed, 4])
-    out = np.zeros(10, dtype=bool)
+    out, half = np.zeros(10, dtype=bool), DIFFERENT // 4
     for k in range(len(out)):
         order = rng.permutation(ITEMS)
         first = _flipped(np.zeros(ITEMS), ITEMS // 2, 0, rng)
-        equals = [_flipped(first, DIFFERENT, DIFFERENT, rng) for _ in range(20)]
+        equals = [_flipped(first, half, half, rng) for _ in range(20)]
         rival = max(equals, key=lambda model: model[order[:64]].sum())
-        child = _child(rival, gained, rng)
+        child = _flipped(first, half + gained, half, rng)
         out[k] = _rejected(child, rival, rng.permutation(ITEMS) if fresh else order, alpha)
     return out
 

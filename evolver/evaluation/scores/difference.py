@@ -102,7 +102,7 @@ class Predictor:
         The constant of a task without an answer is that of the mean of the other models.
         """
         if not len(places):
-            return np.broadcast_to(self.mean, (len(answers), len(self.mean)))
+            return np.tile(self.mean, (len(answers), 1))
         inside, x, offset = _Within(self.tasks, places), self.components[places], self.mean[places]
         x, y, rest = inside.centred(x.T).T, inside.centred(answers), inside.centred(answers - offset)
         values, vectors = np.linalg.eigh(x.T @ x)
