@@ -11,6 +11,7 @@ from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.records import Candidate
+from evolver.records.order import reordered
 from evolver.records.recipe import load_recipe
 from evolver.workers.pools.local import LocalPool
 from evolver.workers.worker import Worker
@@ -103,7 +104,8 @@ def test_those_that_a_race_rejects_are_not_better(race):
     for row in rejected:
         assert (row["score"], row["complete"], row["bound"]) == (None, False, row["bar"])
         full = worker.evaluate(Candidate(0, load_recipe(row["recipe"]), "test"))
-        assert full.items[: len(row["items"])] == tuple(row["items"])
+        assert row["order"] == f"{ready.config.seed}:race:{row['number']}"
+        assert reordered(full.items, row["order"])[: len(row["items"])] == tuple(row["items"])
         wrong += full.score > row["bar"]
     assert wrong <= 1
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from evolver.errors import BadInput, cause_of
 from evolver.ledger.parts import part_bytes, read_table
 from evolver.records import SPLITS, Split, split_of
+from evolver.records.order import reordered
 from evolver.storage import Storage
 
 ITEMS_FILE = "items.parquet"
@@ -37,9 +38,14 @@ def answer_table(run: Storage) -> pa.Table:
     rows = [
         {**{k: r[k] for k in ("stage", "number", "recipe_id")}, "task": i["task"], "hash": i["hash"], "answer": a}
         for r in finished
-        for i, a in zip(items[split_of(r["stage"])], r["items"] or (), strict=False)
+        for i, a in zip(_order_of(r, items[split_of(r["stage"])]), r["items"] or (), strict=False)
     ]
     return pa.Table.from_pylist(rows)
+
+
+def _order_of(row: Mapping[str, Any], items: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """The items in the order of a row's answers."""
+    return items if row["complete"] else reordered(items, row["order"])
 
 
 def items_of(run: Storage) -> list[dict[str, Any]]:

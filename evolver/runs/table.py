@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from evolver import ledger
 from evolver.errors import BadInput
 from evolver.records import Split, split_of
+from evolver.records.order import item_order
 from evolver.records.recipe import Cross, Merge, Recipe, load_recipe
 from evolver.runs.about import About, read_about
 from evolver.runs.files import IDENTITY_FILE, mapping_of
@@ -206,13 +207,18 @@ def _results(
 ) -> Iterator[dict[str, Any]]:
     """The rows of a run's results; their answers are added to the models."""
     for part in ledger.standing(ledger.read_all_parts(run.folder("ledger"))).values():
-        rows = part.select([n for n in part.column_names if n in (*PROPOSAL_COLUMNS.names, "event", "recipe")])
+        read = {*PROPOSAL_COLUMNS.names, "event", "recipe", "complete", "order"}
+        rows = part.select([name for name in part.column_names if name in read])
         for batch, row in enumerate(rows.to_pylist()):
             if row.pop("event") != "finished":
                 continue
             recipe = row.pop("recipe")
             answers = np.asarray(part["items"][batch].values, dtype=np.float64)
-            at = places[split_of(row["stage"])][: len(answers)]
+            at = places[split_of(row["stage"])]
+            if not row.pop("complete"):
+                at = at[list(item_order(row["order"], len(at)))]
+            at = at[: len(answers)]
+            del row["order"]
             if len(answers):
                 models.add(row["recipe_id"], recipe, at, answers[: len(at)])
             yield {"run": name, **row, "scored": len(answers)}

@@ -102,7 +102,8 @@ class Predictor:
         The constant of a task without an answer is that of the mean of the other models.
         """
         if not len(places):
-            return np.tile(self.mean, (len(answers), 1))
+            alike: Numbers = np.tile(self.mean, (len(answers), 1))
+            return alike
         inside, x, offset = _Within(self.tasks, places), self.components[places], self.mean[places]
         x, y, rest = inside.centred(x.T).T, inside.centred(answers), inside.centred(answers - offset)
         values, vectors = np.linalg.eigh(x.T @ x)
@@ -121,8 +122,8 @@ class Predictor:
         chosen = np.stack([*fitted, *np.zeros((2, *told.shape))])[best, np.arange(len(best))]
         known = best <= len(PENALTIES)
         found = known[:, None] * self.mean + chosen @ self.components.T
-        constants: Numbers = inside.means(answers - found[:, places])
-        return found + constants[:, self.tasks]
+        predicted: Numbers = found + inside.means(answers - found[:, places])[:, self.tasks]
+        return predicted
 
 
 class _Within:
@@ -155,9 +156,13 @@ def estimate(scale: Scale, known: Numbers, places: Sequence[int], answers: Numbe
         places: which items were scored, (n), in a random order that does not depend on the models.
         answers: the answers of the B models to them, (B, n).
     """
+    return estimate_at(predictor_of(scale, known), shares(scale), np.asarray(places), answers)
+
+
+def predictor_of(scale: Scale, known: Numbers) -> Predictor:
+    """The predictor from the answers of M models to all items of a scale, (M, N)."""
     numbers = {task: k for k, task in enumerate(scale.places)}
-    tasks = np.array([numbers[task] for task in scale.tasks])
-    return estimate_at(Predictor(known, tasks), shares(scale), np.asarray(places), answers)
+    return Predictor(known, np.array([numbers[task] for task in scale.tasks]))
 
 
 def estimate_at(predictor: Predictor, share: Numbers, places: Places, answers: Numbers) -> Estimated:

@@ -48,6 +48,11 @@ class ItemModel:
     difficulty: Numbers
     answers: Numbers
 
+    def reordered(self, order: Sequence[int]) -> ItemModel:
+        """The same model of the items in another order, given by their places, (N)."""
+        at = np.asarray(order)
+        return ItemModel(self.discrimination[at], self.difficulty[at], self.answers[:, at])
+
     def ability(self, items: Sequence[float], mean: float = 0.0, spread: float = 1.0) -> float:
         """The most probable ability given the answers to the first items, under the prior N(mean, spread²).
 
