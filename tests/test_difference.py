@@ -74,9 +74,9 @@ def test_all_items_give_the_score_without_an_error():
 
 @pytest.mark.whole
 def test_the_bias_over_many_draws_is_below_its_standard_error():
-    answers, tasks = family(20, 400)
-    made, share, rng = Predictor(answers[:12], tasks), np.full(400, 1 / 400), np.random.default_rng(3)
-    mine, found = answers[12:14], []
+    answers, tasks = family(10, 400)
+    made, share, rng = Predictor(answers[:6], tasks), np.full(400, 1 / 400), np.random.default_rng(3)
+    mine, found = answers[6:8], []
     for _ in range(10_000):
         places = part(rng, tasks, 40)
         found.append(estimate_at(made, share, places, mine[:, places]).value)
@@ -98,8 +98,8 @@ def test_asymptotic_intervals_hold_as_often_as_they_say(n):
     assert 0.935 <= np.mean(held) <= 0.965
 
 
-@pytest.mark.parametrize("n", [10, 60])
-def test_betting_intervals_hold_at_least_as_often(n):
+@pytest.mark.parametrize(("n", "widest"), [(10, 1.0), (60, 0.5)])
+def test_betting_intervals_hold_at_least_as_often(n, widest):
     """Of two tasks with other weights, in an order of both together, whatever the other models are worth."""
     answers, tasks = family(30, 200)
     tasks = tasks // 2
@@ -112,7 +112,7 @@ def test_betting_intervals_hold_at_least_as_often(n):
         held.append(low <= share @ mine <= high)
         width.append(high - low)
     assert np.mean(held) >= 0.95
-    assert np.mean(width) < 0.9
+    assert np.mean(width) < widest
 
 
 def test_models_of_the_same_kind_are_worth_items():

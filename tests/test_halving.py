@@ -427,8 +427,10 @@ def test_what_cannot_work_is_refused(changes, says):
     ("rotate", "gp-irt", 5),
 ])  # fmt: skip
 def test_every_batch_has_an_order_of_its_own_where_the_subset_rotates(subset, estimate, orders):
-    asked = simulate(halving(estimate=estimate, subset=subset), 4, 1)
-    each = [{c.question.order for c in asked if c.number // 12 == batch} for batch in range(5)]
+    search = halving(estimate=estimate, subset=subset)
+    asked = simulate(search, 4, 1, reply=lambda candidate, _: Pool().evaluate(candidate))
+    numbers = 4 * len(search.limits)
+    each = [{c.question.order for c in asked if c.number // numbers == batch} for batch in range(5)]
     assert all(len(found) == 1 for found in each)
     assert len(set.union(*each)) == orders
     assert (set.union(*each) == {""}) == (orders == 1)

@@ -78,7 +78,7 @@ def candidates(seed, count=40):
             plain = plain.asking(bar=sum(rival) / COUNT, rival=rival if racing else ())
         elif draw.random() < 0.5:
             plain = plain.asking(limit=draw.randrange(1, COUNT))
-        plain = plain.asking(order=draw.choice(["", "another"]))
+        plain = plain.asking(order="another" if k % 3 else "")
         if draw.random() < 0.4:
             known = reordered(answers(plain), plain.question.order)
             plain = plain.asking(known=known[: BLOCK * draw.randrange(4)])
