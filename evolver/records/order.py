@@ -14,7 +14,7 @@ from typing import TypeVar
 
 # The name of the run's own order.
 OWN = ""
-Value = TypeVar("Value")
+OfItem = TypeVar("OfItem")
 
 
 @lru_cache(maxsize=256)
@@ -25,12 +25,12 @@ def item_order(name: str, count: int) -> tuple[int, ...]:
     return tuple(sorted(range(count), key=lambda place: hashlib.sha256(f"{name}:{place}".encode()).digest()))
 
 
-def reordered(values: Sequence[Value], name: str) -> tuple[Value, ...]:
+def reordered(values: Sequence[OfItem], name: str) -> tuple[OfItem, ...]:
     """Values of all items, given in the run's order, in the order of this name."""
     return tuple(values) if name == OWN else tuple(values[place] for place in item_order(name, len(values)))
 
 
-def restored(values: Sequence[Value], name: str) -> tuple[Value, ...]:
+def restored(values: Sequence[OfItem], name: str) -> tuple[OfItem, ...]:
     """The inverse of ``reordered``."""
     if name == OWN:
         return tuple(values)

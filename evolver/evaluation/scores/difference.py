@@ -50,14 +50,14 @@ FOLDS = 5
 COMPONENTS = 64
 # Penalties that are tried: the variance of what the components cannot explain, as a share of what they vary by.
 PENALTIES = (0.01, 0.05, 0.2, 1.0, 5.0)
-LEVEL = 0.95
+CONFIDENCE = 0.95
 # The asymptotic interval holds from so many items on.
 ASYMPTOTIC_FROM = 50
 # Of the interval that holds for any number of items: the largest part of the capital that a bet may lose, how many
 # invented residuals the first variances rest on and their variance, and after how many items predictions are refitted.
 MOST_LOST, INVENTED, INVENTED_VARIANCE, FIRST_FIT = 0.75, 8.0, 0.15, 16
 GRID = 2001
-Places = NDArray[np.int64]
+ItemPlaces = NDArray[np.int64]
 
 
 class Estimated(NamedTuple):
@@ -77,7 +77,7 @@ class Predictor:
     """
 
     known: Numbers
-    tasks: Places
+    tasks: ItemPlaces
 
     @cached_property
     def mean(self) -> Numbers:
@@ -96,7 +96,7 @@ class Predictor:
         found: Numbers = self.known.T @ vectors[:, kept] / np.sqrt(len(self.known))
         return found
 
-    def predict(self, places: Places, answers: Numbers) -> Numbers:
+    def predict(self, places: ItemPlaces, answers: Numbers) -> Numbers:
         """The predicted answers of B models to all items, (B, N), from their answers to the items at n places, (B, n).
 
         The constant of a task without an answer is that of the mean of the other models.
@@ -129,7 +129,7 @@ class Predictor:
 class _Within:
     """Values of n items within their tasks."""
 
-    def __init__(self, tasks: Places, places: Places) -> None:
+    def __init__(self, tasks: ItemPlaces, places: ItemPlaces) -> None:
         self.member = (tasks[places][:, None] == np.arange(tasks.max() + 1)).astype(float)
         self.count = self.member.sum(0)
         self.leverage = (self.member / np.maximum(self.count, 1)).sum(1)
@@ -165,7 +165,7 @@ def predictor_of(scale: Scale, known: Numbers) -> Predictor:
     return Predictor(known, np.array([numbers[task] for task in scale.tasks]))
 
 
-def estimate_at(predictor: Predictor, share: Numbers, places: Places, answers: Numbers) -> Estimated:
+def estimate_at(predictor: Predictor, share: Numbers, places: ItemPlaces, answers: Numbers) -> Estimated:
     """As ``estimate``, with a predictor that was made before, and the amount that each item adds to the score, (N)."""
     tasks = predictor.tasks
     sizes, seen = np.bincount(tasks), np.bincount(tasks[places], minlength=tasks.max() + 1)
@@ -188,7 +188,7 @@ def estimate_at(predictor: Predictor, share: Numbers, places: Places, answers: N
     return Estimated(value, np.sqrt(_variance(tasks[places], sizes, seen, share, places, residual)))
 
 
-def _folds(tasks: Places, seen: Places) -> tuple[Places, int]:
+def _folds(tasks: ItemPlaces, seen: ItemPlaces) -> tuple[ItemPlaces, int]:
     """The fold of each scored item, (n), and their number: 1, without a fit, where a task has a single scored item."""
     folds = min(FOLDS, int(seen[seen > 0].min(initial=FOLDS)))
     fold = np.empty(len(tasks), dtype=np.int64)
@@ -198,7 +198,7 @@ def _folds(tasks: Places, seen: Places) -> tuple[Places, int]:
 
 
 def _variance(
-    tasks: Places, sizes: Places, seen: Places, share: Numbers, places: Places, residual: Numbers
+    tasks: ItemPlaces, sizes: ItemPlaces, seen: ItemPlaces, share: Numbers, places: ItemPlaces, residual: Numbers
 ) -> Numbers:  # fmt: skip
     """The variance of the estimates, (B): Σ over the tasks of weight² · (1 - n/N) · s²/n."""
     found = np.zeros(len(residual))
@@ -222,11 +222,11 @@ def _squares(values: Numbers) -> Numbers:
 
 def asymptotic_interval(found: Estimated) -> tuple[Numbers, Numbers]:
     """The asymptotic 95 % intervals, low and high, (B) each; for ``ASYMPTOTIC_FROM`` scored items or more."""
-    reach = stats.norm.ppf((1 + LEVEL) / 2) * found.error
+    reach = stats.norm.ppf((1 + CONFIDENCE) / 2) * found.error
     return found.value - reach, found.value + reach
 
 
-def betting_interval(predictor: Predictor, share: Numbers, places: Places, answers: Numbers) -> tuple[float, float]:
+def betting_interval(predictor: Predictor, share: Numbers, places: ItemPlaces, answers: Numbers) -> tuple[float, float]:
     """The 95 % interval of one model's score that holds for any number of scored items: low and high.
 
     It is the betting interval for sampling without replacement (Waudby-Smith & Ramdas 2024, section 5), with the
@@ -250,9 +250,9 @@ def betting_interval(predictor: Predictor, share: Numbers, places: Places, answe
     offset = (scores[:, None] - met - (expected - gone)) / left * count
     gain = count * own * (answers - forecast.own)
     variance = (np.cumsum(gain**2) - gain**2 + INVENTED * INVENTED_VARIANCE) / (np.arange(n) + INVENTED)
-    size = np.sqrt(2 * np.log(2 / (1 - LEVEL)) / (n * variance))
+    size = np.sqrt(2 * np.log(2 / (1 - CONFIDENCE)) / (n * variance))
     most = count * np.maximum.accumulate(np.sort(share)[::-1])[0]
-    enough = np.log(2 / (1 - LEVEL))
+    enough = np.log(2 / (1 - CONFIDENCE))
     inside = np.ones(GRID, dtype=bool)
     for sign in (1, -1):
         x = sign * (gain - offset)
@@ -281,10 +281,10 @@ class _Forecasts:
     """
 
     rows: Numbers
-    fit: Places
+    fit: ItemPlaces
     own: Numbers
 
-    def gone(self, share: Numbers, places: Places) -> Numbers:
+    def gone(self, share: Numbers, places: ItemPlaces) -> Numbers:
         """What the prediction in force says of the items that were scored before, (n)."""
         said = np.cumsum(share[places] * self.rows[:, places], axis=1)
         before: Numbers = np.hstack([np.zeros((len(said), 1)), said[:, :-1]])[self.fit, np.arange(len(places))]
@@ -296,7 +296,7 @@ class _Forecasts:
         return found
 
 
-def _forecasts(predictor: Predictor, places: Places, answers: Numbers) -> _Forecasts:
+def _forecasts(predictor: Predictor, places: ItemPlaces, answers: Numbers) -> _Forecasts:
     """Predictions from 0, then ``FIRST_FIT``, and from then on twice as many items."""
     n, starts = len(places), [0]
     while (following := max(FIRST_FIT, 2 * starts[-1])) < n:
