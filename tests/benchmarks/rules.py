@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from evolver.evaluation.scores.racing import log_capital
 
 # Models outside of the choice that are taken to have answered all items, beside the baselines.
 KNOWN, BLOCK, BATCH, ETA = 12, 64, 9, 3
+SPLITS = 10
 PAIRS, APART = 300, 0.01
 RANDOM = "random"
 
@@ -42,11 +44,15 @@ class World:
     """A table: the answers of all complete models to all dev items, split into a side for choosing and one for judging.
 
     Of each task, one half of the items is for choosing; of the other half, one quarter of all names the best model and
-    the other one scores it, and the other way round. The hash of an item's content decides its side.
+    the other one scores it, and the other way round. The hash of an item's content and the number of the split decide
+    its side.
     """
 
-    def __init__(self, name: str, answers: np.ndarray, tasks: Sequence[str], hashes: Sequence[str], of: dict) -> None:
+    def __init__(
+        self, name: str, answers: np.ndarray, tasks: Sequence[str], hashes: Sequence[str], of: dict, split: int
+    ) -> None:  # fmt: skip
         self.name, self.of = name, of
+        hashes = [hashlib.sha256(f"{split}:{h}".encode()).hexdigest() for h in hashes]
         names = sorted(set(tasks))
         numbers = np.array([names.index(t) for t in tasks])
         order = np.lexsort((hashes, numbers))
@@ -60,14 +66,15 @@ class World:
             answers[:, places[:, a : a + quarter]].mean((1, 2)) for a in (self.most, self.most + quarter)
         ]  # fmt: skip
         self.truth = sum(self.judges) / 2
-        rng = np.random.default_rng(0)
+        rng = np.random.default_rng(split)
         free = np.flatnonzero(~of["baseline"])
         kept = rng.choice(free, min(KNOWN, len(free) // 5), replace=False)
         self.known = np.concatenate([np.flatnonzero(of["baseline"]), kept])
         self.free = np.setdiff1d(free, kept)
 
     @staticmethod
-    def read(folder: Path) -> World:
+    def read(folder: Path) -> list[World]:
+        """The table in a folder, once for each split."""
         items, models = (pq.read_table(folder / f"{n}.parquet") for n in ("items", "models"))
         proposals = pq.read_table(folder / "proposals.parquet", columns=["run", "stage", "recipe_id"])
         dev = np.array(items["split"].to_pylist()) == "dev"
@@ -84,7 +91,7 @@ class World:
             "recipe": models["recipe"].to_pylist(),
         }
         tasks, hashes = (np.array(items[name].to_pylist())[dev].tolist() for name in ("task", "hash"))
-        return World(folder.name, answers, tasks, hashes, of)
+        return [World(folder.name, answers, tasks, hashes, of, split) for split in range(SPLITS)]
 
     def pools(self) -> dict[str, np.ndarray]:
         """The candidates to choose among: all, and those that adaptive searches proposed."""

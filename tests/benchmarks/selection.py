@@ -27,7 +27,7 @@ from unbiased import bias_table, coverage_table, predictors_table, races_table  
 from evolver.report.text import markdown_table  # noqa: E402
 
 TABLES, PAGE = ROOT / "results" / "tables", ROOT / "results" / "benchmarks" / "selection.md"
-CANDIDATES = 100
+CANDIDATES, FEWEST = 100, 30
 SLOW, SELDOM = ("racing", "halving", "p-irt", "difference"), 4
 Rule = Callable[[Draw], Picked]
 # What the page recommends as the default: items a task for all, finalists, items a task more for these.
@@ -78,14 +78,16 @@ def main() -> None:
     asked.out.write_text("\n\n".join([INTRODUCTION, *parts]) + "\n")
 
 
-def section(world: World, resamplings: int) -> str:
+def section(worlds: Sequence[World], resamplings: int) -> str:
     """What a table says of all rules."""
+    world = worlds[0]
     said = [f"## {world.name}", world.said()]
     for name, pool in world.pools().items():
-        if len(pool) >= CANDIDATES:
-            found = played(world, pool, rules(world.most), resamplings)
-            said += [f"### {CANDIDATES} of {len(pool)} {name}", figures(found), goals(found)]
-    said += ["### Fixed or rotating dev items", rotation(world, resamplings)]
+        count = min(CANDIDATES, len(pool) * 2 // 3)
+        if count >= FEWEST:
+            found = played(worlds, name, count, rules(world.most), resamplings)
+            said += [f"### {count} of {len(pool)} {name}", figures(found), goals(found)]
+    said += ["### Fixed or rotating dev items", rotation(worlds, resamplings)]
     said += ["### The estimate: predictions", predictors_table(world, resamplings)]
     said += ["### The estimate: bias and intervals", bias_table(world, 10 * resamplings)]
     said.append(coverage_table(world, resamplings))
@@ -93,17 +95,18 @@ def section(world: World, resamplings: int) -> str:
 
 
 def played(
-    world: World, pool: Sequence[int], asked: Mapping[str, Rule], resamplings: int
+    worlds: Sequence[World], pool: str, count: int, asked: Mapping[str, Rule], resamplings: int
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """For each rule and resampling: regret, right decisions, items and optimism, (resamplings, 4).
 
-    Rules that take long are played in every ``SELDOM``-th resampling only.
+    Rules that take long are played in one of ``SELDOM`` resamplings only.
     """
     found: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in asked}
     for r in range(resamplings):
-        draw = world.draw(pool, CANDIDATES, np.random.default_rng([r, 22]))
+        world = worlds[r % len(worlds)]
+        draw = world.draw(world.pools()[pool], count, np.random.default_rng([r, 22]))
         for name, rule in asked.items():
-            if not name.startswith(SLOW) or r % SELDOM == 0:
+            if not name.startswith(SLOW) or r % (SELDOM * len(worlds)) < len(worlds):
                 found[name].append(draw.judge(rule(draw)))
     return {name: np.array(values) for name, values in found.items()}
 
@@ -144,16 +147,19 @@ def goals(found: Mapping[str, np.ndarray]) -> str:
     return markdown_table(["goal", "rule", "regret minus that of the goal", "items", "optimism", "reached"], rows)
 
 
-def rotation(world: World, resamplings: int) -> str:
+def rotation(worlds: Sequence[World], resamplings: int) -> str:
     """Adaptive searches on the table, on fixed and on rotating dev items."""
-    rows = []
-    for n in (10, 25, 40):
-        if 2 * n > world.most:
+    rows, world = [], worlds[0]
+    generations = min(10, len(world.free) // 15)
+    for n in (5, 10, 25, 40):
+        if generations * n + 75 > world.most:
             continue
         for way in ("fixed", "rotate"):
             for final in (0, 75):
                 found = np.array([
-                    adaptive_search(world, n, way == "rotate", final, np.random.default_rng([r, 7]))
+                    adaptive_search(
+                        worlds[r % len(worlds)], n, way == "rotate", final, np.random.default_rng([r, 7]), generations
+                    )
                     for r in range(resamplings)
                 ])  # fmt: skip
                 regret, items, optimism = found.mean(0)
@@ -167,9 +173,9 @@ def rotation(world: World, resamplings: int) -> str:
 
 INTRODUCTION = (Path(__file__).parent / "selection.txt").read_text().strip()
 ROTATION = """\
-An adaptive search is played on the table: ten models at random, then nine times the ten unscored models whose
-coefficients are nearest to the best three so far. *fixed*: all generations are scored on the same items; *rotate*: each
-generation on items of its own. The regret is that to the oracle of all models of the table."""
+An adaptive search is played on the table: ten models at random, then in each further generation the ten unscored models
+whose coefficients are nearest to the best three so far. *fixed*: all generations are scored on the same items;
+*rotate*: each generation on items of its own. The regret is that to the oracle of all models of the table."""
 
 
 if __name__ == "__main__":
