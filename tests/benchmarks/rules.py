@@ -45,11 +45,12 @@ class World:
 
     Of each task, one half of the items is for choosing; of the other half, one quarter of all names the best model and
     the other one scores it, and the other way round. The hash of an item's content and the number of the split decide
-    its side.
+    its side. Where the true scores are known (``truth``), all items are for choosing, and the true scores judge.
     """
 
     def __init__(
-        self, name: str, answers: np.ndarray, tasks: Sequence[str], hashes: Sequence[str], of: dict, split: int
+        self, name: str, answers: np.ndarray, tasks: Sequence[str], hashes: Sequence[str], of: dict, split: int,
+        truth: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         self.name, self.of = name, of
         hashes = [hashlib.sha256(f"{split}:{h}".encode()).hexdigest() for h in hashes]
@@ -57,12 +58,12 @@ class World:
         numbers = np.array([names.index(t) for t in tasks])
         order = np.lexsort((hashes, numbers))
         each = np.bincount(numbers).min()
-        self.tasks, self.most = len(names), int(each // 2)
+        self.tasks, self.most = len(names), int(each // 2 if truth is None else each)
         places = np.stack([order[numbers[order] == t][:each] for t in range(self.tasks)])
         quarter = (each - self.most) // 2
         # (models, tasks, items)
         self.side = answers[:, places[:, : self.most]]
-        self.judges = [
+        self.judges = [truth, truth] if truth is not None else [
             answers[:, places[:, a : a + quarter]].mean((1, 2)) for a in (self.most, self.most + quarter)
         ]  # fmt: skip
         self.truth = sum(self.judges) / 2
@@ -95,8 +96,9 @@ class World:
 
     def pools(self) -> dict[str, np.ndarray]:
         """The candidates to choose among: all, and those that adaptive searches proposed."""
-        adaptive = np.array([RANDOM not in run for run in self.of["run"]])
-        return {"models of all searches": self.free, "models of adaptive searches": self.free[adaptive[self.free]]}
+        adaptive = self.free[[RANDOM not in run for run in self.of["run"][self.free]]]
+        found = {"models of all searches": self.free}
+        return found | ({"models of adaptive searches": adaptive} if 0 < len(adaptive) < len(self.free) else {})
 
     def said(self) -> str:
         spread = np.sort(self.truth[self.free])[::-1]
@@ -116,6 +118,8 @@ class World:
     @cached_property
     def coefficients(self) -> np.ndarray:
         """How much of each expert is in each model, and how its last step works, for distances: (models, features)."""
+        if "coefficients" in self.of:
+            return np.asarray(self.of["coefficients"])
         rows = [_features(json.loads(text)) for text in self.of["recipe"]]
         kinds = sorted({kind for kind, _ in rows})
         width = max(len(v) for _, v in rows)

@@ -22,12 +22,13 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from rules import Draw, Picked, World, adaptive_search, all_models, estimated, finalists, halved, raced  # noqa: E402
+from simulated import simulated  # noqa: E402
 from unbiased import bias_table, coverage_table, predictors_table, races_table  # noqa: E402
 
 from evolver.report.text import markdown_table  # noqa: E402
 
 TABLES, PAGE = ROOT / "results" / "tables", ROOT / "results" / "benchmarks" / "selection.md"
-CANDIDATES, FEWEST = 100, 30
+CANDIDATES, FEWEST = 100, 20
 SLOW, SELDOM = ("racing", "halving", "p-irt", "difference"), 4
 Rule = Callable[[Draw], Picked]
 # What the page recommends as the default: items a task for all, finalists, items a task more for these.
@@ -74,6 +75,7 @@ def main() -> None:
     parts = []
     for folder in sorted(p for p in asked.tables.iterdir() if (p / "models.parquet").exists()):
         parts.append(section(World.read(folder), asked.resamplings))
+    parts.append(section(simulated(), asked.resamplings))
     parts.append("## Races whose incumbents were chosen along the same order\n\n" + races_table(asked.resamplings))
     asked.out.write_text("\n\n".join([INTRODUCTION, *parts]) + "\n")
 
