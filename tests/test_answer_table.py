@@ -15,11 +15,12 @@ from evolver.config import Config
 from evolver.config.reading import ConfigText
 from evolver.evaluation.scores.metrics import JUDGED
 from evolver.evaluation.scores.scoring import Scale
-from evolver.ledger import Ledger, write_items
+from evolver.ledger import Ledger, answer_table, write_items
 from evolver.records import Candidate, Result
 from evolver.records.canonical import content_hash
+from evolver.records.order import item_order, reordered
 from evolver.records.recipe import Cross, Expert, Merge, Rule
-from evolver.runs.about import About, write_about
+from evolver.runs.about import About, read_about, write_about
 from evolver.runs.table import join_runs
 from evolver.storage import storage_at
 
@@ -147,6 +148,24 @@ def test_an_answer_that_two_runs_have_stands_once(tmp_path):
     two = make_run(tmp_path / "two", [("search", MERGE, [0.0, 0.0, 1.0, 1.0])])
     models = {m["recipe_id"]: m["answers"] for m in join_runs([storage_at(one), storage_at(two)]).models.to_pylist()}
     assert models[MERGE.id] == [True, True, True, True, None, None]
+
+
+def test_answers_along_another_order_stand_at_their_items(tmp_path):
+    run = make_run(tmp_path / "one", [])
+    ledger = Ledger(storage_at(run).folder("ledger"), read_about(storage_at(run)).owner)
+    whole, order = [1.0, 0.0, 0.0, 0.0], "another"
+    assert reordered(whole, order)[:2] != tuple(whole[:2])
+    for number, (recipe, items, complete) in enumerate([(A, reordered(whole, order)[:2], False), (B, whole, True)]):
+        result = Result(number, recipe.id, "ok", 0.25 if complete else None, 1.0, complete, tuple(items), order=order)
+        ledger.write_result(Candidate(number, recipe, "test").asking(order=order), result)
+    ledger.close()
+    models = {m["recipe_id"]: m["answers"] for m in join_runs([storage_at(run)]).models.to_pylist()}
+    first = item_order(order, 4)[:2]
+    assert models[A.id] == [bool(whole[p]) if p in first else None for p in range(4)] + [None, None]
+    assert models[B.id] == [True, False, False, False, None, None]
+    found = [(r["recipe_id"], int(r["hash"], 16), r["answer"]) for r in answer_table(storage_at(run)).to_pylist()]
+    assert found[:2] == [(A.id, p, whole[p]) for p in first]
+    assert found[2:] == [(B.id, p, whole[p]) for p in range(4)]
 
 
 def test_graded_answers_stay_numbers(tmp_path):

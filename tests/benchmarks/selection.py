@@ -29,7 +29,7 @@ from evolver.report.text import markdown_table  # noqa: E402
 
 TABLES, PAGE = ROOT / "results" / "tables", ROOT / "results" / "benchmarks" / "selection.md"
 CANDIDATES, FEWEST = 100, 20
-SLOW, SELDOM = ("racing", "halving", "p-irt", "difference"), 4
+SLOW, SELDOM = ("racing", "halving", "p-irt", "difference"), 10
 Rule = Callable[[Draw], Picked]
 # What the page recommends as the default: items a task for all, finalists, items a task more for these.
 DEFAULT, LARGE = (25, 6, 75), (25, 6, 275)

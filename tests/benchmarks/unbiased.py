@@ -15,7 +15,7 @@ from evolver.evaluation.scores.difference import (
 from evolver.report.text import markdown_table
 
 # Of the table of predictions: candidates of each resampling. Of that of the bias: models, scored items of each task.
-MODELS, BIASED, SCORED = 40, 8, 50
+MODELS, BIASED, SCORED = 40, 4, 50
 # Of the simulated races: items, those that a child answers otherwise, children of a chain.
 ITEMS, DIFFERENT, CHILDREN = 400, 48, 60
 
@@ -39,7 +39,7 @@ def predictors_table(world: World, resamplings: int) -> str:
         if 2 * n > world.most:
             continue
         errors: dict[str, list[np.ndarray]] = {way: [] for way in ways}
-        for r in range(max(10, resamplings // 10)):
+        for r in range(max(10, resamplings // 20)):
             draw = world.draw(world.free, min(MODELS, len(world.free)), np.random.default_rng([r, 3]))
             truth = world.side[draw.chosen].mean((1, 2))
             for way in ways:
@@ -108,7 +108,7 @@ def coverage_table(world: World, resamplings: int) -> str:
             continue
         held, width, safe, safe_width = [], [], [], []
         rng = np.random.default_rng(8)
-        for r in range(resamplings):
+        for r in range(max(50, resamplings // 4)):
             places = _part(world, n, rng)
             chosen = rng.choice(free, min(20, len(free)), replace=False)
             answers = world.side[chosen].reshape(len(chosen), -1).astype(float)
@@ -116,7 +116,7 @@ def coverage_table(world: World, resamplings: int) -> str:
             low, high = asymptotic_interval(found)
             held += ((low <= answers.mean(1)) & (answers.mean(1) <= high)).tolist()
             width += (high - low).tolist()
-            if r % 5 == 0:
+            if r % 2 == 0:
                 one = rng.permutation(len(share))[: len(places)]  # of all tasks together, as a run's order is
                 a, b = betting_interval(made, share, one, answers[0, one])
                 safe.append(a <= answers[0].mean() <= b)
@@ -142,7 +142,7 @@ def races_table(resamplings: int) -> str:
             for alpha in (0.05, 0.2):
                 rates = []
                 for fresh in (False, True):
-                    found = np.array([race(gained, alpha, fresh, r) for r in range(max(20, resamplings // 5))])
+                    found = np.array([race(gained, alpha, fresh, r) for r in range(max(20, resamplings // 10))])
                     reach = 196 * found.mean(1).std() / np.sqrt(len(found))
                     rates.append(f"{100 * found.mean():.1f} ± {reach:.1f} %")
                 rows.append([name, f"{100 * gained / ITEMS:.2f}", f"{alpha:.0%}", *rates])
