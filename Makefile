@@ -10,7 +10,7 @@ CRD ?= https://raw.githubusercontent.com/ray-project/kuberay/v1.7.0/ray-operator
 export HF_HUB_OFFLINE ?= 1
 export HF_DATASETS_OFFLINE ?= 1
 
-.PHONY: help demo demo-llm check fast test lint browser kuberay docs prove benchmark benchmark-merging benchmark-evaluation benchmark-cluster benchmark-dashboard benchmark-machine benchmark-faults benchmark-models families ratios gpu pools experts experts-llm clean
+.PHONY: help demo demo-llm check fast test lint browser kuberay docs prove benchmark benchmark-merging benchmark-evaluation benchmark-cluster benchmark-dashboard benchmark-machine benchmark-faults benchmark-models benchmark-selection families ratios gpu pools experts experts-llm clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -74,6 +74,9 @@ benchmark-machine: $(VENV)/.dev ## the main job, first use, tests and merging on
 	$(BIN)/python configs/demo/prepare_demo.py
 	$(BIN)/python configs/demo-llm/prepare_llm.py
 	$(BIN)/python tests/benchmarks/any_machine.py $(if $(MERGEKIT),--mergekit $(MERGEKIT))
+
+benchmark-selection: $(VENV)/.dev ## rules for choosing among merges, played on the tables of answers in results/tables
+	$(BIN)/python tests/benchmarks/selection.py
 
 families: $(VENV)/.dev ## try every architecture with tiny models, as a user would, and write docs/models.md: ten minutes
 	$(BIN)/python tests/benchmarks/models.py

@@ -11,6 +11,7 @@ from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.records import Candidate
+from evolver.records.order import reordered
 from evolver.records.recipe import load_recipe
 from evolver.workers.pools.local import LocalPool
 from evolver.workers.worker import Worker
@@ -103,7 +104,8 @@ def test_those_that_a_race_rejects_are_not_better(race):
     for row in rejected:
         assert (row["score"], row["complete"], row["bound"]) == (None, False, row["bar"])
         full = worker.evaluate(Candidate(0, load_recipe(row["recipe"]), "test"))
-        assert full.items[: len(row["items"])] == tuple(row["items"])
+        assert row["order"] == f"{ready.config.seed}:race:{row['number']}"
+        assert reordered(full.items, row["order"])[: len(row["items"])] == tuple(row["items"])
         wrong += full.score > row["bar"]
     assert wrong <= 1
 
@@ -228,3 +230,26 @@ def test_races_that_cannot_be_held_are_refused_before_any_weight_is_read(
 def test_halving_that_cannot_work_is_refused(make_config, tmp_path, changes, says):
     with pytest.raises(BadInput, match=says):
         prepare(config_at(make_config(tmp_path, ITEMS | {"search": HALVING | changes})))
+
+
+def test_a_part_is_chosen_only_where_a_search_scores_parts(make_config, tmp_path):
+    """Every other search scores all items, whatever comes first."""
+    for number, search in enumerate(({"algorithm": "tpe"}, {"algorithm": "evolver"})):
+        file = make_config(tmp_path, {"search": search, "evaluation.subset": "rotate"}, f"{number}.yaml")
+        toys.refused(
+            lambda file=file: prepare(config_at(file)), "evaluation.subset: this search scores every candidate"
+        )
+    file = make_config(tmp_path, {"search": HALVING, "evaluation.subset": "rotate", **ITEMS})
+    assert prepare(config_at(file), weights=False).config.evaluation.subset == "rotate"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimate", ["mean", "difference"])
+def test_batches_in_orders_of_their_own_end_the_same_however_they_run(make_config, tmp_path, estimate):
+    search = HALVING | {"estimate": estimate}
+    file = make_config(tmp_path, ITEMS | {"search": search, "budget.candidates": 12, "evaluation.subset": "rotate"})
+    folder = run_here(file, tmp_path / "one")
+    many = run_here(file, tmp_path / "many", Reversed)
+    assert toys.essence(many) == toys.essence(folder)
+    orders = {r["order"] for r in searched(folder).values() if not r["complete"]}
+    assert len(orders) == 3

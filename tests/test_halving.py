@@ -11,6 +11,7 @@ from test_search import BASE, EXPERTS, HALVING, Maker, build, ids, simulate
 from evolver.config import Budget
 from evolver.config.reading import check_section
 from evolver.errors import BadInput
+from evolver.evaluation.scores.difference import estimate
 from evolver.evaluation.scores.estimates import Estimates, first_unjudged
 from evolver.evaluation.scores.irt import fit_items
 from evolver.evaluation.scores.metrics import CLASS, ENDLESS, JUDGED
@@ -18,6 +19,7 @@ from evolver.evaluation.scores.scoring import Scale
 from evolver.ledger import Ledger, read_table
 from evolver.loop import evolve
 from evolver.records import Candidate, Result
+from evolver.records.order import item_order, reordered
 from evolver.records.recipe import Expert
 from evolver.search import SEARCHES
 from evolver.search.base import Setup
@@ -45,10 +47,19 @@ def answers(recipe):
 def halving(estimates=None, experts=4, racing=False, **changes):
     """A halving search over items as above; changes go to its settings, ``candidates`` and ``items`` to its budget."""
     budget = {k: changes.pop(k) for k in ("candidates", "items") if k in changes} or {"candidates": 20}
+    subset = changes.pop("subset", None)
     settings = {"algorithm": "halving", "of": TPE, "first": 8, "eta": 2, "batch": 4, **changes}
     typed = check_section(SEARCHES["halving"].settings, settings, "f", "search.")
     setup = Setup(
-        EXPERTS[:experts], BASE, 0, Budget(**budget), Maker(experts), estimates or Estimates(ONE, 4), True, racing
+        EXPERTS[:experts],
+        BASE,
+        0,
+        Budget(**budget),
+        Maker(experts),
+        estimates or Estimates(ONE, 4),
+        True,
+        racing,
+        subset=subset,
     )
     return SEARCHES["halving"].build(setup, typed)
 
@@ -75,13 +86,15 @@ class Pool:
 
     def evaluate(self, candidate):
         stop = COUNT if candidate.question.limit is None else min(COUNT, -(-candidate.question.limit // 4) * 4)
-        items = answers(candidate.recipe)[:stop]
-        assert items[: len(candidate.question.known)] == candidate.question.known
+        whole, order = answers(candidate.recipe), candidate.question.order
+        items = whole if stop == COUNT else reordered(whole, order)[:stop]
+        known = candidate.question.known
+        assert reordered(whole, order)[: len(known)] == known
         self.scored += len(items) - len(candidate.question.known)
         score = ONE.score(items) if stop == COUNT else None
         return Result(
             candidate.number, candidate.recipe.id, "ok", score, ONE.bound(items), stop == COUNT, items,
-            given=len(candidate.question.known),
+            given=len(candidate.question.known), order=order,
         )  # fmt: skip
 
     def close(self):
@@ -135,7 +148,7 @@ def climb(bracket, table):
 
 def bracket(count, limits, eta):
     candidates = [Candidate(k, Expert(f"{k}", f"{k}"), "x") for k in range(count)]
-    return Bracket(candidates, limits, eta, lambda items: sum(items) / len(items))
+    return Bracket(candidates, limits, eta, lambda result: sum(result.items) / len(result.items))
 
 
 def test_the_best_go_on_by_hand():
@@ -229,7 +242,7 @@ def test_a_raised_budget_goes_on(tmp_path):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("kind", ["mean", "p-irt", "gp-irt"])
+@pytest.mark.parametrize("kind", ["mean", "p-irt", "gp-irt", "difference"])
 def test_the_search_inside_hears_scores_and_estimates(tmp_path, kind):
     """Of every candidate once: what the first of its items say, by models that were known before its batch began."""
     estimates = Estimates(ONE, 4)
@@ -247,7 +260,12 @@ def test_the_search_inside_hears_scores_and_estimates(tmp_path, kind):
         last = {c.recipe.id: r for c, r in part}
         for place, (c, _) in enumerate(part[:4]):
             result = last[c.recipe.id]
-            wanted = np.mean(result.items) if kind == "mean" else model.estimate(result.items, ONE, kind)
+            if kind == "difference":
+                rows = np.array([row for _, row in sorted(known.items())])
+                places = item_order(f"0:batch:{batch + 1}", COUNT)[: len(result.items)]
+                wanted = estimate(ONE, rows, places, np.array([result.items])).value[0]
+            else:
+                wanted = np.mean(result.items) if kind == "mean" else model.estimate(result.items, ONE, kind)
             assert told[4 * batch + place] == pytest.approx(result.score if result.complete else wanted, abs=1e-6)
         known |= {i: r.items for i, r in last.items() if r.complete}
     ledger = [r for r in read_table(storage_at(tmp_path)).to_pylist() if r["event"] == "finished"]
@@ -295,7 +313,7 @@ def test_nothing_is_stopped_early_inside(racing):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("kind", ["mean", "gp-irt"])
+@pytest.mark.parametrize("kind", ["mean", "gp-irt", "difference"])
 def test_workers_change_nothing(tmp_path, kind):
     runs = [run(tmp_path / f"{n}", halving(estimate=kind), Pool(n)) for n in (1, 3, 8)]
     alone = [(*ids([c]), c.question.limit, replace(r, worker="")) for c, r in runs[0]]
@@ -402,3 +420,45 @@ def test_estimates_of_items_that_are_not_judged_alone_are_refused():
 def test_what_cannot_work_is_refused(changes, says):
     with pytest.raises(BadInput, match=says):
         halving(**changes)
+
+
+@pytest.mark.parametrize(("subset", "estimate", "orders"), [
+    (None, "mean", 1), ("fixed", "difference", 1), ("rotate", "mean", 5), (None, "difference", 5),
+    ("rotate", "gp-irt", 5),
+])  # fmt: skip
+def test_every_batch_has_an_order_of_its_own_where_the_subset_rotates(subset, estimate, orders):
+    search = halving(estimate=estimate, subset=subset)
+    asked = simulate(search, 4, 1, reply=lambda candidate, _: Pool().evaluate(candidate))
+    numbers = 4 * len(search.limits)
+    each = [{c.question.order for c in asked if c.number // numbers == batch} for batch in range(5)]
+    assert all(len(found) == 1 for found in each)
+    assert len(set.union(*each)) == orders
+    assert (set.union(*each) == {""}) == (orders == 1)
+
+
+def test_a_complete_result_of_another_order_is_cut_in_the_order_of_the_batch():
+    """The ledger may know a model in full that a rung asks for a part of."""
+    whole = answers(BASE)
+    result = Result(0, BASE.id, "ok", ONE.score(whole), 0.0, True, whole, order="earlier")
+    made = Bracket([Candidate(0, BASE, "x"), Candidate(1, BASE, "x")], (8, None), 2, lambda r: 0.0, "mine")
+    made.take(2)
+    made.tell(0, result)
+    assert made.results[0].items == reordered(whole, "mine")[:8]
+    assert (made.results[0].order, made.results[0].complete) == ("mine", False)
+
+
+def test_parts_of_another_order_are_no_answer(tmp_path):
+    """What was scored along one order is no first part of another one, unless all of it was."""
+    ledger, whole = Ledger(storage_at(tmp_path), "me"), answers(BASE)
+    part = Result(0, BASE.id, "ok", None, 1.0, False, reordered(whole, "one")[:8], order="one")
+    ledger.write_result(Candidate(0, BASE, "x").asking(limit=8, order="one"), part)
+    again = Candidate(1, BASE, "x")
+    assert ledger.answer(again.asking(limit=8, order="one")).items == part.items
+    assert ledger.answer(again.asking(limit=8, order="two")) is None
+    assert ledger.with_known_items(again.asking(order="two")).question.known == ()
+    assert ledger.with_known_items(again.asking(order="one")).question.known == part.items
+    ledger.close()
+    ledger = Ledger(storage_at(tmp_path), "me")
+    assert ledger.answer(again.asking(limit=8, order="two")) is None
+    assert ledger.answer(again.asking(limit=8, order="one")).order == "one"
+    ledger.close()

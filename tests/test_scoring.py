@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from evolver.config.evaluation import TaskEntry
 from evolver.errors import BadInput
 from evolver.evaluation.base import Scored
-from evolver.evaluation.batches import by_length
+from evolver.evaluation.batches import PreparedParts, by_length
 from evolver.evaluation.items import Item, ItemSource, draw, in_order, item_hash
 from evolver.evaluation.scores.metrics import ENDLESS, JUDGED
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Question
+from evolver.records.order import item_order
 from evolver.records.recipe import Expert
 from evolver.workers.worker import Worker
 
@@ -48,9 +49,9 @@ class Answers:
     def __init__(self, items):
         self.items, self.asked = items, 0
 
-    def score(self, start, stop):
-        self.asked += stop - start
-        return Scored(dict(enumerate(self.items[start:stop])))
+    def score_at(self, places):
+        self.asked += len(places)
+        return Scored({place: self.items[place] for place in places})
 
 
 def worker_of(scale, block, answers):
@@ -208,3 +209,18 @@ def test_batches_hold_every_key_once_within_the_budget(lengths, budget):
     assert sorted(k for b in batches for k in b) == sorted(lengths)
     assert all(len(b) == 1 or len(b) * max(lengths[k] for k in b) <= budget for b in batches)
     assert batches == list(by_length(dict(reversed(lengths.items())), budget))
+
+
+def test_what_was_prepared_for_parts_of_other_orders_is_let_go():
+    """The parts of one order all stay; of a hundred orders, the last ones."""
+    parts = PreparedParts()
+    for start in range(0, 40, 8):
+        parts[tuple(range(start, start + 8))] = start
+    assert len(parts) == 5
+    for order in range(100):
+        places = item_order(f"{order}", 40)
+        for start in range(0, 40, 8):
+            parts[places[start : start + 8]] = order
+            assert places[start : start + 8] in parts
+    assert sum(map(len, parts)) <= 4 * 40
+    assert set(parts.values()) == {96, 97, 98, 99}

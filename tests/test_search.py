@@ -59,7 +59,7 @@ class Means:
     def learn(self, result):
         pass
 
-    def estimate(self, kind, items):
+    def estimate(self, kind, items, order=""):
         return sum(items) / len(items)
 
 
@@ -466,6 +466,7 @@ def test_a_race_is_given_the_incumbent_s_items(settings, early_stopping):
     for candidate in raced:
         bar = candidate.question.bar
         assert candidate.question.rival == (() if bar is None else (bar * 0.5, bar * 1.5))
+        assert candidate.question.order == ("" if bar is None else f"0:race:{candidate.number}")
     assert any(c.question.rival for c in raced) == (early_stopping and SEARCHES[settings["algorithm"]].incumbent)
 
 

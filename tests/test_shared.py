@@ -8,6 +8,7 @@ from test_racing import even
 
 from evolver.evaluation.scores.course import Evaluation
 from evolver.records import Candidate, Question, Result
+from evolver.records.order import reordered
 from evolver.records.recipe import Expert
 from evolver.workers.shared import SharedPool
 
@@ -28,7 +29,8 @@ def course(candidate):
 
 def alone(candidate):
     """What one worker says."""
-    way, items, every = course(candidate), list(candidate.question.known), answers(candidate)
+    way, items = course(candidate), list(candidate.question.known)
+    every = reordered(answers(candidate), candidate.question.order)
     for start, stop in way.blocks():
         items += every[start:stop]
         if way.ended(items):
@@ -57,7 +59,7 @@ class Workers:
         names = (candidate.number, candidate.recipe.id)
         if (candidate.number, start) in self.broken:
             return [Result(*names, "failed", reason="broken", stage=candidate.stage)]
-        items = tuple(answers(candidate)[start:stop])
+        items = reordered(answers(candidate), candidate.question.order)[start:stop]
         return [Result(*names, "ok", items=items, seconds={"total": 1.0}, counts={"tokens": 1.0}, worker="w",
                        stage=candidate.stage, given=start)]  # fmt: skip
 
@@ -76,8 +78,10 @@ def candidates(seed, count=40):
             plain = plain.asking(bar=sum(rival) / COUNT, rival=rival if racing else ())
         elif draw.random() < 0.5:
             plain = plain.asking(limit=draw.randrange(1, COUNT))
+        plain = plain.asking(order="another" if k % 3 else "")
         if draw.random() < 0.4:
-            plain = plain.asking(known=tuple(answers(plain)[: BLOCK * draw.randrange(4)]))
+            known = reordered(answers(plain), plain.question.order)
+            plain = plain.asking(known=known[: BLOCK * draw.randrange(4)])
         yield plain
 
 
@@ -104,7 +108,11 @@ def test_the_result_is_that_of_one_worker(parts, seed):
     landed = drive(SharedPool(workers, parts, course), wanted)
     assert workers.pieces > len(wanted)
     for candidate in wanted:
-        assert essence(landed[candidate.number]) == essence(alone(candidate))
+        found = landed[candidate.number]
+        assert essence(found) == essence(alone(candidate))
+        own = answers(candidate) if found.complete else reordered(answers(candidate), candidate.question.order)
+        assert found.items == tuple(own)[: len(found.items)]
+        assert found.order == candidate.question.order
     stopped = [r for r in landed.values() if not r.complete]
     assert any(r.raced for r in stopped)
     assert any(not r.raced for r in stopped)

@@ -29,6 +29,22 @@ app = typer.Typer(add_completion=True, no_args_is_help=True, help="Search for th
 # Python's garbage collector runs after so many new objects; see main().
 SELDOM = 50_000
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
+ExportTo = Annotated[
+    Path | None,
+    typer.Argument(
+        help="folder to write, new or empty; with --gguf, the file to write; default with --table: RUN-table",
+        show_default=False,
+    ),
+]
+WithTable = Annotated[
+    bool,
+    typer.Option(
+        "--table", help="write all models with their recipes and their answers to every item instead, as Parquet"
+    ),
+]
+AlsoRuns = Annotated[
+    list[str] | None, typer.Option(help="with --table, a further run over the same items; may be repeated")
+]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help=options.RETRY_FAILED)]
 
 
@@ -187,7 +203,7 @@ def bundle(
 @app.command()
 def export(
     folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
-    out: Annotated[Path, typer.Argument(help="folder to write, new or empty; with --gguf, the file to write")],
+    out: ExportTo = None,
     candidate: Annotated[
         str | None, typer.Option(help="number of the candidate, or the beginning of its recipe's id; default: the best")
     ] = None,
@@ -203,6 +219,8 @@ def export(
         bool, typer.Option(help="write the difference to the base instead, as one safetensors file")
     ] = False,
     gguf: Annotated[str | None, typer.Option(help="write a GGUF file of this type instead: bf16, q8_0, …")] = None,
+    table: WithTable = False,
+    also: AlsoRuns = None,
     push_to_hub: Annotated[
         str | None, typer.Option(help="also upload the result to the Hugging Face hub, under this org/name")
     ] = None,
@@ -210,19 +228,24 @@ def export(
 ) -> None:
     """Export a candidate of a run as a Hugging Face folder, a LoRA adapter, a delta or a GGUF file, and check it.
 
+    With --table it exports the answers of all candidates instead.
+
     The command never overwrites files, except with --force, which replaces an earlier export that nobody has changed.
     """
-    from evolver.driver import deliver
+    asked = {
+        "--lora": lora is not None or energy is not None, "--delta": delta, "--gguf": gguf is not None,
+        "--table": table,
+    }  # fmt: skip
+    _check_form(asked, energy)
+    if table or also:
+        typer.echo(_export_table(folder, also or [], out, table, candidate or push_to_hub, force))
+        return
+    if out is None:
+        raise BadInput("evolver export: OUT is missing; name the folder to write, or with --gguf the file.")
+    from evolver.driver import deliver  # it brings torch
     from evolver.storage import storage_at
 
     run = storage_at(folder)
-    asked = {"--lora": lora is not None or energy is not None, "--delta": delta, "--gguf": gguf is not None}
-    if sum(asked.values()) > 1:
-        raise BadInput(
-            f"{', '.join(o for o, given in asked.items() if given)}: a model is exported in one form at a time; give "
-            "one of these options."
-        )
-    _check_energy(energy)
     if gguf is not None:
         deliver.deliver_gguf(run, out, candidate, gguf, typer.echo, force)
     elif delta:
@@ -232,14 +255,7 @@ def export(
     else:
         deliver.deliver(run, out, candidate, typer.echo, force)
     if push_to_hub:
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        api.create_repo(push_to_hub, exist_ok=True)
-        if out.is_file():
-            api.upload_file(path_or_fileobj=out, path_in_repo=out.name, repo_id=push_to_hub)
-        else:
-            api.upload_folder(folder_path=out, repo_id=push_to_hub)
+        _upload(out, push_to_hub)
         typer.echo(f"uploaded to {push_to_hub}")
 
 
@@ -506,6 +522,46 @@ def _job(config: Path, results: str | None, name: str | None, retry_failed: bool
 
     given = [*(["--results", results] if results is not None else []), *(["--run", name] if name is not None else [])]
     return job([str(config), *given, *(["--retry-failed"] if retry_failed else [])])
+
+
+def _check_form(asked: dict[str, bool], energy: float | None) -> None:
+    """Raises BadInput if a model is to be exported in more than one form, or in one that does not exist."""
+    if sum(asked.values()) > 1:
+        raise BadInput(
+            f"{', '.join(o for o, given in asked.items() if given)}: a model is exported in one form at a time; give "
+            "one of these options."
+        )
+    _check_energy(energy)
+
+
+def _upload(out: Path, name: str) -> None:
+    """Upload an export to a repository of the hub."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(name, exist_ok=True)
+    if out.is_file():
+        api.upload_file(path_or_fileobj=out, path_in_repo=out.name, repo_id=name)
+    else:
+        api.upload_folder(folder_path=out, repo_id=name)
+
+
+def _export_table(
+    folder: str, also: list[str], out: Path | None, asked: bool, other: str | None, force: bool
+) -> str:  # fmt: skip
+    """Export the table of runs, and return what was written."""
+    from evolver.runs.table import export_table
+    from evolver.storage import storage_at
+
+    if not asked:
+        raise BadInput("--also: only the tables of several runs are joined; add --table, or leave it out.")
+    if other is not None:
+        raise BadInput(
+            "--table: a table holds all candidates and is written to this machine; leave --candidate and --push-to-hub "
+            "out."
+        )
+    name = folder.rstrip("/").rpartition("/")[2] or "run"
+    return export_table([storage_at(run) for run in (folder, *also)], out or Path(f"{name}-table"), force)
 
 
 def _check_energy(energy: float | None) -> None:

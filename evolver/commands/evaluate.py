@@ -92,7 +92,7 @@ def score_models(
     block = block_of(config, file, split, len(scale.tasks))
     for model in models:
         live = build_model(config, given[model], device, given[model].base.path, split)
-        items = answer_again(tasks.scorer(live, split), len(scale.tasks), block)
+        items = answer_again(tasks.scorer(live, split), range(len(scale.tasks)), block)
         live.close()
         low, high = interval(items, scale, config.seed)
         found.append(ModelScore(model, split, scale.score(items), low, high, scale.of_tasks(items), scale))

@@ -191,6 +191,12 @@ class EvaluationSettings(Section):
         True,
         description="stop scoring a candidate when the remaining items can no longer change whether it is accepted",
     )
+    subset: Literal["fixed", "rotate"] | None = Field(
+        None,
+        description="which items a candidate meets first if its evaluation may end before the last one (halving, "
+        "racing). fixed: the same for all; rotate: others for each batch of halving and for each race. Default: rotate "
+        "for racing and for halving with estimate: difference, else fixed",
+    )
     racing: float | None = Field(
         None,
         gt=0,

@@ -101,7 +101,7 @@ def licence_of(folder: Path) -> str | None:
 
 def _results(about: About, split: Split, result: Result) -> list[dict[str, Any]]:
     """A result's metrics, in the hub's form."""
-    scale, kind = about.scales[split], HUB_TASKS[about.config.model.kind]
+    scale, kind = about.scales[split].reordered(result.order), HUB_TASKS[about.config.model.kind]
     return [
         {
             "task": {"type": kind},

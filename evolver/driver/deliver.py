@@ -83,7 +83,7 @@ def deliver(run: Storage, out: Path, wanted: str | None, say: Warn, force: bool 
         export(candidate.recipe, materialiser, folder, more, companions=companions)
         beside.copy_to(folder)
         write_heads(folder, prepared.opened.placed_heads)
-    agreement = score_again(prepared, out, result.items, default_device())
+    agreement = score_again(prepared, out, result.items, default_device(), order=result.order)
     say(
         f"{out}: the model was loaded again and gives the answers in the ledger on {agreement['equal']} of "
         f"{agreement['items']} dev items"
@@ -159,7 +159,7 @@ def deliver_gguf(
         gguf_out.verify(file, written)
         exact = prepared.config.evaluation.quantise is not None
         folder = _read_back(model, file, Path(scratch) / "model", beside, exact)
-        agreement = score_again(prepared, folder, result.items, default_device(), quantised=True)
+        agreement = score_again(prepared, folder, result.items, default_device(), quantised=True, order=result.order)
         gguf_seal.seal(file)
     say(
         f"{out}: {len(written.digests)} tensors as {kind}, each read back and compared; loaded by Transformers, the "

@@ -93,6 +93,7 @@ def prepare(
             tasks.check_model(blueprint)
         estimates = Estimates(tasks.scale("dev"), config.evaluation.block_items)
         _refuse_racing(config, algorithm, estimates)
+        _refuse_subset(config, settings)
         if config.evaluation.quantise:
             refuse_stacks({name: info.shape for name, info in opened.base.headers.items()})
         digests = opened.digests() if weights else None
@@ -108,6 +109,7 @@ def prepare(
             maker.experts, maker.base, config.seed, config.budget, maker, estimates,
             config.evaluation.early_stopping, config.evaluation.racing is not None,
             arrival=config.order == "arrival", tasks=tuple(tasks.scale("dev").weights),
+            subset=config.evaluation.subset,
         )  # fmt: skip
         search = SEARCHES[algorithm].build(setup, settings)
     except BadInput as error:
@@ -247,6 +249,16 @@ def _refuse_racing(config: Config, algorithm: str, estimates: Estimates) -> None
         raise BadInput(
             f"evaluation.racing: racing needs a score from 0 to 1 for each item, which the metric of {task} does not "
             "give; leave racing out, or choose another metric."
+        )
+
+
+def _refuse_subset(config: Config, settings: Any) -> None:
+    """Raises BadInput if the part of the items is chosen for a search that scores all of them."""
+    given = config.evaluation
+    if given.subset is not None and given.racing is None and not isinstance(settings, HalvingSettings):
+        raise BadInput(
+            "evaluation.subset: this search scores every candidate on the same dev items up to the end, or until its "
+            "decision is certain; leave subset out, or use the search halving or evaluation.racing."
         )
 
 

@@ -220,7 +220,7 @@ def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Di
             export(best.recipe, materialiser, place, texts, companions=companions)
             beside.copy_to(place)
             write_heads(place, prepared.opened.placed_heads)
-            agreement = score_again(prepared, place, best.dev.items, device)
+            agreement = score_again(prepared, place, best.dev.items, device, order=best.dev.order)
         storage.write(AGREEMENT_FILE, json.dumps(agreement).encode())
         storage.write(RECIPE_FILE, text)  # last: only a folder that was checked counts as written
     found = compared_items(outcome)

@@ -9,6 +9,8 @@ import torch
 
 Batch = TypeVar("Batch")
 Answer = TypeVar("Answer")
+Prepared = TypeVar("Prepared")
+MOST_TIMES = 4
 
 
 def by_length(lengths: Mapping[int, int], budget: int, most: int | None = None) -> Iterator[list[int]]:
@@ -31,6 +33,27 @@ def by_length(lengths: Mapping[int, int], budget: int, most: int | None = None) 
         batch.append(key)
     if batch:
         yield batch
+
+
+class PreparedParts(dict[tuple[int, ...], Prepared]):
+    """What was prepared for parts of the items, by the places of each part.
+
+    The parts of a run's own order come again for every candidate. Those of other orders come a few times only, so the
+    oldest parts are let go when all together hold ``MOST_TIMES`` as many places as there are items.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[int] = set()
+
+    def __setitem__(self, places: tuple[int, ...], prepared: Prepared) -> None:
+        super().__setitem__(places, prepared)
+        self._seen.update(places)
+        held = sum(map(len, self))
+        while held > MOST_TIMES * len(self._seen):
+            oldest = next(iter(self))
+            held -= len(oldest)
+            del self[oldest]
 
 
 class Batches(Generic[Batch]):

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from evolver.errors import BadInput, cause_of
 from evolver.ledger.parts import part_bytes, read_table
 from evolver.records import SPLITS, Split, split_of
+from evolver.records.order import reordered
 from evolver.storage import Storage
 
 ITEMS_FILE = "items.parquet"
@@ -31,19 +32,24 @@ def write_items(run: Storage, items: Mapping[Split, Sequence[tuple[str, int, str
 def answer_table(run: Storage) -> pa.Table:
     """Every answer of a run: one row for each candidate and item, with the item's hash."""
     items: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    for row in _items_of(run):
+    for row in items_of(run):
         items[row["split"]].append(row)
     finished = [r for r in read_table(run.folder("ledger")).to_pylist() if r["event"] == "finished" and not r["reused"]]
     rows = [
         {**{k: r[k] for k in ("stage", "number", "recipe_id")}, "task": i["task"], "hash": i["hash"], "answer": a}
         for r in finished
-        for i, a in zip(items[split_of(r["stage"])], r["items"] or (), strict=False)
+        for i, a in zip(_order_of(r, items[split_of(r["stage"])]), r["items"] or (), strict=False)
     ]
     return pa.Table.from_pylist(rows)
 
 
-def _items_of(run: Storage) -> list[dict[str, Any]]:
-    """The rows of ``items.parquet``.
+def _order_of(row: Mapping[str, Any], items: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """The items in the order of a row's answers."""
+    return items if row["complete"] else reordered(items, row["order"])
+
+
+def items_of(run: Storage) -> list[dict[str, Any]]:
+    """The rows of ``items.parquet``: split, place, task, index and hash of every item, in the order of the answers.
 
     Raises BadInput where it cannot be read.
     """

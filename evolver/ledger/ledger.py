@@ -34,12 +34,13 @@ from evolver.ledger.parts import (
 from evolver.ledger.retried import ORPHANED, RETRIED, standing
 from evolver.ledger.rows import SCHEMA, now, result_of, row_of
 from evolver.records import Candidate, Result, Split, split_of
+from evolver.records.order import reordered
 from evolver.storage import Storage, lease, read_all
 from evolver.storage.lease import Lease
 
 RowName = tuple[str, str, int, str, datetime]
-# Stage, recipe id, bar, limit, and how many items were known: the result depends on nothing else.
-LedgerQuestion = tuple[str, str, float | None, int | None, int]
+# Stage, recipe id, bar, limit, how many items were known, and their order: the result depends on nothing else.
+LedgerQuestion = tuple[str, str, float | None, int | None, int, str]
 JOIN_FROM = 256
 
 
@@ -106,9 +107,11 @@ class Ledger:
         return None if orphan is None else replace(orphan, number=candidate.number)
 
     def with_known_items(self, candidate: Candidate) -> Candidate:
-        """The candidate with the longest first part of its items that is known of its recipe."""
+        """The candidate with the longest first part of its items, in their order, that is known of its recipe."""
         found = self._by_recipe.get((candidate.recipe.id, candidate.split), [])
-        return candidate.asking(known=max((r.items for r in found), key=len, default=()))
+        order = candidate.question.order
+        same = [reordered(r.items, order) if r.complete else r.items for r in found if r.complete or r.order == order]
+        return candidate.asking(known=max(same, key=len, default=()))
 
     def write_asked(self, candidate: Candidate) -> None:
         """Record that a candidate was sent to a worker.
@@ -300,8 +303,9 @@ def _names_of(table: pa.Table) -> list[RowName]:
 
 
 def _question(candidate: Candidate, known: int) -> LedgerQuestion:
-    return candidate.stage, candidate.recipe.id, candidate.question.bar, candidate.question.limit, known
+    asked = candidate.question
+    return candidate.stage, candidate.recipe.id, asked.bar, asked.limit, known, asked.order
 
 
 def _question_in(row: Mapping[str, Any]) -> LedgerQuestion:
-    return row["stage"], row["recipe_id"], row["bar"], row["limit"], row["given"]
+    return row["stage"], row["recipe_id"], row["bar"], row["limit"], row["given"], row["order"]

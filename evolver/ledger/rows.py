@@ -45,6 +45,8 @@ SCHEMA = pa.schema(
         ("said", pa.list_(pa.string())),
         # for metrics that are computed from counts over all items, the counts of each item; else empty
         ("item_counts", pa.list_(pa.list_(pa.float64()))),
+        # the name of the order in which items are scored; empty: the run's own, in which the answers to all items are
+        ("order", pa.string()),
     ]
 )
 
@@ -72,6 +74,7 @@ def row_of(candidate: Candidate, result: Result | None) -> dict[str, Any]:
         "parents": list(candidate.parents),
         "bar": candidate.question.bar,
         "limit": candidate.question.limit,
+        "order": candidate.question.order,
     }
     if result:
         row |= {name: getattr(result, name) for name in PLAIN_FIELDS} | {"items": [own_score(a) for a in result.items]}
@@ -87,13 +90,13 @@ def candidate_of(row: Mapping[str, Any]) -> Candidate:
     """The candidate of a row; what a worker was told beside it (rival, known items) is not kept."""
     return Candidate(
         row["number"], load_recipe(row["recipe"]), row["proposer"], tuple(row["parents"]),
-        Question(bar=row["bar"], limit=row["limit"]), row["stage"], row["label"],
+        Question(bar=row["bar"], limit=row["limit"], order=row["order"]), row["stage"], row["label"],
     )  # fmt: skip
 
 
 def result_of(row: Mapping[str, Any]) -> Result:
     """The result of a row that has one."""
-    same = ("number", "recipe_id", "stage", *PLAIN_FIELDS, *MAPS)
+    same = ("number", "recipe_id", "stage", "order", *PLAIN_FIELDS, *MAPS)
     items: tuple[Any, ...] = tuple(row["items"])
     if row["item_counts"]:
         items = tuple((own, *counts) if counts else own for own, counts in zip(items, row["item_counts"], strict=True))

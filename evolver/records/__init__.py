@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from evolver.records.order import OWN
 from evolver.records.recipe import Recipe
 
 Stage = Literal["baseline", "search", "select", "report"]
@@ -63,6 +64,8 @@ class Question:
         rival: the item scores of the model whose score is the bar, for a race against it.
         known: scores of the first items that are known already; only the items after them are scored.
         piece: score only the items from the first number to before the second.
+        order: the name of the order in which its items are scored (see ``evolver.records.order``). The known items and
+            the piece are in this order, the rival's in the run's own.
     """
 
     bar: float | None = None
@@ -70,6 +73,7 @@ class Question:
     rival: tuple[ItemAnswer, ...] = ()
     known: tuple[ItemAnswer, ...] = ()
     piece: tuple[int, int] | None = None
+    order: str = OWN
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ class Result:
         score: the score of all items; None where the evaluation failed or stopped early.
         bound: the highest score that was still possible when the evaluation ended.
         complete: whether all items were scored.
-        items: the answers to the first items in the run's fixed order.
+        items: the answers to the first items in the order of the name ``order``; if complete, in the run's own order.
         tasks: the metric of each task over these items.
         seconds: the time of each step of the work.
         counts: tokens, and numbers of truncated and invalid answers, of the items that were scored for this result.
@@ -125,6 +129,7 @@ class Result:
         transient: whether the failure is not the candidate's own, so that another try may succeed.
         given: the number of first items that were known before.
         rank: the number of results of the same stage that the ledger held before this one.
+        order: the name of the order in which the items were scored.
         said: the answers to the new items in words, shortened, if they are report items and the kind of evaluation puts
             its answers into words; otherwise empty.
     """
@@ -147,6 +152,7 @@ class Result:
     given: int = 0
     said: tuple[str, ...] = ()
     stage: Stage = "search"
+    order: str = OWN
     rank: int | None = field(default=None, compare=False)
 
     @staticmethod
@@ -172,7 +178,7 @@ class Result:
         asked = candidate.question
         if asked.bar is not None and self.bound is not None and self.bound <= asked.bar:
             return True
-        return asked.limit is not None and len(self.items) >= asked.limit
+        return asked.limit is not None and len(self.items) >= asked.limit and self.order == asked.order
 
     def objectives(self, tasks: Sequence[str]) -> tuple[float, ...] | None:
         """What a search of several objectives is told: the scores of these tasks; None where one is missing."""

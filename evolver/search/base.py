@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from evolver.config import Budget
 from evolver.config.section import Section
 from evolver.records import Candidate, Choice, ItemAnswer, Knob, Result
+from evolver.records.order import OWN
 from evolver.records.recipe import Expert, Recipe
 
 
@@ -103,8 +104,8 @@ class Estimator(Protocol):
         """The complete result of a recipe, if one was learnt."""
         ...
 
-    def estimate(self, kind: str, items: Sequence[ItemAnswer]) -> float:
-        """The score of all items, estimated from the answers to the first of them.
+    def estimate(self, kind: str, items: Sequence[ItemAnswer], order: str = OWN) -> float:
+        """The score of all items, estimated from the answers to the first of them in the order of this name.
 
         The estimate depends on these answers and on the set of learnt results, but not on the order of learning.
         """
@@ -130,6 +131,8 @@ class Setup:
         arrival: whether results are learnt by their ranks (in the order of arrival) instead of their candidates'
             numbers.
         tasks: names of the tasks, which are the objectives of a multi-objective search.
+        subset: whether candidates that may be scored on a part of the items meet them in one order (fixed) or in new
+            ones (rotate); None: what is the default for the search.
     """
 
     experts: tuple[Expert, ...]
@@ -143,6 +146,7 @@ class Setup:
     together: int = 1
     arrival: bool = False
     tasks: tuple[str, ...] = ()
+    subset: Literal["fixed", "rotate"] | None = None
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from pydantic import Field
 from evolver.config.section import Section
 from evolver.errors import BadInput
 from evolver.records import Candidate, ItemAnswer, Question, Result
+from evolver.records.order import OWN
 from evolver.records.recipe import Cross, Recipe
 from evolver.search.ahead import RunsAhead
 from evolver.search.base import Ordered, Setup, algorithm
@@ -114,11 +115,17 @@ def _score(result: Result) -> float:
     return result.score if result.score is not None else float("-inf")
 
 
-def _challenge(setup: Setup, score: float, items: tuple[ItemAnswer, ...]) -> Question:
-    """Whether a candidate beats the incumbent, of which it is told the score and, for a race, the answers."""
+def _challenge(setup: Setup, k: int, score: float, items: tuple[ItemAnswer, ...]) -> Question:
+    """Whether candidate k beats the incumbent, of which it is told the score and, for a race, the answers.
+
+    Every race has an order of its own. The incumbent has won along other orders, so this one is a random order for both
+    models, as the test assumes.
+    """
     if not setup.early_stopping or score == float("-inf"):
         return Question()
-    return Question(bar=score, rival=items if setup.racing else ())
+    if not setup.racing:
+        return Question(bar=score)
+    return Question(bar=score, rival=items, order=OWN if setup.subset == "fixed" else f"{setup.seed}:race:{k}")
 
 
 def _rejected(candidate: Candidate) -> Result:
@@ -153,7 +160,7 @@ class Alone(RunsAhead):
             return Candidate(k, self.population[i], "evolver/initial")
         draw = random.Random(f"{self.setup.seed}:evolver:{k}")
         child = offspring(self.population, i, self._leader(k, i, draw), self.settings, draw)
-        asked = _challenge(self.setup, self.scores[i], self.items[i])
+        asked = _challenge(self.setup, k, self.scores[i], self.items[i])
         return Candidate(k, child, "evolver", tuple(p.id for p in child.inputs), asked)
 
     def learn(self, candidate: Candidate, result: Result) -> None:
@@ -214,7 +221,7 @@ class Merged(RunsAhead):
         child = offspring(self.population, i, None, self.settings, draw)
         members: list[Recipe] = [*self.population[:i], child, *self.population[i + 1 :]]
         self._members[k] = members
-        asked = _challenge(self.setup, self.score, self.items)
+        asked = _challenge(self.setup, k, self.score, self.items)
         return Candidate(k, self.merge(members), "evolver+merger", tuple(p.id for p in child.inputs), asked)
 
     def learn(self, candidate: Candidate, result: Result) -> None:

@@ -2,8 +2,9 @@
 
 Papers: Jamieson & Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter optimization"; a batch of
 candidates is a bracket of Hyperband (Li et al. 2018, JMLR 18). The first rung scores the first ``first`` items of the
-run's item order, each further rung ``eta`` times as many, and the last one all items. No item of a candidate is scored
-twice.
+items in their order, each further rung ``eta`` times as many, and the last one all items. No item of a candidate is
+scored twice. The order is the run's own, or a new one for each batch (``evaluation.subset``). A new one keeps the
+estimates of a batch free of what the search has learnt from the first items of earlier batches.
 
 The inner search (``search.of``) is told the result of each candidate once, when its batch has passed all rungs. The
 result holds the score if all items of the candidate were scored, else an estimate of it. So the inner search learns
@@ -22,7 +23,8 @@ from pydantic import Field
 from evolver.config.reading import check_section
 from evolver.config.section import Section
 from evolver.errors import BadInput, nearest
-from evolver.records import Candidate, ItemAnswer, Result
+from evolver.records import Candidate, Result
+from evolver.records.order import OWN, reordered
 from evolver.search.base import SEARCHES, Estimator, Search, Setup, algorithm
 
 
@@ -50,10 +52,11 @@ class HalvingSettings(Section):
         description="candidates that are compared with one another; evolver and cmaes propose at most a generation at "
         "a time",
     )
-    estimate: Literal["mean", "p-irt", "gp-irt"] = Field(
+    estimate: Literal["mean", "difference", "p-irt", "gp-irt"] = Field(
         "mean",
-        description="how the score of all items is estimated from the first of them. mean: their mean. p-irt, gp-irt: "
-        "item-response estimates, which use the answers of other models to all items",
+        description="how the score of all items is estimated from the first of them. mean: their mean. difference: "
+        "without bias, from the answers of other models to all items, corrected by the first answers. p-irt, gp-irt: "
+        "item-response estimates from the same answers, which have a bias",
     )
 
 
@@ -71,6 +74,8 @@ class Halving:
         self.limits = rungs(settings.first, settings.eta, setup.estimator)
         self.estimator.check(settings.estimate, "search.estimate")
         self.inner = _inner(setup, settings)
+        self._seed = setup.seed
+        self._rotates = setup.subset == "rotate" or (setup.subset is None and settings.estimate == "difference")
         self._bracket: Bracket | None = None
         self._begun = 0
 
@@ -100,7 +105,8 @@ class Halving:
     def _begin(self) -> Bracket | None:
         candidates = self.inner.ask(self.settings.batch)
         self._begun += bool(candidates)
-        return Bracket(candidates, self.limits, self.settings.eta, self._worth) if candidates else None
+        order = f"{self._seed}:batch:{self._begun}" if self._rotates else OWN
+        return Bracket(candidates, self.limits, self.settings.eta, self._worth, order) if candidates else None
 
     def _end(self, bracket: Bracket) -> None:
         """Tell the inner search the results of a whole batch. Their estimates use only results from before the
@@ -122,17 +128,17 @@ class Halving:
         # win.
         known = self.estimator.known(candidate.recipe.id)
         limit = None if known else self.limits[bracket.rung]
-        return replace(candidate, number=number).asking(limit=limit)
+        return replace(candidate, number=number).asking(limit=limit, order=bracket.order)
 
     def _told(self, candidate: Candidate, last: Result, cost: int) -> Result:
         """What the inner search is told of a candidate: its score or an estimate, and the items scored on all rungs."""
         found = self.estimator.known(candidate.recipe.id) or last
         estimated = found.status == "ok" and not found.complete
-        score = self._worth(found.items) if estimated else found.score
+        score = self._worth(found) if estimated else found.score
         return replace(found, number=candidate.number, score=score, reused=False, given=len(found.items) - cost)
 
-    def _worth(self, items: Sequence[ItemAnswer]) -> float:
-        return self.estimator.estimate(self.settings.estimate, items)
+    def _worth(self, result: Result) -> float:
+        return self.estimator.estimate(self.settings.estimate, result.items, result.order)
 
 
 class Bracket:
@@ -142,7 +148,8 @@ class Bracket:
         candidates: candidates of the inner search; their places in this list identify them.
         limits: the number of items that each rung scores; None means all.
         eta: the best 1/eta of a rung's candidates go on.
-        worth: estimates the score of all items from the first of them.
+        worth: estimates the score of all items from a result that holds the first of them.
+        order: the name of the order in which the items are scored.
 
     Attributes:
         results: for each place, the result of the last rung that it was on.
@@ -154,9 +161,10 @@ class Bracket:
         candidates: Sequence[Candidate],
         limits: Sequence[int | None],
         eta: int,
-        worth: Callable[[Sequence[ItemAnswer]], float],
+        worth: Callable[[Result], float],
+        order: str = OWN,
     ) -> None:
-        self.candidates, self.limits, self.eta, self.worth = candidates, limits, eta, worth
+        self.candidates, self.limits, self.eta, self.worth, self.order = candidates, limits, eta, worth, order
         self.results: dict[int, Result] = {}
         self.costs = [0] * len(candidates)
         self._waiting: list[int] = []
@@ -178,7 +186,7 @@ class Bracket:
         """Take in a result. After the last result of a rung, its best candidates enter the next rung."""
         self._flying -= 1
         self.costs[place] += result.cost
-        self.results[place] = _part(result, self.limits[self.rung])
+        self.results[place] = _part(result, self.limits[self.rung], self.order)
         if self.done:
             self._halve()
 
@@ -192,7 +200,7 @@ class Bracket:
         fine = [p for p in self._alive if self.results[p].status == "ok"]
         if not fine or self.rung == len(self.limits) - 1:
             return
-        ranked = sorted(fine, key=lambda p: (-self.worth(self.results[p].items), p))
+        ranked = sorted(fine, key=lambda p: (-self.worth(self.results[p]), p))
         self._enter(self.rung + 1, sorted(ranked[: max(1, len(self._alive) // self.eta)]))
 
 
@@ -214,13 +222,14 @@ def rungs(first: int, eta: int, estimator: Estimator) -> tuple[int | None, ...]:
     return (*limits, None)
 
 
-def _part(result: Result, limit: int | None) -> Result:
+def _part(result: Result, limit: int | None, order: str) -> Result:
     """The part of a result that a rung uses. The ledger may hold more items, from an earlier call with another
-    budget.
+    budget; where it holds all, they are in the run's own order.
     """
     if limit is None or result.status == "failed":
         return result
-    return replace(result, items=result.items[:limit], score=None, complete=False)
+    items = reordered(result.items, order) if result.complete else result.items
+    return replace(result, items=items[:limit], score=None, complete=False, order=order)
 
 
 def _inner(setup: Setup, settings: HalvingSettings) -> Search:

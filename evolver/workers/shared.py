@@ -55,7 +55,10 @@ class SharedPool:
         self._shared: dict[Key, _Shared] = {}
 
     def free(self) -> int:
-        return max(0, -(-self._pool.free() // self._parts))
+        room = -(-self._pool.free() // self._parts)
+        # Pieces of candidates that have their results already may hold all workers; nothing would come of waiting.
+        idle = not any(not shared.answered for shared in self._shared.values())
+        return max(int(idle and bool(self._shared)), room)
 
     def submit(self, candidate: Candidate) -> None:
         course = self._course(candidate)

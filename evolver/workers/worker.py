@@ -34,6 +34,7 @@ from evolver.merging.companions import Companions
 from evolver.merging.export import export
 from evolver.merging.materialise import Materialiser
 from evolver.records import Candidate, Result, Split
+from evolver.records.order import item_order
 from evolver.records.recipe import Expert
 from evolver.storage.references import parts_of
 from evolver.workers.compute import ComputeChoice, choose, is_open, refuse_compute
@@ -275,9 +276,10 @@ class Worker:
         """Score the items block by block, until the last one or until the evaluation may stop early."""
         course, piece = Evaluation(candidate, self.scale, self.block, self.alpha), candidate.question.piece
         items, counts, said = list(candidate.question.known), Scored().counts, list[str]()
+        order = item_order(candidate.question.order, len(self.scale.tasks))
         for start, stop in course.blocks() if piece is None else blocks(*piece, self.block):
-            scored = scorer.score(start, stop)
-            items += scored.items
+            scored = scorer.score_at(set(order[start:stop]))
+            items += [scored.answers[place] for place in order[start:stop]]
             if candidate.split == "report":  # nobody reads the answers of a whole search
                 said += scored.words
             counts = {name: counts[name] + value for name, value in scored.counts.items()}
@@ -287,5 +289,5 @@ class Worker:
             return replace(course.result(items, {}, counts, self.name), said=tuple(said))
         return Result(
             candidate.number, candidate.recipe.id, "ok", items=tuple(items), counts=counts, worker=self.name,
-            stage=candidate.stage, given=piece[0], said=tuple(said),
+            stage=candidate.stage, given=piece[0], said=tuple(said), order=candidate.question.order,
         )  # fmt: skip

@@ -15,7 +15,7 @@ from evolver.config import Config
 from evolver.config.evaluation import EvaluationSettings, TaskEntry
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.base import AskedItem, ItemText, Scored, judge
-from evolver.evaluation.batches import Batches, by_length
+from evolver.evaluation.batches import Batches, PreparedParts, by_length
 from evolver.evaluation.blueprint import ModelFolder
 from evolver.evaluation.data import Row
 from evolver.evaluation.items import Item
@@ -150,7 +150,7 @@ class TextScorer(ABC, Generic[Asked]):
             for q, row, length in zip(questions, whole, self.whole, strict=True)
         ]
         self.pad = model.tokenizer.pad_token_id or 0
-        self._ready: dict[tuple[int, ...], Batches[_Batch]] = {}
+        self._ready: PreparedParts[Batches[_Batch]] = PreparedParts()
 
     @abstractmethod
     def tokenised(self, question: Asked, **options: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from evolver.config.evaluation import DataSet, TaskEntry
 from evolver.errors import BadInput, cause_of, refuse_special
 from evolver.evaluation.base import AskedItem, ItemText, Scored, judge
-from evolver.evaluation.batches import Batches, by_length
+from evolver.evaluation.batches import Batches, PreparedParts, by_length
 from evolver.evaluation.blueprint import ModelFolder
 from evolver.evaluation.data import Row
 from evolver.evaluation.items import Item
@@ -86,7 +86,7 @@ class ImageScorer:
         self.model, self.questions, self._images, self._most, self._seen = model, questions, images, most, seen
         self._processor = _processor(model.folder)
         self._mode = "L" if getattr(model.module.config, "num_channels", 3) == 1 else "RGB"
-        self._ready: dict[tuple[int, ...], Batches[Tensor]] = {}
+        self._ready: PreparedParts[Batches[Tensor]] = PreparedParts()
 
     def score(self, places: Sequence[int]) -> Scored:
         return by_head(self.model, self.questions, places, self._score)

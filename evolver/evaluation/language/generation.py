@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from evolver.config.evaluation import EvaluationSettings
-from evolver.evaluation.batches import Batches, by_length
+from evolver.evaluation.batches import Batches, PreparedParts, by_length
 from evolver.evaluation.language.tokens import Manner, Prompt, Tokens
 from evolver.evaluation.live import LiveModel
 
@@ -63,7 +63,7 @@ class Generations:
     def __init__(self, model: LiveModel, lm: Tokens, settings: EvaluationSettings, seed: int) -> None:
         self._model, self._lm, self._seed = model, lm, seed
         self._budget, self._most = settings.batch_tokens, settings.batch_size
-        self._ready: dict[tuple[int, ...], list[Batches[_Batch]]] = {}
+        self._ready: PreparedParts[list[Batches[_Batch]]] = PreparedParts()
 
     def __call__(self, prompts: Mapping[int, Prompt]) -> WrittenText:
         """The answers to every prompt.

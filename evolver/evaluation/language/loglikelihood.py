@@ -13,7 +13,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from evolver.evaluation.batches import Batches, by_length
+from evolver.evaluation.batches import Batches, PreparedParts, by_length
 
 TokenIds = tuple[int, ...]
 Likelihood = tuple[float, bool]
@@ -102,7 +102,7 @@ class LogLikelihoods(Generic[BatchType]):
 
     def __init__(self, forward: Forward[BatchType], batch_tokens: int, batch_size: int | None) -> None:
         self._forward, self._budget, self._most = forward, batch_tokens, batch_size
-        self._ready: dict[tuple[int, ...], tuple[list[Row], Batches[BatchType], set[int]]] = {}
+        self._ready: PreparedParts[tuple[list[Row], Batches[BatchType], set[int]]] = PreparedParts()
 
     def __call__(self, groups: Mapping[int, Group]) -> Likelihoods:
         """The answers of every group, in the order of its requests.

@@ -12,6 +12,7 @@ from typing import cast
 from evolver.evaluation.scores.racing import Race
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, ItemAnswer, Result
+from evolver.records.order import reordered, restored
 
 
 def blocks(start: int, stop: int, size: int) -> list[tuple[int, int]]:
@@ -36,9 +37,10 @@ class Evaluation:
     """
 
     def __init__(self, candidate: Candidate, scale: Scale, block: int, alpha: float | None) -> None:
-        self.candidate, self._scale, self._block = candidate, scale, block
-        rival = candidate.question.rival
-        self._race = Race(scale, cast(Sequence[float], rival), alpha) if alpha and rival else None
+        self.candidate, self._block = candidate, block
+        self._scale = scale.reordered(candidate.question.order)
+        rival = reordered(candidate.question.rival, candidate.question.order)
+        self._race = Race(self._scale, cast(Sequence[float], rival), alpha) if alpha and rival else None
         self.raced = False
 
     def blocks(self) -> list[tuple[int, int]]:
@@ -54,7 +56,7 @@ class Evaluation:
         candidate.
 
         Args:
-            items: the answers to the first items, up to the end of a block.
+            items: the answers to the first items in the order that is asked for, up to the end of a block.
         """
         bar = self.candidate.question.bar
         if bar is not None and self._scale.bound(items) <= bar:
@@ -78,10 +80,12 @@ class Evaluation:
         complete = len(items) == len(self._scale.tasks)
         score = self._scale.score(items) if complete else None
         bound = score if complete else self._scale.bound(items)
+        order = candidate.question.order
         if self.raced and bar is not None and bound is not None:
             bound = min(bound, bar)  # what the race says, which is wrong at most at the run's error rate
         return Result(
-            candidate.number, candidate.recipe.id, "ok", score, bound, complete, tuple(items),
+            candidate.number, candidate.recipe.id, "ok", score, bound, complete,
+            restored(items, order) if complete else tuple(items),
             self._scale.of_tasks(items), seconds, counts, worker=worker, stage=candidate.stage,
-            raced=self.raced, given=len(candidate.question.known),
+            raced=self.raced, given=len(candidate.question.known), order=order,
         )  # fmt: skip

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import cast
 
+import numpy as np
+
 from evolver.errors import BadInput
+from evolver.evaluation.scores.difference import Predictor, estimate_at, predictor_of
 from evolver.evaluation.scores.irt import EstimateKind, ItemModel, fit_items
+from evolver.evaluation.scores.racing import shares
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import ItemAnswer, Result
+from evolver.records.order import OWN, item_order
 
 # An item model is fitted iteratively, so later digits of an estimate may differ between processors. They are cut off.
 DIGITS = 6
@@ -26,7 +32,6 @@ class Estimates:
     def __init__(self, scale: Scale, block: int) -> None:
         self.scale, self.block = scale, block
         self._complete: dict[str, Result] = {}
-        self._model: ItemModel | None = None
 
     @property
     def items(self) -> int:
@@ -48,32 +53,51 @@ class Estimates:
         """Add a model that has answered all items. Other results are ignored."""
         if result.complete and result.recipe_id not in self._complete:
             self._complete[result.recipe_id] = result
-            self._model = None
+            for fitted in ("_known", "_item_model", "_predictor"):
+                self.__dict__.pop(fitted, None)
 
     def known(self, recipe_id: str) -> Result | None:
         """The complete result of a recipe, if ``learn`` was given one; else None."""
         return self._complete.get(recipe_id)
 
-    def estimate(self, kind: str, items: Sequence[ItemAnswer]) -> float:
-        """Estimate the score of all items from the answers to the first ones.
+    def estimate(self, kind: str, items: Sequence[ItemAnswer], order: str = OWN) -> float:
+        """Estimate the score of all items from the answers to the first ones in an order.
 
         Args:
-            kind: ``mean`` is the score over the items that were answered, and over their tasks only. For ``p-irt`` and
-                ``gp-irt`` see ``evolver.evaluation.scores.irt``; as long as no model has answered all items, they give
-                the mean.
+            kind: ``mean`` is the score over the items that were answered, and over their tasks only. For ``difference``
+                see ``evolver.evaluation.scores.difference``, and for ``p-irt`` and ``gp-irt``
+                ``evolver.evaluation.scores.irt``; as long as no model has answered all items, they give the mean.
             items: the answers to the first items.
+            order: the name of the order.
         """
         if kind == "mean" or not self._complete:
-            return self._mean(items)
-        if self._model is None:
-            # Sorted by id, as the order in which results arrived would otherwise change the rounding of sums.
-            self._model = fit_items(
-                [cast(Sequence[float], self._complete[i].items) for i in sorted(self._complete)], self.items
-            )
-        return round(self._model.estimate(cast(Sequence[float], items), self.scale, cast(EstimateKind, kind)), DIGITS)
+            return self._mean(items, self.scale.reordered(order))
+        answers = cast(Sequence[float], items)
+        if kind == "difference":
+            places = np.asarray(item_order(order, self.items)[: len(items)])
+            found = estimate_at(self._predictor, shares(self.scale), places, np.asarray([answers], dtype=np.float64))
+            return round(float(found.value[0]), DIGITS)
+        model = self._item_model.reordered(item_order(order, self.items))
+        return round(model.estimate(answers, self.scale.reordered(order), cast(EstimateKind, kind)), DIGITS)
 
-    def _mean(self, items: Sequence[ItemAnswer]) -> float:
-        found = self.scale.of_tasks(items)
+    @cached_property
+    def _known(self) -> list[Sequence[float]]:
+        """The answers of the models that have answered all items.
+
+        Sorted by id, as the order in which results arrived would otherwise change the rounding of sums.
+        """
+        return [cast(Sequence[float], self._complete[i].items) for i in sorted(self._complete)]
+
+    @cached_property
+    def _item_model(self) -> ItemModel:
+        return fit_items(self._known, self.items)
+
+    @cached_property
+    def _predictor(self) -> Predictor:
+        return predictor_of(self.scale, np.asarray(self._known, dtype=np.float64))
+
+    def _mean(self, items: Sequence[ItemAnswer], scale: Scale) -> float:
+        found = scale.of_tasks(items)
         total = math.fsum(self.scale.weights[task] for task in found)
         return math.fsum(self.scale.weights[task] * value for task, value in found.items()) / total
 

@@ -48,12 +48,17 @@ class ItemModel:
     difficulty: Numbers
     answers: Numbers
 
+    def reordered(self, order: Sequence[int]) -> ItemModel:
+        """The same model of the items in another order, given by their places, (N)."""
+        at = np.asarray(order)
+        return ItemModel(self.discrimination[at], self.difficulty[at], self.answers[:, at])
+
     def ability(self, items: Sequence[float], mean: float = 0.0, spread: float = 1.0) -> float:
         """The most probable ability given the answers to the first items, under the prior N(mean, spread²).
 
         Raises ValueError for an answer outside [0, 1], and for more answers than there are items.
         """
-        return float(self._abilities(_row(items, len(self.difficulty))[None, : len(items)], mean, spread)[0])
+        return float(self.abilities(_row(items, len(self.difficulty))[None, : len(items)], mean, spread)[0])
 
     def estimate(
         self, items: Sequence[float], scale: Scale, kind: EstimateKind = "p-irt", experts: Sequence[float] = ()
@@ -101,7 +106,7 @@ class ItemModel:
             seen: the number of items that were answered.
             scale: how items make up the score.
         """
-        known = self._abilities(self.answers[:, :seen], 0.0, 1.0)
+        known = self.abilities(self.answers[:, :seen])
         expected = scipy.special.expit(np.outer(known, self.discrimination) - self.difficulty)
         for places in map(np.array, scale.places.values()):
             first, rest = places[places < seen], places[places >= seen]
@@ -109,7 +114,7 @@ class ItemModel:
                 share = _share(self.answers[:, places], self.answers[:, rest], expected[:, rest], len(first))
                 filled[rest] = share * filled[first].mean() + (1 - share) * filled[rest]
 
-    def _abilities(self, answers: Numbers, mean: float, spread: float) -> Numbers:
+    def abilities(self, answers: Numbers, mean: float = 0.0, spread: float = 1.0) -> Numbers:
         """The abilities of M models from their answers to the first n items, (M, n) to (M).
 
         The derivative of the log posterior decreases with the ability, so bisection finds the ability at which it is 0.

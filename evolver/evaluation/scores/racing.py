@@ -32,10 +32,13 @@ The forecast makes the test powerful. It is a control variate, as in the regress
 varies only by the part of a_i that b_i does not predict. If the two models differ on a share q of the items, one half
 of them in each direction, the variance is q * (1 - q), while that of the plain differences is q.
 
-Assumptions: the order is uniformly random and independent of the answers of both models. A run draws the order once and
-uses it in every race. The errors of several races therefore depend on each other, and the error rate of each race holds
-over the draw of the order. If the order has influenced which models race against each other, the error rate holds only
-approximately. That is the case where the incumbent has won earlier races in the same order.
+Assumptions: the order is uniformly random and independent of the answers of both models. So every race has an order of
+its own (``evolver.records.order``), drawn by a hash of the run's seed and the candidate's number: nothing that happened
+before, such as which incumbent has won earlier races, depends on it. The error rate of each race holds whatever came
+before it, and at most a share alpha of the better candidates is expected to be rejected. With ``evaluation.subset:
+fixed``, all races go along the run's one order. Then the rate is promised only for races between models on whose choice
+that order had no influence, and an incumbent that was chosen by its first items breaks it
+(results/benchmarks/selection.md).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from evolver.evaluation.scores.metrics import Metric
 from evolver.records import ItemAnswer
+from evolver.records.order import OWN, reordered
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,12 @@ class Scale:
     def joined(self, other: Scale) -> Scale:
         """The scale of these items and then those of another scale of the same tasks; weights and metrics are ours."""
         return Scale((*self.tasks, *other.tasks), self.weights, self.metrics, (*self.right, *other.right))
+
+    def reordered(self, order: str) -> Scale:
+        """The same scale for answers in the order of this name (see ``evolver.records.order``)."""
+        if order == OWN:
+            return self
+        return replace(self, tasks=reordered(self.tasks, order), right=reordered(self.right, order))
 
     def of_tasks(self, items: Sequence[ItemAnswer]) -> dict[str, float]:
         """The metric of every task over the items scored so far. Tasks without a scored item are left out."""

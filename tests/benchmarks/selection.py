@@ -1,0 +1,184 @@
+"""Rules for choosing among merges, compared on the published tables of answers: writes results/benchmarks/selection.md.
+
+``python tests/benchmarks/selection.py`` (make benchmark-selection). Nothing is scored anew: every rule is played on the
+answers in ``results/tables``. ``rules.py`` beside it holds the rules.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+# Many small products: threads would only wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from rules import Draw, Picked, World, adaptive_search, all_models, estimated, finalists, halved, raced  # noqa: E402
+from simulated import simulated  # noqa: E402
+from unbiased import bias_table, coverage_table, predictors_table, races_table  # noqa: E402
+
+from evolver.report.text import markdown_table  # noqa: E402
+
+TABLES, PAGE = ROOT / "results" / "tables", ROOT / "results" / "benchmarks" / "selection.md"
+CANDIDATES, FEWEST = 100, 20
+SLOW, SELDOM = ("racing", "halving", "p-irt", "difference"), 10
+Rule = Callable[[Draw], Picked]
+# What the page recommends as the default: items a task for all, finalists, items a task more for these.
+DEFAULT, LARGE = (25, 6, 75), (25, 6, 275)
+
+
+def rules(most: int) -> dict[str, Rule]:
+    """The rules by name; no rule scores more than ``most`` items of a task."""
+    found: dict[str, Rule] = {}
+    for n in (10, 25, 50, 100, 200, 500, 1000):
+        if n <= most:
+            found[f"all, {n} a task"] = lambda d, n=n: all_models(d, n)
+    for first, count, more in (
+        (10, 6, 40), (10, 6, 90), (10, 12, 90), (25, 3, 75), DEFAULT, (25, 6, 175), LARGE, (25, 6, 475), (25, 12, 75),
+        (25, 12, 175), (50, 6, 50), (50, 6, 150), (50, 6, 450), (50, 12, 450),
+    ):  # fmt: skip
+        if first + more <= most:
+            for alone in (False, True):
+                name = (
+                    f"{first} a task, then {more} more for the best {count}, by {'select' if alone else 'dev + select'}"
+                )
+                found[name] = lambda d, f=first, c=count, m=more, a=alone: finalists(d, f, c, m, a)
+    for full in (100, min(500, most)):
+        for alpha in (0.05, 0.2):
+            found[f"racing at {alpha:.0%}, {full} a task, one order"] = lambda d, f=full, a=alpha: raced(d, f, a, False)
+            found[f"racing at {alpha:.0%}, {full} a task, fresh orders"] = lambda d, f=full, a=alpha: raced(
+                d, f, a, True
+            )
+        for kind in ("mean", "p-irt", "difference"):
+            found[f"halving from 25 to {full} a task, {kind}"] = lambda d, f=full, k=kind: halved(d, 25, f, k)
+            for n in (25, 50):
+                if kind != "mean":
+                    found[f"{kind}, {n} of {full} a task"] = lambda d, f=full, k=kind, n=n: estimated(d, n, f, k)
+    return found
+
+
+def main() -> None:
+    """Play all rules on all tables and write the page."""
+    given = argparse.ArgumentParser(description=__doc__)
+    given.add_argument("--resamplings", type=int, default=1000)
+    given.add_argument("--tables", type=Path, default=TABLES)
+    given.add_argument("--out", type=Path, default=PAGE)
+    asked = given.parse_args()
+    parts = []
+    for folder in sorted(p for p in asked.tables.iterdir() if (p / "models.parquet").exists()):
+        parts.append(section(World.read(folder), asked.resamplings))
+    parts.append(section(simulated(), asked.resamplings))
+    parts.append("## Races whose incumbents were chosen along the same order\n\n" + races_table(asked.resamplings))
+    asked.out.write_text("\n\n".join([INTRODUCTION, *parts]) + "\n")
+
+
+def section(worlds: Sequence[World], resamplings: int) -> str:
+    """What a table says of all rules."""
+    world = worlds[0]
+    said = [f"## {world.name}", world.said()]
+    for name, pool in world.pools().items():
+        count = min(CANDIDATES, len(pool) * 2 // 3)
+        if count >= FEWEST:
+            found = played(worlds, name, count, rules(world.most), resamplings)
+            said += [f"### {count} of {len(pool)} {name}", figures(found), goals(found)]
+    said += ["### Fixed or rotating dev items", rotation(worlds, resamplings)]
+    said += ["### The estimate: predictions", predictors_table(world, resamplings)]
+    said += ["### The estimate: bias and intervals", bias_table(world, 10 * resamplings)]
+    said.append(coverage_table(world, resamplings))
+    return "\n\n".join(said)
+
+
+def played(
+    worlds: Sequence[World], pool: str, count: int, asked: Mapping[str, Rule], resamplings: int
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """For each rule and resampling: regret, right decisions, items and optimism, (resamplings, 4).
+
+    Rules that take long are played in one of ``SELDOM`` resamplings only.
+    """
+    found: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in asked}
+    for r in range(resamplings):
+        world = worlds[r % len(worlds)]
+        draw = world.draw(world.pools()[pool], count, np.random.default_rng([r, 22]))
+        for name, rule in asked.items():
+            if not name.startswith(SLOW) or r % (SELDOM * len(worlds)) < len(worlds):
+                found[name].append(draw.judge(rule(draw)))
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def figures(found: Mapping[str, np.ndarray]) -> str:
+    """One row for each rule."""
+    rows = []
+    for name, values in found.items():
+        regret, right, items, optimism = values.mean(0)
+        error = values[:, 0].std() / np.sqrt(len(values))
+        rows.append([
+            name, f"{items:,.0f}", f"{100 * regret:.2f} ± {196 * error:.2f}", f"{100 * right:.1f} %",
+            f"{100 * optimism:.2f}", str(len(values)),
+        ])  # fmt: skip
+    return markdown_table(["rule", "items", "regret", "right decisions", "optimism", "resamplings"], rows)
+
+
+def goals(found: Mapping[str, np.ndarray]) -> str:
+    """Whether the goals of the page are reached."""
+    rows = []
+    for goal, against, (first, count, more), factor in (
+        ("regret of 100 a task for all", "all, 100 a task", DEFAULT, 3),
+        ("regret of 500 a task for all", "all, 500 a task", LARGE, 5),
+    ):
+        for way in ("dev + select", "select"):
+            name = f"{first} a task, then {more} more for the best {count}, by {way}"
+            if name not in found or against not in found:
+                continue
+            mine, theirs = found[name], found[against]
+            gap = 100 * (mine[:, 0] - theirs[:, 0])
+            fewer = theirs[:, 2].mean() / mine[:, 2].mean()
+            reach = 1.96 * gap.std() / np.sqrt(len(gap))
+            met = "yes" if fewer >= factor and gap.mean() <= max(reach, 0.1) else "no"
+            rows.append([
+                goal, name, f"{gap.mean():+.2f} ± {reach:.2f}", f"{fewer:.1f}× fewer items (goal {factor}×)",
+                f"{100 * mine[:, 3].mean():.2f} (goal ≤ 0.5)", met,
+            ])  # fmt: skip
+    return markdown_table(["goal", "rule", "regret minus that of the goal", "items", "optimism", "reached"], rows)
+
+
+def rotation(worlds: Sequence[World], resamplings: int) -> str:
+    """Adaptive searches on the table, on fixed and on rotating dev items."""
+    rows, world = [], worlds[0]
+    generations = min(10, len(world.free) // 15)
+    for n in (5, 10, 25, 40):
+        if generations * n + 75 > world.most:
+            continue
+        for way in ("fixed", "rotate"):
+            for final in (0, 75):
+                found = np.array([
+                    adaptive_search(
+                        worlds[r % len(worlds)], n, way == "rotate", final, np.random.default_rng([r, 7]), generations
+                    )
+                    for r in range(resamplings)
+                ])  # fmt: skip
+                regret, items, optimism = found.mean(0)
+                reach = 196 * found[:, 0].std() / np.sqrt(len(found))
+                rows.append([
+                    f"{n} a task, {way}", f"best six on {final} more" if final else "best on dev", f"{items:,.0f}",
+                    f"{100 * regret:.2f} ± {reach:.2f}", f"{100 * optimism:.2f}",
+                ])  # fmt: skip
+    return ROTATION + "\n\n" + markdown_table(["dev items", "winner", "items", "regret", "optimism"], rows)
+
+
+INTRODUCTION = (Path(__file__).parent / "selection.txt").read_text().strip()
+ROTATION = """\
+An adaptive search is played on the table: ten models at random, then in each further generation the ten unscored models
+whose coefficients are nearest to the best three so far. *fixed*: all generations are scored on the same items;
+*rotate*: each generation on items of its own. The regret is that to the oracle of all models of the table."""
+
+
+if __name__ == "__main__":
+    main()
