@@ -48,6 +48,11 @@ def resume(
     folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
     candidates: Annotated[int | None, typer.Option(min=1, help="new budget: candidates in all")] = None,
     items: Annotated[int | None, typer.Option(min=1, help="new budget: scored items in all")] = None,
+    minutes: Annotated[float | None, typer.Option(help="new budget: minutes of searching in all")] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="new budget: candidates in a row without an improvement")
+    ] = None,
+    target: Annotated[float | None, typer.Option(help="new budget: dev score to be reached")] = None,
     retry_failed: RetryFailed = False,
 ) -> None:
     """Continue a run from its folder, with a new budget if you give one."""
@@ -56,7 +61,8 @@ def resume(
     from evolver.storage import storage_at
 
     place, _, name = folder.rstrip("/").rpartition("/")
-    config = config_of_run(storage_at(folder), candidates, items)
+    limits = {"minutes": minutes, "patience": patience, "target": target}
+    config = config_of_run(storage_at(folder), candidates=candidates, items=items, **limits)
     refuse_early(config)
     from cluster.job import drive  # it brings torch
 

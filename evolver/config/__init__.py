@@ -19,7 +19,7 @@ from evolver.errors import nearest
 
 
 class Budget(Section):
-    """When the search ends: after a number of candidates, or of scored items. You may raise it later."""
+    """When the search ends: as soon as the first of these limits is reached. You may raise them later."""
 
     candidates: int | None = Field(
         None, ge=1, le=10**12, description="number of candidates that the search may propose"
@@ -28,10 +28,39 @@ class Budget(Section):
         None, ge=1, le=10**12, description="number of items that the search may score; known results cost nothing"
     )
 
+    minutes: float | None = Field(
+        None,
+        gt=0,
+        le=1e7,
+        description="minutes that the search may take, in all calls of the run together; candidates that are in "
+        "evaluation then are finished. Unlike the other limits it gives another run on a faster machine",
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        le=10**12,
+        description="number of candidates in a row without an improvement of the best dev score; stopped and failed "
+        "candidates count",
+    )
+    target: float | None = Field(
+        None, ge=-1e12, le=1e12, description="dev score to be reached, as the terminal prints scores, such as 0.85"
+    )
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits that are set, by key."""
+        found: dict[str, float] = self.model_dump(exclude_none=True)
+        return found
+
     @model_validator(mode="after")
     def _one_of(self) -> Budget:
-        if self.candidates is None and self.items is None:
-            raise ValueError("the budget has no limit; give candidates or items")
+        if not self.limits:
+            raise ValueError("the budget has no limit; give candidates, items, minutes or patience")
+        if list(self.limits) == ["target"]:
+            raise ValueError(
+                "the target may never be reached, and the budget has no other limit; also give candidates, items, "
+                "minutes or patience"
+            )
         return self
 
 
@@ -151,7 +180,7 @@ class Config(Section):
         "hub id"
     )
     search: dict[str, Any] = Field(description="mapping with algorithm and the settings of this algorithm")
-    budget: Budget = Field(description="number of candidates or of scored items")
+    budget: Budget = Field(description="when the search ends")
     evaluation: EvaluationSettings = Field(description="tasks and how candidates are scored on them")
     baselines: Baselines = Baselines()
     finalists: FinalistSettings = FinalistSettings()

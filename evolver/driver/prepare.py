@@ -10,7 +10,7 @@ from typing import Any
 
 from evolver.checkpoints.doubts import refuse_strangers, suspicions
 from evolver.checkpoints.weights import Checkpoint
-from evolver.config import Config
+from evolver.config import Budget, Config
 from evolver.config.changes import FREE_KEYS, computing, default_at, keeping_base_chat, renamed, without_select
 from evolver.config.reading import ConfigText, load
 from evolver.driver.early import chosen_search, named_search
@@ -19,6 +19,7 @@ from evolver.evaluation.blueprint import Blueprint, ModelFolder
 from evolver.evaluation.fused import refuse_experts
 from evolver.evaluation.rounding import refuse_stacks
 from evolver.evaluation.scores.estimates import Estimates, first_unjudged
+from evolver.evaluation.scores.scoring import Scale
 from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.loggers import check_loggers
 from evolver.merging.companions import Companions
@@ -92,6 +93,7 @@ def prepare(
             tasks.check_model(blueprint)
         estimates = Estimates(tasks.scale("dev"), config.evaluation.block_items)
         _refuse_racing(config, algorithm, estimates)
+        _refuse_target(config.budget, estimates.scale)
         if config.evaluation.quantise:
             refuse_stacks({name: info.shape for name, info in opened.base.headers.items()})
         digests = opened.digests() if weights else None
@@ -241,6 +243,17 @@ def _refuse_racing(config: Config, algorithm: str, estimates: Estimates) -> None
         raise BadInput(
             f"evaluation.racing: racing needs a score from 0 to 1 for each item, which the metric of {task} does not "
             "give; leave racing out, or choose another metric."
+        )
+
+
+def _refuse_target(budget: Budget, scale: Scale) -> None:
+    """Raises BadInput for a target that no model can reach."""
+    highest = scale.bound(())
+    if budget.target is not None and budget.target > highest:
+        more = f", such as {budget.target / 100:g} for {budget.target:g} %" if scale.shares else ""
+        raise BadInput(
+            f"budget.target: {budget.target:g} is above the highest score that there is, {highest:g}; write a score as "
+            f"the terminal prints it{more}."
         )
 
 

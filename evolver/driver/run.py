@@ -6,19 +6,19 @@ import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 from evolver.config import Config
 from evolver.config.reading import ConfigText
 from evolver.driver.card import companion_files
 from evolver.driver.check import score_again
 from evolver.driver.prepare import Prepared, as_it_is, in_compute, materials_of, prepare, run_folder, versions
+from evolver.driver.searching import SearchStage
 from evolver.errors import BadInput, file_sentence
 from evolver.ledger import Ledger, write_items
 from evolver.loggers import Tracked, Trackers, build_loggers, tracked
 from evolver.loggers.pace import Pace, Remaining
 from evolver.loggers.terminal import Display
-from evolver.loop import Guesses, evolve
+from evolver.loop import evolve
 from evolver.merging.export import beside_of, export, write_heads
 from evolver.pool import Pool
 from evolver.records import SPLITS, Candidate, Result
@@ -27,12 +27,12 @@ from evolver.report.examples import compared_items, read_texts, write_texts
 from evolver.report.report import write_report
 from evolver.report.verdict import verdict
 from evolver.runs.about import About, Job, write_about
+from evolver.runs.clock import Clock
 from evolver.runs.files import AGREEMENT_FILE, RECIPE_FILE, agreement_of
 from evolver.runs.finals import Finals
 from evolver.runs.folder import RunFolder, compute_of
 from evolver.runs.history import History, read_history
 from evolver.runs.outcome import Outcome
-from evolver.search.ahead import Guessable, ahead
 from evolver.search.plain import Listed
 from evolver.storage import Storage
 from evolver.version import __version__
@@ -143,7 +143,8 @@ def _stages(
 ) -> Outcome:  # fmt: skip
     """Baselines and search on the dev items, the finals on the select items, and the winner on the report items."""
     plain = Listed(_baselines(prepared), "baseline")
-    pace = _pace(prepared, plain.total)
+    clock = Clock(folder.storage)
+    pace = _pace(prepared, plain.total, clock)
 
     def watch(candidate: Candidate, result: Result) -> None:
         pace.result(result)
@@ -155,7 +156,7 @@ def _stages(
     for result in plain.results.values():
         prepared.estimates.learn(result)
     display.stage("search", prepared.search.total)
-    evolve(prepared.search, pool, ledger, watch, _guesses(prepared))
+    SearchStage(prepared, folder.storage, ledger, pool, display).search(watch, clock)
     pool.close()  # its resources are the next one's
     for final in (_select, _report):
         if (listed := final(prepared, _finals(read_history(folder.storage)))) is not None:
@@ -168,26 +169,19 @@ def _stages(
     return outcome
 
 
-def _pace(prepared: Prepared, baselines: int) -> Pace:
+def _pace(prepared: Prepared, baselines: int, clock: Clock) -> Pace:
     """What lies ahead of a run; at its end the exported winner is scored on the dev items once more."""
     dev, select, report = (len(prepared.tasks.items.of(split)) for split in SPLITS)
     fixed = len(prepared.experts) + len(("average", "task_arithmetic"))
+    budget = prepared.config.budget
     stages = {
         "baseline": Remaining(baselines, dev),
-        "search": Remaining(prepared.search.total, dev, prepared.config.budget.items),
+        "search": Remaining(prepared.search.total, dev, budget.items, time_left=lambda: clock.left(budget.minutes)),
         "select": Remaining(fixed + prepared.config.finalists.count if select else 0, select, builds=True),
         "report": Remaining(fixed + len(("base", "winner")), report, builds=True),
         "check": Remaining(1, dev, builds=True),
     }
     return Pace(stages, prepared.config.pool.num_workers)
-
-
-def _guesses(prepared: Prepared) -> Guesses | None:
-    """What is scored ahead by workers that would be idle."""
-    search, config = prepared.search, prepared.config
-    if not (config.pool.ahead and config.order == "exact" and isinstance(search, Guessable)):
-        return None
-    return partial(ahead, search)
 
 
 def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Display, device: str) -> None:

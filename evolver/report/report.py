@@ -24,6 +24,7 @@ from evolver.report.finals import finals_section
 from evolver.report.html import html_page
 from evolver.report.text import (
     as_served,
+    budget_in_words,
     cost_rows,
     escaped,
     markdown_table,
@@ -82,15 +83,20 @@ def _question(outcome: Outcome) -> str:
     config, dev = outcome.config, len(outcome.scales["dev"].tasks)
     heavy = {t.task: f", weight {t.weight:g}" if t.weight != 1 else "" for t in config.evaluation.tasks}
     tasks = _listed([f"{escaped(t.task)} ({escaped(t.metric)}{heavy[t.task]})" for t in config.evaluation.tasks])
-    limits = _listed([f"{n} {what}" for what, n in config.budget.model_dump(exclude_none=True).items()])
     settings = {key: value for key, value in config.search.items() if key != "algorithm"}
     said = yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=math.inf).strip()[1:-1]
     search = f"`{config.search['algorithm']}`" + (f" ({said})" if settings else "")
     return (
         f"Is there a merge of {_listed(list(config.experts))}, fine-tunes of `{config.model.base}`, that is better "
-        f"than the best of them on {tasks}? Searched by {search} within {limits}, on {dev} dev items. "
-        + as_served(config.evaluation)
+        f"than the best of them on {tasks}? Searched by {search} within {budget_in_words(config.budget)}, on {dev} dev "
+        f"items. {_ended(outcome)}" + as_served(config.evaluation)
     ).strip()
+
+
+def _ended(outcome: Outcome) -> str:
+    """What ended the search, where that is recorded."""
+    ended = outcome.about.ended
+    return f"The search ended because {ended.why}. " if ended else ""
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -108,6 +114,7 @@ def summary(outcome: Outcome) -> dict[str, Any]:
     return {
         "run": outcome.config.run,
         "budget": outcome.config.budget.model_dump(),
+        "ended": outcome.about.ended.reason if outcome.about.ended else None,
         "verdict": verdict(outcome),
         "winner": {"candidate": outcome.winning.number, "recipe": outcome.winner.recipe.id,
                    "dev": dev.score, "report": report.score},

@@ -13,6 +13,7 @@ from evolver.errors import BadInput, cause_of
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import SPLITS, Split
 from evolver.records.canonical import content_hash
+from evolver.runs.ended import Ended, read_ended
 from evolver.runs.files import ABOUT_FILE, CONFIG_REMEDY, IDENTITY_FILE, RUN_FILE, holds_a_run, mapping_of, no_run
 from evolver.runs.folder import config_of_run
 from evolver.storage import Storage
@@ -46,6 +47,7 @@ class About:
         warnings: the warnings that were printed before the run began.
         job: the Ray job that drove it last; None: a process drove it.
         owner: the name of the run's identity.
+        ended: why the search has ended within the configuration's budget, where that is recorded.
     """
 
     config: Config
@@ -54,6 +56,7 @@ class About:
     warnings: tuple[str, ...] = ()
     job: Job | None = None
     owner: str | None = None
+    ended: Ended | None = None
 
 
 def write_about(folder: Storage, about: About) -> None:
@@ -91,7 +94,8 @@ def read_about(folder: Storage) -> About:
     _refuse_files_of_another_run(folder, config, form)
     name = folder.location.rstrip("/").rpartition("/")[2]  # a run may have been called by another name than its file's
     config = config.model_copy(update={"run": name})
-    return About(computing(config, compute), scales, versions, warnings, job, form.get("owner"))
+    ended = read_ended(folder, config.budget)
+    return About(computing(config, compute), scales, versions, warnings, job, form.get("owner"), ended)
 
 
 def runs_in(root: Storage) -> list[str]:

@@ -86,6 +86,7 @@ function facts(s) {
   const pairs = [["state", state(s.state)], ["best dev", number(s.best)], ["best expert", number(s.expert)],
     ["candidates", spent(s.spent[0], s.budget[0])], ["items", spent(s.spent[1], s.budget[1])], ["failed", `${s.failed}`],
     ["last result", age(s.age)], ["run by", s.holder || "nobody"]];
+  if (s.ended) pairs.push(["search ended, as", s.ended]);
   return el("dl", { class: "facts" }, pairs.map(([k, v]) => el("div", {}, el("dt", {}, k), el("dd", {}, v))));
 }
 
