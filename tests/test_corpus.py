@@ -93,7 +93,7 @@ def test_the_spread_is_that_of_lm_evals_bootstrap(name, monkeypatch, capsys):
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
     asked = pairs(11, 50)
     wanted = theirs.bootstrap_stderr(AGGREGATIONS[name], asked, 300)
-    (drawn,) = comparison._resampled([answers_to(name, asked)], scale_of(name, 50), seed=1)
+    (drawn,) = comparison.resampled([answers_to(name, asked)], scale_of(name, 50), seed=1)
     assert 100 * drawn.std() == pytest.approx(wanted, rel=0.15)  # 300 draws know it within 8 % two times in three
     low, high = interval(answers_to(name, asked), scale_of(name, 50), seed=1)
     assert 100 * (high - low) == pytest.approx(2 * 1.96 * wanted, rel=0.2)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from evolver.config.constraints import BASE, BEST_EXPERT, Constraint
 from evolver.config.evaluation import EvaluationSettings
 from evolver.config.model import CLASSIFIER_KINDS, LANGUAGE_KINDS, ModelSettings
 from evolver.config.section import NAME, Section
@@ -182,6 +183,10 @@ class Config(Section):
     search: dict[str, Any] = Field(description="mapping with algorithm and the settings of this algorithm")
     budget: Budget = Field(description="when the search ends")
     evaluation: EvaluationSettings = Field(description="tasks and how candidates are scored on them")
+    constraints: list[Constraint] = Field(
+        default_factory=list,
+        description="what every merge must keep; the winner keeps all of it, or the report says that no candidate does",
+    )
     baselines: Baselines = Baselines()
     finalists: FinalistSettings = FinalistSettings()
     statistics: StatisticsSettings = StatisticsSettings()
@@ -231,6 +236,32 @@ class Config(Section):
             if key == "tokenizer" and said not in ("union", "base") and not said.startswith("expert"):
                 words = ["union", "base", *(f"expert {n}" for n in self.experts)]
                 raise ValueError(f"model.tokenizer: {said!r} is not usable; {nearest(said, words)}")
+        return self
+
+    @model_validator(mode="after")
+    def _constraints_of_tasks(self) -> Config:
+        known, models = [t.task for t in self.evaluation.tasks], [BASE, BEST_EXPERT, *self.experts]
+        for number, constraint in enumerate(self.constraints):
+            if constraint.task is not None and constraint.task not in known:
+                raise ValueError(
+                    f"constraints[{number}].task: there is no task {constraint.task!r}; "
+                    f"{nearest(constraint.task, known)}"
+                )
+            if constraint.against not in models:
+                raise ValueError(
+                    f"constraints[{number}].against: there is no model {constraint.against!r}; "
+                    f"{nearest(constraint.against, models)}"
+                )
+            if constraint.kl is not None and self.model.kind != "causal-lm":
+                raise ValueError(
+                    f"constraints[{number}].kl: a model of kind {self.model.kind} does not predict the next token of "
+                    "a text; leave this constraint out"
+                )
+            if constraint.kl is not None and self.evaluation.backend != "resident":
+                raise ValueError(
+                    f"constraints[{number}].kl: the backend {self.evaluation.backend} tells no probabilities of "
+                    "tokens; leave this constraint out, or write backend: resident"
+                )
         return self
 
     @model_validator(mode="after")

@@ -27,6 +27,7 @@ class Status:
         age: seconds since the last result, by this machine's clock.
         holder: the process that drives it, if there is one.
         ended: why its search has ended, as far as it has.
+        infeasible: candidates that break a constraint; None where a run has none.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Status:
     holder: str = ""
     verdict: str = ""
     ended: str = ""
+    infeasible: int | None = None
 
 
 def status_of(run: Overview, name: str) -> Status:
@@ -68,6 +70,7 @@ def status_of(run: Overview, name: str) -> Status:
         _holder(held, run.about.job),
         verdict,
         run.about.ended.why if run.about.ended else "",
+        int((search.numbers("violation") > 0).sum()) if config.constraints else None,
     )
 
 

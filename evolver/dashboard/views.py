@@ -187,7 +187,8 @@ def leading(search: Rows) -> list[dict[str, Any]]:
     """The candidates with the highest scores."""
     scores = search.numbers("score")
     order = np.argsort(np.where(np.isnan(scores), np.inf, -scores), kind="stable")[:LISTED]
-    rows = search.table.select(["number", "recipe_id", "proposer", "score", "size", "total"]).take(pa.array(order))
+    shown = ["number", "recipe_id", "proposer", "score", "size", "total", "violation"]
+    rows = search.table.select(shown).take(pa.array(order))
     return rows.to_pylist()  # type: ignore[no-any-return]
 
 

@@ -19,6 +19,7 @@ from evolver.evaluation.blueprint import Blueprint, ModelFolder
 from evolver.evaluation.fused import refuse_experts
 from evolver.evaluation.rounding import refuse_stacks
 from evolver.evaluation.scores.estimates import Estimates, first_unjudged
+from evolver.evaluation.scores.feasibility import unprovable
 from evolver.evaluation.scores.scoring import Scale
 from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.loggers import check_loggers
@@ -35,6 +36,7 @@ from evolver.search.optuna_samplers import CoefficientSettings
 from evolver.storage import Storage
 from evolver.threads import too_many
 from evolver.workers.compute import is_open, settled
+from evolver.workers.measures import with_texts
 from evolver.workers.opened import STRICT, Opened, check_device, draw_up, open_models
 from evolver.workers.plan import CHAT, SCORING_PACKAGES, TOKENS, Plan, items_hash
 from evolver.workers.statistics import sample_hash
@@ -84,7 +86,7 @@ def prepare(
     check_loggers(config, file)
     try:
         opened = open_models(config)
-        config = settled(config, opened.base.headers)
+        config = with_texts(settled(config, opened.base.headers))
         if device:
             check_device(config, opened, device)
         tasks = load_tasks(config)
@@ -105,6 +107,7 @@ def prepare(
         warnings += tuple(suspicions(opened.base, opened.experts.values())) if weights else ()
         warnings += tuple(filter(None, [too_many(config.evaluation.threads)]))
         warnings += tuple(_not_stopped(config, algorithm, estimates))
+        warnings += tuple(unprovable(config.constraints, estimates.scale))
         setup = Setup(
             maker.experts, maker.base, config.seed, config.budget, maker, estimates,
             config.evaluation.early_stopping, config.evaluation.racing is not None,
@@ -275,6 +278,8 @@ def _identity(config: Config, search: Mapping[str, Any], plan: Plan, selects: bo
     """
     identity: dict[str, Any] = config.model_dump(mode="json", exclude=set(FREE_KEYS))
     identity["search"] = dict(search)
+    if not config.constraints:  # runs without them are those from before there were any
+        del identity["constraints"]
     del identity["model"]["strict"]  # it may refuse a run, and changes nothing in one
     identity["model"]["base"] = plan.digests["base"]
     # The base's own files are the keys' default: runs that are older than the keys have used them.

@@ -14,11 +14,12 @@ from evolver.driver.check import score_again
 from evolver.driver.prepare import Prepared, as_it_is, in_compute, materials_of, prepare, run_folder, versions
 from evolver.driver.searching import SearchStage
 from evolver.errors import BadInput, file_sentence
+from evolver.evaluation.scores.feasibility import guards
 from evolver.ledger import Ledger, write_items
 from evolver.loggers import Tracked, Trackers, build_loggers, tracked
 from evolver.loggers.pace import Pace, Remaining
 from evolver.loggers.terminal import Display
-from evolver.loop import evolve
+from evolver.loop import Judge, evolve
 from evolver.merging.export import beside_of, export, write_heads
 from evolver.pool import Pool
 from evolver.records import SPLITS, Candidate, Result
@@ -156,7 +157,7 @@ def _stages(
     for result in plain.results.values():
         prepared.estimates.learn(result)
     display.stage("search", prepared.search.total)
-    SearchStage(prepared, folder.storage, ledger, pool, display).search(watch, clock)
+    SearchStage(prepared, folder.storage, ledger, pool, display, _judge(prepared, plain)).search(watch, clock)
     pool.close()  # its resources are the next one's
     for final in (_select, _report):
         if (listed := final(prepared, _finals(read_history(folder.storage)))) is not None:
@@ -167,6 +168,16 @@ def _stages(
     if outcome is None:
         raise RuntimeError("all finalists are scored, but there is no outcome")
     return outcome
+
+
+def _judge(prepared: Prepared, baselines: Listed) -> Judge:
+    """What tells by how much a candidate breaks the run's constraints.
+
+    Raises BadInput where a model that they compare with could not be scored.
+    """
+    config = prepared.config
+    scale, experts = prepared.tasks.scale("dev"), list(config.experts)
+    return guards(config.constraints, scale, baselines.results, experts, config.seed).judged
 
 
 def _pace(prepared: Prepared, baselines: int, clock: Clock) -> Pace:

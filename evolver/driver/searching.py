@@ -9,7 +9,7 @@ from evolver.config import Budget
 from evolver.driver.prepare import Prepared
 from evolver.ledger import Ledger
 from evolver.loggers.terminal import Display
-from evolver.loop import Watch, evolve
+from evolver.loop import Judge, Watch, evolve
 from evolver.pool import Pool
 from evolver.records import Candidate, Result
 from evolver.runs.clock import Clock
@@ -25,6 +25,7 @@ class SearchStage:
 
     Args:
         folder: of the run, where the time of the search and the reason for its end are kept.
+        judge: adds to a result by how much the candidate breaks the run's constraints.
     """
 
     prepared: Prepared
@@ -32,6 +33,7 @@ class SearchStage:
     ledger: Ledger
     pool: Pool
     display: Display
+    judge: Judge
 
     def search(self, watch: Watch, clock: Clock) -> None:
         """Search, or go on with it, until the first limit of the budget is reached."""
@@ -45,7 +47,7 @@ class SearchStage:
                 clock.tick()
             watch(candidate, result)
 
-        evolve(timed, self.pool, self.ledger, watched, self._guesses(timed))
+        evolve(timed, self.pool, self.ledger, watched, self._guesses(timed), self.judge)
         if {result.number for result in self.ledger.results("search")} != recorded:
             clock.write()
         if timed.ended is not None:

@@ -45,6 +45,8 @@ SCHEMA = pa.schema(
         ("said", pa.list_(pa.string())),
         # for metrics that are computed from counts over all items, the counts of each item; else empty
         ("item_counts", pa.list_(pa.list_(pa.float64()))),
+        # by how much a candidate breaks the run's constraints
+        ("violations", pa.map_(pa.string(), pa.float64())),
     ]
 )
 
@@ -55,7 +57,7 @@ DEFAULTS = {f.name: f.default for kind in (Candidate, Result) for f in fields(ki
 
 # The fields of a result that a row holds unchanged, and those that are mappings.
 PLAIN_FIELDS = ("status", "reason", "score", "bound", "complete", "reused", "raced", "transient", "given", "worker")
-MAPS = ("tasks", "seconds", "counts")
+MAPS = ("tasks", "seconds", "counts", "violations")
 
 
 def row_of(candidate: Candidate, result: Result | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from evolver.evaluation.scores.comparison import compare, interval
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Result
 from evolver.records.recipe import Recipe, ancestors, dump_recipe
+from evolver.report.constraints import constraints_section
 from evolver.report.curve import curve
 from evolver.report.examples import examples_section, read_texts
 from evolver.report.finals import finals_section
@@ -64,6 +65,7 @@ def write_report(
         "\n\n".join(f"> Warning: {w}." for w in outcome.about.warnings),
         table_of(outcome),
         finals_section(outcome),
+        constraints_section(outcome),
         _against_others(outcome),
         examples_section(outcome, texts or {}),
         "![best dev score against scored items](curve.png)",
@@ -119,6 +121,7 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "winner": {"candidate": outcome.winning.number, "recipe": outcome.winner.recipe.id,
                    "dev": dev.score, "report": report.score},
         "recommended": outcome.recommended.label,
+        **({"feasible": outcome.finals.winner.dev.feasible} if outcome.config.constraints else {}),
         "report": {f.label: f.report.score for f in outcome.finalists},
         "best_expert": expert.label,
         "against": against,

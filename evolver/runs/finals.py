@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from evolver.config import Config
+from evolver.errors import BadInput
+from evolver.evaluation.scores.feasibility import guards
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Result, Split, Stage
 from evolver.records.recipe import Recipe
@@ -66,8 +68,11 @@ class Finals:
 
     @property
     def ranked(self) -> tuple[Contender, ...]:
-        """The search's candidates, best first; of equals, the one with the higher dev score comes first."""
-        return tuple(sorted(self.searched, key=self.key, reverse=True))
+        """The search's candidates, best first; of equals, the one with the higher dev score comes first.
+
+        If none keeps the constraints, those that break them less come first.
+        """
+        return tuple(sorted(self.searched, key=self.standing, reverse=True))
 
     @property
     def winner(self) -> Contender:
@@ -85,16 +90,17 @@ class Finals:
 
     @property
     def best_plain(self) -> Contender:
-        """The best merge without a search, on dev and select items."""
-        return max(self.plain, key=self.key)
+        """The best merge without a search, on dev and select items; one that breaks a constraint only if all do."""
+        return max(self.plain, key=self.standing)
 
     @property
     def recommended(self) -> Contender:
-        """The winner of the search, unless the best plain merge has a higher score on the select items.
+        """The winner of the search, unless the best plain merge has a higher score on the select items, or breaks
+        the run's constraints less.
 
         On the dev items the two cannot be compared: the winner's score there is the highest of a whole search.
         """
-        ours, theirs = (_score(c.select) for c in (self.winner, self.best_plain))
+        ours, theirs = ((-c.dev.violation, _score(c.select)) for c in (self.winner, self.best_plain))
         return self.best_plain if theirs > ours else self.winner
 
     def score(self, contender: Contender, on: str) -> float | None:
@@ -118,13 +124,18 @@ class Finals:
         score = self.score(contender, on)
         return -math.inf if score is None else score, _score(contender.dev)
 
+    def standing(self, contender: Contender) -> tuple[float, float, float]:
+        """The same among models that may break the run's constraints: who breaks them less comes first."""
+        return -contender.dev.violation, *self.key(contender)
+
 
 def finals(stages: Mapping[Stage, Sequence[Pair]], config: Config, scales: Mapping[Split, Scale]) -> Finals | None:
     """The finals of a run with these results; None before a candidate of the search has a score of all dev items, or
     before every baseline has a result.
     """
     select = {r.recipe_id: r for _, r in stages["select"]} if "select" in scales else {}
-    known = {c.label: (c, r) for c, r in stages["baseline"]}
+    judge = judge_of(stages["baseline"], config, scales)
+    known = {c.label: (c, judge(r)) for c, r in stages["baseline"]}
     first = leaders(stages["search"], config.finalists.count)
     wanted = [*config.experts, "average", *(f"{TUNED}{mass:g}" for mass in config.baselines.masses)]
     if not first or any(label not in known for label in wanted):
@@ -144,13 +155,26 @@ def finals(stages: Mapping[Stage, Sequence[Pair]], config: Config, scales: Mappi
     )
 
 
+def judge_of(
+    baselines: Iterable[Pair], config: Config, scales: Mapping[Split, Scale]
+) -> Callable[[Result], Result]:  # fmt: skip
+    """What adds to a result on the dev items by how much it breaks the run's constraints."""
+    results = {c.label: r for c, r in baselines}
+    try:
+        return guards(config.constraints, scales["dev"], results, list(config.experts), config.seed).judged
+    except BadInput:  # a model that they compare with has no score, so the run cannot have gone on
+        return lambda result: result
+
+
 def leaders(searched: Iterable[Pair], count: int) -> list[Pair]:
     """The candidates with the highest scores of all dev items, best first, the earliest of equals; each model once.
 
-    Candidates that were asked for a part of the items only, or were stopped early, do not count.
+    Candidates that were asked for a part of the items only, or were stopped early, do not count. Those that break a
+    constraint count only if all do; the one that breaks them least is then the first.
     """
     whole = [(c, r) for c, r in searched if c.question.limit is None and r.complete and r.score is not None]
-    whole.sort(key=lambda pair: (-_score(pair[1]), pair[0].number))
+    whole = [(c, r) for c, r in whole if r.feasible] or whole
+    whole.sort(key=lambda pair: (*(-part for part in pair[1].standing), pair[0].number))
     first: dict[str, Pair] = {}
     for candidate, result in whole:
         if len(first) < count:

@@ -42,13 +42,9 @@ class Progress:
     idle: int = 0
     reached: Reason | None = None
 
-    def after(self, result: Result, budget: Budget, accepted: bool = True) -> Progress:
-        """The progress with one more result.
-
-        Args:
-            accepted: whether the candidate keeps the run's constraints, so that its score counts.
-        """
-        score = result.score if result.complete and accepted else None
+    def after(self, result: Result, budget: Budget) -> Progress:
+        """The progress with one more result. The score of a candidate that breaks a constraint does not count."""
+        score = result.score if result.complete and result.feasible else None
         improved = score is not None and score > self.best
         found = replace(
             self, items=self.items + result.cost, idle=0 if improved else self.idle + 1,

@@ -70,6 +70,13 @@ class CMAESSettings(CoefficientSettings):
         description="number of candidates of a generation; default: 4 + 3 ln(dimensions), rounded down",
     )
     sigma: float | None = Field(None, gt=0, le=1000, description="initial step size; default: a sixth of the range")
+    penalty: float = Field(
+        10.0,
+        ge=0,
+        le=1e6,
+        description="what a candidate that breaks constraints loses of its score in the eyes of the search, for each "
+        "unit by which it breaks them",
+    )
 
 
 class NSGA2Settings(CoefficientSettings):
@@ -110,6 +117,8 @@ class Coefficients(Ordered):
 
     def learn(self, candidate: Candidate, result: Result) -> None:
         trial, values = self._trials.pop(candidate.number), self.values(result)
+        for number, violation in sorted(result.violations.items()) if self.constrained else ():
+            trial.set_constraint(number, violation)
         if values is None:
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:
@@ -118,6 +127,11 @@ class Coefficients(Ordered):
     def values(self, result: Result) -> float | Sequence[float] | None:
         """The objective values that the sampler is told of a result; None if the candidate failed."""
         return result.score
+
+    @property
+    def constrained(self) -> bool:
+        """Whether the sampler takes constraints, and is told by how much a candidate breaks each of them."""
+        return True
 
 
 @algorithm("tpe", TPESettings)
@@ -165,7 +179,7 @@ class CMAES(Coefficients):
                     "words; fix it in search.settings, or search with tpe or nsga2."
                 )
         dimensions = len(space.knobs)
-        self.population = settings.population or default_population(dimensions)
+        self.population, self.penalty = settings.population or default_population(dimensions), settings.penalty
         sampler = optuna.samplers.CmaEsSampler(
             seed=setup.seed, popsize=self.population, sigma0=settings.sigma, n_startup_trials=1
         )
@@ -174,6 +188,13 @@ class CMAES(Coefficients):
     def waits_for(self, k: int) -> int:
         # Candidate 0 is the enqueued first point, which belongs to no generation.
         return 0 if k == 0 else 1 + (k - 1) // self.population * self.population
+
+    def values(self, result: Result) -> float | None:
+        return None if result.score is None else result.score - self.penalty * result.violation
+
+    @property
+    def constrained(self) -> bool:
+        return False
 
 
 @algorithm("nsga2", NSGA2Settings)

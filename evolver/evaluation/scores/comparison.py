@@ -45,7 +45,7 @@ def interval(items: Sequence[ItemAnswer], scale: Scale, seed: int) -> tuple[floa
         scale: how items make up the score.
         seed: seed of the resampling.
     """
-    return _middle(_resampled([items], scale, seed)[0])
+    return _middle(resampled([items], scale, seed)[0])
 
 
 def compare(ours: Sequence[ItemAnswer], theirs: Sequence[ItemAnswer], scale: Scale, seed: int) -> Comparison:
@@ -62,7 +62,7 @@ def compare(ours: Sequence[ItemAnswer], theirs: Sequence[ItemAnswer], scale: Sca
         scale: how items make up the score.
         seed: seed of the resampling.
     """
-    mine, other = _resampled([ours, theirs], scale, seed)
+    mine, other = resampled([ours, theirs], scale, seed)
     difference = scale.score(ours) - scale.score(theirs)
     if all(m.judged for m in scale.metrics.values()):
         share = np.empty(len(scale.tasks))
@@ -75,8 +75,11 @@ def compare(ours: Sequence[ItemAnswer], theirs: Sequence[ItemAnswer], scale: Sca
     return Comparison(difference, *_middle(mine - other), p)
 
 
-def _resampled(models: Sequence[Sequence[ItemAnswer]], scale: Scale, seed: int) -> list[Numbers]:
-    """The scores of every model on the same RESAMPLES resamples of the items, (RESAMPLES) for each model."""
+def resampled(models: Sequence[Sequence[ItemAnswer]], scale: Scale, seed: int) -> list[Numbers]:
+    """The scores of every model on the same RESAMPLES resamples of the items, (RESAMPLES) for each model.
+
+    Items are resampled within each task.
+    """
     rng, totals = np.random.default_rng(seed), [np.zeros(RESAMPLES) for _ in models]
     for task, places in scale.places.items():
         metric, weight = scale.metrics[task], _weight(scale, task)
