@@ -29,7 +29,7 @@ from evolver.dashboard.status import statuses
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.evaluation.scores.comparison import RESAMPLES
-from evolver.evaluation.scores.feasibility import Guards, guards, reference, unprovable
+from evolver.evaluation.scores.feasibility import Guards, compared_with, guards, unprovable
 from evolver.evaluation.scores.metrics import Metric, mcc, mean
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Result
@@ -188,9 +188,9 @@ def test_references():
     results = {"base": result(), "x": result(tasks={"b": 0.6}), "y": result(tasks={"b": 0.7})}
     results["z"] = result(value=None, tasks={"b": 0.9}, complete=False)
     experts = ["x", "y", "z"]
-    assert reference(Constraint(task="b"), results, experts) == "base"
-    assert reference(Constraint(task="b", against="x"), results, experts) == "x"
-    assert reference(Constraint(task="b", against="best expert"), results, experts) == "y"
+    assert compared_with(Constraint(task="b"), results, experts) == "base"
+    assert compared_with(Constraint(task="b", against="x"), results, experts) == "x"
+    assert compared_with(Constraint(task="b", against="best expert"), results, experts) == "y"
     failed = {"base": Result(0, "00", "failed", reason="boom")}
     with pytest.raises(BadInput, match=r"constraints\[0\].against: base could not be scored on the dev items \(boom\)"):
         guards([Constraint(task="b")], scale(JUDGED), failed, experts, 0)

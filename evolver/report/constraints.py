@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from evolver.config.constraints import Constraint
-from evolver.evaluation.scores.feasibility import Difference, Guards, reference
+from evolver.evaluation.scores.feasibility import Difference, Guards, compared_with
 from evolver.records import Result, Split
 from evolver.report.text import escaped, markdown_table
 from evolver.runs.outcome import Outcome
@@ -44,7 +44,7 @@ def _guards(outcome: Outcome, split: Split) -> Guards:
     of_dev = {f.label: f.dev for f in outcome.finalists}
     results: Mapping[str, Result] = {f.label: f.report if split == "report" else f.dev for f in outcome.finalists}
     for number, constraint in enumerate(constraints):
-        label = reference(constraint, of_dev, list(outcome.config.experts)) if constraint.task else None
+        label = compared_with(constraint, of_dev, list(outcome.config.experts)) if constraint.task else None
         if label is not None and results[label].score is not None:
             found[number] = results[label]
     answers = {number: result.items for number, result in found.items()}

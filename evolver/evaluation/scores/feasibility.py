@@ -100,7 +100,7 @@ def guards(
     references = {}
     for number, constraint in enumerate(constraints):
         if constraint.task is not None:
-            label = reference(constraint, baselines, experts) or constraint.against
+            label = compared_with(constraint, baselines, experts) or constraint.against
             if label not in baselines or baselines[label].score is None:
                 reason = baselines[label].reason if label in baselines else "there is no result of it"
                 raise BadInput(
@@ -111,7 +111,7 @@ def guards(
     return Guards(constraints, scale, references, seed)
 
 
-def reference(constraint: Constraint, results: Mapping[str, Result], experts: Sequence[str]) -> str | None:
+def compared_with(constraint: Constraint, results: Mapping[str, Result], experts: Sequence[str]) -> str | None:
     """The label of the model that a constraint on a task compares with; of equal experts the first."""
     if constraint.against != BEST_EXPERT:
         return constraint.against if constraint.against in results else None
