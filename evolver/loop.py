@@ -10,13 +10,13 @@ from evolver.records import Candidate, Result
 from evolver.search.base import Search
 
 Watch = Callable[[Candidate, Result], None]
-Judge = Callable[[Result], Result]
+Judging = Callable[[Result], Result]
 Guesses = Callable[[Callable[[Candidate], Result | None]], Iterator[Candidate]]
 
 
 def evolve(
     search: Search, pool: Pool, ledger: Ledger, watch: Watch, guesses: Guesses | None = None,
-    judge: Judge = lambda result: result,
+    judge: Judging = lambda result: result,
 ) -> None:  # fmt: skip
     """Run a search to its end.
 

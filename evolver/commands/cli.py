@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,9 @@ from evolver.commands import mergekit_options as mk
 from evolver.commands import tables
 from evolver.errors import BadInput, file_sentence, takes_nothing
 from evolver.threads import let_threads_sleep
+
+if TYPE_CHECKING:
+    from evolver.storage import Storage
 
 # Each command imports what it needs in its function: importing torch takes a second, and --help should not wait for it.
 
@@ -175,6 +178,13 @@ def export(
     candidate: Annotated[
         str | None, typer.Option(help="number of the candidate, or the beginning of its recipe's id; default: the best")
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="instead of a candidate: weights of the run's objectives, such as maths=2,safety=1; exports the model "
+            "on the front that is best for them"
+        ),
+    ] = None,
     lora: Annotated[int | None, typer.Option(min=1, help="write a LoRA adapter of this rank instead")] = None,
     energy: Annotated[
         float | None,
@@ -207,6 +217,8 @@ def export(
             "one of these options."
         )
     _check_energy(energy)
+    if weights is not None:
+        candidate = _weighed(run, candidate, weights)
     if gguf is not None:
         deliver.deliver_gguf(run, out, candidate, gguf, typer.echo, force)
     elif delta:
@@ -216,15 +228,7 @@ def export(
     else:
         deliver.deliver(run, out, candidate, typer.echo, force)
     if push_to_hub:
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        api.create_repo(push_to_hub, exist_ok=True)
-        if out.is_file():
-            api.upload_file(path_or_fileobj=out, path_in_repo=out.name, repo_id=push_to_hub)
-        else:
-            api.upload_folder(folder_path=out, repo_id=push_to_hub)
-        typer.echo(f"uploaded to {push_to_hub}")
+        _upload(out, push_to_hub)
 
 
 @app.command()
@@ -490,6 +494,31 @@ def _job(config: Path, results: str | None, name: str | None, retry_failed: bool
 
     given = [*(["--results", results] if results is not None else []), *(["--run", name] if name is not None else [])]
     return job([str(config), *given, *(["--retry-failed"] if retry_failed else [])])
+
+
+def _upload(out: Path, name: str) -> None:
+    """Upload an exported file or folder to the hub."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(name, exist_ok=True)
+    if out.is_file():
+        api.upload_file(path_or_fileobj=out, path_in_repo=out.name, repo_id=name)
+    else:
+        api.upload_folder(folder_path=out, repo_id=name)
+    typer.echo(f"uploaded to {name}")
+
+
+def _weighed(run: Storage, candidate: str | None, weights: str) -> str:
+    """The number of the candidate that is best for the weights that a user gives."""
+    from evolver.driver.weighing import best_for
+    from evolver.runs.history import read_history
+
+    if candidate is not None:
+        raise BadInput("--candidate, --weights: each of them names a model; give one of these options.")
+    number = best_for(read_history(run), weights).number
+    typer.echo(f"candidate {number} is the best on the front for these weights")
+    return str(number)
 
 
 def _check_energy(energy: float | None) -> None:

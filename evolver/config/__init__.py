@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from evolver.config.constraints import BASE, BEST_EXPERT, Constraint
+from evolver.config.constraints import BEST_EXPERT, THE_BASE, Constraint
 from evolver.config.evaluation import EvaluationSettings
 from evolver.config.model import CLASSIFIER_KINDS, LANGUAGE_KINDS, ModelSettings
 from evolver.config.section import NAME, Section
@@ -89,6 +89,13 @@ class FinalistSettings(Section):
 
     count: int = Field(
         6, ge=1, le=10_000, description="number of candidates, the best ones of the search on the dev items"
+    )
+    front: int = Field(
+        12,
+        ge=2,
+        le=10_000,
+        description="with several objectives, number of candidates that also come to the finals because they are on "
+        "the front; of a larger front, those that add most to its hypervolume",
     )
     rank: Literal["both", "select"] = Field(
         "both",
@@ -187,6 +194,12 @@ class Config(Section):
         default_factory=list,
         description="what every merge must keep; the winner keeps all of it, or the report says that no candidate does",
     )
+    objectives: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="several objectives instead of the score alone: a list of tasks, or a mapping from a name to the "
+        "tasks that make it up by their weights. nsga2 searches for their Pareto front, by default that of all tasks; "
+        "after any search the candidates on the front go to the finals and to the report",
+    )
     baselines: Baselines = Baselines()
     finalists: FinalistSettings = FinalistSettings()
     statistics: StatisticsSettings = StatisticsSettings()
@@ -240,7 +253,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _constraints_of_tasks(self) -> Config:
-        known, models = [t.task for t in self.evaluation.tasks], [BASE, BEST_EXPERT, *self.experts]
+        known, models = [t.task for t in self.evaluation.tasks], [THE_BASE, BEST_EXPERT, *self.experts]
         for number, constraint in enumerate(self.constraints):
             if constraint.task is not None and constraint.task not in known:
                 raise ValueError(
@@ -262,6 +275,32 @@ class Config(Section):
                     f"constraints[{number}].kl: the backend {self.evaluation.backend} tells no probabilities of "
                     "tokens; leave this constraint out, or write backend: resident"
                 )
+        return self
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _named(cls, objectives: Any) -> Any:
+        """A list of tasks is short for a mapping in which each has its own name."""
+        return {str(task): [task] for task in objectives} if isinstance(objectives, list) else objectives
+
+    @model_validator(mode="after")
+    def _objectives_of_tasks(self) -> Config:
+        known = [t.task for t in self.evaluation.tasks]
+        if len(self.objectives) == 1:
+            raise ValueError(
+                "objectives: a front needs at least two objectives, and there is one; add another one, or leave "
+                "objectives out"
+            )
+        for name, tasks in self.objectives.items():
+            if not tasks:
+                raise ValueError(f"objectives.{name}: names no task; give one, or leave {name} out")
+            if not name or set(name) & set(",="):
+                raise ValueError(f"objectives: {name!r} cannot be the name of an objective; write one without , and =")
+            if len(set(tasks)) < len(tasks):
+                raise ValueError(f"objectives.{name}: a task is listed twice; list each task once")
+            for task in tasks:
+                if task not in known:
+                    raise ValueError(f"objectives.{name}: there is no task {task!r}; {nearest(task, known)}")
         return self
 
     @model_validator(mode="after")

@@ -6,9 +6,9 @@ from pydantic import Field, model_validator
 
 from evolver.config.section import Section
 
-BASE, BEST_EXPERT = "base", "best expert"
+THE_BASE, BEST_EXPERT = "base", "best expert"
 # Which keys go with which kind of constraint, in the order in which a message names them.
-KINDS = {"task": {"drop", "confidence", "against"}, "kl": {"at_most"}, "norm": set[str]()}
+_KEYS = {"task": {"drop", "confidence", "against"}, "kl": {"at_most"}, "norm": set[str]()}
 
 
 class Constraint(Section):
@@ -30,7 +30,7 @@ class Constraint(Section):
         "dev items must not be below -drop",
     )
     against: str = Field(
-        BASE,
+        THE_BASE,
         description="model that a merge is compared with, item by item: base, the name of an expert, or best expert, "
         "which is the expert with the highest dev metric of this task",
     )
@@ -51,13 +51,13 @@ class Constraint(Section):
     @property
     def kind(self) -> str:
         """task, kl or norm."""
-        return next(kind for kind in KINDS if getattr(self, kind) is not None)
+        return next(kind for kind in _KEYS if getattr(self, kind) is not None)
 
     @property
     def said(self) -> str:
         """The constraint in words, such as a table shows."""
         if self.task is not None:
-            whom = "the best expert" if self.against == BEST_EXPERT else "the base" * (self.against == BASE)
+            whom = "the best expert" if self.against == BEST_EXPERT else "the base" * (self.against == THE_BASE)
             return f"{self.task}: at most {self.drop:g} points below {whom or self.against}"
         if self.kl is not None:
             return f"divergence from the base at most {self.at_most:g} nats per token"
@@ -65,12 +65,12 @@ class Constraint(Section):
 
     @model_validator(mode="after")
     def _one_kind(self) -> Constraint:
-        given = [kind for kind in KINDS if getattr(self, kind) is not None]
+        given = [kind for kind in _KEYS if getattr(self, kind) is not None]
         if len(given) != 1:
             found = " and ".join(given)
             raise ValueError(f"a constraint is about one thing, and this one is about {found or 'none'}; give task, kl "
                              "or norm")  # fmt: skip
-        others = self.model_fields_set - KINDS[given[0]] - {given[0]}
+        others = self.model_fields_set - _KEYS[given[0]] - {given[0]}
         if others := {key for key in others if getattr(self, key) is not None}:
             raise ValueError(f"{min(others)} does nothing in a constraint on {given[0]}; leave it out")
         if self.kl is not None and self.at_most is None:

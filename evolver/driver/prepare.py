@@ -10,10 +10,11 @@ from typing import Any
 
 from evolver.checkpoints.doubts import refuse_strangers, suspicions
 from evolver.checkpoints.weights import Checkpoint
-from evolver.config import Budget, Config
+from evolver.config import Config
 from evolver.config.changes import FREE_KEYS, computing, default_at, keeping_base_chat, renamed, without_select
 from evolver.config.reading import ConfigText, load
 from evolver.driver.early import chosen_search, named_search
+from evolver.driver.objectives import objectives_of
 from evolver.errors import BadInput
 from evolver.evaluation.blueprint import Blueprint, ModelFolder
 from evolver.evaluation.fused import refuse_experts
@@ -27,6 +28,7 @@ from evolver.merging.companions import Companions
 from evolver.merging.materialise import Materialiser
 from evolver.merging.settings.maker import RecipeMaker
 from evolver.records import SPLITS, Split
+from evolver.records.objective import Objective
 from evolver.records.recipe import Expert, Recipe
 from evolver.runs.folder import RunFolder, compute_of, config_of_run, made_before
 from evolver.search import SEARCHES, Search
@@ -60,6 +62,11 @@ class Prepared:
     search: Search
     identity: Mapping[str, Any]
     warnings: tuple[str, ...]
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """The objectives of the run; none where it has the score alone."""
+        return objectives_of(self.config, self.tasks)
 
 
 def prepare(
@@ -95,7 +102,7 @@ def prepare(
             tasks.check_model(blueprint)
         estimates = Estimates(tasks.scale("dev"), config.evaluation.block_items)
         _refuse_racing(config, algorithm, estimates)
-        _refuse_target(config.budget, estimates.scale)
+        _refuse_goals(config, estimates.scale)
         if config.evaluation.quantise:
             refuse_stacks({name: info.shape for name, info in opened.base.headers.items()})
         digests = opened.digests() if weights else None
@@ -106,12 +113,12 @@ def prepare(
         warnings = opened.warnings
         warnings += tuple(suspicions(opened.base, opened.experts.values())) if weights else ()
         warnings += tuple(filter(None, [too_many(config.evaluation.threads)]))
-        warnings += tuple(_not_stopped(config, algorithm, estimates))
-        warnings += tuple(unprovable(config.constraints, estimates.scale))
+        warnings += (*_not_stopped(config, algorithm, estimates), *unprovable(config.constraints, estimates.scale))
         setup = Setup(
             maker.experts, maker.base, config.seed, config.budget, maker, estimates,
             config.evaluation.early_stopping, config.evaluation.racing is not None,
-            arrival=config.order == "arrival", tasks=tuple(tasks.scale("dev").weights),
+            arrival=config.order == "arrival", tasks=tuple(estimates.scale.weights),
+            objectives=objectives_of(config, tasks),
         )  # fmt: skip
         search = SEARCHES[algorithm].build(setup, settings)
     except BadInput as error:
@@ -249,15 +256,24 @@ def _refuse_racing(config: Config, algorithm: str, estimates: Estimates) -> None
         )
 
 
-def _refuse_target(budget: Budget, scale: Scale) -> None:
-    """Raises BadInput for a target that no model can reach."""
-    highest = scale.bound(())
+def _refuse_goals(config: Config, scale: Scale) -> None:
+    """Raises BadInput for a target that no model can reach, and for a constraint on a group whose metric is made of
+    those of several tasks.
+    """
+    budget, highest = config.budget, scale.bound(())
     if budget.target is not None and budget.target > highest:
         more = f", such as {budget.target / 100:g} for {budget.target:g} %" if scale.shares else ""
         raise BadInput(
             f"budget.target: {budget.target:g} is above the highest score that there is, {highest:g}; write a score as "
             f"the terminal prints it{more}."
         )
+
+    for number, constraint in enumerate(config.constraints):
+        if constraint.task is not None and constraint.task not in scale.weights:
+            raise BadInput(
+                f"constraints[{number}].task: {constraint.task} is a group, whose metric is made of those of its "
+                "tasks; list its tasks one by one under evaluation.tasks, and name one of them."
+            )
 
 
 def _not_stopped(config: Config, algorithm: str, estimates: Estimates) -> Iterator[str]:
@@ -278,8 +294,9 @@ def _identity(config: Config, search: Mapping[str, Any], plan: Plan, selects: bo
     """
     identity: dict[str, Any] = config.model_dump(mode="json", exclude=set(FREE_KEYS))
     identity["search"] = dict(search)
-    if not config.constraints:  # runs without them are those from before there were any
-        del identity["constraints"]
+    for key in ("constraints", "objectives"):  # runs without them are those from before there were any
+        if not identity[key]:
+            del identity[key]
     del identity["model"]["strict"]  # it may refuse a run, and changes nothing in one
     identity["model"]["base"] = plan.digests["base"]
     # The base's own files are the keys' default: runs that are older than the keys have used them.

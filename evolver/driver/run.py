@@ -19,7 +19,7 @@ from evolver.ledger import Ledger, write_items
 from evolver.loggers import Tracked, Trackers, build_loggers, tracked
 from evolver.loggers.pace import Pace, Remaining
 from evolver.loggers.terminal import Display
-from evolver.loop import Judge, evolve
+from evolver.loop import Judging, evolve
 from evolver.merging.export import beside_of, export, write_heads
 from evolver.pool import Pool
 from evolver.records import SPLITS, Candidate, Result
@@ -135,7 +135,7 @@ def _about(prepared: Prepared, folder: RunFolder, job: Job | None) -> About:
     scales = {split: prepared.tasks.scale(split) for split in SPLITS if prepared.tasks.items.of(split)}
     warnings = (*prepared.warnings, *prepared.tasks.warnings)
     job = job and replace(job, location=folder.location)
-    return About(prepared.config, scales, versions(), warnings, job, folder.owner)
+    return About(prepared.config, scales, versions(), warnings, job, folder.owner, objectives=prepared.objectives)
 
 
 def _stages(
@@ -170,7 +170,7 @@ def _stages(
     return outcome
 
 
-def _judge(prepared: Prepared, baselines: Listed) -> Judge:
+def _judge(prepared: Prepared, baselines: Listed) -> Judging:
     """What tells by how much a candidate breaks the run's constraints.
 
     Raises BadInput where a model that they compare with could not be scored.
@@ -273,10 +273,11 @@ def _select(prepared: Prepared, finals: Finals) -> Listed | None:
 
 
 def _report(prepared: Prepared, finals: Finals) -> Listed:
-    """What is scored on the report items: base, every expert, the plain merges, and the winner of the search."""
+    """What is scored on the report items: base, every expert, the plain merges, the winner of the search and, where
+    there are several objectives, the front.
+    """
     base = [("base", as_it_is(prepared, prepared.base))]
     fixed = [*base, *((c.label, c.recipe) for c in (*finals.experts, *finals.plain))]
-    winner = finals.winner
-    return Listed(
-        [*fixed, ("winner", winner.recipe)], "report", [*range(len(fixed)), len(fixed) + winner.candidate.number]
-    )
+    searched = [("winner", finals.winner), *((c.label, c) for c in finals.front if c != finals.winner)]
+    numbers = [*range(len(fixed)), *(len(fixed) + c.candidate.number for _, c in searched)]
+    return Listed([*fixed, *((label, c.recipe) for label, c in searched)], "report", numbers)

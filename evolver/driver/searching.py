@@ -9,7 +9,7 @@ from evolver.config import Budget
 from evolver.driver.prepare import Prepared
 from evolver.ledger import Ledger
 from evolver.loggers.terminal import Display
-from evolver.loop import Judge, Watch, evolve
+from evolver.loop import Judging, Watch, evolve
 from evolver.pool import Pool
 from evolver.records import Candidate, Result
 from evolver.runs.clock import Clock
@@ -33,7 +33,7 @@ class SearchStage:
     ledger: Ledger
     pool: Pool
     display: Display
-    judge: Judge
+    judge: Judging
 
     def search(self, watch: Watch, clock: Clock) -> None:
         """Search, or go on with it, until the first limit of the budget is reached."""

@@ -119,6 +119,10 @@ class Tasks:
             right,
         )
 
+    def parts(self, split: Split) -> dict[str, list[str]]:
+        """For each task of the configuration the tasks that a scale has for it: itself, or those of a group."""
+        return {task: list(shares) for task, shares in self._shares(split, self._asked(split)).items()}
+
     def _shares(self, split: Split, asked: Sequence[AskedItem]) -> dict[str, dict[str, float]]:
         """For each task what its metric is made of, and at which shares: itself, or the tasks of a group."""
         sizes: dict[str, Counter[str]] = {entry.task: Counter() for entry in self.entries}

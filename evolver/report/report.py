@@ -22,6 +22,7 @@ from evolver.report.constraints import constraints_section
 from evolver.report.curve import curve
 from evolver.report.examples import examples_section, read_texts
 from evolver.report.finals import finals_section
+from evolver.report.front import front_section, front_summary
 from evolver.report.html import html_page
 from evolver.report.text import (
     as_served,
@@ -66,6 +67,7 @@ def write_report(
         table_of(outcome),
         finals_section(outcome),
         constraints_section(outcome),
+        front_section(outcome),
         _against_others(outcome),
         examples_section(outcome, texts or {}),
         "![best dev score against scored items](curve.png)",
@@ -123,6 +125,7 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "recommended": outcome.recommended.label,
         **({"feasible": outcome.finals.winner.dev.feasible} if outcome.config.constraints else {}),
         "report": {f.label: f.report.score for f in outcome.finalists},
+        **({"front": front_summary(outcome)} if outcome.about.objectives else {}),
         "best_expert": expert.label,
         "against": against,
         "candidates": len(results),

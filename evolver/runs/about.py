@@ -13,6 +13,7 @@ from evolver.errors import BadInput, cause_of
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import SPLITS, Split
 from evolver.records.canonical import content_hash
+from evolver.records.objective import Objective
 from evolver.runs.ended import Ended, read_ended
 from evolver.runs.files import ABOUT_FILE, CONFIG_REMEDY, IDENTITY_FILE, RUN_FILE, holds_a_run, mapping_of, no_run
 from evolver.runs.folder import config_of_run
@@ -47,6 +48,7 @@ class About:
         warnings: the warnings that were printed before the run began.
         job: the Ray job that drove it last; None: a process drove it.
         owner: the name of the run's identity.
+        objectives: those of the run; none where it has the score alone.
         ended: why the search has ended within the configuration's budget, where that is recorded.
     """
 
@@ -57,6 +59,7 @@ class About:
     job: Job | None = None
     owner: str | None = None
     ended: Ended | None = None
+    objectives: tuple[Objective, ...] = ()
 
 
 def write_about(folder: Storage, about: About) -> None:
@@ -68,6 +71,7 @@ def write_about(folder: Storage, about: About) -> None:
         "scales": {split: scale.form() for split, scale in about.scales.items()},
         "job": asdict(about.job) if about.job else None,
         "owner": about.owner,
+        "objectives": {objective.name: dict(objective.shares) for objective in about.objectives},
     }
     folder.write(ABOUT_FILE, json.dumps(form).encode())
 
@@ -86,6 +90,7 @@ def read_about(folder: Storage) -> About:
         found = form["scales"]
         scales: dict[Split, Scale] = {s: Scale.from_form(found[s]) for s in SPLITS if s != "select" or s in found}
         job = Job(**form["job"]) if form.get("job") else None
+        objectives = tuple(Objective(n, dict(s)) for n, s in (form.get("objectives") or {}).items())
         versions, warnings, compute = dict(form["versions"]), tuple(form["warnings"]), str(form["compute"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(
@@ -95,7 +100,7 @@ def read_about(folder: Storage) -> About:
     name = folder.location.rstrip("/").rpartition("/")[2]  # a run may have been called by another name than its file's
     config = config.model_copy(update={"run": name})
     ended = read_ended(folder, config.budget)
-    return About(computing(config, compute), scales, versions, warnings, job, form.get("owner"), ended)
+    return About(computing(config, compute), scales, versions, warnings, job, form.get("owner"), ended, objectives)
 
 
 def runs_in(root: Storage) -> list[str]:

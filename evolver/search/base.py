@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 from evolver.config import Budget
 from evolver.config.section import Section
 from evolver.records import Candidate, Choice, ItemAnswer, Knob, Result
+from evolver.records.objective import Objective
 from evolver.records.recipe import Expert, Recipe
 from evolver.search.ending import Progress, Reason
 
@@ -130,7 +131,8 @@ class Setup:
             told before the next batch is asked for.
         arrival: whether results are learnt by their ranks (in the order of arrival) instead of their candidates'
             numbers.
-        tasks: names of the tasks, which are the objectives of a multi-objective search.
+        tasks: names of the tasks.
+        objectives: those of a multi-objective search; none: every task is one.
     """
 
     experts: tuple[Expert, ...]
@@ -144,6 +146,7 @@ class Setup:
     together: int = 1
     arrival: bool = False
     tasks: tuple[str, ...] = ()
+    objectives: tuple[Objective, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from pydantic import Field
 from evolver.config.section import Section
 from evolver.errors import BadInput
 from evolver.records import Candidate, Choice, Knob, Result
+from evolver.records.objective import Objective, values_of
 from evolver.search.base import Ordered, Setup, Space, algorithm
 
 
@@ -199,11 +200,11 @@ class CMAES(Coefficients):
 
 @algorithm("nsga2", NSGA2Settings)
 class NSGA2(Coefficients):
-    """NSGA-II (Deb et al. 2002), by Optuna: every task is an objective of its own.
+    """NSGA-II (Deb et al. 2002), by Optuna: every task is an objective of its own, or ``objectives`` says which are.
 
-    Its generations move towards the Pareto front, the candidates that no other one beats in all tasks. Unlike ``tpe``
-    and ``cmaes`` it does not weigh the tasks against each other while it searches. The winner of the run is still the
-    candidate with the highest score.
+    Its generations move towards the Pareto front, the candidates that no other one beats in all objectives. Unlike
+    ``tpe`` and ``cmaes`` it does not weigh them against each other while it searches. The winner of the run is still
+    the candidate with the highest score.
     """
 
     def __init__(self, setup: Setup, settings: NSGA2Settings) -> None:
@@ -212,14 +213,15 @@ class NSGA2(Coefficients):
                 "search.algorithm: nsga2 needs at least two tasks, which are its objectives; choose tpe or cmaes."
             )
         sampler = optuna.samplers.NSGAIISampler(seed=setup.seed, population_size=settings.population)
-        super().__init__(setup, _space(setup, settings), sampler, "nsga2", len(setup.tasks))
+        self.objectives = setup.objectives or tuple(Objective(task, {task: 1.0}) for task in setup.tasks)
+        super().__init__(setup, _space(setup, settings), sampler, "nsga2", len(self.objectives))
         self.population = settings.population
 
     def waits_for(self, k: int) -> int:
         return k - k % self.population
 
     def values(self, result: Result) -> Sequence[float] | None:
-        return result.objectives(self.setup.tasks)
+        return None if result.score is None else values_of(self.objectives, result.tasks)
 
 
 def default_population(dimensions: int) -> int:

@@ -63,6 +63,13 @@ class Scale:
         """The scale of these items and then those of another scale of the same tasks; weights and metrics are ours."""
         return Scale((*self.tasks, *other.tasks), self.weights, self.metrics, (*self.right, *other.right))
 
+    def of(self, shares: Mapping[str, float]) -> tuple[Scale, list[int]]:
+        """The scale of some tasks alone, with these weights, and the places of their items in this scale."""
+        kept = [place for place, task in enumerate(self.tasks) if task in shares]
+        metrics = {task: self.metrics[task] for task in shares}
+        right = tuple(self.right[place] for place in kept) if self.right else ()
+        return Scale(tuple(self.tasks[place] for place in kept), dict(shares), metrics, right), kept
+
     def of_tasks(self, items: Sequence[ItemAnswer]) -> dict[str, float]:
         """The metric of every task over the items scored so far. Tasks without a scored item are left out."""
         scored = {task: [p for p in places if p < len(items)] for task, places in self.places.items()}
