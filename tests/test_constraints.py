@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import math
 import random
@@ -25,18 +26,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evolver.config import Config
 from evolver.config.constraints import Constraint
 from evolver.config.reading import ConfigText, config_at
+from evolver.dashboard import views
+from evolver.dashboard.overview import Overview
 from evolver.dashboard.status import statuses
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
 from evolver.evaluation.scores.comparison import RESAMPLES
+from evolver.evaluation.scores.course import Evaluation
 from evolver.evaluation.scores.feasibility import Guards, compared_with, guards, unprovable
 from evolver.evaluation.scores.metrics import Metric, mcc, mean
 from evolver.evaluation.scores.scoring import Scale
+from evolver.loggers.terminal import describe_result
 from evolver.records import Candidate, Result
 from evolver.records.recipe import Expert
 from evolver.runs.finals import leaders
 from evolver.runs.history import read_history
 from evolver.storage import storage_at
+from evolver.workers.pools.local import LocalPool
+from evolver.workers.shared import SharedPool
 
 JUDGED = Metric("acc", mean, judged=True)
 NATS = Metric("loss", mean, best=None, judged=True)
@@ -467,3 +474,55 @@ def test_another_constraint_is_another_run(guarded, make_config, tmp_path):
 def test_runs_without_constraints_are_those_from_before(make_config, tmp_path):
     assert "constraints" not in prepare(config_at(make_config(tmp_path))).identity
     assert Config.model_fields["constraints"].get_default(call_default_factory=True) == []
+
+
+@pytest.mark.whole
+def test_tables_and_curves_show_what_counts(guarded, tmp_path):
+    history = read_history(storage_at(guarded))
+    copy = tmp_path / "copy"
+    assert toys.evolver("report", guarded, "--out", copy).code == 0
+    with open(copy / "candidates.csv") as file:
+        searched = [row for row in csv.DictReader(file) if row["stage"] == "search"]
+    assert [float(row["violation"]) for row in searched] == [r.violation for _, r in history.stages["search"]]
+    run = Overview(storage_at(guarded))
+    kept = [r.score for _, r in history.stages["search"] if r.feasible]
+    assert max(filter(None, views.curve_points(run.rows("search"))["best"])) == max(kept)
+    assert {c["number"]: c["violation"] for c in views.leading(run.rows("search"))} == {
+        c.number: r.violation for c, r in history.stages["search"]
+    }
+    broken = next(pair for pair in history.stages["search"] if not pair[1].feasible)
+    assert "breaks a constraint" in describe_result(*broken)
+
+
+@pytest.mark.whole
+def test_a_study_tells_the_constraints(guarded, tmp_path):
+    assert toys.evolver("study", guarded, tmp_path / "study.db").code == 0
+    (study,) = optuna.get_all_study_names(f"sqlite:///{tmp_path}/study.db")
+    trials = optuna.load_study(study_name=study, storage=f"sqlite:///{tmp_path}/study.db").trials
+    violations = [dict(r.violations) for _, r in read_history(storage_at(guarded)).stages["search"]]
+    assert [t.constraints for t in trials] == violations
+
+
+@pytest.mark.whole
+def test_workers_that_share_the_items_measure_the_same(guarded, make_config, tmp_path):
+    shared = run_here(make_config(tmp_path, GUARDED), tmp_path / "results", share_of_two)
+    assert toys.winner(shared) == toys.winner(guarded)
+    assert [r["violations"] for r in toys.rows(shared).values()] == [
+        r["violations"] for r in toys.rows(guarded).values()
+    ]
+
+
+def share_of_two(plan, split, tasks):
+    """Pieces for two workers, of whom the one of this process takes both."""
+    course = lambda c: Evaluation(c, tasks.scale(split), plan.block(split, len(tasks.scale(split).tasks)), None)  # noqa: E731
+    return SharedPool(LocalPool(plan, split, tasks), 2, course)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("search", [EVOLVER, {"algorithm": "halving", "first": 4, "batch": 4, "of": ORDERED["tpe"]}])
+def test_other_searches_keep_the_constraints(make_config, tmp_path, search):
+    changes = GUARDED | {"search": search, "constraints": [{"norm": 0.9}], "evaluation.block_items": 4}
+    folder = run_here(make_config(tmp_path, changes), tmp_path / "results")
+    history = read_history(storage_at(folder))
+    assert history.best[1].violations.keys() == {"0"}
+    assert history.best[1].feasible == any(r.feasible for _, r in history.stages["search"] if r.complete)

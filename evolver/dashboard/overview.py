@@ -61,6 +61,11 @@ class Rows:
         found: NDArray[np.bool_] = pc.fill_null(self.table[column], False).to_numpy(zero_copy_only=False)
         return found
 
+    @property
+    def accepted(self) -> Column:
+        """The scores of those that keep the run's constraints, NaN for the others."""
+        return np.where(self.numbers("violation") > 0, np.nan, self.numbers("score"))
+
     @cached_property
     def whole(self) -> Places:
         """Where candidates stand that were asked for all items and were scored on them, and that keep the run's

@@ -69,8 +69,8 @@ def contenders(run: Overview) -> list[dict[str, Any]]:
 
 def curve_points(search: Rows) -> dict[str, list[Any]]:
     """Items scored against the best dev score so far, and the scores of those that were scored in full."""
-    scores = search.numbers("score")
-    best = np.maximum.accumulate(np.where(np.isnan(scores), -np.inf, scores)) if len(scores) else scores
+    scores, counting = search.numbers("score"), search.accepted
+    best = np.maximum.accumulate(np.where(np.isnan(counting), -np.inf, counting)) if len(scores) else scores
     improved = np.flatnonzero(best > np.concatenate([[-np.inf], best[:-1]])[: len(best)])
     kept = np.union1d(np.arange(0, len(scores), max(1, len(scores) // POINTS)), improved)
     kept = np.union1d(kept, [len(scores) - 1] if len(scores) else []).astype(int)
@@ -83,7 +83,7 @@ def curve_points(search: Rows) -> dict[str, list[Any]]:
 
 def sparkline(run: Overview) -> list[float]:
     """The best dev score after each of ``SPARKS`` shares of the search's candidates, from the first score on."""
-    scores = run.rows("search").numbers("score")
+    scores = run.rows("search").accepted
     best = np.fmax.accumulate(scores)
     best = best[~np.isnan(best)]
     places = np.linspace(0, len(best) - 1, min(SPARKS, len(best))).round().astype(int)

@@ -154,10 +154,11 @@ def _stages(
 
     display.stage("baselines", plain.total)
     evolve(plain, pool, ledger, watch)
+    judge = _judge(prepared, plain)
     for result in plain.results.values():
-        prepared.estimates.learn(result)
+        prepared.estimates.learn(judge(result))
     display.stage("search", prepared.search.total)
-    SearchStage(prepared, folder.storage, ledger, pool, display, _judge(prepared, plain)).search(watch, clock)
+    SearchStage(prepared, folder.storage, ledger, pool, display, judge).search(watch, clock)
     pool.close()  # its resources are the next one's
     for final in (_select, _report):
         if (listed := final(prepared, _finals(read_history(folder.storage)))) is not None:
