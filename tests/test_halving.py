@@ -270,7 +270,7 @@ def test_what_is_known_from_elsewhere_costs_nothing_and_is_told_as_it_is(tmp_pat
     assert all(c.question.limit is None and r.reused and r.complete for c, r in start)
     assert search.inner._progress.items == 72
     before = {e.id: np.mean(answers(e)) for e in EXPERTS}
-    for expert, member, score in zip(EXPERTS, search.inner.population, search.inner.scores, strict=False):
+    for expert, member, (_, score) in zip(EXPERTS, search.inner.population, search.inner.standings, strict=False):
         assert score >= before[expert.id] if member == expert else score > before[expert.id]
 
 

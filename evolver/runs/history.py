@@ -144,7 +144,8 @@ def rows_of(history: History) -> list[dict[str, Any]]:
             "parents": " ".join(c.parents), "status": r.status, "score": r.score, "bound": r.bound,
             "items": len(r.items), "cost": r.cost, "seconds": r.seconds.get("total"), "worker": r.worker,
             "reused": r.reused, "raced": r.raced, "reason": r.reason,
-            **({"violation": r.violation} if history.config.constraints else {}), **{f"task {t}": v for t, v in r.tasks.items()},
+            **({"violation": r.violation} if history.config.constraints else {}),
+            **{f"task {t}": v for t, v in r.tasks.items()},
         }
         for pairs in history.stages.values() for c, r in pairs
     ]  # fmt: skip
