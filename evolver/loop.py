@@ -10,10 +10,14 @@ from evolver.records import Candidate, Result
 from evolver.search.base import Search
 
 Watch = Callable[[Candidate, Result], None]
+Judging = Callable[[Result], Result]
 Guesses = Callable[[Callable[[Candidate], Result | None]], Iterator[Candidate]]
 
 
-def evolve(search: Search, pool: Pool, ledger: Ledger, watch: Watch, guesses: Guesses | None = None) -> None:
+def evolve(
+    search: Search, pool: Pool, ledger: Ledger, watch: Watch, guesses: Guesses | None = None,
+    judge: Judging = lambda result: result,
+) -> None:  # fmt: skip
     """Run a search to its end.
 
     Each result is written to disk before the search is told of it. Results that the ledger holds are taken from there,
@@ -28,12 +32,13 @@ def evolve(search: Search, pool: Pool, ledger: Ledger, watch: Watch, guesses: Gu
         guesses: yields candidates that the search will probably ask for next, which idle workers then score. It is
             called with a function that looks up the results of earlier guesses. A guess can make a result available
             earlier but cannot change it. None: nothing is scored ahead.
+        judge: adds to a new result, before it is written, what follows from it and from other models.
     """
     flights = Flights(pool)
     followers: dict[str, list[Candidate]] = {}
 
     def settle(candidate: Candidate, result: Result) -> None:
-        result = ledger.write_result(candidate, result)
+        result = ledger.write_result(candidate, judge(result))
         search.tell(result)
         watch(candidate, result)
 

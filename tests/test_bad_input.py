@@ -146,7 +146,12 @@ TABLE = {
         {"evaluation.tasks": [{"task": "toy", "dev": 9}]},
         ["tasks[0].report", "missing", "add it"],
     ),
-    "empty section": ({"budget": {}}, ["budget", "give candidates or items"]),
+    "target alone": ({"budget": {"target": 0.9}}, ["budget", "may never be reached", "minutes or patience"]),
+    "target that nobody reaches": (
+        {"budget": {"candidates": 3, "target": 90}},
+        ["budget.target", "above the highest score that there is, 1", "0.9"],
+    ),
+    "empty section": ({"budget": {}}, ["budget", "give candidates, items, minutes or patience"]),
     "no task": ({"evaluation.tasks": []}, ["evaluation.tasks", "write"]),
     "one expert": ({"experts": {"a": "SPOILT/file"}}, ["experts", "at least two"]),
     "expert called winner": ({"experts.winner": "SPOILT/file"}, ["experts", "'winner'", "use letters"]),

@@ -88,10 +88,10 @@ def test_anchors_and_merge_keys_are_yaml_too(tmp_path):
         ("task: arc_easy, ", "", "evaluation.tasks[0].task: this key is missing", "name of an lm-eval task"),
         (", code: models/code", "", "experts: ", "give at least two experts"),
         ("{math:", "{base:", "experts: 'base' cannot be the name", "none of the names base, average"),
-        ("{candidates: 20}", "{}", "budget: ", "give candidates or items"),
+        ("{candidates: 20}", "{}", "budget: ", "give candidates, items, minutes or patience"),
         ("algorithm: evolver, ", "", "search: ", "'algorithm'"),
         ("task: piqa", "task: arc_easy", "evaluation: task 'arc_easy' is listed twice", "list it once"),
-        ("{candidates: 20}", "20", "budget: 20 is not usable", "write a mapping with the keys candidates, items."),
+        ("{candidates: 20}", "20", "budget: 20 is not usable", "mapping with the keys candidates, items, minutes"),
         (
             "task: piqa",
             "task: 3",

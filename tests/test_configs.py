@@ -187,10 +187,31 @@ def test_instruct_experts_on_a_bare_base(tmp_path, tasks):
     assert "model.chat_template" in toys.refusal(ended.code, ended.err)
 
 
+def test_safety_as_a_constraint_and_as_an_objective(tmp_path, models, tasks):
+    experts = {"helpful": "a", "honest": "b", "harmless": "c"}
+    (tmp_path / "tasks").mkdir()
+    for name in experts:
+        task = yaml.safe_load((tasks / "toy.yaml").read_text())
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump({**task, "task": name}))
+    (tmp_path / "base").symlink_to(models / "base")
+    changes = {
+        "experts": {name: str(models / model) for name, model in experts.items()},
+        "tasks": [{}, {}, {}], "include_path": str(tmp_path / "tasks"),
+    }  # fmt: skip
+    _, commands = example("safety", tmp_path, changes)
+    assert [c[0] for c in commands] == ["validate", "run", "export", "export"]
+    said = type_all(commands, tmp_path)[-1]
+    assert "is the best on the front for these weights" in said
+    loaded(AutoModelForCausalLM, tmp_path / "careful")
+    text = (tmp_path / "results" / "safety" / "report.md").read_text()
+    assert "## Constraints" in text
+    assert "| useful | harmless | useful against | harmless against |" in text
+
+
 def test_every_example_is_linked_and_typed():
     """The pages that a newcomer reads name each of them, and a test above runs it."""
     names = {p.name for p in EXAMPLES.glob("*.yaml")}
-    assert names == {"classifiers.yaml", "qwen3-moe.yaml", "instruct.yaml"}
+    assert names == {"classifiers.yaml", "qwen3-moe.yaml", "instruct.yaml", "safety.yaml"}
     for page in ("README.md", "docs/merging.md"):
         text = (toys.ROOT / page).read_text()
         assert {n for n in names if f"configs/examples/{n}" not in text} == set(), page

@@ -208,7 +208,7 @@ def test_no_item_is_paid_twice(tmp_path):
     for c, r in seen:
         longest[c.recipe.id] = max(longest.get(c.recipe.id, 0), len(r.items))
     assert pool.scored == sum(longest.values()) == sum(r.cost for _, r in seen) == 5 * 72
-    assert search.inner._items == pool.scored
+    assert search.inner._progress.items == pool.scored
 
 
 def test_the_budget_of_items_ends_it_after_the_batch_that_spends_it(tmp_path):
@@ -286,9 +286,9 @@ def test_what_is_known_from_elsewhere_costs_nothing_and_is_told_as_it_is(tmp_pat
     start = [(c, r) for c, r in seen if c.recipe in EXPERTS]
     assert {c.recipe for c, _ in start} == set(EXPERTS[:4])
     assert all(c.question.limit is None and r.reused and r.complete for c, r in start)
-    assert search.inner._items == 72
+    assert search.inner._progress.items == 72
     before = {e.id: np.mean(answers(e)) for e in EXPERTS}
-    for expert, member, score in zip(EXPERTS, search.inner.population, search.inner.scores, strict=False):
+    for expert, member, (_, score) in zip(EXPERTS, search.inner.population, search.inner.standings, strict=False):
         assert score >= before[expert.id] if member == expert else score > before[expert.id]
 
 

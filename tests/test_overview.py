@@ -12,7 +12,7 @@ import toys
 
 from evolver import ledger
 from evolver.dashboard.overview import Overview
-from evolver.dashboard.views import front, utilisation
+from evolver.dashboard.views import utilisation
 from evolver.errors import BadInput
 from evolver.records import Candidate, Result
 from evolver.records.recipe import Expert
@@ -90,18 +90,6 @@ def test_parts_that_are_joined_while_somebody_looks(run, tmp_path, monkeypatch):
         assert overview.pair("search", 0)[1] == results[0]  # from where it is now
         overview.refresh()
         assert (len(overview.rows("search")), overview.flying) == (2, 2)
-
-
-def test_the_front_is_that_of_all_pairs():
-    rng = np.random.default_rng(0)
-    for columns in (2, 3):
-        values = rng.integers(0, 6, (80, columns)).astype(float)
-        beaten = [((values >= v).all(1) & (values > v).any(1)).any() for v in values]
-        best = np.flatnonzero(~np.asarray(beaten)).tolist()
-        assert (front(values)[0].tolist(), front(values)[1]) == (best, True)
-        some, whole = front(values, 1)
-        assert set(some.tolist()) < set(best)
-        assert not whole
 
 
 def test_the_share_of_busy_workers_adds_up_to_what_they_worked(run):

@@ -182,11 +182,11 @@ def test_which_questions_a_result_answers():
     assert Result(0, "r", "ok", None, 0.0, False).answers(ask(0.0))
 
 
-def test_what_a_result_beats_and_costs():
+def test_what_a_result_is_better_than_and_costs():
     full = Result(0, "r", "ok", 0.6, 0.6, True, items=(1.0, 0.2))
-    assert full.beats(0.5)
-    assert not full.beats(0.6)
-    assert not Result(0, "r", "ok", None, 0.9, False).beats(0.1)
+    assert full.standing > (0.0, 0.5)
+    assert full.standing == (0.0, 0.6)
+    assert Result(0, "r", "ok", None, 0.9, False).standing < (0.0, 0.1)
     assert full.cost == 2
     assert Result(0, "r", "ok", 0.6, 0.6, True, items=(1.0, 0.2), given=1).cost == 1
     assert Result(0, "r", "ok", 0.6, 0.6, True, items=(1.0, 0.2), reused=True).cost == 0

@@ -44,6 +44,8 @@ FILES = {
     "about.json",
     "curve.png",
     "examples.json",
+    "ended.json",
+    "clock.json",
 }
 
 

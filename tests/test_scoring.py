@@ -71,7 +71,7 @@ def test_stopping_early_decides_as_scoring_everything_does(case, block):
     result = worker._score(candidate, scorer)
     assert result.complete == (len(result.items) == len(items))
     assert result.bound == scale.bound(result.items)
-    assert result.beats(bar) == (scale.score(items) > bar)
+    assert (result.standing > (0.0, bar)) == (scale.score(items) > bar)
     assert result.answers(candidate)
     assert scorer.asked == len(result.items)
 

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,9 @@ from evolver.commands import mergekit_options as mk
 from evolver.commands import tables
 from evolver.errors import BadInput, file_sentence, takes_nothing
 from evolver.threads import let_threads_sleep
+
+if TYPE_CHECKING:
+    from evolver.storage import Storage
 
 # Each command imports what it needs in its function: importing torch takes a second, and --help should not wait for it.
 
@@ -64,6 +67,11 @@ def resume(
     folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
     candidates: Annotated[int | None, typer.Option(min=1, help="new budget: candidates in all")] = None,
     items: Annotated[int | None, typer.Option(min=1, help="new budget: scored items in all")] = None,
+    minutes: Annotated[float | None, typer.Option(help="new budget: minutes of searching in all")] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="new budget: candidates in a row without an improvement")
+    ] = None,
+    target: Annotated[float | None, typer.Option(help="new budget: dev score to be reached")] = None,
     retry_failed: RetryFailed = False,
 ) -> None:
     """Continue a run from its folder, with a new budget if you give one."""
@@ -72,7 +80,8 @@ def resume(
     from evolver.storage import storage_at
 
     place, _, name = folder.rstrip("/").rpartition("/")
-    config = config_of_run(storage_at(folder), candidates, items)
+    limits = {"minutes": minutes, "patience": patience, "target": target}
+    config = config_of_run(storage_at(folder), candidates=candidates, items=items, **limits)
     refuse_early(config)
     from cluster.job import drive  # it brings torch
 
@@ -207,6 +216,13 @@ def export(
     candidate: Annotated[
         str | None, typer.Option(help="number of the candidate, or the beginning of its recipe's id; default: the best")
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="instead of a candidate: weights of the run's objectives, such as maths=2,safety=1; exports the model "
+            "on the front that is best for them"
+        ),
+    ] = None,
     lora: Annotated[int | None, typer.Option(min=1, help="write a LoRA adapter of this rank instead")] = None,
     energy: Annotated[
         float | None,
@@ -246,6 +262,8 @@ def export(
     from evolver.storage import storage_at
 
     run = storage_at(folder)
+    if weights is not None:
+        candidate = _weighed(run, candidate, weights)
     if gguf is not None:
         deliver.deliver_gguf(run, out, candidate, gguf, typer.echo, force)
     elif delta:
@@ -256,7 +274,6 @@ def export(
         deliver.deliver(run, out, candidate, typer.echo, force)
     if push_to_hub:
         _upload(out, push_to_hub)
-        typer.echo(f"uploaded to {push_to_hub}")
 
 
 @app.command()
@@ -535,7 +552,7 @@ def _check_form(asked: dict[str, bool], energy: float | None) -> None:
 
 
 def _upload(out: Path, name: str) -> None:
-    """Upload an export to a repository of the hub."""
+    """Upload an exported file or folder to a repository of the hub."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -544,6 +561,7 @@ def _upload(out: Path, name: str) -> None:
         api.upload_file(path_or_fileobj=out, path_in_repo=out.name, repo_id=name)
     else:
         api.upload_folder(folder_path=out, repo_id=name)
+    typer.echo(f"uploaded to {name}")
 
 
 def _export_table(
@@ -562,6 +580,18 @@ def _export_table(
         )
     name = folder.rstrip("/").rpartition("/")[2] or "run"
     return export_table([storage_at(run) for run in (folder, *also)], out or Path(f"{name}-table"), force)
+
+
+def _weighed(run: Storage, candidate: str | None, weights: str) -> str:
+    """The number of the candidate that is best for the weights that a user gives."""
+    from evolver.driver.weighing import best_for
+    from evolver.runs.history import read_history
+
+    if candidate is not None:
+        raise BadInput("--candidate, --weights: each of them names a model; give one of these options.")
+    number = best_for(read_history(run), weights).number
+    typer.echo(f"candidate {number} is the best on the front for these weights")
+    return str(number)
 
 
 def _check_energy(energy: float | None) -> None:

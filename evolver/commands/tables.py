@@ -27,11 +27,16 @@ def console() -> Console:
 def statuses_table(found: Iterable[Status]) -> Table:
     """The runs of a folder, with their best scores and how much of their budgets is spent."""
     shown = Table("run", "state", "search", "best dev", "best expert", "candidates", "items", "failed", "last result")
-    for s in found:
+    runs = list(found)
+    guarded = any(s.infeasible is not None for s in runs)
+    if guarded:
+        shown.add_column("break constraints")
+    for s in runs:
         score, expert = ("–" if v is None else f"{v:.4f}" for v in (s.best, s.expert))
         spent = [f"{n}" if limit is None else f"{n} of {limit}" for n, limit in zip(s.spent, s.budget, strict=True)]
         age = "–" if s.age is None else f"{_duration(s.age)} ago"
-        shown.add_row(s.name, s.state, s.algorithm, score, expert, *spent, str(s.failed), age)
+        broken = ["–" if s.infeasible is None else str(s.infeasible)] if guarded else []
+        shown.add_row(s.name, s.state, s.algorithm, score, expert, *spent, str(s.failed), age, *broken)
     return shown
 
 

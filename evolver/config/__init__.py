@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from evolver.config.constraints import BEST_EXPERT, THE_BASE, Constraint
 from evolver.config.evaluation import EvaluationSettings
 from evolver.config.model import CLASSIFIER_KINDS, LANGUAGE_KINDS, ModelSettings
 from evolver.config.section import NAME, Section
@@ -19,7 +20,7 @@ from evolver.errors import nearest
 
 
 class Budget(Section):
-    """When the search ends: after a number of candidates, or of scored items. You may raise it later."""
+    """When the search ends: as soon as the first of these limits is reached. You may raise them later."""
 
     candidates: int | None = Field(
         None, ge=1, le=10**12, description="number of candidates that the search may propose"
@@ -28,10 +29,39 @@ class Budget(Section):
         None, ge=1, le=10**12, description="number of items that the search may score; known results cost nothing"
     )
 
+    minutes: float | None = Field(
+        None,
+        gt=0,
+        le=1e7,
+        description="minutes that the search may take, in all calls of the run together; candidates that are in "
+        "evaluation then are finished. Unlike the other limits it gives another run on a faster machine",
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        le=10**12,
+        description="number of candidates in a row without an improvement of the best dev score; stopped and failed "
+        "candidates count",
+    )
+    target: float | None = Field(
+        None, ge=-1e12, le=1e12, description="dev score to be reached, as the terminal prints scores, such as 0.85"
+    )
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits that are set, by key."""
+        found: dict[str, float] = self.model_dump(exclude_none=True)
+        return found
+
     @model_validator(mode="after")
     def _one_of(self) -> Budget:
-        if self.candidates is None and self.items is None:
-            raise ValueError("the budget has no limit; give candidates or items")
+        if not self.limits:
+            raise ValueError("the budget has no limit; give candidates, items, minutes or patience")
+        if list(self.limits) == ["target"]:
+            raise ValueError(
+                "the target may never be reached, and the budget has no other limit; also give candidates, items, "
+                "minutes or patience"
+            )
         return self
 
 
@@ -59,6 +89,13 @@ class FinalistSettings(Section):
 
     count: int = Field(
         6, ge=1, le=10_000, description="number of candidates, the best ones of the search on the dev items"
+    )
+    front: int = Field(
+        12,
+        ge=2,
+        le=10_000,
+        description="with several objectives, number of candidates that also come to the finals because they are on "
+        "the front; of a larger front, those that add most to its hypervolume",
     )
     rank: Literal["both", "select"] = Field(
         "both",
@@ -151,7 +188,7 @@ class Config(Section):
         "file or hub id; an adapter of another model is written MODEL+ADAPTER"
     )
     search: dict[str, Any] = Field(description="mapping with algorithm and the settings of this algorithm")
-    budget: Budget = Field(description="number of candidates or of scored items")
+    budget: Budget = Field(description="when the search ends")
     evaluation: EvaluationSettings = Field(description="tasks and how candidates are scored on them")
     worthwhile: float = Field(
         1.0,
@@ -160,6 +197,16 @@ class Config(Section):
         description="the smallest difference between two models that matters to you, in points of the score (percent "
         "where all metrics are shares); validate and the report say how many items it takes to see it. It changes no "
         "result",
+    )
+    constraints: list[Constraint] = Field(
+        default_factory=list,
+        description="what every merge must keep; the winner keeps all of it, or the report says that no candidate does",
+    )
+    objectives: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="several objectives instead of the score alone: a list of tasks, or a mapping from a name to the "
+        "tasks that make it up by their weights. nsga2 searches for their Pareto front, by default that of all tasks; "
+        "after any search the candidates on the front go to the finals and to the report",
     )
     baselines: Baselines = Baselines()
     finalists: FinalistSettings = FinalistSettings()
@@ -210,6 +257,58 @@ class Config(Section):
             if key == "tokenizer" and said not in ("union", "base") and not said.startswith("expert"):
                 words = ["union", "base", *(f"expert {n}" for n in self.experts)]
                 raise ValueError(f"model.tokenizer: {said!r} is not usable; {nearest(said, words)}")
+        return self
+
+    @model_validator(mode="after")
+    def _constraints_of_tasks(self) -> Config:
+        known, models = [t.task for t in self.evaluation.tasks], [THE_BASE, BEST_EXPERT, *self.experts]
+        for number, constraint in enumerate(self.constraints):
+            if constraint.task is not None and constraint.task not in known:
+                raise ValueError(
+                    f"constraints[{number}].task: there is no task {constraint.task!r}; "
+                    f"{nearest(constraint.task, known)}"
+                )
+            if constraint.against not in models:
+                raise ValueError(
+                    f"constraints[{number}].against: there is no model {constraint.against!r}; "
+                    f"{nearest(constraint.against, models)}"
+                )
+            if constraint.kl is not None and self.model.kind != "causal-lm":
+                raise ValueError(
+                    f"constraints[{number}].kl: a model of kind {self.model.kind} does not predict the next token of "
+                    "a text; leave this constraint out"
+                )
+            if constraint.kl is not None and self.evaluation.backend != "resident":
+                raise ValueError(
+                    f"constraints[{number}].kl: the backend {self.evaluation.backend} tells no probabilities of "
+                    "tokens; leave this constraint out, or write backend: resident"
+                )
+        return self
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _named(cls, objectives: Any) -> Any:
+        """A list of tasks is short for a mapping in which each has its own name."""
+        return {str(task): [task] for task in objectives} if isinstance(objectives, list) else objectives
+
+    @model_validator(mode="after")
+    def _objectives_of_tasks(self) -> Config:
+        known = [t.task for t in self.evaluation.tasks]
+        if len(self.objectives) == 1:
+            raise ValueError(
+                "objectives: a front needs at least two objectives, and there is one; add another one, or leave "
+                "objectives out"
+            )
+        for name, tasks in self.objectives.items():
+            if not tasks:
+                raise ValueError(f"objectives.{name}: names no task; give one, or leave {name} out")
+            if not name or set(name) & set(",="):
+                raise ValueError(f"objectives: {name!r} cannot be the name of an objective; write one without , and =")
+            if len(set(tasks)) < len(tasks):
+                raise ValueError(f"objectives.{name}: a task is listed twice; list each task once")
+            for task in tasks:
+                if task not in known:
+                    raise ValueError(f"objectives.{name}: there is no task {task!r}; {nearest(task, known)}")
         return self
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,18 +61,30 @@ class Rows:
         found: NDArray[np.bool_] = pc.fill_null(self.table[column], False).to_numpy(zero_copy_only=False)
         return found
 
+    @property
+    def accepted(self) -> Column:
+        """The scores of those that keep the run's constraints, NaN for the others."""
+        return np.where(self.numbers("violation") > 0, np.nan, self.numbers("score"))
+
     @cached_property
     def whole(self) -> Places:
-        """Where candidates stand that were asked for all items and were scored on them."""
+        """Where candidates stand that were asked for all items and were scored on them, and that keep the run's
+        constraints, if some do.
+        """
         asked_in_full = pc.is_null(self.table["limit"]).to_numpy(zero_copy_only=False)
-        return np.flatnonzero(asked_in_full & self.flags("complete") & ~np.isnan(self.numbers("score")))
+        whole = np.flatnonzero(asked_in_full & self.flags("complete") & ~np.isnan(self.numbers("score")))
+        feasible = whole[self.numbers("violation")[whole] == 0]
+        return feasible if len(feasible) else whole
 
     @cached_property
     def best(self) -> int | None:
-        """Where the highest score of all items stands, the earliest of equals; None before there is one."""
+        """Where the best candidate stands, the earliest of equals; None before there is one. It has the highest score
+        of all items or, if none keeps the run's constraints, breaks them least.
+        """
         if not len(self.whole):
             return None
-        return int(self.whole[np.argmax(self.numbers("score")[self.whole])])
+        violation, score = (self.numbers(name)[self.whole] for name in ("violation", "score"))
+        return int(self.whole[np.lexsort((np.arange(len(score)), np.where(violation == 0, -score, 0.0), violation))[0]])
 
 
 @dataclass(frozen=True)
@@ -183,6 +196,11 @@ def part_of(table: pa.Table, name: str, tasks: Iterable[str]) -> Part:
     )
 
 
+def _violation(found: Iterable[tuple[str, float]] | None) -> float:
+    """By how much a candidate breaks the constraints of its run together."""
+    return math.fsum(value for _, value in found or () if value > 0)
+
+
 def _by_stage(table: pa.Table) -> dict[Stage, pa.Table]:
     found = {stage: table.filter(pc.equal(table["stage"], stage)) for stage in STAGES}
     return {stage: rows for stage, rows in found.items() if len(rows)}
@@ -195,6 +213,7 @@ def columns(table: pa.Table, part: str, tasks: Iterable[str]) -> pa.Table:
     fresh = pc.invert(pc.fill_null(table["reused"], False))
     kept = {name: table[name] for name in KEPT_COLUMNS}
     kept |= {"size": size, "cost": pc.multiply(pc.subtract(size, given), fresh.cast(pa.float64()))}
+    kept["violation"] = pa.array([_violation(found) for found in table["violations"].to_pylist()], pa.float64())
     kept |= {name: pc.map_lookup(table["seconds"], name, "first") for name in SECONDS}
     kept |= {f"task {name}": pc.map_lookup(table["tasks"], name, "first") for name in tasks}
     return pa.table({**kept, "part": pa.array([part] * len(table)).dictionary_encode()}).unify_dictionaries()

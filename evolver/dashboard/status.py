@@ -26,6 +26,8 @@ class Status:
         spent: candidates, items; ``budget`` what they may come to, where it is limited.
         age: seconds since the last result, by this machine's clock.
         holder: the process that drives it, if there is one.
+        ended: why its search has ended, as far as it has.
+        infeasible: candidates that break a constraint; None where a run has none.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Status:
     age: float | None = None
     holder: str = ""
     verdict: str = ""
+    ended: str = ""
+    infeasible: int | None = None
 
 
 def status_of(run: Overview, name: str) -> Status:
@@ -51,7 +55,7 @@ def status_of(run: Overview, name: str) -> Status:
     summary, verdict = summary_of(run.folder)
     held = holder_of(run.folder.folder("ledger"))
     # A run that is continued with a larger budget has a report already, but is not done.
-    done = summary.get("budget") == config.budget.model_dump() and summary.get("candidates") == len(search)
+    done = _limits(summary) == config.budget.limits and summary.get("candidates") == len(search)
     return Status(
         name,
         "running" if held else "done" if done else "stopped",
@@ -65,6 +69,8 @@ def status_of(run: Overview, name: str) -> Status:
         time.time() - run.last if run.last else None,
         _holder(held, run.about.job),
         verdict,
+        run.about.ended.why if run.about.ended else "",
+        int((search.numbers("violation") > 0).sum()) if config.constraints else None,
     )
 
 
@@ -77,6 +83,12 @@ def statuses(root: Storage) -> list[Status]:
         except (BadInput, OSError) as error:
             found.append(Status(name, "unreadable", verdict=str(error)))
     return found
+
+
+def _limits(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The limits of the budget that a report is about; older versions of Evolver knew fewer of them."""
+    found = summary.get("budget")
+    return {key: limit for key, limit in found.items() if limit is not None} if isinstance(found, dict) else {}
 
 
 def _holder(held: Mapping[str, Any] | None, job: Job | None) -> str:

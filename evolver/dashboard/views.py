@@ -16,9 +16,10 @@ from evolver.dashboard.lineage import drawing
 from evolver.dashboard.overview import Column, Overview, Places, Rows
 from evolver.dashboard.status import Status
 from evolver.records import own_score
+from evolver.records.objective import Objective
 from evolver.records.recipe import Merge, Recipe, ancestors
 from evolver.report.text import cost_rows
-from evolver.search.hypervolume import hypervolume
+from evolver.search.front import front, hypervolume
 
 POINTS = 2000  # of a curve
 HEAT_ROWS, COLUMNS = 60, 240  # of the heat map
@@ -68,8 +69,8 @@ def contenders(run: Overview) -> list[dict[str, Any]]:
 
 def curve_points(search: Rows) -> dict[str, list[Any]]:
     """Items scored against the best dev score so far, and the scores of those that were scored in full."""
-    scores = search.numbers("score")
-    best = np.maximum.accumulate(np.where(np.isnan(scores), -np.inf, scores)) if len(scores) else scores
+    scores, counting = search.numbers("score"), search.accepted
+    best = np.maximum.accumulate(np.where(np.isnan(counting), -np.inf, counting)) if len(scores) else scores
     improved = np.flatnonzero(best > np.concatenate([[-np.inf], best[:-1]])[: len(best)])
     kept = np.union1d(np.arange(0, len(scores), max(1, len(scores) // POINTS)), improved)
     kept = np.union1d(kept, [len(scores) - 1] if len(scores) else []).astype(int)
@@ -82,7 +83,7 @@ def curve_points(search: Rows) -> dict[str, list[Any]]:
 
 def sparkline(run: Overview) -> list[float]:
     """The best dev score after each of ``SPARKS`` shares of the search's candidates, from the first score on."""
-    scores = run.rows("search").numbers("score")
+    scores = run.rows("search").accepted
     best = np.fmax.accumulate(scores)
     best = best[~np.isnan(best)]
     places = np.linspace(0, len(best) - 1, min(SPARKS, len(best))).round().astype(int)
@@ -128,38 +129,36 @@ def lineage(run: Overview, recipe: Recipe) -> dict[str, Any]:
 
 
 def pareto(run: Overview) -> dict[str, Any]:
-    """The candidates that no other one beats in every task, and the hypervolume that they dominate from 0 on; None
-    where it takes too long to compute.
+    """The candidates that no other one beats in every objective, and the hypervolume that they dominate from 0 on; None
+    where it takes too long to compute. Of a run with the score alone, every task counts as an objective.
+
+    Candidates that break a constraint are left out, unless all do. Of a large front, those of the largest sums are
+    shown.
     """
-    names, search = list(run.about.scales["dev"].weights), run.rows("search")
-    values = np.stack([search.numbers(f"task {name}") for name in names], axis=1)
+    objectives = run.about.objectives or [Objective(task, {task: 1.0}) for task in run.about.scales["dev"].weights]
+    names, search = [objective.name for objective in objectives], run.rows("search")
+    columns = [
+        sum((share * search.numbers(f"task {task}") for task, share in o.shares.items()), np.zeros(len(search)))
+        for o in objectives
+    ]
+    values = np.stack(columns, axis=1)
     places = np.flatnonzero(search.flags("complete") & ~np.isnan(values).any(1))
+    feasible = places[search.numbers("violation")[places] == 0]
+    places = feasible if len(feasible) else places
     if len(names) < 2 or not len(places):
         return {"tasks": names, "front": [], "others": [], "volume": None, "whole": True}
     values, numbers = values[places], search.numbers("number")[places].astype(int)
-    on, whole = front(values)
-    others = np.setdiff1d(np.arange(len(values)), on)[:POINTS]
+    all_on = front(values)
+    on = np.sort(all_on[np.argsort(-values[all_on].sum(1), kind="stable")][:FRONT])
+    others = np.setdiff1d(np.arange(len(values)), all_on)[:POINTS]
 
     def points(chosen: Places) -> list[dict[str, Any]]:
         return [{"number": int(numbers[k]), "values": values[k].tolist()} for k in chosen]
 
+    whole = len(on) == len(all_on)
     quick = whole and len(on) ** (len(names) - 2) <= VOLUME
-    volume = hypervolume(values[on].tolist()) if quick else None
+    volume = hypervolume(values[on]) if quick else None
     return {"tasks": names, "front": points(on), "others": points(others), "volume": volume, "whole": whole}
-
-
-def front(values: Column, at_most: int = FRONT) -> tuple[Places, bool]:
-    """The rows of ``values`` (rows, columns) that no other row reaches in every column and exceeds in one, those of the
-    largest sums where they are many; and whether these are all.
-    """
-    left = np.argsort(-values.sum(1), kind="stable")
-    found: list[int] = []
-    while len(left) and len(found) < at_most:  # what has the largest sum is beaten by nobody; what it beats is out
-        top = values[left[0]]
-        same = (values[left] == top).all(1)
-        found += left[same].tolist()
-        left = left[~(values[left] <= top).all(1)]
-    return np.asarray(sorted(found), dtype=np.int64), not len(left)
 
 
 def failures(search: Rows) -> list[dict[str, Any]]:
@@ -200,7 +199,8 @@ def leading(search: Rows) -> list[dict[str, Any]]:
     """The candidates with the highest scores."""
     scores = search.numbers("score")
     order = np.argsort(np.where(np.isnan(scores), np.inf, -scores), kind="stable")[:LISTED]
-    rows = search.table.select(["number", "recipe_id", "proposer", "score", "size", "total"]).take(pa.array(order))
+    shown = ["number", "recipe_id", "proposer", "score", "size", "total", "violation"]
+    rows = search.table.select(shown).take(pa.array(order))
     return rows.to_pylist()  # type: ignore[no-any-return]
 
 

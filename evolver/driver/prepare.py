@@ -14,18 +14,22 @@ from evolver.config import Config
 from evolver.config.changes import FREE_KEYS, computing, default_at, keeping_base_chat, renamed, without_select
 from evolver.config.reading import ConfigText, load
 from evolver.driver.early import chosen_search, named_search
+from evolver.driver.objectives import objectives_of
 from evolver.errors import BadInput
 from evolver.evaluation.blueprint import Blueprint, ModelFolder
 from evolver.evaluation.fused import refuse_experts
 from evolver.evaluation.overlap import Overlap, overlaps
 from evolver.evaluation.rounding import refuse_stacks
 from evolver.evaluation.scores.estimates import Estimates, first_unjudged
+from evolver.evaluation.scores.feasibility import unprovable
+from evolver.evaluation.scores.scoring import Scale
 from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.loggers import check_loggers
 from evolver.merging.companions import Companions
 from evolver.merging.materialise import Materialiser
 from evolver.merging.settings.maker import RecipeMaker
 from evolver.records import SPLITS, Split
+from evolver.records.objective import Objective
 from evolver.records.recipe import Expert, Recipe
 from evolver.runs.folder import RunFolder, compute_of, config_of_run, made_before
 from evolver.search import SEARCHES, Search
@@ -35,6 +39,7 @@ from evolver.search.optuna_samplers import CoefficientSettings
 from evolver.storage import Storage
 from evolver.threads import too_many
 from evolver.workers.compute import is_open, settled
+from evolver.workers.measures import with_texts
 from evolver.workers.opened import STRICT, Opened, check_device, draw_up, open_models
 from evolver.workers.plan import CHAT, SCORING_PACKAGES, TOKENS, Plan, items_hash
 from evolver.workers.statistics import sample_hash
@@ -58,6 +63,11 @@ class Prepared:
     search: Search
     identity: Mapping[str, Any]
     warnings: tuple[str, ...]
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """The objectives of the run; none where it has the score alone."""
+        return objectives_of(self.config, self.tasks)
 
 
 def prepare(
@@ -84,7 +94,7 @@ def prepare(
     check_loggers(config, file)
     try:
         opened = open_models(config)
-        config = settled(config, opened.base.headers)
+        config = with_texts(settled(config, opened.base.headers))
         if device:
             check_device(config, opened, device)
         tasks = load_tasks(config)
@@ -94,6 +104,7 @@ def prepare(
         estimates = Estimates(tasks.scale("dev"), config.evaluation.block_items)
         _refuse_racing(config, algorithm, estimates)
         _refuse_subset(config, settings)
+        _refuse_goals(config, estimates.scale)
         if config.evaluation.quantise:
             refuse_stacks({name: info.shape for name, info in opened.base.headers.items()})
         digests = opened.digests() if weights else None
@@ -104,12 +115,12 @@ def prepare(
         warnings = opened.warnings
         warnings += tuple(suspicions(opened.base, opened.experts.values())) if weights else ()
         warnings += tuple(filter(None, [too_many(config.evaluation.threads)]))
-        warnings += tuple(_not_stopped(config, algorithm, estimates))
+        warnings += (*_not_stopped(config, algorithm, estimates), *unprovable(config.constraints, estimates.scale))
         setup = Setup(
             maker.experts, maker.base, config.seed, config.budget, maker, estimates,
             config.evaluation.early_stopping, config.evaluation.racing is not None,
-            arrival=config.order == "arrival", tasks=tuple(tasks.scale("dev").weights),
-            subset=config.evaluation.subset,
+            arrival=config.order == "arrival", tasks=tuple(estimates.scale.weights),
+            objectives=objectives_of(config, tasks), subset=config.evaluation.subset,
         )  # fmt: skip
         search = SEARCHES[algorithm].build(setup, settings)
     except BadInput as error:
@@ -262,6 +273,26 @@ def _refuse_subset(config: Config, settings: Any) -> None:
         )
 
 
+def _refuse_goals(config: Config, scale: Scale) -> None:
+    """Raises BadInput for a target that no model can reach, and for a constraint on a group whose metric is made of
+    those of several tasks.
+    """
+    budget, highest = config.budget, scale.bound(())
+    if budget.target is not None and budget.target > highest:
+        more = f", such as {budget.target / 100:g} for {budget.target:g} %" if scale.shares else ""
+        raise BadInput(
+            f"budget.target: {budget.target:g} is above the highest score that there is, {highest:g}; write a score as "
+            f"the terminal prints it{more}."
+        )
+
+    for number, constraint in enumerate(config.constraints):
+        if constraint.task is not None and constraint.task not in scale.weights:
+            raise BadInput(
+                f"constraints[{number}].task: {constraint.task} is a group, whose metric is made of those of its "
+                "tasks; list its tasks one by one under evaluation.tasks, and name one of them."
+            )
+
+
 def _not_stopped(config: Config, algorithm: str, estimates: Estimates) -> Iterator[str]:
     """A sentence on the tasks for which no evaluation can stop early, if there are some."""
     names = [task for task, metric in estimates.scale.metrics.items() if not metric.judged]
@@ -280,6 +311,9 @@ def _identity(config: Config, search: Mapping[str, Any], plan: Plan, selects: bo
     """
     identity: dict[str, Any] = config.model_dump(mode="json", exclude=set(FREE_KEYS))
     identity["search"] = dict(search)
+    for key in ("constraints", "objectives"):  # runs without them are those from before there were any
+        if not identity[key]:
+            del identity[key]
     del identity["model"]["strict"]  # it may refuse a run, and changes nothing in one
     identity["model"]["base"] = plan.digests["base"]
     # The base's own files are the keys' default: runs that are older than the keys have used them.

@@ -6,7 +6,6 @@ import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 from evolver.config import Config
 from evolver.config.reading import ConfigText
@@ -23,13 +22,15 @@ from evolver.driver.prepare import (
     run_folder,
     versions,
 )
+from evolver.driver.searching import SearchStage
 from evolver.errors import BadInput, file_sentence
 from evolver.evaluation.overlap import overlap_warnings
+from evolver.evaluation.scores.feasibility import guards
 from evolver.ledger import Ledger, write_items
 from evolver.loggers import Tracked, Trackers, build_loggers, tracked
 from evolver.loggers.pace import Pace, Remaining
 from evolver.loggers.terminal import Display
-from evolver.loop import Guesses, evolve
+from evolver.loop import Judging, evolve
 from evolver.merging.export import beside_of, export, write_heads
 from evolver.pool import Pool
 from evolver.records import SPLITS, Candidate, Result
@@ -38,12 +39,12 @@ from evolver.report.examples import compared_items, read_texts, write_texts
 from evolver.report.report import write_report
 from evolver.report.verdict import verdict
 from evolver.runs.about import About, Job, write_about
+from evolver.runs.clock import Clock
 from evolver.runs.files import AGREEMENT_FILE, RECIPE_FILE, agreement_of
 from evolver.runs.finals import Finals
 from evolver.runs.folder import RunFolder, compute_of
 from evolver.runs.history import History, read_history
 from evolver.runs.outcome import Outcome
-from evolver.search.ahead import Guessable, ahead
 from evolver.search.plain import Listed
 from evolver.storage import Storage
 from evolver.version import __version__
@@ -148,7 +149,9 @@ def _about(prepared: Prepared, folder: RunFolder, job: Job | None) -> About:
     overlap = overlap_of(prepared)
     warnings = (*prepared.warnings, *prepared.tasks.warnings, *overlap_warnings(overlap))
     job = job and replace(job, location=folder.location)
-    return About(prepared.config, scales, versions(), warnings, job, folder.owner, overlap)
+    return About(
+        prepared.config, scales, versions(), warnings, job, folder.owner, overlap, objectives=prepared.objectives
+    )
 
 
 def _stages(
@@ -157,7 +160,8 @@ def _stages(
 ) -> Outcome:  # fmt: skip
     """Baselines and search on the dev items, the finals on the select items, and the winner on the report items."""
     plain = Listed(_baselines(prepared), "baseline")
-    pace = _pace(prepared, plain.total)
+    clock = Clock(folder.storage)
+    pace = _pace(prepared, plain.total, clock)
 
     def watch(candidate: Candidate, result: Result) -> None:
         pace.result(result)
@@ -166,10 +170,11 @@ def _stages(
 
     display.stage("baselines", plain.total)
     evolve(plain, pool, ledger, watch)
+    judge = _judge(prepared, plain)
     for result in plain.results.values():
-        prepared.estimates.learn(result)
+        prepared.estimates.learn(judge(result))
     display.stage("search", prepared.search.total)
-    evolve(prepared.search, pool, ledger, watch, _guesses(prepared))
+    SearchStage(prepared, folder.storage, ledger, pool, display, judge).search(watch, clock)
     pool.close()  # its resources are the next one's
     for final in (_select, _report):
         if (listed := final(prepared, _finals(read_history(folder.storage)))) is not None:
@@ -182,26 +187,29 @@ def _stages(
     return outcome
 
 
-def _pace(prepared: Prepared, baselines: int) -> Pace:
+def _judge(prepared: Prepared, baselines: Listed) -> Judging:
+    """What tells by how much a candidate breaks the run's constraints.
+
+    Raises BadInput where a model that they compare with could not be scored.
+    """
+    config = prepared.config
+    scale, experts = prepared.tasks.scale("dev"), list(config.experts)
+    return guards(config.constraints, scale, baselines.results, experts, config.seed).judged
+
+
+def _pace(prepared: Prepared, baselines: int, clock: Clock) -> Pace:
     """What lies ahead of a run; at its end the exported winner is scored on the dev items once more."""
     dev, select, report = (len(prepared.tasks.items.of(split)) for split in SPLITS)
     fixed = len(prepared.experts) + len(("average", "task_arithmetic"))
+    budget = prepared.config.budget
     stages = {
         "baseline": Remaining(baselines, dev),
-        "search": Remaining(prepared.search.total, dev, prepared.config.budget.items),
+        "search": Remaining(prepared.search.total, dev, budget.items, time_left=lambda: clock.left(budget.minutes)),
         "select": Remaining(fixed + prepared.config.finalists.count if select else 0, select, builds=True),
         "report": Remaining(fixed + len(("base", "winner")), report, builds=True),
         "check": Remaining(1, dev, builds=True),
     }
     return Pace(stages, prepared.config.pool.num_workers)
-
-
-def _guesses(prepared: Prepared) -> Guesses | None:
-    """What is scored ahead by workers that would be idle."""
-    search, config = prepared.search, prepared.config
-    if not (config.pool.ahead and config.order == "exact" and isinstance(search, Guessable)):
-        return None
-    return partial(ahead, search)
 
 
 def _finish(prepared: Prepared, folder: RunFolder, outcome: Outcome, display: Display, device: str) -> None:
@@ -282,10 +290,11 @@ def _select(prepared: Prepared, finals: Finals) -> Listed | None:
 
 
 def _report(prepared: Prepared, finals: Finals) -> Listed:
-    """What is scored on the report items: base, every expert, the plain merges, and the winner of the search."""
+    """What is scored on the report items: base, every expert, the plain merges, the winner of the search and, where
+    there are several objectives, the front.
+    """
     base = [("base", as_it_is(prepared, prepared.base))]
     fixed = [*base, *((c.label, c.recipe) for c in (*finals.experts, *finals.plain))]
-    winner = finals.winner
-    return Listed(
-        [*fixed, ("winner", winner.recipe)], "report", [*range(len(fixed)), len(fixed) + winner.candidate.number]
-    )
+    searched = [("winner", finals.winner), *((c.label, c) for c in finals.front if c != finals.winner)]
+    numbers = [*range(len(fixed)), *(len(fixed) + c.candidate.number for _, c in searched)]
+    return Listed([*fixed, *((label, c.recipe) for label, c in searched)], "report", numbers)

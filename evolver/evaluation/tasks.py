@@ -122,6 +122,10 @@ class Tasks:
             clusters_of([self._keys_of_document(a) for a in asked]),
         )
 
+    def parts(self, split: Split) -> dict[str, list[str]]:
+        """For each task of the configuration the tasks that a scale has for it: itself, or those of a group."""
+        return {task: list(shares) for task, shares in self._shares(split, self._asked(split)).items()}
+
     def texts(self, split: Split) -> list[str | None]:
         """The hashes of the texts of a split's items, in the form of ``item_hash``; None of items without a text."""
         found = []

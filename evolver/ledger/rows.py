@@ -47,6 +47,8 @@ SCHEMA = pa.schema(
         ("item_counts", pa.list_(pa.list_(pa.float64()))),
         # the name of the order in which items are scored; empty: the run's own, in which the answers to all items are
         ("order", pa.string()),
+        # by how much a candidate breaks the run's constraints
+        ("violations", pa.map_(pa.string(), pa.float64())),
     ]
 )
 
@@ -57,7 +59,7 @@ DEFAULTS = {f.name: f.default for kind in (Candidate, Result) for f in fields(ki
 
 # The fields of a result that a row holds unchanged, and those that are mappings.
 PLAIN_FIELDS = ("status", "reason", "score", "bound", "complete", "reused", "raced", "transient", "given", "worker")
-MAPS = ("tasks", "seconds", "counts")
+MAPS = ("tasks", "seconds", "counts", "violations")
 
 
 def row_of(candidate: Candidate, result: Result | None) -> dict[str, Any]:

@@ -23,12 +23,14 @@ class Remaining:
         items: of one candidate, where it is scored on all.
         most: items of all candidates, at most; None where there is no such limit.
         builds: whether it begins with loading a model anew.
+        time_left: says how many seconds it may go on, at most.
     """
 
     candidates: int | None
     items: int
     most: int | None = None
     builds: bool = False
+    time_left: Callable[[], float] = lambda: math.inf
     seen: int = 0
     scored: int = 0
 
@@ -78,7 +80,8 @@ class Pace:
         seconds, starts = 0.0, 0
         for stage in self._stages.values():
             candidates, more = stage.left()
-            seconds += more * scoring / items + candidates * (total - scoring) / len(self._recent)
+            needed = more * scoring / items + candidates * (total - scoring) / len(self._recent)
+            seconds += min(needed, self._workers * stage.time_left())
             starts += stage.builds and not stage.seen
         found = seconds / self._workers + starts * (self._start or 0.0)
         return found if math.isfinite(found) else None

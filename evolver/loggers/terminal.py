@@ -49,7 +49,8 @@ def describe_result(candidate: Candidate, result: Result) -> str:
     if result.score is None:
         how = "rejected after" if candidate.question.limit is None else "scored on"
         return f"{what}: {how} {len(result.items)} items ({took})"
-    return f"{what}: {result.score:.4f} ({took})"
+    breaks = "" if result.feasible else ", breaks a constraint"
+    return f"{what}: {result.score:.4f}{breaks} ({took})"
 
 
 class Lines:
@@ -69,9 +70,10 @@ class Lines:
 
     def result(self, candidate: Candidate, result: Result, left: float | None) -> None:
         self._done += 1
-        improved = result.score is not None and result.score > self._best
-        if result.score is not None:
-            self._best = max(self._best, result.score)
+        score = result.score if result.feasible else None
+        improved = score is not None and score > self._best
+        if score is not None:
+            self._best = max(self._best, score)
         now = time.monotonic()
         last = self._done == self._total
         if improved or last or result.status == "failed" or now - self._spoke >= QUIET_SECONDS:
@@ -105,7 +107,7 @@ class Bars:
     def result(self, candidate: Candidate, result: Result, left: float | None) -> None:
         if self._task is None:
             return
-        if result.score is not None:
+        if result.score is not None and result.feasible:
             self._best = max(self._best, result.score)
         notes = [f"best {self._best:.4f}"] * (self._best > float("-inf"))
         notes += [] if left is None else [f"about {in_words(left)} left in all"]

@@ -5,6 +5,7 @@ This package is on the ground floor and knows no tensors, searches or files.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -19,6 +20,9 @@ SPLITS: tuple[Split, ...] = ("dev", "select", "report")
 # What a model answered to an item, as a number. For a metric that is computed from counts over all items, such as BLEU,
 # it is a tuple: the item's own score, which people read, and after it the item's counts.
 ItemAnswer = float | tuple[float, ...]
+# How a result compares with others; see ``Result.standing``.
+Standing = tuple[float, float]
+UNKNOWN: Standing = (-math.inf, -math.inf)
 
 
 def split_of(stage: Stage) -> Split:
@@ -132,6 +136,8 @@ class Result:
         order: the name of the order in which the items were scored.
         said: the answers to the new items in words, shortened, if they are report items and the kind of evaluation puts
             its answers into words; otherwise empty.
+        violations: by how much it breaks each of the run's constraints, by the number of the constraint; what is not
+            above 0 is kept. What was not found out, because the evaluation stopped before its end, is left out.
     """
 
     number: int
@@ -151,6 +157,7 @@ class Result:
     transient: bool = False
     given: int = 0
     said: tuple[str, ...] = ()
+    violations: Mapping[str, float] = field(default_factory=dict)
     stage: Stage = "search"
     order: str = OWN
     rank: int | None = field(default=None, compare=False)
@@ -180,12 +187,29 @@ class Result:
             return True
         return asked.limit is not None and len(self.items) >= asked.limit and self.order == asked.order
 
+    @property
+    def violation(self) -> float:
+        """By how much it breaks the run's constraints together; 0.0 if it keeps all of them."""
+        return math.fsum(v for v in self.violations.values() if v > 0)
+
+    @property
+    def feasible(self) -> bool:
+        """Whether it breaks none of the run's constraints, as far as that is known."""
+        return self.violation == 0
+
+    @property
+    def standing(self) -> Standing:
+        """What results are compared by (Deb 2000): the greater, the better.
+
+        A result that keeps the constraints is better than one that does not; of two that do, the one with the higher
+        score; of two that do not, the one that breaks them less. What has no score of all items comes last.
+        """
+        if self.score is None:
+            return UNKNOWN
+        return (0.0, self.score) if self.feasible else (-self.violation, 0.0)
+
     def objectives(self, tasks: Sequence[str]) -> tuple[float, ...] | None:
         """What a search of several objectives is told: the scores of these tasks; None where one is missing."""
         if self.score is None or not all(task in self.tasks for task in tasks):
             return None
         return tuple(self.tasks[task] for task in tasks)
-
-    def beats(self, bar: float) -> bool:
-        """Whether the score is known to be strictly above ``bar``."""
-        return self.score is not None and self.score > bar

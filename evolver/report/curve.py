@@ -37,7 +37,7 @@ def curve(outcome: Outcome) -> bytes:
         spent += result.cost
         if result.score is not None:
             points.append((spent, result.score))
-            best = max(best, result.score)
+            best = max(best, result.score) if result.feasible else best
         xs.append(spent)
         ys.append(best if best > -math.inf else math.nan)
     figure = Figure(figsize=(8, 4.5), layout="constrained")

@@ -28,7 +28,9 @@ def recommendation(outcome: Outcome) -> str:
     if finals.recommended == finals.winner:
         return ""
     ours, theirs = (finals.score(c, "select") for c in (finals.winner, finals.recommended))
-    if ours is None or theirs is None:
+    if finals.recommended.dev.violation < finals.winner.dev.violation:
+        why = "it breaks the constraints less" if finals.recommended.dev.violation else "it keeps all constraints"
+    elif ours is None or theirs is None:
         why = "the winner of the search could not be scored on the select items"
     else:
         scale = outcome.scales["select"]

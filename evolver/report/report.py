@@ -19,14 +19,17 @@ from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Result
 from evolver.records.recipe import Recipe, ancestors, dump_recipe
 from evolver.report.claims import Claims, claims_of, claims_section, comparisons_of
+from evolver.report.constraints import constraints_section
 from evolver.report.curve import curve
 from evolver.report.examples import examples_section, read_texts
 from evolver.report.finals import finals_section
+from evolver.report.front import front_section, front_summary
 from evolver.report.html import html_page
 from evolver.report.scores import score_rows, scores_section
 from evolver.report.settings import setting_rows, settings_section
 from evolver.report.text import (
     as_served,
+    budget_in_words,
     cost_rows,
     escaped,
     listed,
@@ -71,6 +74,8 @@ def write_report(
         "\n\n".join(f"> Warning: {w}." for w in outcome.about.warnings),
         table_of(outcome),
         finals_section(outcome),
+        constraints_section(outcome),
+        front_section(outcome),
         _against_others(compared, outcome.scales["report"]),
         claims_section(claims, outcome),
         examples_section(outcome, texts or {}),
@@ -93,15 +98,20 @@ def _question(outcome: Outcome) -> str:
     config, dev = outcome.config, len(outcome.scales["dev"].tasks)
     heavy = {t.task: f", weight {t.weight:g}" if t.weight != 1 else "" for t in config.evaluation.tasks}
     tasks = listed([f"{escaped(t.task)} ({escaped(t.metric)}{heavy[t.task]})" for t in config.evaluation.tasks])
-    limits = listed([f"{n} {what}" for what, n in config.budget.model_dump(exclude_none=True).items()])
     settings = {key: value for key, value in config.search.items() if key != "algorithm"}
     said = yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=math.inf).strip()[1:-1]
     search = f"`{config.search['algorithm']}`" + (f" ({said})" if settings else "")
     return (
         f"Is there a merge of {listed(list(config.experts))}, fine-tunes of `{config.model.base}`, that is better "
-        f"than the best of them on {tasks}? Searched by {search} within {limits}, on {dev} dev items. "
-        + as_served(config.evaluation)
+        f"than the best of them on {tasks}? Searched by {search} within {budget_in_words(config.budget)}, on {dev} dev "
+        f"items. {_ended(outcome)}" + as_served(config.evaluation)
     ).strip()
+
+
+def _ended(outcome: Outcome) -> str:
+    """What ended the search, where that is recorded."""
+    ended = outcome.about.ended
+    return f"The search ended because {ended.why}. " if ended else ""
 
 
 def summary(outcome: Outcome, claims: Claims, compared: Mapping[str, Comparison]) -> dict[str, Any]:
@@ -112,11 +122,14 @@ def summary(outcome: Outcome, claims: Claims, compared: Mapping[str, Comparison]
     return {
         "run": outcome.config.run,
         "budget": outcome.config.budget.model_dump(),
+        "ended": outcome.about.ended.reason if outcome.about.ended else None,
         "verdict": verdict(outcome),
         "winner": {"candidate": outcome.winning.number, "recipe": outcome.winner.recipe.id,
                    "dev": dev.score, "report": report.score},
         "recommended": outcome.recommended.label,
+        **({"feasible": outcome.finals.winner.dev.feasible} if outcome.config.constraints else {}),
         "report": {f.label: f.report.score for f in outcome.finalists},
+        **({"front": front_summary(outcome)} if outcome.about.objectives else {}),
         "best_expert": expert.label,
         "against": None if against is None else asdict(against),
         **claims.form(),

@@ -6,7 +6,7 @@ import re
 import statistics
 from collections.abc import Iterable, Sequence
 
-from evolver.config import PoolSettings
+from evolver.config import Budget, PoolSettings
 from evolver.config.evaluation import EvaluationSettings
 from evolver.evaluation.scores.metrics import Metric
 from evolver.evaluation.scores.scoring import Scale
@@ -70,6 +70,16 @@ def of_task(value: float | None, metric: Metric) -> str:
         return "–"
     value = 0.0 - value if metric.negative else value  # 0 has no sign
     return f"{100 * value:.1f}" if metric.points else f"{value:.4g}"
+
+
+def budget_in_words(budget: Budget) -> str:
+    """The limits of a budget, as the end of a sentence."""
+    words = {
+        "candidates": "{} candidates", "items": "{} items", "minutes": "{:g} minutes",
+        "patience": "{} candidates in a row without an improvement", "target": "a target of {}",
+    }  # fmt: skip
+    *first, last = (words[key].format(limit) for key, limit in budget.limits.items())
+    return " and ".join(filter(None, [", ".join(first), last]))
 
 
 def as_served(settings: EvaluationSettings) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from evolver.evaluation.scores.comparison import Comparison, compare
 from evolver.evaluation.scores.scoring import Scale
+from evolver.report.constraints import kept
 from evolver.report.finals import recommendation
 from evolver.report.text import signed
 from evolver.runs.outcome import Outcome
@@ -27,7 +28,7 @@ def verdict(outcome: Outcome) -> str:
         first = f"No clear improvement: the winner leads the best expert, {expert.label}, within noise ({numbers})."
     else:
         first = f"Improvement: the winner beats the best expert, {expert.label} ({numbers})."
-    return " ".join(filter(None, [first, _against_plain(outcome), recommendation(outcome)]))
+    return " ".join(filter(None, [first, _against_plain(outcome), kept(outcome), recommendation(outcome)]))
 
 
 def _against_plain(outcome: Outcome) -> str:

@@ -14,6 +14,8 @@ from evolver.evaluation.overlap import Overlap
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import SPLITS, Split
 from evolver.records.canonical import content_hash
+from evolver.records.objective import Objective
+from evolver.runs.ended import Ended, read_ended
 from evolver.runs.files import ABOUT_FILE, CONFIG_REMEDY, IDENTITY_FILE, RUN_FILE, holds_a_run, mapping_of, no_run
 from evolver.runs.folder import config_of_run
 from evolver.storage import Storage
@@ -48,6 +50,8 @@ class About:
         job: the Ray job that drove it last; None: a process drove it.
         owner: the name of the run's identity.
         overlap: how many items each expert was trained on, for the experts of which that is known.
+        objectives: those of the run; none where it has the score alone.
+        ended: why the search has ended within the configuration's budget, where that is recorded.
     """
 
     config: Config
@@ -57,6 +61,8 @@ class About:
     job: Job | None = None
     owner: str | None = None
     overlap: Mapping[str, Overlap] = field(default_factory=dict)
+    ended: Ended | None = None
+    objectives: tuple[Objective, ...] = ()
 
 
 def write_about(folder: Storage, about: About) -> None:
@@ -69,6 +75,7 @@ def write_about(folder: Storage, about: About) -> None:
         "job": asdict(about.job) if about.job else None,
         "owner": about.owner,
         "overlap": {name: found.form() for name, found in about.overlap.items()},
+        "objectives": {objective.name: dict(objective.shares) for objective in about.objectives},
     }
     folder.write(ABOUT_FILE, json.dumps(form).encode())
 
@@ -88,6 +95,7 @@ def read_about(folder: Storage) -> About:
         scales: dict[Split, Scale] = {s: Scale.from_form(found[s]) for s in SPLITS if s != "select" or s in found}
         job = Job(**form["job"]) if form.get("job") else None
         overlap = {name: Overlap.from_form(found) for name, found in form.get("overlap", {}).items()}
+        objectives = tuple(Objective(n, dict(s)) for n, s in (form.get("objectives") or {}).items())
         versions, warnings, compute = dict(form["versions"]), tuple(form["warnings"]), str(form["compute"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(
@@ -96,7 +104,10 @@ def read_about(folder: Storage) -> About:
     _refuse_files_of_another_run(folder, config, form)
     name = folder.location.rstrip("/").rpartition("/")[2]  # a run may have been called by another name than its file's
     config = config.model_copy(update={"run": name})
-    return About(computing(config, compute), scales, versions, warnings, job, form.get("owner"), overlap)
+    ended = read_ended(folder, config.budget)
+    return About(
+        computing(config, compute), scales, versions, warnings, job, form.get("owner"), overlap, ended, objectives
+    )
 
 
 def runs_in(root: Storage) -> list[str]:

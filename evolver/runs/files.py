@@ -11,6 +11,7 @@ from evolver.storage import Storage
 # The files by which a folder is known as that of a run.
 RUN_FILE, ABOUT_FILE, IDENTITY_FILE = "config.yaml", "about.json", "identity.json"
 SUMMARY_FILE, AGREEMENT_FILE, RECIPE_FILE = "summary.json", "best.json", "recipe.json"
+ENDED_FILE, CLOCK_FILE = "ended.json", "clock.json"
 CONFIG_REMEDY = "copy the configuration that you ran to this place, or run that configuration again"
 
 

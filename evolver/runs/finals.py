@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from evolver.config import Config
+from evolver.errors import BadInput
+from evolver.evaluation.scores.feasibility import guards
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Result, Split, Stage
+from evolver.records.objective import Objective, values_of
 from evolver.records.recipe import Recipe
+from evolver.search.front import front, thinned
 
 Rated = tuple[Candidate, Result]
 TUNED = "task_arithmetic@"
@@ -47,6 +52,7 @@ class Finals:
         scales: how items make up scores.
         alone: whether the search's candidates are ranked by the select items alone, and not together with the dev
             items.
+        objectives: those of the run; none where it has the score alone.
     """
 
     searched: tuple[Contender, ...]
@@ -54,6 +60,7 @@ class Finals:
     plain: tuple[Contender, ...]
     scales: Mapping[Split, Scale]
     alone: bool = False
+    objectives: tuple[Objective, ...] = ()
 
     @property
     def everybody(self) -> tuple[Contender, ...]:
@@ -66,8 +73,11 @@ class Finals:
 
     @property
     def ranked(self) -> tuple[Contender, ...]:
-        """The search's candidates, best first; of equals, the one with the higher dev score comes first."""
-        return tuple(sorted(self.searched, key=self.key, reverse=True))
+        """The search's candidates, best first; of equals, the one with the higher dev score comes first.
+
+        If none keeps the constraints, those that break them less come first.
+        """
+        return tuple(sorted(self.searched, key=self.standing, reverse=True))
 
     @property
     def winner(self) -> Contender:
@@ -85,17 +95,36 @@ class Finals:
 
     @property
     def best_plain(self) -> Contender:
-        """The best merge without a search, on dev and select items."""
-        return max(self.plain, key=self.key)
+        """The best merge without a search, on dev and select items; one that breaks a constraint only if all do."""
+        return max(self.plain, key=self.standing)
 
     @property
     def recommended(self) -> Contender:
-        """The winner of the search, unless the best plain merge has a higher score on the select items.
+        """The winner of the search, unless the best plain merge has a higher score on the select items, or breaks
+        the run's constraints less.
 
         On the dev items the two cannot be compared: the winner's score there is the highest of a whole search.
         """
-        ours, theirs = (_score(c.select) for c in (self.winner, self.best_plain))
+        ours, theirs = ((-c.dev.violation, _score(c.select)) for c in (self.winner, self.best_plain))
         return self.best_plain if theirs > ours else self.winner
+
+    @property
+    def front(self) -> tuple[Contender, ...]:
+        """The search's candidates that no other one beats in all objectives, on dev and select items together; the best
+        in the first objective comes first. None where the run has the score alone.
+        """
+        known = [(c, values) for c in self.searched if (values := self.values(c)) is not None]
+        on = front([values for _, values in known]) if self.objectives else ()
+        return tuple(c for c, _ in sorted((known[place] for place in on), key=lambda pair: pair[1], reverse=True))
+
+    def values(self, contender: Contender) -> tuple[float, ...] | None:
+        """The value of every objective on dev and select items together; None where a result is missing."""
+        dev, select = contender.dev, contender.select
+        if dev.score is None or ("select" in self.scales and (select is None or select.score is None)):
+            return None
+        items = (*dev.items, *(select.items if select and "select" in self.scales else ()))
+        scale = self._joined if "select" in self.scales else self.scales["dev"]
+        return values_of(self.objectives, scale.of_tasks(items))
 
     def score(self, contender: Contender, on: str) -> float | None:
         """A score on ``dev``, on ``select``, or on ``both`` together; None where it is not known."""
@@ -118,14 +147,24 @@ class Finals:
         score = self.score(contender, on)
         return -math.inf if score is None else score, _score(contender.dev)
 
+    def standing(self, contender: Contender) -> tuple[float, float, float]:
+        """The same among models that may break the run's constraints: who breaks them less comes first."""
+        return -contender.dev.violation, *self.key(contender)
 
-def finals(stages: Mapping[Stage, Sequence[Rated]], config: Config, scales: Mapping[Split, Scale]) -> Finals | None:
+
+def finals(
+    stages: Mapping[Stage, Sequence[Rated]], config: Config, scales: Mapping[Split, Scale],
+    objectives: tuple[Objective, ...] = (),
+) -> Finals | None:  # fmt: skip
     """The finals of a run with these results; None before a candidate of the search has a score of all dev items, or
     before every baseline has a result.
     """
     select = {r.recipe_id: r for _, r in stages["select"]} if "select" in scales else {}
-    known = {c.label: (c, r) for c, r in stages["baseline"]}
+    judge = judge_of(stages["baseline"], config, scales)
+    known = {c.label: (c, judge(r)) for c, r in stages["baseline"]}
     first = leaders(stages["search"], config.finalists.count)
+    if objectives:
+        first += [pair for pair in on_front(stages["search"], objectives, config.finalists.front) if pair not in first]
     wanted = [*config.experts, "average", *(f"{TUNED}{mass:g}" for mass in config.baselines.masses)]
     if not first or any(label not in known for label in wanted):
         return None
@@ -141,16 +180,42 @@ def finals(stages: Mapping[Stage, Sequence[Rated]], config: Config, scales: Mapp
         scales,
         # Scores of models as they are and as they are after a quantisation make no sum.
         config.finalists.rank == "select" or config.evaluation.rounding("dev") != config.evaluation.rounding("select"),
+        objectives,
     )
+
+
+def judge_of(
+    baselines: Iterable[Rated], config: Config, scales: Mapping[Split, Scale]
+) -> Callable[[Result], Result]:  # fmt: skip
+    """What adds to a result on the dev items by how much it breaks the run's constraints."""
+    results = {c.label: r for c, r in baselines}
+    try:
+        return guards(config.constraints, scales["dev"], results, list(config.experts), config.seed).judged
+    except BadInput:  # a model that they compare with has no score, so the run cannot have gone on
+        return lambda result: result
+
+
+def on_front(searched: Iterable[Rated], objectives: Sequence[Objective], count: int) -> list[Rated]:
+    """The candidates that no other one beats in all objectives on the dev items, each model once; if there are more
+    than ``count``, those that add most to the hypervolume. They are in the order of their numbers.
+    """
+    found = sorted(leaders(searched, sys.maxsize), key=lambda pair: pair[0].number)
+    known = [(pair, values) for pair in found if (values := values_of(objectives, pair[1].tasks)) is not None]
+    best: dict[tuple[float, ...], Rated] = {}  # of equals the first
+    for place in front([values for _, values in known]):
+        best.setdefault(known[place][1], known[place][0])
+    return [list(best.values())[place] for place in thinned(list(best), count)] if best else []
 
 
 def leaders(searched: Iterable[Rated], count: int) -> list[Rated]:
     """The candidates with the highest scores of all dev items, best first, the earliest of equals; each model once.
 
-    Candidates that were asked for a part of the items only, or were stopped early, do not count.
+    Candidates that were asked for a part of the items only, or were stopped early, do not count. Those that break a
+    constraint count only if all do; the one that breaks them least is then the first.
     """
     whole = [(c, r) for c, r in searched if c.question.limit is None and r.complete and r.score is not None]
-    whole.sort(key=lambda pair: (-_score(pair[1]), pair[0].number))
+    whole = [(c, r) for c, r in whole if r.feasible] or whole
+    whole.sort(key=lambda pair: (*(-part for part in pair[1].standing), pair[0].number))
     first: dict[str, Rated] = {}
     for candidate, result in whole:
         if len(first) < count:

@@ -40,8 +40,8 @@ def made_before(folder: Storage, section: str, key: str) -> bool:
     return isinstance(found, dict) and key not in found and _has_results(folder)
 
 
-def config_of_run(folder: Storage, candidates: int | None = None, items: int | None = None) -> ConfigText:
-    """The configuration with which a run was started last, with another budget if one is given.
+def config_of_run(folder: Storage, **limits: float | None) -> ConfigText:
+    """The configuration with which a run was started last, with other limits of its budget where some are given.
 
     Raises BadInput where the folder holds no run.
     """
@@ -49,11 +49,11 @@ def config_of_run(folder: Storage, candidates: int | None = None, items: int | N
         found = ConfigText(text_of(folder, RUN_FILE, CONFIG_REMEDY), f"{folder.location}/{RUN_FILE}")
     except (FileNotFoundError, NotADirectoryError):
         raise no_run(folder) from None
-    budget = {k: v for k, v in {"candidates": candidates, "items": items}.items() if v is not None}
+    budget = {key: limit for key, limit in limits.items() if limit is not None}
     if not budget:
         return found
     config = found.mapping(Config.model_fields)
-    config["budget"] = {**found.parsed().budget.model_dump(exclude_none=True), **budget}
+    config["budget"] = {**found.parsed().budget.limits, **budget}
     return replace(found, text=yaml.safe_dump(config, sort_keys=False))
 
 

@@ -47,7 +47,7 @@ class History:
     @property
     def finals(self) -> Finals | None:
         """Who is in the finals; None before a candidate and all baselines are scored."""
-        return finals(self.stages, self.config, self.about.scales)
+        return finals(self.stages, self.config, self.about.scales, self.about.objectives)
 
     @property
     def recommended(self) -> tuple[Candidate, Result] | None:
@@ -75,14 +75,19 @@ class History:
         if held is None or not held.held:
             return None
         first, select = held.winner, {c.label: c.select for c in held.everybody}
-        report = {c.label: (c, r) for c, r in self.stages["report"] if c.label != "winner"}
+        report = {c.label: (c, r) for c, r in self.stages["report"] if c.label in dev}
         winner = [r for _, r in self.stages["report"] if r.recipe_id == first.recipe.id]
         wanted = [*self.config.experts, "base", "average"]
         if not winner or any(label not in report for label in wanted):
             return None
         rows = [Finalist(label, c.recipe, dev[label], r, select.get(label)) for label, (c, r) in report.items()]
         last = Finalist("winner", first.recipe, first.dev, winner[-1], first.select)
-        return Outcome(self.about, (*rows, last), held, self.stages["search"], self.wasted, self.lost)
+        found = {r.recipe_id: r for _, r in self.stages["report"]}
+        front = [
+            Finalist(c.label, c.recipe, c.dev, found[c.recipe.id], c.select)
+            for c in held.front if c.recipe.id in found  # versions before there were fronts reported the winner alone
+        ]  # fmt: skip
+        return Outcome(self.about, (*rows, last), held, self.stages["search"], self.wasted, self.lost, tuple(front))
 
 
 def history_of(
@@ -138,7 +143,9 @@ def rows_of(history: History) -> list[dict[str, Any]]:
             "stage": c.stage, "number": c.number, "label": c.label, "proposer": c.proposer, "recipe_id": c.recipe.id,
             "parents": " ".join(c.parents), "status": r.status, "score": r.score, "bound": r.bound,
             "items": len(r.items), "cost": r.cost, "seconds": r.seconds.get("total"), "worker": r.worker,
-            "reused": r.reused, "raced": r.raced, "reason": r.reason, **{f"task {t}": v for t, v in r.tasks.items()},
+            "reused": r.reused, "raced": r.raced, "reason": r.reason,
+            **({"violation": r.violation} if history.config.constraints else {}),
+            **{f"task {t}": v for t, v in r.tasks.items()},
         }
         for pairs in history.stages.values() for c, r in pairs
     ]  # fmt: skip

@@ -31,7 +31,8 @@ class Outcome:
     """All that a report says of a run. The winner of the search is the last of the finalists.
 
     ``wasted`` are results of candidates that were scored ahead on guesses that proved wrong. ``lost`` are results that
-    the search did not ask for again after an earlier failure was tried again.
+    the search did not ask for again after an earlier failure was tried again. ``front`` are the models on the front of
+    a run with several objectives, among them the winner, if it is on it.
     """
 
     about: About
@@ -40,6 +41,7 @@ class Outcome:
     searched: tuple[tuple[Candidate, Result], ...]
     wasted: tuple[Result, ...] = ()
     lost: tuple[Result, ...] = ()
+    front: tuple[Finalist, ...] = ()
 
     @property
     def config(self) -> Config:

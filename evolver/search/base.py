@@ -12,14 +12,16 @@ The tests check these rules for every search:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar
 
 from evolver.config import Budget
 from evolver.config.section import Section
 from evolver.records import Candidate, Choice, ItemAnswer, Knob, Result
+from evolver.records.objective import Objective
 from evolver.records.order import OWN
 from evolver.records.recipe import Expert, Recipe
+from evolver.search.ending import Progress, Reason
 
 
 class Search(Protocol):
@@ -130,9 +132,10 @@ class Setup:
             told before the next batch is asked for.
         arrival: whether results are learnt by their ranks (in the order of arrival) instead of their candidates'
             numbers.
-        tasks: names of the tasks, which are the objectives of a multi-objective search.
+        tasks: names of the tasks.
         subset: whether candidates that may be scored on a part of the items meet them in one order (fixed) or in new
             ones (rotate); None: what is the default for the search.
+        objectives: those of a multi-objective search; none: every task is one.
     """
 
     experts: tuple[Expert, ...]
@@ -147,6 +150,7 @@ class Setup:
     arrival: bool = False
     tasks: tuple[str, ...] = ()
     subset: Literal["fixed", "rotate"] | None = None
+    objectives: tuple[Objective, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,7 @@ class Ordered:
         self._asked: list[Candidate] = []
         self._told: dict[int, Result] = {}
         self._learnt = 0
-        self._items = 0
+        self._progress = Progress()
 
     def waits_for(self, k: int) -> int:
         """The number of results that have to be learnt before candidate ``k`` is proposed; it never falls with k."""
@@ -221,6 +225,16 @@ class Ordered:
     def done(self) -> bool:
         return self._spent() and self._learnt == len(self._asked)
 
+    @property
+    def ended(self) -> Reason | None:
+        """What ended the search; None while it goes on."""
+        budget = self.setup.budget
+        if not self.done or self._progress.reached:
+            return self._progress.reached if self.done else None
+        if self._progress.meets(budget):  # the last candidate of all has reached it
+            return "target"
+        return "candidates" if budget.candidates is not None and len(self._asked) >= budget.candidates else "search"
+
     def ask(self, n: int) -> list[Candidate]:
         out: list[Candidate] = []
         while len(out) < n and not self._spent():
@@ -242,7 +256,9 @@ class Ordered:
     def _learn_up_to(self, count: int) -> bool:
         while self._learnt < count and self._learnt in self._told:
             result = self._told.pop(self._learnt)
-            self._items += result.cost
+            following = self._progress.after(result, self.setup.budget)
+            # Once all candidates are asked for, no other part of the budget can end the search.
+            self._progress = replace(following, reached=self._progress.reached) if self._full() else following
             self.learn(self._asked[result.number], result)
             self._learnt += 1
         return self._learnt >= count
@@ -251,7 +267,7 @@ class Ordered:
         return result.number if result.rank is None or not self.setup.arrival else result.rank
 
     def _spent(self) -> bool:
-        budget = self.setup.budget
-        return (self.total is not None and len(self._asked) >= self.total) or (
-            budget.items is not None and self._items >= budget.items
-        )
+        return self._full() or self._progress.reached is not None
+
+    def _full(self) -> bool:
+        return self.total is not None and len(self._asked) >= self.total

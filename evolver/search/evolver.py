@@ -26,7 +26,7 @@ from pydantic import Field
 
 from evolver.config.section import Section
 from evolver.errors import BadInput
-from evolver.records import Candidate, ItemAnswer, Question, Result
+from evolver.records import UNKNOWN, Candidate, ItemAnswer, Question, Result, Standing
 from evolver.records.order import OWN
 from evolver.records.recipe import Cross, Recipe
 from evolver.search.ahead import RunsAhead
@@ -111,17 +111,16 @@ def offspring(
     return Cross(population[i], partners, settings.strategy, settings.F, settings.Cr, draw.getrandbits(32))
 
 
-def _score(result: Result) -> float:
-    return result.score if result.score is not None else float("-inf")
-
-
-def _challenge(setup: Setup, k: int, score: float, items: tuple[ItemAnswer, ...]) -> Question:
+def _challenge(setup: Setup, k: int, incumbent: Standing, items: tuple[ItemAnswer, ...]) -> Question:
     """Whether candidate k beats the incumbent, of which it is told the score and, for a race, the answers.
+
+    An incumbent that breaks a constraint can be beaten with any score, so it sets no bar.
 
     Every race has an order of its own. The incumbent has won along other orders, so this one is a random order for both
     models, as the test assumes.
     """
-    if not setup.early_stopping or score == float("-inf"):
+    violation, score = incumbent
+    if not setup.early_stopping or violation < 0:
         return Question()
     if not setup.racing:
         return Question(bar=score)
@@ -144,7 +143,7 @@ class Alone(RunsAhead):
         super().__init__(setup, limit=self.size * (1 + settings.generations))
         self.settings = settings
         self.population: list[Recipe] = list(setup.experts)
-        self.scores: list[float] = [float("-inf")] * self.size
+        self.standings: list[Standing] = [UNKNOWN] * self.size
         self.items: list[tuple[ItemAnswer, ...]] = [()] * self.size
 
     def waits_for(self, k: int) -> int:
@@ -160,13 +159,13 @@ class Alone(RunsAhead):
             return Candidate(k, self.population[i], "evolver/initial")
         draw = random.Random(f"{self.setup.seed}:evolver:{k}")
         child = offspring(self.population, i, self._leader(k, i, draw), self.settings, draw)
-        asked = _challenge(self.setup, k, self.scores[i], self.items[i])
+        asked = _challenge(self.setup, k, self.standings[i], self.items[i])
         return Candidate(k, child, "evolver", tuple(p.id for p in child.inputs), asked)
 
     def learn(self, candidate: Candidate, result: Result) -> None:
         i = candidate.number % self.size
-        if candidate.number < self.size or result.beats(self.scores[i]):
-            self.population[i], self.scores[i], self.items[i] = candidate.recipe, _score(result), result.items
+        if candidate.number < self.size or result.standing > self.standings[i]:
+            self.population[i], self.standings[i], self.items[i] = candidate.recipe, result.standing, result.items
 
     def assume(self, candidate: Candidate) -> Result | None:
         return None if candidate.number < self.size else _rejected(candidate)
@@ -177,7 +176,7 @@ class Alone(RunsAhead):
         With the paper's strategy, as in the released code, partners are random with probability 0.5 + 0.5 / (T - t) in
         generation t of T. So the best member leads in early generations most often, and never in the last one.
         """
-        best = max((j for j in range(self.size) if j != i), key=lambda j: self.scores[j])
+        best = max((j for j in range(self.size) if j != i), key=lambda j: self.standings[j])
         if self.settings.strategy in LED_BY_BEST:
             return best
         left = self.settings.generations - (k // self.size - 1)
@@ -197,7 +196,7 @@ class Merged(RunsAhead):
         self.settings = settings
         self.merge = setup.maker.merger(settings.merger or {"method": "simple"})
         self.population: list[Recipe] = list(setup.experts)
-        self.score = float("-inf")
+        self.standing: Standing = UNKNOWN
         self.items: tuple[ItemAnswer, ...] = ()
         self._members: dict[int, list[Recipe]] = {}
         self._best: tuple[Result, list[Recipe]] | None = None
@@ -221,15 +220,15 @@ class Merged(RunsAhead):
         child = offspring(self.population, i, None, self.settings, draw)
         members: list[Recipe] = [*self.population[:i], child, *self.population[i + 1 :]]
         self._members[k] = members
-        asked = _challenge(self.setup, k, self.score, self.items)
+        asked = _challenge(self.setup, k, self.standing, self.items)
         return Candidate(k, self.merge(members), "evolver+merger", tuple(p.id for p in child.inputs), asked)
 
     def learn(self, candidate: Candidate, result: Result) -> None:
         if candidate.number == 0:
-            self.score, self.items = _score(result), result.items
+            self.standing, self.items = result.standing, result.items
             return
         members = self._members.pop(candidate.number)
-        if result.beats(_score(self._best[0]) if self._best else self.score):
+        if result.standing > (self._best[0].standing if self._best else self.standing):
             self._best = (result, members)
 
     def assume(self, candidate: Candidate) -> Result | None:
@@ -239,5 +238,5 @@ class Merged(RunsAhead):
         """Continue from the best population learnt since the last proposal, such as the best one of a generation."""
         if self._best:
             result, self.population = self._best
-            self.score, self.items = _score(result), result.items
+            self.standing, self.items = result.standing, result.items
             self._best = None

@@ -26,6 +26,7 @@ from evolver.errors import BadInput, nearest
 from evolver.records import Candidate, Result
 from evolver.records.order import OWN, reordered
 from evolver.search.base import SEARCHES, Estimator, Search, Setup, algorithm
+from evolver.search.ending import Ending, Reason
 
 
 class HalvingSettings(Section):
@@ -87,6 +88,13 @@ class Halving:
     @property
     def done(self) -> bool:
         return self._bracket is None and self.inner.done
+
+    @property
+    def ended(self) -> Reason | None:
+        """What ended the inner search; None while it goes on."""
+        if not self.done:
+            return None
+        return self.inner.ended if isinstance(self.inner, Ending) else "search"
 
     def ask(self, n: int) -> list[Candidate]:
         self._bracket = self._bracket or self._begin()

@@ -23,6 +23,7 @@ from pydantic import Field
 from evolver.config.section import Section
 from evolver.errors import BadInput
 from evolver.records import Candidate, Choice, Knob, Result
+from evolver.records.objective import Objective, values_of
 from evolver.search.base import Ordered, Setup, Space, algorithm
 
 
@@ -70,6 +71,13 @@ class CMAESSettings(CoefficientSettings):
         description="number of candidates of a generation; default: 4 + 3 ln(dimensions), rounded down",
     )
     sigma: float | None = Field(None, gt=0, le=1000, description="initial step size; default: a sixth of the range")
+    penalty: float = Field(
+        10.0,
+        ge=0,
+        le=1e6,
+        description="what a candidate that breaks constraints loses of its score in the eyes of the search, for each "
+        "unit by which it breaks them",
+    )
 
 
 class NSGA2Settings(CoefficientSettings):
@@ -110,6 +118,8 @@ class Coefficients(Ordered):
 
     def learn(self, candidate: Candidate, result: Result) -> None:
         trial, values = self._trials.pop(candidate.number), self.values(result)
+        for number, violation in sorted(result.violations.items()) if self.constrained else ():
+            trial.set_constraint(number, violation)
         if values is None:
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:
@@ -118,6 +128,11 @@ class Coefficients(Ordered):
     def values(self, result: Result) -> float | Sequence[float] | None:
         """The objective values that the sampler is told of a result; None if the candidate failed."""
         return result.score
+
+    @property
+    def constrained(self) -> bool:
+        """Whether the sampler takes constraints, and is told by how much a candidate breaks each of them."""
+        return True
 
 
 @algorithm("tpe", TPESettings)
@@ -165,7 +180,7 @@ class CMAES(Coefficients):
                     "words; fix it in search.settings, or search with tpe or nsga2."
                 )
         dimensions = len(space.knobs)
-        self.population = settings.population or default_population(dimensions)
+        self.population, self.penalty = settings.population or default_population(dimensions), settings.penalty
         sampler = optuna.samplers.CmaEsSampler(
             seed=setup.seed, popsize=self.population, sigma0=settings.sigma, n_startup_trials=1
         )
@@ -175,14 +190,21 @@ class CMAES(Coefficients):
         # Candidate 0 is the enqueued first point, which belongs to no generation.
         return 0 if k == 0 else 1 + (k - 1) // self.population * self.population
 
+    def values(self, result: Result) -> float | None:
+        return None if result.score is None else result.score - self.penalty * result.violation
+
+    @property
+    def constrained(self) -> bool:
+        return False
+
 
 @algorithm("nsga2", NSGA2Settings)
 class NSGA2(Coefficients):
-    """NSGA-II (Deb et al. 2002), by Optuna: every task is an objective of its own.
+    """NSGA-II (Deb et al. 2002), by Optuna: every task is an objective of its own, or ``objectives`` says which are.
 
-    Its generations move towards the Pareto front, the candidates that no other one beats in all tasks. Unlike ``tpe``
-    and ``cmaes`` it does not weigh the tasks against each other while it searches. The winner of the run is still the
-    candidate with the highest score.
+    Its generations move towards the Pareto front, the candidates that no other one beats in all objectives. Unlike
+    ``tpe`` and ``cmaes`` it does not weigh them against each other while it searches. The winner of the run is still
+    the candidate with the highest score.
     """
 
     def __init__(self, setup: Setup, settings: NSGA2Settings) -> None:
@@ -191,14 +213,15 @@ class NSGA2(Coefficients):
                 "search.algorithm: nsga2 needs at least two tasks, which are its objectives; choose tpe or cmaes."
             )
         sampler = optuna.samplers.NSGAIISampler(seed=setup.seed, population_size=settings.population)
-        super().__init__(setup, _space(setup, settings), sampler, "nsga2", len(setup.tasks))
+        self.objectives = setup.objectives or tuple(Objective(task, {task: 1.0}) for task in setup.tasks)
+        super().__init__(setup, _space(setup, settings), sampler, "nsga2", len(self.objectives))
         self.population = settings.population
 
     def waits_for(self, k: int) -> int:
         return k - k % self.population
 
     def values(self, result: Result) -> Sequence[float] | None:
-        return result.objectives(self.setup.tasks)
+        return None if result.score is None else values_of(self.objectives, result.tasks)
 
 
 def default_population(dimensions: int) -> int:

@@ -95,5 +95,5 @@ def _valued(trial: FrozenTrial, values: Sequence[float] | None) -> FrozenTrial:
     whole = trial.state == TrialState.COMPLETE and values is not None
     return optuna.trial.create_trial(
         state=TrialState.COMPLETE if whole else TrialState.FAIL, params=trial.params, distributions=trial.distributions,
-        user_attrs=trial.user_attrs, values=values if whole else None,
+        user_attrs=trial.user_attrs, values=values if whole else None, constraints=trial.constraints or None,
     )  # fmt: skip

@@ -122,7 +122,8 @@ class SharedPool:
         said = tuple(text for piece in pieces for text in piece.said)
         seconds, counts = ({k: math.fsum(p[k] for p in ps) for k in ps[0]} for ps in _columns(pieces))
         worker = "+".join(p.worker for p in pieces)
-        return replace(shared.course.result(shared.items, seconds, counts, worker), said=said)
+        result = shared.course.result(shared.items, seconds, counts, worker)
+        return replace(result, said=said, violations=pieces[0].violations if result.complete else {})
 
 
 def _columns(pieces: Sequence[Result]) -> tuple[list[dict[str, float]], list[dict[str, float]]]:

@@ -7,6 +7,7 @@ import gc
 import json
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -39,6 +40,7 @@ from evolver.records.recipe import Expert
 from evolver.storage.references import parts_of
 from evolver.workers.compute import ComputeChoice, choose, is_open, refuse_compute
 from evolver.workers.failures import BrokenDevice, is_broken_device, is_out_of_memory, is_transient, told_reason
+from evolver.workers.measures import Measures
 from evolver.workers.opened import GIB, Opened, OwnModel, check_backend_device, open_models
 from evolver.workers.plan import Plan, items_hash
 from evolver.workers.statistics import Statistics
@@ -203,6 +205,7 @@ class Worker:
         scorer = self.scorer if split == "dev" else None
         statistics = Statistics(plan, tasks, lambda: self.live, lambda live: scorer or tasks.scorer(live, "dev"))
         self.materialiser = build_materialiser(plan, opened, device, statistics)
+        self.measures = Measures(plan, self.materialiser) if split == "dev" and config.constraints else None
         self.alpha = config.evaluation.racing
         self._failed_in_a_row = 0
 
@@ -246,7 +249,7 @@ class Worker:
         began = time.perf_counter()
         scorer = self._load(candidate)
         built = time.perf_counter()
-        result = self._score(candidate, scorer)
+        result = self._measured(candidate, self._score(candidate, scorer))
         ended = time.perf_counter()
         return replace(result, seconds={"materialise": built - began, "forward": ended - built, "total": ended - began})
 
@@ -264,13 +267,30 @@ class Worker:
                 as_it_is = Opened(own.base, {}, companions, self._heads, own.labels)
                 live = build_model(self._config, as_it_is, self._device, split=candidate.split)
             scorer = self._tasks.scorer(live, candidate.split)
+        measures = self.measures if live is self.live and materialiser is self.materialiser else None
         if isinstance(live, LiveModel):
-            live.write(materialiser.stream(recipe))
+            if measures:
+                measures.prepare(live)
+            live.write(measures.watch(materialiser.stream(recipe)) if measures else materialiser.stream(recipe))
         else:
+            if measures and measures.weighs:
+                deque(measures.watch(materialiser.stream(recipe)), maxlen=0)
             live.clear()
             export(recipe, materialiser, live.folder, {}, companions=companions)
             live.launch(live.folder)
         return scorer
+
+    def _measured(self, candidate: Candidate, result: Result) -> Result:
+        """The result with what the run's constraints say of the model; a piece of a result may become a whole one.
+
+        An expert that is scored as it is, with labels or tokens of its own, is no merge, and nothing is measured.
+        """
+        recipe = candidate.recipe
+        whole = result.complete or candidate.question.piece is not None
+        if self.measures is None or not whole or (isinstance(recipe, Expert) and recipe.digest in self._own):
+            return result
+        live = self.live if isinstance(self.live, LiveModel) else None
+        return replace(result, violations=self.measures.violations(live))
 
     def _score(self, candidate: Candidate, scorer: SplitScorer) -> Result:
         """Score the items block by block, until the last one or until the evaluation may stop early."""

@@ -86,6 +86,8 @@ function facts(s) {
   const pairs = [["state", state(s.state)], ["best dev", number(s.best)], ["best expert", number(s.expert)],
     ["candidates", spent(s.spent[0], s.budget[0])], ["items", spent(s.spent[1], s.budget[1])], ["failed", `${s.failed}`],
     ["last result", age(s.age)], ["run by", s.holder || "nobody"]];
+  if (s.infeasible !== null) pairs.push(["break constraints", `${s.infeasible}`]);
+  if (s.ended) pairs.push(["search ended, as", s.ended]);
   return el("dl", { class: "facts" }, pairs.map(([k, v]) => el("div", {}, el("dt", {}, k), el("dd", {}, v))));
 }
 
@@ -110,7 +112,7 @@ const plot = (id) => el("div", { class: "plot", id });
 const plotted = (there, id) => (there ? plot(id) : el("p", {}, "No model has a score yet."));
 
 function page(run) {
-  const s = run.status;
+  const s = run.status, guarded = s.infeasible !== null;
   document.title = `${s.name} – Evolver`;
   document.getElementById("where").textContent = s.name;
   const total = Math.max(1e-9, ...Object.values(run.cost.workers));
@@ -128,9 +130,9 @@ function page(run) {
         [run.pareto.whole ? null : el("p", {}, `The ${run.pareto.front.length} of it with the highest sums.`), axes(run), plot("pareto")]) : null,
       card("Lineage of the best candidate", lineage(run, run.lineage, "lineage"), true),
       card("Answers: models by items", plotted(run.heat.models.length, "heat"), true),
-      card("Leading candidates", table(["candidate", "score", "items", "seconds", "proposed by"],
+      card("Leading candidates", table(["candidate", "score", "items", "seconds", "proposed by", ...(guarded ? ["constraints"] : [])],
         run.candidates.slice(0, 25).map((c) => [el("a", { href: "#candidate", on: { click: () => choose(c.number) } }, `${c.number}`),
-          number(c.score), `${c.size}`, number(c.total, 2), c.proposer]), "candidates")),
+          number(c.score), `${c.size}`, number(c.total, 2), c.proposer, ...(guarded ? [c.score === null ? "–" : c.violation > 0 ? "broken" : "kept"] : [])]), "candidates")),
       run.finals.length ? card("The finals", table(["model", "dev", "select"],
         run.finals.map((f) => [f.label, number(f.dev), number(f.select)]), "finals")) : null,
       card("Workers and cost", [run.busy.at.length ? plot("busy") : null, table(["worker", "seconds", "of the busiest"], workers, "workers"),

@@ -74,7 +74,15 @@ class Scale:
         """The same scale for answers in the order of this name (see ``evolver.records.order``)."""
         if order == OWN:
             return self
-        return replace(self, tasks=reordered(self.tasks, order), right=reordered(self.right, order))
+        parts = {"tasks": self.tasks, "right": self.right, "clusters": self.clusters}
+        return replace(self, **{name: reordered(part, order) for name, part in parts.items()})
+
+    def of(self, shares: Mapping[str, float]) -> tuple[Scale, list[int]]:
+        """The scale of some tasks alone, with these weights, and the places of their items in this scale."""
+        kept = [place for place, task in enumerate(self.tasks) if task in shares]
+        metrics = {task: self.metrics[task] for task in shares}
+        right, clusters = (tuple(part[k] for k in kept) if part else () for part in (self.right, self.clusters))
+        return Scale(tuple(self.tasks[k] for k in kept), dict(shares), metrics, right, clusters), kept
 
     def of_tasks(self, items: Sequence[ItemAnswer]) -> dict[str, float]:
         """The metric of every task over the items scored so far. Tasks without a scored item are left out."""
