@@ -39,6 +39,13 @@ ExportTo = Annotated[
         show_default=False,
     ),
 ]
+ForWeights = Annotated[
+    str | None,
+    typer.Option(
+        help="instead of a candidate: weights of the run's objectives, such as maths=2,safety=1; exports the model on "
+        "the front that is best for them"
+    ),
+]
 WithTable = Annotated[
     bool,
     typer.Option(
@@ -216,13 +223,7 @@ def export(
     candidate: Annotated[
         str | None, typer.Option(help="number of the candidate, or the beginning of its recipe's id; default: the best")
     ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            help="instead of a candidate: weights of the run's objectives, such as maths=2,safety=1; exports the model "
-            "on the front that is best for them"
-        ),
-    ] = None,
+    weights: ForWeights = None,
     lora: Annotated[int | None, typer.Option(min=1, help="write a LoRA adapter of this rank instead")] = None,
     energy: Annotated[
         float | None,
@@ -254,7 +255,7 @@ def export(
     }  # fmt: skip
     _check_form(asked, energy)
     if table or also:
-        typer.echo(_export_table(folder, also or [], out, table, candidate or push_to_hub, force))
+        typer.echo(_export_table(folder, also or [], out, table, candidate or weights or push_to_hub, force))
         return
     if out is None:
         raise BadInput("evolver export: OUT is missing; name the folder to write, or with --gguf the file.")
@@ -575,8 +576,8 @@ def _export_table(
         raise BadInput("--also: only the tables of several runs are joined; add --table, or leave it out.")
     if other is not None:
         raise BadInput(
-            "--table: a table holds all candidates and is written to this machine; leave --candidate and --push-to-hub "
-            "out."
+            "--table: a table holds all candidates and is written to this machine; leave --candidate, --weights "
+            "and --push-to-hub out."
         )
     name = folder.rstrip("/").rpartition("/")[2] or "run"
     return export_table([storage_at(run) for run in (folder, *also)], out or Path(f"{name}-table"), force)
