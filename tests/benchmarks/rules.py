@@ -105,7 +105,7 @@ class World:
         return (
             f"{len(self.truth)} models × {self.tasks} tasks with {self.most} items each for choosing. The scores of "
             f"all models have a standard deviation of {100 * spread.std():.1f} points; the tenth best of {len(spread)} "
-            f"is {100 * (spread[0] - spread[9]):.1f} points behind the best, and one model in ten is within "
+            f"is {100 * (spread[0] - spread[min(9, len(spread) - 1)]):.1f} points behind the best, and one model in ten is within "
             f"{100 * (spread[0] - spread[len(spread) // 10]):.1f}."
         )
 

@@ -104,12 +104,14 @@ def section(worlds: Sequence[World], resamplings: int) -> str:
     """What a table says of all rules."""
     world = worlds[0]
     said = [f"## {world.name}", world.said()]
+    if len(world.free) < 2 * FEWEST:
+        return "\n\n".join([*said, "These are too few models to play rules on."])
     for name, pool in world.pools().items():
         count = min(CANDIDATES, len(pool) * 2 // 3)
         if count >= FEWEST:
             found = played(worlds, name, count, rules(world.most), resamplings)
             said += [f"### {count} of {len(pool)} {name}", figures(found), goals(found)]
-    said += ["### Fixed or rotating dev items", rotation(worlds, resamplings)]
+    said += ["### Fixed or rotating dev items", rotation(worlds, resamplings // 3)]
     said += ["### The estimate: predictions", predictors_table(world, resamplings)]
     said += ["### The estimate: bias and intervals", bias_table(world, 10 * resamplings)]
     said.append(coverage_table(world, resamplings))
