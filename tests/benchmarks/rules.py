@@ -102,11 +102,11 @@ class World:
 
     def said(self) -> str:
         spread = np.sort(self.truth[self.free])[::-1]
+        behind = [100 * (spread[0] - spread[k]) for k in (9, len(spread) // 10)]
         return (
             f"{len(self.truth)} models × {self.tasks} tasks with {self.most} items each for choosing. The scores of "
             f"all models have a standard deviation of {100 * spread.std():.1f} points; the tenth best of {len(spread)} "
-            f"is {100 * (spread[0] - spread[min(9, len(spread) - 1)]):.1f} points behind the best, and one model in ten is within "
-            f"{100 * (spread[0] - spread[len(spread) // 10]):.1f}."
+            f"is {behind[0]:.1f} points behind the best, and one model in ten is within {behind[1]:.1f}."
         )
 
     @cached_property

@@ -103,9 +103,9 @@ def main() -> None:
 def section(worlds: Sequence[World], resamplings: int) -> str:
     """What a table says of all rules."""
     world = worlds[0]
-    said = [f"## {world.name}", world.said()]
     if len(world.free) < 2 * FEWEST:
-        return "\n\n".join([*said, "These are too few models to play rules on."])
+        return f"## {world.name}\n\n{len(world.truth)} models are too few to play rules on."
+    said = [f"## {world.name}", world.said()]
     for name, pool in world.pools().items():
         count = min(CANDIDATES, len(pool) * 2 // 3)
         if count >= FEWEST:
