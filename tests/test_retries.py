@@ -145,14 +145,14 @@ def worker(make_config, tmp_path, monkeypatch):
 
 def _once(monkeypatch, worker, *errors):
     """Have the next evaluations fail with these errors."""
-    score, left = worker.scorer.score, list(errors)
+    score, left = worker.scorer.score_at, list(errors)
 
-    def fails(start, stop):
+    def fails(places):
         if left:
             raise left.pop(0)
-        return score(start, stop)
+        return score(places)
 
-    monkeypatch.setattr(worker.scorer, "score", fails)
+    monkeypatch.setattr(worker.scorer, "score_at", fails)
 
 
 def test_a_worker_that_is_short_of_memory_tries_once_more_with_an_empty_cache(worker, monkeypatch):

@@ -260,7 +260,7 @@ def test_items_are_scored_at_once_where_no_answer_comes_earlier(make_config, tmp
         worker = Worker(prepared.plan, split, tasks=prepared.tasks)
         worker.scorer = Mock(wraps=worker.scorer)
         assert worker.evaluate(Candidate(0, prepared.experts[0], "test")).complete
-        assert [stop - start for (start, stop), _ in worker.scorer.score.call_args_list] == expected
+        assert [len(places) for (places,), _ in worker.scorer.score_at.call_args_list] == expected
 
 
 def test_a_recipe_of_another_depth_is_no_result(make_config, tmp_path):

@@ -102,11 +102,11 @@ class World:
 
     def said(self) -> str:
         spread = np.sort(self.truth[self.free])[::-1]
+        behind = [100 * (spread[0] - spread[k]) for k in (9, len(spread) // 10)]
         return (
             f"{len(self.truth)} models × {self.tasks} tasks with {self.most} items each for choosing. The scores of "
             f"all models have a standard deviation of {100 * spread.std():.1f} points; the tenth best of {len(spread)} "
-            f"is {100 * (spread[0] - spread[9]):.1f} points behind the best, and one model in ten is within "
-            f"{100 * (spread[0] - spread[len(spread) // 10]):.1f}."
+            f"is {behind[0]:.1f} points behind the best, and one model in ten is within {behind[1]:.1f}."
         )
 
     @cached_property
@@ -211,15 +211,31 @@ def all_models(draw: Draw, n: int) -> Picked:
     return Picked(int(scores.argmax()), len(scores) * n * draw.world.tasks, scores[:, None], scores)
 
 
-def finalists(draw: Draw, first: int, count: int, more: int, alone: bool) -> Picked:
-    """The best few of all on the first items are scored on more; ranked by these alone, or by all."""
-    scores, later = draw.mean(0, first), draw.mean(first if alone else 0, first + more)
-    top = np.argsort(-scores, kind="stable")[:count]
-    ranks = np.zeros((len(scores), 3))
-    ranks[:, 2] = scores
-    ranks[top, 0], ranks[top, 1] = 1, later[top]
-    items = (len(scores) * first + count * more) * draw.world.tasks
-    return Picked(int(top[later[top].argmax()]), items, ranks, later)
+def staged(draw: Draw, parts: Sequence[tuple[int | None, int]], alone: bool) -> Picked:
+    """The best few of each stage are scored on more items; the last ones are ranked by these alone, or by all.
+
+    Args:
+        parts: of each stage, how many go on to it (None: all) and on how many more items of a task they are scored.
+    """
+    alive, seen, items = np.arange(len(draw.chosen)), 0, 0
+    scores = draw.mean(0, parts[0][1])
+    ranks = np.stack([np.zeros(len(scores)), scores], axis=1)
+    for stage, (count, more) in enumerate(parts):
+        if count is not None:
+            alive = alive[np.argsort(-scores[alive], kind="stable")[:count]]
+        last = stage == len(parts) - 1
+        scores = draw.mean(seen if last and alone else 0, seen + more)
+        seen, items = seen + more, items + len(alive) * more
+        ranks[alive, 0], ranks[alive, 1] = stage, scores[alive]
+    return Picked(int(alive[scores[alive].argmax()]), items * draw.world.tasks, ranks, scores)
+
+
+def from_truth(draw: Draw, count: int, more: int) -> Picked:
+    """The best of the truly best few on some items: no choice of finalists can be better."""
+    later = draw.mean(0, more)
+    top = np.argsort(-draw.truth, kind="stable")[:count]
+    ranks = np.stack([np.isin(np.arange(len(later)), top), later], axis=1).astype(float)
+    return Picked(int(top[later[top].argmax()]), count * more * draw.world.tasks, ranks, later)
 
 
 def estimated(draw: Draw, n: int, full: int, kind: str) -> Picked:

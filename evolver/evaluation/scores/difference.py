@@ -251,7 +251,7 @@ def betting_interval(predictor: Predictor, share: Numbers, places: ItemPlaces, a
     gain = count * own * (answers - forecast.own)
     variance = (np.cumsum(gain**2) - gain**2 + INVENTED * INVENTED_VARIANCE) / (np.arange(n) + INVENTED)
     size = np.sqrt(2 * np.log(2 / (1 - CONFIDENCE)) / (n * variance))
-    most = count * np.maximum.accumulate(np.sort(share)[::-1])[0]
+    most = count * share.max()
     enough = np.log(2 / (1 - CONFIDENCE))
     inside = np.ones(GRID, dtype=bool)
     for sign in (1, -1):
