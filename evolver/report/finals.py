@@ -53,8 +53,8 @@ def _how(finals: Finals) -> str:
     front = ", among them those on the front of its objectives" if finals.objectives else ""
     return (
         f"The {len(finals.searched)} best candidates of the search on the dev items{front}, the experts and the plain "
-        f"merges were scored on {len(finals.scales['select'].tasks)} select items, which no search saw. The winner is the "
-        f"candidate that leads on {on}. It is recommended unless a plain merge leads it on the select items alone."
+        f"merges were scored on {len(finals.scales['select'].tasks)} select items, which no search saw. The winner "
+        f"is the candidate that leads on {on}. It is recommended unless a plain merge leads it on the select items alone."
     )
 
 
