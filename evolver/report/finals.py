@@ -54,7 +54,8 @@ def _how(finals: Finals) -> str:
     return (
         f"The {len(finals.searched)} best candidates of the search on the dev items{front}, the experts and the plain "
         f"merges were scored on {len(finals.scales['select'].tasks)} select items, which no search saw. The winner "
-        f"is the candidate that leads on {on}. It is recommended unless a plain merge leads it on the select items alone."
+        f"is the candidate that leads on {on}. It is recommended unless a plain merge leads it on the select items "
+        "alone."
     )
 
 
