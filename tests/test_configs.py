@@ -205,7 +205,7 @@ def test_safety_as_a_constraint_and_as_an_objective(tmp_path, models, tasks):
     loaded(AutoModelForCausalLM, tmp_path / "careful")
     text = (tmp_path / "results" / "safety" / "report.md").read_text()
     assert "## Constraints" in text
-    assert "| useful | harmless | useful against | harmless against |" in text
+    assert "| model | useful | harmless | useful against " in text
 
 
 def test_every_example_is_linked_and_typed():

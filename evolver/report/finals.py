@@ -50,10 +50,12 @@ def _row(contender: Contender, finals: Finals) -> list[str]:
 
 def _how(finals: Finals) -> str:
     on = "the select items alone" if finals.alone else "the dev and select items together"
+    front = ", among them those on the front of its objectives" if finals.objectives else ""
     return (
-        f"The {len(finals.searched)} best candidates of the search on the dev items, the experts and the plain merges "
-        f"were scored on {len(finals.scales['select'].tasks)} select items, which no search saw. The winner is the "
-        f"candidate that leads on {on}. It is recommended unless a plain merge leads it on the select items alone."
+        f"The {len(finals.searched)} best candidates of the search on the dev items{front}, the experts and the plain "
+        f"merges were scored on {len(finals.scales['select'].tasks)} select items, which no search saw. The winner "
+        f"is the candidate that leads on {on}. It is recommended unless a plain merge leads it on the select items "
+        "alone."
     )
 
 

@@ -24,18 +24,19 @@ def front_section(outcome: Outcome) -> str:
         return ""
     scale = outcome.scales["report"]
     parts = [scale.of(objective.shares) for objective in objectives]
-    head = ["model", *(escaped(o.name) for o in objectives), *(f"{escaped(o.name)} against" for o in objectives)]
+    names = [escaped(objective.name) for objective in objectives]
+    head = ["model", *names, *(f"{name} against {expert.label}" for name in names)]
     rows = [_row(point, outcome, objectives, parts) for point in points]
     if expert.report.score is not None:
         rows.append([expert.label, *_values(expert.report, objectives, parts), *("" for _ in objectives)])
     said = (
-        f"{len(points)} candidates are on the front: on the dev and select items, no other finalist is at least as "
-        "good in every objective and better in one. Shown are the objectives on the report items, and the difference "
-        f"to the best expert, {expert.label}, with the p-value of a paired permutation test. These are "
+        f"{len(points)} candidate{'s are' if len(points) > 1 else ' is'} on the front: on the dev and select items, no "
+        "other finalist is at least as good in every objective and better in one. Shown are the objectives on "
+        f"the report items, and the difference to the best expert, {expert.label}, with the p-value of a paired permutation test. These are "
         f"{len(points) * len(objectives)} tests, so about one in twenty has p below 0.05 by chance. "
         f"{_volumes(outcome)}Each model is exported by its number: `evolver export {outcome.config.run} FOLDER "
         f"--candidate {points[0].label.rpartition(' ')[2]}`, and the best one for weights of your own by `--weights "
-        f"{','.join(f'{escaped(o.name)}={n}' for n, o in zip((2, 1), objectives, strict=False))}`."
+        f"{','.join(f'{name}={n}' for n, name in zip((2, 1), names, strict=False))}`."
     )
     return f"## The front\n\n{said}\n\n{markdown_table(head, rows)}"
 
