@@ -110,6 +110,13 @@ class World:
         )
 
     @cached_property
+    def predictor(self) -> tuple[Predictor, np.ndarray]:
+        """What predicts answers to all items for choosing from those of the known models, and the items' shares."""
+        rows = self.side[self.known].reshape(len(self.known), -1).astype(float)
+        tasks = np.repeat(np.arange(self.tasks), self.most)
+        return Predictor(rows, tasks), np.full(len(tasks), 1 / len(tasks))
+
+    @cached_property
     def item_model(self) -> ItemModel:
         """The item-response model of the known models, over all items for choosing."""
         rows = self.side[self.known].reshape(len(self.known), -1)
@@ -291,8 +298,25 @@ def rejected_after(mine: np.ndarray, theirs: np.ndarray, share: np.ndarray, alph
     return min(len(mine), -(-(int(stop[0]) + 1) // block) * block) if len(stop) else len(mine)
 
 
+def _worth(world: World, side: np.ndarray, order: np.ndarray, part: slice, kind: str) -> np.ndarray:
+    """What a search is told of models, given their answers in an order: the mean of a part, or an estimate from it."""
+    if kind == "mean":
+        return side[:, :, part].mean((1, 2))
+    each = world.most
+    places = (np.arange(world.tasks)[:, None] * each + order[:, part]).ravel()
+    made, share = world.predictor
+    return estimate_at(made, share, places, side[:, :, part].reshape(len(side), -1).astype(float)).value
+
+
 def adaptive_search(
-    world: World, n: int, rotate: bool, final: int, rng: np.random.Generator, generations: int = 10, size: int = 10
+    world: World,
+    n: int,
+    rotate: bool,
+    final: int,
+    rng: np.random.Generator,
+    generations: int = 10,
+    kind: str = "mean",
+    size: int = 10,
 ) -> tuple[float, float, float]:
     """A search on the table that proposes models near its best three. Regret, items and optimism."""
     free, spent = world.free, generations * n
@@ -311,7 +335,7 @@ def adaptive_search(
             away = np.linalg.norm(space[open_][:, None] - space[top][None], axis=2).min(1)
             new = open_[np.argsort(away + rng.random(len(away)) * 1e-6)[:size]]
         part = slice(g * n, (g + 1) * n) if rotate else slice(0, n)
-        scored[new] = side[new][:, :, part].mean((1, 2))
+        scored[new] = _worth(world, side[new], order, part, kind)
     seen, start = np.flatnonzero(~np.isinf(scored)), spent if rotate else n
     judged = scored.copy()
     best, items = int(scored.argmax()), len(seen) * n * world.tasks

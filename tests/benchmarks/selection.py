@@ -7,6 +7,7 @@ answers in ``results/tables``. ``rules.py`` beside it holds the rules.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,8 @@ TABLES, PAGE = ROOT / "results" / "tables", ROOT / "results" / "benchmarks" / "s
 CANDIDATES, FEWEST = 100, 20
 SLOW, SELDOM = ("racing", "halving", "p-irt", "difference"), 10
 Rule = Callable[[Draw], Picked]
+# How an adaptive search is told scores: which items its generations meet, and what is made of the answers.
+WAYS = (("fixed", "mean"), ("rotate", "mean"), ("fixed", "difference"), ("rotate", "difference"))
 # What the page recommends: items a task for all, finalists, items a task more for these.
 DEFAULT, LARGE = (15, 6, 285), (50, 8, 450)
 # Rules of three stages: how many models go on (None: all), and on how many items more of a task they are scored.
@@ -183,24 +186,21 @@ def rotation(worlds: Sequence[World], resamplings: int) -> str:
     """Adaptive searches on the table, on fixed and on rotating dev items."""
     rows, world = [], worlds[0]
     generations = min(10, len(world.free) // 15)
-    for n in (5, 10, 25, 40):
-        if generations * n + 75 > world.most:
-            continue
-        for way in ("fixed", "rotate"):
-            for final in (0, 75):
-                found = np.array([
-                    adaptive_search(
-                        worlds[r % len(worlds)], n, way == "rotate", final, np.random.default_rng([r, 7]), generations
-                    )
-                    for r in range(resamplings)
-                ])  # fmt: skip
-                regret, items, optimism = found.mean(0)
-                reach = 196 * found[:, 0].std() / np.sqrt(len(found))
-                rows.append([
-                    f"{n} a task, {way}", f"best six on {final} more" if final else "best on dev", f"{items:,.0f}",
-                    f"{100 * regret:.2f} ± {reach:.2f}", f"{100 * optimism:.2f}",
-                ])  # fmt: skip
-    return ROTATION + "\n\n" + markdown_table(["dev items", "winner", "items", "regret", "optimism"], rows)
+    sizes = [n for n in (10, 25) if generations * n + 75 <= world.most]
+    for n, (way, kind), final in itertools.product(sizes, WAYS, (0, 75)):
+        found = np.array([
+            adaptive_search(
+                worlds[r % len(worlds)], n, way == "rotate", final, np.random.default_rng([r, 7]), generations, kind
+            )
+            for r in range(resamplings)
+        ])  # fmt: skip
+        regret, items, optimism = found.mean(0)
+        reach = 196 * found[:, 0].std() / np.sqrt(len(found))
+        rows.append([
+            f"{n} a task, {way}", kind, f"best six on {final} more" if final else "best on dev", f"{items:,.0f}",
+            f"{100 * regret:.2f} ± {reach:.2f}", f"{100 * optimism:.2f}",
+        ])  # fmt: skip
+    return ROTATION + "\n\n" + markdown_table(["dev items", "score", "winner", "items", "regret", "optimism"], rows)
 
 
 INTRODUCTION = (Path(__file__).parent / "selection.txt").read_text().strip()
