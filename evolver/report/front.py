@@ -32,8 +32,9 @@ def front_section(outcome: Outcome) -> str:
     said = (
         f"{len(points)} candidate{'s are' if len(points) > 1 else ' is'} on the front: on the dev and select items, no "
         "other finalist is at least as good in every objective and better in one. Shown are the objectives on "
-        f"the report items, and the difference to the best expert, {expert.label}, with the p-value of a paired permutation test. These are "
-        f"{len(points) * len(objectives)} tests, so about one in twenty has p below 0.05 by chance. "
+        f"the report items, and the difference to the best expert, {expert.label}, with the p-value of a paired "
+        f"permutation test. These are {len(points) * len(objectives)} tests, so about one in twenty has p below 0.05 "
+        "by chance. "
         f"{_volumes(outcome)}Each model is exported by its number: `evolver export {outcome.config.run} FOLDER "
         f"--candidate {points[0].label.rpartition(' ')[2]}`, and the best one for weights of your own by `--weights "
         f"{','.join(f'{name}={n}' for n, name in zip((2, 1), names, strict=False))}`."
