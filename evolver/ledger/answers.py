@@ -31,9 +31,9 @@ def write_items(run: Storage, items: Mapping[Split, Sequence[tuple[str, int, str
 def answer_table(run: Storage) -> pa.Table:
     """Every answer of a run: one row for each candidate and item, with the item's hash."""
     items: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    for row in _items_of(run):
+    for row in items_of(run):
         items[row["split"]].append(row)
-    finished = [r for r in read_table(run.folder("ledger")).to_pylist() if r["event"] == "finished" and not r["reused"]]
+    finished = [r for r in read_table(run.folder("ledger")).to_pylist() if _holds_answers(r)]
     rows = [
         {**{k: r[k] for k in ("stage", "number", "recipe_id")}, "task": i["task"], "hash": i["hash"], "answer": a}
         for r in finished
@@ -42,8 +42,13 @@ def answer_table(run: Storage) -> pa.Table:
     return pa.Table.from_pylist(rows)
 
 
-def _items_of(run: Storage) -> list[dict[str, Any]]:
-    """The rows of ``items.parquet``.
+def _holds_answers(row: Mapping[str, Any]) -> bool:
+    """Whether a row is the one that holds a model's answers: other rows may repeat them."""
+    return row["event"] == "inherited" or (row["event"] == "finished" and not row["reused"])
+
+
+def items_of(run: Storage) -> list[dict[str, Any]]:
+    """The rows of ``items.parquet``: split, place, task, index and hash of each item.
 
     Raises BadInput where it cannot be read.
     """

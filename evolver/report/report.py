@@ -32,6 +32,7 @@ from evolver.report.text import (
     score_text,
     signed,
 )
+from evolver.report.uses import uses_section
 from evolver.report.verdict import verdict
 from evolver.runs.files import SUMMARY_FILE, agreement_of
 from evolver.runs.history import History, read_history, rows_of
@@ -70,6 +71,7 @@ def write_report(
         _lineage(outcome.winner.recipe),
         _cost(outcome),
         _failures(outcome),
+        uses_section(outcome),
         _provenance(outcome),
     ]
     text = "\n\n".join(s for s in sections if s) + "\n"
@@ -109,6 +111,7 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "run": outcome.config.run,
         "budget": outcome.config.budget.model_dump(),
         "verdict": verdict(outcome),
+        "report_use": outcome.use,
         "winner": {"candidate": outcome.winning.number, "recipe": outcome.winner.recipe.id,
                    "dev": dev.score, "report": report.score},
         "recommended": outcome.recommended.label,

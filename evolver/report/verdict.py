@@ -27,7 +27,20 @@ def verdict(outcome: Outcome) -> str:
         first = f"No clear improvement: the winner leads the best expert, {expert.label}, within noise ({numbers})."
     else:
         first = f"Improvement: the winner beats the best expert, {expert.label} ({numbers})."
-    return " ".join(filter(None, [first, _against_plain(outcome), recommendation(outcome)]))
+    return " ".join(filter(None, [exploratory(outcome), first, _against_plain(outcome), recommendation(outcome)]))
+
+
+def exploratory(outcome: Outcome) -> str:
+    """A sentence on report items that earlier runs have used; empty where the run is the first one to use them.
+
+    Whoever has read an earlier report has chosen the new goal, or the new settings, with these items in mind.
+    """
+    if outcome.use == 1:
+        return ""
+    return (
+        f"Exploratory: this run is number {outcome.use} of those that were scored on these report items, so its "
+        "figures confirm nothing."
+    )
 
 
 def _against_plain(outcome: Outcome) -> str:

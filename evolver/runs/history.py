@@ -12,6 +12,7 @@ from evolver.errors import BadInput
 from evolver.records import STAGES, Candidate, Result, Stage, split_of
 from evolver.runs.about import About, read_about
 from evolver.runs.finals import Finals, finals, leaders
+from evolver.runs.origin import Use, uses_of
 from evolver.runs.outcome import Finalist, Outcome
 from evolver.storage import Storage
 
@@ -26,12 +27,14 @@ class History:
         stages: candidates with their results, by stage, in the order of their numbers.
         guessed: results of candidates that were scored ahead of being asked for.
         orphaned: results after a failure that was taken back later.
+        uses: which runs have used report items of this run's family, the earliest first.
     """
 
     about: About
     stages: Mapping[Stage, Pairs]
     guessed: tuple[Result, ...] = ()
     orphaned: tuple[Result, ...] = ()
+    uses: tuple[Use, ...] = ()
 
     @property
     def config(self) -> Config:
@@ -82,19 +85,20 @@ class History:
             return None
         rows = [Finalist(label, c.recipe, dev[label], r, select.get(label)) for label, (c, r) in report.items()]
         last = Finalist("winner", first.recipe, first.dev, winner[-1], first.select)
-        return Outcome(self.about, (*rows, last), held, self.stages["search"], self.wasted, self.lost)
+        uses = tuple(use for use in self.uses if use.draw == self.config.evaluation.report_draw)
+        return Outcome(self.about, (*rows, last), held, self.stages["search"], self.wasted, self.lost, uses)
 
 
 def history_of(
     about: About, pairs: Iterable[tuple[Candidate, Result]], guessed: Iterable[Result] = (),
-    orphaned: Iterable[Result] = (),
+    orphaned: Iterable[Result] = (), uses: Iterable[Use] = (),
 ) -> History:  # fmt: skip
     """The history that consists of these results. Of two results with the same number, the later one counts."""
     stages: dict[Stage, dict[int, tuple[Candidate, Result]]] = {stage: {} for stage in STAGES}
     for candidate, result in pairs:
         stages[candidate.stage][candidate.number] = candidate, result
     ordered = {stage: tuple(found[n] for n in sorted(found)) for stage, found in stages.items()}
-    return History(about, ordered, tuple(guessed), tuple(orphaned))
+    return History(about, ordered, tuple(guessed), tuple(orphaned), tuple(uses))
 
 
 def read_history(folder: Storage) -> History:
@@ -114,7 +118,7 @@ def read_history(folder: Storage) -> History:
                 orphaned.append(ledger.result_of(row))
             elif row["event"] == "finished":
                 pairs.append((_candidate(row, f"{place.location}/{name}"), ledger.result_of(row)))
-    history = history_of(about, pairs, guessed, orphaned)
+    history = history_of(about, pairs, guessed, orphaned, uses_of(folder))
     if history.best is not None and history.best[0].recipe.id != history.best[1].recipe_id:
         raise BadInput(
             f"{place.location}: candidate {history.best[0].number} of the search is recorded with the recipe of one "

@@ -11,6 +11,7 @@ from evolver.records import Candidate, Result, Split
 from evolver.records.recipe import Recipe
 from evolver.runs.about import About
 from evolver.runs.finals import Contender, Finals
+from evolver.runs.origin import Use
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Outcome:
     """All that a report says of a run. The winner of the search is the last of the finalists.
 
     ``wasted`` are results of candidates that were scored ahead on guesses that proved wrong. ``lost`` are results that
-    the search did not ask for again after an earlier failure was tried again.
+    the search did not ask for again after an earlier failure was tried again. ``uses`` are the runs of
+    its family that were scored on its report items, in their order.
     """
 
     about: About
@@ -40,10 +42,17 @@ class Outcome:
     searched: tuple[tuple[Candidate, Result], ...]
     wasted: tuple[Result, ...] = ()
     lost: tuple[Result, ...] = ()
+    uses: tuple[Use, ...] = ()
 
     @property
     def config(self) -> Config:
         return self.about.config
+
+    @property
+    def use(self) -> int:
+        """Whether the run was the first one to use its report items (1), the second (2), and so on."""
+        owners = [use.owner for use in self.uses]
+        return 1 + owners.index(str(self.about.owner)) if self.about.owner in owners else 1
 
     @property
     def scales(self) -> Mapping[Split, Scale]:
