@@ -180,7 +180,7 @@ REFUSED = {
     "metric": ({"evaluation.tasks": [{**TASKS[0], "metric": "acc_norm"}, TASKS[1]]}, "evaluation.tasks[0].metric: "),
     "items": ({"evaluation.tasks": [{**TASKS[0], "dev": 21}, TASKS[1]]}, "evaluation.tasks[0].dev: "),
     "blocks": ({"evaluation.block_items": 9}, "evaluation.block_items: "),
-    "task": ({"evaluation.tasks": [*TASKS, {"task": "yesno", "dev": 5, "report": 5}]}, "evaluation.tasks[2].task: "),
+    "task": ({"evaluation.tasks": [*TASKS, {"task": "last", "dev": 5, "report": 5}]}, "evaluation.tasks[2].task: "),
 }
 
 
@@ -193,8 +193,8 @@ def test_what_has_other_answers_is_refused(again, results, name):
 
 
 def test_a_new_task_is_scored_if_that_is_asked_for(again, results):
-    tasks = [*TASKS, {"task": "yesno", "dev": 5, "report": 5, "select": 5}]
-    toys.refused(lambda: again(PLAIN | {"evaluation.tasks": tasks}), "yesno was never scored", "--score-new-tasks")
+    tasks = [*TASKS, {"task": "last", "dev": 5, "report": 5, "select": 5}]
+    toys.refused(lambda: again(PLAIN | {"evaluation.tasks": tasks}), "last was never scored", "--score-new-tasks")
     new = again(PLAIN | {"evaluation.tasks": tasks}, score_new_tasks=True)
     assert all(len(r["items"]) == 37 for (s, _), r in rows(new).items() if s == "search")
     assert sorted(n for s, n in rows(new) if s == "search") == list(range(8))
@@ -203,7 +203,7 @@ def test_a_new_task_is_scored_if_that_is_asked_for(again, results):
 def test_another_run_is_not_written_over(again, results):
     toys.refused(lambda: again(PLAIN, "toy"), "is the run that evolver retarget goes on from")
     again(weighing(1, 2))
-    toys.refused(lambda: again(weighing(1, 3)), "evaluation.tasks[0].weight")
+    toys.refused(lambda: again(weighing(1, 3)), "evaluation.tasks[1].weight")
 
 
 def test_report_items_that_no_document_is_left_for(again):

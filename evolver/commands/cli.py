@@ -1,7 +1,8 @@
 """The command line ``evolver``: running a search, and the commands around it.
 
 Exit status: 0 when the command is done; 2 when the user's input is wrong; 3 when a run, or a run of a sweep, was
-stopped (every finished evaluation is kept); 1 when Evolver itself has a bug.
+stopped (every finished evaluation is kept); 1 when Evolver itself has a bug. `evolver gate` also knows 4 (worse) and 5
+(undecided).
 """
 
 from __future__ import annotations
@@ -291,6 +292,39 @@ def evaluate(
         typer.echo(f"warning: {sentence}", err=True)
 
     typer.echo(score_table(score_models(str(config), models, "dev" if dev else "report", warn)))
+
+
+@app.command()
+def gate(
+    first: Annotated[str, typer.Argument(metavar="A", help="folder, hub id or URI of the model to let through")],
+    second: Annotated[str, typer.Argument(metavar="B", help="the model that it must not be worse than")],
+    config: Annotated[Path, typer.Option(help="the YAML file of a run; its base and tasks are used")],
+    max_items: Annotated[
+        int | None, typer.Option(min=1, help="score each model on at most so many items; default: all")
+    ] = None,
+    margin: Annotated[
+        float, typer.Option(help="by how much A may be worse, as a difference of scores: 0.01 is one point")
+    ] = 0.01,
+    error_rate: Annotated[
+        float, typer.Option(help="probability with which either verdict may be wrong, at most")
+    ] = 0.05,
+    dev: Annotated[bool, typer.Option(help="score on the dev items; default: the report items")] = False,
+) -> None:
+    """Say whether model A is worse than model B, by a sequential paired test on as few items as that takes.
+
+    Exit status: 0 if A is not worse by more than the margin, 4 if it is, 5 if the items do not decide it.
+    """
+    from evolver.commands.gate import gate_text, pass_gate
+
+    def warn(sentence: str) -> None:
+        typer.echo(f"warning: {sentence}", err=True)
+
+    found = pass_gate(
+        str(config), first, second, split="dev" if dev else "report", most=max_items, margin=margin, alpha=error_rate,
+        warn=warn,
+    )  # fmt: skip
+    typer.echo(gate_text(found, first, second))
+    raise typer.Exit(found.status)
 
 
 @app.command()
