@@ -295,6 +295,25 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="the folders of two or more runs, or their URIs")],
+    out: Annotated[
+        str | None, typer.Option(help="also write the comparison as Markdown and HTML to this folder")
+    ] = None,
+) -> None:
+    """Compare runs: best score against scored items, winners on shared report items, and keys that differ."""
+    from evolver.report.compare import compare_runs, comparison_text, write_comparison
+    from evolver.storage import storage_at
+
+    found = compare_runs([storage_at(folder) for folder in runs])
+    typer.echo(comparison_text(found).rstrip())
+    if out is not None:
+        target = storage_at(out)
+        write_comparison(target, found)
+        typer.echo(f"{target.location}/comparison.html")
+
+
+@app.command()
 def gate(
     first: Annotated[str, typer.Argument(metavar="A", help="folder, hub id or URI of the model to let through")],
     second: Annotated[str, typer.Argument(metavar="B", help="the model that it must not be worse than")],

@@ -114,7 +114,8 @@ def gate_text(found: Passing, first: str, second: str) -> str:
         None: f"Undecided: whether {first} is worse than {second} by more than {margin} points is not clear yet.",
     }
     difference, low, high = (signed(x, scale) for x in (found.difference, found.low, found.high))
+    items = f"{found.used} of {found.items} {found.split} items"
     return (
-        f"{words[found.verdict]}\nDifference: {difference} points on {found.used} of {found.items} {found.split} items; "
+        f"{words[found.verdict]}\nDifference: {difference} points on {items}; "
         f"it is at least {low} and at most {high} points, each at an error rate of {100 * found.alpha:g} %."
     )
