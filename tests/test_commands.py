@@ -90,7 +90,7 @@ def test_a_configuration_is_checked_without_reading_weights(file, monkeypatch, t
     done = process("validate", file, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (
-        f"{file}: 3 experts, 40 dev and 30 report items, 12 candidates: ready to run\n"
+        f"{file}: 3 experts, 40 dev, 0 select and 30 report items, 12 candidates: ready to run\n"
         "model.compute: auto is float32 on this machine: the weights are float32\n"
     )
     assert list(tmp_path.iterdir()) == []
@@ -118,7 +118,7 @@ def test_status_of_all_runs(run):
     assert re.search(r"toy.*done.*evolver.*12 of 12", done.stdout)
     (found,) = json.loads(evolver("status", run.parent, "--json").stdout)
     outcome = read_history(storage_at(run)).outcome()
-    assert found["best"] == outcome.best_dev.score
+    assert found["best"] == outcome.winner.dev.score
     assert found["verdict"] == verdict(outcome)
     assert found["holder"] == ""
 

@@ -19,12 +19,14 @@ from evolver.report.report import write_report
 from evolver.report.text import markdown_table
 from evolver.report.verdict import verdict
 from evolver.runs.about import About
+from evolver.runs.finals import Contender, Finals
 from evolver.runs.outcome import Finalist, Outcome
 from evolver.storage import storage_at
 
 A, B = Expert("a", "aa"), Expert("b", "bb")
 CHILD = Cross(A, (B,), "evolver", 0.5, 0.5, 1)
 ONE = {"t": 1.0}
+NOBODY = Finals((), (), (), {})
 
 
 def scale(count):
@@ -136,7 +138,17 @@ def outcome(winner, expert, weak=None):
     failed = (Candidate(1, B, "evolver"), Result(1, B.id, "failed", reason="it broke"))
     searched = ((Candidate(0, CHILD, "evolver"), dev), failed)
     scales = {"dev": scale(4), "report": scale(len(winner))}
-    return Outcome(About(config, scales, {"torch": "2"}), finalists, searched[0][0], searched)
+    return with_finalists(Outcome(About(config, scales, {"torch": "2"}), (), NOBODY, searched), finalists)
+
+
+def with_finalists(done, finalists):
+    """The same outcome with these finalists, who were in the finals with their dev and select results."""
+    last = Candidate(0, finalists[-1].recipe, "evolver")
+    named = {f.label: Contender(f.label, replace(last, recipe=f.recipe), f.dev, f.select) for f in finalists}
+    experts = tuple(named.pop(label) for label in ("a", "b"))
+    winner = replace(named.pop("winner"), label="candidate 0")
+    del named["base"]
+    return replace(done, finalists=finalists, finals=Finals((winner,), experts, tuple(named.values()), done.scales))
 
 
 def test_a_clear_improvement():
@@ -172,7 +184,7 @@ def test_the_search_is_held_against_the_merges_that_need_none(winner, plain, say
 def with_dev(done, **answers):
     """The same outcome, but that the finalists of these labels gave other answers on the dev set."""
     changed = [replace(f, dev=result(answers[f.label])) if f.label in answers else f for f in done.finalists]
-    return replace(done, finalists=tuple(changed))
+    return with_finalists(done, tuple(changed))
 
 
 def test_the_best_expert_is_the_best_on_dev_whatever_it_scores_on_the_report_items():
@@ -184,7 +196,7 @@ def test_the_best_expert_is_the_best_on_dev_whatever_it_scores_on_the_report_ite
 def test_the_best_plain_merge_is_the_best_on_dev():
     done = outcome([1.0] * 4, [0.0] * 4, weak=[1.0, 0.0, 0.0, 0.0])
     tuned = Finalist("task_arithmetic", CHILD, result([1.0] * 4), result([0.0] * 4))
-    done = replace(done, finalists=(*done.finalists[:-1], tuned, done.winner))
+    done = with_finalists(done, (*done.finalists[:-1], tuned, done.winner))
     assert done.best_plain.label == "task_arithmetic"
     assert with_dev(done, average=[1.0] * 4, task_arithmetic=[0.0] * 4).best_plain.label == "average"
 
@@ -199,7 +211,7 @@ def test_an_expert_without_report_scores_is_not_the_one_to_beat():
 def test_no_verdict_without_scores():
     done = outcome([1.0] * 4, [0.0] * 4)
     failed = Result(0, CHILD.id, "failed", reason="boom", stage="report")
-    last = Finalist("winner", CHILD, done.best_dev, failed)
+    last = Finalist("winner", CHILD, done.winner.dev, failed)
     lost = Outcome(**{**vars(done), "finalists": (*done.finalists[:-1], last)})
     assert verdict(lost).startswith("No verdict")
 
@@ -229,7 +241,7 @@ def test_a_report_says_it_all(tmp_path):
 
 def test_what_was_not_scored_stands_in_the_report(tmp_path):
     done = outcome([1.0] * 30, [1.0] * 20 + [0.0] * 10)
-    stopped = replace(done.best_dev, number=2, items=(1.0,), complete=False, score=None, counts={"tokens": 7.0})
+    stopped = replace(done.winner.dev, number=2, items=(1.0,), complete=False, score=None, counts={"tokens": 7.0})
     stopped = replace(stopped, recipe_id="second")
     raced = replace(stopped, number=3, items=(1.0, 0.0), raced=True, given=1, recipe_id="third")
     rung = replace(stopped, number=4, recipe_id="fourth", seconds={}, counts={})

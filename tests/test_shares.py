@@ -80,11 +80,14 @@ def test_other_numbers_are_refused(make_config, tmp_path, value):
 
 @pytest.mark.whole
 def test_validate_says_how_many_they_are(make_config, tmp_path):
-    tasks = [{"task": "toy", "dev": 0.2, "report": 0.5}, {"task": "pair", "dev": 9, "report": 8}]
+    tasks = [{"task": "toy", "dev": 0.2, "select": 0.3, "report": 0.5}, {"task": "pair", "dev": 9, "report": 8}]
     file = make_config(tmp_path, {"evaluation.tasks": tasks})
     ended = toys.evolver("validate", file)
     assert ended.code == 0, ended.err
-    assert "31 dev and 63 report items" in ended.out
-    assert "toy: dev 0.2 and report 0.5 are 22 and 55 items\n" in ended.out
+    assert "31 dev, 33 select and 63 report items" in ended.out
+    assert "toy: dev 0.2 is 22 items\ntoy: select 0.3 is 33 items\ntoy: report 0.5 is 55 items\n" in ended.out
     assert "pair: dev" not in ended.out
-    assert prepare(config_at(file)).tasks.sizes == {"toy": (22, 55), "pair": (9, 8)}
+    assert prepare(config_at(file)).tasks.sizes == {
+        "toy": {"dev": 22, "select": 33, "report": 55},
+        "pair": {"dev": 9, "select": 0, "report": 8},
+    }

@@ -365,6 +365,8 @@ def settings(models: Path, tasks: Path, changes: Mapping[str, Any]) -> dict[str,
             del section[last]
         else:
             section[last] = value
+    for task in out["evaluation"]["tasks"]:
+        task.setdefault("select", 0)  # the finals have tests of their own, and everything else is quicker without them
     return out
 
 

@@ -35,7 +35,7 @@ DOMAINS = {
     "editorials": "nytEditorialSnippets",
 }
 # At least so many texts of a part, in whole documents; what is left is for training. The configuration of the demo was
-# chosen on `choice`, so that nothing was ever chosen on `report`.
+# chosen on `choice`, and a run chooses its winner there, so that nothing was ever chosen on `report`.
 PARTS = {"report": 800, "dev": 150, "choice": 400}
 HEAD_SEED, HEAD_SCALE = 0, 0.02
 

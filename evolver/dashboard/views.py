@@ -49,8 +49,21 @@ def details(run: Overview, status: Status) -> dict[str, Any]:
         "cost": cost(run),
         "busy": utilisation(search),
         "candidates": leading(search),
+        "finals": contenders(run),
         "warnings": list(run.about.warnings),
     }
+
+
+def contenders(run: Overview) -> list[dict[str, Any]]:
+    """Who was scored on the select items so far, the highest first, with their dev scores."""
+    rows, dev = run.rows("select"), dict[str, float]()
+    for stage in (run.rows("baseline"), run.rows("search")):
+        places = stage.whole
+        ids = stage.table["recipe_id"].take(pa.array(places)).to_pylist()
+        dev |= dict(zip(ids, stage.numbers("score")[places].tolist(), strict=True))
+    columns = (rows.texts("label"), rows.texts("recipe_id"), rows.numbers("score").tolist())
+    found = [{"label": n, "dev": dev.get(r), "select": s} for n, r, s in zip(*columns, strict=True) if s == s]
+    return sorted(found, key=lambda row: -row["select"])
 
 
 def curve_points(search: Rows) -> dict[str, list[Any]]:

@@ -11,7 +11,7 @@ from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Result, Split, Stage
 from evolver.records.recipe import Recipe
 
-Pair = tuple[Candidate, Result]
+Rated = tuple[Candidate, Result]
 TUNED = "task_arithmetic@"
 
 
@@ -119,7 +119,7 @@ class Finals:
         return -math.inf if score is None else score, _score(contender.dev)
 
 
-def finals(stages: Mapping[Stage, Sequence[Pair]], config: Config, scales: Mapping[Split, Scale]) -> Finals | None:
+def finals(stages: Mapping[Stage, Sequence[Rated]], config: Config, scales: Mapping[Split, Scale]) -> Finals | None:
     """The finals of a run with these results; None before a candidate of the search has a score of all dev items, or
     before every baseline has a result.
     """
@@ -130,7 +130,7 @@ def finals(stages: Mapping[Stage, Sequence[Pair]], config: Config, scales: Mappi
     if not first or any(label not in known for label in wanted):
         return None
 
-    def contender(label: str, pair: Pair) -> Contender:
+    def contender(label: str, pair: Rated) -> Contender:
         return Contender(label, *pair, select.get(pair[0].recipe.id))
 
     tuned = max((label for label in wanted if label.startswith(TUNED)), key=lambda label: _score(known[label][1]))
@@ -144,14 +144,14 @@ def finals(stages: Mapping[Stage, Sequence[Pair]], config: Config, scales: Mappi
     )
 
 
-def leaders(searched: Iterable[Pair], count: int) -> list[Pair]:
+def leaders(searched: Iterable[Rated], count: int) -> list[Rated]:
     """The candidates with the highest scores of all dev items, best first, the earliest of equals; each model once.
 
     Candidates that were asked for a part of the items only, or were stopped early, do not count.
     """
     whole = [(c, r) for c, r in searched if c.question.limit is None and r.complete and r.score is not None]
     whole.sort(key=lambda pair: (-_score(pair[1]), pair[0].number))
-    first: dict[str, Pair] = {}
+    first: dict[str, Rated] = {}
     for candidate, result in whole:
         if len(first) < count:
             first.setdefault(candidate.recipe.id, (candidate, result))

@@ -27,8 +27,8 @@ CHANGES = {
     "search.generations": 8,
     "budget.candidates": 24,
     "evaluation.tasks": [
-        {"task": "toy", "dev": 40, "report": 30},
-        {"task": "echo", "metric": "exact_match", "dev": 10, "report": 10},
+        {"task": "toy", "dev": 40, "select": 20, "report": 30},
+        {"task": "echo", "metric": "exact_match", "dev": 10, "select": 5, "report": 10},
     ],
 }
 

@@ -131,6 +131,8 @@ function page(run) {
       card("Leading candidates", table(["candidate", "score", "items", "seconds", "proposed by"],
         run.candidates.slice(0, 25).map((c) => [el("a", { href: "#candidate", on: { click: () => choose(c.number) } }, `${c.number}`),
           number(c.score), `${c.size}`, number(c.total, 2), c.proposer]), "candidates")),
+      run.finals.length ? card("The finals", table(["model", "dev", "select"],
+        run.finals.map((f) => [f.label, number(f.dev), number(f.select)]), "finals")) : null,
       card("Workers and cost", [run.busy.at.length ? plot("busy") : null, table(["worker", "seconds", "of the busiest"], workers, "workers"),
         el("p", {}, `${number(run.cost.seconds.total, 1)} s of evaluation, of these ${number(run.cost.seconds.materialise, 1)} s materialising; `
           + `${run.cost.flying} under way, ${run.cost.guessed} scored ahead`),
