@@ -137,8 +137,8 @@ def test_uses_of_report_items_are_counted(again, results):
 
     assert not verdict(results / "toy").startswith("Exploratory")
     second, third = again(weighing(3, 1), "second"), again(weighing(1, 3), "third", of="second")
-    assert verdict(second).startswith("Exploratory: this run is number 2 ")
-    assert verdict(third).startswith("Exploratory: this run is number 3 ")
+    assert verdict(second).startswith("Exploratory (use 2 of these report items): ")
+    assert verdict(third).startswith("Exploratory (use 3 of these report items): ")
     again(weighing(3, 1), "second")
     assert [u.run for u in uses_of(storage_at(results / "toy"))] == ["toy", "second", "third"]
     assert "toy, second, third" in (third / "report.md").read_text()
@@ -148,7 +148,7 @@ def test_uses_of_report_items_are_counted(again, results):
     drawn = [report_items(results / n) for n in ("toy", "fresh", "fresh2")]
     assert len(set().union(*drawn)) == 3 * 22
     assert config_at(fresh2 / "config.yaml").parsed().evaluation.report_draw == 2
-    assert verdict(again(weighing(1, 5), "fifth", of="fresh")).startswith("Exploratory: this run is number 2 ")
+    assert verdict(again(weighing(1, 5), "fifth", of="fresh")).startswith("Exploratory (use 2 of these report items): ")
 
 
 def report_items(folder):

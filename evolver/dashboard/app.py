@@ -30,6 +30,7 @@ from evolver.dashboard.guard import Guard
 from evolver.dashboard.overview import Overview
 from evolver.dashboard.status import Status, status_of
 from evolver.errors import BadInput
+from evolver.report.compare import compare_runs
 from evolver.runs.about import runs_in
 from evolver.runs.files import holds_a_run
 from evolver.storage import Storage
@@ -38,6 +39,7 @@ HERE = Path(str(files("evolver.dashboard"))) / "static"
 NAME_LENGTH = 255  # no file system has longer names
 BODY_BYTES = 2**14  # that the request of an action may have
 READERS = 2  # that read runs for the list, so that a large run does not delay small ones
+COMPARED = 8  # runs that one page compares
 LOOK_SECONDS = 1.0  # that the list waits for runs to be read before it answers
 
 
@@ -119,6 +121,12 @@ def build_app(
         with runs.look(name) as run:
             return JSONResponse(views.details(run, status_of(run, name)))
 
+    def compared(request: Request) -> Response:
+        names = list(dict.fromkeys(request.query_params.getlist("run")))
+        if len(names) > COMPARED:
+            raise BadInput(f"{len(names)} runs are too many for one page; choose at most {COMPARED} of them.")
+        return JSONResponse(compare_runs([runs.folder(name) for name in names]).form())
+
     def one_candidate(request: Request) -> Response:
         with runs.look(request.path_params["name"]) as run:
             candidate, result = run.candidate(candidate_number(request.path_params["number"]))
@@ -144,7 +152,8 @@ def build_app(
         return JSONResponse({"said": await run_in_threadpool(start_run, root, given.get("config"))})
 
     routes = [
-        Route("/", page), Route("/run/{name}", page), Route("/plotly.js", plotly), Route("/api/runs", all_runs),
+        Route("/", page), Route("/run/{name}", page), Route("/compare", page), Route("/plotly.js", plotly),
+        Route("/api/runs", all_runs), Route("/api/compare", compared),
         Route("/api/start", start, methods=["POST"]),
         Route("/api/runs/{name}", one_run), Route("/api/runs/{name}/candidates/{number:int}", one_candidate),
         Route("/api/runs/{name}/stop", acting(lambda run, given: stop_run(run, jobs)), methods=["POST"]),

@@ -91,6 +91,7 @@ class Compared:
                 [a, b, signed(c.difference, self.scale), _between(c.low, c.high, self.scale), f"{c.p:.3g}", f"{p:.3g}"]
                 for (a, b, c), p in zip(self.tests, adjusted, strict=True)
             ],
+            "said": winners_said(self),
             "keys": self.keys,
         }  # fmt: skip
 
@@ -101,7 +102,7 @@ def compare_runs(folders: Sequence[Storage]) -> Compared:
     Raises BadInput for fewer than two runs, for a folder that holds none, and for runs without shared report items.
     """
     if len({f.location for f in folders}) < 2:
-        raise BadInput("evolver compare: give the folders of at least two different runs.")
+        raise BadInput("evolver compare: a comparison is of at least two different runs; name their folders.")
     names = _names(folders)
     histories = {name: read_history(folder) for name, folder in zip(names, folders, strict=True)}
     scale, places = _shared(folders, names, histories)
@@ -218,7 +219,7 @@ def comparison_text(found: Compared, picture: bool = False) -> str:
         f"## Best dev score against scored items\n\nThe best dev score of the search so far.{alike}",
         *([f"![best dev score against scored items]({PICTURE})"] if picture else []),
         markdown_table(["items scored", *map(escaped, found.runs)], _steps(found)),
-        f"## Winners on {form['items']} shared report items\n\n{_said(found)}",
+        f"## Winners on {form['items']} shared report items\n\n{escaped(form['said'])}",
     ]
     if found.winners:
         head = ["run", "winner", "recipe", "score", "95 % interval", *map(escaped, form["tasks"])]
@@ -233,13 +234,13 @@ def comparison_text(found: Compared, picture: bool = False) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _said(found: Compared) -> str:
+def winners_said(found: Compared) -> str:
     """Which runs have winners, and how they are compared."""
     missing = [name for name in found.runs if name not in {w.run for w in found.winners}]
-    out = [f"Tasks have the weights of {escaped(found.runs[0])}."]
+    out = [f"Tasks have the weights of {found.runs[0]}."]
     if missing:
-        out.append(f"Without a winner that was scored on report items: {', '.join(map(escaped, missing))}.")
-    same = [f"{escaped(a)} and {escaped(b)}" for a, b, c in found.tests if _recipe(found, a) == _recipe(found, b)]
+        out.append(f"Without a winner that was scored on report items: {', '.join(missing)}.")
+    same = [f"{a} and {b}" for a, b, c in found.tests if _recipe(found, a) == _recipe(found, b)]
     if same:
         out.append(f"The same model won in {'; '.join(same)}.")
     if len(found.tests) > 1:

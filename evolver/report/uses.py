@@ -7,12 +7,17 @@ from evolver.runs.outcome import Outcome
 
 
 def uses_section(outcome: Outcome) -> str:
-    """Which runs were scored on the same report items, in their order; nothing where there is no other one."""
+    """Which runs were scored on the same report items, in their order; nothing where there is no other one.
+
+    After the first use, whoever chooses a goal or settings may have these items in mind, so a test on them no longer
+    has its error rate.
+    """
     if len(outcome.uses) < 2:
         return ""
     names = ", ".join(escaped(use.run) for use in outcome.uses)
     fresh = "`evolver retarget --fresh-report` and `evolver fork --fresh-report` draw items that no run has used."
     return (
         f"## Report items used {len(outcome.uses)} times\n\nThese runs were scored on the same report items, in this "
-        f"order: {names}. Only the first one tests something that was decided without them. {fresh}"
+        f"order: {names}. Only the first of them was decided on without knowing these items, so the verdicts of the "
+        f"others are exploratory: their p-values and intervals are too favourable by an unknown amount. {fresh}"
     )
