@@ -269,10 +269,16 @@ def study(
     """Write a coefficient search as an Optuna study, which optuna-dashboard sqlite:///OUT shows."""
     from evolver.driver.prepare import prepare_run
     from evolver.runs.history import read_history
+    from evolver.runs.origin import taken_over
     from evolver.search.study import write_study
     from evolver.storage import storage_at
 
     run = storage_at(folder)
+    if taken_over(run):
+        raise BadInput(
+            f"{run.location}: this run goes on from another one, whose candidates its sampler did not propose, so it "
+            "is no Optuna study; give the folder of the first run."
+        )
     found = {(c.number, c.recipe.id): r for c, r in read_history(run).stages["search"]}
     prepared = prepare_run(run)
     count = write_study(prepared.search, lambda c: found.get((c.number, c.recipe.id)), prepared.config.run, out)
@@ -294,8 +300,8 @@ def evaluate(
     typer.echo(score_table(score_models(str(config), models, "dev" if dev else "report", warn)))
 
 
-@app.command()
-def compare(
+@app.command("compare")
+def compare_side_by_side(
     runs: Annotated[list[str], typer.Argument(help="the folders of two or more runs, or their URIs")],
     out: Annotated[
         str | None, typer.Option(help="also write the comparison as Markdown and HTML to this folder")

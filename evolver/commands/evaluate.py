@@ -87,7 +87,7 @@ def score_models(
 
 
 @dataclass(frozen=True)
-class Ready:
+class ReadyModels:
     """Models that are going to be scored on the tasks of a configuration, all of them checked.
 
     Attributes:
@@ -105,7 +105,7 @@ class Ready:
         return build_model(self.config, given, self.device, given.base.path, split)
 
 
-def make_ready(file: str, models: Sequence[str], command: str, warn: Callable[[str], None]) -> Ready:
+def make_ready(file: str, models: Sequence[str], command: str, warn: Callable[[str], None]) -> ReadyModels:
     """Open models in the place of a configuration's base, and check that its tasks can be scored with them.
 
     Args:
@@ -130,7 +130,7 @@ def make_ready(file: str, models: Sequence[str], command: str, warn: Callable[[s
     for warning in dict.fromkeys([*opened.warnings, *tasks.warnings]):
         warn(warning)
     torch.set_num_threads(config.evaluation.threads)
-    return Ready(config, tasks, given, device)
+    return ReadyModels(config, tasks, given, device)
 
 
 def _opened(config: Config, opened: Opened, model: str, device: str, command: str) -> Opened:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from evolver.commands.evaluate import Ready, make_ready
+from evolver.commands.evaluate import ReadyModels, make_ready
 from evolver.errors import BadInput
 from evolver.evaluation.scores.course import blocks
 from evolver.evaluation.scores.estimates import first_unjudged
@@ -19,7 +19,7 @@ from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Split
 from evolver.report.text import signed
 
-COMMAND = "evolver gate"
+GATE = "evolver gate"
 # The exit status for each verdict.
 STATUS: dict[Passage | None, int] = {"not worse": 0, "worse": 4, None: 5}
 
@@ -75,7 +75,7 @@ def pass_gate(
         raise BadInput(f"--margin: {margin:g} is not usable; write a number from 0 to below 1, such as 0.01.")
     if not 0 < alpha < 0.5:
         raise BadInput(f"--error-rate: {alpha:g} is not usable; write a number above 0 and below 0.5, such as 0.05.")
-    ready = make_ready(file, list(dict.fromkeys([first, second])), COMMAND, warn)
+    ready = make_ready(file, list(dict.fromkeys([first, second])), GATE, warn)
     scale = ready.tasks.scale(split)
     if (task := first_unjudged(scale)) is not None:
         raise BadInput(
@@ -86,7 +86,7 @@ def pass_gate(
     return _scored(ready, Gate(scale, margin, alpha, count), (first, second), split, count)
 
 
-def _scored(ready: Ready, gate: Gate, models: tuple[str, str], split: Split, count: int) -> Passing:
+def _scored(ready: ReadyModels, gate: Gate, models: tuple[str, str], split: Split, count: int) -> Passing:
     """Score both models until there is a verdict."""
     answers: tuple[list[Any], list[Any]] = ([], [])
     verdict: Passage | None = None

@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -122,10 +122,7 @@ def build_app(
             return JSONResponse(views.details(run, status_of(run, name)))
 
     def compared(request: Request) -> Response:
-        names = list(dict.fromkeys(request.query_params.getlist("run")))
-        if len(names) > COMPARED:
-            raise BadInput(f"{len(names)} runs are too many for one page; choose at most {COMPARED} of them.")
-        return JSONResponse(compare_runs([runs.folder(name) for name in names]).form())
+        return JSONResponse(_compared(runs, list(dict.fromkeys(request.query_params.getlist("run")))))
 
     def one_candidate(request: Request) -> Response:
         with runs.look(request.path_params["name"]) as run:
@@ -164,6 +161,13 @@ def build_app(
     ]  # fmt: skip
     guard = Middleware(Guard, token=token, hosts=hosts)
     return Starlette(routes=routes, middleware=[guard], exception_handlers={BadInput: _refused})
+
+
+def _compared(runs: Runs, names: Sequence[str]) -> dict[str, Any]:
+    """Raises BadInput for runs that cannot be compared, and for too many of them."""
+    if len(names) > COMPARED:
+        raise BadInput(f"{len(names)} runs are too many for one page; choose at most {COMPARED} of them.")
+    return compare_runs([runs.folder(name) for name in names]).form()
 
 
 def _export(runs: Runs, name: str, candidate: object) -> str:

@@ -20,7 +20,7 @@ from evolver.config.reading import ConfigText
 from evolver.driver.prepare import Prepared, defaults_of, in_compute, prepare, run_folder
 from evolver.errors import BadInput
 from evolver.evaluation.tasks import Tasks
-from evolver.ledger import Ledger, candidate_of, items_of, read_all_parts, result_of, standing
+from evolver.ledger import ItemName, Ledger, candidate_of, item_places, read_all_parts, result_of, standing
 from evolver.records import SPLITS, Candidate, Question, Result, Split, split_of
 from evolver.records.canonical import content_hash
 from evolver.runs.about import About
@@ -32,6 +32,7 @@ from evolver.runs.origin import (
     Use,
     copy_uses,
     draw_of,
+    name_of,
     read_origin,
     record_own_report,
     record_use,
@@ -42,8 +43,7 @@ from evolver.runs.origin import (
 )
 from evolver.storage import Storage, storage_at
 
-Pair = tuple[Candidate, Result]
-Place = tuple[str, str]  # the task and the hash of an item
+Scored = tuple[Candidate, Result]
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class Same:
 
     def _check_items(self) -> None:
         """Raises BadInput where a task of both runs has items that the earlier run did not have."""
-        known, new = places_of(self.earlier), self._new_tasks()
+        known, new = item_places(self.earlier), self._new_tasks()
         for split in SPLITS:
             old_draw, draw = (c.evaluation.report_draw for c in (self.about.config, self.prepared.config))
             if split not in self.about.scales or (split == "report" and draw != old_draw):
@@ -224,7 +224,7 @@ class Same:
 
     def _check_examples(self) -> None:
         """Raises BadInput where the examples in prompts would be drawn from other documents than before."""
-        before = {content for places in places_of(self.earlier).values() for _, content in places}
+        before = {content for places in item_places(self.earlier).values() for _, content in places}
         now = {item.hash for split in SPLITS for item in self.prepared.tasks.items.of(split)}
         if (before ^ now) & self.prepared.tasks.example_pool:
             drawn = self.prepared.config.evaluation.report_draw != self.about.config.evaluation.report_draw
@@ -244,21 +244,13 @@ def _without(mapping: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
     return {key: value for key, value in mapping.items() if key not in keys}
 
 
-def places_of(run: Storage) -> dict[Split, dict[Place, int]]:
-    """The place of every item in the answers of a run, by split."""
-    found: dict[Split, dict[Place, int]] = {split: {} for split in SPLITS}
-    for row in items_of(run):
-        found[row["split"]][row["task"], row["hash"]] = row["place"]
-    return found
-
-
-def _inherited(earlier: Storage, history: History, prepared: Prepared) -> tuple[list[Candidate], list[Pair]]:
+def _inherited(earlier: Storage, history: History, prepared: Prepared) -> tuple[list[Candidate], list[Scored]]:
     """The candidates that the new search begins with, and the results that are known.
 
     Raises BadInput where nothing was scored.
     """
-    measured = measure(places_of(earlier), prepared.tasks)
-    known: dict[tuple[str, Split], Pair] = {}
+    measured = measured_anew(item_places(earlier), prepared.tasks)
+    known: dict[tuple[str, Split], Scored] = {}
     for candidate, result in _scored(earlier):
         key = result.recipe_id, split_of(result.stage)
         again = measured(result)
@@ -273,7 +265,7 @@ def _inherited(earlier: Storage, history: History, prepared: Prepared) -> tuple[
     return listed, list(known.values())
 
 
-def _asked_again(pair: Pair, known: Mapping[tuple[str, Split], Pair]) -> Candidate | None:
+def _asked_again(pair: Scored, known: Mapping[tuple[str, Split], Scored]) -> Candidate | None:
     """A candidate of the earlier search with a question to which the known result is the answer; one that was scored
     on all items is asked for all. None for a candidate of which nothing is known.
     """
@@ -287,7 +279,7 @@ def _asked_again(pair: Pair, known: Mapping[tuple[str, Split], Pair]) -> Candida
     return None if again is None else plain.asking(limit=len(again.items))
 
 
-def _scored(earlier: Storage) -> Iterator[Pair]:
+def _scored(earlier: Storage) -> Iterator[Scored]:
     """Everything that models scored in a run, whether its search asked for it or not."""
     for part in standing(read_all_parts(earlier.folder("ledger"))).values():
         for row in part.to_pylist(maps_as_pydicts="strict"):
@@ -296,7 +288,7 @@ def _scored(earlier: Storage) -> Iterator[Pair]:
                 yield candidate_of(row), result_of(row)
 
 
-def measure(before: Mapping[Split, Mapping[Place, int]], tasks: Tasks) -> Callable[[Result], Result | None]:
+def measured_anew(before: Mapping[Split, Mapping[ItemName, int]], tasks: Tasks) -> Callable[[Result], Result | None]:
     """What gives the result that answers of an earlier run have in a new one: of the same answers, other scores.
 
     Args:
@@ -337,13 +329,13 @@ def _write(
     folder: RunFolder,
     text: ConfigText,
     listed: Sequence[Candidate],
-    known: Sequence[Pair],
+    known: Sequence[Scored],
     wish: Wish,
 ) -> None:
     """Write the folder of the new run. After a crash the same is written again, as far as it is missing."""
     root = _root(earlier)
     folder.create(text.text)
-    write_origin(folder.storage, Origin(wish.kind, earlier.location, root.location))
+    write_origin(folder.storage, Origin(wish.kind, earlier.location, root.location, len(listed)))
     draw = draw_of(folder.identity)
     with contextlib.suppress(OSError):  # a folder that may not be written keeps no record; the copy then counts alone
         record_own_report(root)
@@ -361,4 +353,4 @@ def record_report_use(prepared: Prepared, folder: RunFolder) -> None:
 
 
 def _use(folder: RunFolder, draw: int) -> Use:
-    return Use(folder.location.rstrip("/").rpartition("/")[2], folder.owner, draw)
+    return Use(name_of(folder.location), folder.owner, draw)

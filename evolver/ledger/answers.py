@@ -14,6 +14,7 @@ from evolver.records import SPLITS, Split, split_of
 from evolver.storage import Storage
 
 ITEMS_FILE = "items.parquet"
+ItemName = tuple[str, str]  # the task and the hash of an item
 
 
 def write_items(run: Storage, items: Mapping[Split, Sequence[tuple[str, int, str]]]) -> None:
@@ -40,6 +41,14 @@ def answer_table(run: Storage) -> pa.Table:
         for i, a in zip(items[split_of(r["stage"])], r["items"] or (), strict=False)
     ]
     return pa.Table.from_pylist(rows)
+
+
+def item_places(run: Storage) -> dict[Split, dict[ItemName, int]]:
+    """The place of every item in the answers of a run, by split."""
+    found: dict[Split, dict[ItemName, int]] = {split: {} for split in SPLITS}
+    for row in items_of(run):
+        found[row["split"]][row["task"], row["hash"]] = row["place"]
+    return found
 
 
 def _holds_answers(row: Mapping[str, Any]) -> bool:

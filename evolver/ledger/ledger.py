@@ -33,7 +33,7 @@ from evolver.ledger.parts import (
     span_of,
 )  # fmt: skip
 from evolver.ledger.retried import ORPHANED, RETRIED, standing
-from evolver.ledger.rows import SCHEMA, Pair, candidate_of, inherited_rows, now, result_of, row_of
+from evolver.ledger.rows import SCHEMA, candidate_of, inherited_rows, now, result_of, row_of
 from evolver.records import Candidate, Result, Split, split_of
 from evolver.storage import Storage, lease, read_all
 from evolver.storage.lease import Lease
@@ -121,7 +121,7 @@ class Ledger:
         """The candidates of an earlier run that this run's search begins with, in order."""
         return [self._listed[number] for number in sorted(self._listed)]
 
-    def inherit(self, listed: Sequence[Candidate], results: Sequence[Pair]) -> None:
+    def inherit(self, listed: Sequence[Candidate], results: Sequence[tuple[Candidate, Result]]) -> None:
         """Take over the candidates and results of an earlier run, in one part, unless that was done before."""
         if len(self._listed) < len(listed):
             self._append(inherited_rows(listed, results))

@@ -12,7 +12,6 @@ import pyarrow as pa
 from evolver.records import Candidate, Question, Result, own_score
 from evolver.records.recipe import dump_recipe, load_recipe
 
-Pair = tuple[Candidate, Result]
 STATUSES = ("ok", "failed")
 EVENTS = ("asked", "finished", "guessed", "retried", "listed", "inherited")
 PROPOSALS = ("asked", "listed")  # the events without a result
@@ -85,7 +84,7 @@ def row_of(candidate: Candidate, result: Result | None) -> dict[str, Any]:
     return row
 
 
-def inherited_rows(listed: Sequence[Candidate], results: Sequence[Pair]) -> list[dict[str, Any]]:
+def inherited_rows(listed: Sequence[Candidate], results: Sequence[tuple[Candidate, Result]]) -> list[dict[str, Any]]:
     """The rows of what a run takes over from an earlier one.
 
     Args:

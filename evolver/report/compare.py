@@ -13,7 +13,7 @@ from typing import Any
 from evolver.errors import BadInput, file_sentence
 from evolver.evaluation.scores.comparison import Comparison, compare, interval
 from evolver.evaluation.scores.scoring import Scale
-from evolver.ledger import items_of
+from evolver.ledger import ItemName, item_places
 from evolver.records import ItemAnswer
 from evolver.report.curve import BEST, DASHES, EXPERTS
 from evolver.report.html import html_page
@@ -27,7 +27,6 @@ PICTURE = "comparison.png"
 # One for every run; dashes tell apart those that share a colour.
 LINE_COLOURS, LINE_DASHES = (BEST, *EXPERTS), ("-", *DASHES)
 Curve = tuple[tuple[int, float], ...]
-Item = tuple[str, str]  # task and hash
 
 
 @dataclass(frozen=True)
@@ -127,11 +126,11 @@ def _shared(
     folders: Sequence[Storage], names: Sequence[str], histories: Mapping[str, History]
 ) -> tuple[Scale, dict[str, list[int]]]:
     """How the report items that all runs share make up a score, and their places in the answers of every run."""
-    found = {name: _places(folder, "report") for name, folder in zip(names, folders, strict=True)}
+    found = {name: item_places(folder)["report"] for name, folder in zip(names, folders, strict=True)}
     scales = {name: history.about.scales["report"] for name, history in histories.items()}
     ours, first = scales[names[0]], found[names[0]]
 
-    def same(item: Item) -> bool:
+    def same(item: ItemName) -> bool:
         measured = [scales[n].metrics.get(scales[n].tasks[found[n][item]]) for n in names if item in found[n]]
         return len(measured) == len(names) and all(m is not None and m.form() == _form(measured[0]) for m in measured)
 
@@ -151,11 +150,6 @@ def _shared(
 
 def _form(metric: Any) -> Any:
     return None if metric is None else metric.form()
-
-
-def _places(folder: Storage, split: str) -> dict[Item, int]:
-    """The places of the items of a split in the answers of a run."""
-    return {(row["task"], row["hash"]): row["place"] for row in items_of(folder) if row["split"] == split}
 
 
 def _answers(outcome: Outcome, places: Sequence[int]) -> list[ItemAnswer] | None:
@@ -183,7 +177,7 @@ def _curve(history: History) -> Curve:
 def _alike(folders: Sequence[Storage], histories: Mapping[str, History]) -> bool:
     """Whether the dev scores of all runs mean the same."""
     scales = [history.about.scales["dev"].form() for history in histories.values()]
-    items = [_places(folder, "dev") for folder in folders]
+    items = [item_places(folder)["dev"] for folder in folders]
     return all(s == scales[0] for s in scales) and all(i == items[0] for i in items)
 
 

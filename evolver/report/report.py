@@ -22,6 +22,7 @@ from evolver.report.curve import curve
 from evolver.report.examples import examples_section, read_texts
 from evolver.report.finals import finals_section
 from evolver.report.html import html_page
+from evolver.report.mixture import mixtures_of
 from evolver.report.text import (
     as_served,
     cost_rows,
@@ -32,7 +33,7 @@ from evolver.report.text import (
     score_text,
     signed,
 )
-from evolver.report.uses import uses_section
+from evolver.report.uses import goes_on, uses_section
 from evolver.report.verdict import verdict
 from evolver.runs.files import SUMMARY_FILE, agreement_of
 from evolver.runs.history import History, read_history, rows_of
@@ -88,11 +89,11 @@ def _question(outcome: Outcome) -> str:
     settings = {key: value for key, value in config.search.items() if key != "algorithm"}
     said = yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=math.inf).strip()[1:-1]
     search = f"`{config.search['algorithm']}`" + (f" ({said})" if settings else "")
-    return (
+    asked = (
         f"Is there a merge of {_listed(list(config.experts))}, fine-tunes of `{config.model.base}`, that is better "
-        f"than the best of them on {tasks}? Searched by {search} within {limits}, on {dev} dev items. "
-        + as_served(config.evaluation)
-    ).strip()
+        f"than the best of them on {tasks}? Searched by {search} within {limits}, on {dev} dev items."
+    )
+    return " ".join(filter(None, [asked, as_served(config.evaluation), goes_on(outcome)]))
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -207,11 +208,12 @@ def _winner_section(outcome: Outcome, agreement: Mapping[str, int]) -> str:
     same = f"{agreement['equal']} of {agreement['items']}"
     plain = outcome.recommended.label if outcome.recommended is not outcome.winner else ""
     where, which = ("in the ledger", f", {plain},") if plain else ("in `recipe.json`", "")
+    mixed = "".join(f" {sentence}" for sentence in mixtures_of(outcome.winner.recipe))
     return (
         f"## The winner\n\nOne of {models} models, proposed by `{candidate.proposer}` as candidate "
         f"{candidate.number}, recipe `{candidate.recipe.id}` ({len(dump_recipe(candidate.recipe))} bytes, in "
         f"{where}). The model in the folder `best/`{which} was loaded again and scored on the dev items; its scores "
-        f"are those in the ledger on {same} items."
+        f"are those in the ledger on {same} items.{mixed}"
     )
 
 

@@ -21,3 +21,12 @@ def uses_section(outcome: Outcome) -> str:
         f"order: {names}. Only the first of them was decided on without knowing these items, so the verdicts of the "
         f"others are exploratory: their p-values and intervals are too favourable by an unknown amount. {fresh}"
     )
+
+
+def goes_on(outcome: Outcome) -> str:
+    """A sentence on the run that this one goes on from; empty where there is none."""
+    origin = outcome.origin
+    if origin is None:
+        return ""
+    known = f"The first {origin.candidates} candidates are those of the run {escaped(origin.name)}"
+    return f"{known}, which this run goes on from (evolver {origin.kind})."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from evolver import ledger
@@ -12,7 +12,7 @@ from evolver.errors import BadInput
 from evolver.records import STAGES, Candidate, Result, Stage, split_of
 from evolver.runs.about import About, read_about
 from evolver.runs.finals import Finals, finals, leaders
-from evolver.runs.origin import Use, uses_of
+from evolver.runs.origin import Origin, Use, read_origin, uses_of
 from evolver.runs.outcome import Finalist, Outcome
 from evolver.storage import Storage
 
@@ -28,6 +28,7 @@ class History:
         guessed: results of candidates that were scored ahead of being asked for.
         orphaned: results after a failure that was taken back later.
         uses: which runs have used report items of this run's family, the earliest first.
+        origin: the run that this one goes on from, if it does.
     """
 
     about: About
@@ -35,6 +36,7 @@ class History:
     guessed: tuple[Result, ...] = ()
     orphaned: tuple[Result, ...] = ()
     uses: tuple[Use, ...] = ()
+    origin: Origin | None = None
 
     @property
     def config(self) -> Config:
@@ -86,19 +88,21 @@ class History:
         rows = [Finalist(label, c.recipe, dev[label], r, select.get(label)) for label, (c, r) in report.items()]
         last = Finalist("winner", first.recipe, first.dev, winner[-1], first.select)
         uses = tuple(use for use in self.uses if use.draw == self.config.evaluation.report_draw)
-        return Outcome(self.about, (*rows, last), held, self.stages["search"], self.wasted, self.lost, uses)
+        return Outcome(
+            self.about, (*rows, last), held, self.stages["search"], self.wasted, self.lost, uses, self.origin
+        )
 
 
 def history_of(
     about: About, pairs: Iterable[tuple[Candidate, Result]], guessed: Iterable[Result] = (),
-    orphaned: Iterable[Result] = (), uses: Iterable[Use] = (),
+    orphaned: Iterable[Result] = (),
 ) -> History:  # fmt: skip
     """The history that consists of these results. Of two results with the same number, the later one counts."""
     stages: dict[Stage, dict[int, tuple[Candidate, Result]]] = {stage: {} for stage in STAGES}
     for candidate, result in pairs:
         stages[candidate.stage][candidate.number] = candidate, result
     ordered = {stage: tuple(found[n] for n in sorted(found)) for stage, found in stages.items()}
-    return History(about, ordered, tuple(guessed), tuple(orphaned), tuple(uses))
+    return History(about, ordered, tuple(guessed), tuple(orphaned))
 
 
 def read_history(folder: Storage) -> History:
@@ -118,7 +122,9 @@ def read_history(folder: Storage) -> History:
                 orphaned.append(ledger.result_of(row))
             elif row["event"] == "finished":
                 pairs.append((_candidate(row, f"{place.location}/{name}"), ledger.result_of(row)))
-    history = history_of(about, pairs, guessed, orphaned, uses_of(folder))
+    history = replace(
+        history_of(about, pairs, guessed, orphaned), uses=tuple(uses_of(folder)), origin=read_origin(folder)
+    )  # fmt: skip
     if history.best is not None and history.best[0].recipe.id != history.best[1].recipe_id:
         raise BadInput(
             f"{place.location}: candidate {history.best[0].number} of the search is recorded with the recipe of one "

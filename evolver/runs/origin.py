@@ -25,11 +25,18 @@ class Origin:
         kind: the command that made the new run: retarget or fork.
         run: location of the earlier run.
         root: location of the first run of the family, in whose folder the uses of report items are recorded.
+        candidates: how many candidates were taken over.
     """
 
     kind: str
     run: str
     root: str
+    candidates: int
+
+    @property
+    def name(self) -> str:
+        """The name of the earlier run."""
+        return name_of(self.run)
 
 
 def write_origin(folder: Storage, origin: Origin) -> None:
@@ -44,11 +51,13 @@ def read_origin(folder: Storage) -> Origin | None:
     """
     try:
         found = mapping_of(folder, ORIGIN_FILE, REMEDY)
-        return Origin(**{key: str(found[key]) for key in ("kind", "run", "root")})
+        return Origin(str(found["kind"]), str(found["run"]), str(found["root"]), int(found["candidates"]))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except KeyError as error:
-        raise BadInput(f"{folder.location}/{ORIGIN_FILE}: {error} is missing in it; {REMEDY}.") from error
+    except (KeyError, ValueError, TypeError) as error:
+        raise BadInput(
+            f"{folder.location}/{ORIGIN_FILE}: a value in it is missing or not readable ({error!r}); {REMEDY}."
+        ) from error
 
 
 def taken_over(folder: Storage) -> dict[str, Any] | None:
@@ -126,9 +135,8 @@ def report_items_used(folder: Storage, use: Use, origin: Origin | None) -> None:
 
 def record_own_report(root: Storage) -> None:
     """Record the first run's own use, where it was scored on its report items before anybody recorded uses."""
-    name = root.location.rstrip("/").rpartition("/")[2]
     identity = mapping_of(root, IDENTITY_FILE, REMEDY)
-    use = Use(name, content_hash(identity), draw_of(identity))
+    use = Use(name_of(root.location), content_hash(identity), draw_of(identity))
     if any(u.owner == use.owner for u in uses_of(root)):
         return
     events = read_table(root.folder("ledger")).select(["event", "stage"]).to_pylist()
@@ -140,6 +148,11 @@ def copy_uses(root: Storage, folder: Storage) -> None:
     """Copy the records of the first run into the folder of another one of its family."""
     for use in uses_of(root):
         record_use(folder, use)
+
+
+def name_of(location: str) -> str:
+    """The name of the run in a folder."""
+    return location.rstrip("/").rpartition("/")[2]
 
 
 def draw_of(identity: Any) -> int:

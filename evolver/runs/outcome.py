@@ -11,7 +11,7 @@ from evolver.records import Candidate, Result, Split
 from evolver.records.recipe import Recipe
 from evolver.runs.about import About
 from evolver.runs.finals import Contender, Finals
-from evolver.runs.origin import Use
+from evolver.runs.origin import Origin, Use
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Outcome:
     """All that a report says of a run. The winner of the search is the last of the finalists.
 
     ``wasted`` are results of candidates that were scored ahead on guesses that proved wrong. ``lost`` are results that
-    the search did not ask for again after an earlier failure was tried again. ``uses`` are the runs of
-    its family that were scored on its report items, in their order.
+    the search did not ask for again after an earlier failure was tried again. ``uses`` are the runs of its family that
+    were scored on its report items, in their order; ``origin`` is the run that it goes on from.
     """
 
     about: About
@@ -43,6 +43,7 @@ class Outcome:
     wasted: tuple[Result, ...] = ()
     lost: tuple[Result, ...] = ()
     uses: tuple[Use, ...] = ()
+    origin: Origin | None = None
 
     @property
     def config(self) -> Config:

@@ -12,26 +12,24 @@ from evolver.records.recipe import Recipe
 from evolver.search.ahead import Guessable
 from evolver.search.base import Search
 
-Pair = tuple[Candidate, Result]
-
 
 @runtime_checkable
 class Informed(Protocol):
     """A search that can learn from results of candidates that it has not proposed."""
 
-    def inform(self, pairs: Sequence[Pair]) -> None:
+    def inform(self, pairs: Sequence[tuple[Candidate, Result]]) -> None:
         """Take in candidates and results of an earlier search, before the first candidate is asked for."""
         ...
 
 
-def best_models(pairs: Sequence[Pair]) -> list[Recipe]:
+def best_models(pairs: Sequence[tuple[Candidate, Result]]) -> list[Recipe]:
     """The models with a score of all items, each once, best first, the earliest of equals."""
     whole = [(c, r) for c, r in pairs if r.complete and r.score is not None]
     whole.sort(key=lambda pair: (-(pair[1].score or 0.0), pair[0].number))
     return list({c.recipe.id: c.recipe for c, _ in whole}.values())
 
 
-class Continued:
+class ContinuedSearch:
     """Proposes the candidates of an earlier search again, which the ledger answers, and then those of a new search.
 
     The candidates of the new search are numbered after the listed ones. If the new search is ``Informed``, it is told
@@ -84,7 +82,7 @@ class Continued:
         return replace(candidate, number=candidate.number + self._first)
 
 
-class ContinuedAhead(Continued):
+class ContinuedAhead(ContinuedSearch):
     """The same with a new search whose next candidates can be guessed."""
 
     _inner: Guessable  # type: ignore[assignment]  # a search, too
@@ -108,6 +106,6 @@ class ContinuedAhead(Continued):
         return None if own is None else replace(own, number=own.number + self._first)
 
 
-def continued(listed: Sequence[Candidate], inner: Search | None) -> Continued:
+def continued(listed: Sequence[Candidate], inner: Search | None) -> ContinuedSearch:
     """The search that begins with the candidates of an earlier one."""
-    return ContinuedAhead(listed, inner) if isinstance(inner, Guessable) else Continued(listed, inner)
+    return ContinuedAhead(listed, inner) if isinstance(inner, Guessable) else ContinuedSearch(listed, inner)
