@@ -222,3 +222,66 @@ def test_the_command_line(results, make_config, tmp_path):
     assert "goes on from" in toys.refusal(ended.code, ended.err)
     ended = toys.evolver("retarget", tmp_path / "nowhere", file)
     assert "there is no run" in toys.refusal(ended.code, ended.err)
+
+
+def test_a_run_without_a_select_stage_gets_one(again, results, make_config, tmp_path):
+    """As runs of earlier versions, which drew no select items."""
+    bare = [{**t, "select": 0} for t in TASKS]
+    toys.run_here(make_config(tmp_path, PLAIN | {"run": "bare", "evaluation.tasks": bare}, "bare.yaml"), results)
+    assert "select" not in json.loads((results / "bare" / "identity.json").read_text())["items"]
+    same = again(PLAIN | {"evaluation.tasks": bare}, "same", of="bare", make_pool=no_work)
+    assert scores(same) == scores(results / "bare")
+    new = again(weighing(2, 1), of="bare")
+    assert scores(new, "select").keys() == scores(results / "toy", "select").keys()
+    assert {r["stage"] for r in rows(new).values() if not r["reused"]} <= {"select", "report"}
+
+
+def test_the_new_run_is_resumed_and_extended_as_any_other(again, results):
+    new = again(weighing(1, 2))
+    ended = toys.evolver("resume", new, "--candidates", 10)
+    assert (ended.code, ended.err) == (0, "")
+    assert sorted(scores(new)) == list(range(10))
+    assert scores(again(weighing(1, 2), "both", candidates=2)) == scores(new)
+    for command in (["status", results, "--json"], ["report", new], ["explain", new]):
+        ended = toys.evolver(*command)
+        assert (ended.code, ended.err) == (0, ""), command
+    ended = toys.evolver("study", new, results / "study.db")
+    assert "goes on from another one" in toys.refusal(ended.code, ended.err)
+
+
+def test_the_number_of_workers_changes_nothing(again):
+    changes = weighing(1, 2) | {"search": {"algorithm": "evolver", "generations": 3}}
+    one = again(changes, "one", "fork", candidates=4)
+    several = again(changes | {"pool": {"num_workers": 3}}, "several", "fork", make_pool=Several, candidates=4)
+    assert toys.essence(one) == toys.essence(several)
+    assert toys.winner(one) == toys.winner(several)
+
+
+class Several(LocalPool):
+    """Takes several candidates at a time, guesses among them, and hands their results back last first."""
+
+    def free(self):
+        return 3 - len(self._waiting)
+
+    def wait(self):
+        self._waiting.insert(0, self._waiting.pop())
+        return super().wait()
+
+
+def test_a_crash_before_the_results_are_there_is_mended(again, results):
+    new = again(weighing(1, 2))
+    before = toys.essence(new)
+    shutil.rmtree(new / "ledger")
+    text = config_at(new / "config.yaml")
+    toys.refused(
+        lambda: run(text, storage_at(results), no_work, toys.Silent(), "cpu", "new"), "0 of 8 candidates are there"
+    )
+    assert toys.essence(again(weighing(1, 2))) == before
+
+
+def test_examples_in_prompts_stay_the_same(again, results, make_config, tmp_path):
+    """They come from the documents that are not scored, so other report items would change every prompt."""
+    shown = {"evaluation.tasks": [{**TASKS[0], "num_fewshot": 2}, TASKS[1]]}
+    toys.run_here(make_config(tmp_path, PLAIN | {"run": "shown"} | shown, "shown.yaml"), results)
+    toys.refused(lambda: again(PLAIN | shown, of="shown", fresh_report=True), "leave --fresh-report out")
+    assert scores(again(PLAIN | shown, of="shown", make_pool=no_work)) == scores(results / "shown")

@@ -53,7 +53,7 @@ def carried_out(one, workers=1):
 
 EARLIER = carried_out(search("tpe", 8, startup=4))
 KINDS = {
-    "tpe": {}, "cmaes": {"population": 3}, "nsga2": {"population": 3},
+    "tpe": {}, "cmaes": {"population": 4}, "nsga2": {"population": 3},
     "evolver": {"generations": 4},
     "merged": {"merger": {"method": "simple"}, "mode": "generational"},
 }  # fmt: skip

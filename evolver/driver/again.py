@@ -43,7 +43,7 @@ from evolver.runs.origin import (
 )
 from evolver.storage import Storage, storage_at
 
-Scored = tuple[Candidate, Result]
+KnownResult = tuple[Candidate, Result]
 
 
 @dataclass(frozen=True)
@@ -244,13 +244,13 @@ def _without(mapping: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
     return {key: value for key, value in mapping.items() if key not in keys}
 
 
-def _inherited(earlier: Storage, history: History, prepared: Prepared) -> tuple[list[Candidate], list[Scored]]:
+def _inherited(earlier: Storage, history: History, prepared: Prepared) -> tuple[list[Candidate], list[KnownResult]]:
     """The candidates that the new search begins with, and the results that are known.
 
     Raises BadInput where nothing was scored.
     """
     measured = measured_anew(item_places(earlier), prepared.tasks)
-    known: dict[tuple[str, Split], Scored] = {}
+    known: dict[tuple[str, Split], KnownResult] = {}
     for candidate, result in _scored(earlier):
         key = result.recipe_id, split_of(result.stage)
         again = measured(result)
@@ -265,7 +265,7 @@ def _inherited(earlier: Storage, history: History, prepared: Prepared) -> tuple[
     return listed, list(known.values())
 
 
-def _asked_again(pair: Scored, known: Mapping[tuple[str, Split], Scored]) -> Candidate | None:
+def _asked_again(pair: KnownResult, known: Mapping[tuple[str, Split], KnownResult]) -> Candidate | None:
     """A candidate of the earlier search with a question to which the known result is the answer; one that was scored
     on all items is asked for all. None for a candidate of which nothing is known.
     """
@@ -279,7 +279,7 @@ def _asked_again(pair: Scored, known: Mapping[tuple[str, Split], Scored]) -> Can
     return None if again is None else plain.asking(limit=len(again.items))
 
 
-def _scored(earlier: Storage) -> Iterator[Scored]:
+def _scored(earlier: Storage) -> Iterator[KnownResult]:
     """Everything that models scored in a run, whether its search asked for it or not."""
     for part in standing(read_all_parts(earlier.folder("ledger"))).values():
         for row in part.to_pylist(maps_as_pydicts="strict"):
@@ -329,7 +329,7 @@ def _write(
     folder: RunFolder,
     text: ConfigText,
     listed: Sequence[Candidate],
-    known: Sequence[Scored],
+    known: Sequence[KnownResult],
     wish: Wish,
 ) -> None:
     """Write the folder of the new run. After a crash the same is written again, as far as it is missing."""
