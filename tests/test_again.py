@@ -279,6 +279,14 @@ def test_a_crash_before_the_results_are_there_is_mended(again, results):
     assert toys.essence(again(weighing(1, 2))) == before
 
 
+def test_the_earlier_run_may_be_extended_meanwhile(again, results):
+    new = again(weighing(1, 2))
+    before = toys.essence(new)
+    assert toys.evolver("resume", results / "toy", "--candidates", 9).code == 0
+    assert toys.essence(again(weighing(1, 2), make_pool=no_work)) == before
+    assert sorted(scores(again(weighing(1, 2), "later"))) == list(range(9))
+
+
 def test_examples_in_prompts_stay_the_same(again, results, make_config, tmp_path):
     """They come from the documents that are not scored, so other report items would change every prompt."""
     shown = {"evaluation.tasks": [{**TASKS[0], "num_fewshot": 2}, TASKS[1]]}

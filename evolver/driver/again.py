@@ -93,6 +93,8 @@ def go_on(
         listed, known = _inherited(earlier, history, prepared)
     except BadInput as error:
         raise BadInput(f"{given.origin}: {error}") from error
+    if (before := taken_over(folder)) is not None:
+        listed = listed[: before["candidates"]]  # the earlier run may have been extended since this one began
     prepared = replace(
         prepared, identity={**prepared.identity, "origin": {"run": owner, "candidates": len(listed)}}
     )  # fmt: skip

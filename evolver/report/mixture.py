@@ -15,8 +15,8 @@ NEAR = 1e-6  # to one, of a sum of weights that are meant to sum to one
 def mixture(settings: Mapping[str, Any]) -> str | None:
     """The weights of a merge in percent of their sum, if they sum to one or are normalised; else None.
 
-    The percentages are whole and sum to 100: those that lose most by rounding down are rounded up. A weight that would
-    become 0 has a digit more, as have all others then.
+    The percentages are whole numbers if these sum to 100 and none of them is 0 for a weight that is not; else they have
+    one digit behind the point.
     """
     weights = settings.get("weight")
     if not isinstance(weights, tuple) or len(weights) < 2 or min(weights) < 0:
@@ -24,20 +24,10 @@ def mixture(settings: Mapping[str, Any]) -> str | None:
     total = math.fsum(weights)
     if total <= 0 or not (settings.get("normalize") is True or abs(total - 1) <= NEAR):
         return None
-    for digits in (0, 1):
-        parts = _rounded([w / total for w in weights], 100 * 10**digits)
-        if all(part or not weight for part, weight in zip(parts, weights, strict=True)):
-            break
-    return " : ".join(f"{part / 10**digits:.{digits}f}" for part in parts)
-
-
-def _rounded(shares: list[float], whole: int) -> list[int]:
-    """Shares of a whole as integers that sum to it (the largest remainder method)."""
-    parts = [math.floor(whole * share) for share in shares]
-    order = sorted(range(len(shares)), key=lambda k: parts[k] - whole * shares[k])
-    for k in order[: whole - sum(parts)]:
-        parts[k] += 1
-    return parts
+    parts = [100 * w / total for w in weights]
+    whole = [round(part) for part in parts]
+    fine = sum(whole) == 100 and all(n or not part for n, part in zip(whole, parts, strict=True))
+    return " : ".join(f"{part:.{0 if fine else 1}f}" for part in parts)
 
 
 def mixtures_of(recipe: Recipe) -> Iterator[str]:

@@ -207,7 +207,7 @@ def _winner_section(outcome: Outcome, agreement: Mapping[str, int]) -> str:
     candidate, models = outcome.winning, len({r.recipe_id for _, r in outcome.searched})
     same = f"{agreement['equal']} of {agreement['items']}"
     plain = outcome.recommended.label if outcome.recommended is not outcome.winner else ""
-    where, which = ("in the ledger", f", {plain},") if plain else ("in `recipe.json`", "")
+    where, which = ("the ledger", f", {plain},") if plain else ("`recipe.json`", "")
     mixed = "".join(f" {sentence}" for sentence in mixtures_of(outcome.winner.recipe))
     return (
         f"## The winner\n\nOne of {models} models, proposed by `{candidate.proposer}` as candidate "
