@@ -232,7 +232,7 @@ def test_a_run_without_a_select_stage_gets_one(again, results, make_config, tmp_
     same = again(PLAIN | {"evaluation.tasks": bare}, "same", of="bare", make_pool=no_work)
     assert scores(same) == scores(results / "bare")
     new = again(weighing(2, 1), of="bare")
-    assert scores(new, "select").keys() == scores(results / "toy", "select").keys()
+    assert len(scores(new, "select")) == 3 + 2 + 2  # experts, plain merges, candidates
     assert {r["stage"] for r in rows(new).values() if not r["reused"]} <= {"select", "report"}
 
 

@@ -145,6 +145,7 @@ def _stages(
     trackers: Trackers,
 ) -> Outcome:  # fmt: skip
     """Baselines and search on the dev items, the finals on the select items, and the winner on the report items."""
+    search = _search(prepared, folder, ledger)
     plain = Listed(_baselines(prepared), "baseline")
     pace = _pace(prepared, plain.total)
 
@@ -157,7 +158,6 @@ def _stages(
     evolve(plain, pool, ledger, watch)
     for result in plain.results.values():
         prepared.estimates.learn(result)
-    search = _search(prepared, folder, ledger)
     display.stage("search", search.total)
     evolve(search, pool, ledger, watch, _guesses(prepared, search))
     pool.close()  # its resources are the next one's
