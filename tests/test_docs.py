@@ -109,6 +109,7 @@ def test_the_readme_as_typed(home):
 
 @pytest.mark.parametrize("page", ["merging.md", "evaluation.md", "searches.md", "runs.md"])
 def test_the_other_pages_as_typed(home, page, monkeypatch):
+    monkeypatch.setenv("HOME", str(home))
     if page == "runs.md" and not (home / "results" / "first").exists():
         assert toys.evolver("run", "first.yaml", cwd=home).code == 0
     type_all(page, home, monkeypatch)
