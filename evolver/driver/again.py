@@ -41,6 +41,8 @@ from evolver.runs.origin import (
     uses_of,
     write_origin,
 )
+from evolver.search import Search
+from evolver.search.continued import continued
 from evolver.storage import Storage, storage_at
 
 KnownResult = tuple[Candidate, Result]
@@ -346,6 +348,21 @@ def _write(
     copy_uses(root, folder.storage)
     with contextlib.closing(Ledger(folder.storage.folder("ledger"), folder.owner)) as ledger:
         ledger.inherit(listed, known)
+
+
+def search_of(prepared: Prepared, folder: RunFolder, ledger: Ledger) -> Search:
+    """The search of a run. Where the run goes on from an earlier one, it begins with the candidates of that one.
+
+    Raises BadInput where the ledger lacks some of them.
+    """
+    if not prepared.taken_over:
+        return prepared.search
+    if len(ledger.listed) != prepared.taken_over:
+        raise BadInput(
+            f"{folder.location}: {len(ledger.listed)} of {prepared.taken_over} candidates are there that it takes over "
+            "from an earlier run; call the command again that began this run."
+        )
+    return continued(ledger.listed, prepared.search if prepared.searches_on else None)
 
 
 def record_report_use(prepared: Prepared, folder: RunFolder) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 
 from evolver.config import Config
 from evolver.config.reading import ConfigText
-from evolver.driver.again import record_report_use
+from evolver.driver.again import record_report_use, search_of
 from evolver.driver.card import companion_files
 from evolver.driver.check import score_again
 from evolver.driver.prepare import Prepared, as_it_is, in_compute, materials_of, prepare, run_folder, versions
@@ -33,9 +33,7 @@ from evolver.runs.finals import Finals
 from evolver.runs.folder import RunFolder, compute_of
 from evolver.runs.history import History, read_history
 from evolver.runs.outcome import Outcome
-from evolver.search import Search
 from evolver.search.ahead import Guessable, ahead
-from evolver.search.continued import continued
 from evolver.search.plain import Listed
 from evolver.storage import Storage
 from evolver.version import __version__
@@ -145,7 +143,7 @@ def _stages(
     trackers: Trackers,
 ) -> Outcome:  # fmt: skip
     """Baselines and search on the dev items, the finals on the select items, and the winner on the report items."""
-    search = _search(prepared, folder, ledger)
+    prepared = replace(prepared, search=search_of(prepared, folder, ledger))
     plain = Listed(_baselines(prepared), "baseline")
     pace = _pace(prepared, plain.total)
 
@@ -158,8 +156,8 @@ def _stages(
     evolve(plain, pool, ledger, watch)
     for result in plain.results.values():
         prepared.estimates.learn(result)
-    display.stage("search", search.total)
-    evolve(search, pool, ledger, watch, _guesses(prepared, search))
+    display.stage("search", prepared.search.total)
+    evolve(prepared.search, pool, ledger, watch, _guesses(prepared))
     pool.close()  # its resources are the next one's
     for final in (_select, _report):
         if final is _report:
@@ -180,7 +178,7 @@ def _pace(prepared: Prepared, baselines: int) -> Pace:
     fixed = len(prepared.experts) + len(("average", "task_arithmetic"))
     stages = {
         "baseline": Remaining(baselines, dev),
-        "search": Remaining(_candidates(prepared), dev, prepared.config.budget.items),
+        "search": Remaining(prepared.search.total, dev, prepared.config.budget.items),
         "select": Remaining(fixed + prepared.config.finalists.count if select else 0, select, builds=True),
         "report": Remaining(fixed + len(("base", "winner")), report, builds=True),
         "check": Remaining(1, dev, builds=True),
@@ -188,30 +186,9 @@ def _pace(prepared: Prepared, baselines: int) -> Pace:
     return Pace(stages, prepared.config.pool.num_workers)
 
 
-def _candidates(prepared: Prepared) -> int | None:
-    """How many candidates the search will propose in all; None where nobody knows."""
-    more = prepared.search.total if prepared.searches_on else 0
-    return None if more is None else prepared.taken_over + more
-
-
-def _search(prepared: Prepared, folder: RunFolder, ledger: Ledger) -> Search:
-    """The search of a run. Where the run goes on from an earlier one, it begins with the candidates of that one.
-
-    Raises BadInput where the ledger lacks some of them.
-    """
-    if not prepared.taken_over:
-        return prepared.search
-    if len(ledger.listed) != prepared.taken_over:
-        raise BadInput(
-            f"{folder.location}: {len(ledger.listed)} of {prepared.taken_over} candidates are there that it takes over "
-            "from an earlier run; call the command again that began this run."
-        )
-    return continued(ledger.listed, prepared.search if prepared.searches_on else None)
-
-
-def _guesses(prepared: Prepared, search: Search) -> Guesses | None:
+def _guesses(prepared: Prepared) -> Guesses | None:
     """What is scored ahead by workers that would be idle."""
-    config = prepared.config
+    search, config = prepared.search, prepared.config
     if not (config.pool.ahead and config.order == "exact" and isinstance(search, Guessable)):
         return None
     return partial(ahead, search)

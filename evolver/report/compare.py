@@ -171,7 +171,8 @@ def _curve(history: History) -> Curve:
         if result.score is not None and candidate.question.limit is None and result.score > best:
             best = result.score
             found.append((spent, best))
-    return tuple(found) if not found or found[-1][0] == spent else (*found, (spent, best))
+    points = dict([*found, *([(spent, best)] if found else [])])  # of several after as many items, the last one
+    return tuple(points.items())
 
 
 def _alike(folders: Sequence[Storage], histories: Mapping[str, History]) -> bool:
@@ -293,12 +294,12 @@ def _picture(found: Compared) -> bytes:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for place, (name, curve) in enumerate(found.curves.items()):
-        color, dashes = (
-            LINE_COLOURS[place % len(LINE_COLOURS)],
-            LINE_DASHES[place // len(LINE_COLOURS) % len(LINE_DASHES)],
-        )
-        look: dict[str, Any] = {"color": color, "linestyle": dashes}
-        axes.step([x for x, _ in curve], [y for _, y in curve], where="post", linewidth=2, label=name, **look)
+        look: dict[str, Any] = {
+            "color": LINE_COLOURS[place % len(LINE_COLOURS)],
+            "linestyle": LINE_DASHES[place // len(LINE_COLOURS) % len(LINE_DASHES)],
+        }
+        spent, best = zip(*curve, strict=True) if curve else ((), ())
+        axes.step(spent, best, where="post", linewidth=2, marker="o", markersize=4, label=name, **look)
     axes.set_xlabel("items scored by the search")
     axes.set_ylabel("best dev score")
     axes.legend(fontsize="small")

@@ -53,7 +53,7 @@ function comparisonPage(found) {
 function drawCurves(found) {
   put("curves", found.runs.map((run, place) => {
     const { color: stroke, dash } = runLook(place);
-    return { x: found.curves[run].spent, y: found.curves[run].best, name: plain(short(run, 24)), mode: "lines", line: { shape: "hv", width: 3, color: stroke, dash } };
+    return { x: found.curves[run].spent, y: found.curves[run].best, name: plain(short(run, 24)), mode: "lines+markers", marker: { size: 5, color: stroke }, line: { shape: "hv", width: 3, color: stroke, dash } };
   }), titled("items scored", "best dev score"));
 }
 
