@@ -600,7 +600,7 @@ def _go_on(
     from evolver.driver.again import Wish, go_on
 
     place = results or folder.rstrip("/").rpartition("/")[0] or "."
-    device = device_of(given.parsed(), given.origin)
+    device, name = device_of(given.parsed(), given.origin), name or given.parsed().run
     made = go_on(storage_at(folder), given, storage_at(place), name, Wish(*wish), device)
     return drive(made, place, name)
 
