@@ -328,6 +328,47 @@ def test_the_front_is_of_those_that_nobody_beats(inside):
         )
 
 
+@pytest.fixture
+def twins(results, tmp_path):
+    """A folder with the finished run under two names."""
+    for name in ("one", "two"):
+        shutil.copytree(results / "toy", tmp_path / "twins" / name)
+    return tmp_path / "twins"
+
+
+def test_runs_are_compared(twins):
+    page = client(twins)
+    assert page.get("/api/compare?run=one&run=two").status_code == 401
+    page.get("/?token=secret")
+    found = page.get("/api/compare?run=one&run=two").json()
+    assert (found["runs"], found["alike"], found["items"]) == (["one", "two"], True, 20)
+    assert [row[:2] for row in found["winners"]] == [["one", found["winners"][0][1]], ["two", found["winners"][0][1]]]
+    assert found["tests"] == [["one", "two", "+0.0", "+0.0 – +0.0", "1", "1"]]
+    assert found["keys"] == []
+    for names, says in ((["one"], "at least two"), (["one", "../one"], "there is no run"), ("abcdefghi", "too many")):
+        answer = page.get("/api/compare", params={"run": list(names)})
+        assert answer.status_code == 400
+        assert says in answer.json()["error"]
+
+
+def test_runs_are_ticked_in_the_list_and_compared(twins, served, browser):
+    page = browser.new_page(viewport={"width": 1000, "height": 800})
+    wrong = watched(page)
+    page.goto(served(twins))
+    page.wait_for_selector("#tick-one")
+    assert page.is_disabled("#compare")
+    page.check("#tick-one")
+    page.check("#tick-two")
+    page.click("#compare")
+    page.wait_for_selector("#curves .main-svg")
+    assert page.url.endswith("/compare?run=one&run=two")
+    assert page.inner_text("main").count("candidate") == 2
+    assert wrong == []
+    page.goto(page.url.replace("run=two", "run=three"))
+    page.wait_for_selector("main .warning")
+    assert "there is no run three" in page.inner_text("main")
+
+
 def test_the_coefficients_of_a_candidate(inside):
     found = inside.get("/api/runs/toy/candidates/3").json()
     rules, lines = found["settings"]["rules"], {line["name"]: line["values"] for line in found["settings"]["lines"]}

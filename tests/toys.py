@@ -518,7 +518,7 @@ def refused(call: Callable[[], object], *said: object) -> None:
         call()
     assert "\n" not in str(caught.value)
     for part in said:
-        assert str(part) in str(caught.value)
+        assert str(part) in str(caught.value), str(caught.value)
 
 
 @functools.cache

@@ -79,7 +79,8 @@ def ledger_table(folder: str | Path) -> pa.Table:
     The column ``event`` says what a row is: a proposal (``asked``), a result (``finished``), or the result of a
     candidate that an idle worker scored before the search asked for it (``guessed``). After a call with
     ``retry_failed``, a failure that was taken back is ``retried``, and a result that the search had asked for after it
-    is ``orphaned``, unless the search asks for it again.
+    is ``orphaned``, unless the search asks for it again. A run that goes on from another one begins with the candidates
+    (``listed``) and the results (``inherited``) that it has taken over.
 
     Args:
         folder: folder of the run, or its URI.

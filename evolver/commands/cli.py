@@ -1,7 +1,8 @@
 """The command line ``evolver``: running a search, and the commands around it.
 
 Exit status: 0 when the command is done; 2 when the user's input is wrong; 3 when a run, or a run of a sweep, was
-stopped (every finished evaluation is kept); 1 when Evolver itself has a bug.
+stopped (every finished evaluation is kept); 1 when Evolver itself has a bug. `evolver gate` also knows 4 (worse) and 5
+(undecided).
 """
 
 from __future__ import annotations
@@ -55,6 +56,11 @@ WithTable = Annotated[
 AlsoRuns = Annotated[
     list[str] | None, typer.Option(help="with --table, a further run over the same items; may be repeated")
 ]
+GO_ON_RESULTS = "folder for the new run's folder, or its URI; default: the one that holds the earlier run"
+GO_ON_NAME = "name of the new run; default: the name in the configuration"
+FreshReport = Annotated[
+    bool, typer.Option("--fresh-report", help="draw report items that no run going back to the same search has used")
+]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help=options.RETRY_FAILED)]
 
 
@@ -93,6 +99,40 @@ def resume(
     from cluster.job import drive  # it brings torch
 
     raise typer.Exit(drive(config, place or ".", name, retry_failed))
+
+
+@app.command()
+def retarget(
+    folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
+    config: Annotated[Path, typer.Argument(help="the YAML file of the new run")],
+    candidates: Annotated[int | None, typer.Option(min=1, help="also search on, for so many candidates")] = None,
+    results: Annotated[str | None, typer.Option(help=GO_ON_RESULTS)] = None,
+    name: Annotated[str | None, typer.Option("--run", help=GO_ON_NAME)] = None,
+    fresh_report: FreshReport = False,
+    score_new_tasks: Annotated[
+        bool, typer.Option("--score-new-tasks", help="score all candidates on tasks that the run did not have")
+    ] = False,
+) -> None:
+    """Judge the candidates of a run by another goal, such as other weights of its tasks, without scoring them again.
+
+    The new configuration has the same models, seed and items. A model that comes to the finals newly is scored there.
+    """
+    raise typer.Exit(_go_on(folder, config, results, name, ("retarget", candidates, fresh_report, score_new_tasks)))
+
+
+@app.command()
+def fork(
+    folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
+    config: Annotated[Path, typer.Argument(help="the YAML file of the new run, with other settings of the search")],
+    candidates: Annotated[
+        int | None, typer.Option(min=1, help="number of new candidates; default: the budget of the configuration")
+    ] = None,
+    results: Annotated[str | None, typer.Option(help=GO_ON_RESULTS)] = None,
+    name: Annotated[str | None, typer.Option("--run", help=GO_ON_NAME)] = None,
+    fresh_report: FreshReport = False,
+) -> None:
+    """Search on from the candidates of a run with other settings of the search, in a run of its own."""
+    raise typer.Exit(_go_on(folder, config, results, name, ("fork", candidates, fresh_report, False)))
 
 
 @app.command()
@@ -285,10 +325,16 @@ def study(
     """Write a coefficient search as an Optuna study, which optuna-dashboard sqlite:///OUT shows."""
     from evolver.driver.prepare import prepare_run
     from evolver.runs.history import read_history
+    from evolver.runs.origin import taken_over
     from evolver.search.study import write_study
     from evolver.storage import storage_at
 
     run = storage_at(folder)
+    if taken_over(run):
+        raise BadInput(
+            f"{run.location}: this run goes on from another one, whose candidates its sampler did not propose, so it "
+            "is no Optuna study; give the folder of the first run."
+        )
     found = {(c.number, c.recipe.id): r for c, r in read_history(run).stages["search"]}
     prepared = prepare_run(run)
     count = write_study(prepared.search, lambda c: found.get((c.number, c.recipe.id)), prepared.config.run, out)
@@ -308,6 +354,58 @@ def evaluate(
         typer.echo(f"warning: {sentence}", err=True)
 
     typer.echo(score_table(score_models(str(config), models, "dev" if dev else "report", warn)))
+
+
+@app.command("compare")
+def compare_side_by_side(
+    runs: Annotated[list[str], typer.Argument(help="the folders of two or more runs, or their URIs")],
+    out: Annotated[
+        str | None, typer.Option(help="also write the comparison as Markdown and HTML to this folder")
+    ] = None,
+) -> None:
+    """Compare runs: best score against scored items, winners on shared report items, and keys that differ."""
+    from evolver.report.compare import compare_runs, comparison_text, write_comparison
+    from evolver.storage import storage_at
+
+    found = compare_runs([storage_at(folder) for folder in runs])
+    typer.echo(comparison_text(found).rstrip())
+    if out is not None:
+        target = storage_at(out)
+        write_comparison(target, found)
+        typer.echo(f"{target.location}/comparison.html")
+
+
+@app.command()
+def gate(
+    first: Annotated[str, typer.Argument(metavar="A", help="folder, hub id or URI of the model to let through")],
+    second: Annotated[str, typer.Argument(metavar="B", help="the model that it must not be worse than")],
+    config: Annotated[Path, typer.Option(help="the YAML file of a run; its base and tasks are used")],
+    max_items: Annotated[
+        int | None, typer.Option(min=1, help="score each model on at most so many items; default: all")
+    ] = None,
+    margin: Annotated[
+        float, typer.Option(help="by how much A may be worse, as a difference of scores: 0.01 is one point")
+    ] = 0.01,
+    error_rate: Annotated[
+        float, typer.Option(help="probability with which either verdict may be wrong, at most")
+    ] = 0.05,
+    dev: Annotated[bool, typer.Option(help="score on the dev items; default: the report items")] = False,
+) -> None:
+    """Say whether model A is worse than model B, by a sequential paired test on as few items as that takes.
+
+    Exit status: 0 if A is not worse by more than the margin, 4 if it is, 5 if the items do not decide it.
+    """
+    from evolver.commands.gate import gate_text, pass_gate
+
+    def warn(sentence: str) -> None:
+        typer.echo(f"warning: {sentence}", err=True)
+
+    found = pass_gate(
+        str(config), first, second, split="dev" if dev else "report", most=max_items, margin=margin, alpha=error_rate,
+        warn=warn,
+    )  # fmt: skip
+    typer.echo(gate_text(found, first, second))
+    raise typer.Exit(found.status)
 
 
 @app.command()
@@ -593,6 +691,27 @@ def _weighed(run: Storage, candidate: str | None, weights: str) -> str:
     number = best_for(read_history(run), weights).number
     typer.echo(f"candidate {number} is the best on the front for these weights")
     return str(number)
+
+
+def _go_on(
+    folder: str, config: Path, results: str | None, name: str | None, wish: tuple[str, int | None, bool, bool]
+) -> int:
+    """Make a run that goes on from an earlier one, carry it out, and return the exit status; ``wish`` holds the values
+    of a ``Wish``.
+    """
+    from evolver.config.reading import config_at
+    from evolver.driver.early import refuse_early
+    from evolver.storage import storage_at
+
+    given = config_at(config)
+    refuse_early(given)
+    from cluster.job import device_of, drive  # it brings torch
+    from evolver.driver.again import Wish, go_on
+
+    place = results or folder.rstrip("/").rpartition("/")[0] or "."
+    device, name = device_of(given.parsed(), given.origin), name or given.parsed().run
+    made = go_on(storage_at(folder), given, storage_at(place), name, Wish(*wish), device)
+    return drive(made, place, name)
 
 
 def _check_energy(energy: float | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,10 +15,10 @@ from evolver.config.reading import load
 from evolver.driver.check import answer_again
 from evolver.driver.prepare import block_of
 from evolver.errors import BadInput
-from evolver.evaluation.live import default_device
+from evolver.evaluation.live import LiveModel, default_device
 from evolver.evaluation.scores.comparison import interval
 from evolver.evaluation.scores.scoring import Scale
-from evolver.evaluation.tasks import load_tasks
+from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.records import Split
 from evolver.report.text import markdown_table, score_text
 from evolver.workers.compute import is_open, settled
@@ -32,6 +33,9 @@ from evolver.workers.opened import (
     open_models,
 )
 from evolver.workers.worker import build_model, choose_compute
+
+if TYPE_CHECKING:
+    from evolver.evaluation.language.launched import LaunchedModel
 
 COMMAND = "evolver evaluate"
 
@@ -71,15 +75,54 @@ def score_models(
 
     Raises BadInput where the configuration is wrong or a model cannot be scored, before any weight is read.
     """
+    ready = make_ready(file, models, COMMAND, warn)
+    config, scale, found = ready.config, ready.tasks.scale(split), []
+    block = block_of(config, file, split, len(scale.tasks))
+    for model in models:
+        live = ready.live(model, split)
+        items = answer_again(ready.tasks.scorer(live, split), range(len(scale.tasks)), block)
+        live.close()
+        low, high = interval(items, scale, config.seed)
+        found.append(ModelScore(model, split, scale.score(items), low, high, scale.of_tasks(items), scale))
+    return found
+
+
+@dataclass(frozen=True)
+class ReadyModels:
+    """Models that are going to be scored on the tasks of a configuration, all of them checked.
+
+    Attributes:
+        opened: every model in the place of the base, by its name.
+    """
+
+    config: Config
+    tasks: Tasks
+    opened: Mapping[str, Opened]
+    device: str
+
+    def live(self, model: str, split: Split) -> LiveModel | LaunchedModel:
+        """A model with its weights, ready to score the items of a split."""
+        given = self.opened[model]
+        return build_model(self.config, given, self.device, given.base.path, split)
+
+
+def make_ready(file: str, models: Sequence[str], command: str, warn: Callable[[str], None]) -> ReadyModels:
+    """Open models in the place of a configuration's base, and check that its tasks can be scored with them.
+
+    Args:
+        command: that errors name.
+
+    Raises BadInput, before any weight is read.
+    """
     config, device = load(file), default_device()
     try:
         check_backend_device(config.evaluation)
         opened = open_models(config)
         config = settled(config, opened.base.headers)
-        given = {model: _opened(config, opened, model, device) for model in models}
+        given = {model: _opened(config, opened, model, device, command) for model in models}
         tasks = load_tasks(config)
         for model, one in given.items():
-            with _said_of(model):
+            with _said_of(model, command):
                 tasks.check_model(draw_up(config, one))
         if is_open(config):
             config = computing(config, choose_compute(config).compute)
@@ -88,21 +131,13 @@ def score_models(
     for warning in dict.fromkeys([*opened.warnings, *tasks.warnings]):
         warn(warning)
     torch.set_num_threads(config.evaluation.threads)
-    scale, found = tasks.scale(split), []
-    block = block_of(config, file, split, len(scale.tasks))
-    for model in models:
-        live = build_model(config, given[model], device, given[model].base.path, split)
-        items = answer_again(tasks.scorer(live, split), range(len(scale.tasks)), block)
-        live.close()
-        low, high = interval(items, scale, config.seed)
-        found.append(ModelScore(model, split, scale.score(items), low, high, scale.of_tasks(items), scale))
-    return found
+    return ReadyModels(config, tasks, given, device)
 
 
-def _opened(config: Config, opened: Opened, model: str, device: str) -> Opened:
+def _opened(config: Config, opened: Opened, model: str, device: str, command: str) -> Opened:
     """A model in the place of the base, which the device can hold. It has a head of its own, with its own labels."""
-    with _said_of(model):
-        base = open_alone(config, model, COMMAND)
+    with _said_of(model, command):
+        base = open_alone(config, model, command)
         folders = {"base": opened.base.path, **{n: chat_folder(s, opened.base) for n, s in opened.experts.items()}}
         companions = companions_of(config, folders, base.path, own_template=True)
         found = replace(opened, base=base, labels=(), companions=companions)
@@ -111,7 +146,7 @@ def _opened(config: Config, opened: Opened, model: str, device: str) -> Opened:
 
 
 @contextmanager
-def _said_of(model: str) -> Iterator[None]:
+def _said_of(model: str, command: str) -> Iterator[None]:
     """Errors about the base are said of a model that stands in its place.
 
     Raises BadInput that names the model.
@@ -119,8 +154,8 @@ def _said_of(model: str) -> Iterator[None]:
     try:
         yield
     except BadInput as error:
-        said = str(error).removeprefix("model.base: ").removeprefix(f"{COMMAND}: ")
-        raise BadInput(f"{COMMAND} {model}: {said}") from error
+        said = str(error).removeprefix("model.base: ").removeprefix(f"{command}: ")
+        raise BadInput(f"{command} {model}: {said}") from error
 
 
 def score_table(scores: Sequence[ModelScore]) -> str:

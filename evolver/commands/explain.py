@@ -23,6 +23,7 @@ from evolver.errors import BadInput, cause_of, refuse_special
 from evolver.evaluation.blueprint import Blueprint
 from evolver.merging import mergekit, methods
 from evolver.records.recipe import Expert, Layers, Merge, Recipe, layer_of, load_recipe
+from evolver.report.mixture import mixture
 from evolver.runs.files import RECIPE_FILE, RUN_FILE
 from evolver.runs.folder import config_of_run
 from evolver.storage import storage_at
@@ -132,9 +133,13 @@ def prompts(path: str | Path) -> str:
 
 
 def table(rows: Sequence[SettingRow]) -> str:
-    """The rows of ``explain`` as text, with one tensor on each line."""
-    width = max(len(name) for name, _, _ in rows)
-    return "\n".join(f"{n:{width}}  {m}  {'  '.join(f'{k}={_short(v)}' for k, v in s.items())}" for n, m, s in rows)
+    """The rows of ``explain`` as text, with one tensor on each line. Weights of a mixture are shown as ratios, too."""
+    width, lines = max(len(name) for name, _, _ in rows), []
+    for name, method, settings in rows:
+        said = [f"{key}={_short(value)}" for key, value in settings.items()]
+        said += [f"mixture={ratio}" for ratio in filter(None, [mixture(settings)])]
+        lines.append(f"{name:{width}}  {method}  {'  '.join(said)}")
+    return "\n".join(lines)
 
 
 def _is_run(path: str | Path) -> bool:

@@ -16,6 +16,16 @@ from evolver.errors import BadInput
 # Keys that may change between two calls of a run. A change of any other key is refused.
 FREE_KEYS = ("run", "pool", "budget", "finalists", "worthwhile", "loggers")
 
+# Sections of a run's identity on which the answers of models depend. What was scored with other ones does not count.
+SCORE_SECTIONS = ("seed", "model", "experts", "heads", "versions")
+# Keys of the section ``evaluation``, and of its tasks, on which no answer depends: they say how answers are made into
+# scores, or which answers are asked for. Where a finished search is used again, they may change.
+FREE_EVALUATION_KEYS = (
+    "early_stopping", "racing", "report_draw", "worthwhile", "estimate", "subset", "fitness", "objectives",
+    "constraints",
+)  # fmt: skip
+FREE_TASK_KEYS = ("weight",)
+
 
 def without_select(config: Config) -> Config:
     """A copy of the configuration that draws no select items."""

@@ -214,6 +214,13 @@ class EvaluationSettings(Section):
         description="with quantise, score the candidates of the search in this way, too; false: the finalists only, "
         "on the select and the report items",
     )
+    report_draw: int = Field(
+        0,
+        ge=0,
+        le=10_000,
+        description="0: the first set of report items; 1: the second one, which shares no item with the first, and so "
+        "on. `evolver retarget --fresh-report` sets this key to the first set that no run of the family has used",
+    )
     threads: int = Field(
         1, ge=1, le=1024, description="CPU threads of one worker; their number influences how sums are rounded"
     )

@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -30,6 +30,7 @@ from evolver.dashboard.guard import Guard
 from evolver.dashboard.overview import Overview
 from evolver.dashboard.status import Status, status_of
 from evolver.errors import BadInput
+from evolver.report.compare import compare_runs
 from evolver.runs.about import runs_in
 from evolver.runs.files import holds_a_run
 from evolver.storage import Storage
@@ -38,6 +39,7 @@ HERE = Path(str(files("evolver.dashboard"))) / "static"
 NAME_LENGTH = 255  # no file system has longer names
 BODY_BYTES = 2**14  # that the request of an action may have
 READERS = 2  # that read runs for the list, so that a large run does not delay small ones
+COMPARED = 8  # runs that one page compares
 LOOK_SECONDS = 1.0  # that the list waits for runs to be read before it answers
 
 
@@ -119,6 +121,9 @@ def build_app(
         with runs.look(name) as run:
             return JSONResponse(views.details(run, status_of(run, name)))
 
+    def compared(request: Request) -> Response:
+        return JSONResponse(_compared(runs, list(dict.fromkeys(request.query_params.getlist("run")))))
+
     def one_candidate(request: Request) -> Response:
         with runs.look(request.path_params["name"]) as run:
             candidate, result = run.candidate(candidate_number(request.path_params["number"]))
@@ -144,7 +149,8 @@ def build_app(
         return JSONResponse({"said": await run_in_threadpool(start_run, root, given.get("config"))})
 
     routes = [
-        Route("/", page), Route("/run/{name}", page), Route("/plotly.js", plotly), Route("/api/runs", all_runs),
+        Route("/", page), Route("/run/{name}", page), Route("/compare", page), Route("/plotly.js", plotly),
+        Route("/api/runs", all_runs), Route("/api/compare", compared),
         Route("/api/start", start, methods=["POST"]),
         Route("/api/runs/{name}", one_run), Route("/api/runs/{name}/candidates/{number:int}", one_candidate),
         Route("/api/runs/{name}/stop", acting(lambda run, given: stop_run(run, jobs)), methods=["POST"]),
@@ -155,6 +161,13 @@ def build_app(
     ]  # fmt: skip
     guard = Middleware(Guard, token=token, hosts=hosts)
     return Starlette(routes=routes, middleware=[guard], exception_handlers={BadInput: _refused})
+
+
+def _compared(runs: Runs, names: Sequence[str]) -> dict[str, Any]:
+    """Raises BadInput for runs that cannot be compared, and for too many of them."""
+    if len(names) > COMPARED:
+        raise BadInput(f"{len(names)} runs are too many for one page; choose at most {COMPARED} of them.")
+    return compare_runs([runs.folder(name) for name in names]).form()
 
 
 def _export(runs: Runs, name: str, candidate: object) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 from evolver.checkpoints.doubts import refuse_strangers, suspicions
 from evolver.checkpoints.weights import Checkpoint
-from evolver.config import Config
+from evolver.config import Budget, Config
 from evolver.config.changes import FREE_KEYS, computing, default_at, keeping_base_chat, renamed, without_select
 from evolver.config.reading import ConfigText, load
 from evolver.driver.early import chosen_search, named_search
@@ -32,6 +32,7 @@ from evolver.records import SPLITS, Split
 from evolver.records.objective import Objective
 from evolver.records.recipe import Expert, Recipe
 from evolver.runs.folder import RunFolder, compute_of, config_of_run, made_before
+from evolver.runs.origin import taken_over
 from evolver.search import SEARCHES, Search
 from evolver.search.base import Setup
 from evolver.search.halving import HalvingSettings
@@ -69,10 +70,20 @@ class Prepared:
         """The objectives of the run; none where it has the score alone."""
         return objectives_of(self.config, self.tasks)
 
+    @property
+    def taken_over(self) -> int:
+        """How many candidates the search begins with that an earlier run has scored."""
+        return int(self.identity.get("origin", {}).get("candidates", 0))
+
+    @property
+    def searches_on(self) -> bool:
+        """Whether candidates are left to the search after those that an earlier run has scored."""
+        return self.config.budget.candidates is None or self.config.budget.candidates > self.taken_over
+
 
 def prepare(
     given: ConfigText, name: str | None = None, weights: bool = True, device: str | None = None,
-    run: Storage | None = None,
+    run: Storage | None = None, origin: Mapping[str, Any] | None = None,
 ) -> Prepared:  # fmt: skip
     """Check a configuration: all that can be known from headers and task files, before any candidate is built.
 
@@ -81,15 +92,15 @@ def prepare(
         device: on which models are going to be scored, so that one has to find room and suit the tasks; None: no
             model is scored.
         run: the folder of the run, which may hold one that is to be continued.
+        origin: what the run takes over from an earlier one, as ``taken_over`` says it; default: what its folder says.
 
     Raises BadInput, one sentence with file, key and remedy.
     """
     config, file = given.parsed(), given.origin
     config = config if name is None else renamed(config, name)
-    if run is not None and config.model.chat_template == "auto" and made_before(run, "model", "chat_template"):
-        config = keeping_base_chat(config)
-    if run is not None and made_before(run, "items", "select"):
-        config = without_select(config)
+    if run is not None:
+        config = _as_begun(config, run)
+    origin = origin or (None if run is None else taken_over(run))
     algorithm, settings = chosen_search(config, file)
     check_loggers(config, file)
     try:
@@ -117,7 +128,7 @@ def prepare(
         warnings += tuple(filter(None, [too_many(config.evaluation.threads)]))
         warnings += (*_not_stopped(config, algorithm, estimates), *unprovable(config.constraints, estimates.scale))
         setup = Setup(
-            maker.experts, maker.base, config.seed, config.budget, maker, estimates,
+            maker.experts, maker.base, config.seed, _left(config.budget, origin), maker, estimates,
             config.evaluation.early_stopping, config.evaluation.racing is not None,
             arrival=config.order == "arrival", tasks=tuple(estimates.scale.weights),
             objectives=objectives_of(config, tasks), subset=config.evaluation.subset,
@@ -128,12 +139,26 @@ def prepare(
     items = {split: items_hash(tasks, split) for split in SPLITS}
     plan = Plan(config, maker.digests, items, _stops(algorithm, settings))
     identity = _identity(config, settings.model_dump(), plan, bool(tasks.items.select))
+    identity |= {"origin": dict(origin)} if origin else {}
     return Prepared(config, file, opened, tasks, plan, maker.base, maker.experts, estimates, search, identity, warnings)
+
+
+def _as_begun(config: Config, run: Storage) -> Config:
+    """The configuration as a run in this folder understands it, which may be older than some keys."""
+    if config.model.chat_template == "auto" and made_before(run, "model", "chat_template"):
+        config = keeping_base_chat(config)
+    return without_select(config) if made_before(run, "items", "select") else config
 
 
 def overlap_of(prepared: Prepared) -> dict[str, Overlap]:
     """How many items of the run each expert was trained on, as far as the experts' folders say."""
     return overlaps(prepared.tasks.texts, {n: e.path for n, e in prepared.opened.experts.items()}, SPLITS)
+
+
+def _left(budget: Budget, origin: Mapping[str, Any] | None) -> Budget:
+    """What a budget leaves to the search itself. Where it leaves nothing, the search is not used, only checked."""
+    left = (budget.candidates or 0) - int((origin or {}).get("candidates", 0))
+    return budget.model_copy(update={"candidates": left}) if origin and left > 0 else budget
 
 
 def as_it_is(prepared: Prepared, model: Expert) -> Expert:
@@ -184,13 +209,18 @@ def run_folder(prepared: Prepared, run: Storage) -> RunFolder:
 
     Raises BadInput where it holds a run of another configuration, or cannot be read.
     """
+    return RunFolder(run, prepared.identity, defaults_of(prepared))
+
+
+def defaults_of(prepared: Prepared) -> Callable[[str], Any]:
+    """What gives the default of a dotted key of the configuration, such as ``search.F``."""
     sections = {"search": SEARCHES[str(prepared.identity["search"]["algorithm"])].settings}
 
     def default(key: str) -> Any:
         section, _, rest = key.partition(".")
         return default_at(sections[section], rest) if section in sections else default_at(Config, key)
 
-    return RunFolder(run, prepared.identity, default)
+    return default
 
 
 def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:

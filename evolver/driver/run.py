@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from evolver.config import Config
 from evolver.config.reading import ConfigText
+from evolver.driver.again import record_report_use, search_of
 from evolver.driver.card import companion_files
 from evolver.driver.check import score_again
 from evolver.driver.foresight import foresight
@@ -159,6 +160,7 @@ def _stages(
     trackers: Trackers,
 ) -> Outcome:  # fmt: skip
     """Baselines and search on the dev items, the finals on the select items, and the winner on the report items."""
+    prepared = replace(prepared, search=search_of(prepared, folder, ledger))
     plain = Listed(_baselines(prepared), "baseline")
     clock = Clock(folder.storage)
     pace = _pace(prepared, plain.total, clock)
@@ -177,6 +179,8 @@ def _stages(
     SearchStage(prepared, folder.storage, ledger, pool, display, judge).search(watch, clock)
     pool.close()  # its resources are the next one's
     for final in (_select, _report):
+        if final is _report:
+            record_report_use(prepared, folder)
         if (listed := final(prepared, _finals(read_history(folder.storage)))) is not None:
             with contextlib.closing(make_pool(prepared.plan, listed.split, prepared.tasks)) as pool:
                 display.stage(listed.stage, listed.total)

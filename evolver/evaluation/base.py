@@ -199,6 +199,17 @@ class Shows(Protocol):
 
 
 @runtime_checkable
+class DrawsExamples(Protocol):
+    """A judge whose prompts show examples, drawn from documents that are not scored.
+
+    Attributes:
+        example_pool: the hashes of all documents that examples would be drawn from if no item were scored.
+    """
+
+    example_pool: set[str]
+
+
+@runtime_checkable
 class ShowsPrompts(Protocol):
     """A judge that can show what exactly a model reads of an item."""
 

@@ -88,11 +88,14 @@ class ItemSource:
         return dev, report
 
 
-def draw(sources: Sequence[ItemSource], seed: int) -> list[Items]:
+def draw(sources: Sequence[ItemSource], seed: int, fresh: int = 0) -> list[Items]:
     """The dev, select and report items of every task, drawn without replacement by the hash of seed and item.
 
     Tasks may ask different things of the same documents: no document that one of them has in one of its sets is in
     another set of any.
+
+    Args:
+        fresh: how many sets of report items were drawn before; the items of none of them are drawn again.
 
     Raises BadInput for an empty or too small set, and for a task whose own dev and report data overlap.
     """
@@ -101,6 +104,10 @@ def draw(sources: Sequence[ItemSource], seed: int) -> list[Items]:
     report = [_draw_report(s, d, searched, seed) for s, d in zip(sources, dev, strict=True)]
     used = searched | {item.hash for items in report for item in items}
     select = [_draw_select(source, len(d), used, seed) for source, d in zip(sources, dev, strict=True)]
+    used |= {item.hash for items in select for item in items}
+    for number in range(fresh):
+        report = [_draw_again(source, used, number + 1, seed) for source in sources]
+        used |= {item.hash for items in report for item in items}
     return [Items(*drawn) for drawn in zip(dev, report, select, strict=True)]
 
 
@@ -132,6 +139,19 @@ def _draw_report(source: ItemSource, dev: Sequence[Item], searched: Collection[s
             "among the dev items of this task or of another one; ask for fewer dev or report items."
         )
     return tuple(free[:report])
+
+
+def _draw_again(source: ItemSource, used: Collection[str], number: int, seed: int) -> tuple[Item, ...]:
+    """Another set of report items, after all other sets."""
+    entry, wanted = source.entry, source.wanted[1]
+    ranked = _ranked(source.own if source.report is None else source.report, seed)
+    free = [item for item in ranked if item.hash not in used]
+    if len(free) < wanted:
+        raise BadInput(
+            f"{source.key}.report: {wanted} unused report items are asked for (evaluation.report_draw: {number}), and "
+            f"{len(free)} documents of {entry.task} are in no other set; use the report items again, or give more data."
+        )
+    return tuple(free[:wanted])
 
 
 def _draw_select(source: ItemSource, dev: int, used: Collection[str], seed: int) -> tuple[Item, ...]:

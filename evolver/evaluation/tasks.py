@@ -18,6 +18,7 @@ from evolver.evaluation.base import (
     AskedItem,
     Checked,
     ChecksModel,
+    DrawsExamples,
     Grouped,
     ItemText,
     Judge,
@@ -60,7 +61,8 @@ class Tasks:
         self.entries = config.evaluation.tasks
         self.judges = _judges(config)
         self._owners: dict[tuple[Split, Item], TaskEntry] = {}
-        drawn = draw([self._source(number, entry) for number, entry in enumerate(self.entries)], config.seed)
+        sources = [self._source(number, entry) for number, entry in enumerate(self.entries)]
+        drawn = draw(sources, config.seed, config.evaluation.report_draw)
         self.sizes = {
             e.task: {split: len(d.of(split)) for split in SPLITS} for e, d in zip(self.entries, drawn, strict=True)
         }
@@ -80,6 +82,16 @@ class Tasks:
     def warnings(self) -> list[str]:
         """Sentences that the user should read before the run."""
         return [w for judge in dict.fromkeys(self.judges.values()) for w in judge.warnings]
+
+    def owner(self, split: Split, item: Item) -> TaskEntry:
+        """The task of the configuration that an item of a split belongs to."""
+        return self._owners[split, item]
+
+    @property
+    def example_pool(self) -> set[str]:
+        """The hashes of all documents that examples in prompts would be drawn from if no item were scored."""
+        judges = dict.fromkeys(self.judges.values())
+        return set[str]().union(*(j.example_pool for j in judges if isinstance(j, DrawsExamples)))
 
     def check_model(self, model: ModelFolder | None) -> None:
         """Let the judges look at the model that they will score, as far as it shows without weights.

@@ -1,13 +1,13 @@
 """The ledger of a run: the record of everything that was proposed and scored."""
 
-from evolver.ledger.answers import answer_table, items_of, write_items
+from evolver.ledger.answers import ItemName, answer_table, item_places, items_of, write_items
 from evolver.ledger.ledger import Ledger
 from evolver.ledger.parts import DamagedPart, damaged, part_names, read_all_parts, read_part, read_parts, read_table
 from evolver.ledger.retried import has_retries, standing
 from evolver.ledger.rows import SCHEMA, candidate_of, result_of
 
 __all__ = [
-    "SCHEMA", "DamagedPart", "Ledger", "answer_table", "candidate_of", "damaged", "has_retries", "items_of",
-    "part_names",
-    "read_all_parts", "read_part", "read_parts", "read_table", "result_of", "standing", "write_items",
+    "SCHEMA", "DamagedPart", "ItemName", "Ledger", "answer_table", "candidate_of", "damaged", "has_retries",
+    "item_places", "items_of", "part_names", "read_all_parts", "read_part", "read_parts", "read_table", "result_of",
+    "standing", "write_items",
 ]  # fmt: skip

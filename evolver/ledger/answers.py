@@ -15,6 +15,7 @@ from evolver.records.order import reordered
 from evolver.storage import Storage
 
 ITEMS_FILE = "items.parquet"
+ItemName = tuple[str, str]  # the task and the hash of an item
 
 
 def write_items(run: Storage, items: Mapping[Split, Sequence[tuple[str, int, str]]]) -> None:
@@ -34,13 +35,26 @@ def answer_table(run: Storage) -> pa.Table:
     items: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for row in items_of(run):
         items[row["split"]].append(row)
-    finished = [r for r in read_table(run.folder("ledger")).to_pylist() if r["event"] == "finished" and not r["reused"]]
+    finished = [r for r in read_table(run.folder("ledger")).to_pylist() if _holds_answers(r)]
     rows = [
         {**{k: r[k] for k in ("stage", "number", "recipe_id")}, "task": i["task"], "hash": i["hash"], "answer": a}
         for r in finished
         for i, a in zip(_order_of(r, items[split_of(r["stage"])]), r["items"] or (), strict=False)
     ]
     return pa.Table.from_pylist(rows)
+
+
+def item_places(run: Storage) -> dict[Split, dict[ItemName, int]]:
+    """The place of every item in the answers of a run, by split."""
+    found: dict[Split, dict[ItemName, int]] = {split: {} for split in SPLITS}
+    for row in items_of(run):
+        found[row["split"]][row["task"], row["hash"]] = row["place"]
+    return found
+
+
+def _holds_answers(row: Mapping[str, Any]) -> bool:
+    """Whether a row is the one that holds a model's answers: other rows may repeat them."""
+    return row["event"] == "inherited" or (row["event"] == "finished" and not row["reused"])
 
 
 def _order_of(row: Mapping[str, Any], items: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:

@@ -2,15 +2,16 @@
 
 A part is one Parquet file with a running number. It is either complete or not there, and a driver creates a part only
 if it knows all parts before it. So if two drivers write one ledger, one of them finds its number taken, and stops
-before it tells its search anything. There are four kinds of rows: ``asked``, ``finished``, ``guessed`` for the result
-of a candidate that no search had asked for yet, and ``retried``, which takes failures back. Sometimes, small parts are
-joined into a larger one, a *wide* part. A damaged part is kept under ``damaged/``, and a file of another run is
+before it tells its search anything. There are these kinds of rows: ``asked``, ``finished``, ``guessed`` for the result
+of a candidate that no search had asked for yet, ``retried``, which takes failures back, and, in a run that goes on from
+another one, ``listed`` for the candidates and ``inherited`` for the results that it takes over. Sometimes, small parts
+are joined into a larger one, a *wide* part. A damaged part is kept under ``damaged/``, and a file of another run is
 ignored; a warning names either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -32,7 +33,7 @@ from evolver.ledger.parts import (
     span_of,
 )  # fmt: skip
 from evolver.ledger.retried import ORPHANED, RETRIED, standing
-from evolver.ledger.rows import SCHEMA, now, result_of, row_of
+from evolver.ledger.rows import SCHEMA, candidate_of, inherited_rows, now, result_of, row_of
 from evolver.records import Candidate, Result, Split, split_of
 from evolver.records.order import reordered
 from evolver.storage import Storage, lease, read_all
@@ -70,6 +71,7 @@ class Ledger:
         self._by_recipe: dict[tuple[str, Split], list[Result]] = {}
         self._guessed: dict[tuple[int, LedgerQuestion], Result] = {}
         self._orphaned: dict[LedgerQuestion, Result] = {}
+        self._listed: dict[int, Candidate] = {}
         self._ranks: dict[str, int] = {}
         self._parts: list[tuple[int, int, str]] = []
         self._loose: dict[str, pa.Table] = {}  # those that are to be joined, by name
@@ -82,6 +84,10 @@ class Ledger:
                     self._index_guess(row["number"], _question_in(row), result_of(row))
                 elif row["event"] == ORPHANED:
                     self._orphaned[_question_in(row)] = result_of(row)
+                elif row["event"] == "listed":
+                    self._listed[row["number"]] = candidate_of(row)
+                elif row["event"] == "inherited":
+                    self._know(result_of(row))
 
     def close(self) -> None:
         """Let another process in."""
@@ -112,6 +118,17 @@ class Ledger:
         order = candidate.question.order
         same = [reordered(r.items, order) if r.complete else r.items for r in found if r.complete or r.order == order]
         return candidate.asking(known=max(same, key=len, default=()))
+
+    @property
+    def listed(self) -> Sequence[Candidate]:
+        """The candidates of an earlier run that this run's search begins with, in order."""
+        return [self._listed[number] for number in sorted(self._listed)]
+
+    def inherit(self, listed: Sequence[Candidate], results: Sequence[tuple[Candidate, Result]]) -> None:
+        """Take over the candidates and results of an earlier run, in one part, unless that was done before."""
+        if len(self._listed) < len(listed):
+            self._append(inherited_rows(listed, results))
+            self._load()
 
     def write_asked(self, candidate: Candidate) -> None:
         """Record that a candidate was sent to a worker.
@@ -170,8 +187,11 @@ class Ledger:
         self._ranks[result.stage] = rank + 1
         result = replace(result, rank=rank)
         self._finished[result.stage, result.number] = result
-        self._by_recipe.setdefault((result.recipe_id, split_of(result.stage)), []).append(result)
+        self._know(result)
         return result
+
+    def _know(self, result: Result) -> None:
+        self._by_recipe.setdefault((result.recipe_id, split_of(result.stage)), []).append(result)
 
     def _index_guess(self, number: int, question: LedgerQuestion, result: Result) -> None:
         if not result.transient:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from evolver.errors import BadInput, cause_of, is_misplaced
 from evolver.ledger.retried import standing
-from evolver.ledger.rows import DEFAULTS, EVENTS, MAPS, OLDEST, SCHEMA, STATUSES
+from evolver.ledger.rows import DEFAULTS, EVENTS, MAPS, OLDEST, PROPOSALS, SCHEMA, STATUSES
 from evolver.records import STAGES
 from evolver.records.recipe import load_recipe
 from evolver.storage import Storage, read_all
@@ -127,7 +127,7 @@ def _whole_rows(table: pa.Table) -> pa.ChunkedArray:
         pc.or_(pc.equal(table["status"], "failed"), pc.greater(pc.list_value_length(table["items"]), 0)),
         pc.or_(pc.equal(counted, 0), pc.equal(counted, pc.list_value_length(table["items"]))),
     )  # fmt: skip
-    return pc.and_(proposal, pc.or_(both(pc.equal(table["event"], "asked")), result))
+    return pc.and_(proposal, pc.or_(both(among("event", PROPOSALS)), result))
 
 
 def read_table(storage: Storage) -> pa.Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -13,7 +13,8 @@ from evolver.records import Candidate, Question, Result, own_score
 from evolver.records.recipe import dump_recipe, load_recipe
 
 STATUSES = ("ok", "failed")
-EVENTS = ("asked", "finished", "guessed", "retried")
+EVENTS = ("asked", "finished", "guessed", "retried", "listed", "inherited")
+PROPOSALS = ("asked", "listed")  # the events without a result
 
 SCHEMA = pa.schema(
     [
@@ -86,6 +87,17 @@ def row_of(candidate: Candidate, result: Result | None) -> dict[str, Any]:
         row["said"] = list(result.said)
         row |= {name: list(getattr(result, name).items()) for name in MAPS}
     return row
+
+
+def inherited_rows(listed: Sequence[Candidate], results: Sequence[tuple[Candidate, Result]]) -> list[dict[str, Any]]:
+    """The rows of what a run takes over from an earlier one.
+
+    Args:
+        listed: the candidates of the earlier search, which the run's own search begins with.
+        results: what models scored in the earlier run, by this run's measure.
+    """
+    rows = [row_of(candidate, None) | {"event": "listed"} for candidate in listed]
+    return rows + [row_of(candidate, result) | {"event": "inherited"} for candidate, result in results]
 
 
 def candidate_of(row: Mapping[str, Any]) -> Candidate:

@@ -25,6 +25,7 @@ from evolver.report.examples import examples_section, read_texts
 from evolver.report.finals import finals_section
 from evolver.report.front import front_section, front_summary
 from evolver.report.html import html_page
+from evolver.report.mixture import mixtures_of
 from evolver.report.scores import score_rows, scores_section
 from evolver.report.settings import setting_rows, settings_section
 from evolver.report.text import (
@@ -39,6 +40,7 @@ from evolver.report.text import (
     score_text,
     signed,
 )
+from evolver.report.uses import goes_on, uses_section
 from evolver.report.verdict import verdict
 from evolver.runs.files import SUMMARY_FILE, agreement_of
 from evolver.runs.history import History, read_history, rows_of
@@ -86,6 +88,7 @@ def write_report(
         scores_section(outcome),
         _cost(outcome),
         _failures(outcome),
+        uses_section(outcome),
         _provenance(outcome),
     ]
     text = "\n\n".join(s for s in sections if s) + "\n"
@@ -101,17 +104,18 @@ def _question(outcome: Outcome) -> str:
     settings = {key: value for key, value in config.search.items() if key != "algorithm"}
     said = yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=math.inf).strip()[1:-1]
     search = f"`{config.search['algorithm']}`" + (f" ({said})" if settings else "")
-    return (
+    asked = (
         f"Is there a merge of {listed(list(config.experts))}, fine-tunes of `{config.model.base}`, that is better "
         f"than the best of them on {tasks}? Searched by {search} within {budget_in_words(config.budget)}, on {dev} dev "
-        f"items. {_ended(outcome)}" + as_served(config.evaluation)
-    ).strip()
+        "items."
+    )
+    return " ".join(filter(None, [asked, _ended(outcome), as_served(config.evaluation), goes_on(outcome)]))
 
 
 def _ended(outcome: Outcome) -> str:
     """What ended the search, where that is recorded."""
     ended = outcome.about.ended
-    return f"The search ended because {ended.why}. " if ended else ""
+    return f"The search ended because {ended.why}." if ended else ""
 
 
 def summary(outcome: Outcome, claims: Claims, compared: Mapping[str, Comparison]) -> dict[str, Any]:
@@ -124,6 +128,7 @@ def summary(outcome: Outcome, claims: Claims, compared: Mapping[str, Comparison]
         "budget": outcome.config.budget.model_dump(),
         "ended": outcome.about.ended.reason if outcome.about.ended else None,
         "verdict": verdict(outcome),
+        "report_use": outcome.use,
         "winner": {"candidate": outcome.winning.number, "recipe": outcome.winner.recipe.id,
                    "dev": dev.score, "report": report.score},
         "recommended": outcome.recommended.label,
@@ -241,12 +246,13 @@ def _winner_section(outcome: Outcome, agreement: Mapping[str, int]) -> str:
     candidate, models = outcome.winning, len({r.recipe_id for _, r in outcome.searched})
     same = f"{agreement['equal']} of {agreement['items']}"
     plain = outcome.recommended.label if outcome.recommended is not outcome.winner else ""
-    where, which = ("in the ledger", f", {plain},") if plain else ("in `recipe.json`", "")
+    where, which = ("the ledger", f", {plain},") if plain else ("`recipe.json`", "")
+    mixed = "".join(f" {sentence}" for sentence in mixtures_of(outcome.winner.recipe))
     return (
         f"## The winner\n\nOne of {models} models, proposed by `{candidate.proposer}` as candidate "
         f"{candidate.number}, recipe `{candidate.recipe.id}` ({len(dump_recipe(candidate.recipe))} bytes, "
         f"{where}). The model in the folder `best/`{which} was loaded again and scored on the dev items; its scores "
-        f"are those in the ledger on {same} items."
+        f"are those in the ledger on {same} items.{mixed}"
     )
 
 

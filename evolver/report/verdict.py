@@ -28,7 +28,18 @@ def verdict(outcome: Outcome) -> str:
         first = f"No clear improvement: the winner leads the best expert, {expert.label}, within noise ({numbers})."
     else:
         first = f"Improvement: the winner beats the best expert, {expert.label} ({numbers})."
-    return " ".join(filter(None, [first, _against_plain(outcome), kept(outcome), recommendation(outcome)]))
+    sentences = [first, _against_plain(outcome), kept(outcome), recommendation(outcome)]
+    return exploratory(outcome, " ".join(filter(None, sentences)))
+
+
+def exploratory(outcome: Outcome, said: str) -> str:
+    """A verdict, called exploratory where earlier runs have used the same report items.
+
+    Whoever has read an earlier report has chosen the new goal, or the new settings, with these items in mind.
+    """
+    if outcome.use == 1:
+        return said
+    return f"Exploratory (use {outcome.use} of these report items): {said[0].lower()}{said[1:]}"
 
 
 def _against_plain(outcome: Outcome) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from evolver import ledger
@@ -12,6 +12,7 @@ from evolver.errors import BadInput
 from evolver.records import STAGES, Candidate, Result, Stage, split_of
 from evolver.runs.about import About, read_about
 from evolver.runs.finals import Finals, finals, leaders
+from evolver.runs.origin import Origin, Use, read_origin, uses_of
 from evolver.runs.outcome import Finalist, Outcome
 from evolver.storage import Storage
 
@@ -26,12 +27,16 @@ class History:
         stages: candidates with their results, by stage, in the order of their numbers.
         guessed: results of candidates that were scored ahead of being asked for.
         orphaned: results after a failure that was taken back later.
+        uses: which runs have used report items of this run's family, the earliest first.
+        origin: the run that this one goes on from, if it does.
     """
 
     about: About
     stages: Mapping[Stage, Pairs]
     guessed: tuple[Result, ...] = ()
     orphaned: tuple[Result, ...] = ()
+    uses: tuple[Use, ...] = ()
+    origin: Origin | None = None
 
     @property
     def config(self) -> Config:
@@ -87,7 +92,11 @@ class History:
             Finalist(c.label, c.recipe, c.dev, found[c.recipe.id], c.select)
             for c in held.front if c.recipe.id in found  # versions before there were fronts reported the winner alone
         ]  # fmt: skip
-        return Outcome(self.about, (*rows, last), held, self.stages["search"], self.wasted, self.lost, tuple(front))
+        uses = tuple(use for use in self.uses if use.draw == self.config.evaluation.report_draw)
+        return Outcome(
+            self.about, (*rows, last), held, self.stages["search"], self.wasted, self.lost, tuple(front), uses,
+            self.origin,
+        )  # fmt: skip
 
 
 def history_of(
@@ -119,7 +128,9 @@ def read_history(folder: Storage) -> History:
                 orphaned.append(ledger.result_of(row))
             elif row["event"] == "finished":
                 pairs.append((_candidate(row, f"{place.location}/{name}"), ledger.result_of(row)))
-    history = history_of(about, pairs, guessed, orphaned)
+    history = replace(
+        history_of(about, pairs, guessed, orphaned), uses=tuple(uses_of(folder)), origin=read_origin(folder)
+    )  # fmt: skip
     if history.best is not None and history.best[0].recipe.id != history.best[1].recipe_id:
         raise BadInput(
             f"{place.location}: candidate {history.best[0].number} of the search is recorded with the recipe of one "

@@ -11,6 +11,7 @@ from evolver.records import Candidate, Result, Split
 from evolver.records.recipe import Recipe
 from evolver.runs.about import About
 from evolver.runs.finals import Contender, Finals
+from evolver.runs.origin import Origin, Use
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Outcome:
 
     ``wasted`` are results of candidates that were scored ahead on guesses that proved wrong. ``lost`` are results that
     the search did not ask for again after an earlier failure was tried again. ``front`` are the models on the front of
-    a run with several objectives, among them the winner, if it is on it.
+    a run with several objectives, among them the winner, if it is on it. ``uses`` are the runs of its family that were
+    scored on its report items, in their order; ``origin`` is the run that it goes on from.
     """
 
     about: About
@@ -42,10 +44,18 @@ class Outcome:
     wasted: tuple[Result, ...] = ()
     lost: tuple[Result, ...] = ()
     front: tuple[Finalist, ...] = ()
+    uses: tuple[Use, ...] = ()
+    origin: Origin | None = None
 
     @property
     def config(self) -> Config:
         return self.about.config
+
+    @property
+    def use(self) -> int:
+        """Whether the run was the first one to use its report items (1), the second (2), and so on."""
+        owners = [use.owner for use in self.uses]
+        return 1 + owners.index(str(self.about.owner)) if self.about.owner in owners else 1
 
     @property
     def scales(self) -> Mapping[Split, Scale]:

@@ -58,6 +58,10 @@ class Space(Protocol):
         """The recipe at a point, which has a value for the name of every dimension."""
         ...
 
+    def encode(self, recipe: Recipe) -> dict[str, Any] | None:
+        """A point of the space whose recipe is this one up to rounding; None for a model outside of the space."""
+        ...
+
     def encode_equal(self, mass: float) -> dict[str, Any]:
         """The point at which all experts have equal weights, with the total mass ``mass`` if the mass is tuned."""
         ...

@@ -20,6 +20,7 @@ that it was made from, with its child in it; children that were accepted in the 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field
@@ -28,9 +29,10 @@ from evolver.config.section import Section
 from evolver.errors import BadInput
 from evolver.records import UNKNOWN, Candidate, ItemAnswer, Question, Result, Standing
 from evolver.records.order import OWN
-from evolver.records.recipe import Cross, Recipe
+from evolver.records.recipe import Cross, Merge, Recipe
 from evolver.search.ahead import RunsAhead
 from evolver.search.base import Ordered, Setup, algorithm
+from evolver.search.continued import best_models
 
 Strategy = Literal["evolver", "rand/1", "best/1", "current-to-best/1", "rand/2"]
 PARTNERS = {"evolver": 1, "rand/1": 3, "best/1": 3, "current-to-best/1": 3, "rand/2": 5}
@@ -146,6 +148,12 @@ class Alone(RunsAhead):
         self.standings: list[Standing] = [UNKNOWN] * self.size
         self.items: list[tuple[ItemAnswer, ...]] = [()] * self.size
 
+    def inform(self, pairs: Sequence[tuple[Candidate, Result]]) -> None:
+        """See ``Informed``: the best models so far are the first population; experts fill it up."""
+        found = best_models(pairs)[: self.size]
+        known = {recipe.id for recipe in found}
+        self.population = [*found, *(e for e in self.setup.experts if e.id not in known)][: self.size]
+
     def waits_for(self, k: int) -> int:
         if k < self.size:
             return 0
@@ -200,6 +208,20 @@ class Merged(RunsAhead):
         self.items: tuple[ItemAnswer, ...] = ()
         self._members: dict[int, list[Recipe]] = {}
         self._best: tuple[Result, list[Recipe]] | None = None
+
+    def inform(self, pairs: Sequence[tuple[Candidate, Result]]) -> None:
+        """See ``Informed``: the first population is the one whose merge is the best so far."""
+        for recipe in best_models(pairs):
+            if isinstance(recipe, Merge) and len(recipe.inputs) == self.size and self._is_merge(recipe):
+                self.population = list(recipe.inputs)
+                return
+
+    def _is_merge(self, recipe: Merge) -> bool:
+        """Whether a model is what this search's merger makes of the model's inputs."""
+        try:
+            return self.merge(recipe.inputs).id == recipe.id
+        except BadInput:  # a method that asks for statistics takes offspring of experts only
+            return False
 
     def waits_for(self, k: int) -> int:
         if k == 0:

@@ -111,6 +111,21 @@ class Coefficients(Ordered):
             k.name: _distribution(k) for k in space.knobs
         }
 
+    def inform(self, pairs: Sequence[tuple[Candidate, Result]]) -> None:
+        """See ``Informed``: models that lie in the search space become finished trials, from which TPE draws. CMA-ES
+        and NSGA-II count trials of their own generations only.
+        """
+        told = set[str]()
+        for candidate, result in pairs:
+            point, values = self.space.encode(candidate.recipe), self.values(result)
+            if point is None or values is None or candidate.recipe.id in told:
+                continue
+            told.add(candidate.recipe.id)
+            given = values if isinstance(values, Sequence) else [values]
+            self.study.add_trial(
+                optuna.trial.create_trial(params=point, distributions=self._distributions, values=given)
+            )
+
     def propose(self, k: int) -> Candidate:
         trial = self.study.ask(self._distributions)
         self._trials[k] = trial

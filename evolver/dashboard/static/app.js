@@ -52,10 +52,10 @@ async function act(path, body) {
 const state = (s) => el("span", { class: `state ${s}` }, s);
 
 function list(runs) {
-  const rows = runs.map((r) => [[el("a", { href: `/run/${encodeURIComponent(r.name)}`, title: r.name }, short(r.name, 40)), el("p", { class: "sentence" }, sentence(r))],
+  const rows = runs.map((r) => [[tick(r.name), el("a", { href: `/run/${encodeURIComponent(r.name)}`, title: r.name }, short(r.name, 40)), el("p", { class: "sentence" }, sentence(r))],
     state(r.state), spark(r.line), number(r.best), number(r.expert), spent(r.spent[0], r.budget[0]), spent(r.spent[1], r.budget[1]), `${r.workers}`, age(r.age)]);
   const head = ["run", "state", "best so far", "best dev", "best expert", "candidates", "items", "workers", "last result"];
-  return [starting(), runs.length ? table(head, rows, "runs") : el("p", {}, "There are no runs in this folder yet.")];
+  return [starting(), comparing(runs), runs.length ? table(head, rows, "runs") : el("p", {}, "There are no runs in this folder yet.")];
 }
 
 // A small curve of the best dev score, by share of the candidates.
@@ -205,7 +205,7 @@ function renew(run) {
 function relist(runs) {
   const old = document.querySelector("form");
   const made = list(runs);
-  main.replaceChildren(old || made[0], ...made.slice(1));
+  main.replaceChildren(...[old || made[0], ...made.slice(1)].filter((part) => part !== null));
 }
 
 async function refresh() {
@@ -228,7 +228,13 @@ async function refresh() {
 }
 
 // The server is asked while Plotly, which is large, is still being read.
-refresh();
-setInterval(refresh, REFRESH);
-addEventListener("load", () => { if (name !== null && current) draw(current); });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { shown = ""; refresh(); candidate(); });
+if (location.pathname === "/compare") {
+  compareRuns();
+  addEventListener("load", () => { if (current) drawCurves(current); });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { if (current) drawCurves(current); });
+} else {
+  refresh();
+  setInterval(refresh, REFRESH);
+  addEventListener("load", () => { if (name !== null && current) draw(current); });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { shown = ""; refresh(); candidate(); });
+}

@@ -51,6 +51,7 @@ class Language:
         self.library = Library(config.evaluation, entries)
         self._meanings: dict[str, Meaning] = {}
         self._documents: dict[str, list[Any]] = {}
+        self.example_pool: set[str] = set()
         self.warnings = [_seen(e.task) for e in entries.values() if self._searches_test_set(e)]
         self.warnings += _without_effect(config.evaluation, self.library)
 
@@ -87,7 +88,7 @@ class Language:
         """Whether every prompt finds its examples."""
         scored = {a.item.hash for a in asked}
         for name in self.library.tasks:
-            keep_apart(self.library.tasks[name], scored)
+            self.example_pool |= keep_apart(self.library.tasks[name], scored)
 
     def right(self, asked: AskedItem) -> float:
         task = self.library.tasks[asked.item.task]

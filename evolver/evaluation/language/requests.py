@@ -219,8 +219,9 @@ class _Remembered:
         return list(known[1]) if isinstance(known[1], list) else known[1]
 
 
-def keep_apart(task: Task, scored: Collection[str]) -> None:
-    """Remove the scored items from the documents that few-shot examples are drawn from.
+def keep_apart(task: Task, scored: Collection[str]) -> set[str]:
+    """Remove the scored items from the documents that few-shot examples are drawn from, and return the hashes of what
+    there was before.
 
     A prompt would otherwise show the model the answers to other items.
 
@@ -229,8 +230,9 @@ def keep_apart(task: Task, scored: Collection[str]) -> None:
     shots = task.get_config("num_fewshot") or 0
     sampler = getattr(task, "sampler", None)
     if not shots or sampler is None:
-        return
-    free = [d for d in sampler.fewshot_docs() if item_hash(d) not in scored]
+        return set()
+    pool = [(d, item_hash(d)) for d in sampler.fewshot_docs()]
+    free = [d for d, content in pool if content not in scored]
     # Of the split that is scored, lm-eval's sampler draws one more, to leave out the item that the prompt is for.
     draws_one_more = task.fewshot_cfg.split == task.config.test_split and not isinstance(sampler, FirstNSampler)
     if len(free) < shots + draws_one_more:
@@ -240,3 +242,4 @@ def keep_apart(task: Task, scored: Collection[str]) -> None:
         )
     sampler.replace_df(free)
     task.__dict__.pop("_fewshot_docs", None)
+    return {content for _, content in pool}

@@ -52,6 +52,38 @@ class Genome:
         tuned = [Rule.of(self._settings(values, suffix), place) for suffix, place in self._places()]
         return Merge(self.method.name, self.experts, self.base, (*self.fixed, *tuned), self.statistics)
 
+    def encode(self, recipe: Recipe) -> dict[str, Any] | None:
+        """The inverse of ``decode`` up to rounding, as many points stand for the same weights; None for a model that
+        the space does not hold.
+        """
+        places = self._places()
+        count = len(self.fixed)
+        if not isinstance(recipe, Merge) or (recipe.method, recipe.inputs) != (self.method.name, self.experts):
+            return None
+        tuned = recipe.rules[count:]
+        if recipe.rules[:count] != self.fixed or [r.place for r in tuned] != [place for _, place in places]:
+            return None
+        out: dict[str, Any] = {}
+        for (suffix, _), rule in zip(places, tuned, strict=True):
+            values = dict(rule.values)
+            if values.keys() != set(self.tune):
+                return None
+            for name in self.tune:
+                out |= self._point(name, suffix, values[name])
+        within = all(isinstance(k, Choice) or k.low <= out[k.name] <= k.high for k in self.knobs)
+        return out if within else None
+
+    def _point(self, name: str, suffix: str, value: Any) -> dict[str, Any]:
+        """The values of the knobs of one setting. The numbers behind weights are chosen so that their mean is 1, the
+        mean of those that a search draws.
+        """
+        if not isinstance(self.method.settings[name].search, Simplex):
+            return {f"{name}{suffix}": value}
+        total = math.fsum(value) or 1.0
+        numbers = [math.exp(-len(value) * v / total) for v in value]
+        names = [f"{name}[{e.name}]{suffix}" for e in self.experts]
+        return {n: min(max(u, LOW_U), HIGH_U) for n, u in zip(names, numbers, strict=True)}
+
     def encode_equal(self, mass: float) -> dict[str, Any]:
         """The point with equal weights, what is chosen at its default and, where it is tuned, the given total mass: a
         start for searches.

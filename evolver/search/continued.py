@@ -1,0 +1,111 @@
+"""A search that goes on from the results of an earlier one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol, Self, runtime_checkable
+
+from evolver.records import Candidate, Result
+from evolver.records.recipe import Recipe
+from evolver.search.ahead import Guessable
+from evolver.search.base import Search
+
+
+@runtime_checkable
+class Informed(Protocol):
+    """A search that can learn from results of candidates that it has not proposed."""
+
+    def inform(self, pairs: Sequence[tuple[Candidate, Result]]) -> None:
+        """Take in candidates and results of an earlier search, before the first candidate is asked for."""
+        ...
+
+
+def best_models(pairs: Sequence[tuple[Candidate, Result]]) -> list[Recipe]:
+    """The models with a score of all items, each once, best first, the earliest of equals."""
+    whole = [(c, r) for c, r in pairs if r.complete and r.score is not None]
+    whole.sort(key=lambda pair: (-(pair[1].score or 0.0), pair[0].number))
+    return list({c.recipe.id: c.recipe for c, _ in whole}.values())
+
+
+class ContinuedSearch:
+    """Proposes the candidates of an earlier search again, which the ledger answers, and then those of a new search.
+
+    The candidates of the new search are numbered after the listed ones. If the new search is ``Informed``, it is told
+    all listed results before it is asked for its first candidate.
+
+    Args:
+        listed: the candidates of the earlier search, in the order of their numbers.
+        inner: the new search; None: the listed candidates are all.
+    """
+
+    def __init__(self, listed: Sequence[Candidate], inner: Search | None) -> None:
+        self._listed, self._inner = listed, inner
+        self._first = 1 + max((c.number for c in listed), default=-1)
+        self._asked = 0
+        self._told: dict[int, Result] = {}
+        self._informed = False
+
+    @property
+    def total(self) -> int | None:
+        more = 0 if self._inner is None else self._inner.total
+        return None if more is None else len(self._listed) + more
+
+    @property
+    def done(self) -> bool:
+        return len(self._told) == len(self._listed) and (self._inner is None or self._inner.done)
+
+    def ask(self, n: int) -> list[Candidate]:
+        if self._asked < len(self._listed):
+            out = list(self._listed[self._asked : self._asked + n])
+            self._asked += len(out)
+            return out
+        if self._inner is None or len(self._told) < len(self._listed):
+            return []
+        self._inform()
+        return [self._outer(candidate) for candidate in self._inner.ask(n)]
+
+    def tell(self, result: Result) -> None:
+        if result.number < self._first:
+            self._told[result.number] = result
+        elif self._inner is not None:
+            rank = None if result.rank is None else result.rank - len(self._listed)
+            self._inner.tell(replace(result, number=result.number - self._first, rank=rank))
+
+    def _inform(self) -> None:
+        if isinstance(self._inner, Informed) and not self._informed:
+            self._inner.inform([(c, self._told[c.number]) for c in self._listed])
+        self._informed = True
+
+    def _outer(self, candidate: Candidate) -> Candidate:
+        return replace(candidate, number=candidate.number + self._first)
+
+
+class ContinuedAhead(ContinuedSearch):
+    """The same with a new search whose next candidates can be guessed."""
+
+    _inner: Guessable  # type: ignore[assignment]  # a search, too
+
+    def twin(self) -> Self:
+        """A copy in the same state. Telling results to the copy does not change this search."""
+        twin = copy.copy(self)
+        twin._told, twin._inner = dict(self._told), self._inner.twin()
+        return twin
+
+    def pending(self) -> list[Candidate]:
+        """The candidates that were asked for and whose results were not told yet, in order."""
+        listed = [c for c in self._listed[: self._asked] if c.number not in self._told]
+        return listed + [self._outer(candidate) for candidate in self._inner.pending()]
+
+    def assume(self, candidate: Candidate) -> Result | None:
+        """The most likely result of a pending candidate; None if it cannot be guessed."""
+        if candidate.number < self._first:
+            return None
+        own = self._inner.assume(replace(candidate, number=candidate.number - self._first))
+        return None if own is None else replace(own, number=own.number + self._first)
+
+
+def continued(listed: Sequence[Candidate], inner: Search | None) -> ContinuedSearch:
+    """The search that begins with the candidates of an earlier one."""
+    return ContinuedAhead(listed, inner) if isinstance(inner, Guessable) else ContinuedSearch(listed, inner)
