@@ -11,10 +11,10 @@ import moocore
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Indices = NDArray[np.int64]
+RowPlaces = NDArray[np.int64]
 
 
-def front(points: ArrayLike) -> Indices:
+def front(points: ArrayLike) -> RowPlaces:
     """The places of the points that no other point reaches in every objective and exceeds in one; equal ones are all
     on the front.
 

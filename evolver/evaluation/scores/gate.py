@@ -40,7 +40,7 @@ from evolver.evaluation.scores.scoring import Scale
 Passage = Literal["not worse", "worse"]
 
 # The first forecast of the variance rests on so many invented items, on which the models differ rarely.
-INVENTED, DIFFERING = 8.0, 0.1
+PRIOR_ITEMS, DIFFERING = 8.0, 0.1
 HALVINGS = 40  # of the range in which a bound is looked for
 
 
@@ -125,8 +125,8 @@ class Gate:
 
     def _log_capital(self, values: Numbers, null: float) -> Numbers:
         """The logarithm of the capital after each item, (n)."""
-        before = np.cumsum(values**2) - values**2 + INVENTED * DIFFERING * self._range**2
-        spread = np.sqrt(before / (np.arange(len(values)) + INVENTED))
+        before = np.cumsum(values**2) - values**2 + PRIOR_ITEMS * DIFFERING * self._range**2
+        spread = np.sqrt(before / (np.arange(len(values)) + PRIOR_ITEMS))
         most = MOST / max(self._range + null, 1e-12)  # so that no bet loses more than this part of the capital
         capitals = []
         for drift in DRIFTS:

@@ -74,14 +74,15 @@ class Scale:
         """The same scale for answers in the order of this name (see ``evolver.records.order``)."""
         if order == OWN:
             return self
-        parts = {"tasks": self.tasks, "right": self.right, "clusters": self.clusters}
-        return replace(self, **{name: reordered(part, order) for name, part in parts.items()})
+        right, clusters = reordered(self.right, order), reordered(self.clusters, order)
+        return replace(self, tasks=reordered(self.tasks, order), right=right, clusters=clusters)
 
     def of(self, shares: Mapping[str, float]) -> tuple[Scale, list[int]]:
         """The scale of some tasks alone, with these weights, and the places of their items in this scale."""
         kept = [place for place, task in enumerate(self.tasks) if task in shares]
         metrics = {task: self.metrics[task] for task in shares}
-        right, clusters = (tuple(part[k] for k in kept) if part else () for part in (self.right, self.clusters))
+        right = tuple(self.right[k] for k in kept) if self.right else ()
+        clusters = tuple(self.clusters[k] for k in kept) if self.clusters else ()
         return Scale(tuple(self.tasks[k] for k in kept), dict(shares), metrics, right, clusters), kept
 
     def of_tasks(self, items: Sequence[ItemAnswer]) -> dict[str, float]:
