@@ -181,6 +181,9 @@ def run_folder(prepared: Prepared, run: Storage) -> RunFolder:
 
     def default(key: str) -> Any:
         section, _, rest = key.partition(".")
+        if key.startswith("search.of."):  # the search inside of another one
+            inner = str(prepared.identity["search"]["of"]["algorithm"])
+            return default_at(SEARCHES[inner].settings, key.removeprefix("search.of."))
         return default_at(sections[section], rest) if section in sections else default_at(Config, key)
 
     return RunFolder(run, prepared.identity, default)
