@@ -29,7 +29,7 @@ from evolver.config.reading import ConfigText, config_at
 from evolver.dashboard import views
 from evolver.dashboard.overview import Overview
 from evolver.dashboard.status import statuses
-from evolver.driver.prepare import prepare
+from evolver.driver.prepare import prepare, run_folder
 from evolver.errors import BadInput
 from evolver.evaluation.scores.comparison import RESAMPLES
 from evolver.evaluation.scores.course import Evaluation
@@ -469,6 +469,20 @@ def test_another_constraint_is_another_run(guarded, make_config, tmp_path):
     toys.refused(lambda: run_here(other, guarded.parent), "constraints")
     none = make_config(tmp_path, GUARDED | {"constraints": []})
     toys.refused(lambda: run_here(none, guarded.parent), "constraints")
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "in halving"])
+def test_a_run_from_before_the_penalty_goes_on(make_config, tmp_path, inside):
+    search = {"algorithm": "halving", "first": 8, "of": {"algorithm": "cmaes"}} if inside else {"algorithm": "cmaes"}
+    prepared = prepare(config_at(make_config(tmp_path, {"search": search})))
+    identity = json.loads(json.dumps(prepared.identity))
+    del (identity["search"]["of"] if inside else identity["search"])["penalty"]
+    place = tmp_path / "results" / "toy"
+    place.mkdir(parents=True)
+    (place / "identity.json").write_text(json.dumps(identity))
+    (place / "ledger").mkdir()
+    (place / "ledger" / "part-00000000.parquet").write_text("damaged, so that the run counts as one with results")
+    assert not run_folder(prepared, storage_at(place)).takes_over
 
 
 def test_runs_without_constraints_are_those_from_before(make_config, tmp_path):

@@ -218,6 +218,9 @@ def defaults_of(prepared: Prepared) -> Callable[[str], Any]:
 
     def default(key: str) -> Any:
         section, _, rest = key.partition(".")
+        if key.startswith("search.of."):  # the search inside of another one
+            inner = str(prepared.identity["search"]["of"]["algorithm"])
+            return default_at(SEARCHES[inner].settings, key.removeprefix("search.of."))
         return default_at(sections[section], rest) if section in sections else default_at(Config, key)
 
     return default
