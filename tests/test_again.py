@@ -293,3 +293,23 @@ def test_examples_in_prompts_stay_the_same(again, results, make_config, tmp_path
     toys.run_here(make_config(tmp_path, PLAIN | {"run": "shown"} | shown, "shown.yaml"), results)
     toys.refused(lambda: again(PLAIN | shown, of="shown", fresh_report=True), "leave --fresh-report out")
     assert scores(again(PLAIN | shown, of="shown", make_pool=no_work)) == scores(results / "shown")
+
+
+def test_a_retarget_may_set_constraints_on_tasks(again, results):
+    """They are judged from the answers that are there, and the finals take what keeps them."""
+    guarded = {"constraints": [{"task": "pair", "drop": 60, "confidence": 0.6}]}
+    new = again(PLAIN | guarded)
+    history = read_history(storage_at(new))
+    assert all(r.violations.keys() == {"0"} for _, r in history.stages["search"] if r.complete)
+    outcome = history.outcome()
+    feasible = [r for _, r in history.stages["search"] if r.complete and r.feasible]
+    assert outcome.finals.winner.dev.feasible == bool(feasible)
+    assert history.about.ended.reason == "candidates"
+
+
+def test_a_constraint_that_was_not_measured_is_refused(again, results):
+    toys.refused(
+        lambda: again(PLAIN | {"constraints": [{"norm": 1.5}]}),
+        "new.yaml: constraints[0]: the models of", "were not measured for it while they were scored",
+    )  # fmt: skip
+    assert not (results / "new").exists()

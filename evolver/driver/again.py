@@ -8,7 +8,7 @@ configuration. So nothing that was scored is scored again, and the earlier run's
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -189,6 +189,7 @@ class Same:
             )
         self._check_items()
         self._check_examples()
+        self._check_measured()
 
     def _changed(self) -> Iterator[tuple[str, Any, Any]]:
         """The keys on which answers depend and which differ, with both values."""
@@ -227,6 +228,16 @@ class Same:
                         "or start a search of its own with `evolver run`."
                     )
 
+    def _check_measured(self) -> None:
+        """Raises BadInput for a constraint that only a worker can measure, and that the earlier run did not have."""
+        before = self.about.config.constraints
+        for number, constraint in enumerate(self.prepared.config.constraints):
+            if constraint.task is None and [constraint] != before[number : number + 1]:
+                raise BadInput(
+                    f"constraints[{number}]: the models of {self.earlier.location} were not measured for it while they "
+                    "were scored; leave the constraint out, or start a search of its own with `evolver run`."
+                )
+
     def _check_examples(self) -> None:
         """Raises BadInput where the examples in prompts would be drawn from other documents than before."""
         before = {content for places in item_places(self.earlier).values() for _, content in places}
@@ -254,7 +265,8 @@ def _inherited(earlier: Storage, history: History, prepared: Prepared) -> tuple[
 
     Raises BadInput where nothing was scored.
     """
-    measured = measured_anew(item_places(earlier), prepared.tasks)
+    kept = {str(n) for n, constraint in enumerate(prepared.config.constraints) if constraint.task is None}
+    measured = measured_anew(item_places(earlier), prepared.tasks, kept)
     known: dict[tuple[str, Split], KnownResult] = {}
     for candidate, result in _scored(earlier):
         key = result.recipe_id, split_of(result.stage)
@@ -293,10 +305,13 @@ def _scored(earlier: Storage) -> Iterator[KnownResult]:
                 yield candidate_of(row), result_of(row)
 
 
-def measured_anew(before: Mapping[Split, Mapping[ItemName, int]], tasks: Tasks) -> Callable[[Result], Result | None]:
+def measured_anew(
+    before: Mapping[Split, Mapping[ItemName, int]], tasks: Tasks, kept: Collection[str] = ()
+) -> Callable[[Result], Result | None]:
     """What gives the result that answers of an earlier run have in a new one: of the same answers, other scores.
 
     Args:
+        kept: the numbers of the constraints whose violations still count; the others are found out anew.
         before: the place of every item in the answers of the earlier run.
         tasks: those of the new run. Items that the earlier run did not have end the answers.
     """
@@ -323,7 +338,7 @@ def measured_anew(before: Mapping[Split, Mapping[ItemName, int]], tasks: Tasks) 
         bound = score if whole else scale.bound(items)
         return replace(
             result, score=score, bound=bound, complete=whole, items=items, tasks=scale.of_tasks(items), said=said,
-            raced=False, given=0, reused=False,
+            raced=False, given=0, reused=False, violations={n: v for n, v in result.violations.items() if n in kept},
         )  # fmt: skip
 
     return again

@@ -11,6 +11,7 @@ from evolver.records import Candidate, Result
 from evolver.records.recipe import Recipe
 from evolver.search.ahead import Guessable
 from evolver.search.base import Search
+from evolver.search.ending import Ending, Reason
 
 
 @runtime_checkable
@@ -55,6 +56,15 @@ class ContinuedSearch:
     @property
     def done(self) -> bool:
         return len(self._told) == len(self._listed) and (self._inner is None or self._inner.done)
+
+    @property
+    def ended(self) -> Reason | None:
+        """What ended it; None while it goes on."""
+        if not self.done:
+            return None
+        if self._inner is None:
+            return "candidates"
+        return self._inner.ended if isinstance(self._inner, Ending) else "search"
 
     def ask(self, n: int) -> list[Candidate]:
         if self._asked < len(self._listed):
