@@ -114,7 +114,7 @@ def section(worlds: Sequence[World], resamplings: int) -> str:
         if count >= FEWEST:
             found = played(worlds, name, count, rules(world.most), resamplings)
             said += [f"### {count} of {len(pool)} {name}", figures(found), goals(found)]
-    said += ["### Fixed or rotating dev items", rotation(worlds, resamplings // 3)]
+    said += ["### Fixed or rotating dev items", rotation(worlds, 3 * resamplings // 25)]
     said += ["### The estimate: predictions", predictors_table(world, resamplings)]
     said += ["### The estimate: bias and intervals", bias_table(world, 10 * resamplings)]
     said.append(coverage_table(world, resamplings))
