@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster import options
+from evolver.commands import exporting, going_on, tables
 from evolver.commands import mergekit_options as mk
-from evolver.commands import tables
 from evolver.errors import BadInput, file_sentence, takes_nothing
 from evolver.threads import let_threads_sleep
 
 if TYPE_CHECKING:
-    from evolver.storage import Storage
+    pass
 
 # Each command imports what it needs in its function: importing torch takes a second, and --help should not wait for it.
 
@@ -33,34 +33,6 @@ app = typer.Typer(add_completion=True, no_args_is_help=True, help="Search for th
 # Python's garbage collector runs after so many new objects; see main().
 SELDOM = 50_000
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
-ExportTo = Annotated[
-    Path | None,
-    typer.Argument(
-        help="folder to write, new or empty; with --gguf, the file to write; default with --table: RUN-table",
-        show_default=False,
-    ),
-]
-ForWeights = Annotated[
-    str | None,
-    typer.Option(
-        help="instead of a candidate: weights of the run's objectives, such as maths=2,safety=1; exports the model on "
-        "the front that is best for them"
-    ),
-]
-WithTable = Annotated[
-    bool,
-    typer.Option(
-        "--table", help="write all models with their recipes and their answers to every item instead, as Parquet"
-    ),
-]
-AlsoRuns = Annotated[
-    list[str] | None, typer.Option(help="with --table, a further run over the same items; may be repeated")
-]
-GO_ON_RESULTS = "folder for the new run's folder, or its URI; default: the one that holds the earlier run"
-GO_ON_NAME = "name of the new run; default: the name in the configuration"
-FreshReport = Annotated[
-    bool, typer.Option("--fresh-report", help="draw report items that no run going back to the same search has used")
-]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help=options.RETRY_FAILED)]
 
 
@@ -101,38 +73,8 @@ def resume(
     raise typer.Exit(drive(config, place or ".", name, retry_failed))
 
 
-@app.command()
-def retarget(
-    folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
-    config: Annotated[Path, typer.Argument(help="the YAML file of the new run")],
-    candidates: Annotated[int | None, typer.Option(min=1, help="also search on, for so many candidates")] = None,
-    results: Annotated[str | None, typer.Option(help=GO_ON_RESULTS)] = None,
-    name: Annotated[str | None, typer.Option("--run", help=GO_ON_NAME)] = None,
-    fresh_report: FreshReport = False,
-    score_new_tasks: Annotated[
-        bool, typer.Option("--score-new-tasks", help="score all candidates on tasks that the run did not have")
-    ] = False,
-) -> None:
-    """Judge the candidates of a run by another goal, such as other weights of its tasks, without scoring them again.
-
-    The new configuration has the same models, seed and items. A model that comes to the finals newly is scored there.
-    """
-    raise typer.Exit(_go_on(folder, config, results, name, ("retarget", candidates, fresh_report, score_new_tasks)))
-
-
-@app.command()
-def fork(
-    folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
-    config: Annotated[Path, typer.Argument(help="the YAML file of the new run, with other settings of the search")],
-    candidates: Annotated[
-        int | None, typer.Option(min=1, help="number of new candidates; default: the budget of the configuration")
-    ] = None,
-    results: Annotated[str | None, typer.Option(help=GO_ON_RESULTS)] = None,
-    name: Annotated[str | None, typer.Option("--run", help=GO_ON_NAME)] = None,
-    fresh_report: FreshReport = False,
-) -> None:
-    """Search on from the candidates of a run with other settings of the search, in a run of its own."""
-    raise typer.Exit(_go_on(folder, config, results, name, ("fork", candidates, fresh_report, False)))
+app.command()(going_on.retarget)
+app.command()(going_on.fork)
 
 
 @app.command()
@@ -256,65 +198,7 @@ def bundle(
     typer.echo(target / "index.html")
 
 
-@app.command()
-def export(
-    folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
-    out: ExportTo = None,
-    candidate: Annotated[
-        str | None, typer.Option(help="number of the candidate, or the beginning of its recipe's id; default: the best")
-    ] = None,
-    weights: ForWeights = None,
-    lora: Annotated[int | None, typer.Option(min=1, help="write a LoRA adapter of this rank instead")] = None,
-    energy: Annotated[
-        float | None,
-        typer.Option(
-            help="write a LoRA adapter instead, with the rank that keeps this share (0 to 1) of the squared difference "
-            "to the base"
-        ),
-    ] = None,
-    delta: Annotated[
-        bool, typer.Option(help="write the difference to the base instead, as one safetensors file")
-    ] = False,
-    gguf: Annotated[str | None, typer.Option(help="write a GGUF file of this type instead: bf16, q8_0, …")] = None,
-    table: WithTable = False,
-    also: AlsoRuns = None,
-    push_to_hub: Annotated[
-        str | None, typer.Option(help="also upload the result to the Hugging Face hub, under this org/name")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="replace an earlier export at the same place")] = False,
-) -> None:
-    """Export a candidate of a run as a Hugging Face folder, a LoRA adapter, a delta or a GGUF file, and check it.
-
-    With --table it exports the answers of all candidates instead.
-
-    The command never overwrites files, except with --force, which replaces an earlier export that nobody has changed.
-    """
-    asked = {
-        "--lora": lora is not None or energy is not None, "--delta": delta, "--gguf": gguf is not None,
-        "--table": table,
-    }  # fmt: skip
-    _check_form(asked, energy)
-    if table or also:
-        typer.echo(_export_table(folder, also or [], out, table, candidate or weights or push_to_hub, force))
-        return
-    if out is None:
-        raise BadInput("evolver export: OUT is missing; name the folder to write, or with --gguf the file.")
-    from evolver.driver import deliver  # it brings torch
-    from evolver.storage import storage_at
-
-    run = storage_at(folder)
-    if weights is not None:
-        candidate = _weighed(run, candidate, weights)
-    if gguf is not None:
-        deliver.deliver_gguf(run, out, candidate, gguf, typer.echo, force)
-    elif delta:
-        deliver.deliver_delta(run, out, candidate, typer.echo, force)
-    elif lora is not None or energy is not None:
-        deliver.deliver_lora(run, out, candidate, lora, energy, typer.echo, force)
-    else:
-        deliver.deliver(run, out, candidate, typer.echo, force)
-    if push_to_hub:
-        _upload(out, push_to_hub)
+app.command()(exporting.export)
 
 
 @app.command()
@@ -505,7 +389,7 @@ def extract(
     """
     from evolver.commands.extract import extract_lora, extract_pool
 
-    _check_energy(energy)
+    exporting.check_energy(energy)
 
     def warn(line: str) -> None:
         typer.echo(f"warning: {line}", err=True)
@@ -638,85 +522,6 @@ def _job(config: Path, results: str | None, name: str | None, retry_failed: bool
 
     given = [*(["--results", results] if results is not None else []), *(["--run", name] if name is not None else [])]
     return job([str(config), *given, *(["--retry-failed"] if retry_failed else [])])
-
-
-def _check_form(asked: dict[str, bool], energy: float | None) -> None:
-    """Raises BadInput if a model is to be exported in more than one form, or in one that does not exist."""
-    if sum(asked.values()) > 1:
-        raise BadInput(
-            f"{', '.join(o for o, given in asked.items() if given)}: a model is exported in one form at a time; give "
-            "one of these options."
-        )
-    _check_energy(energy)
-
-
-def _upload(out: Path, name: str) -> None:
-    """Upload an exported file or folder to a repository of the hub."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    api.create_repo(name, exist_ok=True)
-    if out.is_file():
-        api.upload_file(path_or_fileobj=out, path_in_repo=out.name, repo_id=name)
-    else:
-        api.upload_folder(folder_path=out, repo_id=name)
-    typer.echo(f"uploaded to {name}")
-
-
-def _export_table(
-    folder: str, also: list[str], out: Path | None, asked: bool, other: str | None, force: bool
-) -> str:  # fmt: skip
-    """Export the table of runs, and return what was written."""
-    from evolver.runs.table import export_table
-    from evolver.storage import storage_at
-
-    if not asked:
-        raise BadInput("--also: only the tables of several runs are joined; add --table, or leave it out.")
-    if other is not None:
-        raise BadInput(
-            "--table: a table holds all candidates and is written to this machine; leave --candidate, --weights "
-            "and --push-to-hub out."
-        )
-    name = folder.rstrip("/").rpartition("/")[2] or "run"
-    return export_table([storage_at(run) for run in (folder, *also)], out or Path(f"{name}-table"), force)
-
-
-def _weighed(run: Storage, candidate: str | None, weights: str) -> str:
-    """The number of the candidate that is best for the weights that a user gives."""
-    from evolver.driver.weighing import best_for
-    from evolver.runs.history import read_history
-
-    if candidate is not None:
-        raise BadInput("--candidate, --weights: each of them names a model; give one of these options.")
-    number = best_for(read_history(run), weights).number
-    typer.echo(f"candidate {number} is the best on the front for these weights")
-    return str(number)
-
-
-def _go_on(
-    folder: str, config: Path, results: str | None, name: str | None, wish: tuple[str, int | None, bool, bool]
-) -> int:
-    """Make a run that goes on from an earlier one, carry it out, and return the exit status; ``wish`` holds the values
-    of a ``Wish``.
-    """
-    from evolver.config.reading import config_at
-    from evolver.driver.early import refuse_early
-    from evolver.storage import storage_at
-
-    given = config_at(config)
-    refuse_early(given)
-    from cluster.job import device_of, drive  # it brings torch
-    from evolver.driver.again import Wish, go_on
-
-    place = results or folder.rstrip("/").rpartition("/")[0] or "."
-    device, name = device_of(given.parsed(), given.origin), name or given.parsed().run
-    made = go_on(storage_at(folder), given, storage_at(place), name, Wish(*wish), device)
-    return drive(made, place, name)
-
-
-def _check_energy(energy: float | None) -> None:
-    if energy is not None and not 0 < energy <= 1:
-        raise BadInput(f"--energy: {energy:g} is not usable; write a number above 0 and not above 1.")
 
 
 def _bytes(size: str) -> int:
