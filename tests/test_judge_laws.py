@@ -29,8 +29,8 @@ ITEMS = 24
 # A value of every key of a task that not every judge reads, none of them the default.
 SOME = {
     "report_task": "other", "num_fewshot": 2, "gen_kwargs": {"max_gen_toks": 3}, "data": "other.jsonl",
-    "report_data": "other.jsonl", "function": "mine.py:score", "text": "sentence", "image": "picture",
-    "text_pair": "second", "label": "class", "head": "a", "threshold": 0.4,
+    "report_data": "other.jsonl", "select_data": "other.jsonl", "function": "mine.py:score", "text": "sentence",
+    "image": "picture", "text_pair": "second", "label": "class", "head": "a", "threshold": 0.4,
 }  # fmt: skip
 WEIGHTS = """
 def right(model, items):
