@@ -17,6 +17,8 @@ from evolver.errors import BadInput
 from evolver.runs.about import Job
 
 WAIT_SECONDS = 10.0
+# What Ray gives as the command of a job that was deleted while its last state was still being written.
+NO_COMMAND = "Entrypoint not found."
 JOB_WAITS, JOB_FAILED = "PENDING", "FAILED"  # states of a job, as Ray's API writes them
 
 
@@ -42,6 +44,8 @@ class RayJobs:
         """
         with _asking(job) as client:
             was = client.get_job_info(job.id)
+            if was.entrypoint == NO_COMMAND:
+                raise LookupError("the cluster no longer knows the job's command")
             command = was.entrypoint if not arguments else _command(was.entrypoint, arguments)
             # A job that was asked to stop needs a moment to end.
             if not _comes(lambda: client.get_job_status(job.id).is_terminal()):

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
+import types
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,8 @@ import toys
 import cluster.job as job_of
 from cluster.command import run_job
 from cluster.job import RAY_JOB, submission_id
+from cluster.jobs import NO_COMMAND, RayJobs
+from evolver.runs.about import Job
 
 pytestmark = [pytest.mark.ray, pytest.mark.whole]
 
@@ -210,3 +213,20 @@ def test_only_an_id_that_somebody_chose_names_a_run(monkeypatch, given, found):
     if given:
         monkeypatch.setenv(RAY_JOB, given)
     assert submission_id() == found
+
+
+def test_a_job_whose_command_is_lost_is_not_submitted_again(monkeypatch):
+    """Ray may write the last state of a job after it was deleted; what is left of the job then has no command."""
+
+    class Client:
+        def __init__(self, address):
+            pass
+
+        def get_job_info(self, name):
+            return types.SimpleNamespace(entrypoint=NO_COMMAND)
+
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Client)
+    toys.refused(
+        lambda: RayJobs().resume(Job("night", "http://127.0.0.1:9"), []),
+        "job night at http://127.0.0.1:9: the cluster no longer knows the job's command", "RAY_API_SERVER_ADDRESS",
+    )  # fmt: skip
