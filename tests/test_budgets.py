@@ -315,7 +315,7 @@ def test_a_run_whose_minutes_are_raised_goes_on(make_config, tmp_path):
     assert (folder / "clock.json").read_text() == before
     ended = toys.evolver("resume", folder, "--minutes", 60)
     assert ended.code == 0, ended.err
-    assert "the search has ended: the search has proposed the 8 candidates of its budget" in ended.out
+    assert "the search has ended: it has proposed the 8 candidates of its budget" in ended.out
     assert sum(stage == "search" for stage, _ in toys.rows(folder)) == 8
     assert json.loads((folder / "ended.json").read_text())["reason"] == "candidates"
     alone = run_here(make_config(tmp_path, toys.SHORT | {"budget.candidates": 8}), tmp_path / "alone")

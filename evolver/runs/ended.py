@@ -13,7 +13,7 @@ from evolver.search.ending import Reason
 from evolver.storage import Storage
 
 REASONS: Mapping[Reason, str] = {
-    "candidates": "the search has proposed the {candidates} candidates of its budget",
+    "candidates": "it has proposed the {candidates} candidates of its budget",
     "items": "the search has scored the {items} items of its budget",
     "minutes": "the search has taken the {minutes:g} minutes of its budget",
     "patience": "{patience} candidates in a row did not improve the best dev score",
