@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from evolver.config import Config
-from evolver.evaluation.overlap import Overlap, overlap_warnings, overlaps
+from evolver.evaluation.overlap import Overlap, overlaps
 from evolver.evaluation.scores import metrics
 from evolver.evaluation.scores.comparison import compare
 from evolver.evaluation.scores.correction import corrected_best
@@ -18,7 +18,7 @@ from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Result
 from evolver.records.recipe import Cross, Expert, Layers, Merge, Place, Rule
 from evolver.report.claims import claims_of as statistics_of
-from evolver.report.claims import claims_section, comparisons_of
+from evolver.report.claims import claims_section, comparisons_of, overlap_warnings
 from evolver.report.margin import margin_lines
 from evolver.report.report import write_report
 from evolver.report.scores import formula, is_own, score_rows, scores_section

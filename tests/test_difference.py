@@ -17,7 +17,6 @@ from evolver.evaluation.scores.difference import (
     predictor_of,
 )
 from evolver.evaluation.scores.metrics import JUDGED
-from evolver.evaluation.scores.racing import shares
 from evolver.evaluation.scores.scoring import Scale
 
 TASKS = 4
@@ -104,7 +103,7 @@ def test_betting_intervals_hold_at_least_as_often(n, widest):
     answers, tasks = family(30, 200)
     tasks = tasks // 2
     of = scale(tasks, t0=2.0, t1=1.0)
-    rng, share, held, width = np.random.default_rng(5), shares(of), [], []
+    rng, share, held, width = np.random.default_rng(5), of.item_shares, [], []
     for k in range(200):
         made = predictor_of(of, answers[:10] if k % 2 else 1 - answers[:10])
         places, mine = rng.permutation(200)[:n], answers[10 + k % 20]

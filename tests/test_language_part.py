@@ -170,15 +170,20 @@ def with_new_row(folder, size):
     return out
 
 
-def test_a_text_expert_with_a_token_more(worded, tmp_path):
+def merge_union(worded, base, tmp_path):
+    """Merge two text experts on a base with the union of all tokens into ``tmp_path / "out"``."""
     models = [{"model": str(worded / n), "parameters": {"weight": 0.5}} for n in ("a", "more")]
     raw = {
-        "merge_method": "task_arithmetic", "base_model": str(worded / "base"), "models": models, "dtype": "float32",
+        "merge_method": "task_arithmetic", "base_model": str(worded / base), "models": models, "dtype": "float32",
         "tokenizer_source": "union",
     }  # fmt: skip
     (tmp_path / "merge.yml").write_text(yaml.safe_dump(raw))
     ended = evolver("merge", tmp_path / "merge.yml", tmp_path / "out")
     assert ended.code == 0, ended.err
+
+
+def test_a_text_expert_with_a_token_more(worded, tmp_path):
+    merge_union(worded, "base", tmp_path)
     made, info = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     words = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -223,14 +228,7 @@ def test_a_base_that_has_a_token_for_images_and_spare_rows(worded, tmp_path):
     """As published ones: the text models have neither, and a new token of theirs has the number of that for images."""
     base = transformers.LlavaForConditionalGeneration.from_pretrained(worded / "wide")
     words = transformers.AutoTokenizer.from_pretrained(worded / "wide")
-    models = [{"model": str(worded / n), "parameters": {"weight": 0.5}} for n in ("a", "more")]
-    raw = {
-        "merge_method": "task_arithmetic", "base_model": str(worded / "wide"), "models": models, "dtype": "float32",
-        "tokenizer_source": "union",
-    }  # fmt: skip
-    (tmp_path / "merge.yml").write_text(yaml.safe_dump(raw))
-    ended = evolver("merge", tmp_path / "merge.yml", tmp_path / "out")
-    assert ended.code == 0, ended.err
+    merge_union(worded, "wide", tmp_path)
     made = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
     found = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     image, new = (found.convert_tokens_to_ids(t) for t in ("<image>", NEW))

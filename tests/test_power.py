@@ -7,7 +7,7 @@ import pytest
 
 from evolver.evaluation.scores.comparison import compare
 from evolver.evaluation.scores.metrics import CLASS, ENDLESS, JUDGED, TAGS
-from evolver.evaluation.scores.power import STANDARD_ERRORS, Margin, assumed_margin, measured_margin, unforeseeable
+from evolver.evaluation.scores.power import STANDARD_ERRORS, Margin, assumed_margin, measured_margin
 from evolver.evaluation.scores.scoring import Scale
 
 
@@ -142,7 +142,7 @@ def test_metrics_of_all_items_are_measured_by_resampling(metric):
 
 def test_what_only_scores_can_tell():
     metrics = {"a": JUDGED, "b": CLASS["mcc"], "c": ENDLESS}
-    assert unforeseeable(Scale(tuple(metrics), dict.fromkeys(metrics, 1.0), metrics)) == ["b", "c"]
+    assert Scale(tuple(metrics), dict.fromkeys(metrics, 1.0), metrics).unjudged == ["b", "c"]
 
 
 def test_a_difference_above_the_discordance_is_impossible():

@@ -157,6 +157,16 @@ def test_a_merge_of_quantised_and_plain_models_is_written_plainly(models, tmp_pa
         torch.testing.assert_close(found[name].double(), wanted, rtol=1e-6, atol=1e-7)
 
 
+def run_over(models, make_config, place):
+    """A run over these folders: its configuration, its folder, and what every candidate scored."""
+    (place / "run").mkdir()
+    changes = {"model.base": str(models["base"]), **{f"experts.{n}": str(models[n]) for n in "abc"}}
+    config = make_config(place / "run", toys.SHORT | changes | {"model.compute": "float32"})
+    folder = toys.run_here(config, place / "results")
+    rows = toys.all_rows(folder, "finished")
+    return config, folder, sorted((row["stage"], row["number"], row["score"]) for row in rows)
+
+
 @pytest.mark.whole
 def test_a_search_over_quantised_models_scores_their_plain_numbers(make_config, models, tmp_path):
     """The same run over the folders that Transformers saves of them."""
@@ -171,16 +181,10 @@ def test_a_search_over_quantised_models_scores_their_plain_numbers(make_config, 
         tensors = {n: t for n, t in model.state_dict().items() if n in load_file(folder / "model.safetensors")}
         save_file({n: t.contiguous() for n, t in tensors.items()}, plain / "model.safetensors", {"format": "pt"})
         folders["eight"][name], folders["plain"][name] = eight, plain
-    scores = {}
-    for kind, of in folders.items():
-        (tmp_path / kind / "run").mkdir()
-        changes = {"model.base": str(of["base"]), **{f"experts.{n}": str(of[n]) for n in "abc"}}
-        config = make_config(tmp_path / kind / "run", toys.SHORT | changes | {"model.compute": "float32"})
-        folder = toys.run_here(config, tmp_path / kind / "results")
-        rows = toys.all_rows(folder, "finished")
-        scores[kind] = sorted((row["stage"], row["number"], row["score"]) for row in rows)
+    found = {kind: run_over(of, make_config, tmp_path / kind) for kind, of in folders.items()}
+    for _, folder, _ in found.values():
         assert "quantization_config" not in json.loads((folder / "best" / "config.json").read_text())
-    assert scores["eight"] == scores["plain"]
+    assert found["eight"][2] == found["plain"][2]
 
 
 def in_fours(weight):
@@ -208,12 +212,7 @@ def test_a_search_over_models_that_their_blocks_do_not_divide(make_config, model
         folders["eight"][name], folders["plain"][name] = eight, plain
     scores = {}
     for kind, of in folders.items():
-        (tmp_path / kind / "run").mkdir()
-        changes = {"model.base": str(of["base"]), **{f"experts.{n}": str(of[n]) for n in "abc"}}
-        config = make_config(tmp_path / kind / "run", toys.SHORT | changes | {"model.compute": "float32"})
-        folder = toys.run_here(config, tmp_path / kind / "results")
-        rows = toys.all_rows(folder, "finished")
-        scores[kind] = sorted((row["stage"], row["number"], row["score"]) for row in rows)
+        config, _, scores[kind] = run_over(of, make_config, tmp_path / kind)
         scores[kind] += [one.score for one in score_models(str(config), [str(of["a"])], "dev")]
     assert scores["eight"] == scores["plain"]
     with pytest.raises(RuntimeError):  # else no other way of reading is needed

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from evolver.evaluation.scores.metrics import CLASS, ENDLESS, JUDGED
-from evolver.evaluation.scores.racing import Race, log_capital, shares
+from evolver.evaluation.scores.racing import Race, log_capital
 from evolver.evaluation.scores.scoring import Scale
 
 pytestmark = pytest.mark.whole
@@ -200,7 +200,7 @@ def test_the_capital_never_gains_on_average():
 def test_shares_add_up_to_the_score():
     of = scale("abaab", a=3.0, b=1.0)
     items = [1.0, 0.5, 0.0, 1.0, 1.0]
-    assert shares(of) @ np.array(items) == pytest.approx(of.score(items))
+    assert of.item_shares @ np.array(items) == pytest.approx(of.score(items))
 
 
 def test_what_cannot_be_raced_is_refused():

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from test_comparison import p_of_all_exchanges
 
 from evolver.evaluation.scores import metrics
 from evolver.evaluation.scores.comparison import compare, interval, resampled
@@ -80,15 +81,8 @@ def test_the_exchange_of_answers_takes_whole_documents_too():
     right = (0.0, 1, 1, 0, 1, 0)
     ours, theirs = [0.0, 1, 1, 0, 0, 0], [1.0, 1, 0, 0, 0, 1]
     scale = Scale(("t",) * 6, {"t": 1.0}, {"t": CLASS["macro_f1"]}, right, (0, 0, 1, 1, 2, 2))
-    found, outcomes = compare(ours, theirs, scale, 0), []
-    for swaps in itertools.product([False, True], repeat=3):
-        own = [s for s in swaps for _ in range(2)]
-        a = [t if s else o for o, t, s in zip(ours, theirs, own, strict=True)]
-        b = [o if s else t for o, t, s in zip(ours, theirs, own, strict=True)]
-        outcomes.append(scale.score(a) - scale.score(b))
-    sides = [np.mean([o >= found.difference - 1e-12 for o in outcomes])]
-    sides.append(np.mean([o <= found.difference + 1e-12 for o in outcomes]))
-    assert found.p == pytest.approx(min(1.0, 2 * min(sides)))
+    found = compare(ours, theirs, scale, 0)
+    assert found.p == pytest.approx(p_of_all_exchanges(ours, theirs, scale, of_each=2))
 
 
 def test_a_median_of_documents_is_taken_of_the_items_that_are_drawn():

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -23,9 +23,6 @@ from evolver.commands import exporting, going_on, tables
 from evolver.commands import mergekit_options as mk
 from evolver.errors import BadInput, file_sentence, takes_nothing
 from evolver.threads import let_threads_sleep
-
-if TYPE_CHECKING:
-    pass
 
 # Each command imports what it needs in its function: importing torch takes a second, and --help should not wait for it.
 
@@ -191,9 +188,10 @@ def bundle(
     """Write a finished run as one folder that a browser opens without a server: report, tables, recipe, no models."""
     from evolver.report.bundle import write_bundle
     from evolver.storage import storage_at
+    from evolver.storage.paths import last_part
 
     run = storage_at(folder)
-    target = out or Path(f"{run.location.rstrip('/').rpartition('/')[2]}-bundle")
+    target = out or Path(f"{last_part(run.location)}-bundle")
     typer.echo(write_bundle(run, target))
     typer.echo(target / "index.html")
 

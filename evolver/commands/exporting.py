@@ -126,6 +126,7 @@ def _export_table(
     """Export the table of runs, and return what was written."""
     from evolver.runs.table import export_table
     from evolver.storage import storage_at
+    from evolver.storage.paths import last_part
 
     if not asked:
         raise BadInput("--also: only the tables of several runs are joined; add --table, or leave it out.")
@@ -134,7 +135,7 @@ def _export_table(
             "--table: a table holds all candidates and is written to this machine; leave --candidate, --weights "
             "and --push-to-hub out."
         )
-    name = folder.rstrip("/").rpartition("/")[2] or "run"
+    name = last_part(folder) or "run"
     return export_table([storage_at(run) for run in (folder, *also)], out or Path(f"{name}-table"), force)
 
 

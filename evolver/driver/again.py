@@ -33,7 +33,6 @@ from evolver.runs.origin import (
     Use,
     copy_uses,
     draw_of,
-    name_of,
     read_origin,
     record_own_report,
     record_use,
@@ -45,6 +44,7 @@ from evolver.runs.origin import (
 from evolver.search import Search
 from evolver.search.continued import continued
 from evolver.storage import Storage, storage_at
+from evolver.storage.paths import last_part
 
 KnownResult = tuple[Candidate, Result]
 
@@ -315,7 +315,7 @@ def measured_anew(
         before: the place of every item in the answers of the earlier run.
         tasks: those of the new run. Items that the earlier run did not have end the answers.
     """
-    scales = {split: tasks.scale(split) for split in SPLITS if tasks.items.of(split)}
+    scales = tasks.scales
     places = {split: [before[split].get((i.task, i.hash)) for i in tasks.items.of(split)] for split in scales}
 
     def again(result: Result) -> Result | None:
@@ -388,4 +388,4 @@ def record_report_use(prepared: Prepared, folder: RunFolder) -> None:
 
 
 def _use(folder: RunFolder, draw: int) -> Use:
-    return Use(name_of(folder.location), folder.owner, draw)
+    return Use(last_part(folder.location), folder.owner, draw)

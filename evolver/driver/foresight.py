@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 from evolver.driver.prepare import Prepared, overlap_of
 from evolver.errors import BadInput
-from evolver.evaluation.overlap import overlap_warnings
-from evolver.records import SPLITS, Result
-from evolver.report.claims import untrained_sentence
+from evolver.records import Result
+from evolver.report.claims import overlap_warnings, untrained_sentence
 from evolver.report.margin import margin_lines
 from evolver.runs.history import read_history
 from evolver.storage import Storage
@@ -22,8 +21,7 @@ def foresight(prepared: Prepared, run: Storage | None = None) -> list[str]:
     """
     config, tasks = prepared.config, prepared.tasks
     experts = list(_scored_experts(prepared, run)) if run else []
-    scales = {split: tasks.scale(split) for split in SPLITS if tasks.items.of(split)}
-    return margin_lines(experts, scales, config.worthwhile, config.seed)
+    return margin_lines(experts, tasks.scales, config.worthwhile, config.seed)
 
 
 def training_lines(prepared: Prepared) -> tuple[list[str], list[str]]:

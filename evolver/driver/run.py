@@ -25,7 +25,6 @@ from evolver.driver.prepare import (
 )
 from evolver.driver.searching import SearchStage
 from evolver.errors import BadInput, file_sentence
-from evolver.evaluation.overlap import overlap_warnings
 from evolver.evaluation.scores.feasibility import guards
 from evolver.ledger import Ledger, write_items
 from evolver.loggers import Tracked, Trackers, build_loggers, tracked
@@ -36,6 +35,7 @@ from evolver.merging.export import beside_of, export, write_heads
 from evolver.pool import Pool
 from evolver.records import SPLITS, Candidate, Result
 from evolver.records.recipe import Merge, Recipe, Rule, dump_recipe
+from evolver.report.claims import overlap_warnings
 from evolver.report.examples import compared_items, read_texts, write_texts
 from evolver.report.report import write_report
 from evolver.report.verdict import verdict
@@ -146,13 +146,13 @@ def _in_chosen_compute(
 
 
 def _about(prepared: Prepared, folder: RunFolder, job: Job | None) -> About:
-    scales = {split: prepared.tasks.scale(split) for split in SPLITS if prepared.tasks.items.of(split)}
     overlap = overlap_of(prepared)
     warnings = (*prepared.warnings, *prepared.tasks.warnings, *overlap_warnings(overlap))
     job = job and replace(job, location=folder.location)
     return About(
-        prepared.config, scales, versions(), warnings, job, folder.owner, overlap, objectives=prepared.objectives
-    )
+        prepared.config, prepared.tasks.scales, versions(), warnings, job, folder.owner, overlap,
+        objectives=prepared.objectives,
+    )  # fmt: skip
 
 
 def _stages(
@@ -178,13 +178,18 @@ def _stages(
     display.stage("search", prepared.search.total)
     SearchStage(prepared, folder.storage, ledger, pool, display, judge).search(watch, clock)
     pool.close()  # its resources are the next one's
-    for final in (_select, _report):
-        if final is _report:
-            record_report_use(prepared, folder)
-        if (listed := final(prepared, _finals(read_history(folder.storage)))) is not None:
-            with contextlib.closing(make_pool(prepared.plan, listed.split, prepared.tasks)) as pool:
-                display.stage(listed.stage, listed.total)
-                evolve(listed, pool, ledger, watch)
+
+    def hold(listed: Listed) -> None:
+        with contextlib.closing(make_pool(prepared.plan, listed.split, prepared.tasks)) as pool:
+            display.stage(listed.stage, listed.total)
+            evolve(listed, pool, ledger, watch)
+
+    finals = _finals(read_history(folder.storage))
+    if prepared.tasks.items.select:
+        hold(_select(finals))
+        finals = _finals(read_history(folder.storage))
+    record_report_use(prepared, folder)
+    hold(_report(prepared, finals))
     outcome = read_history(folder.storage).outcome()
     if outcome is None:
         raise RuntimeError("all finalists are scored, but there is no outcome")
@@ -283,10 +288,8 @@ def _finals(history: History) -> Finals:
     return found
 
 
-def _select(prepared: Prepared, finals: Finals) -> Listed | None:
-    """Everybody in the finals, to be scored on the select items, if there are some."""
-    if not prepared.tasks.items.select:
-        return None
+def _select(finals: Finals) -> Listed:
+    """Everybody in the finals, to be scored on the select items."""
     fixed = (*finals.experts, *finals.plain)
     # Each candidate gets its own number, because a larger budget may lead to other finalists.
     numbers = [*range(len(fixed)), *(len(fixed) + c.candidate.number for c in finals.searched)]

@@ -51,21 +51,6 @@ def overlaps(
     }
 
 
-def overlap_warnings(found: Mapping[str, Overlap]) -> list[str]:
-    """A sentence for each expert that was trained on items."""
-    return [
-        f"expert {name} was trained on the texts of {_counts(overlap)}, so its scores on them, and those of merges "
-        "with it, may be too high"
-        for name, overlap in found.items()
-        if any(overlap.shared.values())
-    ]
-
-
-def _counts(overlap: Overlap) -> str:
-    counts = [f"{n} of {overlap.items[split]} {split} items" for split, n in overlap.shared.items() if n]
-    return " and ".join(filter(None, [", ".join(counts[:-1]), counts[-1]]))
-
-
 def _trained_on(folder: Path) -> frozenset[str] | None:
     """The hashes of the texts that an expert was trained on; None where its folder does not say."""
     try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from evolver.config import Config
@@ -60,6 +61,7 @@ class Tasks:
     def __init__(self, config: Config) -> None:
         self.entries = config.evaluation.tasks
         self.judges = _judges(config)
+        self._scales: dict[Split, Scale] = {}
         self._owners: dict[tuple[Split, Item], TaskEntry] = {}
         sources = [self._source(number, entry) for number, entry in enumerate(self.entries)]
         drawn = draw(sources, config.seed, config.evaluation.report_draw)
@@ -119,8 +121,18 @@ class Tasks:
             for text in judge.prompts(model, [a for a in asked if self.judges[a.entry.task] is judge], scored, count)
         ]
 
+    @cached_property
+    def scales(self) -> Mapping[Split, Scale]:
+        """The scale of every split that has items."""
+        return {split: self.scale(split) for split in SPLITS if self.items.of(split)}
+
     def scale(self, split: Split) -> Scale:
         """The scale of a split, which says how the answers to its items make up the score."""
+        if split not in self._scales:
+            self._scales[split] = self._scale(split)
+        return self._scales[split]
+
+    def _scale(self, split: Split) -> Scale:
         asked = self._asked(split)
         shares = self._shares(split, asked)
         metrics = {e.task: self.judges[e.task].metric(e) for e in self.entries}

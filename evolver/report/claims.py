@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from evolver.evaluation.overlap import Overlap, overlap_warnings
+from evolver.evaluation.overlap import Overlap
 from evolver.evaluation.scores.comparison import RESAMPLES, Comparison, compare
 from evolver.evaluation.scores.correction import corrected_best, obstacle, rounds_of
 from evolver.evaluation.scores.discrimination import undecided
@@ -173,6 +173,20 @@ def _training(outcome: Outcome) -> str:
             f"Of {listed(unknown)} it is not known, as no `training.json` in the folder lists the training texts."
         )
     return f"**Items among the experts' training texts.** {' '.join(said)}" if said else ""
+
+
+def overlap_warnings(found: Mapping[str, Overlap]) -> list[str]:
+    """A sentence for each expert that was trained on items."""
+    return [
+        f"expert {name} was trained on the texts of {listed(_counts(overlap))}, so its scores on them, and those of "
+        "merges with it, may be too high"
+        for name, overlap in found.items()
+        if any(overlap.shared.values())
+    ]
+
+
+def _counts(overlap: Overlap) -> list[str]:
+    return [f"{n} of {overlap.items[split]} {split} items" for split, n in overlap.shared.items() if n]
 
 
 def untrained_sentence(found: Mapping[str, Overlap]) -> str:

@@ -21,6 +21,7 @@ from evolver.report.text import escaped, markdown_table, of_task, score_text, si
 from evolver.runs.history import History, read_history
 from evolver.runs.outcome import Outcome
 from evolver.storage import Storage
+from evolver.storage.paths import last_part
 
 STEPS = 8  # rows of the table of best scores
 PICTURE = "comparison.png"
@@ -118,7 +119,7 @@ def compare_runs(folders: Sequence[Storage]) -> Compared:
 
 def _names(folders: Sequence[Storage]) -> tuple[str, ...]:
     """The names of the runs; where two have the same one, their locations."""
-    names = [f.location.rstrip("/").rpartition("/")[2] for f in folders]
+    names = [last_part(f.location) for f in folders]
     return tuple(names) if len(set(names)) == len(names) else tuple(f.location for f in folders)
 
 

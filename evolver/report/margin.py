@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from evolver.evaluation.scores.power import DISCORDANCES, Margin, assumed_margin, measured_margin, unforeseeable
+from evolver.evaluation.scores.power import DISCORDANCES, Margin, assumed_margin, measured_margin
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Result, Split
 from evolver.report.text import listed, points
@@ -31,7 +31,7 @@ def margin_lines(
     """
     answers = [r.items for r in experts if r.score is not None]
     found = {split: scales[split] for split in DECIDING if split in scales}
-    tasks = [] if len(answers) > 1 else list(dict.fromkeys(t for scale in found.values() for t in unforeseeable(scale)))
+    tasks = [] if len(answers) > 1 else list(dict.fromkeys(t for scale in found.values() for t in scale.unjudged))
     if tasks:
         why = f"the metric of {listed(tasks)} is no mean of scores from 0 to 1"
         return [f"Which differences the items can show is not known before the experts are scored, since {why}."]

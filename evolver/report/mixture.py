@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from evolver.records.recipe import Merge, Place, Recipe
-from evolver.report.text import escaped
+from evolver.report.text import escaped, layers_in_words
 
 NEAR = 1e-6  # to one, of a sum of weights that are meant to sum to one
 
@@ -42,9 +42,5 @@ def mixtures_of(recipe: Recipe) -> Iterator[str]:
 
 
 def _where(place: Place) -> str:
-    if place.layers:
-        first, last = place.layers[0], place.layers[1] - 1
-        where = f" in layer {first}" if first == last else f" in layers {first} to {last}"
-    else:
-        where = " outside the layers" if place.outside else ""
+    where = f" in {layers_in_words(place.layers)}" if place.layers else " outside the layers" * place.outside
     return where + (f" for tensors with `{place.contains}`" if place.contains else "")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from evolver.records.recipe import Cross, Expert, Layers, Merge, Place, Recipe, ancestors
-from evolver.report.text import escaped, markdown_table
+from evolver.report.text import escaped, layers_in_words, markdown_table
 from evolver.runs.outcome import Outcome
 
 # Rows that a report shows; all of them are in the CSV file.
@@ -79,8 +79,7 @@ def _tensors(place: Place) -> str:
     """Which tensors a rule is for, in words."""
     said = []
     if place.layers is not None:
-        first, last = place.layers[0], place.layers[1] - 1
-        said.append(f"layer {first}" if first == last else f"layers {first} to {last}")
+        said.append(layers_in_words(place.layers))
     if place.outside:
         said.append("outside the layers")
     if place.contains:

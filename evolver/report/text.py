@@ -94,3 +94,9 @@ def median_or_zero(values: Iterable[float]) -> float:
     """The median; 0 if there are no values."""
     found = list(values)
     return statistics.median(found) if found else 0.0
+
+
+def layers_in_words(layers: tuple[int, int]) -> str:
+    """The layers from the first number to before the second: ``layer 3``, ``layers 0 to 5``."""
+    first, last = layers[0], layers[1] - 1
+    return f"layer {first}" if first == last else f"layers {first} to {last}"

@@ -19,6 +19,7 @@ from evolver.runs.ended import Ended, read_ended
 from evolver.runs.files import ABOUT_FILE, CONFIG_REMEDY, IDENTITY_FILE, RUN_FILE, holds_a_run, mapping_of, no_run
 from evolver.runs.folder import config_of_run
 from evolver.storage import Storage
+from evolver.storage.paths import last_part
 
 ABOUT_REMEDY = "run the configuration again, which writes this file again"
 
@@ -102,7 +103,7 @@ def read_about(folder: Storage) -> About:
             f"{folder.location}/{ABOUT_FILE}: a value in it is missing or not readable ({error!r}); {ABOUT_REMEDY}."
         ) from error
     _refuse_files_of_another_run(folder, config, form)
-    name = folder.location.rstrip("/").rpartition("/")[2]  # a run may have been called by another name than its file's
+    name = last_part(folder.location)  # a run may have been called by another name than its file's
     config = config.model_copy(update={"run": name})
     ended = read_ended(folder, config.budget)
     return About(

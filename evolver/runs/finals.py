@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from evolver.config import Config
 from evolver.errors import BadInput
 from evolver.evaluation.scores.feasibility import guards
 from evolver.evaluation.scores.scoring import Scale
-from evolver.records import Candidate, Result, Split, Stage
+from evolver.records import Candidate, ItemAnswer, Result, Split, Stage
 from evolver.records.objective import Objective, values_of
 from evolver.records.recipe import Recipe
 from evolver.search.front import front, thinned
@@ -71,7 +73,7 @@ class Finals:
         """Whether all of them are scored on the select items, if there are such items."""
         return "select" not in self.scales or all(c.select is not None for c in self.everybody)
 
-    @property
+    @cached_property
     def ranked(self) -> tuple[Contender, ...]:
         """The search's candidates, best first; of equals, the one with the higher dev score comes first.
 
@@ -119,27 +121,29 @@ class Finals:
 
     def values(self, contender: Contender) -> tuple[float, ...] | None:
         """The value of every objective on dev and select items together; None where a result is missing."""
-        dev, select = contender.dev, contender.select
-        if dev.score is None or ("select" in self.scales and (select is None or select.score is None)):
-            return None
-        items = (*dev.items, *(select.items if select and "select" in self.scales else ()))
-        scale = self._joined if "select" in self.scales else self.scales["dev"]
-        return values_of(self.objectives, scale.of_tasks(items))
+        items = self._answers(contender)
+        return None if items is None else values_of(self.objectives, self._joined.of_tasks(items))
 
     def score(self, contender: Contender, on: str) -> float | None:
         """A score on ``dev``, on ``select``, or on ``both`` together; None where it is not known."""
         if on == "dev" or (on == "both" and "select" not in self.scales):
             return contender.dev.score
-        select = contender.select
-        if select is None or select.score is None or on == "select":
-            return None if select is None else select.score
-        if contender.dev.score is None:
-            return None
-        return self._joined.score((*contender.dev.items, *select.items))
+        if on == "select":
+            return None if contender.select is None else contender.select.score
+        items = self._answers(contender)
+        return None if items is None else self._joined.score(items)
 
-    @property
+    def _answers(self, contender: Contender) -> tuple[ItemAnswer, ...] | None:
+        """The answers to the dev items and, if there are some, to the select items; None where a score is missing."""
+        results = [contender.dev, *([contender.select] if "select" in self.scales else [])]
+        known = [result.items for result in results if result is not None and result.score is not None]
+        return tuple(itertools.chain(*known)) if len(known) == len(results) else None
+
+    @cached_property
     def _joined(self) -> Scale:
-        return self.scales["dev"].joined(self.scales["select"])
+        """How these answers make up a score."""
+        dev = self.scales["dev"]
+        return dev.joined(self.scales["select"]) if "select" in self.scales else dev
 
     def key(self, contender: Contender) -> tuple[float, float]:
         """What contenders are ranked by: the higher, the better."""

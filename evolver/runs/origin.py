@@ -12,6 +12,7 @@ from evolver.ledger import read_table
 from evolver.records.canonical import content_hash
 from evolver.runs.files import IDENTITY_FILE, mapping_of
 from evolver.storage import Storage, storage_at
+from evolver.storage.paths import last_part
 
 ORIGIN_FILE, USES = "origin.json", "uses"
 REMEDY = "restore the file from a copy, or call the command again that made this run, under another run name"
@@ -36,7 +37,7 @@ class Origin:
     @property
     def name(self) -> str:
         """The name of the earlier run."""
-        return name_of(self.run)
+        return last_part(self.run)
 
 
 def write_origin(folder: Storage, origin: Origin) -> None:
@@ -136,7 +137,7 @@ def report_items_used(folder: Storage, use: Use, origin: Origin | None) -> None:
 def record_own_report(root: Storage) -> None:
     """Record the first run's own use, where it was scored on its report items before anybody recorded uses."""
     identity = mapping_of(root, IDENTITY_FILE, REMEDY)
-    use = Use(name_of(root.location), content_hash(identity), draw_of(identity))
+    use = Use(last_part(root.location), content_hash(identity), draw_of(identity))
     if any(u.owner == use.owner for u in uses_of(root)):
         return
     events = read_table(root.folder("ledger")).select(["event", "stage"]).to_pylist()
@@ -148,11 +149,6 @@ def copy_uses(root: Storage, folder: Storage) -> None:
     """Copy the records of the first run into the folder of another one of its family."""
     for use in uses_of(root):
         record_use(folder, use)
-
-
-def name_of(location: str) -> str:
-    """The name of the run in a folder."""
-    return location.rstrip("/").rpartition("/")[2]
 
 
 def draw_of(identity: Any) -> int:

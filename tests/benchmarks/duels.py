@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from evolver.evaluation.scores.metrics import JUDGED, Numbers  # noqa: E402
-from evolver.evaluation.scores.racing import Race, Verdict, log_capital, shares  # noqa: E402
+from evolver.evaluation.scores.racing import Race, Verdict, log_capital  # noqa: E402
 from evolver.evaluation.scores.scoring import Scale  # noqa: E402
 from evolver.ledger import read_table  # noqa: E402
 from evolver.report.text import markdown_table  # noqa: E402
@@ -175,7 +175,7 @@ def until(look: Callable[[Sequence[float]], Verdict | None], items: Sequence[flo
 
 def _oracle(duel: Duel, alpha: float) -> int:
     """Items of a test that bets on the true difference and on nothing else, in both directions."""
-    share = shares(duel.scale)
+    share = duel.scale.item_shares
     error = np.sqrt(((share * (duel.candidate - duel.rival)) ** 2).sum())
     drift = [float(np.clip(abs(duel.difference) / max(error, 1e-9), 0.1, 30))]
     for_it = log_capital(duel.candidate, duel.rival, share, drift)

@@ -69,10 +69,7 @@ def compare(ours: Sequence[ItemAnswer], theirs: Sequence[ItemAnswer], scale: Sca
     mine, other = resampled([ours, theirs], scale, seed)
     difference = scale.score(ours) - scale.score(theirs)
     if all(m.judged for m in scale.metrics.values()):
-        share = np.empty(len(scale.tasks))
-        for task, places in scale.places.items():
-            share[places] = _weight(scale, task) / len(places)
-        each = share * (np.asarray(ours) - np.asarray(theirs))
+        each = scale.item_shares * (np.asarray(ours) - np.asarray(theirs))
         moved: Numbers = np.bincount(scale.clusters, each).astype(np.float64) if scale.clusters else each
         difference, p = math.fsum(each), _by_signs(moved, seed)
     else:
@@ -90,7 +87,7 @@ def resampled(
         return _resampled_by_document(models, scale, seed, count)
     rng, totals = np.random.default_rng(seed), [np.zeros(count) for _ in models]
     for task, places in scale.places.items():
-        metric, weight = scale.metrics[task], _weight(scale, task)
+        metric, weight = scale.metrics[task], scale.task_share(task)
         answers = [_kept(items, metric, places) for items in models]
         right = _right(scale, places)
         for rows in _blocks(count, len(places)):
@@ -127,7 +124,7 @@ def _weighted_scores(items: Sequence[ItemAnswer], scale: Scale, times: Numbers) 
         else:
             rows = [np.repeat(np.arange(len(places)), row.astype(np.int64)) for row in drawn]
             found = np.asarray([float(metric.of(answers[row][None], right[row][None])[0]) for row in rows])
-        total += _weight(scale, task) * found
+        total += scale.task_share(task) * found
     return total
 
 
@@ -194,12 +191,8 @@ def _scores(own: NDArray[np.bool_], ours: Sequence[ItemAnswer], theirs: Sequence
             found = metric.of(first.astype(np.float64) @ (a - b) + b.sum(0), right)
         else:
             found = metric.of(np.where(first, a, b), np.broadcast_to(right, first.shape))
-        total += _weight(scale, task) * found
+        total += scale.task_share(task) * found
     return total
-
-
-def _weight(scale: Scale, task: str) -> float:
-    return scale.weights[task] / math.fsum(scale.weights.values())
 
 
 def _middle(values: Numbers) -> tuple[float, float]:

@@ -11,7 +11,6 @@ candidates which fit these very items, and no resample undoes that. In such a se
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,7 +71,7 @@ class _Part:
 
     def __init__(self, candidates: Sequence[Sequence[ItemAnswer]], scale: Scale, task: str) -> None:
         self.places, self.metric = scale.places[task], scale.metrics[task]
-        self.weight = scale.weights[task] / math.fsum(scale.weights.values())
+        self.weight = scale.task_share(task)
         answers = np.asarray([[items[p] for p in self.places] for items in candidates], dtype=np.float64)
         self.answers: Numbers = answers[..., 1:] if self.metric.counts else answers
         self.right: Numbers = np.asarray([scale.right[p] if scale.right else 0.0 for p in self.places])

@@ -42,7 +42,6 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from evolver.evaluation.scores.metrics import Numbers
-from evolver.evaluation.scores.racing import shares
 from evolver.evaluation.scores.scoring import Scale
 
 FOLDS = 5
@@ -156,7 +155,7 @@ def estimate(scale: Scale, known: Numbers, places: Sequence[int], answers: Numbe
         places: which items were scored, (n), in a random order that does not depend on the models.
         answers: the answers of the B models to them, (B, n).
     """
-    return estimate_at(predictor_of(scale, known), shares(scale), np.asarray(places), answers)
+    return estimate_at(predictor_of(scale, known), scale.item_shares, np.asarray(places), answers)
 
 
 def predictor_of(scale: Scale, known: Numbers) -> Predictor:

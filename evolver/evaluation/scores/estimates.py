@@ -12,7 +12,6 @@ import numpy as np
 from evolver.errors import BadInput
 from evolver.evaluation.scores.difference import Predictor, estimate_at, predictor_of
 from evolver.evaluation.scores.irt import EstimateKind, ItemModel, fit_items
-from evolver.evaluation.scores.racing import shares
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import ItemAnswer, Result
 from evolver.records.order import OWN, item_order
@@ -75,7 +74,9 @@ class Estimates:
         answers = cast(Sequence[float], items)
         if kind == "difference":
             places = np.asarray(item_order(order, self.items)[: len(items)])
-            found = estimate_at(self._predictor, shares(self.scale), places, np.asarray([answers], dtype=np.float64))
+            found = estimate_at(
+                self._predictor, self.scale.item_shares, places, np.asarray([answers], dtype=np.float64)
+            )
             return round(float(found.value[0]), DIGITS)
         model = self._item_model.reordered(item_order(order, self.items))
         return round(model.estimate(answers, self.scale.reordered(order), cast(EstimateKind, kind)), DIGITS)
@@ -104,4 +105,4 @@ class Estimates:
 
 def first_unjudged(scale: Scale) -> str | None:
     """The first task whose items are not judged one by one with values from 0 to 1; None if there is none."""
-    return next((t for t, m in scale.metrics.items() if not m.judged or m.best != 1.0), None)
+    return next(iter(scale.unjudged), None)

@@ -74,16 +74,13 @@ class Guards:
         task, theirs = str(constraint.task), self.references[number]
         metric, places = self.scale.metrics[task], self.scale.places[task]
         if not metric.judged:
-            alone = Scale((task,) * len(places), {task: 1.0}, {task: metric}, self._right(places))
+            alone = self.scale.alone(task)
             ours, others = ([answers[p] for p in places] for answers in (items, theirs))
             one, other = resampled([ours, others], alone, self.seed)
             low = float(np.quantile(one - other, 1 - constraint.confidence))
             return Difference(alone.score(ours) - alone.score(others), low)
         each = np.asarray([items[p] for p in places], float) - np.asarray([theirs[p] for p in places], float)
         return _of_means(each, constraint.confidence, bounded=metric.best == 1.0)
-
-    def _right(self, places: Sequence[int]) -> tuple[float, ...]:
-        return tuple(self.scale.right[p] for p in places) if self.scale.right else ()
 
 
 def guards(

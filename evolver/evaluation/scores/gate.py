@@ -34,7 +34,7 @@ from typing import Literal
 import numpy as np
 
 from evolver.evaluation.scores.metrics import Numbers
-from evolver.evaluation.scores.racing import DRIFTS, MOST, shares
+from evolver.evaluation.scores.racing import DRIFTS, MOST
 from evolver.evaluation.scores.scoring import Scale
 
 Passage = Literal["not worse", "worse"]
@@ -63,7 +63,7 @@ class Gate:
     planned: int
 
     def __post_init__(self) -> None:
-        if not all(metric.judged and metric.best == 1.0 for metric in self.scale.metrics.values()):
+        if self.scale.unjudged:
             raise ValueError("only metrics that are judged item by item, from 0 to 1, can be compared")
 
     def look(self, ours: Sequence[float], theirs: Sequence[float]) -> Passage | None:
@@ -96,7 +96,7 @@ class Gate:
 
     @cached_property
     def _shares(self) -> Numbers:
-        found: Numbers = shares(self.scale) * len(self.scale.tasks)
+        found: Numbers = self.scale.item_shares * len(self.scale.tasks)
         return found
 
     @property

@@ -59,18 +59,13 @@ class Margin:
         return math.ceil(self.items * (self.smallest / difference) ** 2 - 1e-9)
 
 
-def unforeseeable(scale: Scale) -> list[str]:
-    """The tasks whose items are not judged one by one from 0 to 1. Nothing follows from a discordance for them."""
-    return [task for task, metric in scale.metrics.items() if not metric.judged or metric.best != 1.0]
-
-
 def assumed_margin(scale: Scale, discordance: float) -> Margin:
     """What the items of a scale can show if two models answer this share of them differently, in every task.
 
     Nothing is known of how strongly the items of a document are correlated, so they count as one.
 
     Args:
-        scale: one without tasks that are ``unforeseeable``.
+        scale: one without ``unjudged`` tasks, for which nothing follows from a discordance.
     """
     variances = dict.fromkeys(scale.places, discordance)
     return Margin(discordance, STANDARD_ERRORS * _error(scale, variances, 1.0), len(scale.tasks))
@@ -112,7 +107,7 @@ def _error(scale: Scale, variances: Mapping[str, float], correlation: float) -> 
         variances: of an item's difference, by task.
         correlation: of the differences on two items of one document.
     """
-    parts = _shares(scale) * np.sqrt([variances[task] for task in scale.tasks])
+    parts = scale.item_shares * np.sqrt([variances[task] for task in scale.tasks])
     alone = float((parts**2).sum())
     if not scale.clusters:
         return math.sqrt(alone)
@@ -120,21 +115,10 @@ def _error(scale: Scale, variances: Mapping[str, float], correlation: float) -> 
     return math.sqrt(alone + correlation * (together - alone))
 
 
-def _shares(scale: Scale) -> Numbers:
-    """The share of every item in the score, (n): its task's weight, divided by the number of the task's items."""
-    total = math.fsum(scale.weights.values())
-    share = np.empty(len(scale.tasks))
-    for task, places in scale.places.items():
-        share[places] = scale.weights[task] / total / len(places)
-    return share
-
-
 def _resamples(models: Sequence[Answers], scale: Scale, task: str, seed: int) -> list[Numbers]:
     """A task's metric of every model on the same resamples of the task's items."""
-    places = scale.places[task]
-    right = tuple(scale.right[p] for p in places) if scale.right else ()
-    alone = Scale((task,) * len(places), {task: 1.0}, {task: scale.metrics[task]}, right)
-    return resampled([[items[p] for p in places] for items in models], alone, seed, RESAMPLES_OF_POWER)
+    answers = [[items[p] for p in scale.places[task]] for items in models]
+    return resampled(answers, scale.alone(task), seed, RESAMPLES_OF_POWER)
 
 
 def _correlation(ours: Answers, theirs: Answers, scale: Scale) -> float:
@@ -145,7 +129,7 @@ def _correlation(ours: Answers, theirs: Answers, scale: Scale) -> float:
     judged = [task for task, metric in scale.metrics.items() if metric.judged and task in scale.places]
     if not scale.clusters or not judged:
         return 1.0
-    shares, parts, centred = _shares(scale), np.zeros(len(scale.tasks)), np.zeros(len(scale.tasks))
+    shares, parts, centred = scale.item_shares, np.zeros(len(scale.tasks)), np.zeros(len(scale.tasks))
     for task in judged:
         places = scale.places[task]
         each = _differences(ours, theirs, places)
@@ -166,4 +150,4 @@ def _differences(ours: Answers, theirs: Answers, places: Sequence[int]) -> Numbe
 def _discordance(ours: Answers, theirs: Answers, scale: Scale) -> float:
     """The share of items that two models answer differently, each task by its weight."""
     differ = np.asarray([a != b for a, b in zip(ours, theirs, strict=True)], dtype=np.float64)
-    return float(_shares(scale) @ differ)
+    return float(scale.item_shares @ differ)

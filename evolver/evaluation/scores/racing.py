@@ -84,7 +84,7 @@ class Race:
     alpha: float
 
     def __post_init__(self) -> None:
-        if not all(metric.judged and metric.best == 1.0 for metric in self.scale.metrics.values()):
+        if self.scale.unjudged:
             raise ValueError("only metrics that are judged item by item, from 0 to 1, can be raced")
         if len(self.rival) != len(self.scale.tasks):
             raise ValueError(f"{len(self.rival)} of {len(self.scale.tasks)} items of the rival")
@@ -119,8 +119,8 @@ class Race:
     def _likely(self, items: Numbers) -> Verdict | None:
         """The verdict of the capital that was the first to reach 1 / alpha; None if none has."""
         enough = -math.log(self.alpha)
-        better = _first(log_capital(items, self._rival, self._shares) >= enough)
-        worse = _first(log_capital(1.0 - items, 1.0 - self._rival, self._shares) >= enough)
+        better = _first(log_capital(items, self._rival, self.scale.item_shares) >= enough)
+        worse = _first(log_capital(1.0 - items, 1.0 - self._rival, self.scale.item_shares) >= enough)
         if better == worse:  # neither capital has reached it, or, very unlikely, both did at the same item
             return None
         return "better" if better < worse else "not better"
@@ -132,18 +132,6 @@ class Race:
     @cached_property
     def _rival(self) -> Numbers:
         return np.asarray(self.rival, dtype=np.float64)
-
-    @cached_property
-    def _shares(self) -> Numbers:
-        return shares(self.scale)
-
-
-def shares(scale: Scale) -> Numbers:
-    """The amount that each item adds to the score if its answer is 1, (N)."""
-    found, total = np.empty(len(scale.tasks)), math.fsum(scale.weights.values())
-    for task, places in scale.places.items():
-        found[places] = scale.weights[task] / total / len(places)
-    return found
 
 
 def log_capital(items: Numbers, rival: Numbers, share: Numbers, drifts: Sequence[float] = DRIFTS) -> Numbers:

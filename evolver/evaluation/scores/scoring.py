@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from evolver.evaluation.scores.metrics import Metric
+from evolver.evaluation.scores.metrics import Metric, Numbers
 from evolver.records import ItemAnswer
 from evolver.records.order import OWN, reordered
 
@@ -45,6 +45,23 @@ class Scale:
         for place, task in enumerate(self.tasks):
             found.setdefault(task, []).append(place)
         return dict(sorted(found.items()))
+
+    @cached_property
+    def item_shares(self) -> Numbers:
+        """The amount that each item adds to the score if its answer is 1, where all are judged one by one, (N)."""
+        found = np.empty(len(self.tasks))
+        for task, places in self.places.items():
+            found[places] = self.task_share(task) / len(places)
+        return found
+
+    def task_share(self, task: str) -> float:
+        """The share of a task's metric in the score."""
+        return self.weights[task] / math.fsum(self.weights.values())
+
+    @property
+    def unjudged(self) -> list[str]:
+        """The tasks whose items are not judged one by one with values from 0 to 1."""
+        return [task for task, metric in self.metrics.items() if not metric.judged or metric.best != 1.0]
 
     @property
     def shares(self) -> bool:
@@ -84,6 +101,12 @@ class Scale:
         right = tuple(self.right[k] for k in kept) if self.right else ()
         clusters = tuple(self.clusters[k] for k in kept) if self.clusters else ()
         return Scale(tuple(self.tasks[k] for k in kept), dict(shares), metrics, right, clusters), kept
+
+    def alone(self, task: str) -> Scale:
+        """The scale of one task's items, of which each counts as a document of its own."""
+        places = self.places[task]
+        right = tuple(self.right[p] for p in places) if self.right else ()
+        return Scale((task,) * len(places), {task: 1.0}, {task: self.metrics[task]}, right)
 
     def of_tasks(self, items: Sequence[ItemAnswer]) -> dict[str, float]:
         """The metric of every task over the items scored so far. Tasks without a scored item are left out."""
