@@ -30,13 +30,15 @@ CHILD = Cross(A, (B,), "evolver", 0.5, 0.5, 7)
 TASKS = ("x", "y", "x", "y")
 
 
-def make_run(folder, answers, dev=range(4), report=range(10, 12), metric="acc"):
+def make_run(folder, answers, dev=range(4), report=range(10, 12), metric="acc", draw=0):
     """A run's folder without models: of each stage, recipes with their answers."""
     text = yaml.safe_dump(
         {
             "run": folder.name, "model": {"base": "base"}, "experts": {"a": "a", "b": "b"},
             "search": {"algorithm": "tpe", "method": "ties"}, "budget": {"candidates": 3},
-            "evaluation": {"tasks": [{"task": t, "dev": 2, "report": 1, "metric": metric} for t in "xy"]},
+            "evaluation": {
+                "tasks": [{"task": t, "dev": 2, "report": 1, "metric": metric} for t in "xy"], "report_draw": draw,
+            },
         }
     )  # fmt: skip
     config: Config = ConfigText(text, "f").parsed()
@@ -148,6 +150,14 @@ def test_an_answer_that_two_runs_have_stands_once(tmp_path):
     two = make_run(tmp_path / "two", [("search", MERGE, [0.0, 0.0, 1.0, 1.0])])
     models = {m["recipe_id"]: m["answers"] for m in join_runs([storage_at(one), storage_at(two)]).models.to_pylist()}
     assert models[MERGE.id] == [True, True, True, True, None, None]
+
+
+def test_runs_with_other_report_items_of_one_family_are_joined(tmp_path):
+    """Which report items a run has drawn says nothing of what an answer means."""
+    one = make_run(tmp_path / "one", FIRST)
+    other = make_run(tmp_path / "other", FIRST, report=range(20, 22), draw=1)
+    found = join_runs([storage_at(one), storage_at(other)])
+    assert found.items.num_rows == 4 + 2 + 2
 
 
 def test_answers_along_another_order_stand_at_their_items(tmp_path):

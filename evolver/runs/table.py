@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from evolver import ledger
+from evolver.config.changes import FREE_EVALUATION_KEYS, FREE_TASK_KEYS
 from evolver.errors import BadInput
 from evolver.records import Split, split_of
 from evolver.records.order import item_order
@@ -27,12 +28,11 @@ from evolver.runs.files import IDENTITY_FILE, mapping_of
 from evolver.runs.table_card import card
 from evolver.storage import Storage, check_export, exported_folder
 
-# Keys of ``evaluation`` that say how many items are scored, and not what an answer to an item is.
+# Keys of ``evaluation``, and of its tasks, that say which items are scored and how, and not what an answer means.
 AMOUNTS = {
-    "tasks", "early_stopping", "racing", "block_items", "quantise_search", "batch_tokens", "batch_size", "threads",
-    "estimate", "subset", "order", "fitness",
+    *FREE_EVALUATION_KEYS, "tasks", "block_items", "quantise_search", "batch_tokens", "batch_size", "threads",
 }  # fmt: skip
-AMOUNTS_OF_TASK = {"dev", "select", "report", "weight"}
+AMOUNTS_OF_TASK = {*FREE_TASK_KEYS, "dev", "select", "report"}
 ItemKey = tuple[str, str]
 
 
@@ -122,20 +122,9 @@ ITEM_COLUMNS = pa.schema(
         ("label", pa.float64()),
     ]
 )
+OF_LEDGER = ("stage", "number", "recipe_id", "label", "proposer", "parents", "limit", "status", "score")
 PROPOSAL_COLUMNS = pa.schema(
-    [
-        ("run", pa.string()),
-        ("stage", pa.string()),
-        ("number", pa.int64()),
-        ("recipe_id", pa.string()),
-        ("label", pa.string()),
-        ("proposer", pa.string()),
-        ("parents", pa.list_(pa.string())),
-        ("limit", pa.int64()),
-        ("status", pa.string()),
-        ("score", pa.float64()),
-        ("scored", pa.int64()),
-    ]
+    [("run", pa.string()), *((name, ledger.SCHEMA.field(name).type) for name in OF_LEDGER), ("scored", pa.int64())]
 )
 
 
@@ -194,10 +183,9 @@ def _items(run: Storage, about: About) -> dict[Split, dict[ItemKey, dict[str, An
         split, scale = row["split"], about.scales[row["split"]]
         place = len(found[split])
         task = scale.tasks[place]
-        weight = scale.weights[task] / sum(scale.weights.values())
         label = scale.right[place] if scale.right and scale.metrics[task].compares else None
         found[split][row["task"], row["hash"]] = {
-            "task": task, "hash": row["hash"], "split": split, "weight": weight, "label": label,
+            "task": task, "hash": row["hash"], "split": split, "weight": scale.task_share(task), "label": label,
         }  # fmt: skip
     return found
 
