@@ -3,7 +3,7 @@
 from typing import get_args
 
 from evolver.merging.crossing import STRATEGIES
-from evolver.search.evolver import LED_BY_BEST, PARTNERS, Strategy
+from evolver.search.evolution.evolver import LED_BY_BEST, PARTNERS, Strategy
 
 
 def test_crossing_and_search_agree_on_the_strategies():

@@ -7,5 +7,5 @@ from evolver.search.base import SEARCHES, Search
 
 __all__ = ["SEARCHES", "Search"]
 
-for _found in pkgutil.iter_modules(__path__):  # each module registers its searches in SEARCHES
-    importlib.import_module(f"{__name__}.{_found.name}")
+for _found in pkgutil.walk_packages(__path__, f"{__name__}."):  # each module registers its searches in SEARCHES
+    importlib.import_module(_found.name)

@@ -1,0 +1,1 @@
+"""Searches over the coefficients of merge methods."""

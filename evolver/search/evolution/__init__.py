@@ -1,0 +1,1 @@
+"""Searches that evolve weights: a population of models, mutation and crossover."""
