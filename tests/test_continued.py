@@ -180,7 +180,7 @@ def test_report_items_are_drawn_again_from_what_no_set_has():
     assert len(set(report)) == 24
     assert not set(report) & {*drawn[0].dev, *drawn[0].select}
     assert draw([source("t", 8, 6, 4)], 1) == [drawn[0]]
-    with pytest.raises(BadInput, match=r"6 unused report items are asked for .* 4 documents of t are in no other set"):
+    with pytest.raises(BadInput, match=r"6 unused report items are asked for .* 4 items of t share no document"):
         draw([source("t", 8, 6, 4)], 1, 4)
 
 

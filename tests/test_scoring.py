@@ -1,6 +1,7 @@
 """Scores and their bounds, and which items are dev and which are report."""
 
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -184,8 +185,46 @@ def test_no_document_is_searched_for_one_task_and_reported_for_another():
 
 def test_two_tasks_over_too_few_documents_are_refused():
     ask, tell = (TaskEntry(task=t, dev=n, report=m) for t, n, m in (("ask", 10, 10), ("tell", 5, 15)))
-    with pytest.raises(BadInput, match=r"b\.report: 15 items are asked for, and 10 documents of tell"):
+    with pytest.raises(BadInput, match=r"b\.report: 15 items are asked for, and 10 items of tell share no document"):
         draw([ItemSource(ask, "a", some_items(20)), ItemSource(tell, "b", some_items(20))], 1)
+
+
+def passages(count, questions):
+    """Items of which so many ask about one passage, and what they share with each other."""
+    items = some_items(count)
+    return items, lambda item: [item.hash, f"passage {item.index // questions}"]
+
+
+@pytest.mark.parametrize("asked", [{}, {"select": 8}, {"select": 0}])
+def test_items_about_one_document_are_in_one_set(asked):
+    items, origins = passages(240, 3)
+    found = draw([ItemSource(entry(10, 20, **asked), "k", items, origins=origins)], 4, fresh=1)[0]
+    before = draw([ItemSource(entry(10, 20, **asked), "k", items, origins=origins)], 4)[0]
+    sets = [found.dev, found.select, found.report, before.report]
+    assert [len(part) for part in sets] == [10, asked.get("select", 10), 20, 20]
+    told = [{origin for item in part for origin in origins(item)} for part in sets]
+    assert not any(one & other for k, one in enumerate(told) for other in told[k + 1 :])
+    assert max(Counter(item.index // 3 for item in found.report).values()) > 1  # a set may hold several of a document
+
+
+def test_two_tasks_about_one_document_are_in_one_set():
+    items, origins = passages(60, 1)
+    theirs = [Item("tell", i.index, item_hash(f"other {i.index}")) for i in items]
+    ask, tell = (TaskEntry(task=t, dev=10, report=15) for t in ("ask", "tell"))
+    sources = [ItemSource(ask, "a", items, origins=origins), ItemSource(tell, "b", theirs, origins=origins)]
+    drawn = draw(sources, 2)
+    dev, report = ({i.index for found in drawn for i in found.of(split)} for split in ("dev", "report"))
+    assert not dev & report
+
+
+def test_too_few_documents_are_refused_and_a_share_takes_what_is_left():
+    items, origins = passages(40, 10)
+    with pytest.raises(BadInput, match=r"k\.report: 20 items are asked for, and (0|10) items of t share no document"):
+        draw([ItemSource(entry(12, 20), "k", items, origins=origins)], 1)
+    items, origins = passages(40, 2)
+    shares = draw([ItemSource(entry(0.25, 0.75), "k", items, origins=origins)], 1)[0]
+    assert len(shares.dev) == 10
+    assert 20 <= len(shares.report) < 30
 
 
 def test_the_common_order_mixes_tasks_and_is_fixed():

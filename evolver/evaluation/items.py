@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from itertools import islice
 from math import ceil
 from typing import Any
 
@@ -49,6 +50,11 @@ def item_hash(document: Any) -> str:
     return hashlib.sha256(canonical_json(plain).encode()).hexdigest()[:20]
 
 
+def alone(item: Item) -> list[str]:
+    """What an item of unknown origin shares with others: its content."""
+    return [item.hash]
+
+
 @dataclass(frozen=True)
 class ItemSource:
     """Where the items of one task are drawn from.
@@ -58,6 +64,8 @@ class ItemSource:
         own: items of the task.
         report: items of another task that the report set is to be taken from, if any.
         select: items of other data that the select set is to be taken from, if any.
+        origins: what an item shares with others that come from the same source document: the hash of its content, and
+            that of the document, if it is known.
     """
 
     entry: TaskEntry
@@ -65,6 +73,15 @@ class ItemSource:
     own: Sequence[Item]
     report: Sequence[Item] | None = None
     select: Sequence[Item] | None = None
+    origins: Callable[[Item], Sequence[str]] = alone
+
+    def free(self, ranked: Iterable[Item], used: Set[str]) -> Iterator[Item]:
+        """Those of the items that come from no document that is used already."""
+        return (item for item in ranked if used.isdisjoint(self.origins(item)))
+
+    def origins_of(self, items: Iterable[Item]) -> set[str]:
+        """What any of the items shares with others."""
+        return {origin for item in items for origin in self.origins(item)}
 
     @cached_property
     def wanted(self) -> tuple[int, int]:
@@ -91,8 +108,8 @@ class ItemSource:
 def draw(sources: Sequence[ItemSource], seed: int, fresh: int = 0) -> list[Items]:
     """The dev, select and report items of every task, drawn without replacement by the hash of seed and item.
 
-    Tasks may ask different things of the same documents: no document that one of them has in one of its sets is in
-    another set of any.
+    Tasks may ask different things of the same documents, and so may the items of one task: no document that one of them
+    has in one of its sets is in another set of any.
 
     Args:
         fresh: how many sets of report items were drawn before; the items of none of them are drawn again.
@@ -100,15 +117,19 @@ def draw(sources: Sequence[ItemSource], seed: int, fresh: int = 0) -> list[Items
     Raises BadInput for an empty or too small set, and for a task whose own dev and report data overlap.
     """
     dev = [_draw_dev(source, seed) for source in sources]
-    searched = {item.hash for items in dev for item in items}
-    report = [_draw_report(s, d, searched, seed) for s, d in zip(sources, dev, strict=True)]
-    used = searched | {item.hash for items in report for item in items}
+    used = _origins_of(sources, dev)
+    report = [_draw_report(s, d, used, seed) for s, d in zip(sources, dev, strict=True)]
+    used |= _origins_of(sources, report)
     select = [_draw_select(source, len(d), used, seed) for source, d in zip(sources, dev, strict=True)]
-    used |= {item.hash for items in select for item in items}
+    used |= _origins_of(sources, select)
     for number in range(fresh):
         report = [_draw_again(source, used, number + 1, seed) for source in sources]
-        used |= {item.hash for items in report for item in items}
+        used |= _origins_of(sources, report)
     return [Items(*drawn) for drawn in zip(dev, report, select, strict=True)]
+
+
+def _origins_of(sources: Sequence[ItemSource], drawn: Sequence[Sequence[Item]]) -> set[str]:
+    return set[str]().union(*(s.origins_of(items) for s, items in zip(sources, drawn, strict=True)))
 
 
 def _draw_dev(source: ItemSource, seed: int) -> tuple[Item, ...]:
@@ -120,7 +141,7 @@ def _draw_dev(source: ItemSource, seed: int) -> tuple[Item, ...]:
     return tuple(ranked[:dev])
 
 
-def _draw_report(source: ItemSource, dev: Sequence[Item], searched: Collection[str], seed: int) -> tuple[Item, ...]:
+def _draw_report(source: ItemSource, dev: Sequence[Item], searched: Set[str], seed: int) -> tuple[Item, ...]:
     entry, key, (_, report) = source.entry, source.key, source.wanted
     ranked = _ranked(source.own if source.report is None else source.report, seed)
     if source.report is not None:
@@ -132,44 +153,50 @@ def _draw_report(source: ItemSource, dev: Sequence[Item], searched: Collection[s
                 f"{key}: {len(shared)} items are both dev items and report items of {entry.task}; give data that "
                 "share no item, or leave the report data out, so that the dev data is split."
             )
-    free = [item for item in ranked if item.hash not in searched]
+    free = list(islice(source.free(ranked, searched), report))
+    if isinstance(entry.report, float) and free:
+        return tuple(free)  # a share of the documents, some of which have several items
     if len(free) < report:
         raise BadInput(
-            f"{key}.report: {report} items are asked for, and {len(free)} documents of {entry.task} are not "
-            "among the dev items of this task or of another one; ask for fewer dev or report items."
+            f"{key}.report: {report} items are asked for, and {len(free)} items of {entry.task} share no document with "
+            "the dev items of this task or of another one; ask for fewer dev or report items."
         )
-    return tuple(free[:report])
+    return tuple(free)
 
 
-def _draw_again(source: ItemSource, used: Collection[str], number: int, seed: int) -> tuple[Item, ...]:
+def _draw_again(source: ItemSource, used: Set[str], number: int, seed: int) -> tuple[Item, ...]:
     """Another set of report items, after all other sets."""
     entry, wanted = source.entry, source.wanted[1]
     ranked = _ranked(source.own if source.report is None else source.report, seed)
-    free = [item for item in ranked if item.hash not in used]
+    free = tuple(islice(source.free(ranked, used), wanted))
     if len(free) < wanted:
         raise BadInput(
             f"{source.key}.report: {wanted} unused report items are asked for (evaluation.report_draw: {number}), and "
-            f"{len(free)} documents of {entry.task} are in no other set; use the report items again, or give more data."
+            f"{len(free)} items of {entry.task} share no document with another set; use the report items again, or "
+            "give more data."
         )
-    return tuple(free[:wanted])
+    return free
 
 
-def _draw_select(source: ItemSource, dev: int, used: Collection[str], seed: int) -> tuple[Item, ...]:
+def _draw_select(source: ItemSource, dev: int, used: Set[str], seed: int) -> tuple[Item, ...]:
     """The last ones to be drawn, so that the other two sets are the same with and without them."""
     entry, key = source.entry, f"{source.key}.select"
     ranked = _ranked(source.own if source.select is None else source.select, seed)
-    free = [item for item in ranked if item.hash not in used]
+    left = source.free(ranked, used)
     if entry.select is None:
         # Tasks whose data have one part only take their few-shot examples from what is left over.
+        free = list(islice(left, 2 * dev))
         return tuple(free[: min(dev, len(free) if source.select is not None else len(free) // 2)])
+    free = list(left)
     wanted = _count(entry.select, len(ranked))
     shares = [a for a in (entry.dev, entry.select, entry.report) if isinstance(a, float)]
     if len(shares) == 3 and sum(map(_exact, shares)) <= 1:  # which holds for the numbers of documents only nearly
         wanted = max(1, min(wanted, len(free)))
     if len(free) < wanted:
         raise BadInput(
-            f"{key}: {wanted} items are asked for, and {len(free)} of the {len(ranked)} documents of {entry.task} are "
-            "neither dev nor report items of this task or of another one; ask for fewer items of one of the three sets."
+            f"{key}: {wanted} items are asked for, and {len(free)} of the {len(ranked)} items of {entry.task} share no "
+            "document with dev or report items of this task or of another one; ask for fewer items of one of the three "
+            "sets."
         )
     return tuple(free[:wanted])
 

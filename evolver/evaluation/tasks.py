@@ -143,7 +143,7 @@ class Tasks:
             {name: e.weight * share for e in self.entries for name, share in shares[e.task].items()},
             {name: metrics[task] for task, parts in shares.items() for name in parts},
             right,
-            clusters_of([self._keys_of_document(a) for a in asked]),
+            clusters_of([self._origins(a) for a in asked]),
         )
 
     def parts(self, split: Split) -> dict[str, list[str]]:
@@ -159,8 +159,8 @@ class Tasks:
             found.append(None if text is None else item_hash(text))
         return found
 
-    def _keys_of_document(self, asked: AskedItem) -> list[str]:
-        """What an item shares with others that come from the same source document, as hashes."""
+    def _origins(self, asked: AskedItem) -> list[str]:
+        """See ``ItemSource.origins``."""
         judge = self.judges[asked.entry.task]
         document = judge.document(asked) if isinstance(judge, Sourced) else None
         return [asked.item.hash] if document is None else [asked.item.hash, item_hash(document)]
@@ -216,7 +216,10 @@ class Tasks:
         judge.metric(entry)
         own = judge.items(entry, "dev") or []
         own_report, own_select = judge.items(entry, "report"), judge.items(entry, "select")
-        return ItemSource(entry, f"evaluation.tasks[{number}]", own, own_report, own_select)
+        return ItemSource(
+            entry, f"evaluation.tasks[{number}]", own, own_report, own_select,
+            lambda item: self._origins(AskedItem(entry, item)),
+        )  # fmt: skip
 
     def _own(self, number: int, entry: TaskEntry, items: Items) -> None:
         """Note whose the items are, as no item is scored twice."""
