@@ -139,7 +139,9 @@ def test_documents_of_other_tasks_are_not_selected():
 
 
 def test_too_many_select_items_are_refused_with_the_number_that_is_left():
-    with pytest.raises(BadInput, match=r"evaluation.tasks\[0\].select: 61 items are asked for, and 60 of the 100 items"):
+    with pytest.raises(
+        BadInput, match=r"evaluation.tasks\[0\].select: 61 items are asked for, and 60 of the 100 items"
+    ):
         draw([source(30, 61, 10)], 3)
 
 

@@ -187,6 +187,13 @@ class EvaluationSettings(Section):
         description="items that are scored at a time by searches that may stop early; after each block they look "
         "whether to stop",
     )
+    fitness: Literal["score", "probability", "both"] = Field(
+        "score",
+        description="what the search sees of an answer to a dev item. score: the item's score by the task's metric; "
+        "probability: how probable the model finds the right answer; both: the mean of the two. With few dev items, "
+        "probabilities tell more models apart. Select and report items always count by the metrics, so finalists are "
+        "then ranked on the select items alone",
+    )
     early_stopping: bool = Field(
         True,
         description="stop scoring a candidate when the remaining items can no longer change whether it is accepted",

@@ -334,11 +334,14 @@ def measured_anew(
         scale, items = scales[split], tuple(result.items[p] for p in chosen)
         whole = len(items) == len(scale.tasks)
         said = tuple(result.said[p] for p in chosen) if len(result.said) == len(result.items) else ()
+        found = result.probability_of(len(before[split]))
+        probabilities = tuple(found[p] for p in chosen) if set(chosen) <= found.keys() else ()
         score = scale.score(items) if whole else None
         bound = score if whole else scale.bound(items)
         return replace(
             result, score=score, bound=bound, complete=whole, items=items, tasks=scale.of_tasks(items), said=said,
-            raced=False, given=0, reused=False, violations={n: v for n, v in result.violations.items() if n in kept},
+            probabilities=probabilities, order=OWN, raced=False, given=0, reused=False,
+            violations={n: v for n, v in result.violations.items() if n in kept},
         )  # fmt: skip
 
     return again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
@@ -44,6 +45,7 @@ class Scored:
         invalid: number of items in whose generated text lm-eval's filters found no answer.
         said: the answers in words, for the examples of a report. A kind of evaluation whose answers are no words leaves
             it empty.
+        probabilities: how probable the model finds the right answer, where the kind of evaluation knows it.
     """
 
     answers: dict[int, ItemAnswer] = field(default_factory=dict)
@@ -51,6 +53,7 @@ class Scored:
     truncated: int = 0
     invalid: int = 0
     said: dict[int, str] = field(default_factory=dict)
+    probabilities: dict[int, float] = field(default_factory=dict)
 
     def add(self, other: Scored, places: Sequence[int] | None = None) -> None:
         """Add the answers to some other items.
@@ -60,6 +63,7 @@ class Scored:
         """
         self.answers.update({p if places is None else places[p]: answer for p, answer in other.answers.items()})
         self.said.update({p if places is None else places[p]: text for p, text in other.said.items()})
+        self.probabilities.update({p if places is None else places[p]: x for p, x in other.probabilities.items()})
         self.tokens += other.tokens
         self.truncated += other.truncated
         self.invalid += other.invalid
@@ -74,6 +78,10 @@ class Scored:
         """The answers in words in the same order, shortened; an empty text where there are none."""
         texts = (shortened(self.said.get(place, ""), SAID_LENGTH) for place in sorted(self.answers))
         return [text.encode(errors="replace").decode() for text in texts]  # half a surrogate pair cannot be stored
+
+    def probabilities_at(self, places: Sequence[int]) -> list[float]:
+        """The probabilities of the right answers to some items, NaN where one is not known, rounded to millionths."""
+        return [round(self.probabilities.get(place, math.nan), 6) for place in places]
 
     @property
     def counts(self) -> dict[str, float]:
@@ -196,6 +204,15 @@ class Shows(Protocol):
     """A judge that can show its items to people, in the examples of a report."""
 
     def show(self, asked: AskedItem) -> ItemText: ...
+
+
+@runtime_checkable
+class Probable(Protocol):
+    """A judge whose scorers may say how probable a model finds the right answer."""
+
+    def probable(self, entry: TaskEntry) -> bool:
+        """Whether they say it of every item of a task."""
+        ...
 
 
 @runtime_checkable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -23,6 +24,7 @@ from evolver.evaluation.base import (
     Grouped,
     ItemText,
     Judge,
+    Probable,
     Scored,
     Scorer,
     Shows,
@@ -31,10 +33,10 @@ from evolver.evaluation.base import (
 )
 from evolver.evaluation.blueprint import Blueprint, ModelFolder
 from evolver.evaluation.items import Item, Items, ItemSource, draw, in_order, item_hash
-from evolver.evaluation.scores.metrics import Metric
+from evolver.evaluation.scores.metrics import FITNESS, Metric
 from evolver.evaluation.scores.resampling import clusters_of
 from evolver.evaluation.scores.scoring import Scale
-from evolver.records import SPLITS, Split
+from evolver.records import SPLITS, Split, own_score
 
 
 def load_tasks(config: Config) -> Tasks:
@@ -59,7 +61,7 @@ class Tasks:
     """
 
     def __init__(self, config: Config) -> None:
-        self.entries = config.evaluation.tasks
+        self.entries, self.fitness = config.evaluation.tasks, config.evaluation.fitness
         self.judges = _judges(config)
         self._scales: dict[Split, Scale] = {}
         self._owners: dict[tuple[Split, Item], TaskEntry] = {}
@@ -135,7 +137,7 @@ class Tasks:
     def _scale(self, split: Split) -> Scale:
         asked = self._asked(split)
         shares = self._shares(split, asked)
-        metrics = {e.task: self.judges[e.task].metric(e) for e in self.entries}
+        metrics = {e.task: self.metric(e, split) for e in self.entries}
         compares = any(m.compares for m in metrics.values())
         right = tuple(self._right(a, metrics[a.entry.task]) for a in asked) if compares else ()
         return Scale(
@@ -145,6 +147,11 @@ class Tasks:
             right,
             clusters_of([self._origins(a) for a in asked]),
         )
+
+    def metric(self, entry: TaskEntry, split: Split) -> Metric:
+        """The metric of a task on the items of a split."""
+        own = self.judges[entry.task].metric(entry)
+        return own if split != "dev" else FITNESS.get(self.fitness, own)
 
     def parts(self, split: Split) -> dict[str, list[str]]:
         """For each task of the configuration the tasks that a scale has for it: itself, or those of a group."""
@@ -190,7 +197,7 @@ class Tasks:
             places = [p for p, a in enumerate(asked) if self.judges[a.entry.task] is judge]
             if places:
                 parts.append((judge.scorer(model, [asked[p] for p in places], scored), places))
-        return SplitScorer(parts)
+        return SplitScorer(parts, self.fitness if split == "dev" else "score")
 
     def show(self, split: Split, places: Sequence[int]) -> dict[int, ItemText]:
         """Items of a split as people read them, by their places; without those whose judge cannot show them."""
@@ -213,7 +220,7 @@ class Tasks:
 
     def _source(self, number: int, entry: TaskEntry) -> ItemSource:
         judge = self.judges[entry.task]
-        judge.metric(entry)
+        _check_fitness(judge, entry, self.fitness, f"evaluation.tasks[{number}]")
         own = judge.items(entry, "dev") or []
         own_report, own_select = judge.items(entry, "report"), judge.items(entry, "select")
         return ItemSource(
@@ -239,10 +246,11 @@ class SplitScorer:
 
     Args:
         parts: the scorer of each judge, with the places of its items in the order of the split.
+        fitness: what an answer is, ``evaluation.fitness``.
     """
 
-    def __init__(self, parts: Sequence[tuple[Scorer, Sequence[int]]]) -> None:
-        self.parts = parts
+    def __init__(self, parts: Sequence[tuple[Scorer, Sequence[int]]], fitness: str = "score") -> None:
+        self.parts, self.fitness = parts, fitness
 
     def score(self, start: int, stop: int) -> Scored:
         """The answers to the items from ``start`` to ``stop - 1`` in the order of the split.
@@ -258,7 +266,28 @@ class SplitScorer:
             inside = [i for i, place in enumerate(places) if place in chosen]
             if inside:
                 out.add(scorer.score(inside), places)
+        if self.fitness != "score":
+            for place, probability in out.probabilities.items():
+                own = [own_score(out.answers[place])] if self.fitness == "both" else []
+                out.answers[place] = math.fsum([probability, *own]) / (1 + len(own))
         return out
+
+
+def _check_fitness(judge: Judge, entry: TaskEntry, fitness: str, key: str) -> None:
+    """Raises BadInput for a metric that the judge does not have, and for a task that cannot have this fitness."""
+    metric = judge.metric(entry)
+    if fitness == "score":
+        return
+    if not (isinstance(judge, Probable) and judge.probable(entry)):
+        raise BadInput(
+            f"evaluation.fitness: the probability of the right answer to an item of {entry.task} ({key}) is not known, "
+            "as only classes and options have one; write score."
+        )
+    if fitness == "both" and not (metric.judged and metric.best == 1.0):
+        raise BadInput(
+            f"evaluation.fitness: {entry.metric} of {entry.task} ({key}) is not the mean of scores of its items from 0 "
+            "to 1, so an item has no score to add to its probability; write probability or score."
+        )
 
 
 def _judges(config: Config) -> dict[str, Judge]:

@@ -22,7 +22,7 @@ from evolver.storage import Storage, read_all
 PART = re.compile(r"part-(\d{8})(?:-(\d{8}))?\.parquet")
 OWNER, VERSION = b"evolver.run", b"evolver.ledger"
 # The version of the columns. Increase it when you add a column: earlier versions then refuse such a ledger.
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 DAMAGED = "damaged"
 
 

@@ -50,6 +50,8 @@ SCHEMA = pa.schema(
         ("order", pa.string()),
         # by how much a candidate breaks the run's constraints
         ("violations", pa.map_(pa.string(), pa.float64())),
+        # how probable the model finds the right answer to each new item; NaN where that is not known
+        ("probabilities", pa.list_(pa.float32())),
     ]
 )
 
@@ -84,7 +86,7 @@ def row_of(candidate: Candidate, result: Result | None) -> dict[str, Any]:
         row["item_counts"] = [list(a[1:]) if isinstance(a, tuple) else [] for a in result.items]
         if not any(row["item_counts"]):
             row["item_counts"] = []
-        row["said"] = list(result.said)
+        row["said"], row["probabilities"] = list(result.said), list(result.probabilities)
         row |= {name: list(getattr(result, name).items()) for name in MAPS}
     return row
 
@@ -114,7 +116,8 @@ def result_of(row: Mapping[str, Any]) -> Result:
     items: tuple[Any, ...] = tuple(row["items"])
     if row["item_counts"]:
         items = tuple((own, *counts) if counts else own for own, counts in zip(items, row["item_counts"], strict=True))
-    return Result(**{name: row[name] for name in same}, items=items, said=tuple(row["said"] or ()))
+    more: dict[str, Any] = {name: tuple(row[name] or ()) for name in ("said", "probabilities")}
+    return Result(**{name: row[name] for name in same}, items=items, **more)
 
 
 def now() -> int:

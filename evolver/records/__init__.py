@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from evolver.records.order import OWN
+from evolver.records.order import OWN, item_order
 from evolver.records.recipe import Recipe
 
 Stage = Literal["baseline", "search", "select", "report"]
@@ -136,6 +136,8 @@ class Result:
         order: the name of the order in which the items were scored.
         said: the answers to the new items in words, shortened, if they are report items and the kind of evaluation puts
             its answers into words; otherwise empty.
+        probabilities: how probable the model finds the right answer to each new item, NaN where that is not known, in
+            the order in which they were scored; empty where it is known of none.
         violations: by how much it breaks each of the run's constraints, by the number of the constraint; what is not
             above 0 is kept. What was not found out, because the evaluation stopped before its end, is left out.
     """
@@ -157,6 +159,7 @@ class Result:
     transient: bool = False
     given: int = 0
     said: tuple[str, ...] = ()
+    probabilities: tuple[float, ...] = ()
     violations: Mapping[str, float] = field(default_factory=dict)
     stage: Stage = "search"
     order: str = OWN
@@ -171,6 +174,11 @@ class Result:
     def cost(self) -> int:
         """The number of items that were scored for this result."""
         return 0 if self.reused else len(self.items) - self.given
+
+    def probability_of(self, count: int) -> dict[int, float]:
+        """The probabilities by the places of their items, of which the split has ``count``, in the run's own order."""
+        places = item_order(self.order, count)[self.given :] if self.probabilities else ()
+        return dict(zip(places, self.probabilities, strict=False))
 
     def answers(self, candidate: Candidate) -> bool:
         """Whether this result is enough for a candidate with the same recipe, so that nothing has to be scored.

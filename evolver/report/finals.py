@@ -49,7 +49,7 @@ def _row(contender: Contender, finals: Finals) -> list[str]:
 
 
 def _how(finals: Finals) -> str:
-    on = "the select items alone" if finals.alone else "the dev and select items together"
+    on = "the select items alone" if finals.alone or finals.apart else "the dev and select items together"
     front = ", among them those on the front of its objectives" if finals.objectives else ""
     return (
         f"The {len(finals.searched)} best candidates of the search on the dev items{front}, the experts and the plain "

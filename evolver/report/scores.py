@@ -14,6 +14,7 @@ from typing import Any
 
 from evolver.config import Config
 from evolver.config.evaluation import TaskEntry
+from evolver.evaluation.scores.metrics import FITNESS
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Result, Split
 from evolver.report.text import escaped, listed, markdown_table, of_task, score_text
@@ -59,6 +60,9 @@ def references(outcome: Outcome) -> dict[str, Reference]:
     return found
 
 
+BOTH = ", the means of the items' scores and of the probabilities of their right answers"
+
+
 def scores_section(outcome: Outcome) -> str:
     """The section of a report."""
     parts = [
@@ -88,9 +92,9 @@ def formula(outcome: Outcome) -> str:
 
 
 def _metric_name(outcome: Outcome, task: str, scale: Scale) -> str:
-    """The metric as the configuration names it; of a task in a group, its kind."""
-    entry = _entry(outcome.config, task)
-    return entry.metric if entry else scale.metrics[task].name
+    """The metric as the configuration names it; of a task in a group, and of what a search sees instead, its kind."""
+    entry, metric = _entry(outcome.config, task), scale.metrics[task]
+    return entry.metric if entry and metric not in FITNESS.values() else metric.name
 
 
 def score_rows(outcome: Outcome) -> Iterator[dict[str, Any]]:
@@ -153,7 +157,8 @@ def _raw_table(outcome: Outcome) -> str:
         [name, score_text(r.score, scale), *(of_task(r.tasks.get(t), scale.metrics[t]) for t in scale.weights)]
         for name, r in _results(outcome, "dev")
     ]
-    return f"On the dev items:\n\n{markdown_table(head, rows)}"
+    seen = {"score": "", "probability": ", the mean probabilities of the right answers", "both": BOTH}
+    return f"On the dev items{seen[outcome.config.evaluation.fitness]}:\n\n{markdown_table(head, rows)}"
 
 
 def _own_table(outcome: Outcome) -> str:

@@ -55,6 +55,8 @@ class Finals:
         alone: whether the search's candidates are ranked by the select items alone, and not together with the dev
             items.
         objectives: those of the run; none where it has the score alone.
+        apart: whether answers to dev items mean something else than those to select items (``evaluation.fitness``, or
+            another quantisation), so that the select items alone can say who leads, if there are some.
     """
 
     searched: tuple[Contender, ...]
@@ -63,6 +65,7 @@ class Finals:
     scales: Mapping[Split, Scale]
     alone: bool = False
     objectives: tuple[Objective, ...] = ()
+    apart: bool = False
 
     @property
     def everybody(self) -> tuple[Contender, ...]:
@@ -135,15 +138,22 @@ class Finals:
 
     def _answers(self, contender: Contender) -> tuple[ItemAnswer, ...] | None:
         """The answers to the dev items and, if there are some, to the select items; None where a score is missing."""
-        results = [contender.dev, *([contender.select] if "select" in self.scales else [])]
+        results = [contender.dev, contender.select][self._parts]
         known = [result.items for result in results if result is not None and result.score is not None]
         return tuple(itertools.chain(*known)) if len(known) == len(results) else None
 
     @cached_property
     def _joined(self) -> Scale:
         """How these answers make up a score."""
-        dev = self.scales["dev"]
-        return dev.joined(self.scales["select"]) if "select" in self.scales else dev
+        first, *more = [self.scales[split] for split in ("dev", "select") if split in self.scales][self._parts]
+        return first.joined(more[0]) if more else first
+
+    @property
+    def _parts(self) -> slice:
+        """Which of the dev and the select items count together."""
+        if "select" not in self.scales:
+            return slice(1)
+        return slice(1, 2) if self.apart else slice(2)
 
     def key(self, contender: Contender) -> tuple[float, float]:
         """What contenders are ranked by: the higher, the better."""
@@ -182,9 +192,11 @@ def finals(
         tuple(contender(label, known[label]) for label in config.experts),
         tuple(contender(label, known[label]) for label in ("average", tuned)),
         scales,
-        # Scores of models as they are and as they are after a quantisation make no sum.
-        config.finalists.rank == "select" or config.evaluation.rounding("dev") != config.evaluation.rounding("select"),
+        config.finalists.rank == "select",
         objectives,
+        # Scores of models as they are and as they are after a quantisation make no sum.
+        config.evaluation.fitness != "score"
+        or config.evaluation.rounding("dev") != config.evaluation.rounding("select"),
     )
 
 

@@ -44,8 +44,8 @@ class AnswerTable:
         runs: names of the runs.
         items: one row for each item: task, hash, split, weight, label.
         models: one row for each model: recipe_id, kind, method, settings, inputs, recipe, complete (whether it has
-            answered all dev items), answers. The answers are in the order of the items, null where the item was not
-            scored.
+            answered all dev items), answers, and probabilities of the right answers if any is known. Answers and
+            probabilities are in the order of the items, null where the item was not scored or nothing is known.
         proposals: one row for each result of a run: run, stage, number, recipe_id, label, proposer, parents, limit,
             status, score, scored.
     """
@@ -134,6 +134,7 @@ class _Models:
     def __init__(self, count: int) -> None:
         self._count = count
         self._answers: dict[str, NDArray[np.float32]] = {}
+        self._probabilities: dict[str, NDArray[np.float32]] = {}
         self._recipes: dict[str, str] = {}
 
     def add(self, recipe_id: str, recipe: str, places: NDArray[np.int64], answers: NDArray[np.float64]) -> None:
@@ -142,6 +143,11 @@ class _Models:
         row = self._answers.setdefault(recipe_id, np.full(self._count, np.nan, dtype=np.float32))
         new = np.isnan(row[places])
         row[places[new]] = answers[new]
+
+    def add_probabilities(self, recipe_id: str, places: NDArray[np.int64], found: NDArray[np.float32]) -> None:
+        """Note how probable a model that was added finds the right answers to the items at these places."""
+        row = self._probabilities.setdefault(recipe_id, np.full(self._count, np.nan, dtype=np.float32))
+        row[places] = np.where(np.isnan(row[places]), found, row[places])
 
     def table(self, dev: Sequence[bool]) -> pa.Table:
         """One row for each model. Where every answer is right or wrong, the answers are bits.
@@ -159,7 +165,16 @@ class _Models:
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         complete = ~missing[:, np.asarray(dev)].any(1)
         answers = pa.LargeListArray.from_arrays(offsets, values).cast(pa.list_(values.type))
-        return pa.table({**columns, "complete": complete, "answers": answers})
+        more = {"probabilities": self._likely()} if self._probabilities else {}
+        return pa.table({**columns, "complete": complete, "answers": answers, **more})
+
+    def _likely(self) -> pa.Array:
+        """The probabilities of every model, in 16 bits each; null for a model of which none is known."""
+        rows = [
+            None if found is None else pa.array(found.astype(np.float16), mask=np.isnan(found))
+            for found in map(self._probabilities.get, self._answers)
+        ]
+        return pa.array(rows, type=pa.list_(pa.float16()))
 
 
 def _described(recipe: Recipe, text: str) -> dict[str, Any]:
@@ -195,20 +210,22 @@ def _results(
 ) -> Iterator[dict[str, Any]]:
     """The rows of a run's results; their answers are added to the models."""
     for part in ledger.standing(ledger.read_all_parts(run.folder("ledger"))).values():
-        read = {*PROPOSAL_COLUMNS.names, "event", "recipe", "complete", "order"}
+        read = {*PROPOSAL_COLUMNS.names, "event", "recipe", "complete", "order", "given"}
         rows = part.select([name for name in part.column_names if name in read])
         for batch, row in enumerate(rows.to_pylist()):
             if row.pop("event") != "finished":
                 continue
             recipe = row.pop("recipe")
             answers = np.asarray(part["items"][batch].values, dtype=np.float64)
-            at = places[split_of(row["stage"])]
-            if not row.pop("complete"):
-                at = at[list(item_order(row["order"], len(at)))]
-            at = at[: len(answers)]
-            del row["order"]
+            likely = np.asarray(part["probabilities"][batch].values, dtype=np.float32)
+            own = places[split_of(row["stage"])]
+            asked = own[list(item_order(row.pop("order"), len(own)))]
+            at = (own if row.pop("complete") else asked)[: len(answers)]
+            new = asked[row.pop("given") :][: len(likely)]
             if len(answers):
                 models.add(row["recipe_id"], recipe, at, answers[: len(at)])
+            if len(new):
+                models.add_probabilities(row["recipe_id"], new, likely[: len(new)])
             yield {"run": name, **row, "scored": len(answers)}
 
 

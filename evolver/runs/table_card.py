@@ -30,7 +30,7 @@ who has the experts can rebuild it.
 the score (those of all tasks add up to 1); `label`, the right answer as a number where a metric compares with it |
 | `models.parquet` | a model | `recipe_id`; `kind` and `method` of the last step that made it; its `settings`; \
 `inputs`, the ids of what it was made from; `recipe`, the whole lineage as JSON; `complete`, whether it \
-has answered all dev items; `answers` in the order of the items, null where an item was not scored |
+has answered all dev items; `answers` in the order of the items, null where an item was not scored{likely} |
 | `proposals.parquet` | a result of a run, in the order of its ledger | `run`, `stage`, `number`; `recipe_id`; \
 `label` and `proposer`; `parents`; `limit`, the number of items that were asked for; `status`; `score`; `scored`, the \
 number of items that had been scored |
@@ -49,6 +49,7 @@ answers = np.array(models.filter(models["complete"])["answers"].to_pylist(), dty
 **Selection.** The models of a search are no random sample: each was proposed after the results of others, on the items
 with `split` dev. Compare rules for choosing on items that the search has not seen, or say that it has seen them.
 """
+LIKELY = "; `probabilities`, how probable the model finds the right answers, where that was noted, in 16 bits each"
 BITS = "Every answer is right (true) or wrong (false)."
 GRADED = (
     "Answers are numbers; for metrics that are computed from counts over all items, they are each item's own score."
@@ -72,5 +73,5 @@ def card(runs: Sequence[str], items: pa.Table, models: pa.Table, proposals: pa.T
     bits = BITS if pa.types.is_boolean(models.schema.field("answers").type.value_type) else GRADED
     return DATA_CARD.format(
         models=models.num_rows, items=items.num_rows, runs=f"the runs {ran}" if len(runs) > 1 else f"the run {ran}",
-        counts=f"{counts}\n\n{made}", bits=bits,
+        counts=f"{counts}\n\n{made}", bits=bits, likely=LIKELY if "probabilities" in models.column_names else "",
     )  # fmt: skip

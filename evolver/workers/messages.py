@@ -36,7 +36,8 @@ def pack_result(result: Result) -> bytes:
 def unpack_result(data: bytes) -> Result:
     """The inverse of ``pack_result``."""
     result = Result(**_unpack(data))
-    return replace(result, items=as_answers(result.items), said=tuple(result.said))
+    more: dict[str, Any] = {"said": tuple(result.said), "probabilities": tuple(result.probabilities)}
+    return replace(result, items=as_answers(result.items), **more)
 
 
 def _pack(fields: dict[str, Any]) -> bytes:

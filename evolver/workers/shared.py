@@ -120,10 +120,12 @@ class SharedPool:
     def _join(self, shared: _Shared) -> Result:
         pieces = [shared.come[first] for first in sorted(shared.come)]
         said = tuple(text for piece in pieces for text in piece.said)
+        probabilities = tuple(x for piece in pieces for x in piece.probabilities)
         seconds, counts = ({k: math.fsum(p[k] for p in ps) for k in ps[0]} for ps in _columns(pieces))
         worker = "+".join(p.worker for p in pieces)
         result = shared.course.result(shared.items, seconds, counts, worker)
-        return replace(result, said=said, violations=pieces[0].violations if result.complete else {})
+        violations = pieces[0].violations if result.complete else {}
+        return replace(result, said=said, probabilities=probabilities, violations=violations)
 
 
 def _columns(pieces: Sequence[Result]) -> tuple[list[dict[str, float]], list[dict[str, float]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import math
 import tempfile
 import time
 from collections import deque
@@ -296,18 +297,22 @@ class Worker:
         """Score the items block by block, until the last one or until the evaluation may stop early."""
         course, piece = Evaluation(candidate, self.scale, self.block, self.alpha), candidate.question.piece
         items, counts, said = list(candidate.question.known), Scored().counts, list[str]()
+        probabilities: list[float] = []
         order = item_order(candidate.question.order, len(self.scale.tasks))
         for start, stop in course.blocks() if piece is None else blocks(*piece, self.block):
             scored = scorer.score_at(set(order[start:stop]))
             items += [scored.answers[place] for place in order[start:stop]]
+            probabilities += scored.probabilities_at(order[start:stop])
             if candidate.split == "report":  # nobody reads the answers of a whole search
                 said += scored.words
             counts = {name: counts[name] + value for name, value in scored.counts.items()}
             if piece is None and course.ended(items):
                 break
+        known = () if all(map(math.isnan, probabilities)) else tuple(probabilities)
         if piece is None:
-            return replace(course.result(items, {}, counts, self.name), said=tuple(said))
+            return replace(course.result(items, {}, counts, self.name), said=tuple(said), probabilities=known)
         return Result(
             candidate.number, candidate.recipe.id, "ok", items=tuple(items), counts=counts, worker=self.name,
-            stage=candidate.stage, given=piece[0], said=tuple(said), order=candidate.question.order,
+            stage=candidate.stage, given=piece[0], said=tuple(said), probabilities=known,
+            order=candidate.question.order,
         )  # fmt: skip

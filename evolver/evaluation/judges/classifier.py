@@ -83,6 +83,10 @@ class Classification(LabelledRows):
         ]  # fmt: skip
         return ClassificationScorer(model, questions, self.settings, self._spaces.seen_of(model))
 
+    def probable(self, entry: TaskEntry) -> bool:
+        """See ``Probable``: a number has no probability."""
+        return entry.metric not in VALUE
+
     def show(self, asked: AskedItem) -> ItemText:
         """See ``Shows``."""
         right = label_text(self.right(asked), asked.entry, self._spaces.names(asked.entry))
@@ -115,6 +119,18 @@ class TextQuestion:
         words = label_text(said, self.entry, self.names)
         return (float(said == self.right) if self.metric.judged else said), words
 
+    def probability(self, logits: Tensor) -> float | None:
+        """How probable the model finds the right answer: the right class, or the right set of labels, each of which is
+        chosen by itself; None for a number.
+        """
+        if self.metric.name in VALUE:
+            return None
+        if self.entry.threshold is None:
+            right = int(self.right)
+            return logits.softmax(-1)[right].item() if 0 <= right < len(logits) else 0.0
+        wanted = torch.tensor([int(self.right) >> label & 1 for label in range(len(logits))], dtype=torch.bool)
+        return torch.where(wanted, logits.sigmoid(), (-logits).sigmoid()).prod().item()
+
 
 @dataclass(frozen=True)
 class _Batch:
@@ -130,6 +146,7 @@ class Answerable(Protocol):
     @property
     def head(self) -> str | None: ...
     def answer(self, logits: Tensor) -> tuple[ItemAnswer, str]: ...
+    def probability(self, logits: Tensor) -> float | None: ...
 
 
 Asked = TypeVar("Asked", bound=Answerable)
@@ -232,6 +249,8 @@ def take_in(out: Scored, questions: Sequence[Answerable], places: Sequence[int],
     """Add the answers to the items at ``places``, given their logits, the first dimension of which are these items."""
     for place, row in zip(places, logits, strict=True):
         out.answers[place], out.said[place] = questions[place].answer(row)
+        if (probability := questions[place].probability(row)) is not None:
+            out.probabilities[place] = probability
 
 
 class LabelSpaces:

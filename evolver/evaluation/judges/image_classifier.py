@@ -28,7 +28,7 @@ from evolver.evaluation.judges.classifier import (
     take_in,
 )
 from evolver.evaluation.live import LiveModel
-from evolver.evaluation.scores.metrics import Metric
+from evolver.evaluation.scores.metrics import VALUE, Metric
 from evolver.storage.paths import expand
 
 # Images of a forward pass where no batch size is given.
@@ -70,6 +70,10 @@ class Images(LabelledRows):
         ]
         images = [self.row(a)[a.entry.image] for a in asked]
         return ImageScorer(model, questions, images, self.settings.batch_size or BATCH, spaces.seen_of(model))
+
+    def probable(self, entry: TaskEntry) -> bool:
+        """See ``Probable``."""
+        return entry.metric not in VALUE
 
     def show(self, asked: AskedItem) -> ItemText:
         """See ``Shows``: a report holds no images, so it says which one it is."""

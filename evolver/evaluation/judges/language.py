@@ -103,6 +103,11 @@ class Language:
         except Exception:  # the task's own templates and functions, not all of which are needed to score it
             return ItemText(f"document {number} of {name}")
 
+    def probable(self, entry: TaskEntry) -> bool:
+        """See ``Probable``: the options of a multiple choice have probabilities."""
+        tasks = (self.library.tasks[member] for member in self.library.members[entry.task])
+        return all(task.OUTPUT_TYPE == "multiple_choice" for task in tasks)
+
     def tells_padding(self, entry: TaskEntry) -> bool:
         """In rows of log-likelihoods padding is known. An encoder–decoder is called part by part, and what is written
         goes through Transformers' own loop.

@@ -112,6 +112,9 @@ class Pair:
     def answer(self, logits: Tensor) -> tuple[float, str]:
         return logits[0].item(), ""
 
+    def probability(self, logits: Tensor) -> None:
+        """The right answer to a query is an order, of which none is known."""
+
 
 class PairScorer(TextScorer[Pair]):
     """A number for each pair."""

@@ -123,6 +123,9 @@ class TagQuestion:
         own = 2 * hits / both if both else 1.0
         return (own, float(hits), float(len(found)), float(len(right))), " ".join(given)
 
+    def probability(self, logits: Tensor) -> None:
+        """The answer to an item is one tag for each of its words, so none is known."""
+
     def named(self, numbers: Iterable[int | None]) -> list[str]:
         """The names of tags. A word that was not read is in no span."""
         return [OUTSIDE if n is None else self.names.get(n, str(n)) for n in numbers]

@@ -162,9 +162,7 @@ class LaunchedScorer:
         said = iter(getattr(self._model.lm, kind)([r for repeats in asked for r in repeats]))
         for place, item in items.items():
             answers = [[next(said) for _ in range(_times(r))] for r in item.requests]
-            judgement = item.judge([a if kind == "generate_until" else a[0] for a in answers])
-            out.answers[place], out.said[place] = judgement.answer, judgement.said
-            out.invalid += judgement.invalid
+            item.judge([a if kind == "generate_until" else a[0] for a in answers]).enter(out, place)
 
 
 def check_backend(settings: EvaluationSettings, kind: str) -> None:

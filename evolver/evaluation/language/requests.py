@@ -6,13 +6,15 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import Task
+from scipy.special import softmax
 
 from evolver.config.evaluation import EvaluationSettings
 from evolver.errors import BadInput, cause_of
-from evolver.evaluation.base import ItemText
+from evolver.evaluation.base import ItemText, Scored
 from evolver.evaluation.items import Item, item_hash
 from evolver.evaluation.language.library import Meaning, filters, metric_name, quiet
 from evolver.records import ItemAnswer
@@ -25,11 +27,21 @@ INVALID = ("[invalid]", "", None)
 
 @dataclass(frozen=True)
 class Judgement:
-    """The result of an item: its answer as it is kept and in words, and whether the generated text held no answer."""
+    """The result of an item: its answer as it is kept and in words, whether the generated text held no answer, and the
+    probability of the right answer (None: not known).
+    """
 
     answer: ItemAnswer
     invalid: bool
     said: str = ""
+    probability: float | None = None
+
+    def enter(self, out: Scored, place: int) -> None:
+        """Add this result to those of other items."""
+        out.answers[place], out.said[place] = self.answer, self.said
+        if self.probability is not None:
+            out.probabilities[place] = self.probability
+        out.invalid += self.invalid
 
 
 class PreparedRequests:
@@ -67,7 +79,19 @@ class PreparedRequests:
         outcome = self.task.process_results(self.requests[0].doc, filtered)
         first = filtered[0]
         invalid = self.kind == "generate_until" and not isinstance(first, list) and first in INVALID
-        return Judgement(self.meaning.answer(outcome[self.metric]), invalid, self._in_words(answers, first))
+        words = self._in_words(answers, first)
+        return Judgement(self.meaning.answer(outcome[self.metric]), invalid, words, self._probability(answers))
+
+    def _probability(self, answers: Sequence[Any]) -> float | None:
+        """How probable the model finds the right answer: the right ones among all options, as for lm-eval's Brier
+        score; None where there are no options.
+        """
+        if self.task.OUTPUT_TYPE != "multiple_choice" or len(self.requests) < 2:
+            return None
+        rights = right_options(self.task, self.requests[0].doc)
+        likelihoods = np.array([likelihood for likelihood, _ in answers], dtype=float)
+        options = len(options_of(self.task, self.requests[0].doc)) or len(likelihoods)
+        return float(softmax(likelihoods[:options])[rights].sum()) if rights else 0.0
 
     def _in_words(self, answers: Sequence[Any], filtered: Any) -> str:
         """The answer as people read it: the chosen option, the written text and what was taken of it, or how likely the
@@ -113,6 +137,20 @@ def options_of(task: Task, document: Any) -> list[str]:
     """The options of a document, where its task has some."""
     has_some = getattr(task.config, "doc_to_choice", None) is not None
     return [str(option) for option in task.doc_to_choice(document)] if has_some else []
+
+
+def right_options(task: Task, document: Any) -> list[int]:
+    """The numbers of the right options of a document; none where the task names none that it has."""
+    if getattr(task, "multiple_input", False):  # the options are beginnings of one text
+        found, count = task.doc_to_text(document), len(task.doc_to_choice(document))
+    else:
+        found, count = task.doc_to_target(document), len(options_of(task, document))
+    options = options_of(task, document)
+    numbers = [
+        options.index(r) if isinstance(r, str) and r in options else r
+        for r in (found if isinstance(found, list) else [found])
+    ]
+    return [n for n in numbers if isinstance(n, int) and 0 <= n < count]
 
 
 def item_text(task: Task, document: Any) -> ItemText:

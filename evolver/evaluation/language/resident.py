@@ -136,9 +136,7 @@ class LanguageScorer:
         written = self._written({p: self._prompts[p] for p in places if p in self._prompts})
         for place in places:
             answers: list[Any] = self._answers(place, likely) if place in self.groups else [written.texts[place]]
-            judgement = self.prepared[place].judge(answers)
-            out.answers[place], out.said[place] = judgement.answer, judgement.said
-            out.invalid += judgement.invalid
+            self.prepared[place].judge(answers).enter(out, place)
         out.tokens = likely.tokens + written.tokens
         out.truncated = len(likely.truncated) + len(written.truncated)
         return out

@@ -243,6 +243,8 @@ ENDLESS = Metric("mean", mean, best=None, judged=True)
 # Judged items of which lower values are better are kept with the opposite sign.
 ERRORS = Metric("mean", mean, best=None, judged=True, negative=True)
 # The metrics of classifiers that give one class, a set of labels, or a number.
+# What a search may see of the answers to dev items beside the scores.
+FITNESS = {name: Metric(name, mean, judged=True) for name in ("probability", "both")}
 CLASS = {"acc": JUDGED, "macro_f1": Metric("macro_f1", macro_f1), "mcc": Metric("mcc", mcc)}
 LABELS = {"acc": JUDGED, "macro_f1": Metric("macro_f1", labels_f1)}
 VALUE = {"pearson": Metric("pearson", pearson)}
