@@ -199,7 +199,7 @@ def test_every_key_of_the_evaluation_is_known_to_change_answers_or_not():
     answers = {
         "num_fewshot", "apply_chat_template", "fewshot_as_multiturn", "system_instruction", "gen_kwargs",
         "confirm_run_unsafe_code", "backend", "model_args", "serve", "batch_tokens", "batch_size", "block_items",
-        "quantise", "quantise_search", "threads", "tasks", "include_path",
+        "quantise", "quantise_search", "threads", "tasks", "include_path", "fitness",
     }  # fmt: skip
     assert set(EvaluationSettings.model_fields) <= answers | set(FREE_EVALUATION_KEYS)
     assert set(FREE_TASK_KEYS) <= set(TaskEntry.model_fields)
