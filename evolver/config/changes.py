@@ -20,7 +20,7 @@ FREE_KEYS = ("run", "pool", "budget", "finalists", "worthwhile", "loggers")
 SCORE_SECTIONS = ("seed", "model", "experts", "heads", "versions")
 # Keys of the section ``evaluation``, and of its tasks, on which no answer depends: they say how answers are made into
 # scores, or which answers are asked for. Where a finished search is used again, they may change.
-FREE_EVALUATION_KEYS = ("early_stopping", "racing", "report_draw", "subset")
+FREE_EVALUATION_KEYS = ("early_stopping", "estimate", "racing", "report_draw", "subset")
 FREE_TASK_KEYS = ("weight",)
 
 

@@ -136,6 +136,21 @@ class TaskEntry(Section):
     )
 
 
+class EstimateSettings(Section):
+    """How a candidate's score of all dev items is estimated from a part of them."""
+
+    items: int = Field(
+        ge=1,
+        le=10**9,
+        description="dev items that a candidate is scored on, rounded up to a multiple of evaluation.block_items",
+    )
+    kind: Literal["mean", "difference"] = Field(
+        "difference",
+        description="mean: the score of these items. difference: an estimate of the score of all items without bias, "
+        "from the answers of the baselines to all items, corrected by the candidate's own answers",
+    )
+
+
 class EvaluationSettings(Section):
     """How candidates are scored. These settings cannot change within a run, since they influence its scores."""
 
@@ -194,6 +209,12 @@ class EvaluationSettings(Section):
         "probabilities tell more models apart. Select and report items always count by the metrics, so finalists are "
         "then ranked on the select items alone",
     )
+    estimate: EstimateSettings | None = Field(
+        None,
+        description="score the candidates of a search on a part of the dev items and let the search see an estimate of "
+        "their scores; at its end, the best finalists.count of them are scored on all dev items. Default: candidates "
+        "are scored on all items, or until it is decided that they are not accepted",
+    )
     early_stopping: bool = Field(
         True,
         description="stop scoring a candidate when the remaining items can no longer change whether it is accepted",
@@ -201,8 +222,8 @@ class EvaluationSettings(Section):
     subset: Literal["fixed", "rotate"] | None = Field(
         None,
         description="which items a candidate meets first if its evaluation may end before the last one (halving, "
-        "racing). fixed: the same for all; rotate: others for each batch of halving and for each race. Default: rotate "
-        "for racing and for halving with estimate: difference, else fixed",
+        "racing, estimate). fixed: the same for all; rotate: others for each batch of halving, for each race, and with "
+        "estimate for each generation. Default: rotate for racing and for estimates of the kind difference, else fixed",
     )
     racing: float | None = Field(
         None,

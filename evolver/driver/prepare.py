@@ -36,6 +36,7 @@ from evolver.runs.origin import taken_over
 from evolver.search import SEARCHES, Search
 from evolver.search.base import Setup
 from evolver.search.coefficients.optuna_samplers import CoefficientSettings
+from evolver.search.estimating import Estimating
 from evolver.search.halving import HalvingSettings
 from evolver.storage import Storage
 from evolver.threads import too_many
@@ -133,11 +134,11 @@ def prepare(
             arrival=config.order == "arrival", tasks=tuple(estimates.scale.weights),
             objectives=objectives_of(config, tasks), subset=config.evaluation.subset,
         )  # fmt: skip
-        search = SEARCHES[algorithm].build(setup, settings)
+        search = _search(config, setup, algorithm, settings)
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from error
     items = {split: items_hash(tasks, split) for split in SPLITS}
-    plan = Plan(config, maker.digests, items, _stops(algorithm, settings))
+    plan = Plan(config, maker.digests, items, _stops(config, algorithm, settings))
     identity = _identity(config, settings.model_dump(), plan, bool(tasks.items.select))
     identity |= {"origin": dict(origin)} if origin else {}
     return Prepared(config, file, opened, tasks, plan, maker.base, maker.experts, estimates, search, identity, warnings)
@@ -251,16 +252,48 @@ def block_of(config: Config, file: str, split: Split, count: int) -> int:
 
     Raises BadInput for a search that is none.
     """
-    return Plan(config, {}, {}, _stops(*chosen_search(config, file))).block(split, count)
+    return Plan(config, {}, {}, _stops(config, *chosen_search(config, file))).block(split, count)
 
 
-def _stops(algorithm: str, settings: Any) -> bool:
+def _search(config: Config, setup: Setup, algorithm: str, settings: Any) -> Search:
+    """The search of a configuration.
+
+    Raises BadInput for settings that do not fit together.
+    """
+    estimate = config.evaluation.estimate
+    if estimate is None:
+        return SEARCHES[algorithm].build(setup, settings)
+    _refuse_estimate(config, settings)
+    inner = SEARCHES[algorithm].build(replace(setup, early_stopping=False), settings)
+    return Estimating(inner, setup, estimate, config.finalists.count)
+
+
+def _refuse_estimate(config: Config, settings: Any) -> None:
+    """Raises BadInput for what needs whole scores while the search goes on, where it sees estimates."""
+    given = {
+        "search.algorithm: halving": isinstance(settings, HalvingSettings),
+        "evaluation.racing": config.evaluation.racing is not None,
+        "constraints": bool(config.constraints),
+        "budget.minutes": config.budget.minutes is not None,
+        "budget.patience": config.budget.patience is not None,
+        "budget.target": config.budget.target is not None,
+    }
+    for key, wanted in given.items():
+        if wanted:
+            raise BadInput(
+                f"evaluation.estimate: with estimates, candidates have no scores of all items until the search has "
+                f"ended, and {key} needs them before; leave one of the two out."
+            )
+
+
+def _stops(config: Config, algorithm: str, settings: Any) -> bool:
     """Whether a search may have its answer before the last item.
 
     ``early_stopping`` is not asked: batches show in scores, so they are the same with it and without it, and with them
     the decisions.
     """
-    return isinstance(settings, HalvingSettings) or SEARCHES[algorithm].incumbent
+    parts = isinstance(settings, HalvingSettings) or config.evaluation.estimate is not None
+    return parts or SEARCHES[algorithm].incumbent
 
 
 def _sampled(config: Config, tasks: Tasks, blueprint: ModelFolder | None, expert: str) -> str:
@@ -299,10 +332,12 @@ def _refuse_racing(config: Config, algorithm: str, estimates: Estimates) -> None
 def _refuse_subset(config: Config, settings: Any) -> None:
     """Raises BadInput if the part of the items is chosen for a search that scores all of them."""
     given = config.evaluation
-    if given.subset is not None and given.racing is None and not isinstance(settings, HalvingSettings):
+    partial = isinstance(settings, HalvingSettings) or given.racing is not None or given.estimate is not None
+    if given.subset is not None and not partial:
         raise BadInput(
             "evaluation.subset: this search scores every candidate on the same dev items up to the end, or until its "
-            "decision is certain; leave subset out, or use the search halving or evaluation.racing."
+            "decision is certain; leave subset out, or use the search halving, evaluation.racing or "
+            "evaluation.estimate."
         )
 
 

@@ -65,6 +65,8 @@ def _stopped(outcome: Outcome) -> str:
     stopped -= {r.recipe_id for _, r in outcome.searched if r.complete}
     if not stopped:
         return ""
+    if outcome.config.evaluation.estimate is not None:
+        return f"Of {len(stopped)} more candidates, estimates decided that they do not come to the finals."
     return f"{len(stopped)} candidates were stopped before their last dev item, so they were not eligible."
 
 

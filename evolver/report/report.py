@@ -29,6 +29,7 @@ from evolver.report.mixture import mixtures_of
 from evolver.report.scores import score_rows, scores_section
 from evolver.report.settings import setting_rows, settings_section
 from evolver.report.text import (
+    as_seen,
     as_served,
     budget_in_words,
     cost_rows,
@@ -109,7 +110,8 @@ def _question(outcome: Outcome) -> str:
         f"than the best of them on {tasks}? Searched by {search} within {budget_in_words(config.budget)}, on {dev} dev "
         "items."
     )
-    return " ".join(filter(None, [asked, _ended(outcome), as_served(config.evaluation), goes_on(outcome)]))
+    seen = as_seen(config.evaluation)
+    return " ".join(filter(None, [asked, seen, _ended(outcome), as_served(config.evaluation), goes_on(outcome)]))
 
 
 def _ended(outcome: Outcome) -> str:

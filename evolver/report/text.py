@@ -90,6 +90,23 @@ def as_served(settings: EvaluationSettings) -> str:
     return f"{whom} were scored as they are after quantisation to {settings.quantise}."
 
 
+def as_seen(settings: EvaluationSettings) -> str:
+    """What the search saw of the answers to dev items, where that is not their score."""
+    said = []
+    if (estimate := settings.estimate) is not None:
+        how = "the means" if estimate.kind == "mean" else "estimates without bias (the difference estimator)"
+        said.append(
+            f"Each candidate was scored on {estimate.items} of the dev items, and the search saw {how} instead of "
+            "whole scores; its best candidates were then scored on all dev items."
+        )
+    if settings.fitness != "score":
+        said.append(
+            f"What counts of an answer to a dev item is the probability of the right one"
+            f"{', averaged with the score' if settings.fitness == 'both' else ''}."
+        )
+    return " ".join(said)
+
+
 def median_or_zero(values: Iterable[float]) -> float:
     """The median; 0 if there are no values."""
     found = list(values)

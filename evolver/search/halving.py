@@ -194,7 +194,7 @@ class Bracket:
         """Take in a result. After the last result of a rung, its best candidates enter the next rung."""
         self._flying -= 1
         self.costs[place] += result.cost
-        self.results[place] = _part(result, self.limits[self.rung], self.order)
+        self.results[place] = asked_part(result, self.limits[self.rung], self.order)
         if self.done:
             self._halve()
 
@@ -230,9 +230,9 @@ def rungs(first: int, eta: int, estimator: Estimator) -> tuple[int | None, ...]:
     return (*limits, None)
 
 
-def _part(result: Result, limit: int | None, order: str) -> Result:
-    """The part of a result that a rung uses. The ledger may hold more items, from an earlier call with another
-    budget; where it holds all, they are in the run's own order.
+def asked_part(result: Result, limit: int | None, order: str) -> Result:
+    """The part of a result that a candidate with this limit was asked for. The ledger may hold more items, from an
+    earlier call with another budget; where it holds all, they are in the run's own order.
     """
     if limit is None or result.status == "failed":
         return result
