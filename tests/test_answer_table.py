@@ -13,6 +13,7 @@ import yaml
 
 from evolver.config import Config
 from evolver.config.reading import ConfigText
+from evolver.errors import BadInput
 from evolver.evaluation.scores.metrics import JUDGED
 from evolver.evaluation.scores.scoring import Scale
 from evolver.ledger import Ledger, answer_table, write_items
@@ -30,7 +31,9 @@ CHILD = Cross(A, (B,), "evolver", 0.5, 0.5, 7)
 TASKS = ("x", "y", "x", "y")
 
 
-def make_run(folder, answers, dev=range(4), report=range(10, 12), metric="acc", draw=0):
+def make_run(
+    folder, answers, dev=range(4), report=range(10, 12), metric="acc", draw=0, probabilities=(), fitness="score"
+):
     """A run's folder without models: of each stage, recipes with their answers."""
     text = yaml.safe_dump(
         {
@@ -44,6 +47,9 @@ def make_run(folder, answers, dev=range(4), report=range(10, 12), metric="acc", 
     config: Config = ConfigText(text, "f").parsed()
     storage = storage_at(folder)
     identity = json.loads(config.model_dump_json()) | {"experts": {"a": "1", "b": "2"}}
+    identity["evaluation"] |= {"fitness": fitness}
+    if fitness is None:  # a run from before there was this key
+        del identity["evaluation"]["fitness"]
     storage.write("config.yaml", text.encode())
     storage.write("identity.json", json.dumps(identity).encode())
     scales = {
@@ -63,7 +69,7 @@ def make_run(folder, answers, dev=range(4), report=range(10, 12), metric="acc", 
         score = float(np.mean(items)) if whole else None
         result = Result(
             number, recipe.id, status, score, score, whole, tuple(items), {}, stage=stage, reason="a text of the user",
-            said=("a text",) * (stage == "report"),
+            said=("a text",) * (stage == "report"), probabilities=probabilities if recipe is MERGE else (),
         )  # fmt: skip
         ledger.write_result(candidate, result)
     ledger.close()
@@ -143,6 +149,21 @@ def test_a_second_run_over_the_same_items_is_joined(tmp_path):
     models = {m["recipe_id"]: m["answers"] for m in found.models.to_pylist()}
     assert models[MERGE.id] == [True, True, None, None, None, None, False, True, True, True]
     assert [p["run"] for p in found.proposals.to_pylist()] == ["one"] * 4 + ["two"] * 2
+
+
+def test_a_run_from_before_there_was_a_key_is_joined(tmp_path):
+    old, now, other = (storage_at(make_run(tmp_path / str(f), FIRST, fitness=f)) for f in (None, "score", "both"))
+    assert join_runs([old, now]).runs == ("None", "score")
+    with pytest.raises(BadInput, match=r"scores items in another way .* \(evaluation\.fitness differs\)"):
+        join_runs([old, other])
+
+
+def test_probabilities_stand_beside_the_answers(tmp_path):
+    run = make_run(tmp_path / "one", FIRST, probabilities=(0.25, 0.75))
+    found = {m["recipe_id"]: m["probabilities"] for m in join_runs([storage_at(run)]).models.to_pylist()}
+    assert found == {A.id: None, MERGE.id: [0.25, 0.75, None, None, None, None]}
+    assert export(run, tmp_path / "out", "--table").code == 0
+    assert "`probabilities`, how probable the model" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_an_answer_that_two_runs_have_stands_once(tmp_path):

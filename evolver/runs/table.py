@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from evolver import ledger
 from evolver.config.changes import FREE_EVALUATION_KEYS, FREE_TASK_KEYS
+from evolver.config.evaluation import EvaluationSettings
 from evolver.errors import BadInput
 from evolver.records import Split, split_of
 from evolver.records.order import item_order
@@ -242,7 +243,8 @@ def _refuse_other_scoring(first: Storage, other: Storage) -> None:
 
 def _scoring(identity: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the answer of a model to an item, by key."""
-    evaluation = identity["evaluation"]
+    before = {n: f.default for n, f in EvaluationSettings.model_fields.items() if not f.is_required()}
+    evaluation = before | identity["evaluation"]  # runs from before there was a key behave as by its default
     found = {f"evaluation.{k}": v for k, v in evaluation.items() if k not in AMOUNTS}
     found |= {f"model.{k}": v for k, v in identity["model"].items() if k in ("kind", "compute", "base", "tokenizer")}
     for task in evaluation["tasks"]:
