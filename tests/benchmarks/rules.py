@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evolver.evaluation.scores.difference import Predictor, estimate_at
@@ -50,7 +51,7 @@ class World:
 
     def __init__(
         self, name: str, answers: np.ndarray, tasks: Sequence[str], hashes: Sequence[str], of: dict, split: int,
-        truth: np.ndarray | None = None,
+        truth: np.ndarray | None = None, likely: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         self.name, self.of = name, of
         hashes = [hashlib.sha256(f"{split}:{h}".encode()).hexdigest() for h in hashes]
@@ -63,6 +64,10 @@ class World:
         quarter = (each - self.most) // 2
         # (models, tasks, items)
         self.side = answers[:, places[:, : self.most]]
+        # the same of the probabilities of the right answers, NaN where they were not noted; None: of no model
+        self.likely = None if likely is None else likely[:, places[:, : self.most]]
+        # (models, tasks): on the items that judge
+        self.later = self.side.mean(2) if truth is not None else answers[:, places[:, self.most :]].mean(2)
         self.judges = [truth, truth] if truth is not None else [
             answers[:, places[:, a : a + quarter]].mean((1, 2)) for a in (self.most, self.most + quarter)
         ]  # fmt: skip
@@ -92,13 +97,21 @@ class World:
             "recipe": models["recipe"].to_pylist(),
         }
         tasks, hashes = (np.array(items[name].to_pylist())[dev].tolist() for name in ("task", "hash"))
-        return [World(folder.name, answers, tasks, hashes, of, split) for split in range(SPLITS)]
+        likely = _likely(models, dev) if "probabilities" in models.column_names else None
+        return [World(folder.name, answers, tasks, hashes, of, split, None, likely) for split in range(SPLITS)]
 
     def pools(self) -> dict[str, np.ndarray]:
         """The candidates to choose among: all, and those that adaptive searches proposed."""
         adaptive = self.free[[RANDOM not in run for run in self.of["run"][self.free]]]
         found = {"models of all searches": self.free}
         return found | ({"models of adaptive searches": adaptive} if 0 < len(adaptive) < len(self.free) else {})
+
+    @property
+    def sure(self) -> np.ndarray:
+        """The candidates whose probabilities of all right answers are known."""
+        if self.likely is None:
+            return self.free[:0]
+        return self.free[~np.isnan(self.likely[self.free]).any((1, 2))]
 
     def said(self) -> str:
         spread = np.sort(self.truth[self.free])[::-1]
@@ -153,6 +166,13 @@ def _features(program: list) -> tuple[str, list[float]]:
     return str(entry[0]), np.mean(made, axis=0).tolist() if made else []
 
 
+def _likely(models: pa.Table, dev: np.ndarray) -> np.ndarray:
+    """The probabilities of the right answers, (models, dev items)."""
+    rows = (row.values if row.is_valid else None for row in models["probabilities"])
+    found = (np.full(len(dev), np.nan) if r is None else r.to_numpy(zero_copy_only=False) for r in rows)
+    return np.stack([np.asarray(row, dtype=np.float32)[dev] for row in found])
+
+
 class Draw:
     """One resampling: candidates in a random order, and an order of the items of each task."""
 
@@ -170,6 +190,14 @@ class Draw:
         """The score of all candidates on the items from ``start`` to before ``stop`` of each task, (K)."""
         before = self.sums[:, :, start - 1] if start else 0
         return (self.sums[:, :, stop - 1] - before).mean(1) / (stop - start)
+
+    def fitness(self, kind: str, n: int) -> np.ndarray:
+        """What a search sees of the first n items of each task: scores, probabilities, or the means of both, (K)."""
+        if kind == "score":
+            return self.mean(0, n)
+        order = self.order[None, :, :n]
+        found = np.take_along_axis(self.world.likely[self.chosen], order, axis=2).mean((1, 2))
+        return found if kind == "probability" else (found + self.mean(0, n)) / 2
 
     def judge(self, picked: Picked) -> tuple[float, float, float, float]:
         """Regret, the share of right decisions between pairs, items, optimism."""
@@ -216,6 +244,20 @@ def all_models(draw: Draw, n: int) -> Picked:
     """The best of all on n items of each task."""
     scores = draw.mean(0, n)
     return Picked(int(scores.argmax()), len(scores) * n * draw.world.tasks, scores[:, None], scores)
+
+
+def seen_as(draw: Draw, kind: str, n: int, count: int = 0, more: int = 0) -> Picked:
+    """The best of all by what a search may see of n items of each task; with a count, the best so many of these by
+    their scores on more items.
+    """
+    seen = draw.fitness(kind, n)
+    items, ranks = len(seen) * n * draw.world.tasks, np.stack([np.zeros(len(seen)), seen], axis=1)
+    if not count:
+        return Picked(int(seen.argmax()), items, ranks, seen)
+    alive = np.argsort(-seen, kind="stable")[:count]
+    later = draw.mean(n, n + more)
+    ranks[alive, 0], ranks[alive, 1] = 1, later[alive]
+    return Picked(int(alive[later[alive].argmax()]), items + count * more * draw.world.tasks, ranks, later)
 
 
 def staged(draw: Draw, parts: Sequence[tuple[int | None, int]], alone: bool) -> Picked:
