@@ -77,6 +77,7 @@ def build(settings, seed=0, experts=4, early_stopping=True, racing=False, arriva
 TASKS = ("one", "other")
 EVOLVER = {"algorithm": "evolver", "generations": 3}
 HALVING = {"algorithm": "halving", "first": 2, "eta": 2, "batch": 4}
+TPE = {"algorithm": "tpe", "startup": 5}
 STEADY = {"mode": "steady", "in_flight": 3}
 MODES = [
     mode | more
@@ -95,6 +96,11 @@ ORDERED = {
     "cmaes": {"algorithm": "cmaes"},
     "cmaes 5": {"algorithm": "cmaes", "population": 5, "sigma": 0.2, "method": "ties", "tune": ["density", "lambda"]},
     "nsga2": {"algorithm": "nsga2", "population": 5},
+    "portfolio": {"algorithm": "portfolio", "turn": 2},
+    "islands": {
+        "algorithm": "islands",
+        "islands": {"one": EVOLVER | {"mode": "generational"}, "two": TPE, "three": TPE},
+    },
 }
 CONFIGURATIONS = ORDERED | {
     "halving tpe": HALVING | {"of": ORDERED["tpe"]},
@@ -466,7 +472,9 @@ def test_a_race_is_given_the_incumbent_s_items(settings, early_stopping):
     for candidate in raced:
         bar = candidate.question.bar
         assert candidate.question.rival == (() if bar is None else (bar * 0.5, bar * 1.5))
-        assert candidate.question.order == ("" if bar is None else f"0:race:{candidate.number}")
+        assert (candidate.question.order == "") == (bar is None)
+    orders = [c.question.order for c in raced if c.question.bar is not None]
+    assert len(set(orders)) == len(orders)
     assert any(c.question.rival for c in raced) == (early_stopping and SEARCHES[settings["algorithm"]].incumbent)
 
 

@@ -18,6 +18,7 @@ from evolver.evaluation.scores.comparison import Comparison, interval
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Result
 from evolver.records.recipe import Recipe, ancestors, dump_recipe
+from evolver.report.arms import arms_section
 from evolver.report.claims import Claims, claims_of, claims_section, comparisons_of
 from evolver.report.constraints import constraints_section
 from evolver.report.curve import curve
@@ -79,6 +80,7 @@ def write_report(
         finals_section(outcome),
         constraints_section(outcome),
         front_section(outcome),
+        arms_section(outcome),
         _against_others(compared, outcome.scales["report"]),
         claims_section(claims, outcome),
         examples_section(outcome, texts or {}),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from evolver.config import Budget
 from evolver.config.section import Section
@@ -43,6 +43,15 @@ class Search(Protocol):
     @property
     def total(self) -> int | None:
         """The number of candidates of the whole search; None if it is not known in advance."""
+        ...
+
+
+@runtime_checkable
+class Receives(Protocol):
+    """A search that can take in models of another search while it goes on."""
+
+    def receive(self, candidate: Candidate, result: Result) -> bool:
+        """Take in a model with a score of all items, between two candidates; whether the search has a use for it."""
         ...
 
 

@@ -117,14 +117,17 @@ class Coefficients(Ordered):
         """
         told = set[str]()
         for candidate, result in pairs:
-            point, values = self.space.encode(candidate.recipe), self.values(result)
-            if point is None or values is None or candidate.recipe.id in told:
-                continue
-            told.add(candidate.recipe.id)
-            given = values if isinstance(values, Sequence) else [values]
-            self.study.add_trial(
-                optuna.trial.create_trial(params=point, distributions=self._distributions, values=given)
-            )
+            if candidate.recipe.id not in told and self.receive(candidate, result):
+                told.add(candidate.recipe.id)
+
+    def receive(self, candidate: Candidate, result: Result) -> bool:
+        """See ``Receives``: a model that lies in the search space becomes a finished trial."""
+        point, values = self.space.encode(candidate.recipe), self.values(result)
+        if point is None or values is None:
+            return False
+        given = values if isinstance(values, Sequence) else [values]
+        self.study.add_trial(optuna.trial.create_trial(params=point, distributions=self._distributions, values=given))
+        return True
 
     def propose(self, k: int) -> Candidate:
         trial = self.study.ask(self._distributions)

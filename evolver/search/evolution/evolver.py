@@ -154,6 +154,15 @@ class Alone(RunsAhead):
         known = {recipe.id for recipe in found}
         self.population = [*found, *(e for e in self.setup.experts if e.id not in known)][: self.size]
 
+    def receive(self, candidate: Candidate, result: Result) -> bool:
+        """See ``Receives``: a model that is better than the worst member takes its place."""
+        worst = min(range(self.size), key=lambda i: self.standings[i])
+        if result.standing <= self.standings[worst] or candidate.recipe in self.population:
+            return False
+        self.population[worst], self.standings[worst] = candidate.recipe, result.standing
+        self.items[worst] = result.items
+        return True
+
     def waits_for(self, k: int) -> int:
         if k < self.size:
             return 0
@@ -215,6 +224,15 @@ class Merged(RunsAhead):
             if isinstance(recipe, Merge) and len(recipe.inputs) == self.size and self._is_merge(recipe):
                 self.population = list(recipe.inputs)
                 return
+
+    def receive(self, candidate: Candidate, result: Result) -> bool:
+        """See ``Receives``: a merge by the same method of as many members brings its population, if it is better."""
+        recipe = candidate.recipe
+        better = result.standing > (self._best[0].standing if self._best else self.standing)
+        if not better or not isinstance(recipe, Merge) or len(recipe.inputs) != self.size or not self._is_merge(recipe):
+            return False
+        self._best = (result, list(recipe.inputs))
+        return True
 
     def _is_merge(self, recipe: Merge) -> bool:
         """Whether a model is what this search's merger makes of the model's inputs."""

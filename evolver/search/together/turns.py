@@ -1,0 +1,171 @@
+"""What searches of several searches share: their arms take turns, and all results of a turn are learnt before the next.
+
+A turn's candidates do not depend on one another's results, so they can be scored at the same time. Which arms have the
+next turn is decided by results that are learnt in the order of the candidates, so neither timing nor the number of
+workers has an influence.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from evolver.config.reading import check_section
+from evolver.errors import BadInput, nearest
+from evolver.records import Candidate, Result
+from evolver.search.base import SEARCHES, Ordered, Search, Setup
+from evolver.search.together.alike import alike
+
+# How many candidates in a row an arm may propose that are nearly models with results, before one of them is let pass.
+MOST_ALIKE = 20
+
+
+@dataclass
+class Arm:
+    """One of the searches, and what it has found.
+
+    Attributes:
+        name: its name in the configuration.
+        search: the search itself, which numbers its candidates from 0.
+        candidates: how many of its candidates were asked for.
+        best: its best result so far, with the candidate.
+    """
+
+    name: str
+    search: Search
+    candidates: int = 0
+    best: tuple[Candidate, Result] | None = None
+
+    def improved(self, candidate: Candidate, result: Result) -> bool:
+        """Take in a result; whether it is the arm's best."""
+        better = result.complete and (self.best is None or result.standing > self.best[1].standing)
+        if better:
+            self.best = (candidate, result)
+        return better
+
+
+class Turns(Ordered):
+    """A search made of other searches, its arms.
+
+    A subclass says in ``following`` which arms have the next turn, and learns in ``learnt`` what a result means.
+
+    Args:
+        sections: the settings of each arm, by its name.
+        key: the key of the configuration that holds them, for messages.
+        size: the number of candidates that an arm may propose in one turn, at most.
+
+    Raises BadInput for an unknown search, for settings that it does not take, and for an arm that cannot share a
+    budget.
+    """
+
+    def __init__(self, setup: Setup, sections: Mapping[str, Mapping[str, Any]], key: str, size: int) -> None:
+        super().__init__(setup)
+        if len(sections) < 2:
+            raise BadInput(f"{key}: {len(sections)} search is given; name at least two.")
+        self.size = size
+        self.arms = [Arm(n, _search(setup, n, section, f"{key}.{n}", size)) for n, section in sections.items()]
+        # of each candidate of this turn, the arms that wait for its result, with what they call it
+        self._whose: dict[int, list[tuple[Arm, Candidate]]] = {}
+        self._turn: list[Candidate] = []
+        self._begin = self._end = 0
+        self._known: dict[str, Result] = {}
+        self._next_turn()
+
+    def following(self) -> Sequence[Arm]:
+        """The arms that have the next turn, those with nothing left to propose among them."""
+        raise NotImplementedError  # every subclass defines it
+
+    def learnt(self, arm: Arm, candidate: Candidate, result: Result) -> None:
+        """Take in the result of an arm's candidate, of which the arm was told already."""
+
+    def turn_over(self) -> None:
+        """Called when all results of a turn are learnt."""
+
+    def waits_for(self, k: int) -> int:
+        return self._begin if k < self._end else self._end
+
+    def propose(self, k: int) -> Candidate:
+        return self._turn[k - self._begin]
+
+    def learn(self, candidate: Candidate, result: Result) -> None:
+        key = alike(candidate.recipe)
+        if result.complete or key not in self._known:
+            self._known[key] = result
+        (arm, first), *others = self._whose.pop(candidate.number)
+        arm.search.tell(replace(result, number=first.number, rank=None))
+        self.learnt(arm, candidate, result)
+        for other, own in others:
+            other.search.tell(_told(result, own))
+        if not self._whose:
+            self.turn_over()
+            self._next_turn()
+
+    def _next_turn(self) -> None:
+        """Ask the arms that follow, and others where these have nothing left; without any candidate the search ends."""
+        self._begin, self._turn = self._end, []
+        waiting = [arm for arm in self.arms if not arm.search.done]
+        chosen = [arm for arm in self.following() if arm in waiting] if waiting else []
+        for arm in [*chosen, *(a for a in waiting if a not in chosen)]:
+            if arm in chosen or not self._turn:
+                self._take(arm)
+        self._end = self._begin + len(self._turn)
+        if not self._turn:
+            self.limit = self._end
+
+    def _take(self, arm: Arm) -> None:
+        """Take an arm's next candidates. What is nearly a model that has a result is answered by this result, and what
+        is nearly a model of this turn will be.
+        """
+        passed = taken = 0
+        while taken < self.size and (found := arm.search.ask(1)):
+            own = found[0]
+            if passed < MOST_ALIKE and self._refused(arm, own):
+                passed += 1
+                continue
+            number = self._begin + len(self._turn)
+            self._whose[number] = [(arm, own)]
+            self._turn.append(replace(own, number=number, proposer=f"{arm.name}: {own.proposer}"))
+            arm.candidates += 1
+            taken += 1
+
+    def _refused(self, arm: Arm, own: Candidate) -> bool:
+        """Whether a candidate need not be scored, as a model that is nearly the same has a result, or will have one."""
+        key = alike(own.recipe)
+        known = self._known.get(key)
+        if known is not None and known.answers(own):
+            arm.search.tell(_told(known, own))
+            return True
+        for other in self._turn:
+            if other.question == own.question and alike(other.recipe) == key:
+                self._whose[other.number].append((arm, own))
+                return True
+        return False
+
+
+def _told(result: Result, own: Candidate) -> Result:
+    """What is told of a candidate that is nearly the model of a result."""
+    return replace(result, number=own.number, recipe_id=own.recipe.id, reused=True, rank=None)
+
+
+def _search(setup: Setup, name: str, section: Mapping[str, Any], key: str, size: int) -> Search:
+    """An arm's search. Its draws are its own; the budget is that of all arms together.
+
+    A search that can propose ``size`` candidates on the same results does so.
+    """
+    algorithm = section.get("algorithm") if isinstance(section, Mapping) else None
+    single = [n for n in SEARCHES if n not in ("halving", "portfolio", "islands")]
+    if algorithm not in single:
+        raise BadInput(
+            f"{key}.algorithm: {algorithm!r} cannot be one of several searches; {nearest(algorithm, single)}"
+        )
+    found = SEARCHES[algorithm]
+    typed = check_section(found.settings, section, key)
+    budget = setup.budget.model_copy(update={"items": None, "patience": None, "target": None, "minutes": None})
+    seed = random.Random(f"{setup.seed}:{name}").getrandbits(32)
+    together = size if getattr(typed, "mode", "generational") == "generational" else 1
+    try:
+        return found.build(replace(setup, budget=budget, seed=seed, together=together, arrival=False), typed)
+    except BadInput as error:  # its message names the key as if the search were alone
+        raise BadInput(str(error).replace("search.", f"{key}.", 1)) from error
