@@ -1,0 +1,88 @@
+"""Evolver with a merger."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from evolver.errors import BadInput
+from evolver.records import UNKNOWN, Candidate, ItemAnswer, Result, Standing
+from evolver.records.recipe import Merge, Recipe
+from evolver.search.ahead import RunsAhead
+from evolver.search.base import Setup
+from evolver.search.continued import best_models
+from evolver.search.evolution.challenge import challenge, rejected
+from evolver.search.evolution.offspring import offspring
+from evolver.search.evolution.settings import EvolverSettings
+
+
+class Merged(RunsAhead):
+    """Evolver with a merger: the whole population has one score, the dev score of its merge.
+
+    Unlike ``Alone``, a child counts for what it adds to the merge, not for its own score.
+    """
+
+    def __init__(self, setup: Setup, settings: EvolverSettings) -> None:
+        self.size = len(setup.experts)
+        super().__init__(setup, limit=1 + self.size * settings.generations)
+        self.settings = settings
+        self.merge = setup.maker.merger(settings.merger or {"method": "simple"})
+        self.population: list[Recipe] = list(setup.experts)
+        self.standing: Standing = UNKNOWN
+        self.items: tuple[ItemAnswer, ...] = ()
+        self._members: dict[int, list[Recipe]] = {}
+        self._best: tuple[Result, list[Recipe]] | None = None
+
+    def inform(self, pairs: Sequence[tuple[Candidate, Result]]) -> None:
+        """See ``Informed``: the first population is the one whose merge is the best so far."""
+        for recipe in best_models(pairs):
+            if isinstance(recipe, Merge) and len(recipe.inputs) == self.size and self._is_merge(recipe):
+                self.population = list(recipe.inputs)
+                return
+
+    def _is_merge(self, recipe: Merge) -> bool:
+        """Whether a model is what this search's merger makes of the model's inputs."""
+        try:
+            return self.merge(recipe.inputs).id == recipe.id
+        except BadInput:  # a method that asks for statistics takes offspring of experts only
+            return False
+
+    def waits_for(self, k: int) -> int:
+        if k == 0:
+            return 0
+        if self.settings.mode == "steady":
+            return max(1, k - self.settings.in_flight + 1)
+        return k if self.settings.mode == "sequential" else 1 + (k - 1) // self.size * self.size
+
+    def propose(self, k: int) -> Candidate:
+        if k == 0:
+            return Candidate(0, self.merge(self.population), "evolver/initial")
+        self._adopt_best()
+        generation, place = divmod(k - 1, self.size)
+        order = list(range(self.size))
+        random.Random(f"{self.setup.seed}:order:{generation}").shuffle(order)
+        i = order[place]
+        draw = random.Random(f"{self.setup.seed}:merged:{k}")
+        child = offspring(self.population, i, None, self.settings, draw)
+        members: list[Recipe] = [*self.population[:i], child, *self.population[i + 1 :]]
+        self._members[k] = members
+        asked = challenge(self.setup, k, self.standing, self.items)
+        return Candidate(k, self.merge(members), "evolver+merger", tuple(p.id for p in child.inputs), asked)
+
+    def learn(self, candidate: Candidate, result: Result) -> None:
+        if candidate.number == 0:
+            self.standing, self.items = result.standing, result.items
+            return
+        members = self._members.pop(candidate.number)
+        if result.standing > (self._best[0].standing if self._best else self.standing):
+            self._best = (result, members)
+
+    def assume(self, candidate: Candidate) -> Result | None:
+        return None if candidate.number == 0 else rejected(candidate)
+
+    def _adopt_best(self) -> None:
+        """Continue from the best population learnt since the last proposal, such as the best one of a generation."""
+        if self._best:
+            result, self.population = self._best
+            self.standing, self.items = result.standing, result.items
+            self._best = None
