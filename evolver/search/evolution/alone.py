@@ -6,34 +6,32 @@ import random
 from collections.abc import Sequence
 
 from evolver.records import UNKNOWN, Candidate, ItemAnswer, Result, Standing
-from evolver.records.recipe import Recipe
 from evolver.search.ahead import RunsAhead
 from evolver.search.base import Setup
 from evolver.search.continued import best_models
 from evolver.search.evolution.challenge import challenge, rejected
-from evolver.search.evolution.offspring import LED_BY_BEST, offspring
+from evolver.search.evolution.offspring import LED_BY_BEST, LED_BY_ONE_OF_THE_BEST, best_places, offspring
+from evolver.search.evolution.population import first_population, led_by
 from evolver.search.evolution.settings import EvolverSettings
 
 
 class Alone(RunsAhead):
-    """Evolver without a merger: the experts are scored first, then each member gets one child per generation.
+    """Evolver without a merger: the population is scored first, then each member gets one child per generation.
 
     A child that beats its own parent takes the parent's place; the members are independent apart from lending weights.
     """
 
-    def __init__(self, setup: Setup, settings: EvolverSettings) -> None:
-        self.size = len(setup.experts)
+    def __init__(self, setup: Setup, settings: EvolverSettings, size: int) -> None:
+        self.size = size
         super().__init__(setup, limit=self.size * (1 + settings.generations))
         self.settings = settings
-        self.population: list[Recipe] = list(setup.experts)
+        self.population = first_population(setup, size)
         self.standings: list[Standing] = [UNKNOWN] * self.size
         self.items: list[tuple[ItemAnswer, ...]] = [()] * self.size
 
     def inform(self, pairs: Sequence[tuple[Candidate, Result]]) -> None:
-        """See ``Informed``: the best models so far are the first population; experts fill it up."""
-        found = best_models(pairs)[: self.size]
-        known = {recipe.id for recipe in found}
-        self.population = [*found, *(e for e in self.setup.experts if e.id not in known)][: self.size]
+        """See ``Informed``: the best models so far are the first population; it is filled up as usual."""
+        self.population = led_by(best_models(pairs), self.population)
 
     def waits_for(self, k: int) -> int:
         if k < self.size:
@@ -68,6 +66,8 @@ class Alone(RunsAhead):
         best = max((j for j in range(self.size) if j != i), key=lambda j: self.standings[j])
         if self.settings.strategy in LED_BY_BEST:
             return best
+        if self.settings.strategy == LED_BY_ONE_OF_THE_BEST:
+            return draw.choice([j for j in best_places(self.standings, self.settings.p) if j != i])
         left = self.settings.generations - (k // self.size - 1)
         at_random = draw.random() < 0.5 + 0.5 / left
         return None if at_random or self.settings.strategy != "evolver" else best

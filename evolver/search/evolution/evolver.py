@@ -24,6 +24,7 @@ from evolver.search.base import Ordered, Setup, algorithm
 from evolver.search.evolution.alone import Alone
 from evolver.search.evolution.merged import Merged
 from evolver.search.evolution.offspring import PARTNERS
+from evolver.search.evolution.population import size_of
 from evolver.search.evolution.settings import EvolverSettings
 
 
@@ -35,7 +36,7 @@ def build_evolver(setup: Setup, settings: EvolverSettings) -> Ordered:
     gives: every single weight may come from another member. It assumes that good weights of different experts can be
     combined one by one, as all experts come from one base.
 
-    Raises BadInput for settings that do not fit together, and for too few experts.
+    Raises BadInput for settings that do not fit together, and for a population that is too small.
     """
     if setup.together > 1 and settings.mode != "generational":
         raise BadInput(
@@ -47,10 +48,9 @@ def build_evolver(setup: Setup, settings: EvolverSettings) -> Ordered:
             f"search.in_flight: in mode {settings.mode}, the search itself decides how many candidates are evaluated "
             "at the same time; leave in_flight out, or write mode: steady."
         )
-    needed = PARTNERS[settings.strategy] + 1
-    if len(setup.experts) < needed:
+    if settings.merger is None and settings.adapt:
         raise BadInput(
-            f"search.strategy: {settings.strategy} needs {needed} experts, and the configuration has "
-            f"{len(setup.experts)}; write evolver, or give more experts."
+            "search.adapt: without a merger, there are no settings that could adapt; write merger, or leave adapt out."
         )
-    return Alone(setup, settings) if settings.merger is None else Merged(setup, settings)
+    size = size_of(setup, settings.population, PARTNERS[settings.strategy] + 1, f"search.strategy: {settings.strategy}")
+    return Alone(setup, settings, size) if settings.merger is None else Merged(setup, settings, size)

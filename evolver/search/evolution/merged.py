@@ -4,48 +4,46 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
-from evolver.errors import BadInput
 from evolver.records import UNKNOWN, Candidate, ItemAnswer, Result, Standing
-from evolver.records.recipe import Merge, Recipe
+from evolver.records.recipe import Recipe
 from evolver.search.ahead import RunsAhead
 from evolver.search.base import Setup
 from evolver.search.continued import best_models
+from evolver.search.evolution.adapting import AdaptingSettings
 from evolver.search.evolution.challenge import challenge, rejected
 from evolver.search.evolution.offspring import offspring
+from evolver.search.evolution.population import first_population
 from evolver.search.evolution.settings import EvolverSettings
 
 
 class Merged(RunsAhead):
     """Evolver with a merger: the whole population has one score, the dev score of its merge.
 
-    Unlike ``Alone``, a child counts for what it adds to the merge, not for its own score.
+    Unlike ``Alone``, a child counts for what it adds to the merge, not for its own score. With ``adapt``, numbers of
+    the merger such as the total mass evolve, too: see ``AdaptingSettings``.
     """
 
-    def __init__(self, setup: Setup, settings: EvolverSettings) -> None:
-        self.size = len(setup.experts)
+    def __init__(self, setup: Setup, settings: EvolverSettings, size: int) -> None:
+        self.size = size
         super().__init__(setup, limit=1 + self.size * settings.generations)
         self.settings = settings
-        self.merge = setup.maker.merger(settings.merger or {"method": "simple"})
-        self.population: list[Recipe] = list(setup.experts)
+        self.merge = setup.maker.merger(settings.merger or {"method": "simple"}, size, settings.adapt)
+        self.numbers = AdaptingSettings(self.merge.knobs, self.merge.start)
+        self.population = first_population(setup, size)
         self.standing: Standing = UNKNOWN
         self.items: tuple[ItemAnswer, ...] = ()
-        self._members: dict[int, list[Recipe]] = {}
-        self._best: tuple[Result, list[Recipe]] | None = None
+        self._pending: dict[int, tuple[list[Recipe], AdaptingSettings]] = {}
+        self._best: tuple[Result, list[Recipe], AdaptingSettings] | None = None
 
     def inform(self, pairs: Sequence[tuple[Candidate, Result]]) -> None:
         """See ``Informed``: the first population is the one whose merge is the best so far."""
         for recipe in best_models(pairs):
-            if isinstance(recipe, Merge) and len(recipe.inputs) == self.size and self._is_merge(recipe):
-                self.population = list(recipe.inputs)
+            values = self.merge.values_of(recipe) if len(recipe.inputs) == self.size else None
+            if values is not None:
+                self.population, self.numbers = list(recipe.inputs), replace(self.numbers, values=values)
                 return
-
-    def _is_merge(self, recipe: Merge) -> bool:
-        """Whether a model is what this search's merger makes of the model's inputs."""
-        try:
-            return self.merge(recipe.inputs).id == recipe.id
-        except BadInput:  # a method that asks for statistics takes offspring of experts only
-            return False
 
     def waits_for(self, k: int) -> int:
         if k == 0:
@@ -56,7 +54,7 @@ class Merged(RunsAhead):
 
     def propose(self, k: int) -> Candidate:
         if k == 0:
-            return Candidate(0, self.merge(self.population), "evolver/initial")
+            return Candidate(0, self.merge(self.population, self.numbers.values), "evolver/initial")
         self._adopt_best()
         generation, place = divmod(k - 1, self.size)
         order = list(range(self.size))
@@ -65,17 +63,19 @@ class Merged(RunsAhead):
         draw = random.Random(f"{self.setup.seed}:merged:{k}")
         child = offspring(self.population, i, None, self.settings, draw)
         members: list[Recipe] = [*self.population[:i], child, *self.population[i + 1 :]]
-        self._members[k] = members
+        numbers = self.numbers.varied(draw)
+        self._pending[k] = members, numbers
         asked = challenge(self.setup, k, self.standing, self.items)
-        return Candidate(k, self.merge(members), "evolver+merger", tuple(p.id for p in child.inputs), asked)
+        merged = self.merge(members, numbers.values)
+        return Candidate(k, merged, "evolver+merger", tuple(p.id for p in child.inputs), asked)
 
     def learn(self, candidate: Candidate, result: Result) -> None:
         if candidate.number == 0:
             self.standing, self.items = result.standing, result.items
             return
-        members = self._members.pop(candidate.number)
+        members, numbers = self._pending.pop(candidate.number)
         if result.standing > (self._best[0].standing if self._best else self.standing):
-            self._best = (result, members)
+            self._best = result, members, numbers
 
     def assume(self, candidate: Candidate) -> Result | None:
         return None if candidate.number == 0 else rejected(candidate)
@@ -83,6 +83,6 @@ class Merged(RunsAhead):
     def _adopt_best(self) -> None:
         """Continue from the best population learnt since the last proposal, such as the best one of a generation."""
         if self._best:
-            result, self.population = self._best
+            result, self.population, self.numbers = self._best
             self.standing, self.items = result.standing, result.items
             self._best = None
