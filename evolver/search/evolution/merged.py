@@ -17,12 +17,17 @@ from evolver.search.evolution.offspring import offspring
 from evolver.search.evolution.population import first_population
 from evolver.search.evolution.settings import EvolverSettings
 
+# Of the candidates, how many vary the merger's settings instead of the population.
+SETTINGS_SHARE = 0.5
+
 
 class Merged(RunsAhead):
     """Evolver with a merger: the whole population has one score, the dev score of its merge.
 
     Unlike ``Alone``, a child counts for what it adds to the merge, not for its own score. With ``adapt``, numbers of
-    the merger such as the total mass evolve, too: see ``AdaptingSettings``.
+    the merger such as the total mass evolve, too: in half of the candidates they change and the population does not
+    (see ``AdaptingSettings``), in the others it is the other way round. If both changed at once, a child that harms
+    would be accepted together with a better mass.
     """
 
     def __init__(self, setup: Setup, settings: EvolverSettings, size: int) -> None:
@@ -59,14 +64,18 @@ class Merged(RunsAhead):
         generation, place = divmod(k - 1, self.size)
         order = list(range(self.size))
         random.Random(f"{self.setup.seed}:order:{generation}").shuffle(order)
-        i = order[place]
         draw = random.Random(f"{self.setup.seed}:merged:{k}")
-        child = offspring(self.population, i, None, self.settings, draw)
-        members: list[Recipe] = [*self.population[:i], child, *self.population[i + 1 :]]
-        numbers = self.numbers.varied(draw)
-        self._pending[k] = members, numbers
+        child = offspring(self.population, order[place], None, self.settings, draw)
         asked = challenge(self.setup, k, self.standing, self.items)
-        merged = self.merge(members, numbers.values)
+        if self.merge.knobs and draw.random() < SETTINGS_SHARE:
+            incumbent = self.merge(self.population, self.numbers.values)
+            numbers = self.numbers.varied(draw)
+            self._pending[k] = self.population, numbers
+            merged = self.merge(self.population, numbers.values)
+            return Candidate(k, merged, "evolver+settings", (incumbent.id,), asked)
+        members = [child if j == order[place] else member for j, member in enumerate(self.population)]
+        self._pending[k] = members, self.numbers
+        merged = self.merge(members, self.numbers.values)
         return Candidate(k, merged, "evolver+merger", tuple(p.id for p in child.inputs), asked)
 
     def learn(self, candidate: Candidate, result: Result) -> None:
