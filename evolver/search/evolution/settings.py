@@ -22,7 +22,8 @@ class PopulationSettings(Section):
         ge=2,
         le=100_000,
         description="number of members of the population; it is filled up, after the experts, by their average and by "
-        "turns by merges and mixtures of them that the seed decides; default: the number of experts",
+        "turns by merges and mixtures of them that the seed decides; default: the number of experts, for shade at "
+        "least 4",
     )
     mask: MaskUnit = Field(
         "scalar",
