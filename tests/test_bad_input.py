@@ -253,7 +253,10 @@ TABLE = {
     "unknown search": ({"search.algorithm": "evolve"}, ["search.algorithm", "'evolve'", "'evolver'"]),
     "no search": ({"search": {}}, ["search", "'algorithm'"]),
     "unknown strategy": ({"search.strategy": "rand/3"}, ["search.strategy", "'rand/3'", "'rand/2'"]),
-    "too few experts": ({"search.strategy": "rand/1"}, ["search.strategy", "needs 4 experts", "give more"]),
+    "too few experts": (
+        {"search.strategy": "rand/1"},
+        ["search.strategy", "rand/1 needs a population of 4", "population: 4"],
+    ),
     "in flight without steady": (
         {"search.in_flight": 3},
         ["search.in_flight", "in mode sequential, the search itself decides", "mode: steady"],

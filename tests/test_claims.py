@@ -410,7 +410,8 @@ def test_settings_stand_in_a_table_and_as_rows():
     tuned = {(r["setting"], r["input"]): r["value"] for r in rows if r["model"] == "task_arithmetic@0.5"}
     assert tuned == {("weight", "a"): 0.5, ("weight", "b"): 0.5, ("lambda", ""): 0.5, ("normalize", ""): False}
     crossed = {r["setting"]: r["value"] for r in rows if r["model"] == "winner"}
-    assert crossed == {"strategy": "evolver", "F": 0.5, "Cr": 0.5, "seed": done.winner.recipe.seed}
+    numbers = {"F": 0.5, "Cr": 0.5, "mask": "scalar", "seed": done.winner.recipe.seed}
+    assert crossed == {"strategy": "evolver", **numbers}
     assert [r["value"] for r in rows if r["model"] == "average"] == ["no settings"]
     text = settings_section(done)
     assert "| task_arithmetic@0.5 | `" in text

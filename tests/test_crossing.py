@@ -24,6 +24,7 @@ def reference(strategy, x, p, F, Cr, seed, name):
         "rand/1": lambda: p[0] + f * (p[1] - p[2]),
         "best/1": lambda: p[0] + f * (p[1] - p[2]),
         "current-to-best/1": lambda: x + f * (p[0] - x) + f * (p[1] - p[2]),
+        "current-to-pbest/1": lambda: x + f * (p[0] - x) + f * (p[1] - p[2]),
         "rand/2": lambda: p[0] + f * (p[1] - p[2]) + f * (p[3] - p[4]),
     }[strategy]()
     mask = (draws(seed, name, 0, x.numel()) < threshold(Cr)).view(x.shape)

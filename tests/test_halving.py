@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_search import BASE, EXPERTS, HALVING, Maker, build, ids, simulate
+from test_search import BASE, EXPERTS, HALVING, build, ids, maker, simulate
 
 from evolver.config import Budget
 from evolver.config.reading import check_section
@@ -55,7 +55,7 @@ def halving(estimates=None, experts=4, racing=False, **changes):
         BASE,
         0,
         Budget(**budget),
-        Maker(experts),
+        maker(experts),
         estimates or Estimates(ONE, 4),
         True,
         racing,

@@ -59,6 +59,8 @@ BASE, A, B, C = (Expert(n, n) for n in ("base", "a", "b", "c"))
 CROSS = Cross(A, (B,), "evolver", 0.5, 0.5, 1)
 DEEP = Cross(Cross(CROSS, (C,), "evolver", 0.25, 0.5, 2), (Cross(B, (CROSS,), "evolver", 0.5, 0.75, 3),), "evolver", 0.5, 0.5, 4)  # fmt: skip  # noqa: E501
 DIFFERENCE = Cross(A, (B, C, CROSS), "current-to-best/1", 0.5, 0.5, 5)
+BY_ROWS = Cross(CROSS, (B,), "evolver", 0.5, 0.5, 6, "row")
+BY_LAYERS = Cross(BY_ROWS, (C,), "evolver", 0.5, 0.5, 7, "layer")
 OF_CROSS = Merge("simple", (CROSS, DEEP, C), BASE)
 
 
@@ -70,7 +72,8 @@ def rule(method, place=None, **values):
 
 THIN = Merge("ties", (A, B, CROSS), BASE, (rule("ties", density=0.3),))
 DROPPED = Merge("dare_ties", (A, B, DEEP), BASE, (rule("dare_ties", density=0.5, seed=3),))
-RECIPES = {"expert": C, "cross": CROSS, "deep": DEEP, "difference": DIFFERENCE, "of cross": OF_CROSS, "ties": THIN,
+RECIPES = {"expert": C, "cross": CROSS, "deep": DEEP, "difference": DIFFERENCE, "by rows": BY_ROWS,
+           "by layers": BY_LAYERS, "of cross": OF_CROSS, "ties": THIN,
            "dare": DROPPED, "merge of merge": Merge("linear", (THIN, DROPPED, A), BASE, (rule("linear"),))}  # fmt: skip
 EVERY = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
 
@@ -117,6 +120,21 @@ def test_the_cache_changes_nothing_and_neither_does_eviction(sources, fresh, rec
         for other in (recipe, *RECIPES.values()):
             same(dict(keeping.stream(other)), fresh[other.id])
             assert len(keeping._resident) <= slots
+
+
+def test_a_layer_is_crossed_as_a_whole(sources):
+    """With F = 1 every tensor of a layer is the parent's, or every one is the partner's; both happen."""
+    parent, partner = (build(sources, node) for node in (A, B))
+    seen = {}
+    for seed in range(12):
+        child = build(sources, Cross(A, (B,), "evolver", 1.0, 0.5, seed, "layer"))
+        for layer in ("embed", "layers.0.", "layers.1.", "norm"):
+            names = [n for n in child if layer in n]
+            of = {n: torch.equal(child[n], partner[n]) for n in names}
+            assert all(of[n] or torch.equal(child[n], parent[n]) for n in names)
+            assert len(set(of.values())) == 1
+            seen.setdefault(layer, set()).add(of[names[0]])
+    assert all(found == {True, False} for found in seen.values())
 
 
 def test_the_population_stays_resident(sources, monkeypatch):

@@ -1,13 +1,14 @@
 """Recipes: canonical form, identity, and the text that travels; results: what they answer."""
 
 import json
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evolver.records import Candidate, Question, Result
-from evolver.records.recipe import Cross, Expert, Merge, Place, Rule, ancestors, dump_recipe, load_recipe
+from evolver.records.recipe import Cross, Expert, MaskUnit, Merge, Place, Rule, ancestors, dump_recipe, load_recipe
 
 A, B = Expert("a", "aa"), Expert("b", "bb")
 
@@ -26,7 +27,8 @@ rules = st.builds(Rule.of, st.dictionaries(names, values, max_size=3), places)
 def nested(inner):
     some = st.lists(inner, min_size=1, max_size=3).map(tuple)
     merges = st.builds(Merge, names, some, experts, st.lists(rules, max_size=2).map(tuple))
-    return merges | st.builds(Cross, inner, some, names, finite, finite, st.integers(0, 2**32))
+    masks = st.sampled_from(get_args(MaskUnit))
+    return merges | st.builds(Cross, inner, some, names, finite, finite, st.integers(0, 2**32), masks)
 
 
 recipes = st.recursive(experts, nested, max_leaves=6)
@@ -74,6 +76,8 @@ def test_the_name_of_an_expert_is_for_people_only():
         Cross(A, (B,), "evolver", 0.25, 0.5, 1),
         Cross(A, (B,), "evolver", 0.5, 0.25, 1),
         Cross(A, (B,), "evolver", 0.5, 0.5, 2),
+        Cross(A, (B,), "evolver", 0.5, 0.5, 1, "row"),
+        Cross(A, (B,), "evolver", 0.5, 0.5, 1, "layer"),
     ],
 )
 def test_every_part_of_a_recipe_counts_for_its_id(other):
@@ -105,6 +109,15 @@ def test_the_canonical_form_is_pinned():
         '[["expert","a","aa"],["expert","b","bb"],["cross",[0,1],"evolver",0.5,0.25,7],'
         '["merge","ties",[2,1],0,[[[[0,2],false,""],[["lambda",1.5],["weight",[0.25,0.75]]]]]]]'
     )
+
+
+def test_a_mask_by_scalars_has_the_form_of_before_there_were_others():
+    plain = Cross(A, (B,), "evolver", 0.5, 0.25, 7, "scalar")
+    assert (plain.id, dump_recipe(plain)) == (Cross(A, (B,), "evolver", 0.5, 0.25, 7).id, dump_recipe(plain))
+    coarse = dump_recipe(Cross(A, (B,), "evolver", 0.5, 0.25, 7, "row"))
+    assert coarse == dump_recipe(plain).replace("0.25,7]", '0.25,7,"row"]')
+    with pytest.raises(ValueError, match="no mask 'rows'"):
+        load_recipe(coarse.replace('"row"', '"rows"'))
 
 
 def test_the_text_grows_with_nodes_not_with_paths():

@@ -2,47 +2,31 @@
 
 import random
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 
 from evolver.config import Budget
 from evolver.config.reading import check_section
 from evolver.errors import BadInput
-from evolver.merging.methods import METHODS
-from evolver.merging.settings.genome import genome
+from evolver.merging.settings.maker import RecipeMaker
 from evolver.records import Result
 from evolver.records.recipe import Cross, Expert, Merge
 from evolver.search import SEARCHES
 from evolver.search.base import Setup
 from evolver.search.coefficients.optuna_samplers import default_population
-from evolver.search.evolution.evolver import offspring
+from evolver.search.evolution.offspring import offspring
 from evolver.search.plain import Listed
 
 BASE = Expert("base", "00")
 EXPERTS = tuple(Expert(n, 2 * n) for n in "abcdef")
 
 
-@dataclass(frozen=True)
-class Maker:
+def maker(count):
     """The making half, without models."""
-
-    count: int
-
-    def space(self, method, groups, tune, settings):
-        return genome(
-            METHODS[method],
-            EXPERTS[: self.count],
-            BASE,
-            [f"model.layers.{i}.w" for i in range(4)],
-            groups,
-            tune,
-            settings,
-            "search",
-        )
-
-    def merger(self, settings):
-        return lambda members: Merge(settings.get("method", "simple"), tuple(members), BASE)
+    names = [e.name for e in EXPERTS[:count]]
+    digests = {"base": BASE.digest} | {n: 2 * n for n in names}
+    return RecipeMaker(names, [f"model.layers.{i}.w" for i in range(4)], digests)
 
 
 class Means:
@@ -68,7 +52,7 @@ def build(settings, seed=0, experts=4, early_stopping=True, racing=False, arriva
     typed = check_section(found.settings, settings, "f", "search.")
     budget = Budget(**(budget or {"candidates": 30}))
     setup = Setup(
-        EXPERTS[:experts], BASE, seed, budget, Maker(experts), Means(), early_stopping, racing, arrival=arrival,
+        EXPERTS[:experts], BASE, seed, budget, maker(experts), Means(), early_stopping, racing, arrival=arrival,
         tasks=TASKS,
     )  # fmt: skip
     return found.build(setup, typed)
@@ -88,8 +72,12 @@ ORDERED = {
     **{
         f"evolver {c['mode']}{' merger' if 'merger' in c else ''} {s}": EVOLVER | c | {"strategy": s}
         for c in MODES
-        for s in ("evolver", "rand/1", "best/1", "current-to-best/1", "rand/2")
+        for s in ("evolver", "rand/1", "best/1", "current-to-best/1", "current-to-pbest/1", "rand/2")
     },
+    "evolver population": EVOLVER | {"population": 7, "strategy": "rand/2", "mask": "row"},
+    "evolver merger population": EVOLVER | {"population": 6, "merger": {"method": "ties"}, "adapt": True},
+    "shade": {"algorithm": "shade", "generations": 5},
+    "shade reduced": {"algorithm": "shade", "generations": 9, "population": 8, "reduce_to": 4, "mask": "layer"},
     "tpe": {"algorithm": "tpe", "startup": 5},
     "tpe 4": {"algorithm": "tpe", "startup": 5, "in_flight": 4, "layer_groups": 2},
     "tpe choosing": {"algorithm": "tpe", "startup": 5, "method": "ties", "tune": ["lambda", "sign", "normalize"]},
@@ -107,6 +95,7 @@ CONFIGURATIONS = ORDERED | {
     "halving cmaes 5": HALVING | {"of": ORDERED["cmaes 5"], "batch": 3},
     "halving nsga2": HALVING | {"of": ORDERED["nsga2"], "batch": 5},
     "halving evolver": HALVING | {"of": ORDERED["evolver generational evolver"]},
+    "halving shade": HALVING | {"of": ORDERED["shade reduced"]},
     "halving evolver merger": HALVING | {"of": ORDERED["evolver generational merger evolver"]},
 }
 
@@ -480,9 +469,12 @@ def test_a_race_is_given_the_incumbent_s_items(settings, early_stopping):
 
 def test_strategies_that_need_more_experts_are_refused():
     with pytest.raises(
-        BadInput, match=r"search\.strategy: rand/2 needs 6 experts, and the configuration has 4; write evolver"
+        BadInput,
+        match=r"^search\.strategy: rand/2 needs a population of 6, and there are 4 experts; write population: 6",
     ):
         build(EVOLVER | {"strategy": "rand/2"})
+    with pytest.raises(BadInput, match=r"^search\.strategy: rand/2 .* of 6, and search.population is 5; write"):
+        build(EVOLVER | {"strategy": "rand/2", "population": 5})
     with pytest.raises(BadInput, match=r"search\.startegy: unknown key; did you mean 'strategy'"):
         build(EVOLVER | {"startegy": "rand/2"})
 

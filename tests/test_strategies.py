@@ -3,7 +3,8 @@
 from typing import get_args
 
 from evolver.merging.crossing import STRATEGIES
-from evolver.search.evolution.evolver import LED_BY_BEST, PARTNERS, Strategy
+from evolver.search.evolution.offspring import LED_BY_BEST, PARTNERS
+from evolver.search.evolution.settings import Strategy
 
 
 def test_crossing_and_search_agree_on_the_strategies():

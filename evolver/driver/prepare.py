@@ -244,7 +244,8 @@ def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
     merger = getattr(settings, "merger", None)
     if merger is None:
         raise BadInput(f"{file}: search: this search uses no merge method, so there are no settings to explain.")
-    return maker.merger(merger)(maker.experts), (), opened.base
+    merge = maker.merger(merger, adapt=getattr(settings, "adapt", False))
+    return merge(maker.experts), tuple(merge.start), opened.base
 
 
 def block_of(config: Config, file: str, split: Split, count: int) -> int:

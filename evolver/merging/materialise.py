@@ -189,7 +189,11 @@ class Materialiser:
     def _(self, node: Cross, name: str, below: list[Tensor]) -> Tensor:
         if _is_copied(below[0]):
             return below[0]
-        return crossing.cross(node.strategy, below[0], below[1:], node.F, node.Cr, node.seed, name, self.kernels)
+        parent, *partners = below
+        given = (node.strategy, parent, partners, node.F, node.Cr, node.seed, node.unit(name))
+        if node.mask == "scalar":
+            return crossing.cross(*given, self.kernels)
+        return crossing.cross_units(*given, by_row=node.mask == "row", kernels=self.kernels)
 
     @_compute.register
     def _(self, node: Merge, name: str, below: list[Tensor]) -> Tensor:

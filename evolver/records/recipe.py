@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from evolver.records.canonical import canonical_json, content_hash
 
@@ -21,6 +21,8 @@ Value = bool | int | float | str | tuple[float, ...]
 LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 # Parts of the names of tensors that come before the layers.
 EMBEDDINGS = ("embed", "wte", "wpe")
+# What draws once in a crossover: a single weight, a row of a tensor, a tensor, or a layer.
+MaskUnit = Literal["scalar", "row", "tensor", "layer"]
 
 
 def _number(x: float) -> float:
@@ -316,8 +318,11 @@ class Merge(Node):
 class Cross(Node):
     """The mutation and crossover of Evolver (Du et al. 2024): a mutant of the population is crossed with the parent.
 
-    Each scalar takes the mutant's value with probability Cr, else the parent's. The random numbers are a function of
-    ``seed``, the tensor's name and the scalar's index in it, so they do not depend on the order of computation.
+    Each unit of the ``mask`` takes the mutant's values with probability Cr, else the parent's. The operator as the
+    authors released it draws for each scalar. Coarser units are the rows of a tensor (its vectors along the last
+    dimension; a vector is one row), whole tensors, and layers; all embeddings are one more layer, and so is everything
+    else outside the layers. The random numbers are a function of ``seed``, the tensor's name (or the layer) and the
+    index of the scalar or row, so they do not depend on the order of computation.
     """
 
     kind: ClassVar[str] = "cross"
@@ -327,32 +332,56 @@ class Cross(Node):
     F: float
     Cr: float
     seed: int
+    mask: MaskUnit = "scalar"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "F", _number(self.F))
         object.__setattr__(self, "Cr", _number(self.Cr))
+        if self.mask not in get_args(MaskUnit):
+            raise ValueError(f"a crossover has no mask {self.mask!r}")
 
     @property
     def inputs(self) -> tuple[Recipe, ...]:  # type: ignore[override]  # derived here, stored in the other nodes
         return (self.parent, *self.partners)
 
     def form(self) -> list[Any]:
-        return [self.kind, [i.id for i in self.inputs], self.strategy, self.F, self.Cr, self.seed]
+        return [self.kind, [i.id for i in self.inputs], *self._numbers()]
 
     def entry(self, place: Mapping[str, int]) -> list[Any]:
-        return [[place[i.id] for i in self.inputs], self.strategy, self.F, self.Cr, self.seed]
+        return [[place[i.id] for i in self.inputs], *self._numbers()]
+
+    def _numbers(self) -> list[Any]:
+        """What is written beside the inputs. A mask by scalars is left out: recipes of before coarser ones keep ids."""
+        own = [self.strategy, self.F, self.Cr, self.seed]
+        return own if self.mask == "scalar" else [*own, self.mask]
 
     @classmethod
     def from_entry(cls, entry: Sequence[Any], nodes: Sequence[Recipe]) -> Cross:
-        (parent, *partners), strategy, f, cr, seed = entry
-        return cls(nodes[parent], tuple(nodes[i] for i in partners), strategy, f, cr, seed)
+        (parent, *partners), *numbers = entry
+        return cls(nodes[parent], tuple(nodes[i] for i in partners), *numbers)
 
     def describe(self) -> str:
-        return f"crossover ({self.strategy}, F {self.F:g}, Cr {self.Cr:g}, seed {self.seed})"
+        return f"crossover{self._by} ({self.strategy}, F {self.F:g}, Cr {self.Cr:g}, seed {self.seed})"
 
     @property
     def operations(self) -> tuple[str, ...]:
-        return f"mutation {self.strategy}", f"crossover Cr {self.Cr:g}"
+        return f"mutation {self.strategy}", f"crossover{self._by} Cr {self.Cr:g}"
+
+    @property
+    def _by(self) -> str:
+        return "" if self.mask == "scalar" else f" by {self.mask}s"
+
+    def unit(self, name: str) -> str:
+        """What the draws of a tensor are named by: with a mask by layers its layer, else the tensor itself.
+
+        A layer is named by the tensor's name up to its number, so that those of an encoder and of a decoder differ.
+        """
+        if self.mask != "layer":
+            return name
+        match = LAYER.search(name)
+        if match:
+            return name[: match.end(1)]
+        return "before the layers" if any(e in name for e in EMBEDDINGS) else "after the layers"
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -60,8 +60,8 @@ def _of_node(node: Recipe) -> Iterator[dict[str, Any]]:
         if not node.rules:
             yield _row(node.method, "", "no settings")
     elif isinstance(node, Cross):
-        for setting, number in (("strategy", node.strategy), ("F", node.F), ("Cr", node.Cr), ("seed", node.seed)):
-            yield _row("crossover", setting, number)
+        for setting in ("strategy", "F", "Cr", "mask", "seed"):
+            yield _row("crossover", setting, getattr(node, setting))
     elif isinstance(node, Layers):
         program = " ".join(f"{node.inputs[i].label}:{layer}" for i, layer in node.program)
         yield _row("layers", "program (model:layer)", program)

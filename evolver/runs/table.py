@@ -184,7 +184,7 @@ def _described(recipe: Recipe, text: str) -> dict[str, Any]:
     if isinstance(recipe, Merge):
         settings = [rule.form() for rule in recipe.rules]
     elif isinstance(recipe, Cross):
-        settings = {"strategy": recipe.strategy, "F": recipe.F, "Cr": recipe.Cr, "seed": recipe.seed}
+        settings = {key: getattr(recipe, key) for key in ("strategy", "F", "Cr", "seed", "mask")}
     method = recipe.method if isinstance(recipe, Merge) else recipe.kind
     return {
         "recipe_id": recipe.id, "kind": recipe.kind, "method": method, "settings": json.dumps(settings),

@@ -76,6 +76,28 @@ class Space(Protocol):
         ...
 
 
+class Merger(Protocol):
+    """Merges models by one method."""
+
+    @property
+    def knobs(self) -> tuple[Knob, ...]:
+        """The settings that the search varies, and their ranges."""
+        ...
+
+    @property
+    def start(self) -> Mapping[str, float]:
+        """Their values at the beginning."""
+        ...
+
+    def __call__(self, members: Sequence[Recipe], values: Mapping[str, float] | None = None) -> Recipe:
+        """The merge of models, with these values of the settings that vary; None: with those of the beginning."""
+        ...
+
+    def values_of(self, recipe: Recipe) -> Mapping[str, float] | None:
+        """The values with which it makes this very recipe; None for a recipe that it does not make."""
+        ...
+
+
 class Maker(Protocol):
     """Makes recipes for searches. Its methods raise BadInput for settings that a merge method does not take."""
 
@@ -89,8 +111,15 @@ class Maker(Protocol):
         """
         ...
 
-    def merger(self, settings: Mapping[str, Any]) -> Callable[[Sequence[Recipe]], Recipe]:
-        """A function that merges models by the method and the settings given."""
+    def merger(
+        self, settings: Mapping[str, Any], members: int | None = None, adapt: Sequence[str] | bool = False
+    ) -> Merger:
+        """What merges models by the method and the settings given.
+
+        Args:
+            members: the number of models; None: as many as there are experts, in whose places they stand.
+            adapt: names of the settings that the search varies; True: all numbers that a search can tune.
+        """
         ...
 
 

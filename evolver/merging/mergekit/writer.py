@@ -105,7 +105,7 @@ class _Document:
         if isinstance(node, Merge):
             return [(node, _depth(node.names(self.names)))]
         if isinstance(node, Cross):
-            raise Inexpressible("it crosses weights scalar by scalar")
+            raise Inexpressible(f"it crosses weights {node.mask} by {node.mask}")
         if not isinstance(node, Layers):
             raise Inexpressible("it is a model as it is")
         if node.ends != (0, len(node.inputs) - 1):

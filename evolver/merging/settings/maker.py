@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from evolver.errors import BadInput
 from evolver.evaluation.collectors import collector_named
 from evolver.merging import methods
+from evolver.merging.settings.adapted import adapted
 from evolver.merging.settings.genome import Genome, genome
 from evolver.merging.settings.placed import fixed_rules
-from evolver.records.recipe import Cross, Expert, Merge, Recipe, Statistic
+from evolver.records import Knob
+from evolver.records.recipe import Cross, Expert, Merge, Recipe, Rule, Statistic
 
 
 class RecipeMaker:
@@ -38,14 +42,21 @@ class RecipeMaker:
         statistics = self._statistics(found, self.experts)
         return genome(found, self.experts, self.base, self._names, groups, tune, settings, "search", statistics)
 
-    def merger(self, settings: Mapping[str, Any]) -> Callable[[Sequence[Recipe]], Recipe]:
+    def merger(
+        self, settings: Mapping[str, Any], members: int | None = None, adapt: Sequence[str] | bool = False
+    ) -> RecipeMerger:
         given = dict(settings)
         method = methods.get(str(given.pop("method", "simple")), "search.merger.method")
-        rules = fixed_rules(method, given, [e.name for e in self.experts], self._names, "search.merger")
-        self._statistics(method, self.experts)  # what cannot be collected is refused now
-        return lambda members: Merge(
-            method.name, tuple(members), self.base, rules, self._statistics(method, members)
-        )  # fmt: skip
+        names = [e.name for e in self.experts]
+        if members not in (None, len(names)):
+            _refuse_by_expert(method, given, members or 0)
+            names = [str(n) for n in range(members or 0)]
+        else:
+            self._statistics(method, self.experts)  # what cannot be collected is refused now
+        knobs, start = adapted(method, given, adapt)
+        fixed = {key: value for key, value in given.items() if key not in start}
+        rules = fixed_rules(method, fixed, names, self._names, "search.merger", start)
+        return RecipeMerger(method, self.base, rules, knobs, start, partial(self._statistics, method))
 
     def _statistics(self, method: methods.Method, members: Sequence[Recipe]) -> tuple[Statistic, ...]:
         """What a method asks for, of every kind one a member.
@@ -58,6 +69,58 @@ class RecipeMaker:
             collector_named(kind)
         origins = [_origin(m, method.name) for m in members] if kinds else []
         return tuple(Statistic(kind, o, self._sampled(o.name)) for kind in kinds for o in origins)
+
+
+@dataclass(frozen=True)
+class RecipeMerger:
+    """See ``Merger``.
+
+    Args:
+        rules: the settings that stay as they are.
+        statistics: those that the method asks for, of the members.
+    """
+
+    method: methods.Method
+    base: Expert
+    rules: tuple[Rule, ...]
+    knobs: tuple[Knob, ...]
+    start: Mapping[str, float]
+    statistics: Callable[[Sequence[Recipe]], tuple[Statistic, ...]]
+
+    def __call__(self, members: Sequence[Recipe], values: Mapping[str, float] | None = None) -> Merge:
+        varied = (Rule.of(self.start if values is None else values),) if self.knobs else ()
+        return Merge(self.method.name, tuple(members), self.base, (*self.rules, *varied), self.statistics(members))
+
+    def values_of(self, recipe: Recipe) -> Mapping[str, float] | None:
+        if not isinstance(recipe, Merge) or (self.knobs and not recipe.rules):
+            return None
+        found = dict(recipe.rules[-1].values) if self.knobs else {}
+        values = {k.name: v for k in self.knobs if isinstance(v := found.get(k.name), float) and k.low <= v <= k.high}
+        try:
+            return values if self(recipe.inputs, values).id == recipe.id else None
+        except BadInput:  # a method that asks for statistics takes offspring of experts only
+            return None
+
+
+def _refuse_by_expert(method: methods.Method, given: Mapping[str, Any], members: int) -> None:
+    """Raises BadInput for what only experts have, and not all members of a population."""
+    if method.statistics:
+        raise BadInput(
+            f"search.population: {method.name} needs statistics of experts, and a population of {members} has members "
+            "that are none; leave population out, or choose another merger."
+        )
+    for key, value in given.items():
+        each = key in method.settings and method.settings[key].kind is tuple
+        if each and (isinstance(value, dict) or _is_listed(value)):
+            raise BadInput(
+                f"search.merger.{key}: one number for each expert, but the population has {members} members; write one "
+                "number for all of them, or leave population out."
+            )
+
+
+def _is_listed(value: Any) -> bool:
+    """Whether a value is a list of numbers, one for each expert, and not one of {filter, value}."""
+    return isinstance(value, list) and len(value) > 1 and not any(isinstance(v, dict) for v in value)
 
 
 def _origin(member: Recipe, method: str) -> Expert:
