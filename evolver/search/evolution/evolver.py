@@ -27,11 +27,11 @@ from pydantic import Field
 
 from evolver.config.section import Section
 from evolver.errors import BadInput
-from evolver.records import UNKNOWN, Candidate, ItemAnswer, Question, Result, Standing
-from evolver.records.order import OWN
+from evolver.records import UNKNOWN, Candidate, ItemAnswer, Result, Standing
 from evolver.records.recipe import Cross, Merge, Recipe
 from evolver.search.ahead import RunsAhead
 from evolver.search.base import Ordered, Setup, algorithm
+from evolver.search.challenge import challenge, rejected
 from evolver.search.continued import best_models
 
 Strategy = Literal["evolver", "rand/1", "best/1", "current-to-best/1", "rand/2"]
@@ -113,27 +113,6 @@ def offspring(
     return Cross(population[i], partners, settings.strategy, settings.F, settings.Cr, draw.getrandbits(32))
 
 
-def _challenge(setup: Setup, k: int, incumbent: Standing, items: tuple[ItemAnswer, ...]) -> Question:
-    """Whether candidate k beats the incumbent, of which it is told the score and, for a race, the answers.
-
-    An incumbent that breaks a constraint can be beaten with any score, so it sets no bar.
-
-    Every race has an order of its own. The incumbent has won along other orders, so this one is a random order for both
-    models, as the test assumes.
-    """
-    violation, score = incumbent
-    if not setup.early_stopping or violation < 0:
-        return Question()
-    if not setup.racing:
-        return Question(bar=score)
-    return Question(bar=score, rival=items, order=OWN if setup.subset == "fixed" else f"{setup.seed}:race:{k}")
-
-
-def _rejected(candidate: Candidate) -> Result:
-    """A made-up result that does not beat the bar, for running ahead."""
-    return Result(candidate.number, candidate.recipe.id, "ok", bound=candidate.question.bar, stage=candidate.stage)
-
-
 class Alone(RunsAhead):
     """Evolver without a merger: the experts are scored first, then each member gets one child per generation.
 
@@ -167,7 +146,7 @@ class Alone(RunsAhead):
             return Candidate(k, self.population[i], "evolver/initial")
         draw = random.Random(f"{self.setup.seed}:evolver:{k}")
         child = offspring(self.population, i, self._leader(k, i, draw), self.settings, draw)
-        asked = _challenge(self.setup, k, self.standings[i], self.items[i])
+        asked = challenge(self.setup, k, self.standings[i], self.items[i])
         return Candidate(k, child, "evolver", tuple(p.id for p in child.inputs), asked)
 
     def learn(self, candidate: Candidate, result: Result) -> None:
@@ -176,7 +155,7 @@ class Alone(RunsAhead):
             self.population[i], self.standings[i], self.items[i] = candidate.recipe, result.standing, result.items
 
     def assume(self, candidate: Candidate) -> Result | None:
-        return None if candidate.number < self.size else _rejected(candidate)
+        return None if candidate.number < self.size else rejected(candidate)
 
     def _leader(self, k: int, i: int, draw: random.Random) -> int | None:
         """The member that has to be the first partner: the best other one, or None if partners are drawn at random.
@@ -242,7 +221,7 @@ class Merged(RunsAhead):
         child = offspring(self.population, i, None, self.settings, draw)
         members: list[Recipe] = [*self.population[:i], child, *self.population[i + 1 :]]
         self._members[k] = members
-        asked = _challenge(self.setup, k, self.standing, self.items)
+        asked = challenge(self.setup, k, self.standing, self.items)
         return Candidate(k, self.merge(members), "evolver+merger", tuple(p.id for p in child.inputs), asked)
 
     def learn(self, candidate: Candidate, result: Result) -> None:
@@ -254,7 +233,7 @@ class Merged(RunsAhead):
             self._best = (result, members)
 
     def assume(self, candidate: Candidate) -> Result | None:
-        return None if candidate.number == 0 else _rejected(candidate)
+        return None if candidate.number == 0 else rejected(candidate)
 
     def _adopt_best(self) -> None:
         """Continue from the best population learnt since the last proposal, such as the best one of a generation."""
