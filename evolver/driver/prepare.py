@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -120,7 +121,8 @@ def prepare(
             refuse_stacks({name: info.shape for name, info in opened.base.headers.items()})
         digests = opened.digests() if weights else None
         sampled = cache(lambda expert: _sampled(config, tasks, blueprint, expert))
-        maker = RecipeMaker(list(config.experts), opened.base.names(), digests, sampled)
+        sizes = {name: math.prod(info.shape) for name, info in opened.base.headers.items()}
+        maker = RecipeMaker(list(config.experts), opened.base.names(), digests, sampled, sizes)
         if weights and config.model.strict:
             refuse_strangers(opened.base, opened.experts.values(), STRICT, weights=True)
         warnings = opened.warnings

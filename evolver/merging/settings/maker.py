@@ -8,6 +8,7 @@ from typing import Any
 from evolver.errors import BadInput
 from evolver.evaluation.collectors import collector_named
 from evolver.merging import methods
+from evolver.merging.settings.crossover import one_point
 from evolver.merging.settings.genome import Genome, genome
 from evolver.merging.settings.placed import fixed_rules
 from evolver.records.recipe import Cross, Expert, Merge, Recipe, Statistic
@@ -22,16 +23,18 @@ class RecipeMaker:
         digests: of the base and the experts, by name; without them, names stand for them.
         sampled: the hash of the items that an expert's statistics are collected on, by its name; raises BadInput where
             none can be. Without it, a word stands for every hash.
+        sizes: the number of scalars of every tensor; without it, all tensors count as equally large.
     """
 
     def __init__(
         self, experts: Sequence[str], tensors: Sequence[str], digests: dict[str, str] | None = None,
-        sampled: Callable[[str], str] = lambda _: "items",
+        sampled: Callable[[str], str] = lambda _: "items", sizes: Mapping[str, int] | None = None,
     ) -> None:  # fmt: skip
         self.digests = digests or {n: n for n in ("base", *experts)}
         self.base = Expert("base", self.digests["base"])
         self.experts = tuple(Expert(n, self.digests[n]) for n in experts)
         self._names, self._sampled = list(tensors), sampled
+        self._sizes = dict.fromkeys(self._names, 1) if sizes is None else {n: sizes[n] for n in self._names}
 
     def space(self, method: str, groups: int, tune: Sequence[str] | None, settings: Mapping[str, Any]) -> Genome:
         found = methods.get(method, "search.method")
@@ -46,6 +49,9 @@ class RecipeMaker:
         return lambda members: Merge(
             method.name, tuple(members), self.base, rules, self._statistics(method, members)
         )  # fmt: skip
+
+    def crossover(self, first: Recipe, second: Recipe, ratio: float, point: float) -> Recipe:
+        return Merge("split_slerp", (first, second), self.base, one_point(self._sizes, ratio, point))
 
     def _statistics(self, method: methods.Method, members: Sequence[Recipe]) -> tuple[Statistic, ...]:
         """What a method asks for, of every kind one a member.
