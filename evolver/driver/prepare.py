@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -121,8 +120,7 @@ def prepare(
             refuse_stacks({name: info.shape for name, info in opened.base.headers.items()})
         digests = opened.digests() if weights else None
         sampled = cache(lambda expert: _sampled(config, tasks, blueprint, expert))
-        sizes = {name: math.prod(info.shape) for name, info in opened.base.headers.items()}
-        maker = RecipeMaker(list(config.experts), opened.base.names(), digests, sampled, sizes)
+        maker = RecipeMaker(list(config.experts), opened.base.names(), digests, sampled, opened.base.sizes())
         if weights and config.model.strict:
             refuse_strangers(opened.base, opened.experts.values(), STRICT, weights=True)
         warnings = opened.warnings

@@ -24,9 +24,9 @@ from evolver.errors import BadInput
 from evolver.records import Candidate, Result, Standing
 from evolver.records.objective import Objective, values_of
 from evolver.search.base import Ordered, Setup, algorithm
-from evolver.search.models.mixtures import Coefficients, combined, mixture, one_hot
+from evolver.search.models.mixtures import MixturePoint, combined, mixture_of, one_hot
 
-Cell = tuple[int, ...]
+NicheCell = tuple[int, ...]
 # Ends of the range in which elites are weighed against each other, by each of their values.
 LEAST_WEIGHT, MOST_WEIGHT = 0.5, 1.3
 
@@ -58,7 +58,7 @@ class Elite:
     standing: Standing
     values: tuple[float, ...]
     number: int
-    place: Coefficients
+    place: MixturePoint
 
 
 @algorithm("cycleqd", CycleQDSettings)
@@ -85,8 +85,8 @@ class CycleQD(Ordered):
         self.objectives = setup.objectives or tuple(Objective(task, {task: 1.0}) for task in setup.tasks)
         self.found: list[Elite] = []  # the first models, until the levels are known
         self.levels: tuple[tuple[float, float], ...] = ()
-        self.archives: list[dict[Cell, Elite]] = [{} for _ in self.objectives]
-        self._pending: dict[int, Coefficients] = {}
+        self.archives: list[dict[NicheCell, Elite]] = [{} for _ in self.objectives]
+        self._pending: dict[int, MixturePoint] = {}
 
     def waits_for(self, k: int) -> int:
         if k < self.first:
@@ -100,7 +100,7 @@ class CycleQD(Ordered):
         place = one_hot(k, self.first) if initial else self._child((k - self.first) % len(self.objectives), draw)
         self._pending[k] = place
         used = tuple(e.id for e, c in zip(experts, place, strict=True) if c)
-        recipe = mixture(experts, self.setup.base, place)
+        recipe = mixture_of(experts, self.setup.base, place)
         return Candidate(k, recipe, "cycleqd/initial" if initial else "cycleqd", used)
 
     def learn(self, candidate: Candidate, result: Result) -> None:
@@ -114,7 +114,7 @@ class CycleQD(Ordered):
             return
         self._offer(elite)
 
-    def _child(self, task: int, draw: random.Random) -> Coefficients:
+    def _child(self, task: int, draw: random.Random) -> MixturePoint:
         self._open()
         count = len(self.setup.experts)
         elites = [*self.archives[task].values()] or [*map(self._unknown, range(count))]
@@ -163,7 +163,7 @@ def levels_of(values: Sequence[float]) -> tuple[float, float]:
     return low, high + 0.5 * (high - low)
 
 
-def cell_of(values: Sequence[float], task: int, levels: Sequence[tuple[float, float]], bins: int) -> Cell:
+def cell_of(values: Sequence[float], task: int, levels: Sequence[tuple[float, float]], bins: int) -> NicheCell:
     """The level of every task but ``task``. What lies outside the range of a task is in its first or last level."""
     return tuple(
         min(bins - 1, max(0, math.floor(bins * (value - low) / (high - low)))) if high > low else 0

@@ -10,7 +10,7 @@ from pydantic import Field
 from evolver.config.section import Section
 from evolver.records import Candidate, Result, Standing
 from evolver.search.base import Ordered, Setup, algorithm
-from evolver.search.models.mixtures import Coefficients, combined, mixture, one_hot, shares
+from evolver.search.models.mixtures import MixturePoint, combined, mixture_of, one_hot, shares
 
 
 class GASettings(Section):
@@ -42,8 +42,8 @@ class GA(Ordered):
     def __init__(self, setup: Setup, settings: GASettings) -> None:
         super().__init__(setup)
         self.settings, self.first = settings, max(settings.population, len(setup.experts))
-        self.members: list[tuple[Standing, Coefficients]] = []  # that were scored, the earliest first
-        self._pending: dict[int, Coefficients] = {}
+        self.members: list[tuple[Standing, MixturePoint]] = []  # that were scored, the earliest first
+        self._pending: dict[int, MixturePoint] = {}
 
     def waits_for(self, k: int) -> int:
         size = self.settings.population
@@ -55,7 +55,7 @@ class GA(Ordered):
         found = self._initial(k, draw) if initial else self._child(draw)
         self._pending[k] = found
         used = tuple(e.id for e, c in zip(experts, found, strict=True) if c)
-        recipe = mixture(experts, self.setup.base, found)
+        recipe = mixture_of(experts, self.setup.base, found)
         return Candidate(k, recipe, "ga/initial" if initial else "ga", used)
 
     def learn(self, candidate: Candidate, result: Result) -> None:
@@ -63,14 +63,14 @@ class GA(Ordered):
         self.members.sort(key=lambda member: member[0], reverse=True)  # a stable sort: of equals the earlier one first
         del self.members[self.settings.population :]
 
-    def _initial(self, k: int, draw: random.Random) -> Coefficients:
+    def _initial(self, k: int, draw: random.Random) -> MixturePoint:
         count = len(self.setup.experts)
         if k < count:
             return one_hot(k, count)
         pair, part = draw.sample(range(count), 2), draw.random()
         return combined([one_hot(i, count) for i in pair], [part, 1 - part])
 
-    def _child(self, draw: random.Random) -> Coefficients:
+    def _child(self, draw: random.Random) -> MixturePoint:
         one, other = _couple(shares([standing for standing, _ in self.members]), draw)
         (ours, a), (theirs, b) = self.members[one], self.members[other]
         child = combined([a, b], shares([ours, theirs]))

@@ -23,16 +23,16 @@ from evolver.records import UNKNOWN, Candidate, Result, Standing
 from evolver.records.objective import Objective, values_of
 from evolver.search.base import Ordered, Setup, algorithm
 from evolver.search.front import front, thinned
-from evolver.search.models.mixtures import Coefficients, mixture, one_hot
+from evolver.search.models.mixtures import MixturePoint, mixture_of, one_hot
 
 # (points, experts), (points, objectives), and the numbers of a quadratic function (terms,).
 Points = NDArray[np.float64]
 # Points at which a surrogate is looked at, and the best of them from which its maximum is climbed.
-LOOKED_AT, CLIMBED = 1024, 4
+PROBED, CLIMBED = 1024, 4
 # Decimals of a coefficient: what a solver finds differs in later ones from one processor to another.
 DECIMALS = 4
 # Standard deviation of a point around the best one, where the predicted front has too few.
-NEAR = 0.1
+STRAY = 0.1
 
 
 class MAPSettings(Section):
@@ -71,11 +71,11 @@ class MAP(Ordered):
         self.objectives = setup.objectives or tuple(Objective(task, {task: 1.0}) for task in setup.tasks)
         self.places = _samples(count, self.first, settings.high, setup.seed)
         # Scored points, each with the run's score and the values of the objectives.
-        self.points: list[Coefficients] = []
+        self.points: list[MixturePoint] = []
         self.values: list[tuple[float, ...]] = []
-        self.best: tuple[Standing, Coefficients] = (UNKNOWN, (settings.high / count,) * count)
-        self._pending: dict[int, Coefficients] = {}
-        self._predicted: list[Coefficients] = []
+        self.best: tuple[Standing, MixturePoint] = (UNKNOWN, (settings.high / count,) * count)
+        self._pending: dict[int, MixturePoint] = {}
+        self._predicted: list[MixturePoint] = []
 
     def waits_for(self, k: int) -> int:
         size = self.settings.batch
@@ -86,7 +86,8 @@ class MAP(Ordered):
         self._pending[k] = place
         experts = self.setup.experts
         used = tuple(e.id for e, c in zip(experts, place, strict=True) if c)
-        return Candidate(k, mixture(experts, self.setup.base, place), "map/sample" if k < self.first else "map", used)
+        recipe = mixture_of(experts, self.setup.base, place)
+        return Candidate(k, recipe, "map/sample" if k < self.first else "map", used)
 
     def learn(self, candidate: Candidate, result: Result) -> None:
         place = self._pending.pop(candidate.number)
@@ -98,24 +99,24 @@ class MAP(Ordered):
         if result.standing > self.best[0]:
             self.best = (result.standing, place)
 
-    def _next(self, k: int) -> Coefficients:
+    def _next(self, k: int) -> MixturePoint:
         place = (k - self.first) % self.settings.batch
         if place == 0:
             self._predicted = self._predict(k)
         return self._predicted[place]
 
-    def _predict(self, k: int) -> list[Coefficients]:
+    def _predict(self, k: int) -> list[MixturePoint]:
         """The points of a batch, of which none was proposed before."""
         count, high = len(self.setup.experts), self.settings.high
-        looked = high * qmc.Sobol(count, rng=np.random.default_rng([self.setup.seed, k])).random(LOOKED_AT)
-        found: list[Coefficients] = []
+        looked = high * qmc.Sobol(count, rng=np.random.default_rng([self.setup.seed, k])).random(PROBED)
+        found: list[MixturePoint] = []
         if self.points:
             measured = np.asarray(self.points)
             fits = [fitted(measured, column, self.settings.ridge) for column in np.asarray(self.values).T]
             looked = np.concatenate([looked, measured])
             found = [_point(climbed(fits[0], looked, high)), *_spread(fits[1:], looked, self.settings.batch - 1)]
         draw = random.Random(f"{self.setup.seed}:map:{k}")
-        known, out = set(self.points), list[Coefficients]()
+        known, out = set(self.points), list[MixturePoint]()
         while len(out) < self.settings.batch:
             place = found.pop(0) if found else _point([_near(c, high, draw) for c in self.best[1]])
             if place not in known:
@@ -156,7 +157,7 @@ def climbed(numbers: NDArray[np.float64], looked: Points, high: float) -> NDArra
     return min(ends, key=depth)
 
 
-def _spread(fits: Sequence[NDArray[np.float64]], looked: Points, count: int) -> list[Coefficients]:
+def _spread(fits: Sequence[NDArray[np.float64]], looked: Points, count: int) -> list[MixturePoint]:
     """At most ``count`` points of the front that is predicted for several objectives."""
     if len(fits) < 2 or count < 1:
         return []
@@ -165,7 +166,7 @@ def _spread(fits: Sequence[NDArray[np.float64]], looked: Points, count: int) -> 
     return [_point(looked[places[i]]) for i in thinned(predicted[places], count)]
 
 
-def _samples(count: int, number: int, high: float, seed: int) -> list[Coefficients]:
+def _samples(count: int, number: int, high: float, seed: int) -> list[MixturePoint]:
     """The experts, their average, and points that fill the box [0, high]ⁿ evenly."""
     filling = high * qmc.Sobol(count, rng=np.random.default_rng(seed)).random(number)
     usual = [*(one_hot(i, count) for i in range(count)), _point([1 / count] * count)]
@@ -173,8 +174,8 @@ def _samples(count: int, number: int, high: float, seed: int) -> list[Coefficien
 
 
 def _near(coefficient: float, high: float, draw: random.Random) -> float:
-    return min(high, max(0.0, coefficient + draw.gauss(0, NEAR * high)))
+    return min(high, max(0.0, coefficient + draw.gauss(0, STRAY * high)))
 
 
-def _point(values: Sequence[float] | NDArray[np.float64]) -> Coefficients:
+def _point(values: Sequence[float] | NDArray[np.float64]) -> MixturePoint:
     return tuple(round(float(value), DECIMALS) for value in values)

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from evolver.records import Standing
 from evolver.records.recipe import Expert, Merge, Recipe, Rule
 
-Coefficients = tuple[float, ...]
+MixturePoint = tuple[float, ...]
 # What has no part in a child: a model that breaks a constraint or failed, beside others that do not.
 NO_SHARE = 0.0
 
 
-def mixture(models: Sequence[Recipe], base: Expert, coefficients: Sequence[float]) -> Recipe:
+def mixture_of(models: Sequence[Recipe], base: Expert, coefficients: Sequence[float]) -> Recipe:
     """The model base + Σ c·(model − base).
 
     What has a coefficient of 0 is left out, so the base and the models themselves are not merged anew.
@@ -31,12 +31,12 @@ def mixture(models: Sequence[Recipe], base: Expert, coefficients: Sequence[float
     return Merge("task_arithmetic", tuple(model for model, _ in used), base, (Rule.of(values),))
 
 
-def one_hot(place: int, count: int) -> Coefficients:
+def one_hot(place: int, count: int) -> MixturePoint:
     """The coefficients of model number ``place`` of ``count``."""
     return tuple(float(k == place) for k in range(count))
 
 
-def combined(points: Sequence[Sequence[float]], weights: Sequence[float]) -> Coefficients:
+def combined(points: Sequence[Sequence[float]], weights: Sequence[float]) -> MixturePoint:
     """Σ weight·point."""
     pairs = list(zip(points, weights, strict=True))
     return tuple(math.fsum(w * point[k] for point, w in pairs) for k in range(len(points[0])))

@@ -25,7 +25,7 @@ from evolver.errors import BadInput
 from evolver.records import UNKNOWN, Candidate, Result, Standing
 from evolver.records.recipe import Merge, Recipe, Rule
 from evolver.search.base import Ordered, Setup, algorithm
-from evolver.search.models.mixtures import Coefficients, combined, mixture, one_hot
+from evolver.search.models.mixtures import MixturePoint, combined, mixture_of, one_hot
 
 # What the papers' own settings are, for those that are left open.
 PAPERS: Mapping[str, Mapping[str, float]] = {
@@ -110,8 +110,8 @@ class PSO(Ordered):
         self.places = _first(setup, len(self.models), bool(self.values["sparse"]), settings.particles, self.values)
         self.size = len(self.places)
         self.speeds = [self._first_speed(i) for i in range(self.size)]
-        self.bests: list[tuple[Standing, Coefficients]] = [(UNKNOWN, place) for place in self.places]
-        self.worst: tuple[Standing, Coefficients] | None = None
+        self.bests: list[tuple[Standing, MixturePoint]] = [(UNKNOWN, place) for place in self.places]
+        self.worst: tuple[Standing, MixturePoint] | None = None
         self.idle = [0] * self.size
 
     def waits_for(self, k: int) -> int:
@@ -121,7 +121,7 @@ class PSO(Ordered):
         moves, i = divmod(k, self.size)
         if moves:
             self._move(i, moves, random.Random(f"{self.setup.seed}:pso:{k}"))
-        recipe = mixture(self.models, self.setup.base, self.places[i])
+        recipe = mixture_of(self.models, self.setup.base, self.places[i])
         used = tuple(m.id for m, c in zip(self.models, self.places[i], strict=True) if c)
         return Candidate(k, recipe, "pso" if moves else "pso/initial", used)
 
@@ -152,7 +152,7 @@ class PSO(Ordered):
         step = max(SHORTEST_STEP, self.values["step"] * self.values["decay"] ** (moves - 1))
         self.places[i] = combined([at, self.speeds[i]], [1.0, step])
 
-    def _first_speed(self, i: int) -> Coefficients:
+    def _first_speed(self, i: int) -> MixturePoint:
         """Nothing in PSO-Merging; in Model Swarms, towards another particle."""
         if not self.normalised:
             return (0.0,) * len(self.models)
@@ -175,7 +175,7 @@ def _models(setup: Setup, sparse: float) -> tuple[Recipe, ...]:
 
 def _first(
     setup: Setup, count: int, based: bool, particles: int | None, values: Mapping[str, float]
-) -> list[Coefficients]:
+) -> list[MixturePoint]:
     """The first places: those of all models, of the base, and of a·A + (1 − a)·B with two experts and a up to 2."""
     places = [one_hot(i, count) for i in range(count)] + ([(0.0,) * count] if based else [])
     if particles is not None and particles < len(places):
@@ -190,5 +190,5 @@ def _first(
     return places
 
 
-def _difference(one: Coefficients, other: Coefficients) -> Coefficients:
+def _difference(one: MixturePoint, other: MixturePoint) -> MixturePoint:
     return combined([one, other], [1.0, -1.0])
