@@ -8,6 +8,7 @@ the tasks, those that add most to its hypervolume.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import Literal
@@ -29,6 +30,8 @@ from evolver.search.models.mixtures import MixturePoint, mixture_of, one_hot
 Points = NDArray[np.float64]
 # Points at which a surrogate is looked at, and the best of them from which its maximum is climbed.
 PROBED, CLIMBED = 1024, 4
+# Points of a predicted front that are compared by their hypervolume, which takes its time.
+COMPARED = 64
 # Decimals of a coefficient: what a solver finds differs in later ones from one processor to another.
 DECIMALS = 4
 # Standard deviation of a point around the best one, where the predicted front has too few.
@@ -147,14 +150,18 @@ def fitted(points: Points, scores: NDArray[np.float64], ridge: float) -> NDArray
 
 def climbed(numbers: NDArray[np.float64], looked: Points, high: float) -> NDArray[np.float64]:
     """The point in [0, high]ⁿ with the highest prediction that is found from the best ones that were looked at."""
+    count = looked.shape[1]
+    slope, curve = numbers[1 : count + 1], np.zeros((count, count))
+    curve[np.triu_indices(count)] = numbers[count + 1 :]
+    curve = curve + curve.T  # the second derivatives
 
-    def depth(point: NDArray[np.float64]) -> float:
-        return -float(terms(point[None])[0] @ numbers)
+    def depth(point: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        """What there is to be descended, and its gradient."""
+        return -float(slope @ point + 0.5 * point @ curve @ point), -(slope + curve @ point)
 
     best = np.argsort(-(terms(looked) @ numbers), kind="stable")[:CLIMBED]
-    bounds = [(0.0, high)] * looked.shape[1]
-    ends = [np.asarray(minimize(depth, looked[i], bounds=bounds).x) for i in best]
-    return min(ends, key=depth)
+    ends = [minimize(depth, looked[i], jac=True, bounds=[(0.0, high)] * count).x for i in best]
+    return min((np.asarray(end) for end in ends), key=lambda end: depth(end)[0])
 
 
 def _spread(fits: Sequence[NDArray[np.float64]], looked: Points, count: int) -> list[MixturePoint]:
@@ -162,13 +169,14 @@ def _spread(fits: Sequence[NDArray[np.float64]], looked: Points, count: int) -> 
     if len(fits) < 2 or count < 1:
         return []
     predicted = np.stack([terms(looked) @ numbers for numbers in fits], axis=1)
-    places = front(predicted)
+    places = front(predicted)[:COMPARED]  # any of them: the points fill the box evenly
     return [_point(looked[places[i]]) for i in thinned(predicted[places], count)]
 
 
 def _samples(count: int, number: int, high: float, seed: int) -> list[MixturePoint]:
     """The experts, their average, and points that fill the box [0, high]ⁿ evenly."""
-    filling = high * qmc.Sobol(count, rng=np.random.default_rng(seed)).random(number)
+    # Powers of two fill the box evenly.
+    filling = high * qmc.Sobol(count, rng=np.random.default_rng(seed)).random_base2(math.ceil(math.log2(number)))
     usual = [*(one_hot(i, count) for i in range(count)), _point([1 / count] * count)]
     return [*usual, *(_point(point) for point in filling)][:number]
 
