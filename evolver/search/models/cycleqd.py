@@ -69,7 +69,9 @@ class CycleQD(Ordered):
     expert's task vector is added. The paper draws a share of its own for each singular component of the task vector;
     here all components have the same one, so a child is a mixture of the experts and no matrix is decomposed. Unlike
     ``nsga2`` it keeps models that are best only among those with similar scores of the other tasks. It assumes that
-    mixtures of such models are good stepping stones. With ``objectives`` these stand in the place of the tasks.
+    there is a specialist for each task, and that the sum of task vectors is better than their average: in the hull of
+    the experts, where it hardly looks around, random mixtures are no worse. With ``objectives``, these stand in the
+    place of the tasks.
 
     Raises BadInput for one task alone.
     """
