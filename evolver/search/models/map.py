@@ -31,7 +31,7 @@ Points = NDArray[np.float64]
 # Points at which a surrogate is looked at, and the best of them from which its maximum is climbed.
 PROBED, CLIMBED = 1024, 4
 # Points of a predicted front that are compared by their hypervolume, which takes its time.
-COMPARED = 64
+THINNED_FROM = 64
 # Decimals of a coefficient: what a solver finds differs in later ones from one processor to another.
 DECIMALS = 4
 # Standard deviation of a point around the best one, where the predicted front has too few.
@@ -169,7 +169,7 @@ def _spread(fits: Sequence[NDArray[np.float64]], looked: Points, count: int) -> 
     if len(fits) < 2 or count < 1:
         return []
     predicted = np.stack([terms(looked) @ numbers for numbers in fits], axis=1)
-    places = front(predicted)[:COMPARED]  # any of them: the points fill the box evenly
+    places = front(predicted)[:THINNED_FROM]  # any of them: the points fill the box evenly
     return [_point(looked[places[i]]) for i in thinned(predicted[places], count)]
 
 
