@@ -55,6 +55,7 @@ EARLIER = carried_out(search("tpe", 8, startup=4))
 KINDS = {
     "tpe": {}, "cmaes": {"population": 4}, "nsga2": {"population": 3},
     "evolver": {"generations": 4},
+    "m2n2": {},
     "merged": {"merger": {"method": "simple"}, "mode": "generational"},
 }  # fmt: skip
 

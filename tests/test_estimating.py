@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from test_halving import COUNT, ONE, Pool, answers, complete, run
-from test_search import BASE, EXPERTS, Maker, simulate
+from test_search import BASE, EXPERTS, maker, simulate
 from toys import rows, run_here
 
 from evolver.config import Budget
@@ -31,7 +31,7 @@ def estimated(of=TPE, candidates=12, kind="difference", items=8, count=3, subset
     estimates = Estimates(ONE, 4)
     for expert in EXPERTS[:4]:
         estimates.learn(complete(expert, answers(expert)))
-    setup = Setup(EXPERTS[:4], BASE, 0, Budget(candidates=candidates), Maker(4), estimates, False, subset=subset)
+    setup = Setup(EXPERTS[:4], BASE, 0, Budget(candidates=candidates), maker(4), estimates, False, subset=subset)
     typed = check_section(SEARCHES[of["algorithm"]].settings, of, "f", "search.")
     inner = SEARCHES[of["algorithm"]].build(setup, typed)
     return Estimating(inner, setup, EstimateSettings(items=items, kind=kind), count)

@@ -212,6 +212,16 @@ SEARCHES = {
             {"task": "pair", "dev": 20, "report": 20, "weight": 2.0},
         ]
     },
+    "soup": {"search": {"algorithm": "soup", "rounds": 2}},
+    "m2n2": {"search": {"algorithm": "m2n2"}},
+    "pso": {"search": {"algorithm": "pso"}},
+    "model swarms": {"search": {"algorithm": "pso", "rule": "model-swarms", "particles": 4}},
+    "map": {"search": {"algorithm": "map", "samples": 4, "batch": 2}},
+    "ga": {"search": {"algorithm": "ga", "population": 4}},
+    "cycleqd": {
+        "search": {"algorithm": "cycleqd"},
+        "evaluation.tasks": [{"task": "toy", "dev": 20, "report": 20}, {"task": "pair", "dev": 20, "report": 20}],
+    },
     "budget of items": {"budget": {"items": 120}},
 }
 

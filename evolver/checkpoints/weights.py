@@ -238,10 +238,14 @@ class Checkpoint:
     @cached_property
     def scalars(self) -> int:
         """The number of scalars of all tensors."""
-        return sum(math.prod(i.shape) for i in self.headers.values())
+        return sum(self.sizes().values())
 
     def names(self) -> list[str]:
         return list(self.headers)
+
+    def sizes(self) -> dict[str, int]:
+        """The number of scalars of every tensor."""
+        return {name: math.prod(info.shape) for name, info in self.headers.items()}
 
     def tensor(self, name: str) -> Tensor:
         if name in self.lent:

@@ -121,7 +121,7 @@ def prepare(
             refuse_stacks({name: info.shape for name, info in opened.base.headers.items()})
         digests = opened.digests() if weights else None
         sampled = cache(lambda expert: _sampled(config, tasks, blueprint, expert))
-        maker = RecipeMaker(list(config.experts), opened.base.names(), digests, sampled)
+        maker = RecipeMaker(list(config.experts), opened.base.names(), digests, sampled, opened.base.sizes())
         if weights and config.model.strict:
             refuse_strangers(opened.base, opened.experts.values(), STRICT, weights=True)
         warnings = opened.warnings

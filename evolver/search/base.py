@@ -122,6 +122,12 @@ class Maker(Protocol):
         """
         ...
 
+    def crossover(self, first: Recipe, second: Recipe, ratio: float, point: float) -> Recipe:
+        """Two models, mixed on the arc between them: by ``ratio`` in the first share ``point`` of their scalars, by
+        1 - ``ratio`` in the rest. A ratio of 0 is the first model, a ratio of 1 the second.
+        """
+        ...
+
 
 class Estimator(Protocol):
     """Estimates scores for searches that have only a part of the items scored."""
@@ -138,6 +144,11 @@ class Estimator(Protocol):
 
     def check(self, kind: str, key: str) -> None:
         """Raise BadInput, naming ``key``, if the run's tasks allow no estimates of this kind."""
+        ...
+
+    @property
+    def unjudged(self) -> str | None:
+        """A task whose items have no scores of their own from 0 to 1; None where those of all tasks have."""
         ...
 
     def learn(self, result: Result) -> None:

@@ -42,11 +42,16 @@ class Estimates:
 
         Raises BadInput, naming ``key``, where they do not.
         """
-        task = first_unjudged(self.scale)
+        task = self.unjudged
         if kind != "mean" and task is not None:
             raise BadInput(
                 f"{key}: {kind} needs items with scores of their own from 0 to 1, and {task} has none; write mean."
             )
+
+    @property
+    def unjudged(self) -> str | None:
+        """A task whose items have no scores of their own from 0 to 1; None where those of all tasks have."""
+        return first_unjudged(self.scale)
 
     def learn(self, result: Result) -> None:
         """Add a model that has answered all items. Other results are ignored."""

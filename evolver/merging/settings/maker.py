@@ -11,6 +11,7 @@ from evolver.errors import BadInput
 from evolver.evaluation.collectors import collector_named
 from evolver.merging import methods
 from evolver.merging.settings.adapted import adapted
+from evolver.merging.settings.crossover import one_point
 from evolver.merging.settings.genome import Genome, genome
 from evolver.merging.settings.placed import fixed_rules
 from evolver.records import Knob
@@ -26,16 +27,18 @@ class RecipeMaker:
         digests: of the base and the experts, by name; without them, names stand for them.
         sampled: the hash of the items that an expert's statistics are collected on, by its name; raises BadInput where
             none can be. Without it, a word stands for every hash.
+        sizes: the number of scalars of every tensor; without it, all tensors count as equally large.
     """
 
     def __init__(
         self, experts: Sequence[str], tensors: Sequence[str], digests: dict[str, str] | None = None,
-        sampled: Callable[[str], str] = lambda _: "items",
+        sampled: Callable[[str], str] = lambda _: "items", sizes: Mapping[str, int] | None = None,
     ) -> None:  # fmt: skip
         self.digests = digests or {n: n for n in ("base", *experts)}
         self.base = Expert("base", self.digests["base"])
         self.experts = tuple(Expert(n, self.digests[n]) for n in experts)
         self._names, self._sampled = list(tensors), sampled
+        self._sizes = dict.fromkeys(self._names, 1) if sizes is None else {n: sizes[n] for n in self._names}
 
     def space(self, method: str, groups: int, tune: Sequence[str] | None, settings: Mapping[str, Any]) -> Genome:
         found = methods.get(method, "search.method")
@@ -57,6 +60,9 @@ class RecipeMaker:
         fixed = {key: value for key, value in given.items() if key not in start}
         rules = fixed_rules(method, fixed, names, self._names, "search.merger", start)
         return RecipeMerger(method, self.base, rules, knobs, start, partial(self._statistics, method))
+
+    def crossover(self, first: Recipe, second: Recipe, ratio: float, point: float) -> Recipe:
+        return Merge("split_slerp", (first, second), self.base, one_point(self._sizes, ratio, point))
 
     def _statistics(self, method: methods.Method, members: Sequence[Recipe]) -> tuple[Statistic, ...]:
         """What a method asks for, of every kind one a member.

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from evolver.records import UNKNOWN, Candidate, ItemAnswer, Result, Standing
 from evolver.search.ahead import RunsAhead
 from evolver.search.base import Setup
+from evolver.search.challenge import challenge, rejected
 from evolver.search.continued import best_models
-from evolver.search.evolution.challenge import challenge, rejected
 from evolver.search.evolution.offspring import LED_BY_BEST, LED_BY_ONE_OF_THE_BEST, best_places, offspring
 from evolver.search.evolution.population import first_population, led_by
 from evolver.search.evolution.settings import EvolverSettings

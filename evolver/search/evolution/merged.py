@@ -10,9 +10,9 @@ from evolver.records import UNKNOWN, Candidate, ItemAnswer, Result, Standing
 from evolver.records.recipe import Recipe
 from evolver.search.ahead import RunsAhead
 from evolver.search.base import Setup
+from evolver.search.challenge import challenge, rejected
 from evolver.search.continued import best_models
 from evolver.search.evolution.adapting import AdaptingSettings
-from evolver.search.evolution.challenge import challenge, rejected
 from evolver.search.evolution.offspring import offspring
 from evolver.search.evolution.population import first_population
 from evolver.search.evolution.settings import EvolverSettings

@@ -25,8 +25,8 @@ from evolver.records import UNKNOWN, Candidate, ItemAnswer, Result, Standing
 from evolver.records.recipe import Cross, Recipe
 from evolver.search.ahead import RunsAhead
 from evolver.search.base import Setup, algorithm
+from evolver.search.challenge import challenge, rejected
 from evolver.search.continued import best_models
-from evolver.search.evolution.challenge import challenge, rejected
 from evolver.search.evolution.offspring import LED_BY_ONE_OF_THE_BEST, best_places, ranked
 from evolver.search.evolution.population import first_population, led_by, size_of
 from evolver.search.evolution.settings import BEST_SHARE, PopulationSettings

@@ -1,4 +1,4 @@
-"""A child against the model whose place it would take."""
+"""What a search asks about a candidate that has to beat the model in whose place it would stand."""
 
 from __future__ import annotations
 

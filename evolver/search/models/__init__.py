@@ -1,0 +1,1 @@
+"""Searches that recombine whole models: the experts, and models that were made of them."""
