@@ -31,6 +31,7 @@ FENCES = {
     "datasets": ("evolver.evaluation",),
     "transformers": (
         "evolver.evaluation",
+        "evolver.checkpoints.depth",
         "evolver.checkpoints.gguf",
         "evolver.checkpoints.names",
         "evolver.checkpoints.peft_layers",

@@ -12,7 +12,7 @@ from evolver.errors import BadInput
 from evolver.merging.methods import METHODS
 from evolver.merging.settings.genome import genome
 from evolver.records import Result
-from evolver.records.recipe import Cross, Expert, Merge
+from evolver.records.recipe import Cross, Expert, Merge, Rule
 from evolver.search import SEARCHES
 from evolver.search.base import Setup
 from evolver.search.coefficients.optuna_samplers import default_population
@@ -42,7 +42,12 @@ class Maker:
         )
 
     def merger(self, settings):
-        return lambda members: Merge(settings.get("method", "simple"), tuple(members), BASE)
+        numbers = {k: v for k, v in settings.items() if k != "method"}
+        rules = (Rule.of(numbers),) if numbers else ()
+        return lambda members: Merge(settings.get("method", "simple"), tuple(members), BASE, rules)
+
+    def depth(self, anew):
+        return 4
 
 
 class Means:
@@ -95,11 +100,20 @@ ORDERED = {
     "cmaes": {"algorithm": "cmaes"},
     "cmaes 5": {"algorithm": "cmaes", "population": 5, "sigma": 0.2, "method": "ties", "tune": ["density", "lambda"]},
     "nsga2": {"algorithm": "nsga2", "population": 5},
+    "layers": {"algorithm": "layers", "by": {"algorithm": "tpe", "startup": 5}},
+    "layers prune": {
+        "algorithm": "layers", "genome": "prune", "remove": [0, 2], "by": {"algorithm": "cmaes", "population": 5},
+    },
+    "layers dataflow": {
+        "algorithm": "layers", "genome": "dataflow", "sources": ["a", "merge", "b"],
+        "by": {"algorithm": "nsga2", "population": 5},
+    },
 }
 CONFIGURATIONS = ORDERED | {
     "halving tpe": HALVING | {"of": ORDERED["tpe"]},
     "halving cmaes 5": HALVING | {"of": ORDERED["cmaes 5"], "batch": 3},
     "halving nsga2": HALVING | {"of": ORDERED["nsga2"], "batch": 5},
+    "halving layers": HALVING | {"of": ORDERED["layers"]},
     "halving evolver": HALVING | {"of": ORDERED["evolver generational evolver"]},
     "halving evolver merger": HALVING | {"of": ORDERED["evolver generational merger evolver"]},
 }

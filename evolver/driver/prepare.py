@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
+from evolver.checkpoints.depth import check_alike, count_layers
 from evolver.checkpoints.doubts import refuse_strangers, suspicions
 from evolver.checkpoints.weights import Checkpoint
 from evolver.config import Budget, Config
@@ -120,7 +121,9 @@ def prepare(
             refuse_stacks({name: info.shape for name, info in opened.base.headers.items()})
         digests = opened.digests() if weights else None
         sampled = cache(lambda expert: _sampled(config, tasks, blueprint, expert))
-        maker = RecipeMaker(list(config.experts), opened.base.names(), digests, sampled)
+        maker = RecipeMaker(
+            list(config.experts), opened.base.names(), digests, sampled, partial(_count_layers, opened.base)
+        )  # fmt: skip
         if weights and config.model.strict:
             refuse_strangers(opened.base, opened.experts.values(), STRICT, weights=True)
         warnings = opened.warnings
@@ -214,14 +217,15 @@ def run_folder(prepared: Prepared, run: Storage) -> RunFolder:
 
 def defaults_of(prepared: Prepared) -> Callable[[str], Any]:
     """What gives the default of a dotted key of the configuration, such as ``search.F``."""
-    sections = {"search": SEARCHES[str(prepared.identity["search"]["algorithm"])].settings}
 
     def default(key: str) -> Any:
         section, _, rest = key.partition(".")
-        if key.startswith("search.of."):  # the search inside of another one
-            inner = str(prepared.identity["search"]["of"]["algorithm"])
-            return default_at(SEARCHES[inner].settings, key.removeprefix("search.of."))
-        return default_at(sections[section], rest) if section in sections else default_at(Config, key)
+        if section != "search":
+            return default_at(Config, key)
+        own = prepared.identity["search"]
+        while (inside := SEARCHES[str(own["algorithm"])].inside) and rest.startswith(f"{inside}."):
+            own, rest = own[inside], rest.removeprefix(f"{inside}.")
+        return default_at(SEARCHES[str(own["algorithm"])].settings, rest)
 
     return default
 
@@ -232,9 +236,9 @@ def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
     Raises BadInput for a configuration that cannot be used, and for a search that uses no merge method.
     """
     config = load(file)
-    _, settings = chosen_search(config, file)
-    if isinstance(settings, HalvingSettings):
-        _, settings = named_search(settings.of, file, "search.of.")
+    name, settings = chosen_search(config, file)
+    while key := SEARCHES[name].inside:
+        name, settings = named_search(getattr(settings, key), file, f"search.{key}.")
     opened = open_models(config)
     maker = RecipeMaker(list(config.experts), opened.base.names())
     if isinstance(settings, CoefficientSettings):
@@ -244,6 +248,13 @@ def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
     if merger is None:
         raise BadInput(f"{file}: search: this search uses no merge method, so there are no settings to explain.")
     return maker.merger(merger)(maker.experts), (), opened.base
+
+
+def _count_layers(base: Checkpoint, anew: bool) -> int:
+    shapes = {name: info.shape for name, info in base.headers.items()}
+    if anew:
+        check_alike(shapes, base.config, base.path)
+    return count_layers(shapes, base.path)
 
 
 def block_of(config: Config, file: str, split: Split, count: int) -> int:

@@ -10,7 +10,7 @@ from evolver.evaluation.collectors import collector_named
 from evolver.merging import methods
 from evolver.merging.settings.genome import Genome, genome
 from evolver.merging.settings.placed import fixed_rules
-from evolver.records.recipe import Cross, Expert, Merge, Recipe, Statistic
+from evolver.records.recipe import Cross, Expert, Merge, Recipe, Statistic, layer_of
 
 
 class RecipeMaker:
@@ -22,16 +22,17 @@ class RecipeMaker:
         digests: of the base and the experts, by name; without them, names stand for them.
         sampled: the hash of the items that an expert's statistics are collected on, by its name; raises BadInput where
             none can be. Without it, a word stands for every hash.
+        counted: counts the layers, see ``depth``. Without it, the names say the number.
     """
 
     def __init__(
         self, experts: Sequence[str], tensors: Sequence[str], digests: dict[str, str] | None = None,
-        sampled: Callable[[str], str] = lambda _: "items",
+        sampled: Callable[[str], str] = lambda _: "items", counted: Callable[[bool], int] | None = None,
     ) -> None:  # fmt: skip
         self.digests = digests or {n: n for n in ("base", *experts)}
         self.base = Expert("base", self.digests["base"])
         self.experts = tuple(Expert(n, self.digests[n]) for n in experts)
-        self._names, self._sampled = list(tensors), sampled
+        self._names, self._sampled, self._counted = list(tensors), sampled, counted
 
     def space(self, method: str, groups: int, tune: Sequence[str] | None, settings: Mapping[str, Any]) -> Genome:
         found = methods.get(method, "search.method")
@@ -46,6 +47,11 @@ class RecipeMaker:
         return lambda members: Merge(
             method.name, tuple(members), self.base, rules, self._statistics(method, members)
         )  # fmt: skip
+
+    def depth(self, anew: bool) -> int:
+        if self._counted is not None:
+            return self._counted(anew)
+        return 1 + max((layer_of(n) or 0 for n in self._names), default=0)
 
     def _statistics(self, method: methods.Method, members: Sequence[Recipe]) -> tuple[Statistic, ...]:
         """What a method asks for, of every kind one a member.
