@@ -102,10 +102,15 @@ ORDERED = {
     "nsga2": {"algorithm": "nsga2", "population": 5},
     "layers": {"algorithm": "layers", "by": {"algorithm": "tpe", "startup": 5}},
     "layers prune": {
-        "algorithm": "layers", "genome": "prune", "remove": [0, 2], "by": {"algorithm": "cmaes", "population": 5},
+        "algorithm": "layers",
+        "genome": "prune",
+        "remove": [0, 2],
+        "by": {"algorithm": "cmaes", "population": 5},
     },
     "layers dataflow": {
-        "algorithm": "layers", "genome": "dataflow", "sources": ["a", "merge", "b"],
+        "algorithm": "layers",
+        "genome": "dataflow",
+        "sources": ["a", "merge", "b"],
         "by": {"algorithm": "nsga2", "population": 5},
     },
 }

@@ -21,6 +21,8 @@ LISTS = (
     "layers_block_type",
     "attention_window",
 )
+# Lists of the numbers of some layers: of all or of none, as the layers are alike.
+NUMBERS = ("moe_layers", "mlp_only_layers")
 # Settings by which a model's code gives a layer its part according to its place, and the values at which it does not.
 BY_PLACE: Mapping[str, tuple[Any, ...]] = {"num_kv_shared_layers": (0, None)}
 
@@ -99,6 +101,7 @@ def changed_settings(config: Mapping[str, Any], layers: Sequence[int]) -> dict[s
         entries = config.get(key)
         if isinstance(entries, list) and len(entries) > max(layers):
             changed[key] = [entries[layer] for layer in layers]
+    changed |= {key: list(range(len(layers))) for key in NUMBERS if config.get(key)}
     if "attention_types" in config and "attention_layers" in changed:  # the same list, in the short form of GPT-Neo
         changed["attention_types"] = [[changed["attention_layers"], 1]]
     return changed
@@ -110,7 +113,7 @@ def _with_lists(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("model_type") not in CONFIG_MAPPING:
         return dict(config)
     read = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).to_dict()
-    return {**{key: read[key] for key in LISTS if key in read}, **config}
+    return {**{key: read[key] for key in (*LISTS, *NUMBERS) if key in read}, **config}
 
 
 def _check_settings(config: Mapping[str, Any], depth: int, whole: str) -> None:

@@ -38,6 +38,7 @@ from evolver.search import SEARCHES, Search
 from evolver.search.base import Setup
 from evolver.search.coefficients.optuna_samplers import CoefficientSettings
 from evolver.search.halving import HalvingSettings
+from evolver.search.programs.layers import LayersSettings
 from evolver.storage import Storage
 from evolver.threads import too_many
 from evolver.workers.compute import is_open, settled
@@ -237,8 +238,13 @@ def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
     """
     config = load(file)
     name, settings = chosen_search(config, file)
-    while key := SEARCHES[name].inside:
+    while (key := SEARCHES[name].inside) and not isinstance(settings, LayersSettings):
         name, settings = named_search(getattr(settings, key), file, f"search.{key}.")
+    if isinstance(settings, LayersSettings):
+        raise BadInput(
+            f"{file}: search: each candidate has a program of its own, so there are no settings to explain before the "
+            "run; explain the folder of the finished run."
+        )
     opened = open_models(config)
     maker = RecipeMaker(list(config.experts), opened.base.names())
     if isinstance(settings, CoefficientSettings):

@@ -57,7 +57,8 @@ class LayersSettings(Section):
     )
     remove: int | list[int] | None = Field(
         None,
-        description="for prune: number of layers that are removed, or [least, most]; default: a quarter of the layers",
+        description="for prune: number of layers that are removed, or a list of the least and the most; default: a "
+        "quarter of the layers",
     )
     protect: int = Field(
         1, ge=0, le=10_000, description="for prune and dataflow: number of layers at each end that always stay"
@@ -190,9 +191,10 @@ def _swap(settings: LayersSettings, sources: Sources) -> Swap:
 def _prune(settings: LayersSettings, sources: Sources) -> Prune:
     depth, free = sources.depth, sources.depth - 2 * settings.protect
     given = settings.remove if settings.remove is not None else max(1, depth // 4)
-    least, most = (given, given) if isinstance(given, int) else (given[0], given[-1])
-    if (isinstance(given, list) and len(given) != 2) or not 0 <= least <= most or most == 0:
+    bounds = [given, given] if isinstance(given, int) else given
+    if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] or bounds[1] == 0:
         raise BadInput(f"search.remove: {given} is no number of layers; write one, or [least, most].")
+    least, most = bounds
     if most >= depth:
         raise BadInput(f"search.remove: without {most} of {depth} layers, a model has none; write less than {depth}.")
     if free < 1:
