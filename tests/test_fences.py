@@ -31,7 +31,6 @@ FENCES = {
     "datasets": ("evolver.evaluation",),
     "transformers": (
         "evolver.evaluation",
-        "evolver.checkpoints.depth",
         "evolver.checkpoints.gguf",
         "evolver.checkpoints.names",
         "evolver.checkpoints.peft_layers",

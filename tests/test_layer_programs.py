@@ -11,12 +11,12 @@ import torch
 import toys
 from toys import run_here
 
-from evolver.checkpoints.depth import check_alike, count_layers, with_layers
 from evolver.checkpoints.weights import Checkpoint
 from evolver.config.model import ModelSettings
 from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
+from evolver.evaluation.depth import check_alike, count_layers, with_layers
 from evolver.evaluation.live import LiveModel
 from evolver.merging.export import export
 from evolver.merging.materialise import Materialiser

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
-from evolver.checkpoints.depth import check_alike, count_layers
 from evolver.checkpoints.doubts import refuse_strangers, suspicions
 from evolver.checkpoints.weights import Checkpoint
 from evolver.config import Budget, Config
@@ -18,6 +17,7 @@ from evolver.driver.early import chosen_search, named_search
 from evolver.driver.objectives import objectives_of
 from evolver.errors import BadInput
 from evolver.evaluation.blueprint import Blueprint, ModelFolder
+from evolver.evaluation.depth import check_alike, count_layers
 from evolver.evaluation.fused import refuse_experts
 from evolver.evaluation.overlap import Overlap, overlaps
 from evolver.evaluation.rounding import refuse_stacks
@@ -100,8 +100,7 @@ def prepare(
     """
     config, file = given.parsed(), given.origin
     config = config if name is None else renamed(config, name)
-    if run is not None:
-        config = _as_begun(config, run)
+    config = config if run is None else _as_begun(config, run)
     origin = origin or (None if run is None else taken_over(run))
     algorithm, settings = chosen_search(config, file)
     check_loggers(config, file)
@@ -122,9 +121,8 @@ def prepare(
             refuse_stacks({name: info.shape for name, info in opened.base.headers.items()})
         digests = opened.digests() if weights else None
         sampled = cache(lambda expert: _sampled(config, tasks, blueprint, expert))
-        maker = RecipeMaker(
-            list(config.experts), opened.base.names(), digests, sampled, partial(_count_layers, opened.base)
-        )  # fmt: skip
+        count = partial(_count_layers, opened.base)
+        maker = RecipeMaker([*config.experts], opened.base.names(), digests, sampled, count)
         if weights and config.model.strict:
             refuse_strangers(opened.base, opened.experts.values(), STRICT, weights=True)
         warnings = opened.warnings

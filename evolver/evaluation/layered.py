@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evolver.checkpoints.depth import changed_settings
+from evolver.evaluation.depth import changed_settings
 from evolver.records.depth import LayerOrigin
 from evolver.records.recipe import at_layer, layer_of
 

@@ -12,9 +12,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from evolver.checkpoints.depth import check_alike
 from evolver.config.model import ModelSettings
 from evolver.errors import BadInput
+from evolver.evaluation.depth import check_alike
 from evolver.evaluation.fused import refuse_experts, slices_of
 from evolver.evaluation.layered import LayerMemory
 from evolver.evaluation.rounding import Rounding, refuse_stacks

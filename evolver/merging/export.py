@@ -13,11 +13,11 @@ from torch import Tensor
 
 from evolver.checkpoints import shards
 from evolver.checkpoints.beside import Beside, beside
-from evolver.checkpoints.depth import with_layers
 from evolver.checkpoints.heads import Head
 from evolver.checkpoints.quantised import without_quantisation
 from evolver.checkpoints.weights import Checkpoint, is_finite
 from evolver.errors import BadInput
+from evolver.evaluation.depth import with_layers
 from evolver.merging.companions import COMPANIONS, Companions
 from evolver.merging.materialise import Materialiser
 from evolver.records.depth import layer_origins

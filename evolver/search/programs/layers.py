@@ -19,9 +19,9 @@ from evolver.search.programs.prune import Prune
 from evolver.search.programs.sources import BLEND, MERGE, SCALE, Sources
 from evolver.search.programs.swap import Swap
 
-Program = Swap | Prune | DataFlow
+ProgramSpace = Swap | Prune | DataFlow
 
-BASE = "base"
+BASE_NAME = "base"
 # Which keys belong to which of the spaces; the others belong to all.
 KEYS = {"groups": ("swap", "prune"), "remove": ("prune",), "repeats": ("dataflow",), "most": ("dataflow",)}
 KEYS["protect"] = ("prune", "dataflow")
@@ -110,7 +110,7 @@ class _ProgramMaker:
     """Gives a search over coefficients a space of programs, where it asks for the space of a merge method."""
 
     maker: Maker
-    program: Program
+    program: ProgramSpace
 
     def space(self, method: str, groups: int, tune: Sequence[str] | None, settings: Mapping[str, Any]) -> Space:
         if MERGE not in self.program.sources.names:
@@ -151,7 +151,7 @@ def _names(setup: Setup, settings: LayersSettings, typed: CoefficientSettings) -
     """The names of the sources."""
     experts = [expert.name for expert in setup.experts]
     names = settings.sources or [*experts, *([MERGE] if settings.genome == "swap" else [])]
-    known = [*experts, BASE, MERGE]
+    known = [*experts, BASE_NAME, MERGE]
     if MERGE in experts:
         raise BadInput(
             f"experts.{MERGE}: in a program of layers, {MERGE} names the merge; give the expert another name."
@@ -174,7 +174,7 @@ def _names(setup: Setup, settings: LayersSettings, typed: CoefficientSettings) -
 
 
 def _sources(setup: Setup, names: tuple[str, ...], depth: int) -> Sources:
-    models: dict[str, Recipe] = {BASE: setup.base, **{expert.name: expert for expert in setup.experts}}
+    models: dict[str, Recipe] = {BASE_NAME: setup.base, **{expert.name: expert for expert in setup.experts}}
 
     def blend(chosen: Sequence[Recipe], scale: float) -> Recipe:
         return setup.maker.merger({"method": BLEND, SCALE: scale})(chosen)
@@ -231,6 +231,6 @@ def _groups(settings: LayersSettings, sources: Sources) -> int:
     return groups
 
 
-PROGRAMS: Mapping[str, Callable[[LayersSettings, Sources], Program]] = {
+PROGRAMS: Mapping[str, Callable[[LayersSettings, Sources], ProgramSpace]] = {
     "swap": _swap, "prune": _prune, "dataflow": _dataflow,
 }  # fmt: skip

@@ -13,7 +13,7 @@ from evolver.search.programs.sources import MERGE, Sources, taken_apart, whole_o
 
 # Of 32 layers, how many at the bottom and at the top the paper takes from the outer model.
 PUBLISHED_DEPTH, BOTTOM, TOP = 32, 5, 2
-OUTSIDE = "source@outside"
+SOURCE_OUTSIDE = "source@outside"
 
 
 def groups_of(depth: int, count: int) -> list[tuple[str, range]]:
@@ -38,14 +38,14 @@ class Swap:
     @property
     def knobs(self) -> tuple[Knob | Choice, ...]:
         places = [f"source@{name}" for name, _ in groups_of(self.sources.depth, self.groups)]
-        outside = [] if self.ends else [OUTSIDE]
+        outside = [] if self.ends else [SOURCE_OUTSIDE]
         return (*self.sources.knobs, *(Choice(place, self.sources.names) for place in (*outside, *places)))
 
     def decode(self, values: Mapping[str, Any]) -> Recipe:
         models = self.sources.at(values)
         groups = groups_of(self.sources.depth, self.groups)
         layers = [(models[values[f"source@{name}"]], layer) for name, span in groups for layer in span]
-        return whole_or_program(layers, models[self.ends or values[OUTSIDE]], self.sources.depth)
+        return whole_or_program(layers, models[self.ends or values[SOURCE_OUTSIDE]], self.sources.depth)
 
     def encode(self, recipe: Recipe) -> dict[str, Any] | None:
         parts = taken_apart(recipe, self.sources.depth)
@@ -62,7 +62,7 @@ class Swap:
         own = self.sources.name(outer)
         if None in (own, *found.values()) or own != (self.ends or own):
             return None
-        return {**coefficients, **({} if self.ends else {OUTSIDE: own}), **found}
+        return {**coefficients, **({} if self.ends else {SOURCE_OUTSIDE: own}), **found}
 
     def encode_equal(self, mass: float) -> dict[str, Any]:
         """The merge with equal weights, if it is a source; else the published program: a body of one expert within the
@@ -74,7 +74,7 @@ class Swap:
         depth, names = self.sources.depth, self.sources.names
         outer, body = (MERGE, MERGE) if MERGE in names else (self.ends or names[0], next(self._others(), names[0]))
         if not self.ends:
-            yield OUTSIDE, outer
+            yield SOURCE_OUTSIDE, outer
         bottom, top = (max(1, round(count * depth / PUBLISHED_DEPTH)) for count in (BOTTOM, TOP))
         for name, span in groups_of(depth, self.groups):
             within = bottom <= (span[0] + span[-1]) / 2 < depth - top
