@@ -24,7 +24,7 @@ from evolver.driver.prepare import prepare, run_folder
 from evolver.errors import BadInput
 from evolver.records import Candidate, Result
 from evolver.records.canonical import content_hash
-from evolver.records.recipe import Layers, Merge, load_recipe
+from evolver.records.recipe import Merge, load_recipe
 from evolver.storage import storage_at
 from evolver.workers.worker import Worker
 
@@ -201,6 +201,7 @@ SEARCHES = {
     "best/1, more experts": {"search.strategy": "best/1", "experts.lora": "LORA"},
     "tpe": {"search": {"algorithm": "tpe", "startup": 3, "in_flight": 2}},
     "cmaes": {"search": {"algorithm": "cmaes", "layer_groups": 2}},
+    "layers": {"search": {"algorithm": "layers", "genome": "dataflow", "protect": 0, "repeats": 2}},
     "halving": {
         "search": {"algorithm": "halving", "of": {"algorithm": "tpe", "startup": 3}, "first": 8, "eta": 2, "batch": 2},
     },
@@ -271,16 +272,6 @@ def test_items_are_scored_at_once_where_no_answer_comes_earlier(make_config, tmp
         worker.scorer = Mock(wraps=worker.scorer)
         assert worker.evaluate(Candidate(0, prepared.experts[0], "test")).complete
         assert [len(places) for (places,), _ in worker.scorer.score_at.call_args_list] == expected
-
-
-def test_a_recipe_of_another_depth_is_no_result(make_config, tmp_path):
-    """It would leave the layers of the candidate before it in place of those that it lacks."""
-    ready = prepare(config_at(make_config(tmp_path)))
-    worker, expert = Worker(ready.plan, "dev", tasks=ready.tasks), ready.experts[0]
-    cut = worker.evaluate(Candidate(0, Layers((expert,), ((0, 0),), (0, 0)), "test"))
-    assert cut.status == "failed"
-    assert "of the model are missing" in cut.reason
-    assert worker.evaluate(Candidate(1, expert, "test")).status == "ok"
 
 
 def test_a_run_from_before_a_key_is_one_in_which_it_has_its_default(make_config, tmp_path):

@@ -22,11 +22,11 @@ BASE = Expert("base", "00")
 EXPERTS = tuple(Expert(n, 2 * n) for n in "abcdef")
 
 
-def maker(count):
+def maker(count, layers=4):
     """The making half, without models."""
     names = [e.name for e in EXPERTS[:count]]
     digests = {"base": BASE.digest} | {n: 2 * n for n in names}
-    return RecipeMaker(names, [f"model.layers.{i}.w" for i in range(4)], digests)
+    return RecipeMaker(names, [f"model.layers.{i}.w" for i in range(layers)], digests)
 
 
 class Means:
@@ -98,11 +98,25 @@ ORDERED = {
     "cycleqd": {"algorithm": "cycleqd"},
     "cycleqd 4": {"algorithm": "cycleqd", "bins": 3, "in_flight": 4},
     "map": {"algorithm": "map", "samples": 8, "batch": 3},
+    "layers": {"algorithm": "layers", "by": {"algorithm": "tpe", "startup": 5}},
+    "layers prune": {
+        "algorithm": "layers",
+        "genome": "prune",
+        "remove": [0, 2],
+        "by": {"algorithm": "cmaes", "population": 5},
+    },
+    "layers dataflow": {
+        "algorithm": "layers",
+        "genome": "dataflow",
+        "sources": ["a", "merge", "b"],
+        "by": {"algorithm": "nsga2", "population": 5},
+    },
 }
 CONFIGURATIONS = ORDERED | {
     "halving tpe": HALVING | {"of": ORDERED["tpe"]},
     "halving cmaes 5": HALVING | {"of": ORDERED["cmaes 5"], "batch": 3},
     "halving nsga2": HALVING | {"of": ORDERED["nsga2"], "batch": 5},
+    "halving layers": HALVING | {"of": ORDERED["layers"]},
     "halving evolver": HALVING | {"of": ORDERED["evolver generational evolver"]},
     "halving shade": HALVING | {"of": ORDERED["shade reduced"]},
     "halving soup": HALVING | {"of": ORDERED["soup"]},

@@ -156,9 +156,12 @@ def _rows(recipe: Recipe, base: Sequence[str], tuned: Collection[str]) -> list[S
 
 
 def _settings(recipe: Recipe, name: str, tuned: Collection[str]) -> tuple[str, Mapping[str, Any]]:
+    program = isinstance(recipe, Layers)
     while isinstance(recipe, Layers):
         recipe, name = recipe.source(name)
     if isinstance(recipe, Expert):
+        if program:
+            return "copy", {"from": recipe.name, "tensor": name}
         raise BadInput(f"{name}: this tensor is copied from one model, so no merge method has settings for it.")
     if not isinstance(recipe, Merge):
         return recipe.describe(), {}

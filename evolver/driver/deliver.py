@@ -25,6 +25,7 @@ from evolver.merging.companions import TOKENIZER
 from evolver.merging.export import beside_of, export, merged_config, write_heads
 from evolver.merging.materialise import Materialiser
 from evolver.records import Candidate, Result
+from evolver.records.depth import layer_origins
 from evolver.records.recipe import Recipe
 from evolver.report.text import as_served
 from evolver.runs.history import History, read_history
@@ -195,13 +196,19 @@ def _read_back(model: gguf_out.FileContent, file: Path, folder: Path, beside: Pa
 def _chosen(run: Storage, wanted: str | None) -> tuple[Recipe, Prepared]:
     """A candidate, to be written as its difference to the base.
 
-    Raises BadInput where their tokens differ, too.
+    Raises BadInput where their tokens or their layers differ, too.
     """
     recipe, prepared = find(read_history(run), wanted)[0].recipe, prepare_run(run)
     if prepared.opened.companions.tokens is not None:
         raise BadInput(
             "--lora, --energy, --delta: the merged models of this run have other tokens than the base, and the "
             "difference to it has no place for them; export the whole model."
+        )
+    depth = prepared.opened.base.layers
+    if [origin.base for origin in layer_origins(recipe, depth)] != list(range(depth)):
+        raise BadInput(
+            "--lora, --energy, --delta: this model has other layers than the base, or has them in another order, so it "
+            "is no difference to the base; export the whole model."
         )
     return recipe, prepared
 

@@ -11,7 +11,6 @@ from evolver.config.reading import ConfigText, check_section
 from evolver.errors import BadInput, nearest
 from evolver.loggers import check_loggers
 from evolver.search import SEARCHES
-from evolver.search.halving import HalvingSettings
 
 
 def refuse_early(given: ConfigText) -> None:
@@ -32,14 +31,18 @@ def refuse_early(given: ConfigText) -> None:
 
 
 def chosen_search(config: Config, file: str) -> tuple[str, Any]:
-    """The name of the search and its settings, with those of the search inside of it filled in.
+    """The name of the search and its settings, with those of the searches inside of it filled in.
 
     Raises BadInput for an unknown search and for settings that it does not have.
     """
-    name, settings = named_search(config.search, file, "search.")
-    if isinstance(settings, HalvingSettings):
-        _, inside = named_search(settings.of, file, "search.of.")
-        settings = settings.model_copy(update={"of": inside.model_dump()})
+    return _filled(config.search, file, "search.")
+
+
+def _filled(section: Mapping[str, Any], file: str, prefix: str) -> tuple[str, Any]:
+    name, settings = named_search(section, file, prefix)
+    if key := SEARCHES[name].inside:
+        _, inside = _filled(getattr(settings, key), file, f"{prefix}{key}.")
+        settings = settings.model_copy(update={key: inside.model_dump()})
     return name, settings
 
 

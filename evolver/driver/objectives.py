@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from evolver.config import Config
 from evolver.evaluation.tasks import Tasks
 from evolver.records.objective import Objective
+from evolver.search import SEARCHES
 
 # The search that has several objectives whether or not the configuration names any.
 SEVERAL = "nsga2"
@@ -20,7 +23,7 @@ def objectives_of(config: Config, tasks: Tasks) -> tuple[Objective, ...]:
     weights, parts = tasks.scale("dev").weights, tasks.parts("dev")
     if config.objectives:
         named = {name: [p for task in group for p in parts[task]] for name, group in config.objectives.items()}
-    elif SEVERAL in (config.search["algorithm"], _inner(config)) and len(weights) > 1:
+    elif SEVERAL in _algorithms(config.search) and len(weights) > 1:
         named = {task: [task] for task in weights}
     else:
         named = {}
@@ -31,7 +34,10 @@ def objectives_of(config: Config, tasks: Tasks) -> tuple[Objective, ...]:
     return tuple(found)
 
 
-def _inner(config: Config) -> object:
-    """The name of the search inside of the search, if there is one."""
-    inside = config.search.get("of")
-    return inside.get("algorithm") if isinstance(inside, dict) else None
+def _algorithms(section: Mapping[str, Any]) -> Iterator[object]:
+    """The names of a search and of those inside of it."""
+    name = section.get("algorithm")
+    yield name
+    inside = section.get(SEARCHES[name].inside) if isinstance(name, str) and name in SEARCHES else None
+    if isinstance(inside, dict):
+        yield from _algorithms(inside)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from evolver.checkpoints.doubts import refuse_strangers, suspicions
@@ -17,6 +17,7 @@ from evolver.driver.early import chosen_search, named_search
 from evolver.driver.objectives import objectives_of
 from evolver.errors import BadInput
 from evolver.evaluation.blueprint import Blueprint, ModelFolder
+from evolver.evaluation.depth import check_alike, count_layers
 from evolver.evaluation.fused import refuse_experts
 from evolver.evaluation.overlap import Overlap, overlaps
 from evolver.evaluation.rounding import refuse_stacks
@@ -38,6 +39,7 @@ from evolver.search.base import Setup
 from evolver.search.coefficients.optuna_samplers import CoefficientSettings
 from evolver.search.estimating import Estimating
 from evolver.search.halving import HalvingSettings
+from evolver.search.programs.layers import LayersSettings
 from evolver.storage import Storage
 from evolver.threads import too_many
 from evolver.workers.compute import is_open, settled
@@ -99,8 +101,7 @@ def prepare(
     """
     config, file = given.parsed(), given.origin
     config = config if name is None else renamed(config, name)
-    if run is not None:
-        config = _as_begun(config, run)
+    config = config if run is None else _as_begun(config, run)
     origin = origin or (None if run is None else taken_over(run))
     algorithm, settings = chosen_search(config, file)
     check_loggers(config, file)
@@ -121,7 +122,10 @@ def prepare(
             refuse_stacks({name: info.shape for name, info in opened.base.headers.items()})
         digests = opened.digests() if weights else None
         sampled = cache(lambda expert: _sampled(config, tasks, blueprint, expert))
-        maker = RecipeMaker(list(config.experts), opened.base.names(), digests, sampled, opened.base.sizes())
+        count = partial(_count_layers, opened.base)
+        maker = RecipeMaker(
+            list(config.experts), opened.base.names(), digests, sampled, opened.base.sizes(), count
+        )  # fmt: skip
         if weights and config.model.strict:
             refuse_strangers(opened.base, opened.experts.values(), STRICT, weights=True)
         warnings = opened.warnings
@@ -215,14 +219,15 @@ def run_folder(prepared: Prepared, run: Storage) -> RunFolder:
 
 def defaults_of(prepared: Prepared) -> Callable[[str], Any]:
     """What gives the default of a dotted key of the configuration, such as ``search.F``."""
-    sections = {"search": SEARCHES[str(prepared.identity["search"]["algorithm"])].settings}
 
     def default(key: str) -> Any:
         section, _, rest = key.partition(".")
-        if key.startswith("search.of."):  # the search inside of another one
-            inner = str(prepared.identity["search"]["of"]["algorithm"])
-            return default_at(SEARCHES[inner].settings, key.removeprefix("search.of."))
-        return default_at(sections[section], rest) if section in sections else default_at(Config, key)
+        if section != "search":
+            return default_at(Config, key)
+        own = prepared.identity["search"]
+        while (inside := SEARCHES[str(own["algorithm"])].inside) and rest.startswith(f"{inside}."):
+            own, rest = own[inside], rest.removeprefix(f"{inside}.")
+        return default_at(SEARCHES[str(own["algorithm"])].settings, rest)
 
     return default
 
@@ -233,9 +238,14 @@ def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
     Raises BadInput for a configuration that cannot be used, and for a search that uses no merge method.
     """
     config = load(file)
-    _, settings = chosen_search(config, file)
-    if isinstance(settings, HalvingSettings):
-        _, settings = named_search(settings.of, file, "search.of.")
+    name, settings = chosen_search(config, file)
+    while (key := SEARCHES[name].inside) and not isinstance(settings, LayersSettings):
+        name, settings = named_search(getattr(settings, key), file, f"search.{key}.")
+    if isinstance(settings, LayersSettings):
+        raise BadInput(
+            f"{file}: search: each candidate has a program of its own, so there are no settings to explain before the "
+            "run; explain the folder of the finished run."
+        )
     opened = open_models(config)
     maker = RecipeMaker(list(config.experts), opened.base.names())
     if isinstance(settings, CoefficientSettings):
@@ -246,6 +256,13 @@ def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
         raise BadInput(f"{file}: search: this search uses no merge method, so there are no settings to explain.")
     merge = maker.merger(merger, adapt=getattr(settings, "adapt", False))
     return merge(maker.experts), tuple(merge.start), opened.base
+
+
+def _count_layers(base: Checkpoint, anew: bool) -> int:
+    shapes = {name: info.shape for name, info in base.headers.items()}
+    if anew:
+        check_alike(shapes, base.config, base.path)
+    return count_layers(shapes, base.path)
 
 
 def block_of(config: Config, file: str, split: Split, count: int) -> int:

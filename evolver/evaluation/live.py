@@ -14,8 +14,12 @@ from torch import Tensor
 
 from evolver.config.model import ModelSettings
 from evolver.errors import BadInput
+from evolver.evaluation.depth import check_alike
 from evolver.evaluation.fused import refuse_experts, slices_of
+from evolver.evaluation.layered import LayerMemory
 from evolver.evaluation.rounding import Rounding, refuse_stacks
+from evolver.records.depth import LayerOrigin
+from evolver.records.recipe import at_layer, layer_of
 
 # The matrices that name tokens, by the ends of their names.
 HEADS = ("lm_head.weight", "embed_out.weight")
@@ -91,6 +95,8 @@ class LiveModel:
                 self.module.generation_config = transformers.GenerationConfig.from_pretrained(self._beside)
             _ = self.tokenizer
         self.module.to(self.device).eval()
+        self._shapes = shapes
+        self._memory: LayerMemory | None = None
         self._places = self._find(shapes, folder)
         self._rounding = Rounding(self.module, quantise) if quantise else None
         # lm-eval ties a model's weights when it wraps it, even where the checkpoint holds both tensors. This stops it.
@@ -101,17 +107,23 @@ class LiveModel:
         """The model's tokenizer."""
         return open_tokenizer(self._beside)
 
-    def write(self, tensors: Iterable[tuple[str, Tensor]], whole: bool = False) -> None:
+    def write(
+        self, tensors: Iterable[tuple[str, Tensor]], whole: bool = False, layers: Sequence[LayerOrigin] = ()
+    ) -> None:  # fmt: skip
         """Overwrite the parameters of the model with the tensors of a candidate.
 
         Args:
             tensors: of the candidate, by their names in the checkpoint.
             whole: write them as they are, even if the model's weights are scored after a quantisation.
+            layers: where the candidate's layers come from; none: it has those of the checkpoint. The module gets as
+                many layers, and layers of one origin share their memory.
 
         Raises ValueError where the tensors are not exactly those of the model: where one was missing, the tensor of the
         previous candidate would stay. After such an error, a complete set of tensors makes the model usable again.
+        Raises BadInput, naming ``model.base``, for other layers than the checkpoint's where they are not alike.
         """
-        left = set(self._places)
+        places = self._take(layers)
+        left, written = set(places), set[int]()
         with torch.no_grad():
             for name, tensor in tensors:
                 if name not in left:
@@ -119,15 +131,53 @@ class LiveModel:
                         f"the model has no tensor {name}, or the recipe gives it twice; the recipe has another number "
                         "of layers"
                     )
-                if self._rounding is not None and not whole:
-                    tensor = self._rounding(name, self._owners.get(name, name), tensor.to(self.device))
-                self._places[name].copy_(tensor)
                 left.discard(name)
+                place = places[name]
+                if id(place) in written:  # a repeated layer
+                    continue
+                if self._rounding is not None and not whole:
+                    tensor = self._rounding(name, self._owner(name), tensor.to(self.device))
+                place.copy_(tensor)
+                written.add(id(place))
         if left:
             raise ValueError(
                 f"{len(left)} tensors of the model are missing, such as {min(left)}; the recipe has another number of "
                 "layers"
             )
+
+    def _take(self, layers: Sequence[LayerOrigin]) -> Mapping[str, Tensor]:
+        """Give the module these layers; the memory of each tensor of a candidate that has them."""
+        own = range(1 + max((layer_of(name) or 0 for name in self._shapes), default=0))
+        if not layers or ([o.base for o in layers] == list(own) and len(set(layers)) == len(own)):
+            if self._memory is not None:
+                self._memory.give_back()
+            return self._places
+        if self._memory is None:
+            check_alike(self._shapes, self.module.config.to_dict(), self.folder)
+            self._memory = LayerMemory(self.module)
+        memory = self._memory
+        memory.take(layers)
+        outside = {name: place for name, place in self._places.items() if layer_of(name) is None}
+        kinds = [name for name in self._places if layer_of(name) == 0]
+        slots = {(name, slot): self._slot(name, slot) for slot in dict.fromkeys(memory.slots) for name in kinds}
+        inside = {at_layer(n, layer): slots[n, slot] for n in kinds for layer, slot in enumerate(memory.slots)}
+        return outside | inside
+
+    def _slot(self, name: str, slot: int) -> Tensor:
+        """The memory of a tensor of a layer's slot, of which ``name`` is the name in layer 0."""
+        if (found := self._places.get(at_layer(name, slot))) is not None:
+            return found
+        assert self._memory is not None
+        part = self._slices.get(name)
+        if part is None:
+            return self._memory.place(self._owners[name], slot).data
+        return part.within(self._memory.place(part.parameter, slot).data)
+
+    def _owner(self, name: str) -> str:
+        """The parameter that a tensor of a candidate belongs to; in layers that the checkpoint lacks, that of layer
+        0.
+        """
+        return self._owners.get(name) or self._owners.get(at_layer(name, 0), name)
 
     def forward(self, positions: Tensor | None, **inputs: Any) -> Any:
         """What the module says of a batch.
@@ -175,6 +225,7 @@ class LiveModel:
             self._resize({place: shapes[name] for name, place in places.items()})
         self._untie(places.values())
         state = self.module.state_dict(keep_vars=False)
+        self._slices = slices
         self._owners = places | {name: part.parameter for name, part in slices.items()}
         whole = {name: state[found] for name, found in places.items()}
         return whole | {name: part.within(state[part.parameter]) for name, part in slices.items()}

@@ -17,12 +17,11 @@ from evolver.checkpoints.heads import Head
 from evolver.checkpoints.quantised import without_quantisation
 from evolver.checkpoints.weights import Checkpoint, is_finite
 from evolver.errors import BadInput
+from evolver.evaluation.depth import with_layers
 from evolver.merging.companions import COMPANIONS, Companions
 from evolver.merging.materialise import Materialiser
+from evolver.records.depth import layer_origins
 from evolver.records.recipe import Recipe, dump_recipe
-
-# How configurations say the number of layers.
-DEPTH = ("num_hidden_layers", "n_layer", "num_layers")
 
 
 def export(
@@ -114,15 +113,12 @@ def _labels_of_head(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
 
 
 def merged_config(recipe: Recipe, materialiser: Materialiser) -> dict[str, Any]:
-    """The base's configuration, with the model's dtype and number of layers."""
+    """The base's configuration, with the model's dtype and layers."""
     config = dict(materialiser.base.config)
     config.pop("_name_or_path", None)
     config.pop("_model_name_or_path", None)
     if materialiser.dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(materialiser.dtype).removeprefix("torch.")
-    depth = materialiser.depth(recipe)
-    for key in DEPTH:
-        if key in config and depth != materialiser.base.layers:
-            config[key] = depth
-    return config
+    layers = [origin.base for origin in layer_origins(recipe, materialiser.base.layers)]
+    return config if layers == list(range(materialiser.base.layers)) else with_layers(config, layers)

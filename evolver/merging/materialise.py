@@ -22,6 +22,7 @@ from evolver.merging import crossing, methods
 from evolver.merging.engine.apply import AllTensors, apply
 from evolver.merging.engine.pieces import InputTensors
 from evolver.merging.methods.here import Stack
+from evolver.records.depth import origin_of
 from evolver.records.recipe import Cross, Expert, Layers, Merge, Recipe, Statistic, ancestors, layer_of
 
 Task = tuple[Recipe, str]
@@ -67,12 +68,14 @@ class Materialiser:
         self._open_statistic, self._statistics = statistics, dict[str, StatisticTensors]()
 
     def names(self, recipe: Recipe) -> list[str]:
-        """The names of the model's tensors, in the base's order."""
-        return recipe.names(self.base.names())
-
-    def depth(self, recipe: Recipe) -> int:
-        """The number of layers."""
-        return 1 + max((layer_of(n) or 0 for n in self.names(recipe)), default=0)
+        """The names of the model's tensors, in the base's order; a layer's repetitions follow it tensor by tensor."""
+        names = recipe.names(self.base.names())
+        if not isinstance(recipe, Layers):
+            return names
+        first = dict[tuple[str, str], int]()
+        for place, name in enumerate(names):
+            first.setdefault(origin_of(recipe, name), place)
+        return sorted(names, key=lambda name: first[origin_of(recipe, name)])
 
     def info(self, recipe: Recipe, name: str) -> TensorInfo:
         """Shape and dtype of one tensor of the model."""
@@ -81,7 +84,7 @@ class Materialiser:
         return TensorInfo(self.base.headers[name].shape, self._dtype_of(name))
 
     def stream(self, recipe: Recipe) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the model, one at a time.
+        """Every tensor of the model, one at a time. Those of a repeated layer are built once and come again at once.
 
         Statistics are opened first, and where they are missing collected, before the first tensor comes.
         """
@@ -89,11 +92,16 @@ class Materialiser:
         keep: dict[str, dict[str, Tensor]] = {i: {} for i in self._worth_keeping(recipe, order)}
         self._models.clear()
         straight = not any(isinstance(n, Layers) for n in order)
+        built: tuple[tuple[str, str], Tensor] | None = None
         for name in self.names(recipe):
-            tasks = [(n, name) for n in order] if straight else self._tasks(recipe, name)
-            yield name, self._run(tasks, keep)
+            origin = origin_of(recipe, name)
+            if built is None or built[0] != origin:
+                tasks = [(n, name) for n in order] if straight else self._tasks(recipe, name)
+                built = origin, self._run(tasks, keep)
+            yield name, built[1]
         self._models.clear()
-        self._admit(keep)
+        # Of a model of which not every layer was used, only a part is there.
+        self._admit({n.id: keep[n.id] for n in order if n.id in keep and len(keep[n.id]) == len(self.names(n))})
 
     def clear(self) -> None:
         """Let all models go that are kept in memory."""

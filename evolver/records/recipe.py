@@ -403,7 +403,7 @@ class Layers(Node):
         if layer is None:
             return self.inputs[self.ends[0 if any(e in name for e in EMBEDDINGS) else 1]], name
         number, of = self.program[layer]
-        return self.inputs[number], name.replace(f".{layer}.", f".{of}.", 1)
+        return self.inputs[number], at_layer(name, of)
 
     def needs(self, name: str) -> list[tuple[Recipe, str]]:
         return [self.source(name)]

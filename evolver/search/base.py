@@ -99,7 +99,9 @@ class Merger(Protocol):
 
 
 class Maker(Protocol):
-    """Makes recipes for searches. Its methods raise BadInput for settings that a merge method does not take."""
+    """Makes recipes for searches. Its methods raise BadInput for settings that a merge method does not take, and for
+    models without layers, or with layers that cannot be put together anew.
+    """
 
     def space(self, method: str, groups: int, tune: Sequence[str] | None, settings: Mapping[str, Any]) -> Space:
         """The search space of a merge method.
@@ -125,6 +127,14 @@ class Maker(Protocol):
     def crossover(self, first: Recipe, second: Recipe, ratio: float, point: float) -> Recipe:
         """Two models, mixed on the arc between them: by ``ratio`` in the first share ``point`` of their scalars, by
         1 - ``ratio`` in the rest. A ratio of 0 is the first model, a ratio of 1 the second.
+        """
+        ...
+
+    def depth(self, anew: bool) -> int:
+        """The number of layers of the models.
+
+        Args:
+            anew: whether layers are going to be left out, repeated or put into another order.
         """
         ...
 
@@ -215,23 +225,28 @@ class Algorithm:
         settings: class of the section ``search``.
         build: makes the search from a setup and its settings.
         incumbent: whether a candidate has to beat an incumbent, so that its evaluation may stop early.
+        inside: the key of the settings that holds the algorithm and the settings of another search; empty: there is
+            none.
     """
 
     name: str
     settings: type[Section]
     build: Callable[[Setup, Any], Search]
     incumbent: bool = False
+    inside: str = ""
 
 
 SEARCHES: dict[str, Algorithm] = {}
 SettingsType = TypeVar("SettingsType", bound=Section)
 
 
-def algorithm(name: str, settings: type[SettingsType], incumbent: bool = False) -> Callable[[Any], Any]:
+def algorithm(
+    name: str, settings: type[SettingsType], incumbent: bool = False, inside: str = ""
+) -> Callable[[Any], Any]:  # fmt: skip
     """Register a search under ``name``. The decorated class or function is called as ``search(setup, settings)``."""
 
     def register(build: Any) -> Any:
-        SEARCHES[name] = Algorithm(name, settings, build, incumbent)
+        SEARCHES[name] = Algorithm(name, settings, build, incumbent, inside)
         return build
 
     return register

@@ -61,7 +61,7 @@ class HalvingSettings(Section):
     )
 
 
-@algorithm("halving", HalvingSettings)
+@algorithm("halving", HalvingSettings, inside="of")
 class Halving:
     """Successive halving (Jamieson & Talwalkar 2016; Li et al. 2018) of the candidates of another search.
 

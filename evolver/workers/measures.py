@@ -15,7 +15,8 @@ from evolver.errors import BadInput
 from evolver.evaluation.data import read_rows
 from evolver.evaluation.live import LiveModel
 from evolver.merging.materialise import Materialiser
-from evolver.records.recipe import Expert
+from evolver.records.depth import layer_origins, name_in_base
+from evolver.records.recipe import Expert, Recipe
 from evolver.workers.plan import Plan
 
 # Tokens of text, in all, on which divergences are measured: their probabilities of every token are kept in memory.
@@ -85,17 +86,20 @@ class Measures:
             live.write(self._build.stream(self._base))
             self._of_base = {number: list(self._predictions(number, live)) for number in asked}
 
-    def watch(self, tensors: Stream) -> Stream:
-        """The tensors of a model, unchanged, whose norm is known when they are all read."""
+    def watch(self, tensors: Stream, recipe: Recipe) -> Stream:
+        """The tensors of a recipe's model, unchanged, whose norm is known when they are all read.
+
+        A layer that stands in another place than in the base is compared with the base's layer that it is one of.
+        """
         if not self.weighs:
             yield from tensors
             return
         if self._of_experts is None:
             norms = [self._distance(self._build.stream(expert)) for expert in self._experts]
             self._of_experts = math.fsum(norms) / len(norms)
-        squares = []
+        squares, layers = [], layer_origins(recipe, self._build.base.layers)
         for name, tensor in tensors:
-            squares.append(self._square(name, tensor))
+            squares.append(self._square(name_in_base(name, layers), tensor))
             yield name, tensor
         self._norm = math.sqrt(math.fsum(squares))
 

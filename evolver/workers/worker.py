@@ -36,6 +36,7 @@ from evolver.merging.companions import Companions
 from evolver.merging.export import export
 from evolver.merging.materialise import Materialiser
 from evolver.records import Candidate, Result, Split
+from evolver.records.depth import layer_origins
 from evolver.records.order import item_order
 from evolver.records.recipe import Expert
 from evolver.storage.references import parts_of
@@ -269,13 +270,15 @@ class Worker:
                 live = build_model(self._config, as_it_is, self._device, split=candidate.split)
             scorer = self._tasks.scorer(live, candidate.split)
         measures = self.measures if live is self.live and materialiser is self.materialiser else None
+        tensors = materialiser.stream(recipe)
         if isinstance(live, LiveModel):
             if measures:
                 measures.prepare(live)
-            live.write(measures.watch(materialiser.stream(recipe)) if measures else materialiser.stream(recipe))
+            layers = layer_origins(recipe, materialiser.base.layers) if live is self.live else ()
+            live.write(measures.watch(tensors, recipe) if measures else tensors, layers=layers)
         else:
             if measures and measures.weighs:
-                deque(measures.watch(materialiser.stream(recipe)), maxlen=0)
+                deque(measures.watch(tensors, recipe), maxlen=0)
             live.clear()
             export(recipe, materialiser, live.folder, {}, companions=companions)
             live.launch(live.folder)

@@ -15,7 +15,7 @@ from evolver.merging.settings.crossover import one_point
 from evolver.merging.settings.genome import Genome, genome
 from evolver.merging.settings.placed import fixed_rules
 from evolver.records import Knob
-from evolver.records.recipe import Cross, Expert, Merge, Recipe, Rule, Statistic
+from evolver.records.recipe import Cross, Expert, Merge, Recipe, Rule, Statistic, layer_of
 
 
 class RecipeMaker:
@@ -28,16 +28,18 @@ class RecipeMaker:
         sampled: the hash of the items that an expert's statistics are collected on, by its name; raises BadInput where
             none can be. Without it, a word stands for every hash.
         sizes: the number of scalars of every tensor; without it, all tensors count as equally large.
+        counted: counts the layers, see ``depth``. Without it, the names say the number.
     """
 
     def __init__(
         self, experts: Sequence[str], tensors: Sequence[str], digests: dict[str, str] | None = None,
         sampled: Callable[[str], str] = lambda _: "items", sizes: Mapping[str, int] | None = None,
+        counted: Callable[[bool], int] | None = None,
     ) -> None:  # fmt: skip
         self.digests = digests or {n: n for n in ("base", *experts)}
         self.base = Expert("base", self.digests["base"])
         self.experts = tuple(Expert(n, self.digests[n]) for n in experts)
-        self._names, self._sampled = list(tensors), sampled
+        self._names, self._sampled, self._counted = list(tensors), sampled, counted
         self._sizes = dict.fromkeys(self._names, 1) if sizes is None else {n: sizes[n] for n in self._names}
 
     def space(self, method: str, groups: int, tune: Sequence[str] | None, settings: Mapping[str, Any]) -> Genome:
@@ -63,6 +65,11 @@ class RecipeMaker:
 
     def crossover(self, first: Recipe, second: Recipe, ratio: float, point: float) -> Recipe:
         return Merge("split_slerp", (first, second), self.base, one_point(self._sizes, ratio, point))
+
+    def depth(self, anew: bool) -> int:
+        if self._counted is not None:
+            return self._counted(anew)
+        return 1 + max((layer_of(n) or 0 for n in self._names), default=0)
 
     def _statistics(self, method: methods.Method, members: Sequence[Recipe]) -> tuple[Statistic, ...]:
         """What a method asks for, of every kind one a member.
