@@ -15,7 +15,7 @@ from evolver.records import Result
 from evolver.records.recipe import Cross, Expert, Merge
 from evolver.search import SEARCHES
 from evolver.search.base import Setup
-from evolver.search.coefficients.optuna_samplers import default_population
+from evolver.search.coefficients.cmaes import default_population
 from evolver.search.evolution.evolver import offspring
 from evolver.search.plain import Listed
 

@@ -35,7 +35,7 @@ from evolver.runs.folder import RunFolder, compute_of, config_of_run, made_befor
 from evolver.runs.origin import taken_over
 from evolver.search import SEARCHES, Search
 from evolver.search.base import Setup
-from evolver.search.coefficients.optuna_samplers import CoefficientSettings
+from evolver.search.coefficients.base import CoefficientSettings
 from evolver.search.halving import HalvingSettings
 from evolver.storage import Storage
 from evolver.threads import too_many

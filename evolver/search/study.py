@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from evolver.errors import BadInput
 from evolver.records import Candidate, Result
 from evolver.search.base import Search
-from evolver.search.coefficients.optuna_samplers import Coefficients
+from evolver.search.coefficients.base import Coefficients
 from evolver.storage import check_target, new_file
 
 # Objectives and trials by the name of a study.
