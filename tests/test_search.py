@@ -9,8 +9,7 @@ import pytest
 from evolver.config import Budget
 from evolver.config.reading import check_section
 from evolver.errors import BadInput
-from evolver.merging.methods import METHODS
-from evolver.merging.settings.genome import genome
+from evolver.merging.settings.maker import RecipeMaker
 from evolver.records import Result
 from evolver.records.recipe import Cross, Expert, Merge
 from evolver.search import SEARCHES
@@ -21,6 +20,7 @@ from evolver.search.plain import Listed
 
 BASE = Expert("base", "00")
 EXPERTS = tuple(Expert(n, 2 * n) for n in "abcdef")
+DIGESTS = {"base": "00", **{e.name: e.digest for e in EXPERTS}}
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,10 @@ class Maker:
 
     count: int
 
-    def space(self, method, groups, tune, settings):
-        return genome(
-            METHODS[method],
-            EXPERTS[: self.count],
-            BASE,
-            [f"model.layers.{i}.w" for i in range(4)],
-            groups,
-            tune,
-            settings,
-            "search",
-        )
+    def space(self, method, groups, tune, settings, classes=False, knots=None):
+        names = [f"model.layers.{i}.{part}" for i in range(4) for part in ("self_attn.w", "mlp.w", "w")]
+        maker = RecipeMaker([e.name for e in EXPERTS[: self.count]], names, DIGESTS)
+        return maker.space(method, groups, tune, settings, classes, knots)
 
     def merger(self, settings):
         return lambda members: Merge(settings.get("method", "simple"), tuple(members), BASE)
@@ -95,6 +88,21 @@ ORDERED = {
     "cmaes": {"algorithm": "cmaes"},
     "cmaes 5": {"algorithm": "cmaes", "population": 5, "sigma": 0.2, "method": "ties", "tune": ["density", "lambda"]},
     "nsga2": {"algorithm": "nsga2", "population": 5},
+    "tpe methods": {"algorithm": "tpe", "startup": 8, "in_flight": 2, "method": ["task_arithmetic", "ties"]},
+    "tpe classes": {"algorithm": "tpe", "startup": 5, "tensor_classes": True, "tune": ["lambda"]},
+    "cmaes methods": {"algorithm": "cmaes", "population": 4, "method": ["task_arithmetic", "ties", "dare_ties"]},
+    "cmaes knots": {"algorithm": "cmaes", "knots": 3, "tune": ["lambda"]},
+    "nsga2 methods": {"algorithm": "nsga2", "population": 5, "method": ["task_arithmetic", "ties"]},
+    "nsga3": {"algorithm": "nsga3", "population": 5},
+    "nsga3 methods": {"algorithm": "nsga3", "population": 5, "method": ["task_arithmetic", "ties"]},
+    "gp": {"algorithm": "gp", "startup": 27, "tune": ["lambda", "sign"], "method": "ties"},
+    "gp 3": {"algorithm": "gp", "startup": 26, "in_flight": 3, "tune": ["lambda"]},
+    "random": {"algorithm": "random", "layer_groups": "per-layer"},
+    "random 4": {"algorithm": "random", "in_flight": 4, "method": ["task_arithmetic", "ties"]},
+    "qmc": {"algorithm": "qmc", "method": "ties", "tune": ["lambda", "sign", "weight"]},
+    "qmc methods": {"algorithm": "qmc", "in_flight": 2, "method": ["task_arithmetic", "ties"]},
+    "grid": {"algorithm": "grid", "levels": 3},
+    "grid methods": {"algorithm": "grid", "levels_of": {"lambda": 5}, "method": ["task_arithmetic", "ties"]},
 }
 CONFIGURATIONS = ORDERED | {
     "halving tpe": HALVING | {"of": ORDERED["tpe"]},

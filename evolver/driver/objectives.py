@@ -7,9 +7,7 @@ import math
 from evolver.config import Config
 from evolver.evaluation.tasks import Tasks
 from evolver.records.objective import Objective
-
-# The search that has several objectives whether or not the configuration names any.
-SEVERAL = "nsga2"
+from evolver.search import SEARCHES
 
 
 def objectives_of(config: Config, tasks: Tasks) -> tuple[Objective, ...]:
@@ -20,7 +18,7 @@ def objectives_of(config: Config, tasks: Tasks) -> tuple[Objective, ...]:
     weights, parts = tasks.scale("dev").weights, tasks.parts("dev")
     if config.objectives:
         named = {name: [p for task in group for p in parts[task]] for name, group in config.objectives.items()}
-    elif SEVERAL in (config.search["algorithm"], _inner(config)) and len(weights) > 1:
+    elif len(weights) > 1 and any(a.several for n in _searches(config) if (a := SEARCHES.get(n))):
         named = {task: [task] for task in weights}
     else:
         named = {}
@@ -31,7 +29,8 @@ def objectives_of(config: Config, tasks: Tasks) -> tuple[Objective, ...]:
     return tuple(found)
 
 
-def _inner(config: Config) -> object:
-    """The name of the search inside of the search, if there is one."""
+def _searches(config: Config) -> list[str]:
+    """The name of the search, and of the one inside of it, if there is one."""
     inside = config.search.get("of")
-    return inside.get("algorithm") if isinstance(inside, dict) else None
+    inner = inside.get("algorithm") if isinstance(inside, dict) else None
+    return [str(config.search["algorithm"]), str(inner)]

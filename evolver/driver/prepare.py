@@ -132,8 +132,10 @@ def prepare(
             config.evaluation.early_stopping, config.evaluation.racing is not None,
             arrival=config.order == "arrival", tasks=tuple(estimates.scale.weights),
             objectives=objectives_of(config, tasks), subset=config.evaluation.subset,
+            constraints=len(config.constraints),
         )  # fmt: skip
         search = SEARCHES[algorithm].build(setup, settings)
+        warnings += tuple(getattr(search, "remarks", ()))
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from error
     items = {split: items_hash(tasks, split) for split in SPLITS}
@@ -238,7 +240,10 @@ def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
     opened = open_models(config)
     maker = RecipeMaker(list(config.experts), opened.base.names())
     if isinstance(settings, CoefficientSettings):
-        space = maker.space(settings.method, settings.layer_groups, settings.tune, settings.settings)
+        space = maker.space(
+            settings.method, settings.layer_groups, settings.tune, settings.settings, settings.tensor_classes,
+            settings.knots,
+        )  # fmt: skip
         return space.decode(space.encode_equal(1.0)), space.tune, opened.base
     merger = getattr(settings, "merger", None)
     if merger is None:

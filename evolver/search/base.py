@@ -66,17 +66,41 @@ class Space(Protocol):
         """The point at which all experts have equal weights, with the total mass ``mass`` if the mass is tuned."""
         ...
 
+    @property
+    def branches(self) -> Mapping[str, Space]:
+        """The spaces of the methods among which a point chooses, by name; none where the method is settled."""
+        ...
+
+    def within(self, branch: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What belongs to the dimensions of a branch, under their names in this space, and what chooses the branch."""
+        ...
+
+    def axes(self, levels: Callable[[str], int]) -> tuple[tuple[dict[str, Any], ...], ...]:
+        """The axes of a grid: of each setting at each place the values of its dimensions, one after the other.
+
+        Args:
+            levels: the number of values of a setting that is a number, by its name.
+
+        Raises BadInput where an axis is too long.
+        """
+        ...
+
 
 class Maker(Protocol):
     """Makes recipes for searches. Its methods raise BadInput for settings that a merge method does not take."""
 
-    def space(self, method: str, groups: int, tune: Sequence[str] | None, settings: Mapping[str, Any]) -> Space:
-        """The search space of a merge method.
+    def space(
+        self, method: str | Sequence[str], groups: int | Literal["per-layer"], tune: Sequence[str] | None,
+        settings: Mapping[str, Any], classes: bool = False, knots: int | None = None,
+    ) -> Space:  # fmt: skip
+        """The search space of a merge method, or of several among which a point chooses.
 
         Args:
-            groups: number of layer groups that have coefficients of their own.
+            groups: number of layer groups that have coefficients of their own, or that every layer has.
             tune: names of the settings that are searched; None: total mass, weights, and settings without a default.
             settings: fixed settings.
+            classes: whether attention, MLP, norms and the rest have coefficients of their own.
+            knots: number of knots of a spline along the layers, instead of groups.
         """
         ...
 
@@ -140,6 +164,7 @@ class Setup:
         subset: whether candidates that may be scored on a part of the items meet them in one order (fixed) or in new
             ones (rotate); None: what is the default for the search.
         objectives: those of a multi-objective search; none: every task is one.
+        constraints: number of constraints of the run, whose names are ``0``, ``1``, ….
     """
 
     experts: tuple[Expert, ...]
@@ -155,6 +180,7 @@ class Setup:
     tasks: tuple[str, ...] = ()
     subset: Literal["fixed", "rotate"] | None = None
     objectives: tuple[Objective, ...] = ()
+    constraints: int = 0
 
 
 @dataclass(frozen=True)
@@ -166,23 +192,27 @@ class Algorithm:
         settings: class of the section ``search``.
         build: makes the search from a setup and its settings.
         incumbent: whether a candidate has to beat an incumbent, so that its evaluation may stop early.
+        several: whether it has several objectives, whether or not the configuration names any.
     """
 
     name: str
     settings: type[Section]
     build: Callable[[Setup, Any], Search]
     incumbent: bool = False
+    several: bool = False
 
 
 SEARCHES: dict[str, Algorithm] = {}
 SettingsType = TypeVar("SettingsType", bound=Section)
 
 
-def algorithm(name: str, settings: type[SettingsType], incumbent: bool = False) -> Callable[[Any], Any]:
+def algorithm(
+    name: str, settings: type[SettingsType], incumbent: bool = False, several: bool = False
+) -> Callable[[Any], Any]:
     """Register a search under ``name``. The decorated class or function is called as ``search(setup, settings)``."""
 
     def register(build: Any) -> Any:
-        SEARCHES[name] = Algorithm(name, settings, build, incumbent)
+        SEARCHES[name] = Algorithm(name, settings, build, incumbent, several)
         return build
 
     return register

@@ -7,9 +7,8 @@ from typing import Literal
 import optuna
 from pydantic import Field
 
-from evolver.errors import BadInput
 from evolver.search.base import Setup, algorithm
-from evolver.search.coefficients.base import Coefficients, CoefficientSettings, space_of
+from evolver.search.coefficients.base import Coefficients, CoefficientSettings, refuse_in_flight, space_of, stated
 
 
 class TPESettings(CoefficientSettings):
@@ -28,22 +27,28 @@ class TPE(Coefficients):
 
     It models the densities of good and of poor candidates and proposes where their ratio is highest. Unlike ``cmaes``
     it also tunes choices, needs no generations, and assumes no single optimum around which the score falls off. With
-    several candidates in evaluation, pending ones count as poor (constant liar).
+    several candidates in evaluation, pending ones count as poor (constant liar). Of several methods, it models which
+    one is good, and the settings of each on the candidates that had it.
     """
 
     def __init__(self, setup: Setup, settings: TPESettings) -> None:
-        if setup.together > 1 and settings.in_flight > 1:
-            raise BadInput(
-                f"search.in_flight: inside halving, {setup.together} candidates are evaluated at the same time; leave "
-                "in_flight out."
-            )
-        several = max(setup.together, settings.in_flight) > 1
-        sampler = optuna.samplers.TPESampler(
-            seed=setup.seed, n_startup_trials=settings.startup, multivariate=True, constant_liar=several
+        refuse_in_flight(setup, settings.in_flight)
+        space = space_of(setup, settings)
+        sampler = stated(
+            optuna.samplers.TPESampler,
+            seed=setup.seed,
+            n_startup_trials=settings.startup,
+            n_ei_candidates=24,
+            multivariate=True,
+            group=bool(space.branches),
+            constant_liar=max(setup.together, settings.in_flight) > 1,
         )
-        super().__init__(setup, space_of(setup, settings), sampler, "tpe")
+        super().__init__(setup, space, sampler, "tpe")
         self.in_flight = settings.in_flight
 
     def waits_for(self, k: int) -> int:
         together = self.setup.together
         return max(0, k - self.in_flight + 1) if together == 1 else k - k % together
+
+    def draw(self, k: int) -> optuna.trial.Trial:
+        return self.draw_branch()
