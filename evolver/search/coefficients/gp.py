@@ -7,6 +7,7 @@ from typing import Literal
 
 import optuna
 from pydantic import Field
+from threadpoolctl import threadpool_limits
 
 from evolver.errors import BadInput
 from evolver.records import Result
@@ -58,6 +59,11 @@ class GP(Coefficients):
         )
         super().__init__(setup, space, sampler, "gp")
         self.in_flight = settings.in_flight
+
+    def draw(self, k: int) -> optuna.trial.Trial:
+        # With one thread the rounding of sums is the same everywhere; and of such small matrices it is faster, too.
+        with threadpool_limits(limits=1):
+            return super().draw(k)
 
     def waits_for(self, k: int) -> int:
         together = self.setup.together
