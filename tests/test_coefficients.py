@@ -4,6 +4,7 @@ import itertools
 import math
 import statistics
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import optuna
@@ -67,10 +68,9 @@ def test_a_sobol_sequence_is_even():
     search = build({"algorithm": "qmc"}, candidates=17)
     points = [t.params for t in _asked(search)][1:]
     for knob in search.space.knobs:
-        ends = [math.log(v) if knob.log else v for v in (knob.low, knob.high)]
-        shares = [
-            ((math.log(p[knob.name]) if knob.log else p[knob.name]) - ends[0]) / (ends[1] - ends[0]) for p in points
-        ]
+        scale = math.log if knob.log else float
+        low, high = scale(knob.low), scale(knob.high)
+        shares = [(scale(p[knob.name]) - low) / (high - low) for p in points]
         assert sorted(int(16 * s) for s in shares) == list(range(16))
 
 
@@ -237,7 +237,7 @@ def test_a_gaussian_process_takes_what_is_not_known_to_break_a_constraint():
 class Box:
     """A space of five numbers from -1 to 1, whose recipes say the numbers."""
 
-    branches = {}
+    branches = MappingProxyType({})
     knobs = tuple(Knob(f"x{k}", -1.0, 1.0) for k in range(5))
 
     def space(self, *given):

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from evolver.errors import BadInput
-from evolver.merging.settings.division import divided, tensor_class
+from evolver.merging.settings.division import division_of, tensor_class
 from evolver.merging.settings.maker import RecipeMaker
 from evolver.records import Choice
 from evolver.records.recipe import dump_recipe, layer_of, load_recipe
@@ -210,7 +210,7 @@ def test_what_cannot_be_divided_is_refused(names, more, said):
 
 def test_a_division_covers_what_it_names():
     for more in GROUPINGS.values():
-        found = divided(LLAMA, more.get("groups", 1), more.get("classes", False), more.get("knots"), "search")
+        found = division_of(LLAMA, more.get("groups", 1), more.get("classes", False), more.get("knots"), "search")
         for name in LLAMA:
             *_, (_, blend) = [part for part in found.parts if part[0].covers(name, layer_of(name))]
             assert sum(share for _, share in blend) == pytest.approx(1.0)

@@ -135,13 +135,12 @@ def prepare(
             constraints=len(config.constraints),
         )  # fmt: skip
         search = SEARCHES[algorithm].build(setup, settings)
-        warnings += tuple(getattr(search, "remarks", ()))
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from error
-    items = {split: items_hash(tasks, split) for split in SPLITS}
-    plan = Plan(config, maker.digests, items, _stops(algorithm, settings))
+    plan = Plan(config, maker.digests, {s: items_hash(tasks, s) for s in SPLITS}, _stops(algorithm, settings))
     identity = _identity(config, settings.model_dump(), plan, bool(tasks.items.select))
     identity |= {"origin": dict(origin)} if origin else {}
+    warnings += tuple(getattr(search, "remarks", ()))
     return Prepared(config, file, opened, tasks, plan, maker.base, maker.experts, estimates, search, identity, warnings)
 
 

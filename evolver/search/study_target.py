@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from evolver.storage import check_target, new_file
 
 JOURNALS = (".journal", ".log")
 # How long a database may take to answer; a URL that says ?connect_timeout=SECONDS decides itself.
-CONNECT_SECONDS = 10
+_PATIENCE = 10
 
 
 def study_target(given: str) -> AbstractContextManager[BaseStorage]:
@@ -90,7 +91,7 @@ def _postgresql(given: str) -> URL:
             "file; a name that ends with .journal makes a journal, and any other name an SQLite file."
         )
     try:
-        import psycopg  # noqa: F401
+        importlib.import_module("psycopg")
     except ImportError as error:
         raise BadInput(
             "evolver study: PostgreSQL needs the package psycopg, which is not installed; run pip install "
@@ -101,7 +102,7 @@ def _postgresql(given: str) -> URL:
 
 def _connected(url: URL) -> RDBStorage:
     """Raises BadInput where the database does not answer, or refuses."""
-    seconds = {} if "connect_timeout" in url.query else {"connect_timeout": CONNECT_SECONDS}
+    seconds = {} if "connect_timeout" in url.query else {"connect_timeout": _PATIENCE}
     try:
         return RDBStorage(url.render_as_string(hide_password=False), engine_kwargs={"connect_args": seconds})
     except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:

@@ -10,7 +10,7 @@ from evolver.merging.settings.genome import Genome
 from evolver.records import Choice, Knob
 from evolver.records.recipe import Merge, Recipe
 
-METHOD = "method"
+_METHOD = "method"
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,17 @@ class Alternatives:
     def knobs(self) -> tuple[Knob | Choice, ...]:
         """The method, and after it the dimensions of all of them, of which those of one method count at a point."""
         own = (self.within(m, {k.name: k for k in branch.knobs}) for m, branch in self.branches.items())
-        named = [_renamed(knob, name) for found in own for name, knob in found.items() if name != METHOD]
-        return (Choice(METHOD, tuple(self.branches)), *named)
+        named = [_renamed(knob, name) for found in own for name, knob in found.items() if name != _METHOD]
+        return (Choice(_METHOD, tuple(self.branches)), *named)
 
     def within(self, branch: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """See ``Space``: the method, and what belongs to the dimensions of its space under their names here."""
-        return {METHOD: branch, **{f"{branch}.{name}": value for name, value in values.items()}}
+        return {_METHOD: branch, **{f"{branch}.{name}": value for name, value in values.items()}}
 
     def decode(self, values: Mapping[str, Any]) -> Recipe:
         """The recipe of a point. Values of methods that the point does not choose are ignored."""
-        branch = self.branches[values[METHOD]]
-        return branch.decode({k.name: values[f"{values[METHOD]}.{k.name}"] for k in branch.knobs})
+        branch = self.branches[values[_METHOD]]
+        return branch.decode({k.name: values[f"{values[_METHOD]}.{k.name}"] for k in branch.knobs})
 
     def encode(self, recipe: Recipe) -> dict[str, Any] | None:
         """See ``Genome.encode``; the point has the dimensions of the recipe's method only."""
@@ -54,7 +54,7 @@ class Alternatives:
         out: dict[str, Any] = {}
         for name, branch in self.branches.items():
             out |= self.within(name, branch.encode_equal(mass))
-        return {**out, METHOD: next(iter(self.branches))}
+        return {**out, _METHOD: next(iter(self.branches))}
 
     def axes(self, levels: Callable[[str], int]) -> tuple[tuple[dict[str, Any], ...], ...]:
         """There are none: no grid spans dimensions of which only a part counts. Each branch has its own."""

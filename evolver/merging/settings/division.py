@@ -22,7 +22,7 @@ Groups = int | Literal["per-layer"]
 # The places whose coefficients a tensor takes, each with its share; the shares sum to 1.
 Blend = tuple[tuple[str, float], ...]
 
-OUTSIDE = "@outside"
+_OUTSIDE = "@outside"
 NORM = re.compile(r"norm|(^|[._])ln([_.\d]|$)")
 ATTENTION = re.compile(r"attn|attention")
 # After the two above: an encoder's ``output.dense`` is a part of its MLP, unless it is one of its attention.
@@ -68,7 +68,7 @@ class Division:
         }
 
 
-def divided(names: Sequence[str], groups: Groups, classes: bool, knots: int | None, where: str) -> Division:
+def division_of(names: Sequence[str], groups: Groups, classes: bool, knots: int | None, where: str) -> Division:
     """Divide a model.
 
     Args:
@@ -93,7 +93,7 @@ def divided(names: Sequence[str], groups: Groups, classes: bool, knots: int | No
         return _by_class(names, cells, whole=count == 1 and knots is None, where=where)
     if count == 1 and knots is None:
         return Division(("",), ((Place(), (("", 1.0),)),))
-    parts = [(Place(outside=True), ((OUTSIDE, 1.0),)), *((Place(span), blend) for span, _, blend in cells)]
+    parts = [(Place(outside=True), ((_OUTSIDE, 1.0),)), *((Place(span), blend) for span, _, blend in cells)]
     return Division(_suffixes(blend for _, blend in parts), tuple(parts))
 
 
@@ -108,7 +108,7 @@ def tensor_class(name: str) -> str:
 
 
 # The layers from the first number to before the second, their name, and the places whose coefficients they take.
-Cell = tuple[tuple[int, int], str, Blend]
+_Cell = tuple[tuple[int, int], str, Blend]
 
 
 def _check(layers: int, groups: Groups, knots: int | None, where: str) -> None:
@@ -135,11 +135,11 @@ def _ranges(layers: int, groups: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(round(g * layers / groups) for g in range(groups + 1)))
 
 
-def _spline(layers: int, knots: int) -> list[Cell]:
+def _spline(layers: int, knots: int) -> list[_Cell]:
     """Knots at equal distances from the first layer to the last one, with a straight line from each to the next: the
     same as a gradient with so many values. So numbers stay in their range, and weights sum to 1.
     """
-    out: list[Cell] = []
+    out: list[_Cell] = []
     for layer in range(layers):
         below, rest = divmod(layer * (knots - 1), layers - 1)
         share = rest / (layers - 1)
@@ -150,7 +150,7 @@ def _spline(layers: int, knots: int) -> list[Cell]:
     return out
 
 
-def _by_class(names: Sequence[str], cells: Sequence[Cell], whole: bool, where: str) -> Division:
+def _by_class(names: Sequence[str], cells: Sequence[_Cell], whole: bool, where: str) -> Division:
     """The same cells, each divided by the classes of its tensors.
 
     Args:
@@ -164,13 +164,13 @@ def _by_class(names: Sequence[str], cells: Sequence[Cell], whole: bool, where: s
     blends: dict[str, Blend] = {}
     at: dict[str, dict[str, str]] = {}
     for name in names:
-        layer, kind = layer_of(name), tensor_class(name)
+        layer, kind, label = layer_of(name), tensor_class(name), _OUTSIDE
         if layer is None and not whole:
-            label, blend = OUTSIDE, ((OUTSIDE, 1.0),)
+            blends[label] = ((_OUTSIDE, 1.0),)
         else:
             ((_, title, own),) = (c for c in cells if whole or c[0][0] <= (layer or 0) < c[0][1])
-            label, blend = _joined(title, kind), tuple((_joined(suffix, kind), share) for suffix, share in own)
-        blends[label] = blend
+            label = _joined(title, kind)
+            blends[label] = tuple((_joined(suffix, kind), share) for suffix, share in own)
         at[name] = {"cell": label}
     parts = tuple((rule.place, blends[str(rule.values[0][1])]) for rule in rules_of(at))
     return Division(_suffixes(blends.values()), parts)

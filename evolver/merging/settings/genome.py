@@ -10,7 +10,7 @@ from typing import Any
 
 from evolver.errors import BadInput, nearest
 from evolver.merging.methods import Method, Range, Setting, Simplex
-from evolver.merging.settings.division import Blend, Division, Groups, divided
+from evolver.merging.settings.division import Blend, Division, Groups, division_of
 from evolver.merging.settings.placed import fixed_rules
 from evolver.records import Choice, Knob
 from evolver.records.recipe import Expert, Merge, Recipe, Rule, Statistic
@@ -188,10 +188,19 @@ def genome(
         names: of the base's tensors.
         settings: those that stay fixed, in the forms of ``placed``.
         statistics: that the method asks for.
-        groups, classes, knots: see ``divided``.
+        groups, classes, knots: see ``division_of``.
 
     Raises BadInput that names ``place``.
     """
+    chosen = _tuned(method, tune, settings, place)
+    division = division_of(names, groups, classes, knots, place)
+    examples = {n: _example(method.settings[n]) for n in chosen}
+    fixed = fixed_rules(method, settings, [e.name for e in experts], names, f"{place}.settings", examples)
+    return Genome(method, tuple(experts), base, division, chosen, fixed, statistics)
+
+
+def _tuned(method: Method, tune: Sequence[str] | None, settings: Mapping[str, Any], place: str) -> tuple[str, ...]:
+    """The names of the settings that are tuned; raises BadInput that names ``place``."""
     searchable = {n for n, s in method.settings.items() if s.search is not None or s.options}
     if tune is None:
         needed = [n for n, s in method.settings.items() if s.required and n not in settings]
@@ -208,10 +217,7 @@ def genome(
         raise BadInput(f"{place}.tune: a setting is listed twice; list each setting once.")
     if not tune:
         raise BadInput(f"{place}.method: {method.name} has nothing to tune; choose task_arithmetic, ties or another.")
-    division = divided(names, groups, classes, knots, place)
-    examples = {n: _example(method.settings[n]) for n in tune}
-    fixed = fixed_rules(method, settings, [e.name for e in experts], names, f"{place}.settings", examples)
-    return Genome(method, tuple(experts), base, division, tuple(tune), fixed, statistics)
+    return tuple(tune)
 
 
 def _example(setting: Setting) -> bool | float | str:
