@@ -123,8 +123,7 @@ def prepare(
         maker = RecipeMaker(list(config.experts), opened.base.names(), digests, sampled)
         if weights and config.model.strict:
             refuse_strangers(opened.base, opened.experts.values(), STRICT, weights=True)
-        warnings = opened.warnings
-        warnings += tuple(suspicions(opened.base, opened.experts.values())) if weights else ()
+        warnings = (*opened.warnings, *(suspicions(opened.base, opened.experts.values()) if weights else ()))
         warnings += tuple(filter(None, [too_many(config.evaluation.threads)]))
         warnings += (*_not_stopped(config, algorithm, estimates), *unprovable(config.constraints, estimates.scale))
         setup = Setup(
