@@ -95,7 +95,7 @@ ORDERED = {
     "nsga2 methods": {"algorithm": "nsga2", "population": 5, "method": ["task_arithmetic", "ties"]},
     "nsga3": {"algorithm": "nsga3", "population": 5},
     "nsga3 methods": {"algorithm": "nsga3", "population": 5, "method": ["task_arithmetic", "ties"]},
-    "gp": {"algorithm": "gp", "startup": 27, "tune": ["lambda", "sign"], "method": "ties"},
+    "gp": {"algorithm": "gp", "startup": 25, "tune": ["lambda", "weight", "sign"], "method": "ties"},
     "gp 3": {"algorithm": "gp", "startup": 26, "in_flight": 3, "tune": ["lambda"]},
     "random": {"algorithm": "random", "layer_groups": "per-layer"},
     "random 4": {"algorithm": "random", "in_flight": 4, "method": ["task_arithmetic", "ties"]},
