@@ -2,6 +2,7 @@
 
 import socket
 import sys
+import tempfile
 
 import optuna
 import pytest
@@ -19,11 +20,11 @@ pytestmark = pytest.mark.whole
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The URL of a PostgreSQL server that ends with the tests."""
+def server():
+    """The URL of a PostgreSQL server that ends with the tests. Its socket lies in its folder, so the path is short."""
     import pgserver
 
-    running = pgserver.get_server(tmp_path_factory.mktemp("postgresql"), cleanup_mode="delete")
+    running = pgserver.get_server(tempfile.mkdtemp(prefix="evolver-postgresql-"), cleanup_mode="delete")
     yield running.get_uri()
     running.cleanup()
 
