@@ -284,7 +284,7 @@ def test_a_coefficient_search_is_a_study_of_optuna_s(tuned, run, tmp_path):
     ]
     refused = evolver("study", run, tmp_path / "other.db")
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert "only runs of the searches tpe, cmaes and nsga2" in refused.stderr
+    assert "only runs of the searches tpe, gp, cmaes, nsga2, nsga3, random, qmc and grid" in refused.stderr
 
 
 def test_optuna_s_dashboard_shows_the_study(tuned):

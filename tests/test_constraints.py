@@ -273,9 +273,9 @@ def test_workers_and_timing_change_nothing_under_constraints(settings):
 
 @EVERY_ORDERED
 def test_constraints_change_the_search(settings):
-    """Every search hears of them: with them it proposes other candidates sooner or later."""
+    """Every search that learns hears of them: with them it proposes other candidates sooner or later."""
     free, bound = (ids(simulate(every_search(settings), reply=reply)) for reply in (answer, judged))
-    assert free != bound
+    assert (free != bound) == (settings["algorithm"] not in ("random", "qmc", "grid"))
 
 
 EVOLVERS = pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_a_child_takes_its_parents_place_by_debs_rules(first, second, accepted, 
     assert (search.population != before) == accepted
 
 
-@pytest.mark.parametrize("name", ["tpe", "nsga2"])
+@pytest.mark.parametrize("name", ["tpe", "nsga2", "nsga3", "gp"])
 def test_samplers_are_told_constraints(name):
     search = every_search(ORDERED[name])
     asked = simulate(search, reply=judged)

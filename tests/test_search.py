@@ -14,19 +14,21 @@ from evolver.records import Result
 from evolver.records.recipe import Cross, Expert, Merge
 from evolver.search import SEARCHES
 from evolver.search.base import Setup
-from evolver.search.coefficients.optuna_samplers import default_population
+from evolver.search.coefficients.cmaes import default_population
 from evolver.search.evolution.offspring import offspring
 from evolver.search.plain import Listed
 
 BASE = Expert("base", "00")
 EXPERTS = tuple(Expert(n, 2 * n) for n in "abcdef")
+DIGESTS = {"base": "00", **{e.name: e.digest for e in EXPERTS}}
 
 
 def maker(count, layers=4):
     """The making half, without models."""
     names = [e.name for e in EXPERTS[:count]]
     digests = {"base": BASE.digest} | {n: 2 * n for n in names}
-    return RecipeMaker(names, [f"model.layers.{i}.w" for i in range(layers)], digests)
+    tensors = [f"model.layers.{i}.{part}" for i in range(layers) for part in ("self_attn.w", "mlp.w", "w")]
+    return RecipeMaker(names, tensors, digests)
 
 
 class Means:
@@ -111,6 +113,21 @@ ORDERED = {
         "sources": ["a", "merge", "b"],
         "by": {"algorithm": "nsga2", "population": 5},
     },
+    "tpe methods": {"algorithm": "tpe", "startup": 8, "in_flight": 2, "method": ["task_arithmetic", "ties"]},
+    "tpe classes": {"algorithm": "tpe", "startup": 5, "tensor_classes": True, "tune": ["lambda"]},
+    "cmaes methods": {"algorithm": "cmaes", "population": 4, "method": ["task_arithmetic", "ties", "dare_ties"]},
+    "cmaes knots": {"algorithm": "cmaes", "knots": 3, "tune": ["lambda"]},
+    "nsga2 methods": {"algorithm": "nsga2", "population": 5, "method": ["task_arithmetic", "ties"]},
+    "nsga3": {"algorithm": "nsga3", "population": 5},
+    "nsga3 methods": {"algorithm": "nsga3", "population": 5, "method": ["task_arithmetic", "ties"]},
+    "gp": {"algorithm": "gp", "startup": 25, "tune": ["lambda", "weight", "sign"], "method": "ties"},
+    "gp 3": {"algorithm": "gp", "startup": 26, "in_flight": 3, "tune": ["lambda"]},
+    "random": {"algorithm": "random", "layer_groups": "per-layer"},
+    "random 4": {"algorithm": "random", "in_flight": 4, "method": ["task_arithmetic", "ties"]},
+    "qmc": {"algorithm": "qmc", "method": "ties", "tune": ["lambda", "sign", "weight"]},
+    "qmc methods": {"algorithm": "qmc", "in_flight": 2, "method": ["task_arithmetic", "ties"]},
+    "grid": {"algorithm": "grid", "levels": 3},
+    "grid methods": {"algorithm": "grid", "levels_of": {"lambda": 5}, "method": ["task_arithmetic", "ties"]},
 }
 CONFIGURATIONS = ORDERED | {
     "halving tpe": HALVING | {"of": ORDERED["tpe"]},

@@ -202,13 +202,20 @@ app.command()(exporting.export)
 @app.command()
 def study(
     folder: Annotated[str, typer.Argument(help="the folder of a run, or its URI")],
-    out: Annotated[Path, typer.Argument(help="SQLite file to write; it must not exist")],
+    out: Annotated[
+        str,
+        typer.Argument(
+            help="SQLite file to write, which must not exist; a journal, if its name ends with .journal or .log; or a "
+            "database, as postgresql://USER:PASSWORD@HOST/DATABASE"
+        ),
+    ],
 ) -> None:
-    """Write a coefficient search as an Optuna study, which optuna-dashboard sqlite:///OUT shows."""
+    """Write a coefficient search as an Optuna study, for optuna-dashboard and other tools of Optuna's."""
     from evolver.driver.prepare import prepare_run
     from evolver.runs.history import read_history
     from evolver.runs.origin import taken_over
     from evolver.search.study import write_study
+    from evolver.search.study_target import shown_with, study_target
     from evolver.storage import storage_at
 
     run = storage_at(folder)
@@ -217,10 +224,12 @@ def study(
             f"{run.location}: this run goes on from another one, whose candidates its sampler did not propose, so it "
             "is no Optuna study; give the folder of the first run."
         )
+    target = study_target(out)  # a database that does not answer is found before the models are read
     found = {(c.number, c.recipe.id): r for c, r in read_history(run).stages["search"]}
     prepared = prepare_run(run)
-    count = write_study(prepared.search, lambda c: found.get((c.number, c.recipe.id)), prepared.config.run, out)
-    typer.echo(f"{out}: {count} trials; optuna-dashboard sqlite:///{out} shows them")
+    count = write_study(prepared.search, lambda c: found.get((c.number, c.recipe.id)), prepared.config.run, target)
+    shown = shown_with(out)
+    typer.echo(f"{shown.removeprefix('sqlite:///')}: {count} trials; optuna-dashboard {shown} shows them")
 
 
 @app.command()

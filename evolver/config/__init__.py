@@ -205,8 +205,8 @@ class Config(Section):
     objectives: dict[str, list[str]] = Field(
         default_factory=dict,
         description="several objectives instead of the score alone: a list of tasks, or a mapping from a name to the "
-        "tasks that make it up by their weights. nsga2 searches for their Pareto front, by default that of all tasks; "
-        "after any search the candidates on the front go to the finals and to the report",
+        "tasks that make it up by their weights. nsga2 and nsga3 search for their Pareto front, by default that of all "
+        "tasks; after any search the candidates on the front go to the finals and to the report",
     )
     baselines: Baselines = Baselines()
     finalists: FinalistSettings = FinalistSettings()

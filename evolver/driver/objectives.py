@@ -11,9 +11,6 @@ from evolver.evaluation.tasks import Tasks
 from evolver.records.objective import Objective
 from evolver.search import SEARCHES
 
-# The search that has several objectives whether or not the configuration names any.
-SEVERAL = "nsga2"
-
 
 def objectives_of(config: Config, tasks: Tasks) -> tuple[Objective, ...]:
     """The objectives of a run; none where it has the score alone.
@@ -23,7 +20,7 @@ def objectives_of(config: Config, tasks: Tasks) -> tuple[Objective, ...]:
     weights, parts = tasks.scale("dev").weights, tasks.parts("dev")
     if config.objectives:
         named = {name: [p for task in group for p in parts[task]] for name, group in config.objectives.items()}
-    elif SEVERAL in _algorithms(config.search) and len(weights) > 1:
+    elif len(weights) > 1 and any(a.several for n in _algorithms(config.search) if (a := SEARCHES.get(str(n)))):
         named = {task: [task] for task in weights}
     else:
         named = {}

@@ -36,7 +36,7 @@ from evolver.runs.folder import RunFolder, compute_of, config_of_run, made_befor
 from evolver.runs.origin import taken_over
 from evolver.search import SEARCHES, Search
 from evolver.search.base import Setup
-from evolver.search.coefficients.optuna_samplers import CoefficientSettings
+from evolver.search.coefficients.base import CoefficientSettings
 from evolver.search.estimating import Estimating
 from evolver.search.halving import HalvingSettings
 from evolver.search.programs.layers import LayersSettings
@@ -128,24 +128,36 @@ def prepare(
         )  # fmt: skip
         if weights and config.model.strict:
             refuse_strangers(opened.base, opened.experts.values(), STRICT, weights=True)
-        warnings = opened.warnings
-        warnings += tuple(suspicions(opened.base, opened.experts.values())) if weights else ()
-        warnings += tuple(filter(None, [too_many(config.evaluation.threads)]))
-        warnings += (*_not_stopped(config, algorithm, estimates), *unprovable(config.constraints, estimates.scale))
+        warnings = _doubts(config, opened, algorithm, estimates, weights)
         setup = Setup(
             maker.experts, maker.base, config.seed, _left(config.budget, origin), maker, estimates,
             config.evaluation.early_stopping, config.evaluation.racing is not None,
             arrival=config.order == "arrival", tasks=tuple(estimates.scale.weights),
             objectives=objectives_of(config, tasks), subset=config.evaluation.subset,
+            constraints=len(config.constraints),
         )  # fmt: skip
         search = _search(config, setup, algorithm, settings)
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from error
-    items = {split: items_hash(tasks, split) for split in SPLITS}
-    plan = Plan(config, maker.digests, items, _stops(config, algorithm, settings))
+    hashes = {s: items_hash(tasks, s) for s in SPLITS}
+    plan = Plan(config, maker.digests, hashes, _stops(config, algorithm, settings))
     identity = _identity(config, settings.model_dump(), plan, bool(tasks.items.select))
     identity |= {"origin": dict(origin)} if origin else {}
+    warnings += tuple(getattr(search, "remarks", ()))
     return Prepared(config, file, opened, tasks, plan, maker.base, maker.experts, estimates, search, identity, warnings)
+
+
+def _doubts(
+    config: Config, opened: Opened, algorithm: str, estimates: Estimates, weights: bool
+) -> tuple[str, ...]:  # fmt: skip
+    """Sentences that the user should read before the run."""
+    return (
+        *opened.warnings,
+        *(suspicions(opened.base, opened.experts.values()) if weights else ()),
+        *filter(None, [too_many(config.evaluation.threads)]),
+        *_not_stopped(config, algorithm, estimates),
+        *unprovable(config.constraints, estimates.scale),
+    )
 
 
 def _as_begun(config: Config, run: Storage) -> Config:
@@ -249,7 +261,10 @@ def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
     opened = open_models(config)
     maker = RecipeMaker(list(config.experts), opened.base.names())
     if isinstance(settings, CoefficientSettings):
-        space = maker.space(settings.method, settings.layer_groups, settings.tune, settings.settings)
+        space = maker.space(
+            settings.method, settings.layer_groups, settings.tune, settings.settings, settings.tensor_classes,
+            settings.knots,
+        )  # fmt: skip
         return space.decode(space.encode_equal(1.0)), space.tune, opened.base
     merger = getattr(settings, "merger", None)
     if merger is None:

@@ -49,6 +49,14 @@ class Knob:
     high: float
     log: bool = False
 
+    def at(self, share: float) -> float:
+        """The number that lies this share of the way from ``low`` (0) to ``high`` (1)."""
+        if self.log:
+            found = self.low * math.pow(self.high / self.low, share)
+        else:
+            found = self.low + share * (self.high - self.low)
+        return min(max(found, self.low), self.high)
+
 
 @dataclass(frozen=True)
 class Choice:

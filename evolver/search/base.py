@@ -75,6 +75,25 @@ class Space(Protocol):
         """The point at which all experts have equal weights, with the total mass ``mass`` if the mass is tuned."""
         ...
 
+    @property
+    def branches(self) -> Mapping[str, Space]:
+        """The spaces of the methods among which a point chooses, by name; none where the method is settled."""
+        ...
+
+    def within(self, branch: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What belongs to the dimensions of a branch, under their names in this space, and what chooses the branch."""
+        ...
+
+    def axes(self, levels: Callable[[str], int]) -> tuple[tuple[dict[str, Any], ...], ...]:
+        """The axes of a grid: of each setting at each place the values of its dimensions, one after the other.
+
+        Args:
+            levels: the number of values of a setting that is a number, by its name.
+
+        Raises BadInput where an axis is too long.
+        """
+        ...
+
 
 class Merger(Protocol):
     """Merges models by one method."""
@@ -103,13 +122,18 @@ class Maker(Protocol):
     models without layers, or with layers that cannot be put together anew.
     """
 
-    def space(self, method: str, groups: int, tune: Sequence[str] | None, settings: Mapping[str, Any]) -> Space:
-        """The search space of a merge method.
+    def space(
+        self, method: str | Sequence[str], groups: int | Literal["per-layer"], tune: Sequence[str] | None,
+        settings: Mapping[str, Any], classes: bool = False, knots: int | None = None,
+    ) -> Space:  # fmt: skip
+        """The search space of a merge method, or of several among which a point chooses.
 
         Args:
-            groups: number of layer groups that have coefficients of their own.
+            groups: number of layer groups that have coefficients of their own, or that every layer has.
             tune: names of the settings that are searched; None: total mass, weights, and settings without a default.
             settings: fixed settings.
+            classes: whether attention, MLP, norms and the rest have coefficients of their own.
+            knots: number of knots of a spline along the layers, instead of groups.
         """
         ...
 
@@ -199,6 +223,7 @@ class Setup:
         subset: whether candidates that may be scored on a part of the items meet them in one order (fixed) or in new
             ones (rotate); None: what is the default for the search.
         objectives: those of a multi-objective search; none: every task is one.
+        constraints: number of constraints of the run, whose names are ``0``, ``1``, ….
     """
 
     experts: tuple[Expert, ...]
@@ -214,6 +239,7 @@ class Setup:
     tasks: tuple[str, ...] = ()
     subset: Literal["fixed", "rotate"] | None = None
     objectives: tuple[Objective, ...] = ()
+    constraints: int = 0
 
 
 @dataclass(frozen=True)
@@ -227,6 +253,7 @@ class Algorithm:
         incumbent: whether a candidate has to beat an incumbent, so that its evaluation may stop early.
         inside: the key of the settings that holds the algorithm and the settings of another search; empty: there is
             none.
+        several: whether it has several objectives, whether or not the configuration names any.
     """
 
     name: str
@@ -234,6 +261,7 @@ class Algorithm:
     build: Callable[[Setup, Any], Search]
     incumbent: bool = False
     inside: str = ""
+    several: bool = False
 
 
 SEARCHES: dict[str, Algorithm] = {}
@@ -241,12 +269,12 @@ SettingsType = TypeVar("SettingsType", bound=Section)
 
 
 def algorithm(
-    name: str, settings: type[SettingsType], incumbent: bool = False, inside: str = ""
-) -> Callable[[Any], Any]:  # fmt: skip
+    name: str, settings: type[SettingsType], incumbent: bool = False, inside: str = "", several: bool = False
+) -> Callable[[Any], Any]:
     """Register a search under ``name``. The decorated class or function is called as ``search(setup, settings)``."""
 
     def register(build: Any) -> Any:
-        SEARCHES[name] = Algorithm(name, settings, build, incumbent, inside)
+        SEARCHES[name] = Algorithm(name, settings, build, incumbent, inside, several)
         return build
 
     return register

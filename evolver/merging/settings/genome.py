@@ -1,88 +1,81 @@
-"""Between a search space and a recipe: settings × experts × layer groups as named knobs, and values back into rules."""
+"""Between a search space and a recipe: settings × experts × places as named knobs, and values back into rules."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from evolver.errors import BadInput, nearest
 from evolver.merging.methods import Method, Range, Setting, Simplex
+from evolver.merging.settings.division import Blend, Division, Groups, division_of
 from evolver.merging.settings.placed import fixed_rules
 from evolver.records import Choice, Knob
-from evolver.records.recipe import Expert, Merge, Place, Recipe, Rule, Statistic, layer_of
+from evolver.records.recipe import Expert, Merge, Recipe, Rule, Statistic
 
 # A weight on the simplex is drawn as e / Σ e with e = -log(u): uniform u then means uniform weights (Dirichlet(1)).
 # The ends are cut off so that no weight is exactly 0 or 1.
 LOW_U, HIGH_U = 0.001, 0.999
+MOST_WEIGHTS = 100_000
 
 
 @dataclass(frozen=True)
 class Genome:
-    """What is tuned (``tune``) and what is fixed (``fixed``) of a method, for the whole model or for layer groups."""
+    """What is tuned (``tune``) and what is fixed (``fixed``) of a method, for the whole model or for places of it."""
 
     method: Method
     experts: tuple[Expert, ...]
     base: Expert
-    layers: int
-    groups: int
+    division: Division
     tune: tuple[str, ...]
     fixed: tuple[Rule, ...]
     statistics: tuple[Statistic, ...] = ()
 
     @property
     def knobs(self) -> tuple[Knob | Choice, ...]:
-        """The search space, in a fixed order: ``setting[expert]@group``."""
-        out: list[Knob | Choice] = []
-        for suffix, _ in self._places():
-            for name in self.tune:
-                search = self.method.settings[name].search
-                if isinstance(search, Simplex):
-                    out += [Knob(f"{name}[{e.name}]{suffix}", LOW_U, HIGH_U) for e in self.experts]
-                elif isinstance(search, Range):
-                    out.append(Knob(f"{name}{suffix}", search.low, search.high, search.log))
-                else:
-                    out.append(Choice(f"{name}{suffix}", self.method.settings[name].options))
-        return tuple(out)
+        """The search space, in a fixed order: ``setting[expert]@place``."""
+        return tuple(knob for suffix in self.division.suffixes for name in self.tune for knob in self._of(name, suffix))
+
+    @property
+    def branches(self) -> Mapping[str, Genome]:
+        """None: the method is settled."""
+        return {}
+
+    def within(self, branch: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """See ``Space``: there is no branch."""
+        return dict(values)
 
     def decode(self, values: Mapping[str, Any]) -> Recipe:
         """The recipe that one point of the space stands for."""
-        tuned = [Rule.of(self._settings(values, suffix), place) for suffix, place in self._places()]
+        at = {suffix: self._settings(values, suffix) for suffix in self.division.suffixes}
+        tuned = [Rule.of(self._blended(at, blend), place) for place, blend in self.division.parts]
         return Merge(self.method.name, self.experts, self.base, (*self.fixed, *tuned), self.statistics)
 
     def encode(self, recipe: Recipe) -> dict[str, Any] | None:
         """The inverse of ``decode`` up to rounding, as many points stand for the same weights; None for a model that
         the space does not hold.
         """
-        places = self._places()
         count = len(self.fixed)
         if not isinstance(recipe, Merge) or (recipe.method, recipe.inputs) != (self.method.name, self.experts):
             return None
         tuned = recipe.rules[count:]
-        if recipe.rules[:count] != self.fixed or [r.place for r in tuned] != [place for _, place in places]:
+        if recipe.rules[:count] != self.fixed or [r.place for r in tuned] != [p for p, _ in self.division.parts]:
+            return None
+        values = [dict(rule.values) for rule in tuned]
+        if any(v.keys() != set(self.tune) for v in values):
             return None
         out: dict[str, Any] = {}
-        for (suffix, _), rule in zip(places, tuned, strict=True):
-            values = dict(rule.values)
-            if values.keys() != set(self.tune):
+        for name in self.tune:
+            unmixed = self.division.unblended([v[name] for v in values])
+            if unmixed is None:
                 return None
-            for name in self.tune:
-                out |= self._point(name, suffix, values[name])
+            for suffix, value in unmixed.items():
+                out |= self._point(name, suffix, value)
+        out = {knob.name: out[knob.name] for knob in self.knobs}
         within = all(isinstance(k, Choice) or k.low <= out[k.name] <= k.high for k in self.knobs)
         return out if within else None
-
-    def _point(self, name: str, suffix: str, value: Any) -> dict[str, Any]:
-        """The values of the knobs of one setting. The numbers behind weights are chosen so that their mean is 1, the
-        mean of those that a search draws.
-        """
-        if not isinstance(self.method.settings[name].search, Simplex):
-            return {f"{name}{suffix}": value}
-        total = math.fsum(value) or 1.0
-        numbers = [math.exp(-len(value) * v / total) for v in value]
-        names = [f"{name}[{e.name}]{suffix}" for e in self.experts]
-        return {n: min(max(u, LOW_U), HIGH_U) for n, u in zip(names, numbers, strict=True)}
 
     def encode_equal(self, mass: float) -> dict[str, Any]:
         """The point with equal weights, what is chosen at its default and, where it is tuned, the given total mass: a
@@ -97,6 +90,40 @@ class Genome:
             out[knob.name] = min(max(mass, knob.low), knob.high) if knob.name.startswith("lambda") else middle
         return out
 
+    def axes(self, levels: Callable[[str], int]) -> tuple[tuple[dict[str, Any], ...], ...]:
+        """See ``Space``: of a number so many values at equal distances from end to end, of weights all those whose
+        parts are multiples of 1 / (levels - 1), and every word.
+        """
+        return tuple(self._axis(name, suffix, levels(name)) for suffix in self.division.suffixes for name in self.tune)
+
+    def _axis(self, name: str, suffix: str, levels: int) -> tuple[dict[str, Any], ...]:
+        if isinstance(self.method.settings[name].search, Simplex):
+            return tuple(self._point(name, suffix, weights) for weights in _lattice(len(self.experts), levels - 1))
+        (knob,) = self._of(name, suffix)
+        if isinstance(knob, Choice):
+            return tuple({knob.name: option} for option in knob.options)
+        return tuple({knob.name: knob.at(i / (levels - 1) if levels > 1 else 0.5)} for i in range(levels))
+
+    def _of(self, name: str, suffix: str) -> list[Knob | Choice]:
+        """The knobs of one setting at one place."""
+        setting = self.method.settings[name]
+        if isinstance(setting.search, Simplex):
+            return [Knob(f"{name}[{e.name}]{suffix}", LOW_U, HIGH_U) for e in self.experts]
+        if isinstance(setting.search, Range):
+            return [Knob(f"{name}{suffix}", setting.search.low, setting.search.high, setting.search.log)]
+        return [Choice(f"{name}{suffix}", setting.options)]
+
+    def _point(self, name: str, suffix: str, value: Any) -> dict[str, Any]:
+        """The values of the knobs of one setting. The numbers behind weights are chosen so that their mean is 1, the
+        mean of those that a search draws.
+        """
+        if not isinstance(self.method.settings[name].search, Simplex):
+            return {f"{name}{suffix}": value}
+        total = math.fsum(value) or 1.0
+        numbers = [math.exp(-len(value) * v / total) for v in value]
+        names = [f"{name}[{e.name}]{suffix}" for e in self.experts]
+        return {n: min(max(u, LOW_U), HIGH_U) for n, u in zip(names, numbers, strict=True)}
+
     def _settings(self, values: Mapping[str, Any], suffix: str) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for name in self.tune:
@@ -107,12 +134,38 @@ class Genome:
                 out[name] = values[f"{name}{suffix}"]
         return out
 
-    def _places(self) -> list[tuple[str, Place]]:
-        if self.groups == 1:
-            return [("", Place())]
-        bounds = [round(g * self.layers / self.groups) for g in range(self.groups + 1)]
-        ranges = list(itertools.pairwise(bounds))
-        return [("@outside", Place(outside=True))] + [(f"@{a}-{b - 1}", Place((a, b))) for a, b in ranges]
+    def _blended(self, at: Mapping[str, Mapping[str, Any]], blend: Blend) -> dict[str, Any]:
+        """The settings of a part of the model, given those of its places. Numbers are interpolated; a word holds from
+        its knot to the next.
+        """
+        out = dict(at[blend[0][0]])
+        for name in self.tune if len(blend) > 1 else ():
+            if isinstance(self.method.settings[name].search, Simplex):
+                columns = zip(*([share * v for v in at[suffix][name]] for suffix, share in blend), strict=True)
+                out[name] = tuple(math.fsum(column) for column in columns)
+            elif self.method.settings[name].search is not None:
+                out[name] = math.fsum(share * at[suffix][name] for suffix, share in blend)
+        return out
+
+
+def _lattice(experts: int, parts: int) -> list[tuple[float, ...]]:
+    """All weights of so many experts that are multiples of 1 / parts and sum to 1 (a simplex lattice, Scheffé 1958);
+    with no parts, equal weights alone.
+
+    Raises BadInput where they are too many to be listed.
+    """
+    if parts < 1:
+        return [(1.0 / experts,) * experts]
+    if (count := math.comb(parts + experts - 1, experts - 1)) > MOST_WEIGHTS:
+        raise BadInput(
+            f"search.levels: weights of {experts} experts in steps of 1/{parts} are {count} combinations; write fewer "
+            "levels."
+        )
+    out = []
+    for bars in itertools.combinations(range(parts + experts - 1), experts - 1):
+        ends = itertools.pairwise((-1, *bars, parts + experts - 1))
+        out.append(tuple((b - a - 1) / parts for a, b in ends))
+    return out
 
 
 def genome(
@@ -120,11 +173,13 @@ def genome(
     experts: Sequence[Expert],
     base: Expert,
     names: Sequence[str],
-    groups: int,
+    groups: Groups,
     tune: Sequence[str] | None,
     settings: Mapping[str, Any],
     place: str,
     statistics: tuple[Statistic, ...] = (),
+    classes: bool = False,
+    knots: int | None = None,
 ) -> Genome:
     """A genome, checked. Without ``tune``, total mass, simplex weights and what has no default are tuned; of a method
     that has none of these, all of its numbers.
@@ -133,10 +188,19 @@ def genome(
         names: of the base's tensors.
         settings: those that stay fixed, in the forms of ``placed``.
         statistics: that the method asks for.
+        groups, classes, knots: see ``division_of``.
 
     Raises BadInput that names ``place``.
     """
-    layers = 1 + max((layer_of(n) or 0 for n in names), default=0)
+    chosen = _tuned(method, tune, settings, place)
+    division = division_of(names, groups, classes, knots, place)
+    examples = {n: _example(method.settings[n]) for n in chosen}
+    fixed = fixed_rules(method, settings, [e.name for e in experts], names, f"{place}.settings", examples)
+    return Genome(method, tuple(experts), base, division, chosen, fixed, statistics)
+
+
+def _tuned(method: Method, tune: Sequence[str] | None, settings: Mapping[str, Any], place: str) -> tuple[str, ...]:
+    """The names of the settings that are tuned; raises BadInput that names ``place``."""
     searchable = {n for n, s in method.settings.items() if s.search is not None or s.options}
     if tune is None:
         needed = [n for n, s in method.settings.items() if s.required and n not in settings]
@@ -153,11 +217,7 @@ def genome(
         raise BadInput(f"{place}.tune: a setting is listed twice; list each setting once.")
     if not tune:
         raise BadInput(f"{place}.method: {method.name} has nothing to tune; choose task_arithmetic, ties or another.")
-    if not 1 <= groups <= layers:
-        raise BadInput(f"{place}.layer_groups: {groups} groups of {layers} layers; write a number from 1 to {layers}.")
-    examples = {n: _example(method.settings[n]) for n in tune}
-    fixed = fixed_rules(method, settings, [e.name for e in experts], names, f"{place}.settings", examples)
-    return Genome(method, tuple(experts), base, layers, groups, tuple(tune), fixed, statistics)
+    return tuple(tune)
 
 
 def _example(setting: Setting) -> bool | float | str:

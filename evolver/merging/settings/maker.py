@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from evolver.errors import BadInput
+from evolver.errors import BadInput, nearest
 from evolver.evaluation.collectors import collector_named
 from evolver.merging import methods
 from evolver.merging.settings.adapted import adapted
+from evolver.merging.settings.alternatives import Alternatives
 from evolver.merging.settings.crossover import one_point
+from evolver.merging.settings.division import Groups
 from evolver.merging.settings.genome import Genome, genome
 from evolver.merging.settings.placed import fixed_rules
 from evolver.records import Knob
@@ -42,10 +44,35 @@ class RecipeMaker:
         self._names, self._sampled, self._counted = list(tensors), sampled, counted
         self._sizes = dict.fromkeys(self._names, 1) if sizes is None else {n: sizes[n] for n in self._names}
 
-    def space(self, method: str, groups: int, tune: Sequence[str] | None, settings: Mapping[str, Any]) -> Genome:
+    def space(
+        self, method: str | Sequence[str], groups: Groups, tune: Sequence[str] | None, settings: Mapping[str, Any],
+        classes: bool = False, knots: int | None = None,
+    ) -> Genome | Alternatives:  # fmt: skip
+        if isinstance(method, str):
+            return self._space_of(method, groups, tune, settings, classes, knots)
+        several = {name: methods.get(name, "search.method") for name in method}
+        if len(several) < len(method):
+            raise BadInput("search.method: a method is listed twice; list each method once.")
+        known = {name for found in several.values() for name in found.settings}
+        for name in (*(tune or ()), *settings):
+            if name not in known:
+                raise BadInput(f"search: none of the methods has a setting called {name!r}; {nearest(name, known)}")
+        branches = {}
+        for name, found in several.items():  # each method takes what it knows of what is given for all of them
+            own = None if tune is None else [n for n in tune if n in found.settings]
+            fixed = {n: v for n, v in settings.items() if n in found.settings}
+            branches[name] = self._space_of(name, groups, own, fixed, classes, knots)
+        return branches[method[0]] if len(method) == 1 else Alternatives(branches)
+
+    def _space_of(
+        self, method: str, groups: Groups, tune: Sequence[str] | None, settings: Mapping[str, Any], classes: bool,
+        knots: int | None,
+    ) -> Genome:  # fmt: skip
         found = methods.get(method, "search.method")
-        statistics = self._statistics(found, self.experts)
-        return genome(found, self.experts, self.base, self._names, groups, tune, settings, "search", statistics)
+        return genome(
+            found, self.experts, self.base, self._names, groups, tune, settings, "search",
+            self._statistics(found, self.experts), classes, knots,
+        )  # fmt: skip
 
     def merger(
         self, settings: Mapping[str, Any], members: int | None = None, adapt: Sequence[str] | bool = False

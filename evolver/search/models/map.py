@@ -33,7 +33,7 @@ PROBED, CLIMBED = 1024, 4
 # Points of a predicted front that are compared by their hypervolume, which takes its time.
 THINNED_FROM = 64
 # Decimals of a coefficient: what a solver finds differs in later ones from one processor to another.
-DECIMALS = 4
+MAP_DECIMALS = 4
 # Standard deviation of a point around the best one, where the predicted front has too few.
 STRAY = 0.1
 
@@ -186,4 +186,4 @@ def _near(coefficient: float, high: float, draw: random.Random) -> float:
 
 
 def _point(values: Sequence[float] | NDArray[np.float64]) -> MixturePoint:
-    return tuple(round(float(value), DECIMALS) for value in values)
+    return tuple(round(float(value), MAP_DECIMALS) for value in values)

@@ -9,13 +9,13 @@ from typing import Any
 
 from evolver.records import Choice, Knob
 from evolver.records.recipe import Recipe
-from evolver.search.programs.sources import Sources, taken_apart, whole_or_program
+from evolver.search.programs.sources import Sources, Unbranched, taken_apart, whole_or_program
 
 ON, OFF = 0.5, -0.5  # the numbers of slots that are used, and of those that are not, where a point is made
 
 
 @dataclass(frozen=True)
-class DataFlow:
+class DataFlow(Unbranched):
     """Slot t of r·M slots holds layer t mod M of the row of M layers, and is used where its indicator is above 0.
 
     The row consists of the layers of the first source, then those of the second one, and so on, without the protected

@@ -13,7 +13,7 @@ from evolver.config.section import Section
 from evolver.errors import BadInput, nearest
 from evolver.records.recipe import Recipe
 from evolver.search.base import SEARCHES, Algorithm, Maker, Merger, Search, Setup, Space, algorithm
-from evolver.search.coefficients.optuna_samplers import Coefficients, CoefficientSettings
+from evolver.search.coefficients.base import Coefficients, CoefficientSettings
 from evolver.search.programs.dataflow import DataFlow
 from evolver.search.programs.prune import Prune
 from evolver.search.programs.sources import BLEND, MERGE, SCALE, Sources
@@ -112,10 +112,13 @@ class _ProgramMaker:
     maker: Maker
     program: ProgramSpace
 
-    def space(self, method: str, groups: int, tune: Sequence[str] | None, settings: Mapping[str, Any]) -> Space:
+    def space(
+        self, method: str | Sequence[str], groups: int | Literal["per-layer"], tune: Sequence[str] | None,
+        settings: Mapping[str, Any], classes: bool = False, knots: int | None = None,
+    ) -> Space:  # fmt: skip
         if MERGE not in self.program.sources.names:
             return self.program
-        merge = self.maker.space(method, groups, tune, settings)
+        merge = self.maker.space(method, groups, tune, settings, classes, knots)
         return replace(self.program, sources=replace(self.program.sources, merge=merge))
 
     def merger(
@@ -143,6 +146,8 @@ def _inner(settings: LayersSettings) -> tuple[Algorithm, CoefficientSettings]:
         )
     typed = check_section(SEARCHES[name].settings, settings.by, "search.by")
     assert isinstance(typed, CoefficientSettings)
+    if not isinstance(typed.method, str):
+        raise BadInput("search.by.method: layers are taken from merges by one method; write one method, such as ties.")
     return SEARCHES[name], typed
 
 

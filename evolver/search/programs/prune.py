@@ -9,14 +9,14 @@ from typing import Any
 
 from evolver.records import Choice, Knob
 from evolver.records.recipe import Recipe
-from evolver.search.programs.sources import Sources, blended, taken_apart, whole_or_program
+from evolver.search.programs.sources import Sources, Unbranched, blended, taken_apart, whole_or_program
 from evolver.search.programs.swap import groups_of
 
 CHOSEN = 0.5  # a source is among those of a layer if its number is not below
 
 
 @dataclass(frozen=True)
-class Prune:
+class Prune(Unbranched):
     """Removes the layers of the lowest priorities, and makes the others from the sources that are chosen for their
     group: from several by task arithmetic with a scale of the group, from one as it is, and from none the base's.
 

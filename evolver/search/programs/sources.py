@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,34 @@ class Sources:
             return None
         point = self.merge.encode(next(iter(merges.values()))) if self.merge and merges else None
         return point or self.equal(1.0)
+
+
+class Unbranched:
+    """What the spaces of all programs share: a point chooses among no methods, and a grid has an axis for each knob."""
+
+    @property
+    def knobs(self) -> tuple[Knob | Choice, ...]:
+        """See ``Space``."""
+        raise NotImplementedError  # every space below says its own
+
+    @property
+    def branches(self) -> Mapping[str, Space]:
+        """See ``Space``."""
+        return {}
+
+    def within(self, branch: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """See ``Space``: there is no branch."""
+        return dict(values)
+
+    def axes(self, levels: Callable[[str], int]) -> tuple[tuple[dict[str, Any], ...], ...]:
+        """See ``Space``: every word, and of a number so many values at equal distances from end to end."""
+        return tuple(_axis(knob, levels(re.split(r"[@[]", knob.name)[0])) for knob in self.knobs)
+
+
+def _axis(knob: Knob | Choice, levels: int) -> tuple[dict[str, Any], ...]:
+    if isinstance(knob, Choice):
+        return tuple({knob.name: option} for option in knob.options)
+    return tuple({knob.name: knob.at(i / (levels - 1) if levels > 1 else 0.5)} for i in range(levels))
 
 
 def put_together(layers: Sequence[tuple[Recipe, int]], ends: Recipe) -> Recipe:

@@ -9,7 +9,7 @@ from typing import Any
 
 from evolver.records import Choice, Knob
 from evolver.records.recipe import Recipe
-from evolver.search.programs.sources import MERGE, Sources, taken_apart, whole_or_program
+from evolver.search.programs.sources import MERGE, Sources, Unbranched, taken_apart, whole_or_program
 
 # Of 32 layers, how many at the bottom and at the top the paper takes from the outer model.
 PUBLISHED_DEPTH, BOTTOM, TOP = 32, 5, 2
@@ -23,7 +23,7 @@ def groups_of(depth: int, count: int) -> list[tuple[str, range]]:
 
 
 @dataclass(frozen=True)
-class Swap:
+class Swap(Unbranched):
     """For every group of layers, and for what lies outside the layers, one of the sources (a choice each).
 
     Attributes:

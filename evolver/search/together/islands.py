@@ -32,7 +32,7 @@ class IslandsSettings(Section):
 
 
 @algorithm("islands", IslandsSettings, incumbent=True)
-class Islands(Turns):
+class Archipelago(Turns):
     """The island model of evolutionary computation (Whitley, Rana and Heckendorn 1999) over different searches.
 
     All islands have every turn. After every ``every`` turns, each island sends its best model to the next one in the

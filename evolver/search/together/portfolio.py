@@ -17,7 +17,7 @@ MERGER = {"method": "task_arithmetic", "lambda": 1.0}
 # Two baselines, which any search should beat, and four ways to search beside them.
 ARMS: dict[str, dict[str, Any]] = {
     "tuned mass": {"algorithm": "tpe", "tune": ["lambda"]},
-    "random": {"algorithm": "tpe", "startup": 1_000_000},
+    "random": {"algorithm": "random"},
     "coefficients": {"algorithm": "cmaes"},
     "layers": {"algorithm": "cmaes", "layer_groups": 3},
     "ties": {"algorithm": "tpe", "method": "ties"},

@@ -1,0 +1,157 @@
+"""CMA-ES over merge coefficients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import optuna
+from pydantic import Field
+
+from evolver.errors import BadInput
+from evolver.records import Candidate, Choice, Result
+from evolver.search.base import Ordered, Setup, Space, algorithm
+from evolver.search.coefficients.base import Coefficients, CoefficientSettings, space_of, stated
+
+
+class CMAESSettings(CoefficientSettings):
+    """Settings of CMA-ES."""
+
+    algorithm: Literal["cmaes"] = Field(description="name of this search")
+    population: int | None = Field(
+        None,
+        ge=2,
+        le=100_000,
+        description="number of candidates of a generation; default: 4 + 3 ln(dimensions), rounded down",
+    )
+    sigma: float | None = Field(None, gt=0, le=1000, description="initial step size; default: a sixth of the range")
+    penalty: float = Field(
+        10.0,
+        ge=0,
+        le=1e6,
+        description="what a candidate that breaks constraints loses of its score in the eyes of the search, for each "
+        "unit by which it breaks them",
+    )
+
+
+@algorithm("cmaes", CMAESSettings)
+def build_cmaes(setup: Setup, settings: CMAESSettings) -> CMAES | Islands:
+    """Covariance matrix adaptation evolution strategy (Hansen 2016, arXiv 1604.00772), by Optuna.
+
+    It draws a generation of candidates from a normal distribution and moves the distribution towards the best of them.
+    Unlike ``tpe`` it tunes numbers only and learns how they depend on each other; it assumes that the score changes
+    smoothly with them. A list of methods is searched on islands, one for each method; see ``Islands``.
+
+    Raises BadInput for settings that are no numbers.
+    """
+    space = space_of(setup, settings)
+    if not space.branches:
+        return CMAES(setup, settings, space)
+    return Islands(setup, {name: CMAES(setup, settings, branch) for name, branch in space.branches.items()})
+
+
+class CMAES(Coefficients):
+    """CMA-ES over the settings of one method."""
+
+    def __init__(self, setup: Setup, settings: CMAESSettings, space: Space) -> None:
+        for knob in space.knobs:
+            if isinstance(knob, Choice):
+                raise BadInput(
+                    f"search.tune: cmaes can only tune numbers, and {knob.name.partition('@')[0]} is a choice among "
+                    "words; fix it in search.settings, or search with tpe or nsga2."
+                )
+        dimensions = len(space.knobs)
+        self.population, self.penalty = settings.population or default_population(dimensions), settings.penalty
+        sampler = stated(
+            optuna.samplers.CmaEsSampler,
+            seed=setup.seed,
+            n_startup_trials=1,
+            independent_sampler=optuna.samplers.RandomSampler(seed=setup.seed),
+            warn_independent_sampling=False,
+            popsize=self.population,
+            sigma0=1 / 6 if settings.sigma is None else settings.sigma,  # Optuna scales every range to one of length 1
+            use_separable_cma=False,
+            with_margin=False,
+            lr_adapt=False,
+        )
+        super().__init__(setup, space, sampler, "cmaes")
+
+    def waits_for(self, k: int) -> int:
+        # Candidate 0 is the enqueued first point, which belongs to no generation.
+        return 0 if k == 0 else 1 + (k - 1) // self.population * self.population
+
+    def values(self, result: Result) -> float | None:
+        return None if result.score is None else result.score - self.penalty * result.violation
+
+    @property
+    def constrained(self) -> bool:
+        return False
+
+
+class Islands(Ordered):
+    """One CMA-ES for each of several methods, which take turns: every round holds a generation of each.
+
+    The islands learn nothing from each other, because their dimensions are not the same. Every method gets the same
+    number of generations to the end, good or poor. That wastes what the poor ones get; a search that gives more to what
+    pays would be better, and ``tpe`` does so.
+
+    Args:
+        islands: by the name of the method.
+    """
+
+    def __init__(self, setup: Setup, islands: Mapping[str, CMAES]) -> None:
+        super().__init__(setup)
+        self.islands = islands
+        self._names = list(islands)
+        self._round = sum(island.population for island in islands.values())
+
+    @property
+    def studies(self) -> Mapping[str, optuna.study.Study]:
+        """See ``Coefficients.studies``: one for each method."""
+        return {name: island.study for name, island in self.islands.items()}
+
+    def trial_of(self, number: int) -> tuple[str, int]:
+        """The method of a candidate, and its number on the island of this method.
+
+        The first candidates are the first points of the islands, which belong to no generation; rounds come after them.
+        """
+        if number < len(self._names):
+            return self._names[number], 0
+        turn, place = divmod(number - len(self._names), self._round)
+        for name, island in self.islands.items():
+            if place < island.population:
+                return name, 1 + turn * island.population + place
+            place -= island.population
+        raise AssertionError("a round holds a generation of every island")
+
+    def waits_for(self, k: int) -> int:
+        """The results of the generations of its own island, and of the islands before it in their last round."""
+        count = len(self._names)
+        if k < count:
+            return 0
+        name, own = self.trial_of(k)
+        turn = (own - 1) // self.islands[name].population
+        if turn == 0:
+            return self._names.index(name) + 1
+        before = sum(self.islands[n].population for n in self._names[: self._names.index(name) + 1])
+        return count + (turn - 1) * self._round + before
+
+    def inform(self, pairs: Sequence[tuple[Candidate, Result]]) -> None:
+        """See ``Coefficients.inform``: every island takes what lies in its space."""
+        for island in self.islands.values():
+            island.inform(pairs)
+
+    def propose(self, k: int) -> Candidate:
+        name, own = self.trial_of(k)
+        return replace(self.islands[name].propose(own), number=k)
+
+    def learn(self, candidate: Candidate, result: Result) -> None:
+        name, own = self.trial_of(candidate.number)
+        self.islands[name].learn(replace(candidate, number=own), result)
+
+
+def default_population(dimensions: int) -> int:
+    """The default population of CMA-ES, 4 + ⌊3 ln d⌋ for d dimensions (Hansen 2016, table 1)."""
+    return 4 + math.floor(3 * math.log(dimensions))
