@@ -11,7 +11,7 @@ import optuna
 import pytest
 from optuna.samplers._tpe.sampler import default_gamma, default_weights
 from scipy import stats
-from test_search import ORDERED, TASKS, Maker, Means, answer, build, ids, quadratic, score, simulate
+from test_search import ORDERED, TASKS, Means, answer, build, ids, maker, quadratic, score, simulate
 
 from evolver.config import Budget
 from evolver.config.reading import check_section
@@ -218,7 +218,7 @@ def test_searches_go_on_from_the_results_of_others(name):
 def test_a_gaussian_process_takes_what_is_not_known_to_break_a_constraint():
     """What halving scored in part has no violations; the sampler wants all of every candidate."""
     settings = check_section(SEARCHES["gp"].settings, {"algorithm": "gp", "startup": 3, "tune": ["lambda"]}, "f")
-    setup = Setup((), None, 0, Budget(candidates=9), Maker(4), Means(), constraints=2)
+    setup = Setup((), None, 0, Budget(candidates=9), maker(4), Means(), constraints=2)
     search = SEARCHES["gp"].build(setup, settings)
 
     def reply(candidate, _):

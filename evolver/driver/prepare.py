@@ -122,10 +122,8 @@ def prepare(
             refuse_stacks({name: info.shape for name, info in opened.base.headers.items()})
         digests = opened.digests() if weights else None
         sampled = cache(lambda expert: _sampled(config, tasks, blueprint, expert))
-        count = partial(_count_layers, opened.base)
-        maker = RecipeMaker(
-            list(config.experts), opened.base.names(), digests, sampled, opened.base.sizes(), count
-        )  # fmt: skip
+        base, count = opened.base, partial(_count_layers, opened.base)
+        maker = RecipeMaker(list(config.experts), base.names(), digests, sampled, base.sizes(), count)
         if weights and config.model.strict:
             refuse_strangers(opened.base, opened.experts.values(), STRICT, weights=True)
         warnings = _doubts(config, opened, algorithm, estimates, weights)
