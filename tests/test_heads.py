@@ -67,7 +67,7 @@ def configured(folders, tmp_path):
         entries = []
         for task, labels in SPACES.items():
             draw, file = random.Random(task), tmp_path / f"{task}.jsonl"
-            file.write_text("".join(json.dumps({"text": t, "label": draw.choice(labels)}) + "\n" for t in texts()))
+            file.write_text("".join(json.dumps({"text": t, "label": draw.choice(labels)}) + "\n" for t in texts(150)))
             entries.append({"task": task, "data": str(file), "dev": 40, "report": 30, **changes})
         settings = {
             "run": "heads",

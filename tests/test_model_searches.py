@@ -168,6 +168,16 @@ def by_items(candidate, _=False):
     return scored(candidate, sum(answers) / ITEMS, items=tuple(answers))
 
 
+@pytest.fixture
+def one_vector(monkeypatch):
+    """Crossovers of models that are one vector of parameters, whose point is a share of it."""
+
+    def crossover(self, first, second, ratio, point):
+        return Merge("split_slerp", (first, second), BASE, (Rule.of({"t": ratio, "split": point}),))
+
+    monkeypatch.setattr(RecipeMaker, "crossover", crossover)
+
+
 def m2n2_again(seed, count, size, alpha=1.0):
     archive, out = [], []
     for k in range(count):
@@ -191,6 +201,7 @@ def m2n2_again(seed, count, size, alpha=1.0):
     return out
 
 
+@pytest.mark.usefixtures("one_vector")
 @pytest.mark.parametrize(("size", "alpha"), [(5, 1.0), (5, 0.0), (8, 0.5)])
 def test_m2n2_is_the_papers(size, alpha):
     search = build({"algorithm": "m2n2", "archive": size, "alpha": alpha}, seed=3, candidates=60)
@@ -515,6 +526,7 @@ def test_a_soup_beats_random_averages():
     assert found > statistics.median(by_chance)
 
 
+@pytest.mark.usefixtures("one_vector")
 def test_m2n2_beats_random_crossovers():
     """Parameters of which each expert has some near their best values; random crossovers of two random experts."""
     by_chance, found = [], []
@@ -525,6 +537,7 @@ def test_m2n2_beats_random_crossovers():
     assert statistics.median(found) > statistics.median(by_chance) + 0.05
 
 
+@pytest.mark.usefixtures("one_vector")
 def test_attraction_is_not_idle():
     with_it, without = (
         ids(simulate(build({"algorithm": "m2n2", "attraction": a}, candidates=30), reply=by_items))

@@ -86,7 +86,12 @@ ORDERED = {
     "cmaes": {"algorithm": "cmaes"},
     "cmaes 5": {"algorithm": "cmaes", "population": 5, "sigma": 0.2, "method": "ties", "tune": ["density", "lambda"]},
     "nsga2": {"algorithm": "nsga2", "population": 5},
-    "portfolio": {"algorithm": "portfolio", "turn": 2},
+    "portfolio": {
+        "algorithm": "portfolio",
+        "turn": 2,
+        "arms": {"one": EVOLVER | {"mode": "generational"}, "two": TPE, "three": {"algorithm": "random"}},
+    },
+    "portfolio of all": {"algorithm": "portfolio"},
     "islands": {
         "algorithm": "islands",
         "islands": {"one": EVOLVER | {"mode": "generational"}, "two": TPE, "three": TPE},

@@ -7,7 +7,7 @@ unchecked; the algorithm that the section names then checks it against its own s
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,6 +16,7 @@ from evolver.config.evaluation import EvaluationSettings
 from evolver.config.model import CLASSIFIER_KINDS, LANGUAGE_KINDS, ModelSettings
 from evolver.config.section import NAME, Section
 from evolver.config.sentences import TEXT_FORMS
+from evolver.config.starts import FILES, StartFile, Word
 from evolver.errors import nearest
 
 
@@ -202,6 +203,13 @@ class Config(Section):
         default_factory=list,
         description="what every merge must keep; the winner keeps all of it, or the report says that no candidate does",
     )
+    start: list[Word | StartFile] = Field(
+        default_factory=list,
+        description="models that are scored before the search proposes its first candidate, and that it learns from. "
+        "experts: each expert; average: their simple average; masses: task arithmetic with each of baselines.masses; "
+        "these are scored as baselines anyhow and cost nothing. Also {recipe: FILE}, {run: FOLDER} (its winner) and "
+        "{mergekit: FILE}. They count among the candidates of the budget",
+    )
     objectives: dict[str, list[str]] = Field(
         default_factory=dict,
         description="several objectives instead of the score alone: a list of tasks, or a mapping from a name to the "
@@ -217,6 +225,18 @@ class Config(Section):
         description="trackers that get every result: mapping from the name of a tracker to its settings (see Loggers "
         "below)",
     )
+
+    @field_validator("start", mode="before")
+    @classmethod
+    def _some_start(cls, start: Any) -> Any:
+        for entry in start if isinstance(start, list) else ():
+            one_of = isinstance(entry, dict) and len(entry) == 1 and set(entry) <= set(FILES)
+            if not one_of and entry not in get_args(Word):
+                raise ValueError(
+                    f"{entry!r} is no model to start with; write {', '.join(get_args(Word))}, or a mapping with "
+                    f"exactly one of the keys {', '.join(FILES)}"
+                )
+        return start
 
     @field_validator("experts")
     @classmethod

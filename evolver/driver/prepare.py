@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -15,6 +15,7 @@ from evolver.config.changes import FREE_KEYS, computing, default_at, keeping_bas
 from evolver.config.reading import ConfigText, load
 from evolver.driver.early import chosen_search, named_search
 from evolver.driver.objectives import objectives_of
+from evolver.driver.starts import starts_of
 from evolver.errors import BadInput
 from evolver.evaluation.blueprint import Blueprint, ModelFolder
 from evolver.evaluation.depth import check_alike, count_layers
@@ -29,7 +30,7 @@ from evolver.loggers import check_loggers
 from evolver.merging.companions import Companions
 from evolver.merging.materialise import Materialiser
 from evolver.merging.settings.maker import RecipeMaker
-from evolver.records import SPLITS, Split
+from evolver.records import SPLITS, Candidate, Split
 from evolver.records.objective import Objective
 from evolver.records.recipe import Expert, Recipe
 from evolver.runs.folder import RunFolder, compute_of, config_of_run, made_before
@@ -37,6 +38,7 @@ from evolver.runs.origin import taken_over
 from evolver.search import SEARCHES, Search
 from evolver.search.base import Setup
 from evolver.search.coefficients.base import CoefficientSettings
+from evolver.search.continued import continued
 from evolver.search.estimating import Estimating
 from evolver.search.halving import HalvingSettings
 from evolver.search.programs.layers import LayersSettings
@@ -134,7 +136,8 @@ def prepare(
             objectives=objectives_of(config, tasks), subset=config.evaluation.subset,
             constraints=len(config.constraints),
         )  # fmt: skip
-        search = _search(config, setup, algorithm, settings)
+        starts = [] if origin else starts_of(config, maker.experts, maker.base, base.names())
+        search = _search(config, setup, algorithm, settings, starts)
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from error
     hashes = {s: items_hash(tasks, s) for s in SPLITS}
@@ -286,17 +289,35 @@ def block_of(config: Config, file: str, split: Split, count: int) -> int:
     return Plan(config, {}, {}, _stops(config, *chosen_search(config, file))).block(split, count)
 
 
-def _search(config: Config, setup: Setup, algorithm: str, settings: Any) -> Search:
-    """The search of a configuration.
+def _search(config: Config, setup: Setup, algorithm: str, settings: Any, starts: Sequence[Candidate]) -> Search:
+    """The search of a configuration, which begins with some models where the configuration names them.
 
     Raises BadInput for settings that do not fit together.
     """
+    setup = replace(setup, budget=_after(setup.budget, starts)) if starts else setup
     estimate = config.evaluation.estimate
     if estimate is None:
-        return SEARCHES[algorithm].build(setup, settings)
-    _refuse_estimate(config, settings)
-    inner = SEARCHES[algorithm].build(replace(setup, early_stopping=False), settings)
-    return Estimating(inner, setup, estimate, config.finalists.count)
+        search = SEARCHES[algorithm].build(setup, settings)
+    else:
+        _refuse_estimate(config, settings)
+        inner = SEARCHES[algorithm].build(replace(setup, early_stopping=False), settings)
+        search = Estimating(inner, setup, estimate, config.finalists.count)
+    return continued(starts, search) if starts else search
+
+
+def _after(budget: Budget, starts: Sequence[Candidate]) -> Budget:
+    """What a budget leaves to the search after the models that it begins with.
+
+    Raises BadInput where it leaves nothing.
+    """
+    if budget.candidates is None:
+        return budget
+    if budget.candidates <= len(starts):
+        raise BadInput(
+            f"start: {len(starts)} models are named, which count among the {budget.candidates} candidates of the "
+            "budget, so nothing is left for the search; raise budget.candidates, or name fewer models."
+        )
+    return budget.model_copy(update={"candidates": budget.candidates - len(starts)})
 
 
 def _refuse_estimate(config: Config, settings: Any) -> None:

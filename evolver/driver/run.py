@@ -24,6 +24,7 @@ from evolver.driver.prepare import (
     versions,
 )
 from evolver.driver.searching import SearchStage
+from evolver.driver.starts import plain_merges
 from evolver.errors import BadInput, file_sentence
 from evolver.evaluation.scores.feasibility import guards
 from evolver.ledger import Ledger, write_items
@@ -34,7 +35,7 @@ from evolver.loop import Judging, evolve
 from evolver.merging.export import beside_of, export, write_heads
 from evolver.pool import Pool
 from evolver.records import SPLITS, Candidate, Result
-from evolver.records.recipe import Merge, Recipe, Rule, dump_recipe
+from evolver.records.recipe import Recipe, dump_recipe
 from evolver.report.claims import overlap_warnings
 from evolver.report.examples import compared_items, read_texts, write_texts
 from evolver.report.report import write_report
@@ -268,12 +269,7 @@ def _baselines(prepared: Prepared) -> list[tuple[str, Recipe]]:
     """Base, experts, simple average, and task arithmetic with equal weights at every mass of the configuration."""
     experts, base = prepared.experts, prepared.base
     shown = [as_it_is(prepared, model) for model in (base, *experts)]
-    out: list[tuple[str, Recipe]] = [(model.name, model) for model in shown]
-    out.append(("average", Merge("simple", experts, base)))
-    for mass in prepared.config.baselines.masses:
-        values = {"weight": (1.0 / len(experts),) * len(experts), "lambda": mass, "normalize": False}
-        out.append((f"task_arithmetic@{mass:g}", Merge("task_arithmetic", experts, base, (Rule.of(values),))))
-    return out
+    return [*((model.name, model) for model in shown), *plain_merges(prepared.config, experts, base)]
 
 
 def _finals(history: History) -> Finals:

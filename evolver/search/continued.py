@@ -49,6 +49,11 @@ class ContinuedSearch:
         self._informed = False
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the user should read of the new search before the run."""
+        return tuple(getattr(self._inner, "remarks", ()))
+
+    @property
     def total(self) -> int | None:
         more = 0 if self._inner is None else self._inner.total
         return None if more is None else len(self._listed) + more

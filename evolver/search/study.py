@@ -16,6 +16,7 @@ from evolver.records import Candidate, Result
 from evolver.search.base import Search
 from evolver.search.coefficients.base import Coefficients
 from evolver.search.coefficients.cmaes import Islands
+from evolver.search.continued import ContinuedSearch
 
 # Objectives and trials by the name of a study.
 Studies = dict[str, tuple[Sequence[str], Sequence[FrozenTrial]]]
@@ -39,6 +40,11 @@ def write_study(
 
     Raises BadInput for a search that tunes no coefficients, and what ``target`` raises.
     """
+    if isinstance(search, ContinuedSearch):
+        raise BadInput(
+            "evolver study: this run begins with models that its sampler did not propose (start), so it is no Optuna "
+            "study; give the folder of a run without start."
+        )
     if not isinstance(search, Coefficients | Islands):
         raise BadInput(
             "evolver study: only runs of the searches tpe, gp, cmaes, nsga2, nsga3, random, qmc and grid can be "

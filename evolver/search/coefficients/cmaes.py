@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import optuna
 from pydantic import Field
@@ -14,6 +14,7 @@ from evolver.errors import BadInput
 from evolver.records import Candidate, Choice, Result
 from evolver.search.base import Ordered, Setup, Space, algorithm
 from evolver.search.coefficients.base import Coefficients, CoefficientSettings, space_of, stated
+from evolver.search.continued import best_models
 
 
 class CMAESSettings(CoefficientSettings):
@@ -64,19 +65,31 @@ class CMAES(Coefficients):
                 )
         dimensions = len(space.knobs)
         self.population, self.penalty = settings.population or default_population(dimensions), settings.penalty
-        sampler = stated(
+        self.settings = settings
+        super().__init__(setup, space, self._sampler(setup.seed, None), "cmaes")
+
+    def _sampler(self, seed: int, mean: dict[str, Any] | None) -> optuna.samplers.CmaEsSampler:
+        """Optuna's sampler, whose first generation lies around a point; None: around the middle of all ranges."""
+        sigma = self.settings.sigma
+        return stated(
             optuna.samplers.CmaEsSampler,
-            seed=setup.seed,
+            seed=seed,
+            x0=mean,
             n_startup_trials=1,
-            independent_sampler=optuna.samplers.RandomSampler(seed=setup.seed),
+            independent_sampler=optuna.samplers.RandomSampler(seed=seed),
             warn_independent_sampling=False,
             popsize=self.population,
-            sigma0=1 / 6 if settings.sigma is None else settings.sigma,  # Optuna scales every range to one of length 1
+            sigma0=1 / 6 if sigma is None else sigma,  # Optuna scales every range to one of length 1
             use_separable_cma=False,
             with_margin=False,
             lr_adapt=False,
         )
-        super().__init__(setup, space, sampler, "cmaes")
+
+    def inform(self, pairs: Sequence[tuple[Candidate, Result]]) -> None:
+        """See ``Informed``: the first generation is drawn around the best model that lies in the search space."""
+        points = (self.space.encode(recipe) for recipe in best_models(pairs))
+        if (mean := next((point for point in points if point is not None), None)) is not None:
+            self.study.sampler = self._sampler(self.setup.seed, mean)
 
     def waits_for(self, k: int) -> int:
         # Candidate 0 is the enqueued first point, which belongs to no generation.

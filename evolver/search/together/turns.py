@@ -8,6 +8,7 @@ workers has an influence.
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,6 +71,7 @@ class Turns(Ordered):
         self._whose: dict[int, list[tuple[Arm, Candidate]]] = {}
         self._turn: list[Candidate] = []
         self._begin = self._end = 0
+        self._begins: list[int] = []  # of each turn, the number of its first candidate
         self._known: dict[str, Result] = {}
         self._next_turn()
 
@@ -84,7 +86,7 @@ class Turns(Ordered):
         """Called when all results of a turn are learnt."""
 
     def waits_for(self, k: int) -> int:
-        return self._begin if k < self._end else self._end
+        return self._begins[bisect_right(self._begins, k) - 1] if k < self._end else self._end
 
     def propose(self, k: int) -> Candidate:
         return self._turn[k - self._begin]
@@ -105,6 +107,7 @@ class Turns(Ordered):
     def _next_turn(self) -> None:
         """Ask the arms that follow, and others where these have nothing left; without any candidate the search ends."""
         self._begin, self._turn = self._end, []
+        self._begins.append(self._begin)
         waiting = [arm for arm in self.arms if not arm.search.done]
         chosen = [arm for arm in self.following() if arm in waiting] if waiting else []
         for arm in [*chosen, *(a for a in waiting if a not in chosen)]:
