@@ -278,7 +278,7 @@ whose coefficients are nearest to the best three so far. *fixed*: all generation
 CORRECTION = """\
 ## The partial correction of the best dev score
 
-{runs} searches of the demo (48 candidates by CMA-ES, 600 dev items, 3,200 report items), each with another seed and
+{runs} searches of the demo (48 candidates by CMA-ES, 600 dev items, 1,600 report items), each with another seed and
 other dev items, by `python tests/benchmarks/correction_runs.py`. In {nearer} of them the corrected score is nearer to
 the winner's report score than the raw one."""
 
