@@ -205,9 +205,9 @@ class EvaluationSettings(Section):
     fitness: Literal["score", "probability", "both"] = Field(
         "score",
         description="what the search sees of an answer to a dev item. score: the item's score by the task's metric; "
-        "probability: how probable the model finds the right answer; both: the mean of the two. With few dev items, "
-        "probabilities tell more models apart. Select and report items always count by the metrics, so finalists are "
-        "then ranked on the select items alone",
+        "probability: how probable the model finds the right answer; both: the mean of the two. On the pool that we "
+        "measured, the score chose better models with any number of items. Select and report items always count by the "
+        "metrics, so finalists are then ranked on the select items alone",
     )
     estimate: EstimateSettings | None = Field(
         None,
