@@ -1,8 +1,8 @@
 """Which search finds most at an equal budget? Runs them on a pool, and writes results/benchmarks/search.md.
 
 ``python tests/benchmarks/searches.py [--pool emotion-l3] [--seeds 8] [--only SEARCH …]``. The pools are those of ``make
-pools`` and of ``make demo``. Every run has a seed of its own draw of dev, select and report items, which is the same for
-all searches. Runs are kept, so the script goes on where it was stopped, and the page is made of all that there are.
+pools``. Every seed draws other dev, select and report items, the same for all searches. Runs are kept, so the script
+goes on where it was stopped, and the page is made of all that there are.
 
 The portfolio is the claim that was named beforehand; the other searches are compared with tuned task arithmetic, too,
 and their p-values are corrected by Holm.
@@ -118,9 +118,7 @@ def page(pool: str) -> str:
     for name, runs in sorted(found.items(), key=lambda pair: -_mean(pair[1], "winner")):
         lead, reach, p, count = compared[name]
         p_text = "" if name == BASELINE or count < 2 else f"{corrected.get(name, p):.3g}"
-        over = (
-            "" if name == BASELINE else f"{100 * lead:+.1f} ± {100 * reach:.1f}" if count > 1 else f"{100 * lead:+.1f}"
-        )
+        over = "" if name == BASELINE else f"{100 * lead:+.1f}" + (f" ± {100 * reach:.1f}" if count > 1 else "")
         rows.append([
             f"**{name}**" if name == CLAIM else name, str(len(runs)), f"{100 * _mean(runs, 'winner'):.1f}",
             f"{100 * (_mean(runs, 'winner') - _mean(runs, 'expert')):+.1f}", over, p_text,
@@ -167,9 +165,9 @@ items, 150 select items and 500 report items of each of four tasks; each seed dr
 searches. Models compute in bfloat16. *winner* is the mean score of the winners on report items, in percent; a winner is
 chosen among the six best candidates on dev and select items. The lead over task arithmetic with its total mass tuned
 (*tuned mass*, a search of as many candidates) is a mean over the seeds that both have, with 95 % intervals of Student's
-t over the seeds. The portfolio is the claim that was named beforehand; the p-values of the others are corrected by Holm.
-*dev items* are those that the search scored, and *seconds* the time of its evaluations on one core, which was often
-shared with other work."""
+t over the seeds. The portfolio is the claim that was named beforehand; the p-values of the others are corrected by
+Holm. *dev items* are those that the search scored, and *seconds* the time of its evaluations on one core, which was
+often shared with other work."""
 
 
 if __name__ == "__main__":
