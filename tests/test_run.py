@@ -318,7 +318,7 @@ def test_explain_shows_what_a_search_tunes_and_what_it_leaves(make_config, tmp_p
     assert first["density"][:2] == (0.2, 0.6)
     assert last["density"][:2] == (0.4, 0.6)
     alone = make_config(tmp_path, {"search": {"algorithm": "evolver"}})
-    with pytest.raises(BadInput, match="uses no merge method"):
+    with pytest.raises(BadInput, match="evolver has no merge method of its own"):
         explain(alone)
 
 

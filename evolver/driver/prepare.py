@@ -269,7 +269,10 @@ def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
         return space.decode(space.encode_equal(1.0)), space.tune, opened.base
     merger = getattr(settings, "merger", None)
     if merger is None:
-        raise BadInput(f"{file}: search: this search uses no merge method, so there are no settings to explain.")
+        raise BadInput(
+            f"{file}: search: {name} has no merge method of its own, so there are no settings to explain before the "
+            "run; explain the folder of the finished run."
+        )
     merge = maker.merger(merger, adapt=getattr(settings, "adapt", False))
     return merge(maker.experts), tuple(merge.start), opened.base
 
