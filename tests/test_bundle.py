@@ -212,7 +212,7 @@ def classifier_config(models, tmp_path, lines):
 
 
 def test_rows_with_the_same_text_are_one_document(classifiers, tmp_path):
-    file = classifier_config(classifiers, tmp_path, [*rows(30), *rows(30, "bad")])
+    file = classifier_config(classifiers, tmp_path, [*rows(40), *rows(40, "bad")])
     scale = prepare(config_at(file), weights=False).tasks.scale("report")
     assert 0 < max(scale.clusters) + 1 < 20
     own = classifier_config(classifiers, tmp_path, rows(60))

@@ -91,7 +91,6 @@ ORDERED = {
         "turn": 2,
         "arms": {"one": EVOLVER | {"mode": "generational"}, "two": TPE, "three": {"algorithm": "random"}},
     },
-    "portfolio of all": {"algorithm": "portfolio"},
     "islands": {
         "algorithm": "islands",
         "islands": {"one": EVOLVER | {"mode": "generational"}, "two": TPE, "three": TPE},
@@ -135,6 +134,7 @@ ORDERED = {
     "grid methods": {"algorithm": "grid", "levels_of": {"lambda": 5}, "method": ["task_arithmetic", "ties"]},
 }
 CONFIGURATIONS = ORDERED | {
+    "portfolio of all": {"algorithm": "portfolio"},
     "halving tpe": HALVING | {"of": ORDERED["tpe"]},
     "halving cmaes 5": HALVING | {"of": ORDERED["cmaes 5"], "batch": 3},
     "halving nsga2": HALVING | {"of": ORDERED["nsga2"], "batch": 5},
