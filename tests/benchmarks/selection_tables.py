@@ -38,7 +38,12 @@ The tables are made by `python tests/benchmarks/selection_tables.py NAME RUN RUN
 experts are those of the pools that `make pools` trains (configs/pools). Every run is a search over them with
 `evaluation.early_stopping: false`, so that each model answers all dev items, and with the same seed, so that all runs
 of a pool have the same items. A search named random draws its coefficients at random (`tpe` that never ends its
-startup); the others are adaptive, so they proposed later models for what earlier ones scored on these items.
+startup); the others are adaptive, so they proposed later models for what earlier ones scored on these items. Models
+compute in bfloat16.
+
+`correction.csv` has a row for each of some searches of the demo: the dev score of the winner, the same after the
+bootstrap correction, and its report score; and the mean dev and report scores of the models that no search has chosen.
+`python tests/benchmarks/correction_runs.py` makes it.
 """
 
 
