@@ -56,6 +56,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("encoders")
+    toys.make_encoders(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tasks(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
     folder = tmp_path_factory.mktemp("data") / "tasks"
     toys.make_tasks(folder, models)

@@ -20,13 +20,6 @@ from evolver.errors import BadInput
 from evolver.workers.worker import Worker
 
 
-@pytest.fixture(scope="module")
-def encoders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encoders")
-    toys.make_encoders(folder)
-    return folder
-
-
 @pytest.fixture
 def classify(encoders, tmp_path):
     """``classify(rows)`` writes the data and a configuration over them."""

@@ -25,13 +25,6 @@ from evolver.workers.messages import pack_result, unpack_result
 from evolver.workers.worker import Worker
 
 
-@pytest.fixture(scope="module")
-def encoders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encoders")
-    toys.make_encoders(folder)
-    return folder
-
-
 @pytest.fixture
 def classify(encoders, tmp_path):
     """``classify(fitness, task…)`` writes data and a configuration over them."""

@@ -11,12 +11,14 @@ The tests check these rules for every search:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from evolver.config import Budget
 from evolver.config.section import Section
+from evolver.errors import BadInput
 from evolver.records import Candidate, Choice, ItemAnswer, Knob, Result
 from evolver.records.objective import Objective
 from evolver.records.order import OWN
@@ -241,6 +243,10 @@ class Setup:
     objectives: tuple[Objective, ...] = ()
     constraints: int = 0
 
+    def rotates(self, estimate: str) -> bool:
+        """Whether candidates that are told apart by this kind of estimate meet their items in new orders."""
+        return self.subset == "rotate" or (self.subset is None and estimate == "difference")
+
 
 @dataclass(frozen=True)
 class Algorithm:
@@ -278,6 +284,17 @@ def algorithm(
         return build
 
     return register
+
+
+@contextlib.contextmanager
+def inside(key: str) -> Iterator[None]:
+    """While a search is built inside of another one, errors name its settings by ``key``, where the section of the
+    inner search stands, and not as if it were alone.
+    """
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(str(error).replace("search.", f"{key}.", 1)) from error
 
 
 class Ordered:

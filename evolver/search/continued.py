@@ -11,7 +11,7 @@ from evolver.records import Candidate, Result
 from evolver.records.recipe import Recipe
 from evolver.search.ahead import Guessable
 from evolver.search.base import Search
-from evolver.search.ending import Ending, Reason
+from evolver.search.ending import Reason, how_ended
 
 
 @runtime_checkable
@@ -69,7 +69,7 @@ class ContinuedSearch:
             return None
         if self._inner is None:
             return "candidates"
-        return self._inner.ended if isinstance(self._inner, Ending) else "search"
+        return how_ended(self._inner)
 
     def ask(self, n: int) -> list[Candidate]:
         if self._asked < len(self._listed):

@@ -24,6 +24,11 @@ class Ending(Protocol):
         ...
 
 
+def how_ended(search: object) -> Reason | None:
+    """What ended a search that is done."""
+    return search.ended if isinstance(search, Ending) else "search"
+
+
 @dataclass(frozen=True)
 class Progress:
     """What the results that a search has learnt so far mean for its budget.
@@ -105,7 +110,7 @@ class Timed:
     def ended(self) -> Reason | None:
         """What ended the search; None while it goes on."""
         if self.search.done:
-            return self.search.ended if isinstance(self.search, Ending) else "search"
+            return how_ended(self.search)
         return "minutes" if self.done else None
 
     def ask(self, n: int) -> list[Candidate]:

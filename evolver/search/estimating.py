@@ -17,7 +17,7 @@ from evolver.records import Candidate, Result
 from evolver.records.order import OWN
 from evolver.search.base import Estimator, Ordered, Search, Setup
 from evolver.search.continued import Informed
-from evolver.search.ending import Ending, Reason
+from evolver.search.ending import Reason, how_ended
 from evolver.search.halving import asked_part
 
 
@@ -49,7 +49,7 @@ class Estimating:
                 "estimate out."
             )
         self._seed = setup.seed
-        self._rotates = setup.subset == "rotate" or (setup.subset is None and settings.kind == "difference")
+        self._rotates = setup.rotates(settings.kind)
         self._asked: dict[int, Candidate] = {}
         self._told: dict[int, Result] = {}
         self._best: list[Candidate] | None = None
@@ -68,7 +68,7 @@ class Estimating:
         """What ended the inner search; None while it goes on."""
         if not self.done:
             return None
-        return self.inner.ended if isinstance(self.inner, Ending) else "search"
+        return how_ended(self.inner)
 
     def inform(self, pairs: Sequence[tuple[Candidate, Result]]) -> None:
         """See ``Informed``."""

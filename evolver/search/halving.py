@@ -25,8 +25,8 @@ from evolver.config.section import Section
 from evolver.errors import BadInput, nearest
 from evolver.records import Candidate, Result
 from evolver.records.order import OWN, reordered
-from evolver.search.base import SEARCHES, Estimator, Search, Setup, algorithm
-from evolver.search.ending import Ending, Reason
+from evolver.search.base import SEARCHES, Estimator, Search, Setup, algorithm, inside
+from evolver.search.ending import Reason, how_ended
 
 
 class HalvingSettings(Section):
@@ -76,7 +76,7 @@ class Halving:
         self.estimator.check(settings.estimate, "search.estimate")
         self.inner = _inner(setup, settings)
         self._seed = setup.seed
-        self._rotates = setup.subset == "rotate" or (setup.subset is None and settings.estimate == "difference")
+        self._rotates = setup.rotates(settings.estimate)
         self._bracket: Bracket | None = None
         self._begun = 0
 
@@ -94,7 +94,7 @@ class Halving:
         """What ended the inner search; None while it goes on."""
         if not self.done:
             return None
-        return self.inner.ended if isinstance(self.inner, Ending) else "search"
+        return how_ended(self.inner)
 
     def ask(self, n: int) -> list[Candidate]:
         self._bracket = self._bracket or self._begin()
@@ -248,8 +248,6 @@ def _inner(setup: Setup, settings: HalvingSettings) -> Search:
         raise BadInput(f"search.of.algorithm: {name!r} cannot be the inner search of halving; {nearest(name, known)}")
     found = SEARCHES[name]
     typed = check_section(found.settings, settings.of, "search.of")
-    try:
-        inside = replace(setup, early_stopping=False, racing=False, together=settings.batch, arrival=False)
-        return found.build(inside, typed)
-    except BadInput as error:  # its message names the key as if the search were not inside of halving
-        raise BadInput(str(error).replace("search.", "search.of.", 1)) from error
+    with inside("search.of"):
+        inner = replace(setup, early_stopping=False, racing=False, together=settings.batch, arrival=False)
+        return found.build(inner, typed)

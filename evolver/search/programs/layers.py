@@ -12,7 +12,7 @@ from evolver.config.reading import check_section
 from evolver.config.section import Section
 from evolver.errors import BadInput, nearest
 from evolver.records.recipe import Recipe
-from evolver.search.base import SEARCHES, Algorithm, Maker, Merger, Search, Setup, Space, algorithm
+from evolver.search.base import SEARCHES, Algorithm, Maker, Merger, Search, Setup, Space, algorithm, inside
 from evolver.search.coefficients.base import Coefficients, CoefficientSettings
 from evolver.search.programs.dataflow import DataFlow
 from evolver.search.programs.prune import Prune
@@ -96,10 +96,8 @@ def search_layers(setup: Setup, settings: LayersSettings) -> Search:
     found, typed = _inner(settings)
     names, depth = _names(setup, settings, typed), setup.maker.depth(anew=settings.genome != "swap")
     program = PROGRAMS[settings.genome](settings, _sources(setup, names, depth))
-    try:
+    with inside("search.by"):
         search = found.build(replace(setup, maker=_ProgramMaker(setup.maker, program)), typed)
-    except BadInput as error:  # its message names the key as if the search were not inside of this one
-        raise BadInput(str(error).replace("search.", "search.by.", 1)) from error
     if isinstance(search, Coefficients):
         search.name = settings.algorithm
     return search

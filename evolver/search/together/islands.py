@@ -46,18 +46,21 @@ class Archipelago(Turns):
     def __init__(self, setup: Setup, settings: IslandsSettings) -> None:
         self.settings = settings
         self._over = 0
+        self._best: dict[str, tuple[Candidate, Result]] = {}  # what each island has found, by its name
         super().__init__(setup, settings.islands, "search.islands", settings.turn)
 
     def following(self) -> Sequence[Arm]:
         return self.arms
 
     def learnt(self, arm: Arm, candidate: Candidate, result: Result) -> None:
-        arm.improved(candidate, result)
+        best = self._best.get(arm.name)
+        if result.complete and (best is None or result.standing > best[1].standing):
+            self._best[arm.name] = candidate, result
 
     def turn_over(self) -> None:
         self._over += 1
         if self._over % self.settings.every == 0:
-            sent = [arm.best for arm in self.arms]
+            sent = [self._best.get(arm.name) for arm in self.arms]
             for best, receiver in zip([sent[-1], *sent[:-1]], self.arms, strict=True):
                 if best is not None and isinstance(receiver.search, Receives) and not receiver.search.done:
                     receiver.search.receive(*best)

@@ -68,7 +68,6 @@ class Portfolio(Turns):
         return [self.arms[self._playing]]
 
     def learnt(self, arm: Arm, candidate: Candidate, result: Result) -> None:
-        arm.improved(candidate, result)
         if result.complete and result.standing > self._best:
             self._found = self._found or self._best != UNKNOWN  # the very first result improves on nothing
             self._best = result.standing

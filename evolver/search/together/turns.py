@@ -16,35 +16,24 @@ from typing import Any
 from evolver.config.reading import check_section
 from evolver.errors import BadInput, nearest
 from evolver.records import Candidate, Result
-from evolver.search.base import SEARCHES, Ordered, Search, Setup
+from evolver.search.base import SEARCHES, Ordered, Search, Setup, inside
 from evolver.search.together.alike import alike
 
 # How many candidates in a row an arm may propose that are nearly models with results, before one of them is let pass.
 MOST_ALIKE = 20
 
 
-@dataclass
+@dataclass(frozen=True)
 class Arm:
-    """One of the searches, and what it has found.
+    """One of the searches.
 
     Attributes:
         name: its name in the configuration.
         search: the search itself, which numbers its candidates from 0.
-        candidates: how many of its candidates were asked for.
-        best: its best result so far, with the candidate.
     """
 
     name: str
     search: Search
-    candidates: int = 0
-    best: tuple[Candidate, Result] | None = None
-
-    def improved(self, candidate: Candidate, result: Result) -> bool:
-        """Take in a result; whether it is the arm's best."""
-        better = result.complete and (self.best is None or result.standing > self.best[1].standing)
-        if better:
-            self.best = (candidate, result)
-        return better
 
 
 class Turns(Ordered):
@@ -70,6 +59,7 @@ class Turns(Ordered):
         # of each candidate of this turn, the arms that wait for its result, with what they call it
         self._whose: dict[int, list[tuple[Arm, Candidate]]] = {}
         self._turn: list[Candidate] = []
+        self._keys: list[str] = []  # of the candidates of this turn, as ``alike`` gives them
         self._begin = self._end = 0
         self._begins: list[int] = []  # of each turn, the number of its first candidate
         self._known: dict[str, Result] = {}
@@ -92,7 +82,7 @@ class Turns(Ordered):
         return self._turn[k - self._begin]
 
     def learn(self, candidate: Candidate, result: Result) -> None:
-        key = alike(candidate.recipe)
+        key = self._keys[candidate.number - self._begin]
         if result.complete or key not in self._known:
             self._known[key] = result
         (arm, first), *others = self._whose.pop(candidate.number)
@@ -106,7 +96,7 @@ class Turns(Ordered):
 
     def _next_turn(self) -> None:
         """Ask the arms that follow, and others where these have nothing left; without any candidate the search ends."""
-        self._begin, self._turn = self._end, []
+        self._begin, self._turn, self._keys = self._end, [], []
         self._begins.append(self._begin)
         waiting = [arm for arm in self.arms if not arm.search.done]
         chosen = [arm for arm in self.following() if arm in waiting] if waiting else []
@@ -123,25 +113,24 @@ class Turns(Ordered):
         """
         passed = taken = 0
         while taken < self.size and (found := arm.search.ask(1)):
-            own = found[0]
-            if passed < MOST_ALIKE and self._refused(arm, own):
+            own, key = found[0], alike(found[0].recipe)
+            if passed < MOST_ALIKE and self._refused(arm, own, key):
                 passed += 1
                 continue
             number = self._begin + len(self._turn)
             self._whose[number] = [(arm, own)]
             self._turn.append(replace(own, number=number, proposer=f"{arm.name}: {own.proposer}"))
-            arm.candidates += 1
+            self._keys.append(key)
             taken += 1
 
-    def _refused(self, arm: Arm, own: Candidate) -> bool:
+    def _refused(self, arm: Arm, own: Candidate, key: str) -> bool:
         """Whether a candidate need not be scored, as a model that is nearly the same has a result, or will have one."""
-        key = alike(own.recipe)
         known = self._known.get(key)
         if known is not None and known.answers(own):
             arm.search.tell(_told(known, own))
             return True
-        for other in self._turn:
-            if other.question == own.question and alike(other.recipe) == key:
+        for other, its_key in zip(self._turn, self._keys, strict=True):
+            if other.question == own.question and its_key == key:
                 self._whose[other.number].append((arm, own))
                 return True
         return False
@@ -168,7 +157,5 @@ def _search(setup: Setup, name: str, section: Mapping[str, Any], key: str, size:
     budget = setup.budget.model_copy(update={"items": None, "patience": None, "target": None, "minutes": None})
     seed = random.Random(f"{setup.seed}:{name}").getrandbits(32)
     together = size if getattr(typed, "mode", "generational") == "generational" else 1
-    try:
+    with inside(key):
         return found.build(replace(setup, budget=budget, seed=seed, together=together, arrival=False), typed)
-    except BadInput as error:  # its message names the key as if the search were alone
-        raise BadInput(str(error).replace("search.", f"{key}.", 1)) from error
