@@ -12,7 +12,7 @@ import pytest
 import torch
 import toys
 import yaml
-from test_classification import classify, encoders  # noqa: F401  # fixtures
+from test_classification import classify  # noqa: F401  # a fixture
 from test_methods import by_formula
 from toys import MOODS, texts
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
