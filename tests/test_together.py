@@ -14,7 +14,7 @@ from evolver.records import Candidate, Result
 from evolver.records.recipe import Merge, Rule
 from evolver.search.base import Receives
 from evolver.search.together.alike import alike
-from evolver.search.together.portfolio import ARMS
+from evolver.search.together.portfolio import usual_arms
 
 GENERATIONS = EVOLVER | {"mode": "generational", "generations": 100}
 MASS = {"algorithm": "tpe", "tune": ["lambda"], "startup": 3}
@@ -157,8 +157,11 @@ def test_what_cannot_be_an_arm_is_refused(settings, said):
         build(settings)
 
 
-def test_the_default_arms_are_named_in_the_docs():
-    assert {"tuned mass", "random"} < set(ARMS)
+def test_the_usual_arms_have_the_baselines_and_fit_the_layers():
+    assert {"tuned mass", "random"} < set(usual_arms(12))
+    assert usual_arms(12)["layers"]["layer_groups"] == 3
+    assert usual_arms(2)["layers"]["layer_groups"] == 2
+    assert "layers" not in usual_arms(1)
 
 
 @pytest.mark.whole

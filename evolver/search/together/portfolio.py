@@ -9,31 +9,38 @@ from typing import Any, Literal
 from pydantic import Field
 
 from evolver.config.section import Section
+from evolver.errors import BadInput
 from evolver.records import UNKNOWN, Candidate, Result, Standing
 from evolver.search.base import Setup, algorithm
 from evolver.search.together.turns import Arm, Turns
 
 MERGER = {"method": "task_arithmetic", "lambda": 1.0}
-# Two baselines, which any search should beat, and four ways to search beside them.
-ARMS: dict[str, dict[str, Any]] = {
-    "tuned mass": {"algorithm": "tpe", "tune": ["lambda"]},
-    "random": {"algorithm": "random"},
-    "coefficients": {"algorithm": "cmaes"},
-    "layers": {"algorithm": "cmaes", "layer_groups": 3},
-    "ties": {"algorithm": "tpe", "method": "ties"},
-    "evolver": {"algorithm": "evolver", "mode": "generational", "generations": 1_000_000, "merger": MERGER},
-}
+
+
+def usual_arms(layers: int) -> dict[str, dict[str, Any]]:
+    """Two baselines, which any search should beat, and the ways to search beside them that models of so many layers
+    allow.
+    """
+    arms: dict[str, dict[str, Any]] = {
+        "tuned mass": {"algorithm": "tpe", "tune": ["lambda"]},
+        "random": {"algorithm": "random"},
+        "coefficients": {"algorithm": "cmaes"},
+        "layers": {"algorithm": "cmaes", "layer_groups": min(3, layers)},
+        "ties": {"algorithm": "tpe", "method": "ties"},
+        "evolver": {"algorithm": "evolver", "mode": "generational", "generations": 1_000_000, "merger": MERGER},
+    }
+    return {name: arm for name, arm in arms.items() if name != "layers" or layers > 1}
 
 
 class PortfolioSettings(Section):
     """Settings of a portfolio. The defaults of window and exploration are those of OpenTuner for far longer runs."""
 
     algorithm: Literal["portfolio"] = Field(description="name of this search")
-    arms: dict[str, dict[str, Any]] = Field(
-        default_factory=lambda: ARMS,
+    arms: dict[str, dict[str, Any]] | None = Field(
+        None,
         description="the searches, by names of your own: algorithm and settings of each. Default: task arithmetic with "
-        "its total mass tuned, random coefficients, cmaes, cmaes with three layer groups, tpe over ties, and evolver "
-        "with a merger",
+        "its total mass tuned, random coefficients, cmaes, cmaes with three layer groups (or as many as there are "
+        "layers), tpe over ties, and evolver with a merger",
     )
     turn: int = Field(4, ge=1, le=10_000, description="number of candidates that an arm proposes in one turn, at most")
     window: int = Field(100, ge=2, le=1_000_000, description="number of turns that the bandit remembers")
@@ -60,7 +67,8 @@ class Portfolio(Turns):
         self._best: Standing = UNKNOWN
         self._found = False
         self._playing = -1
-        super().__init__(setup, settings.arms, "search.arms", settings.turn)
+        arms = usual_arms(_layers(setup)) if settings.arms is None else settings.arms
+        super().__init__(setup, arms, "search.arms", settings.turn)
 
     def following(self) -> Sequence[Arm]:
         open_ = [n for n, arm in enumerate(self.arms) if not arm.search.done]
@@ -84,3 +92,11 @@ class Portfolio(Turns):
             return math.inf
         area = sum(i for i, found in enumerate(own, 1) if found) / (len(own) * (len(own) + 1) / 2)
         return area + self.settings.exploration * math.sqrt(2 * math.log(len(self._turns)) / len(own))
+
+
+def _layers(setup: Setup) -> int:
+    """The number of layers that can have coefficients of their own; 1 for models without layers."""
+    try:
+        return setup.maker.depth(anew=False)
+    except BadInput:
+        return 1
