@@ -9,9 +9,12 @@ spin for a short time and then sleep avoid this, and they are as fast on an idle
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
+
+from threadpoolctl import ThreadpoolController
 
 # GCC's OpenMP runtime, which torch's Linux builds contain, counts turns of its loop; LLVM's and Intel's, milliseconds.
 SHORT_SPIN = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
@@ -33,6 +36,23 @@ def let_threads_sleep(environment: MutableMapping[str, str] = os.environ) -> Non
     that the user has set are not changed.
     """
     environment.update(waiting(environment))
+
+
+def single_thread() -> contextlib.AbstractContextManager[object]:
+    """While this is open, NumPy and SciPy compute their matrix products and decompositions on one core.
+
+    The small matrices of a search are faster so, above all beside busy workers, and sums are rounded alike on machines
+    with any number of cores.
+    """
+    return _libraries().limit(limits=1)
+
+
+@functools.cache
+def _libraries() -> ThreadpoolController:
+    """The libraries with threads that are loaded; it takes a millisecond to look for them."""
+    import scipy.linalg  # noqa: F401  # its library has to be loaded to be found
+
+    return ThreadpoolController()
 
 
 def usable_cores() -> int:

@@ -15,6 +15,7 @@ from evolver.records import Candidate, Choice, Result
 from evolver.search.base import Ordered, Setup, Space, algorithm
 from evolver.search.coefficients.base import Coefficients, CoefficientSettings, space_of, stated
 from evolver.search.continued import best_models
+from evolver.threads import single_thread
 
 
 class CMAESSettings(CoefficientSettings):
@@ -90,6 +91,10 @@ class CMAES(Coefficients):
         points = (self.space.encode(recipe) for recipe in best_models(pairs))
         if (mean := next((point for point in points if point is not None), None)) is not None:
             self.study.sampler = self._sampler(self.setup.seed, mean)
+
+    def draw(self, k: int) -> optuna.trial.Trial:
+        with single_thread():
+            return super().draw(k)
 
     def waits_for(self, k: int) -> int:
         # Candidate 0 is the enqueued first point, which belongs to no generation.

@@ -25,6 +25,7 @@ from evolver.records.objective import Objective, values_of
 from evolver.search.base import Ordered, Setup, algorithm
 from evolver.search.front import front, thinned
 from evolver.search.models.mixtures import MixturePoint, mixture_of, one_hot
+from evolver.threads import single_thread
 
 # (points, experts), (points, objectives), and the numbers of a quadratic function (terms,).
 Points = NDArray[np.float64]
@@ -105,7 +106,8 @@ class MAP(Ordered):
     def _next(self, k: int) -> MixturePoint:
         place = (k - self.first) % self.settings.batch
         if place == 0:
-            self._predicted = self._predict(k)
+            with single_thread():
+                self._predicted = self._predict(k)
         return self._predicted[place]
 
     def _predict(self, k: int) -> list[MixturePoint]:
