@@ -127,9 +127,10 @@ def section() -> str:
 HEAD = """\
 ## What a search costs the driver
 
-Milliseconds of one core that a search takes to propose a candidate and to learn its result of 600 items, after 10, 100
-and 1,000 candidates, and with a population of as many members where it has one: means over the 40 candidates that
-follow. A dash: the search ends before, or takes more than five minutes to come so far. Four experts of twelve layers."""
+Milliseconds of one core that a search takes to propose a candidate and to learn its result of 600 items, after 10,
+100 and 1,000 candidates, and with a population of as many members where it has one: means over the 40 candidates
+that follow. A dash: the search ends before, or takes more than five minutes to come so far. Four experts of twelve
+layers."""
 
 
 if __name__ == "__main__":
