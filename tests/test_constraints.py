@@ -38,8 +38,8 @@ from evolver.evaluation.scores.metrics import Metric, mcc, mean
 from evolver.evaluation.scores.scoring import Scale
 from evolver.loggers.terminal import describe_result
 from evolver.records import Candidate, Result
+from evolver.records.leaders import leaders
 from evolver.records.recipe import Expert
-from evolver.runs.finals import leaders
 from evolver.runs.history import read_history
 from evolver.storage import storage_at
 from evolver.workers.pools.local import LocalPool

@@ -10,11 +10,12 @@ from evolver.evaluation.items import Item, ItemSource, draw
 from evolver.ledger import Ledger, answer_table
 from evolver.merging.settings.maker import RecipeMaker
 from evolver.records import Candidate, Question, Result
+from evolver.records.leaders import leaders
 from evolver.runs.origin import Use, record_use, uses_of
 from evolver.search import SEARCHES
 from evolver.search.ahead import Guessable
 from evolver.search.base import Setup
-from evolver.search.continued import best_models, continued
+from evolver.search.continued import continued
 from evolver.storage import storage_at
 
 NAMES = ["model.embed_tokens.weight", *(f"model.layers.{k}.w" for k in range(4))]
@@ -88,7 +89,7 @@ def test_tpe_learns_from_what_was_scored():
 
 def test_evolver_starts_from_the_best():
     listed = [*EARLIER[:4]]
-    best = best_models([(c, scored(c)) for c in listed])
+    best = [c.recipe for c, _ in leaders([(c, scored(c)) for c in listed])]
     assert [score(r) for r in best] == sorted((score(c.recipe) for c in listed), reverse=True)
     found = carried_out(continued(listed, again("evolver")))
     assert [c.recipe for c in found[4:7]] == best[:3]
@@ -97,7 +98,7 @@ def test_evolver_starts_from_the_best():
 def test_evolver_with_a_merger_starts_from_the_best_population():
     listed = carried_out(again("merged"))
     found = carried_out(continued(listed, again("merged")))
-    assert found[len(listed)].recipe == best_models([(c, scored(c)) for c in listed])[0]
+    assert found[len(listed)].recipe == leaders([(c, scored(c)) for c in listed])[0][0].recipe
 
 
 def test_guesses_have_the_numbers_of_their_candidates():

@@ -18,9 +18,10 @@ from evolver.evaluation.items import Item, ItemSource, draw
 from evolver.evaluation.scores.metrics import JUDGED
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, Question, Result
+from evolver.records.leaders import leaders
 from evolver.records.recipe import Expert, dump_recipe
 from evolver.report.finals import recommendation
-from evolver.runs.finals import Contender, Finals, leaders
+from evolver.runs.finals import Contender, Finals
 from evolver.runs.history import read_history
 from evolver.storage import storage_at
 

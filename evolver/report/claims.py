@@ -12,9 +12,9 @@ from evolver.evaluation.scores.correction import corrected_best, obstacle, round
 from evolver.evaluation.scores.discrimination import undecided
 from evolver.evaluation.scores.resampling import SIGNIFICANCE
 from evolver.records import Candidate, Result
+from evolver.records.leaders import leaders
 from evolver.report.margin import margin_lines
 from evolver.report.text import escaped, listed, score_text
-from evolver.runs.finals import leaders
 from evolver.runs.outcome import Finalist, Outcome
 
 
@@ -66,7 +66,7 @@ def claims_of(outcome: Outcome, compared: Mapping[str, Comparison]) -> Claims:
         compared: the winner's comparisons with the other finalists.
     """
     dev, seed = outcome.scales["dev"], outcome.config.seed
-    complete = leaders(outcome.searched, len(outcome.searched))
+    complete = leaders(outcome.searched)
     why_not = "only one candidate has a score of all dev items" if len(complete) < 2 else obstacle(dev)
     # In the order of the search, so that the earliest of equals is chosen, as the run does.
     in_turn = sorted(complete, key=lambda pair: pair[0].number)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,11 +13,11 @@ from evolver.errors import BadInput
 from evolver.evaluation.scores.feasibility import guards
 from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Candidate, ItemAnswer, Result, Split, Stage
+from evolver.records.leaders import Rated, leaders
 from evolver.records.objective import Objective, values_of
 from evolver.records.recipe import Recipe
 from evolver.search.front import front, thinned
 
-Rated = tuple[Candidate, Result]
 TUNED = "task_arithmetic@"
 
 
@@ -215,28 +214,12 @@ def on_front(searched: Iterable[Rated], objectives: Sequence[Objective], count: 
     """The candidates that no other one beats in all objectives on the dev items, each model once; if there are more
     than ``count``, those that add most to the hypervolume. They are in the order of their numbers.
     """
-    found = sorted(leaders(searched, sys.maxsize), key=lambda pair: pair[0].number)
+    found = sorted(leaders(searched), key=lambda pair: pair[0].number)
     known = [(pair, values) for pair in found if (values := values_of(objectives, pair[1].tasks)) is not None]
     best: dict[tuple[float, ...], Rated] = {}  # of equals the first
     for place in front([values for _, values in known]):
         best.setdefault(known[place][1], known[place][0])
     return [list(best.values())[place] for place in thinned(list(best), count)] if best else []
-
-
-def leaders(searched: Iterable[Rated], count: int) -> list[Rated]:
-    """The candidates with the highest scores of all dev items, best first, the earliest of equals; each model once.
-
-    Candidates that were asked for a part of the items only, or were stopped early, do not count. Those that break a
-    constraint count only if all do; the one that breaks them least is then the first.
-    """
-    whole = [(c, r) for c, r in searched if c.question.limit is None and r.complete and r.score is not None]
-    whole = [(c, r) for c, r in whole if r.feasible] or whole
-    whole.sort(key=lambda pair: (*(-part for part in pair[1].standing), pair[0].number))
-    first: dict[str, Rated] = {}
-    for candidate, result in whole:
-        if len(first) < count:
-            first.setdefault(candidate.recipe.id, (candidate, result))
-    return list(first.values())
 
 
 def _score(result: Result | None) -> float:

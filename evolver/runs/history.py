@@ -10,8 +10,9 @@ from evolver import ledger
 from evolver.config import Config
 from evolver.errors import BadInput
 from evolver.records import STAGES, Candidate, Result, Stage, split_of
+from evolver.records.leaders import leaders
 from evolver.runs.about import About, read_about
-from evolver.runs.finals import Finals, finals, leaders
+from evolver.runs.finals import Finals, finals
 from evolver.runs.origin import Origin, Use, read_origin, uses_of
 from evolver.runs.outcome import Finalist, Outcome
 from evolver.storage import Storage

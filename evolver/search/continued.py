@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Protocol, Self, runtime_checkable
 
 from evolver.records import Candidate, Result
-from evolver.records.recipe import Recipe
 from evolver.search.ahead import Guessable
 from evolver.search.base import Search
 from evolver.search.ending import Reason, how_ended
@@ -21,13 +20,6 @@ class Informed(Protocol):
     def inform(self, pairs: Sequence[tuple[Candidate, Result]]) -> None:
         """Take in candidates and results of an earlier search, before the first candidate is asked for."""
         ...
-
-
-def best_models(pairs: Sequence[tuple[Candidate, Result]]) -> list[Recipe]:
-    """The models with a score of all items, each once, best first, the earliest of equals."""
-    whole = [(c, r) for c, r in pairs if r.complete and r.score is not None]
-    whole.sort(key=lambda pair: (-(pair[1].score or 0.0), pair[0].number))
-    return list({c.recipe.id: c.recipe for c, _ in whole}.values())
 
 
 class ContinuedSearch:

@@ -12,9 +12,9 @@ from pydantic import Field
 
 from evolver.errors import BadInput
 from evolver.records import Candidate, Choice, Result
+from evolver.records.leaders import leaders
 from evolver.search.base import Ordered, Setup, Space, algorithm
 from evolver.search.coefficients.base import Coefficients, CoefficientSettings, space_of, stated
-from evolver.search.continued import best_models
 from evolver.threads import single_thread
 
 
@@ -88,7 +88,7 @@ class CMAES(Coefficients):
 
     def inform(self, pairs: Sequence[tuple[Candidate, Result]]) -> None:
         """See ``Informed``: the first generation is drawn around the best model that lies in the search space."""
-        points = (self.space.encode(recipe) for recipe in best_models(pairs))
+        points = (self.space.encode(candidate.recipe) for candidate, _ in leaders(pairs))
         if (mean := next((point for point in points if point is not None), None)) is not None:
             self.study.sampler = self._sampler(self.setup.seed, mean)
 

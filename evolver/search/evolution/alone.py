@@ -6,10 +6,10 @@ import random
 from collections.abc import Sequence
 
 from evolver.records import UNKNOWN, Candidate, ItemAnswer, Result, Standing
+from evolver.records.leaders import leaders
 from evolver.search.ahead import RunsAhead
 from evolver.search.base import Setup
 from evolver.search.challenge import challenge, rejected
-from evolver.search.continued import best_models
 from evolver.search.evolution.offspring import LED_BY_BEST, LED_BY_ONE_OF_THE_BEST, best_places, offspring
 from evolver.search.evolution.population import first_population, led_by
 from evolver.search.evolution.settings import EvolverSettings
@@ -31,7 +31,7 @@ class Alone(RunsAhead):
 
     def inform(self, pairs: Sequence[tuple[Candidate, Result]]) -> None:
         """See ``Informed``: the best models so far are the first population; it is filled up as usual."""
-        self.population = led_by(best_models(pairs), self.population)
+        self.population = led_by([c.recipe for c, _ in leaders(pairs)], self.population)
 
     def receive(self, candidate: Candidate, result: Result) -> bool:
         """See ``Receives``: a model that is better than the worst member takes its place."""

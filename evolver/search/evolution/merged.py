@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from evolver.records import UNKNOWN, Candidate, ItemAnswer, Result, Standing
+from evolver.records.leaders import leaders
 from evolver.records.recipe import Recipe
 from evolver.search.ahead import RunsAhead
 from evolver.search.base import Setup
 from evolver.search.challenge import challenge, rejected
-from evolver.search.continued import best_models
 from evolver.search.evolution.adapting import AdaptingSettings
 from evolver.search.evolution.offspring import offspring
 from evolver.search.evolution.population import first_population
@@ -44,7 +44,8 @@ class Merged(RunsAhead):
 
     def inform(self, pairs: Sequence[tuple[Candidate, Result]]) -> None:
         """See ``Informed``: the first population is the one whose merge is the best so far."""
-        for recipe in best_models(pairs):
+        for earlier, _ in leaders(pairs):
+            recipe = earlier.recipe
             values = self.merge.values_of(recipe) if len(recipe.inputs) == self.size else None
             if values is not None:
                 self.population, self.numbers = list(recipe.inputs), replace(self.numbers, values=values)

@@ -22,11 +22,11 @@ from pydantic import Field
 
 from evolver.errors import BadInput
 from evolver.records import UNKNOWN, Candidate, ItemAnswer, Result, Standing
+from evolver.records.leaders import leaders
 from evolver.records.recipe import Cross, Recipe
 from evolver.search.ahead import RunsAhead
 from evolver.search.base import Setup, algorithm
 from evolver.search.challenge import challenge, rejected
-from evolver.search.continued import best_models
 from evolver.search.evolution.offspring import LED_BY_ONE_OF_THE_BEST, best_places, ranked
 from evolver.search.evolution.population import first_population, led_by, size_of
 from evolver.search.evolution.settings import BEST_SHARE, PopulationSettings
@@ -146,7 +146,7 @@ class SHADE(RunsAhead):
 
     def inform(self, pairs: Sequence[tuple[Candidate, Result]]) -> None:
         """See ``Informed``: the best models so far are the first population; it is filled up as usual."""
-        population = led_by(best_models(pairs), [member.recipe for member in self.members])
+        population = led_by([c.recipe for c, _ in leaders(pairs)], [member.recipe for member in self.members])
         self.members = [Member(recipe) for recipe in population]
 
     def waits_for(self, k: int) -> int:
