@@ -1,5 +1,7 @@
 """A search that begins with the candidates of an earlier one, without models."""
 
+from dataclasses import replace
+
 import pytest
 
 from evolver.config import Budget
@@ -85,6 +87,16 @@ def test_tpe_learns_from_what_was_scored():
     assert len(told) == len(EARLIER) + 6
     plain = carried_out(again("tpe"))
     assert [c.recipe.id for c in plain[1:]] != [c.recipe.id for c in found[len(EARLIER) + 1 :]]
+
+
+def test_what_breaks_a_constraint_is_no_beginning():
+    broken = max(EARLIER, key=lambda c: score(c.recipe))
+    pairs = [(c, replace(scored(c), violations={"0": float(c is broken)})) for c in EARLIER]
+    begun = again("evolver")
+    begun.inform(pairs)
+    assert broken.recipe not in begun.population
+    begun.inform([(c, scored(c)) for c in EARLIER])
+    assert broken.recipe in begun.population
 
 
 def test_evolver_starts_from_the_best():
