@@ -30,7 +30,7 @@ from evolver.report.text import markdown_table  # noqa: E402
 from evolver.search import SEARCHES  # noqa: E402
 from evolver.search.base import Search, Setup  # noqa: E402
 
-FILE = cache_folder() / "searches" / "asking.json"
+KEPT = cache_folder() / "searches" / "asking.json"
 ITEMS, TIMED, SIZES, FOREVER = 600, 40, (10, 100, 1000), 10**6
 MOST_SECONDS = 300
 TASKS = ("one", "two", "three", "four")
@@ -102,21 +102,21 @@ def _result(candidate: Candidate, draw: random.Random) -> Result:
 
 def main() -> None:
     """Measure what is missing."""
-    FILE.parent.mkdir(parents=True, exist_ok=True)
+    KEPT.parent.mkdir(parents=True, exist_ok=True)
     for size in SIZES:
         for name, settings in ASKED.items():
-            done = json.loads(FILE.read_text()) if FILE.exists() else {}
+            done = json.loads(KEPT.read_text()) if KEPT.exists() else {}
             if str(size) not in done.get(name, {}):
                 found = milliseconds(settings, size)
                 done.setdefault(name, {})[str(size)] = found
-                FILE.write_text(json.dumps(done))
+                KEPT.write_text(json.dumps(done))
                 print(f"{name}, {size}: {found}", flush=True)
     print(section())
 
 
 def section() -> str:
     """The section of the page."""
-    done = json.loads(FILE.read_text())
+    done = json.loads(KEPT.read_text())
     rows = [
         [name, *(f"{at[str(n)]:.2f}" if at.get(str(n)) is not None else "–" for n in SIZES)]
         for name, at in done.items()

@@ -39,6 +39,7 @@ from evolver.search import SEARCHES  # noqa: E402
 from evolver.search.base import Setup  # noqa: E402
 
 FOLDER = cache_folder() / "searches" / "digits"
+KEPT, THEIRS = FOLDER / "ours.json", FOLDER / "peer.jsonl"
 # The parameters in the order in which the authors flatten them.
 SHAPES = {"layers.0.a": (64, 256), "layers.0.b": (256,), "layers.1.a": (256, 10), "layers.1.b": (10,)}
 FOREVER = 10**6
@@ -160,7 +161,7 @@ def main() -> None:
         script = Path(__file__).with_name("digits_peer.py")
         order = [asked.python, script, asked.peer, "--out", FOLDER / "models.npz", "--runs", str(asked.runs)]
         ran = subprocess.run(order, check=True, stdout=subprocess.PIPE, text=True)
-        (FOLDER / "peer.jsonl").write_text(ran.stdout)
+        THEIRS.write_text(ran.stdout)
     torch.set_num_threads(1)
     digits = Digits(FOLDER / "models.npz")
     for seed in range(1, asked.runs + 1):
@@ -170,21 +171,20 @@ def main() -> None:
                 settings, candidates = OURS[name]
                 found = digits.search(settings, candidates, seed)
                 done.setdefault(name, {})[str(seed)] = {str(n): value for n, value in found.items()}
-                (FOLDER / "ours.json").write_text(json.dumps(done))
+                KEPT.write_text(json.dumps(done))
                 print(f"{name}, seed {seed}: {found}", flush=True)
     print(section())
 
 
 def kept() -> dict[str, dict[str, dict[str, float]]]:
     """Of our searches, by name and seed, the test accuracies after each number of candidates."""
-    file = FOLDER / "ours.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    return json.loads(KEPT.read_text()) if KEPT.exists() else {}
 
 
 def section() -> str:
     """The section of the page, from what was run."""
     tested: dict[str, dict[int, list[float]]] = {}
-    for line in (FOLDER / "peer.jsonl").read_text().splitlines():
+    for line in THEIRS.read_text().splitlines() if THEIRS.exists() else ():
         told = json.loads(line)
         tested[f"their {told['name']}"] = {int(n): values for n, values in told["tested"].items()}
     for name, seeds in kept().items():

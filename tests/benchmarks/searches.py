@@ -1,8 +1,9 @@
 """Which search finds most at an equal budget? Runs them on a pool, and writes results/benchmarks/search.md.
 
 ``python tests/benchmarks/searches.py [--pool emotion-l3] [--seeds 8] [--only SEARCH …]``. The pools are those of ``make
-pools``. Every seed draws other dev, select and report items, the same for all searches. Runs are kept, so the script
-goes on where it was stopped, and the page is made of all that there are.
+pools``, the demo and the language model's demo. Every seed draws other dev, select and report items, the same for all
+searches. Runs are kept, so the script goes on where it was stopped, and the page is made of all that there are:
+``--seeds 0`` only writes it. ``digits.py`` and ``asking.py`` beside it measure two more sections of the page.
 
 The portfolio is the claim that was named beforehand; the other searches are compared with tuned task arithmetic, too,
 and their p-values are corrected by Holm.
@@ -14,6 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ import yaml
 from scipy import stats
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "configs" / "common")]
+sys.path[:0] = [str(ROOT), str(ROOT / "configs" / "common"), str(Path(__file__).parent)]
 
+import asking  # noqa: E402
+import digits  # noqa: E402
 from packages import cache_folder  # noqa: E402
 
 from evolver.report.text import markdown_table  # noqa: E402
@@ -54,7 +58,57 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "map": {"algorithm": "map"},
     "layers": {"algorithm": "layers"},
 }
-POOLS = {"emotion-l3": ("tec", "crowdflower", "isear", "dailydialog")}
+# The few searches that are run with a language model, for which a candidate takes ten times as long.
+FEW = (CLAIM, BASELINE, "cmaes, 3 groups", "evolver, merger")
+EMOTIONS = ("tec", "crowdflower", "isear", "dailydialog")
+
+
+def _emotion(pool: str) -> dict[str, Any]:
+    experts, data = cache_folder() / "experts" / pool, cache_folder() / "pools/data/emotion"
+    return {
+        "model": {"base": str(experts / "base"), "kind": "classifier", "compute": "bfloat16"},
+        "experts": {n: str(experts / n) for n in EMOTIONS},
+        "evaluation": {"threads": 1, "tasks": [{"task": n, "data": str(data / n / "test.jsonl")} for n in EMOTIONS]},
+    }
+
+
+def _demo(pool: str) -> dict[str, Any]:
+    names, made, demo = (
+        ("tweets", "films", "products", "editorials"),
+        ROOT / "configs/demo/experts",
+        cache_folder() / pool,
+    )
+    return {
+        "model": {"base": str(demo / "minilm"), "kind": "classifier", "compute": "bfloat16"},
+        "experts": {n: str(made / n) for n in names},
+        "evaluation": {
+            "threads": 1, "tasks": [{"task": n, "data": str(demo / f"data/{n}/report.jsonl")} for n in names],
+        },
+    }  # fmt: skip
+
+
+def _smollm2(pool: str) -> dict[str, Any]:
+    names, made, demo = (
+        ("commonsense", "science", "maths", "sentiment"),
+        ROOT / "configs/demo-llm/experts",
+        cache_folder() / "demo-llm",
+    )
+    tasks: list[dict[str, Any]] = [{"task": f"demo_{n}"} for n in names]
+    tasks[1]["metric"] = "acc_norm"
+    return {
+        "model": {"base": str(demo / "base"), "compute": "bfloat16"},
+        "experts": {n: str(made / n) for n in names},
+        "evaluation": {"threads": 1, "include_path": str(demo / "tasks"), "tasks": tasks},
+    }
+
+
+# Of each pool its models and tasks, and the number of dev, select and report items of each task.
+POOLS: dict[str, tuple[Callable[[str], dict[str, Any]], tuple[int, int, int]]] = {
+    "emotion-l3": (_emotion, (150, 150, 500)),
+    "demo": (_demo, (150, 150, 400)),
+    "emotion-l6": (_emotion, (150, 150, 500)),
+    "smollm2": (_smollm2, (60, 60, 200)),
+}
 
 
 def main() -> None:
@@ -66,8 +120,10 @@ def main() -> None:
     asked = given.parse_args()
     for seed in range(1, asked.seeds + 1):
         for name in asked.only:
-            once(asked.pool, name, seed)
-            PAGE.write_text(page(asked.pool))
+            if asked.pool != "smollm2" or name in FEW:
+                once(asked.pool, name, seed)
+                PAGE.write_text(page())
+    PAGE.write_text(page())
 
 
 def once(pool: str, name: str, seed: int) -> None:
@@ -90,28 +146,29 @@ def summary_of(pool: str, name: str, seed: int) -> Path:
 
 def config(pool: str, name: str, seed: int) -> dict[str, Any]:
     """The configuration of one run."""
-    experts, data = cache_folder() / "experts" / pool, cache_folder() / "pools/data/emotion"
-    tasks = [
-        {"task": n, "data": str(data / n / "test.jsonl"), "dev": 150, "select": 150, "report": 500} for n in POOLS[pool]
-    ]  # fmt: skip
-    return {
-        "run": run_of(name, seed),
-        "seed": seed,
-        "model": {"base": str(experts / "base"), "kind": "classifier", "compute": "bfloat16"},
-        "experts": {n: str(experts / n) for n in POOLS[pool]},
-        "search": SEARCHES[name],
-        "budget": {"candidates": CANDIDATES},
-        "evaluation": {"threads": 1, "tasks": tasks},
-    }
+    models, (dev, select, report) = POOLS[pool]
+    found = {"run": run_of(name, seed), "seed": seed, **models(pool)}
+    for task in found["evaluation"]["tasks"]:
+        task |= {"dev": dev, "select": select, "report": report}
+    return {**found, "search": SEARCHES[name], "budget": {"candidates": CANDIDATES}}
 
 
-def page(pool: str) -> str:
+def page() -> str:
     """The page, from the runs that there are."""
+    parts = [HEAD.format(candidates=CANDIDATES), *(_pool_section(pool) for pool in POOLS)]
+    parts += [made() for file, made in ((digits.KEPT, digits.section), (asking.KEPT, asking.section)) if file.exists()]
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def _pool_section(pool: str) -> str:
+    """A table of the searches that were run on a pool; empty where none was."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for name in SEARCHES:
         for seed in range(1, 100):
             if (file := summary_of(pool, name, seed)).exists():
                 found.setdefault(name, {})[seed] = json.loads(file.read_text())
+    if not found:
+        return ""
     compared = {name: _against(runs, found.get(BASELINE, {})) for name, runs in found.items()}
     corrected = _holm({n: p for n, (_, _, p, _) in compared.items() if n not in (CLAIM, BASELINE)})
     rows = []
@@ -123,10 +180,21 @@ def page(pool: str) -> str:
             f"**{name}**" if name == CLAIM else name, str(len(runs)), f"{100 * _mean(runs, 'winner'):.1f}",
             f"{100 * (_mean(runs, 'winner') - _mean(runs, 'expert')):+.1f}", over, p_text,
             f"{np.mean([s['items'] for s in runs.values()]):,.0f}",
-            f"{np.mean([s['seconds'] for s in runs.values()]):,.0f}",
         ])  # fmt: skip
-    head = ["search", "seeds", "winner", "over the best expert", f"over {BASELINE}", "p", "dev items", "seconds"]
-    return f"{HEAD.format(candidates=CANDIDATES, pool=pool)}\n\n{markdown_table(head, rows)}\n"
+    rows += _plain(found)
+    head = ["search", "seeds", "winner", "over the best expert", f"over {BASELINE}", "p", "dev items"]
+    sizes = "{} dev, {} select and {} report items".format(*POOLS[pool][1])
+    return f"## {pool}\n\n{sizes} of each of four tasks.\n\n{markdown_table(head, rows)}"
+
+
+def _plain(found: dict[str, dict[int, dict[str, Any]]]) -> list[list[str]]:
+    """Rows of what needs no search: on the report items of all seeds, the best expert, the average, the base."""
+    by_seed = {seed: summary for runs in found.values() for seed, summary in runs.items()}
+    rows = []
+    for name in ("the best expert", "average", "base"):
+        scores = [s["report"][s["best_expert"] if name == "the best expert" else name] for s in by_seed.values()]
+        rows.append([f"*{name}*", str(len(scores)), f"{100 * float(np.mean(scores)):.1f}", "", "", "", ""])
+    return rows
 
 
 def _score(summary: dict[str, Any], whose: str) -> float:
@@ -160,14 +228,13 @@ def _holm(given: dict[str, float]) -> dict[str, float]:
 HEAD = """\
 # Which search finds most?
 
-Made by `python tests/benchmarks/searches.py`. Every search has {candidates} candidates on the pool {pool}, with 150 dev
-items, 150 select items and 500 report items of each of four tasks; each seed draws other items, the same for all
-searches. Models compute in bfloat16. *winner* is the mean score of the winners on report items, in percent; a winner is
-chosen among the six best candidates on dev and select items. The lead over task arithmetic with its total mass tuned
-(*tuned mass*, a search of as many candidates) is a mean over the seeds that both have, with 95 % intervals of Student's
-t over the seeds. The portfolio is the claim that was named beforehand; the p-values of the others are corrected by
-Holm. *dev items* are those that the search scored, and *seconds* the time of its evaluations on one core, which was
-often shared with other work."""
+Made by `python tests/benchmarks/searches.py`. Every search has {candidates} candidates; each seed draws other items,
+the same for all searches. Models compute in bfloat16. *winner* is the mean score of the winners on report items, in
+percent; a winner is chosen among the six best candidates, and the baselines, on dev and select items. The lead over
+task arithmetic with its total mass tuned (*tuned mass*, a search of as many candidates) is a mean over the seeds that
+both have, with 95 % intervals of Student's t over the seeds. The portfolio is the claim that was named beforehand; the
+p-values of the others are corrected by Holm. *dev items* are those that the search scored. Rows in italics need no
+search."""
 
 
 if __name__ == "__main__":
