@@ -89,6 +89,7 @@ ORDERED = {
     "portfolio": {
         "algorithm": "portfolio",
         "turn": 2,
+        "eta": 1.2,
         "arms": {"one": EVOLVER | {"mode": "generational"}, "two": TPE, "three": {"algorithm": "random"}},
     },
     "islands": {

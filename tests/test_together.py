@@ -40,45 +40,37 @@ def paying(name):
 
 
 @pytest.mark.parametrize("name", ["one", "two", "three"])
-def test_the_arm_that_pays_gets_the_turns(name):
+def test_the_arm_that_leads_gets_most(name):
     arms = {"one": TPE, "two": MASS, "three": GENERATIONS}
-    turns = whose(simulate(portfolio(arms), 4, 1, reply=paying(name)))
+    turns = whose(simulate(portfolio(arms, candidates=56), 4, 1, reply=paying(name)))
     assert turns[:6] == ["one", "one", "two", "two", "three", "three"]
-    assert set(turns[6:]) == {name}
+    assert turns.count(name) == 32
+    others = [turns.count(other) for other in arms if other != name]
+    assert sorted(others) == [8, 16]
 
 
-def by_hand(turns, names, exploration):
-    """The index of the bandit from its formula, turn by turn: who is next."""
-    worth = {}
-    for name in names:
-        own = [found for who, found in turns if who == name]
-        if not own:
-            return name
-        weights = range(1, len(own) + 1)
-        area = sum(w * f for w, f in zip(weights, own, strict=True)) / sum(weights)
-        worth[name] = area + exploration * math.sqrt(2 * math.log(len(turns)) / len(own))
-    return max(names, key=lambda n: worth[n])
+def by_hand(scored, best, eta):
+    """Whose turn it is, from the formula; of three arms there are two halvings of eta 2, one of eta 3."""
+    names = list(scored)
+    ranked = sorted(names, key=lambda n: -best[n])
+    halvings = {1.0: 0, 2.0: 2, 3.0: 1}[eta]
+    return min(ranked, key=lambda n: scored[n] * eta ** min(ranked.index(n), halvings))
 
 
-@pytest.mark.parametrize("exploration", [0.05, 2.0])
-def test_turns_follow_the_formula(exploration):
+@pytest.mark.parametrize("eta", [1.0, 2.0, 3.0])
+def test_turns_follow_the_formula(eta):
     names = ["one", "two", "three"]
     arms = dict(zip(names, (TPE, MASS, GENERATIONS), strict=True))
-    search = portfolio(arms, candidates=60, settings={"exploration": exploration})
-    asked = simulate(search, 3, 2)
-    turns, best, k = [], None, 0
+    asked = simulate(portfolio(arms, candidates=60, settings={"eta": eta}), 3, 2)
+    scored, best, k = dict.fromkeys(names, 0), dict.fromkeys(names, -math.inf), 0
     while k < len(asked):
-        name = by_hand(turns, names, exploration)
-        own = []
-        while k < len(asked) and len(own) < 2 and whose(asked)[k] == name:
-            own.append(answer(asked[k]))
+        name, first = by_hand(scored, best, eta), k
+        while k < min(len(asked), first + 2) and whose(asked)[k] == name:
+            result = answer(asked[k])
+            scored[name] += 1
+            best[name] = max(best[name], result.score if result.complete else -math.inf)
             k += 1
-        assert own, f"candidate {k} should be {name}'s"
-        found = False
-        for score in (r.score for r in own if r.complete):
-            found |= best is not None and score > best
-            best = score if best is None else max(best, score)
-        turns.append((name, found))
+        assert k > first, f"candidate {k} should be {name}'s"
     assert len(set(whose(asked))) == 3
 
 

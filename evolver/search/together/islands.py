@@ -43,6 +43,8 @@ class Archipelago(Turns):
     for one search is a good start for another, which holds where they search similar models.
     """
 
+    all_play = True
+
     def __init__(self, setup: Setup, settings: IslandsSettings) -> None:
         self.settings = settings
         self._over = 0

@@ -39,7 +39,11 @@ class Arm:
 class Turns(Ordered):
     """A search made of other searches, its arms.
 
-    A subclass says in ``following`` which arms have the next turn, and learns in ``learnt`` what a result means.
+    A subclass says in ``following`` in which order arms have the next turn, and learns in ``learnt`` what a result
+    means.
+
+    Attributes:
+        all_play: whether all arms have every turn; else, only the first one that has something to propose.
 
     Args:
         sections: the settings of each arm, by its name.
@@ -49,6 +53,8 @@ class Turns(Ordered):
     Raises BadInput for an unknown search, for settings that it does not take, and for an arm that cannot share a
     budget.
     """
+
+    all_play = False
 
     def __init__(self, setup: Setup, sections: Mapping[str, Mapping[str, Any]], key: str, size: int) -> None:
         super().__init__(setup)
@@ -66,7 +72,7 @@ class Turns(Ordered):
         self._next_turn()
 
     def following(self) -> Sequence[Arm]:
-        """The arms that have the next turn, those with nothing left to propose among them."""
+        """All arms in the order of the next turn, those with nothing left to propose among them."""
         raise NotImplementedError  # every subclass defines it
 
     def learnt(self, arm: Arm, candidate: Candidate, result: Result) -> None:
@@ -95,13 +101,11 @@ class Turns(Ordered):
             self._next_turn()
 
     def _next_turn(self) -> None:
-        """Ask the arms that follow, and others where these have nothing left; without any candidate the search ends."""
+        """Ask the arms whose turn it is; where none has a candidate, the search ends."""
         self._begin, self._turn, self._keys = self._end, [], []
         self._begins.append(self._begin)
-        waiting = [arm for arm in self.arms if not arm.search.done]
-        chosen = [arm for arm in self.following() if arm in waiting] if waiting else []
-        for arm in [*chosen, *(a for a in waiting if a not in chosen)]:
-            if arm in chosen or not self._turn:
+        for arm in self.following():
+            if not arm.search.done and (self.all_play or not self._turn):
                 self._take(arm)
         self._end = self._begin + len(self._turn)
         if not self._turn:
