@@ -18,7 +18,8 @@ from evolver.checkpoints.agreement import Agreement
 from evolver.checkpoints.sources import open_base
 from evolver.commands.merge import open_merge, without_weights_of
 from evolver.config.reading import config_at, load
-from evolver.driver.prepare import planned_merge, prepare
+from evolver.driver.planned import planned_merge
+from evolver.driver.prepare import prepare
 from evolver.errors import BadInput, cause_of, refuse_special
 from evolver.evaluation.blueprint import Blueprint
 from evolver.merging import mergekit, methods
