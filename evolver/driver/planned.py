@@ -9,7 +9,7 @@ from evolver.errors import BadInput
 from evolver.merging.settings.maker import RecipeMaker
 from evolver.records.recipe import Recipe
 from evolver.search import SEARCHES
-from evolver.search.coefficients.base import CoefficientSettings
+from evolver.search.coefficients.base import CoefficientSettings, space_of
 from evolver.search.programs.layers import LayersSettings
 from evolver.workers.opened import open_models
 
@@ -31,10 +31,7 @@ def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
     opened = open_models(config)
     maker = RecipeMaker(list(config.experts), opened.base.names())
     if isinstance(settings, CoefficientSettings):
-        space = maker.space(
-            settings.method, settings.layer_groups, settings.tune, settings.settings, settings.tensor_classes,
-            settings.knots,
-        )  # fmt: skip
+        space = space_of(maker, settings)
         return space.decode(space.encode_equal(1.0)), space.tune, opened.base
     merger = getattr(settings, "merger", None)
     if merger is None:
