@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from evolver.checkpoints.weights import Checkpoint
 from evolver.config.reading import load
-from evolver.driver.early import chosen_search, named_search
+from evolver.driver.early import chosen_search, innermost
 from evolver.errors import BadInput
 from evolver.merging.settings.maker import RecipeMaker
 from evolver.records.recipe import Recipe
-from evolver.search import SEARCHES
 from evolver.search.coefficients.base import CoefficientSettings, space_of
 from evolver.search.programs.layers import LayersSettings
 from evolver.workers.opened import open_models
@@ -20,9 +19,7 @@ def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
     Raises BadInput for a configuration that cannot be used, and for a search that uses no merge method.
     """
     config = load(file)
-    name, settings = chosen_search(config, file)
-    while (key := SEARCHES[name].inside) and not isinstance(settings, LayersSettings):
-        name, settings = named_search(getattr(settings, key), file, f"search.{key}.")
+    name, settings = innermost(*chosen_search(config, file), file)
     if isinstance(settings, LayersSettings):
         raise BadInput(
             f"{file}: search: each candidate has a program of its own, so there are no settings to explain before the "

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 from evolver.checkpoints.doubts import refuse_strangers, suspicions
+from evolver.checkpoints.grams import task_grams
 from evolver.checkpoints.weights import Checkpoint
 from evolver.config import Budget, Config
 from evolver.config.changes import FREE_KEYS, computing, default_at, keeping_base_chat, renamed, without_select
 from evolver.config.reading import ConfigText
-from evolver.driver.early import chosen_search
+from evolver.driver.early import chosen_search, innermost
 from evolver.driver.objectives import objectives_of
 from evolver.driver.refusals import refuse_estimate, refuse_goals, refuse_racing, refuse_subset
-from evolver.driver.starts import starts_of
+from evolver.driver.starts import Starts, refuse_depth, starts_of
 from evolver.errors import BadInput
 from evolver.evaluation.blueprint import Blueprint, ModelFolder
 from evolver.evaluation.depth import check_alike, count_layers
@@ -29,14 +30,16 @@ from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.loggers import check_loggers
 from evolver.merging.companions import Companions
 from evolver.merging.materialise import Materialiser
+from evolver.merging.settings.alternatives import Alternatives
 from evolver.merging.settings.maker import RecipeMaker
-from evolver.records import SPLITS, Candidate, Split
+from evolver.records import SPLITS, Split
 from evolver.records.objective import Objective
 from evolver.records.recipe import Expert, Recipe
 from evolver.runs.folder import RunFolder, compute_of, config_of_run, made_before
 from evolver.runs.origin import taken_over
 from evolver.search import SEARCHES, Search
 from evolver.search.base import Setup
+from evolver.search.coefficients.base import CoefficientSettings, space_of
 from evolver.search.continued import continued
 from evolver.search.estimating import Estimating
 from evolver.search.halving import HalvingSettings
@@ -118,6 +121,7 @@ def prepare(
         refuse_racing(config, algorithm, estimates)
         refuse_subset(config, settings)
         refuse_goals(config, estimates.scale)
+        refuse_depth(config, opened.base.names())
         if config.evaluation.quantise:
             refuse_stacks({name: info.shape for name, info in opened.base.headers.items()})
         digests = opened.digests() if weights else None
@@ -134,7 +138,7 @@ def prepare(
             objectives=objectives_of(config, tasks), subset=config.evaluation.subset,
             constraints=len(config.constraints),
         )  # fmt: skip
-        starts = [] if origin else starts_of(config, maker.experts, maker.base, base.names())
+        starts = Starts() if origin else _starts(config, file, maker, opened, (algorithm, settings))
         search = _search(config, setup, algorithm, settings, starts)
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from error
@@ -258,12 +262,22 @@ def block_of(config: Config, file: str, split: Split, count: int) -> int:
     return Plan(config, {}, {}, _stops(config, *chosen_search(config, file))).block(split, count)
 
 
-def _search(config: Config, setup: Setup, algorithm: str, settings: Any, starts: Sequence[Candidate]) -> Search:
+def _starts(config: Config, file: str, maker: RecipeMaker, opened: Opened, search: tuple[str, Any]) -> Starts:
+    """The models that the search begins with; those that are guessed lie in its space, if it has one with weights."""
+    _, settings = innermost(*search, file)
+    space = space_of(maker, settings) if isinstance(settings, CoefficientSettings) else None
+    if isinstance(space, Alternatives):
+        space = next(iter(space.branches.values()))
+    grams = cache(partial(task_grams, opened.base, list(opened.experts.values())))
+    return starts_of(config, maker.experts, maker.base, opened.base.names(), space, grams)
+
+
+def _search(config: Config, setup: Setup, algorithm: str, settings: Any, starts: Starts) -> Search:
     """The search of a configuration, which begins with some models where the configuration names them.
 
     Raises BadInput for settings that do not fit together.
     """
-    setup = replace(setup, budget=_after(setup.budget, starts)) if starts else setup
+    setup = replace(setup, budget=_after(setup.budget, starts.count)) if starts.count else setup
     estimate = config.evaluation.estimate
     if estimate is None:
         search = SEARCHES[algorithm].build(setup, settings)
@@ -271,22 +285,22 @@ def _search(config: Config, setup: Setup, algorithm: str, settings: Any, starts:
         refuse_estimate(config, settings)
         inner = SEARCHES[algorithm].build(replace(setup, early_stopping=False), settings)
         search = Estimating(inner, setup, estimate, config.finalists.count)
-    return continued(starts, search) if starts else search
+    return continued(starts.listed, search, starts.sequel) if starts.count else search
 
 
-def _after(budget: Budget, starts: Sequence[Candidate]) -> Budget:
+def _after(budget: Budget, count: int) -> Budget:
     """What a budget leaves to the search after the models that it begins with.
 
     Raises BadInput where it leaves nothing.
     """
     if budget.candidates is None:
         return budget
-    if budget.candidates <= len(starts):
+    if budget.candidates <= count:
         raise BadInput(
-            f"start: {len(starts)} models are named, which count among the {budget.candidates} candidates of the "
+            f"start: {count} models are named, which count among the {budget.candidates} candidates of the "
             "budget, so nothing is left for the search; raise budget.candidates, or name fewer models."
         )
-    return budget.model_copy(update={"candidates": budget.candidates - len(starts)})
+    return budget.model_copy(update={"candidates": budget.candidates - count})
 
 
 def _stops(config: Config, algorithm: str, settings: Any) -> bool:
