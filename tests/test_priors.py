@@ -2,11 +2,14 @@
 
 import itertools
 import math
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from test_doubts import tensors, write
+from test_report import outcome
 from test_search import build
 from toys import essence, rows, run_here
 
@@ -22,6 +25,8 @@ from evolver.errors import BadInput
 from evolver.merging.settings.maker import RecipeMaker
 from evolver.records import UNKNOWN, Candidate, Result
 from evolver.records.recipe import Expert, layer_of, load_recipe
+from evolver.report.arms import arms_section
+from evolver.report.starts import saving_of, starts_section
 from evolver.search.continued import Sequel, continued
 from evolver.search.plain import Listed
 from evolver.search.priors import cluster_weights, depth_mass, inverse_norms, relevance, soup_order
@@ -346,3 +351,87 @@ def test_no_depth_without_layers(make_config, tmp_path):
     refuse_depth(config, ["model.layers.0.w"])
     with pytest.raises(BadInput, match=r"start\[1\]: the names of the base's tensors tell of no layers"):
         refuse_depth(config, ["encoder.w", "head.w"])
+
+
+# --- What the start saved, on made-up ledgers.
+
+RECIPES = [Expert(n, n) for n in "abcdefgh"]
+
+
+def ledger(*entries):
+    """Candidates with their results, from (proposer, score or None, items, number of the recipe)."""
+    out = []
+    for number, (proposer, score, items, recipe) in enumerate(entries):
+        candidate = Candidate(number, RECIPES[recipe], proposer)
+        status = "failed" if score is None else "ok"
+        answers = (score or 0.0,) * items
+        out.append((candidate, Result(number, candidate.recipe.id, status, score, score, score is not None, answers)))
+    return out
+
+
+NAN, DEPTH = start_proposer("nan"), start_proposer("depth")
+GIVEN = [(NAN, 0.5, 100, 0), (DEPTH, 0.6, 100, 1)]
+
+
+@pytest.mark.parametrize(
+    ("found", "reached", "spent", "saved"),
+    [
+        ([("tpe", 0.4, 100, 2), ("tpe", 0.55, 100, 3), ("tpe", 0.7, 100, 4), ("tpe", 0.9, 100, 5)], 4, 300, 100),
+        ([("tpe", 0.6, 100, 2), ("tpe", 0.9, 100, 3)], 2, 100, -100),  # as good is good enough
+        ([("tpe", 0.6, 0, 1), ("tpe", None, 40, 2), ("tpe", 0.8, 100, 3)], 4, 140, -60),  # one of the start again
+        ([("tpe", 0.4, 100, 2), ("tpe", 0.5, 400, 3)], None, 500, None),
+        ([], None, 0, None),
+    ],
+    ids=["saved", "cost", "proposed again", "never", "no search"],
+)
+def test_what_the_start_saved(found, reached, spent, saved):
+    summary = saving_of(ledger(*GIVEN, *found)).summary()
+    assert summary == {"best": 1, "cost": 200, "spent": spent, "reached": reached, "saved": saved}
+
+
+def test_a_start_that_is_a_baseline_costs_nothing():
+    known = [(c, replace(r, reused=True)) for c, r in ledger(*GIVEN)]
+    assert saving_of([*known, *ledger(*GIVEN, ("tpe", 0.9, 100, 3))[2:]]).saved == 100
+
+
+def test_models_that_break_a_constraint_are_not_the_best():
+    (first, second), more = ledger(*GIVEN), ledger(*GIVEN, ("tpe", 0.55, 100, 3))[2:]
+    broken = (second[0], replace(second[1], violations={"0": 0.1}))
+    assert saving_of([first, broken, *more]).summary() == {
+        "best": 0, "cost": 200, "spent": 100, "reached": 2, "saved": -100,
+    }  # fmt: skip
+
+
+def test_without_scores_there_is_nothing_to_say():
+    assert saving_of(ledger(("tpe", 0.5, 10, 0))) is None
+    assert saving_of(ledger((NAN, None, 10, 0), ("tpe", 0.5, 10, 1))) is None
+
+
+def reported(*entries):
+    done = outcome([1.0, 0.0], [0.0, 0.0])
+    config = done.config.model_copy(update={"search": {"algorithm": "portfolio"}})
+    return replace(done, about=replace(done.about, config=config), searched=tuple(ledger(*entries)))
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        ([("one: tpe", 0.4, 300, 2), ("two: tpe", 0.7, 100, 4)], "took 200 items, so the start saved 200 items."),
+        ([("one: tpe", 0.7, 100, 4)], "took 200 items, so the start saved nothing and took 100 items more."),
+        ([("one: tpe", 0.4, 500, 2)], "never reached it, with 500 items. .* not known exactly: at least 300 items."),
+        ([("one: tpe", 0.4, 100, 2)], "never reached it, with 100 items. .* whether it saved any is not known."),
+    ],
+)
+def test_the_report_says_it_in_a_sentence(found, says):
+    text = starts_section(reported(*GIVEN, *found))
+    assert "| nan | 1 | 100 | 50.0 |\n| depth | 1 | 100 | 60.0 |" in text
+    assert "The best of these models is candidate 1 (depth), with a score of 60.0 on the dev items." in text
+    assert re.search(says, text)
+    assert starts_section(reported(("one: tpe", 0.4, 100, 2))) == ""
+
+
+def test_models_of_the_start_are_not_listed_as_a_search():
+    text = arms_section(reported(*GIVEN, ("one: tpe", 0.4, 300, 2), ("two: tpe", 0.7, 100, 4)))
+    assert re.findall(r"^\| ([^|]+) \| (\d+) \|", text, re.MULTILINE) == [
+        ("given by start, found by no search", "2"), ("one", "1"), ("**two**", "1"),
+    ]  # fmt: skip
