@@ -32,7 +32,8 @@ def test_baselines_come_first_and_cost_nothing(make_config, tmp_path, search):
     folder = run_here(make_config(tmp_path, changes), tmp_path / "results")
     found = search_rows(folder)
     assert [r["number"] for r in found] == list(range(9))
-    assert [r["proposer"] for r in found[:6]] == ["start"] * 6
+    words = ["experts"] * 3 + ["average"] + ["masses"] * 2
+    assert [r["proposer"] for r in found[:6]] == [f"start ({word})" for word in words]
     assert all(r["reused"] for r in found[:6])
     labels = {r["recipe_id"]: r["label"] for (stage, _), r in rows(folder).items() if stage == "baseline"}
     assert [labels[r["recipe_id"]] for r in found[:6]] == [
@@ -93,7 +94,10 @@ def test_evolver_takes_a_start_into_its_population():
 @pytest.mark.parametrize(
     ("start", "said"),
     [
-        (["expert"], r"start: 'expert' is no model to start with; write experts, average, masses, or a mapping"),
+        (
+            ["expert"],
+            r"start: 'expert' is no model to start with; write experts, .*, clusters, greedy, or a mapping with",
+        ),
         ([{"recipe": "/nowhere/recipe.json"}], r"start\[0\]\.recipe: /nowhere/recipe.json cannot be read as a recipe"),
         ([{"run": "/nowhere"}], r"start\[0\]\.run: /nowhere/recipe.json cannot be read"),
         ([{"run": "x", "recipe": "y"}], r"start: .* exactly one of the keys recipe, run, mergekit"),

@@ -18,13 +18,14 @@ from evolver.checkpoints.agreement import Agreement
 from evolver.checkpoints.sources import open_base
 from evolver.commands.merge import open_merge, without_weights_of
 from evolver.config.reading import config_at, load
-from evolver.driver.prepare import planned_merge, prepare
+from evolver.driver.planned import planned_merge
+from evolver.driver.prepare import prepare
 from evolver.errors import BadInput, cause_of, refuse_special
 from evolver.evaluation.blueprint import Blueprint
 from evolver.merging import mergekit, methods
-from evolver.records.recipe import Expert, Layers, Merge, Recipe, layer_of, load_recipe
+from evolver.records.recipe import Expert, Layers, Merge, Recipe, layer_of
 from evolver.report.mixture import mixture
-from evolver.runs.files import RECIPE_FILE, RUN_FILE
+from evolver.runs.files import RECIPE_FILE, RUN_FILE, read_recipe
 from evolver.runs.folder import config_of_run
 from evolver.storage import storage_at
 from evolver.storage.references import parts_of
@@ -95,13 +96,7 @@ def names_table(folder: str | Path) -> str:
 def _of_winner(run: Path) -> list[SettingRow]:
     """The rows of a run's winner."""
     file = run / RECIPE_FILE
-    try:
-        refuse_special(file)
-        recipe = load_recipe(file.read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"{file}: {cause_of(error)}; run the configuration again, which writes the file again."
-        ) from error
+    recipe = read_recipe(file, "run the configuration again, which writes the file again")
     config = load(run / RUN_FILE)
     base = open_named(config, parts_of(config.model.base)[0], f"{run / RUN_FILE}: model.base").base
     try:

@@ -7,7 +7,7 @@ unchecked; the algorithm that the section names then checks it against its own s
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,7 +16,7 @@ from evolver.config.evaluation import EvaluationSettings
 from evolver.config.model import CLASSIFIER_KINDS, LANGUAGE_KINDS, ModelSettings
 from evolver.config.section import NAME, Section
 from evolver.config.sentences import TEXT_FORMS
-from evolver.config.starts import FILES, StartFile, Word
+from evolver.config.starts import FILES, WORDS, StartFile, Word
 from evolver.errors import nearest
 
 
@@ -208,7 +208,11 @@ class Config(Section):
         description="models that are scored before the search proposes its first candidate, and that it learns from. "
         "experts: each expert; average: their simple average; masses: task arithmetic with each of baselines.masses; "
         "these are scored as baselines anyhow and cost nothing. Also {recipe: FILE}, {run: FOLDER} (its winner) and "
-        "{mergekit: FILE}. They count among the candidates of the budget",
+        "{mergekit: FILE}. Merges that are guessed before the search, with the best total mass of masses if that is "
+        "listed, else 1: nan: weights in inverse proportion to the norms of task vectors; relevance: in proportion to "
+        "how well they agree with all; depth: a mass that grows with depth; clusters: equal weights for clusters of "
+        "similar experts; greedy: the experts, and averages of the best two, three, …, up to all. All of them count "
+        "among the candidates of the budget",
     )
     objectives: dict[str, list[str]] = Field(
         default_factory=dict,
@@ -231,9 +235,9 @@ class Config(Section):
     def _some_start(cls, start: Any) -> Any:
         for entry in start if isinstance(start, list) else ():
             one_of = isinstance(entry, dict) and len(entry) == 1 and set(entry) <= set(FILES)
-            if not one_of and entry not in get_args(Word):
+            if not one_of and entry not in WORDS:
                 raise ValueError(
-                    f"{entry!r} is no model to start with; write {', '.join(get_args(Word))}, or a mapping with "
+                    f"{entry!r} is no model to start with; write {', '.join(WORDS)}, or a mapping with "
                     f"exactly one of the keys {', '.join(FILES)}"
                 )
         return start

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field
 
 from evolver.config.section import Section
 
-Word = Literal["experts", "average", "masses"]
+# Models that are scored as baselines anyhow, and merges that are guessed from the experts before the search.
+PriorWord = Literal["nan", "relevance", "depth", "clusters", "greedy"]
+Word = Literal["experts", "average", "masses"] | PriorWord
+PRIORS: tuple[PriorWord, ...] = get_args(PriorWord)
+WORDS = ("experts", "average", "masses", *PRIORS)
 FILES = ("recipe", "run", "mergekit")
 
 
@@ -23,3 +27,14 @@ class StartFile(Section):
     def place(self) -> tuple[str, str]:
         """The kind of file, and where it is."""
         return next((key, value) for key in FILES if (value := getattr(self, key)) is not None)
+
+
+def start_proposer(name: str) -> str:
+    """What is noted as the proposer of a model that a search begins with: a word of ``start``, or a kind of file."""
+    return f"start ({name})"
+
+
+def start_of(proposer: str) -> str | None:
+    """The inverse; None for what a search has proposed."""
+    name = proposer.removeprefix("start (").removesuffix(")")
+    return name if proposer == start_proposer(name) else None

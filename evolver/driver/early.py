@@ -11,6 +11,7 @@ from evolver.config.reading import ConfigText, check_section
 from evolver.errors import BadInput, nearest
 from evolver.loggers import check_loggers
 from evolver.search import SEARCHES
+from evolver.search.programs.layers import LayersSettings
 
 
 def refuse_early(given: ConfigText) -> None:
@@ -55,6 +56,17 @@ def named_search(section: Mapping[str, Any], file: str, prefix: str) -> tuple[st
     if not isinstance(name, str) or name not in SEARCHES:
         raise BadInput(f"{file}: {prefix}algorithm: unknown search {name!r}; {nearest(name, SEARCHES)}")
     return name, check_section(SEARCHES[name].settings, section, file, prefix)
+
+
+def innermost(name: str, settings: Any, file: str) -> tuple[str, Any]:
+    """The name and the settings of the search whose candidates are merges: the search itself, or one inside of it. A
+    search of layer programs is no merge, whatever chooses its values.
+    """
+    prefix = "search."
+    while (key := SEARCHES[name].inside) and not isinstance(settings, LayersSettings):
+        prefix = f"{prefix}{key}."
+        name, settings = named_search(getattr(settings, key), file, prefix)
+    return name, settings
 
 
 def _keyed(experts: Mapping[str, str]) -> dict[str, str]:

@@ -3,45 +3,46 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 from evolver.checkpoints.doubts import refuse_strangers, suspicions
+from evolver.checkpoints.grams import task_grams
 from evolver.checkpoints.weights import Checkpoint
 from evolver.config import Budget, Config
 from evolver.config.changes import FREE_KEYS, computing, default_at, keeping_base_chat, renamed, without_select
-from evolver.config.reading import ConfigText, load
-from evolver.driver.early import chosen_search, named_search
+from evolver.config.reading import ConfigText
+from evolver.driver.early import chosen_search, innermost
 from evolver.driver.objectives import objectives_of
-from evolver.driver.starts import starts_of
+from evolver.driver.refusals import refuse_estimate, refuse_goals, refuse_racing, refuse_subset
+from evolver.driver.starts import Starts, refuse_depth, starts_of
 from evolver.errors import BadInput
 from evolver.evaluation.blueprint import Blueprint, ModelFolder
 from evolver.evaluation.depth import check_alike, count_layers
 from evolver.evaluation.fused import refuse_experts
 from evolver.evaluation.overlap import Overlap, overlaps
 from evolver.evaluation.rounding import refuse_stacks
-from evolver.evaluation.scores.estimates import Estimates, first_unjudged
+from evolver.evaluation.scores.estimates import Estimates
 from evolver.evaluation.scores.feasibility import unprovable
-from evolver.evaluation.scores.scoring import Scale
 from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.loggers import check_loggers
 from evolver.merging.companions import Companions
 from evolver.merging.materialise import Materialiser
+from evolver.merging.settings.alternatives import Alternatives
 from evolver.merging.settings.maker import RecipeMaker
-from evolver.records import SPLITS, Candidate, Split
+from evolver.records import SPLITS, Split
 from evolver.records.objective import Objective
 from evolver.records.recipe import Expert, Recipe
 from evolver.runs.folder import RunFolder, compute_of, config_of_run, made_before
 from evolver.runs.origin import taken_over
 from evolver.search import SEARCHES, Search
 from evolver.search.base import Setup
-from evolver.search.coefficients.base import CoefficientSettings
+from evolver.search.coefficients.base import CoefficientSettings, space_of
 from evolver.search.continued import continued
 from evolver.search.estimating import Estimating
 from evolver.search.halving import HalvingSettings
-from evolver.search.programs.layers import LayersSettings
 from evolver.storage import Storage
 from evolver.threads import too_many
 from evolver.workers.compute import is_open, settled
@@ -117,9 +118,10 @@ def prepare(
         if device:
             tasks.check_model(blueprint)
         estimates = Estimates(tasks.scale("dev"), config.evaluation.block_items)
-        _refuse_racing(config, algorithm, estimates)
-        _refuse_subset(config, settings)
-        _refuse_goals(config, estimates.scale)
+        refuse_racing(config, algorithm, estimates)
+        refuse_subset(config, settings)
+        refuse_goals(config, estimates.scale)
+        refuse_depth(config, opened.base.names())
         if config.evaluation.quantise:
             refuse_stacks({name: info.shape for name, info in opened.base.headers.items()})
         digests = opened.digests() if weights else None
@@ -136,7 +138,7 @@ def prepare(
             objectives=objectives_of(config, tasks), subset=config.evaluation.subset,
             constraints=len(config.constraints),
         )  # fmt: skip
-        starts = [] if origin else starts_of(config, maker.experts, maker.base, base.names())
+        starts = Starts() if origin else _starts(config, file, maker, opened, (algorithm, settings))
         search = _search(config, setup, algorithm, settings, starts)
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from error
@@ -245,38 +247,6 @@ def defaults_of(prepared: Prepared) -> Callable[[str], Any]:
     return default
 
 
-def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
-    """The merge that a configuration's search makes (with example numbers), the settings that it tunes, and the base.
-
-    Raises BadInput for a configuration that cannot be used, and for a search that uses no merge method.
-    """
-    config = load(file)
-    name, settings = chosen_search(config, file)
-    while (key := SEARCHES[name].inside) and not isinstance(settings, LayersSettings):
-        name, settings = named_search(getattr(settings, key), file, f"search.{key}.")
-    if isinstance(settings, LayersSettings):
-        raise BadInput(
-            f"{file}: search: each candidate has a program of its own, so there are no settings to explain before the "
-            "run; explain the folder of the finished run."
-        )
-    opened = open_models(config)
-    maker = RecipeMaker(list(config.experts), opened.base.names())
-    if isinstance(settings, CoefficientSettings):
-        space = maker.space(
-            settings.method, settings.layer_groups, settings.tune, settings.settings, settings.tensor_classes,
-            settings.knots,
-        )  # fmt: skip
-        return space.decode(space.encode_equal(1.0)), space.tune, opened.base
-    merger = getattr(settings, "merger", None)
-    if merger is None:
-        raise BadInput(
-            f"{file}: search: {name} has no merge method of its own, so there are no settings to explain before the "
-            "run; explain the folder of the finished run."
-        )
-    merge = maker.merger(merger, adapt=getattr(settings, "adapt", False))
-    return merge(maker.experts), tuple(merge.start), opened.base
-
-
 def _count_layers(base: Checkpoint, anew: bool) -> int:
     shapes = {name: info.shape for name, info in base.headers.items()}
     if anew:
@@ -292,53 +262,45 @@ def block_of(config: Config, file: str, split: Split, count: int) -> int:
     return Plan(config, {}, {}, _stops(config, *chosen_search(config, file))).block(split, count)
 
 
-def _search(config: Config, setup: Setup, algorithm: str, settings: Any, starts: Sequence[Candidate]) -> Search:
+def _starts(config: Config, file: str, maker: RecipeMaker, opened: Opened, search: tuple[str, Any]) -> Starts:
+    """The models that the search begins with; those that are guessed lie in its space, if it has one with weights."""
+    _, settings = innermost(*search, file)
+    space = space_of(maker, settings) if isinstance(settings, CoefficientSettings) else None
+    if isinstance(space, Alternatives):
+        space = next(iter(space.branches.values()))
+    grams = cache(partial(task_grams, opened.base, list(opened.experts.values())))
+    return starts_of(config, maker.experts, maker.base, opened.base.names(), space, grams)
+
+
+def _search(config: Config, setup: Setup, algorithm: str, settings: Any, starts: Starts) -> Search:
     """The search of a configuration, which begins with some models where the configuration names them.
 
     Raises BadInput for settings that do not fit together.
     """
-    setup = replace(setup, budget=_after(setup.budget, starts)) if starts else setup
+    setup = replace(setup, budget=_after(setup.budget, starts.count)) if starts.count else setup
     estimate = config.evaluation.estimate
     if estimate is None:
         search = SEARCHES[algorithm].build(setup, settings)
     else:
-        _refuse_estimate(config, settings)
+        refuse_estimate(config, settings)
         inner = SEARCHES[algorithm].build(replace(setup, early_stopping=False), settings)
         search = Estimating(inner, setup, estimate, config.finalists.count)
-    return continued(starts, search) if starts else search
+    return continued(starts.listed, search, starts.sequel) if starts.count else search
 
 
-def _after(budget: Budget, starts: Sequence[Candidate]) -> Budget:
+def _after(budget: Budget, count: int) -> Budget:
     """What a budget leaves to the search after the models that it begins with.
 
     Raises BadInput where it leaves nothing.
     """
     if budget.candidates is None:
         return budget
-    if budget.candidates <= len(starts):
+    if budget.candidates <= count:
         raise BadInput(
-            f"start: {len(starts)} models are named, which count among the {budget.candidates} candidates of the "
+            f"start: {count} models are named, which count among the {budget.candidates} candidates of the "
             "budget, so nothing is left for the search; raise budget.candidates, or name fewer models."
         )
-    return budget.model_copy(update={"candidates": budget.candidates - len(starts)})
-
-
-def _refuse_estimate(config: Config, settings: Any) -> None:
-    """Raises BadInput for what needs whole scores while the search goes on, where it sees estimates."""
-    given = {
-        "search.algorithm: halving": isinstance(settings, HalvingSettings),
-        "evaluation.racing": config.evaluation.racing is not None,
-        "constraints": bool(config.constraints),
-        "budget.minutes": config.budget.minutes is not None,
-        "budget.patience": config.budget.patience is not None,
-        "budget.target": config.budget.target is not None,
-    }
-    for key, wanted in given.items():
-        if wanted:
-            raise BadInput(
-                f"evaluation.estimate: with estimates, candidates have no scores of all items until the search has "
-                f"ended, and {key} needs them before; leave one of the two out."
-            )
+    return budget.model_copy(update={"candidates": budget.candidates - count})
 
 
 def _stops(config: Config, algorithm: str, settings: Any) -> bool:
@@ -359,61 +321,6 @@ def _sampled(config: Config, tasks: Tasks, blueprint: ModelFolder | None, expert
     if isinstance(blueprint, Blueprint):
         refuse_experts(blueprint.module, "search")
     return sample_hash(config, tasks, expert)
-
-
-def _refuse_racing(config: Config, algorithm: str, estimates: Estimates) -> None:
-    """Raises BadInput if racing is switched on but cannot be used."""
-    if config.evaluation.racing is None:
-        return
-    if not SEARCHES[algorithm].incumbent:
-        able = ", ".join(n for n, a in SEARCHES.items() if a.incumbent)
-        raise BadInput(
-            "evaluation.racing: in a race, a candidate competes with the model that it would replace, and "
-            f"{algorithm} replaces none; leave racing out, or search with {able}."
-        )
-    if not config.evaluation.early_stopping:
-        raise BadInput(
-            "evaluation.racing: racing stops candidates early, but early_stopping is false; leave racing out, or "
-            "write early_stopping: true."
-        )
-    task = first_unjudged(estimates.scale)
-    if task is not None:
-        raise BadInput(
-            f"evaluation.racing: racing needs a score from 0 to 1 for each item, which the metric of {task} does not "
-            "give; leave racing out, or choose another metric."
-        )
-
-
-def _refuse_subset(config: Config, settings: Any) -> None:
-    """Raises BadInput if the part of the items is chosen for a search that scores all of them."""
-    given = config.evaluation
-    partial = isinstance(settings, HalvingSettings) or given.racing is not None or given.estimate is not None
-    if given.subset is not None and not partial:
-        raise BadInput(
-            "evaluation.subset: this search scores every candidate on the same dev items up to the end, or until its "
-            "decision is certain; leave subset out, or use the search halving, evaluation.racing or "
-            "evaluation.estimate."
-        )
-
-
-def _refuse_goals(config: Config, scale: Scale) -> None:
-    """Raises BadInput for a target that no model can reach, and for a constraint on a group whose metric is made of
-    those of several tasks.
-    """
-    budget, highest = config.budget, scale.bound(())
-    if budget.target is not None and budget.target > highest:
-        more = f", such as {budget.target / 100:g} for {budget.target:g} %" if scale.shares else ""
-        raise BadInput(
-            f"budget.target: {budget.target:g} is above the highest score that there is, {highest:g}; write a score as "
-            f"the terminal prints it{more}."
-        )
-
-    for number, constraint in enumerate(config.constraints):
-        if constraint.task is not None and constraint.task not in scale.weights:
-            raise BadInput(
-                f"constraints[{number}].task: {constraint.task} is a group, whose metric is made of those of its "
-                "tasks; list its tasks one by one under evaluation.tasks, and name one of them."
-            )
 
 
 def _not_stopped(config: Config, algorithm: str, estimates: Estimates) -> Iterator[str]:

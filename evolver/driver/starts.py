@@ -2,55 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from evolver.checkpoints.grams import TensorGrams
 from evolver.config import Config
-from evolver.config.starts import StartFile, Word
-from evolver.errors import BadInput, cause_of, refuse_special
+from evolver.config.starts import PRIORS, PriorWord, StartFile, start_proposer
+from evolver.driver.priors import PriorMaker, prior_count
+from evolver.errors import BadInput
 from evolver.merging import mergekit
-from evolver.records import Candidate
-from evolver.records.recipe import Expert, Merge, Recipe, Rule, ancestors, load_recipe
-from evolver.runs.files import RECIPE_FILE
+from evolver.merging.settings.genome import Genome
+from evolver.records import UNKNOWN, Candidate, Result, Standing
+from evolver.records.recipe import Expert, Merge, Recipe, Rule, ancestors, layer_of
+from evolver.runs.files import RECIPE_FILE, read_recipe
 from evolver.runs.finals import TUNED
+from evolver.search.continued import NO_SEQUEL, Sequel
 from evolver.storage.paths import expand
+
+Scored = Sequence[tuple[Candidate, Result]]
+
+
+@dataclass(frozen=True)
+class Starts:
+    """What a search begins with: models that are known now, and those that depend on the scores of these."""
+
+    listed: Sequence[Candidate] = ()
+    sequel: Sequel = NO_SEQUEL
+
+    @property
+    def count(self) -> int:
+        """The number of models."""
+        return len(self.listed) + self.sequel.count
 
 
 def plain_merges(config: Config, experts: tuple[Expert, ...], base: Expert) -> list[tuple[str, Recipe]]:
     """The merges without a search, by label: the average, and task arithmetic with equal weights at every mass."""
-    out: list[tuple[str, Recipe]] = [("average", Merge("simple", experts, base))]
-    for mass in config.baselines.masses:
-        values = {"weight": (1.0 / len(experts),) * len(experts), "lambda": mass, "normalize": False}
-        out.append((f"{TUNED}{mass:g}", Merge("task_arithmetic", experts, base, (Rule.of(values),))))
-    return out
+    tuned = [(f"{TUNED}{mass:g}", recipe) for mass, recipe in _by_mass(config, experts, base).items()]
+    return [("average", _average(experts, base)), *tuned]
 
 
-def starts_of(config: Config, experts: tuple[Expert, ...], base: Expert, names: Sequence[str]) -> list[Candidate]:
+def _average(experts: tuple[Expert, ...], base: Expert) -> Recipe:
+    """The simple average."""
+    return Merge("simple", experts, base)
+
+
+def _by_mass(config: Config, experts: tuple[Expert, ...], base: Expert) -> dict[float, Recipe]:
+    """Task arithmetic with equal weights, by total mass."""
+    equal = (1.0 / len(experts),) * len(experts)
+    return {
+        mass: Merge("task_arithmetic", experts, base, (Rule.of({"weight": equal, "lambda": mass, "normalize": False}),))
+        for mass in config.baselines.masses
+    }
+
+
+def refuse_depth(config: Config, names: Sequence[str]) -> None:
+    """Raises BadInput for a depth profile of a model without layers."""
+    if "depth" in config.start and all(layer_of(name) is None for name in names):
+        raise BadInput(
+            f"start[{config.start.index('depth')}]: the names of the base's tensors tell of no layers, so no mass can "
+            "grow with them; leave depth out."
+        )
+
+
+def starts_of(
+    config: Config, experts: tuple[Expert, ...], base: Expert, names: Sequence[str], space: Genome | None,
+    grams: Callable[[], TensorGrams],
+) -> Starts:  # fmt: skip
     """The models that the search begins with, each once, as its first candidates.
 
     Args:
         names: of the base's tensors.
+        space: of the search, if it tunes weights.
+        grams: reads the inner products of the experts' task vectors; it is asked when the search needs them.
 
     Raises BadInput for a file that cannot be read, and for a model of other experts.
     """
-    found: dict[str, Recipe] = {}
+    found: dict[str, Candidate] = {}
+    for name, recipe in _known(config, experts, base, names):
+        found.setdefault(recipe.id, _candidate(len(found), name, recipe))
+    listed = tuple(found.values())
+    if not (words := _prior_words(config)):
+        return Starts(listed)
+    maker = PriorMaker(experts, base, names, space, grams)
+
+    def candidates(first: int, scored: Scored) -> list[Candidate]:
+        standing = {candidate.recipe.id: result.standing for candidate, result in scored}
+        mass = _best_mass(config, experts, base, standing)
+        own = [standing.get(expert.id, UNKNOWN) for expert in experts]
+        made = [(word, recipe) for word in words for recipe in maker.recipes(word, mass, own)]
+        return [_candidate(first + k, word, recipe) for k, (word, recipe) in enumerate(made)]
+
+    return Starts(listed, Sequel(sum(prior_count(word, len(experts)) for word in words), candidates))
+
+
+def _candidate(number: int, name: str, recipe: Recipe) -> Candidate:
+    return Candidate(number, recipe, start_proposer(name), tuple(i.id for i in recipe.inputs))
+
+
+def _prior_words(config: Config) -> list[PriorWord]:
+    return [word for word in PRIORS if word in config.start]
+
+
+def _known(
+    config: Config, experts: tuple[Expert, ...], base: Expert, names: Sequence[str]
+) -> Iterator[tuple[str, Recipe]]:  # fmt: skip
+    """What needs no results, each with what it is called in the section ``start``."""
+    if "greedy" in config.start and "experts" not in config.start:  # their scores give the order
+        yield from (("experts", expert) for expert in experts)
     for number, entry in enumerate(config.start):
-        key = f"start[{number}]"
         if isinstance(entry, StartFile):
-            recipes = [_from_file(entry, key, config, experts, base, names)]
-        else:
-            recipes = list(_of_word(entry, config, experts, base))
-        for recipe in recipes:
-            found.setdefault(recipe.id, recipe)
-    return [Candidate(k, r, "start", tuple(i.id for i in r.inputs)) for k, r in enumerate(found.values())]
+            yield entry.place[0], _from_file(entry, f"start[{number}]", config, experts, base, names)
+        elif entry == "experts":
+            yield from (("experts", expert) for expert in experts)
+        elif entry == "average":
+            yield "average", _average(experts, base)
+        elif entry == "masses":
+            yield from (("masses", recipe) for recipe in _by_mass(config, experts, base).values())
 
 
-def _of_word(word: Word, config: Config, experts: tuple[Expert, ...], base: Expert) -> Iterator[Recipe]:
-    if word == "experts":
-        yield from experts
-    for label, recipe in plain_merges(config, experts, base):
-        if (label == "average") == (word == "average") and word != "experts":
-            yield recipe
+def _best_mass(
+    config: Config, experts: tuple[Expert, ...], base: Expert, standing: Mapping[str, Standing]
+) -> float:  # fmt: skip
+    """The mass of the best of the masses that are scored, the first of equals; 1 where none is."""
+    found = {m: standing[r.id] for m, r in _by_mass(config, experts, base).items() if r.id in standing}
+    return max(found, key=lambda mass: found[mass], default=1.0)
 
 
 def _from_file(
@@ -63,13 +139,9 @@ def _from_file(
     else:
         file = path / RECIPE_FILE if kind == "run" else path
         try:
-            refuse_special(file)
-            recipe = load_recipe(file.read_text())
-        except (OSError, ValueError) as error:
-            raise BadInput(
-                f"{key}.{kind}: {file} cannot be read as a recipe ({cause_of(error)}); give a recipe.json, or the "
-                "folder of a finished run."
-            ) from error
+            recipe = read_recipe(file, "give a recipe.json, or the folder of a finished run")
+        except BadInput as error:
+            raise BadInput(f"{key}.{kind}: {error}") from error
     known = {model.digest for model in (base, *experts)}
     strangers = [n for n in ancestors(recipe) if isinstance(n, Expert) and n.digest not in known]
     # Where weights were not read, the models go by their names.

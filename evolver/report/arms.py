@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from evolver.config.starts import start_of
 from evolver.records import UNKNOWN, Candidate, Result
 from evolver.report.text import escaped, markdown_table, score_text
 from evolver.runs.outcome import Outcome
+
+# What the row of the models is called that no search has found.
+KNOWN = "given by start, found by no search"
 
 
 def arms_section(outcome: Outcome) -> str:
@@ -15,7 +19,7 @@ def arms_section(outcome: Outcome) -> str:
     leader, standing = "", UNKNOWN
     led: dict[str, int] = {}
     for candidate, result in outcome.searched:
-        name = candidate.proposer.split(": ")[0]
+        name = KNOWN if start_of(candidate.proposer) is not None else candidate.proposer.split(": ")[0]
         found.setdefault(name, []).append((candidate, result))
         if result.complete and result.standing > standing:
             leader, standing = name, result.standing

@@ -29,6 +29,7 @@ from evolver.report.html import html_page
 from evolver.report.mixture import mixtures_of
 from evolver.report.scores import score_rows, scores_section
 from evolver.report.settings import setting_rows, settings_section
+from evolver.report.starts import saving_of, starts_section
 from evolver.report.text import (
     as_seen,
     as_served,
@@ -80,6 +81,7 @@ def write_report(
         finals_section(outcome),
         constraints_section(outcome),
         front_section(outcome),
+        starts_section(outcome),
         arms_section(outcome),
         _against_others(compared, outcome.scales["report"]),
         claims_section(claims, outcome),
@@ -143,6 +145,7 @@ def summary(outcome: Outcome, claims: Claims, compared: Mapping[str, Comparison]
         "against": None if against is None else asdict(against),
         **claims.form(),
         "candidates": len(results),
+        **({"start": saving.summary()} if (saving := saving_of(outcome.searched)) else {}),
         "items": sum(r.cost for r in results),
         "seconds": math.fsum(r.seconds.get("total", 0.0) for r in results if not r.reused),
         "failed": sum(r.status == "failed" for r in results),

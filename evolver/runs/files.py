@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
-from evolver.errors import BadInput, cause_of
+from evolver.errors import BadInput, cause_of, refuse_special
+from evolver.records.recipe import Recipe, load_recipe
 from evolver.storage import Storage
 
 # The files by which a folder is known as that of a run.
@@ -46,6 +48,18 @@ def mapping_of(folder: Storage, name: str, remedy: str) -> dict[str, Any]:
 def unreadable(folder: Storage, name: str, error: Exception, remedy: str) -> BadInput:
     """The error for a file that cannot be read."""
     return BadInput(f"{folder.location}/{name}: it cannot be read ({cause_of(error)}); {remedy}.")
+
+
+def read_recipe(file: Path, remedy: str) -> Recipe:
+    """The model that a recipe.json describes; ``remedy`` is what to do where it cannot be read.
+
+    Raises BadInput where it cannot be read.
+    """
+    try:
+        refuse_special(file)
+        return load_recipe(file.read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{file} cannot be read as a recipe ({cause_of(error)}); {remedy}.") from error
 
 
 def holds_a_run(folder: Storage) -> bool:

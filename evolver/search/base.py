@@ -119,15 +119,16 @@ class Merger(Protocol):
         ...
 
 
-class Maker(Protocol):
-    """Makes recipes for searches. Its methods raise BadInput for settings that a merge method does not take, and for
-    models without layers, or with layers that cannot be put together anew.
-    """
+SpaceType = TypeVar("SpaceType", bound=Space, covariant=True)
+
+
+class SpaceMaker(Protocol[SpaceType]):
+    """Makes search spaces of one kind."""
 
     def space(
         self, method: str | Sequence[str], groups: int | Literal["per-layer"], tune: Sequence[str] | None,
         settings: Mapping[str, Any], classes: bool = False, knots: int | None = None,
-    ) -> Space:  # fmt: skip
+    ) -> SpaceType:  # fmt: skip
         """The search space of a merge method, or of several among which a point chooses.
 
         Args:
@@ -138,6 +139,12 @@ class Maker(Protocol):
             knots: number of knots of a spline along the layers, instead of groups.
         """
         ...
+
+
+class Maker(SpaceMaker[Space], Protocol):
+    """Makes recipes for searches. Its methods raise BadInput for settings that a merge method does not take, and for
+    models without layers, or with layers that cannot be put together anew.
+    """
 
     def merger(
         self, settings: Mapping[str, Any], members: int | None = None, adapt: Sequence[str] | bool = False

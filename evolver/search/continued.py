@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, Self, runtime_checkable
 
 from evolver.records import Candidate, Result
@@ -22,20 +22,38 @@ class Informed(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Sequel:
+    """Candidates that depend on the results of those listed before them.
+
+    Attributes:
+        count: their number, which is known beforehand.
+        candidates: makes them, given the first of their numbers and all listed candidates with their results.
+    """
+
+    count: int
+    candidates: Callable[[int, Sequence[tuple[Candidate, Result]]], Sequence[Candidate]]
+
+
+NO_SEQUEL = Sequel(0, lambda first, pairs: ())
+
+
 class ContinuedSearch:
     """Proposes the candidates of an earlier search again, which the ledger answers, and then those of a new search.
 
-    The candidates of the new search are numbered after the listed ones. If the new search is ``Informed``, it is told
-    all listed results before it is asked for its first candidate.
+    The candidates of the new search are numbered after the listed ones and their sequel. If the new search is
+    ``Informed``, it is told all their results before it is asked for its first candidate.
 
     Args:
         listed: the candidates of the earlier search, in the order of their numbers.
         inner: the new search; None: the listed candidates are all.
+        sequel: candidates that follow when the listed ones have results.
     """
 
-    def __init__(self, listed: Sequence[Candidate], inner: Search | None) -> None:
-        self._listed, self._inner = listed, inner
-        self._first = 1 + max((c.number for c in listed), default=-1)
+    def __init__(self, listed: Sequence[Candidate], inner: Search | None, sequel: Sequel = NO_SEQUEL) -> None:
+        self._listed, self._inner, self._sequel = tuple(listed), inner, sequel
+        self._next = 1 + max((c.number for c in listed), default=-1)
+        self._first = self._next + sequel.count
         self._asked = 0
         self._told: dict[int, Result] = {}
         self._informed = False
@@ -48,11 +66,12 @@ class ContinuedSearch:
     @property
     def total(self) -> int | None:
         more = 0 if self._inner is None else self._inner.total
-        return None if more is None else len(self._listed) + more
+        return None if more is None else len(self._listed) + self._sequel.count + more
 
     @property
     def done(self) -> bool:
-        return len(self._told) == len(self._listed) and (self._inner is None or self._inner.done)
+        told = len(self._told) == len(self._listed) + self._sequel.count
+        return told and (self._inner is None or self._inner.done)
 
     @property
     def ended(self) -> Reason | None:
@@ -64,11 +83,14 @@ class ContinuedSearch:
         return how_ended(self._inner)
 
     def ask(self, n: int) -> list[Candidate]:
+        if self._sequel.count and len(self._told) == len(self._listed):
+            self._listed += tuple(self._sequel.candidates(self._next, self._pairs()))
+            self._sequel = NO_SEQUEL
         if self._asked < len(self._listed):
             out = list(self._listed[self._asked : self._asked + n])
             self._asked += len(out)
             return out
-        if self._inner is None or len(self._told) < len(self._listed):
+        if self._inner is None or self._sequel.count or len(self._told) < len(self._listed):
             return []
         self._inform()
         return [self._outer(candidate) for candidate in self._inner.ask(n)]
@@ -82,8 +104,11 @@ class ContinuedSearch:
 
     def _inform(self) -> None:
         if isinstance(self._inner, Informed) and not self._informed:
-            self._inner.inform([(c, self._told[c.number]) for c in self._listed])
+            self._inner.inform(self._pairs())
         self._informed = True
+
+    def _pairs(self) -> list[tuple[Candidate, Result]]:
+        return [(c, self._told[c.number]) for c in self._listed]
 
     def _outer(self, candidate: Candidate) -> Candidate:
         return replace(candidate, number=candidate.number + self._first)
@@ -113,6 +138,7 @@ class ContinuedAhead(ContinuedSearch):
         return None if own is None else replace(own, number=own.number + self._first)
 
 
-def continued(listed: Sequence[Candidate], inner: Search | None) -> ContinuedSearch:
+def continued(listed: Sequence[Candidate], inner: Search | None, sequel: Sequel = NO_SEQUEL) -> ContinuedSearch:
     """The search that begins with the candidates of an earlier one."""
-    return ContinuedAhead(listed, inner) if isinstance(inner, Guessable) else ContinuedSearch(listed, inner)
+    kind = ContinuedAhead if isinstance(inner, Guessable) else ContinuedSearch
+    return kind(listed, inner, sequel)

@@ -42,6 +42,15 @@ class Division:
     suffixes: tuple[str, ...]
     parts: tuple[tuple[Place, Blend], ...]
 
+    def tensors(self, names: Iterable[str]) -> dict[str, dict[str, float]]:
+        """Of every place, by its suffix, the tensors that take its coefficients, each with its share of them."""
+        out: dict[str, dict[str, float]] = {suffix: {} for suffix in self.suffixes}
+        for name in names:
+            blends = [blend for place, blend in self.parts if place.covers(name, layer_of(name))]
+            for suffix, share in blends[-1] if blends else ():
+                out[suffix][name] = share
+        return out
+
     def unblended(self, values: Sequence[Any]) -> dict[str, Any] | None:
         """The value of one setting at every place, given that of every part; None where no places have these parts.
 

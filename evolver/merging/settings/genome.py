@@ -13,7 +13,7 @@ from evolver.merging.methods import Method, Range, Setting, Simplex
 from evolver.merging.settings.division import Blend, Division, Groups, division_of
 from evolver.merging.settings.placed import fixed_rules
 from evolver.records import Choice, Knob
-from evolver.records.recipe import Expert, Merge, Recipe, Rule, Statistic
+from evolver.records.recipe import Expert, Merge, Place, Recipe, Rule, Statistic
 
 # A weight on the simplex is drawn as e / Σ e with e = -log(u): uniform u then means uniform weights (Dirichlet(1)).
 # The ends are cut off so that no weight is exactly 0 or 1.
@@ -57,14 +57,10 @@ class Genome:
         """The inverse of ``decode`` up to rounding, as many points stand for the same weights; None for a model that
         the space does not hold.
         """
-        count = len(self.fixed)
         if not isinstance(recipe, Merge) or (recipe.method, recipe.inputs) != (self.method.name, self.experts):
             return None
-        tuned = recipe.rules[count:]
-        if recipe.rules[:count] != self.fixed or [r.place for r in tuned] != [p for p, _ in self.division.parts]:
-            return None
-        values = [dict(rule.values) for rule in tuned]
-        if any(v.keys() != set(self.tune) for v in values):
+        values = self._tuned_parts(recipe.rules)
+        if values is None or any(v.keys() != set(self.tune) for v in values):
             return None
         out: dict[str, Any] = {}
         for name in self.tune:
@@ -76,6 +72,42 @@ class Genome:
         out = {knob.name: out[knob.name] for knob in self.knobs}
         within = all(isinstance(k, Choice) or k.low <= out[k.name] <= k.high for k in self.knobs)
         return out if within else None
+
+    def _tuned_parts(self, rules: tuple[Rule, ...]) -> list[dict[str, Any]] | None:
+        """The tuned settings of every part of the model; None where rules are not made as those of ``decode``, and
+        do not say the same of the whole model either.
+        """
+        count, parts = len(self.fixed), [place for place, _ in self.division.parts]
+        if rules[:count] == self.fixed and [rule.place for rule in rules[count:]] == parts:
+            return [dict(rule.values) for rule in rules[count:]]
+        if any(rule.place != Place() for rule in (*rules, *self.fixed)):
+            return None
+        said, fixed = _joined(rules), _joined(self.fixed)
+        tuned = {name: said.pop(name) for name in self.tune if name in said}
+        return [tuned for _ in parts] if said == fixed else None
+
+    def encode_weights(
+        self, names: Sequence[str], weighing: Callable[[Mapping[str, float]], tuple[Sequence[float], float]]
+    ) -> dict[str, Any] | None:
+        """The point at which every place has the weights and the total mass that a function gives; None where weights
+        that sum to 1 are not tuned.
+
+        Args:
+            names: of the base's tensors.
+            weighing: is given the tensors that take a place's coefficients, with their shares of them.
+        """
+        simplices = [name for name in self.tune if isinstance(self.method.settings[name].search, Simplex)]
+        if not simplices:
+            return None
+        out = self.encode_equal(1.0)
+        masses = {knob.name: knob for knob in self.knobs if isinstance(knob, Knob) and knob.name.startswith("lambda")}
+        for suffix, shares in self.division.tensors(names).items():
+            weights, mass = weighing(shares)
+            for name in simplices:
+                out |= self._point(name, suffix, weights)
+            if knob := masses.get(f"lambda{suffix}"):
+                out[knob.name] = min(max(mass, knob.low), knob.high)
+        return out
 
     def encode_equal(self, mass: float) -> dict[str, Any]:
         """The point with equal weights, what is chosen at its default and, where it is tuned, the given total mass: a
@@ -146,6 +178,11 @@ class Genome:
             elif self.method.settings[name].search is not None:
                 out[name] = math.fsum(share * at[suffix][name] for suffix, share in blend)
         return out
+
+
+def _joined(rules: Sequence[Rule]) -> dict[str, Any]:
+    """The settings of rules for the whole model, of which the last one counts."""
+    return {name: value for rule in rules for name, value in rule.values}
 
 
 def _lattice(experts: int, parts: int) -> list[tuple[float, ...]]:

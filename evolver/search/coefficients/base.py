@@ -25,7 +25,7 @@ from pydantic import Field, field_validator
 from evolver.config.section import Section
 from evolver.errors import BadInput
 from evolver.records import Candidate, Choice, Knob, Result
-from evolver.search.base import Ordered, Setup, Space
+from evolver.search.base import Ordered, Setup, Space, SpaceMaker, SpaceType
 
 
 class CoefficientSettings(Section):
@@ -199,9 +199,9 @@ def stated(kind: Callable[..., Sampler], **settings: Any) -> Sampler:
         return kind(**settings)
 
 
-def space_of(setup: Setup, settings: CoefficientSettings) -> Space:
+def space_of(maker: SpaceMaker[SpaceType], settings: CoefficientSettings) -> SpaceType:
     """The search space that the settings describe."""
-    return setup.maker.space(
+    return maker.space(
         settings.method, settings.layer_groups, settings.tune, settings.settings, settings.tensor_classes,
         settings.knots,
     )  # fmt: skip

@@ -48,7 +48,7 @@ def build_cmaes(setup: Setup, settings: CMAESSettings) -> CMAES | Islands:
 
     Raises BadInput for settings that are no numbers.
     """
-    space = space_of(setup, settings)
+    space = space_of(setup.maker, settings)
     if not space.branches:
         return CMAES(setup, settings, space)
     return Islands(setup, {name: CMAES(setup, settings, branch) for name, branch in space.branches.items()})

@@ -43,7 +43,7 @@ class GP(Coefficients):
 
     def __init__(self, setup: Setup, settings: GPSettings) -> None:
         refuse_in_flight(setup, settings.in_flight)
-        space = space_of(setup, settings)
+        space = space_of(setup.maker, settings)
         if space.branches:
             raise BadInput(
                 "search.method: gp models one set of dimensions, and every method has its own; name one method, or "

@@ -42,7 +42,7 @@ class Grid(Independent):
     """
 
     def __init__(self, setup: Setup, settings: GridSettings) -> None:
-        space = space_of(setup, settings)
+        space = space_of(setup.maker, settings)
         branches = space.branches or {"": space}
         known = {knob.name.partition("@")[0].partition("[")[0] for b in branches.values() for knob in b.knobs}
         for name, levels in settings.levels_of.items():

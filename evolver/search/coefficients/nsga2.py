@@ -40,7 +40,7 @@ class FrontSearch(Coefficients):
         population: int,
     ) -> None:  # fmt: skip
         self.objectives, self.population = objectives_for(setup, name), population
-        super().__init__(setup, space_of(setup, settings), sampler, name, len(self.objectives))
+        super().__init__(setup, space_of(setup.maker, settings), sampler, name, len(self.objectives))
 
     def waits_for(self, k: int) -> int:
         return k - k % self.population

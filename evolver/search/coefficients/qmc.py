@@ -33,7 +33,7 @@ class QMC(Independent):
     """
 
     def __init__(self, setup: Setup, settings: QMCSettings) -> None:
-        space = space_of(setup, settings)
+        space = space_of(setup.maker, settings)
         branches = space.branches or {"": space}
         for branch in branches.values():
             if len(branch.knobs) > Sobol.MAXDIM:

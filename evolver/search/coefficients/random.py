@@ -28,7 +28,7 @@ class RandomSearch(Independent):
     """
 
     def __init__(self, setup: Setup, settings: RandomSettings) -> None:
-        super().__init__(setup, space_of(setup, settings), settings, "random")
+        super().__init__(setup, space_of(setup.maker, settings), settings, "random")
 
     def draw(self, k: int) -> optuna.trial.Trial:
         return self.draw_branch()

@@ -33,7 +33,7 @@ class TPE(Coefficients):
 
     def __init__(self, setup: Setup, settings: TPESettings) -> None:
         refuse_in_flight(setup, settings.in_flight)
-        space = space_of(setup, settings)
+        space = space_of(setup.maker, settings)
         sampler = stated(
             optuna.samplers.TPESampler,
             seed=setup.seed,

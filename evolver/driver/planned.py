@@ -1,0 +1,40 @@
+"""The merge that a configuration's search makes, as far as it is known before a run."""
+
+from __future__ import annotations
+
+from evolver.checkpoints.weights import Checkpoint
+from evolver.config.reading import load
+from evolver.driver.early import chosen_search, innermost
+from evolver.errors import BadInput
+from evolver.merging.settings.maker import RecipeMaker
+from evolver.records.recipe import Recipe
+from evolver.search.coefficients.base import CoefficientSettings, space_of
+from evolver.search.programs.layers import LayersSettings
+from evolver.workers.opened import open_models
+
+
+def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
+    """The merge that a configuration's search makes (with example numbers), the settings that it tunes, and the base.
+
+    Raises BadInput for a configuration that cannot be used, and for a search that uses no merge method.
+    """
+    config = load(file)
+    name, settings = innermost(*chosen_search(config, file), file)
+    if isinstance(settings, LayersSettings):
+        raise BadInput(
+            f"{file}: search: each candidate has a program of its own, so there are no settings to explain before the "
+            "run; explain the folder of the finished run."
+        )
+    opened = open_models(config)
+    maker = RecipeMaker(list(config.experts), opened.base.names())
+    if isinstance(settings, CoefficientSettings):
+        space = space_of(maker, settings)
+        return space.decode(space.encode_equal(1.0)), space.tune, opened.base
+    merger = getattr(settings, "merger", None)
+    if merger is None:
+        raise BadInput(
+            f"{file}: search: {name} has no merge method of its own, so there are no settings to explain before the "
+            "run; explain the folder of the finished run."
+        )
+    merge = maker.merger(merger, adapt=getattr(settings, "adapt", False))
+    return merge(maker.experts), tuple(merge.start), opened.base
