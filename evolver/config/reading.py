@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from evolver.config import Config
+from evolver.config.loader import Loader, valid_yaml
 from evolver.config.section import SectionType
 from evolver.config.sentences import sentence
 from evolver.errors import BadInput, cause_of, refuse_special
@@ -50,18 +49,6 @@ class ConfigText:
         if not isinstance(raw, dict):
             raise BadInput(f"{self.origin}: the configuration must be a mapping with the keys {', '.join(keys)}.")
         return raw
-
-
-@contextlib.contextmanager
-def valid_yaml(origin: str) -> Iterator[None]:
-    """While YAML is parsed: raises BadInput that names ``origin`` for what is no YAML, or is nested too deeply."""
-    try:
-        yield
-    except RecursionError:
-        raise BadInput(f"{origin}: its lists and mappings are nested too deeply; correct the file.") from None
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # a date of month 13 is a ValueError, {[]: 1} a TypeError
-        reason = " ".join(str(error).split())[:300]
-        raise BadInput(f"{origin}: the file is not valid YAML ({reason}); correct it there.") from error
 
 
 def config_at(path: str | Path) -> ConfigText:
@@ -103,18 +90,3 @@ def check_section(kind: type[SectionType], raw: Mapping[str, Any], file: str, pr
         # have one of several types, pydantic reports an error for each; the one deepest inside the value says most.
         first = min(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", -len(e["loc"])))
         raise BadInput(f"{file}: {sentence(kind, first, prefix)}") from None
-
-
-class Loader(yaml.SafeLoader):
-    """A YAML loader that refuses a mapping with the same key twice. PyYAML itself would silently keep the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value if not k.tag.endswith(":merge")]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.2 reads 1e-9 as a number; PyYAML wants a dot in it.
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+\Z"), list("-+0123456789"))

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field
 
+from evolver.config.loader import Loader, valid_yaml
 from evolver.config.model import TokenizerSettings
-from evolver.config.reading import Loader, check_section, config_at, valid_yaml
+from evolver.config.reading import check_section, config_at
 from evolver.config.section import Section
 from evolver.errors import BadInput, nearest
 from evolver.merging.mergekit.others import refuse_other_tools
