@@ -107,6 +107,8 @@ def validate(config: Annotated[Path, typer.Argument(help="the YAML file of a run
         for split, count in prepared.tasks.sizes[task.task].items():
             if isinstance(share := getattr(task, split), float):
                 typer.echo(f"{task.task}: {split} {share} is {count} items")
+    for value in prepared.template.free if prepared.template else ():
+        typer.echo(f"searched: {value.said}")
     for line in (*foresight(prepared, storage_at("results").folder(given.run)), *unseen):
         typer.echo(line)
     if given.model.compute == "auto" and given.evaluation.backend == "resident":
@@ -433,7 +435,12 @@ def explain(
     if explaining.is_model(config) and not prompts:
         typer.echo(explaining.names_table(config))
         return
-    typer.echo(explaining.prompts(config) if prompts else explaining.table(explaining.explain(config)))
+    if prompts:
+        typer.echo(explaining.prompts(config))
+        return
+    for line in explaining.searched(config):
+        typer.echo(line)
+    typer.echo(explaining.table(explaining.explain(config)))
 
 
 @app.command()

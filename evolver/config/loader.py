@@ -11,6 +11,11 @@ import yaml
 
 from evolver.errors import BadInput
 
+# A question mark and nothing else up to the end of the line, or of the value in a list or mapping in brackets.
+ALONE = re.compile(r"\?[ \t]*($|[\r\n\0,\]}]|[ \t]#)")
+# So many characters after a question mark are looked at.
+MARGIN = 80
+
 
 @contextlib.contextmanager
 def valid_yaml(origin: str) -> Iterator[None]:
@@ -25,7 +30,21 @@ def valid_yaml(origin: str) -> Iterator[None]:
 
 
 class Loader(yaml.SafeLoader):
-    """A YAML loader that refuses a mapping with the same key twice. PyYAML itself would silently keep the last one."""
+    """A YAML loader that refuses a mapping with the same key twice, where PyYAML would silently keep the last one.
+
+    A question mark that stands alone is a text, as in ``weight: ?``. In YAML it would begin a key of several lines,
+    which no file of ours has.
+    """
+
+    def fetch_key(self) -> None:
+        if not ALONE.match(self.prefix(MARGIN)):
+            super().fetch_key()  # type: ignore[no-untyped-call]  # PyYAML has no types for its scanner
+            return
+        self.save_possible_simple_key()
+        self.allow_simple_key = False
+        start = self.get_mark()
+        self.forward()
+        self.tokens.append(yaml.ScalarToken("?", True, start, self.get_mark()))
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(k, deep=True) for k, _ in node.value if not k.tag.endswith(":merge")]

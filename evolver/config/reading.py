@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,14 @@ from pydantic import ValidationError
 
 from evolver.config import Config
 from evolver.config.loader import Loader, valid_yaml
+from evolver.config.mergekit_evolve import Adopted, adopted, is_evolve_file
+from evolver.config.recipes import completed, parsed_recipe, recipe_of, with_content
 from evolver.config.section import SectionType
 from evolver.config.sentences import sentence
 from evolver.errors import BadInput, cause_of, refuse_special
+
+# The key by which a mergekit file is known.
+METHOD = "merge_method"
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,19 @@ class ConfigText:
 
         Raises BadInput for text that is not YAML, an unknown key (naming the nearest known one) or a wrong type.
         """
-        return check_section(Config, self.mapping(Config.model_fields), self.origin)
+        return config_of(self.mapping(Config.model_fields), self.origin)
+
+    def contained(self) -> ConfigText:
+        """The same configuration with the content of a mergekit file in the place of its path, so that a run does not
+        change with the file; of a file of mergekit-evolve, the configuration that it stands for.
+
+        Raises BadInput for text that is not YAML, and for a file that cannot be read.
+        """
+        raw = self.mapping(Config.model_fields)
+        if self._adopted is None and not isinstance(recipe_of(raw.get("search")), str):
+            return self
+        whole = {**raw, "search": with_content(raw["search"], self.origin)}
+        return replace(self, text=yaml.safe_dump(whole, sort_keys=False, allow_unicode=True))
 
     def mapping(self, keys: Iterable[str]) -> dict[str, Any]:
         """The top-level mapping of the text, unchecked.
@@ -44,11 +63,35 @@ class ConfigText:
 
         Raises BadInput for text that is not YAML or has no mapping at its top level.
         """
-        with valid_yaml(self.origin):
-            raw = yaml.load(self.text, Loader=Loader)
+        if self._adopted is not None:
+            return copy.deepcopy(self._adopted.raw)
+        raw = copy.deepcopy(self._raw)
         if not isinstance(raw, dict):
             raise BadInput(f"{self.origin}: the configuration must be a mapping with the keys {', '.join(keys)}.")
+        if METHOD in raw and "search" not in raw:
+            raise BadInput(
+                f"{self.origin}: this is a mergekit file, which says what is merged, but not on which tasks; merge it "
+                "with `evolver merge`, or write a configuration with the key search: {algorithm: cmaes, recipe: FILE}."
+            )
         return raw
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the configuration of another program says that is done in another way here."""
+        return () if self._adopted is None else self._adopted.notes
+
+    @cached_property
+    def _raw(self) -> Any:
+        with valid_yaml(self.origin):
+            return yaml.load(self.text, Loader=Loader)
+
+    @cached_property
+    def _adopted(self) -> Adopted | None:
+        """The configuration that a file of mergekit-evolve stands for."""
+        if not is_evolve_file(self._raw):
+            return None
+        ours = {k: v for k, v in self._raw.items() if k in Config.model_fields}
+        return adopted(parsed_recipe(self.text, self.origin), ours)
 
 
 def config_at(path: str | Path) -> ConfigText:
@@ -63,6 +106,14 @@ def config_at(path: str | Path) -> ConfigText:
         raise BadInput(
             f"{str(path)[:200]}: the configuration cannot be read ({cause_of(error)}); give the path of a YAML file."
         ) from error
+
+
+def config_of(raw: Mapping[str, Any], file: str) -> Config:
+    """A mapping as a checked configuration, with what follows from the mergekit file of its search.
+
+    Raises BadInput that names ``file``.
+    """
+    return check_section(Config, completed(raw, file), file)
 
 
 def load(path: str | Path) -> Config:

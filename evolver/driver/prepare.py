@@ -13,6 +13,7 @@ from evolver.checkpoints.weights import Checkpoint
 from evolver.config import Budget, Config
 from evolver.config.changes import FREE_KEYS, computing, default_at, keeping_base_chat, renamed, without_select
 from evolver.config.reading import ConfigText, load
+from evolver.config.recipes import recipe_of, with_content
 from evolver.driver.early import chosen_search, named_search
 from evolver.driver.objectives import objectives_of
 from evolver.driver.starts import starts_of
@@ -29,6 +30,7 @@ from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.loggers import check_loggers
 from evolver.merging.companions import Companions
 from evolver.merging.materialise import Materialiser
+from evolver.merging.mergekit import RecipeSpace
 from evolver.merging.settings.maker import RecipeMaker
 from evolver.records import SPLITS, Candidate, Split
 from evolver.records.objective import Objective
@@ -69,6 +71,8 @@ class Prepared:
     search: Search
     identity: Mapping[str, Any]
     warnings: tuple[str, ...]
+    # The search space of a mergekit file that leaves values free, where the search is in one.
+    template: RecipeSpace | None = None
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -125,7 +129,10 @@ def prepare(
         digests = opened.digests() if weights else None
         sampled = cache(lambda expert: _sampled(config, tasks, blueprint, expert))
         base, count = opened.base, partial(_count_layers, opened.base)
-        maker = RecipeMaker(list(config.experts), base.names(), digests, sampled, base.sizes(), count)
+        places = {"base": config.model.base, **config.experts}
+        maker = RecipeMaker(
+            list(config.experts), base.names(), digests, sampled, base.sizes(), count, places, config.seed
+        )  # fmt: skip
         if weights and config.model.strict:
             refuse_strangers(opened.base, opened.experts.values(), STRICT, weights=True)
         warnings = _doubts(config, opened, algorithm, estimates, weights)
@@ -138,14 +145,18 @@ def prepare(
         )  # fmt: skip
         starts = [] if origin else starts_of(config, maker.experts, maker.base, base.names())
         search = _search(config, setup, algorithm, settings, starts)
+        recipe = recipe_of(config.search)
+        template = None if recipe is None else maker.space_in(recipe)
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from error
     hashes = {s: items_hash(tasks, s) for s in SPLITS}
     plan = Plan(config, maker.digests, hashes, _stops(config, algorithm, settings))
     identity = _identity(config, settings.model_dump(), plan, bool(tasks.items.select))
     identity |= {"origin": dict(origin)} if origin else {}
-    warnings += tuple(getattr(search, "remarks", ()))
-    return Prepared(config, file, opened, tasks, plan, maker.base, maker.experts, estimates, search, identity, warnings)
+    warnings = (*given.notes, *warnings, *getattr(search, "remarks", ()))
+    return Prepared(
+        config, file, opened, tasks, plan, maker.base, maker.experts, estimates, search, identity, warnings, template
+    )  # fmt: skip
 
 
 def _doubts(
@@ -260,7 +271,11 @@ def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
             "run; explain the folder of the finished run."
         )
     opened = open_models(config)
-    maker = RecipeMaker(list(config.experts), opened.base.names())
+    places = {"base": config.model.base, **config.experts}
+    maker = RecipeMaker(list(config.experts), opened.base.names(), places=places)
+    if isinstance(settings, CoefficientSettings) and settings.recipe is not None:
+        written = maker.space_in(settings.recipe)
+        return written.decode(written.start), (), opened.base
     if isinstance(settings, CoefficientSettings):
         space = maker.space(
             settings.method, settings.layer_groups, settings.tune, settings.settings, settings.tensor_classes,
@@ -275,6 +290,18 @@ def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
         )
     merge = maker.merger(merger, adapt=getattr(settings, "adapt", False))
     return merge(maker.experts), tuple(merge.start), opened.base
+
+
+def planned_space(file: str) -> RecipeSpace | None:
+    """The search space of a configuration whose search is in a mergekit file; None for any other configuration.
+
+    Raises BadInput for a configuration that cannot be used.
+    """
+    config = load(file)
+    if (recipe := recipe_of(config.search)) is None:
+        return None
+    places = {"base": config.model.base, **config.experts}
+    return RecipeMaker(list(config.experts), open_models(config).base.names(), places=places).space_in(recipe)
 
 
 def _count_layers(base: Checkpoint, anew: bool) -> int:
@@ -433,7 +460,7 @@ def _identity(config: Config, search: Mapping[str, Any], plan: Plan, selects: bo
         selects: whether there are select items.
     """
     identity: dict[str, Any] = config.model_dump(mode="json", exclude=set(FREE_KEYS))
-    identity["search"] = dict(search)
+    identity["search"] = with_content(search, "the configuration")
     for key in ("constraints", "objectives"):  # runs without them are those from before there were any
         if not identity[key]:
             del identity[key]

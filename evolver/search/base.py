@@ -139,6 +139,14 @@ class Maker(Protocol):
         """
         ...
 
+    def space_in(self, recipe: Any) -> Space:
+        """The search space of a mergekit file that leaves values free.
+
+        Args:
+            recipe: its path, or its documents.
+        """
+        ...
+
     def merger(
         self, settings: Mapping[str, Any], members: int | None = None, adapt: Sequence[str] | bool = False
     ) -> Merger:

@@ -33,8 +33,7 @@ TOOLS = (
     OtherTool(
         ("genome", "tasks"),
         "mergekit-evolve, which searches for a merge",
-        "write the configuration of a run, with the models under experts and the tasks under evaluation.tasks, and "
-        "call evolver run",
+        "call evolver run with this file",
     ),
     OtherTool(
         ("layer_slices",),
