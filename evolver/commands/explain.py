@@ -74,7 +74,7 @@ def explain(path: str | Path) -> list[SettingRow]:
 
 
 def searched(path: str | Path) -> list[str]:
-    """A sentence for each value that a mergekit file leaves free, or the one in which a configuration searches.
+    """A line for each value that is left free in a mergekit file, or in the one that a configuration searches in.
 
     Raises BadInput, naming file and line, for what cannot be searched.
     """
@@ -85,7 +85,8 @@ def searched(path: str | Path) -> list[str]:
         free = space.free if space else ()
     else:
         free = mergekit.free_values(parsed_recipe(config_at(path).text, str(path)), last_part)
-    return [f"searched: {value.said}" for value in free]
+    begin = ["The settings below are those that the search begins with."] if free else []
+    return [f"searched: {value.said}" for value in free] + begin
 
 
 def is_model(path: str | Path) -> bool:

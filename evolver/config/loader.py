@@ -38,7 +38,7 @@ class Loader(yaml.SafeLoader):
 
     def fetch_key(self) -> None:
         if not ALONE.match(self.prefix(MARGIN)):
-            super().fetch_key()  # type: ignore[no-untyped-call]  # PyYAML has no types for its scanner
+            super().fetch_key()
             return
         self.save_possible_simple_key()
         self.allow_simple_key = False

@@ -261,10 +261,8 @@ class _Recipe:
 def _evaluation(file: EvolveFile) -> dict[str, Any]:
     sizes = SHARES if file.limit is None else {**SHARES, "dev": file.limit}
     tasks = [{"task": t.name, "metric": t.metric, "weight": t.weight, **sizes} for t in file.tasks]
-    out: dict[str, Any] = {
-        "tasks": tasks, "apply_chat_template": file.apply_chat_template,
-        "fewshot_as_multiturn": file.fewshot_as_multiturn,
-    }  # fmt: skip
+    out: dict[str, Any] = {"tasks": tasks, "apply_chat_template": file.apply_chat_template}
+    out |= {} if file.fewshot_as_multiturn else {"fewshot_as_multiturn": False}
     return out if file.num_fewshot is None else {**out, "num_fewshot": file.num_fewshot}
 
 

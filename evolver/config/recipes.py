@@ -74,12 +74,13 @@ def parsed_recipe(text: str, origin: str) -> RecipeText:
 
     Raises BadInput that names ``origin`` for what is not YAML or no mapping.
     """
-    documents, lines = [], dict[ValuePath, int]()
+    documents, lines = list[Any](), dict[ValuePath, int]()
     with valid_yaml(origin):
         loader = Loader(text)
         try:
             while loader.check_node():
                 node = loader.get_node()
+                assert node is not None  # there is one, as check_node says
                 lines |= _lines(node, (len(documents),), set())
                 documents.append(loader.construct_document(node))
         finally:

@@ -1,8 +1,8 @@
 """The values that a mergekit file leaves free: where they stand, and what a search may put there.
 
 In the place of a value stands ``{search: [LOW, HIGH]}``, with ``log: true`` for a log scale and ``start`` for the value
-that a search begins with; ``{choices: [...]}``; or ``?`` (or ``{search: default}``), which is the range or are the words
-that the method has of its own.
+that a search begins with; ``{choices: [...]}``; or ``?`` (or ``{search: default}``), which is the method's own range or
+the words that it knows.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def free_values(text: RecipeText, label: Callable[[str], str]) -> tuple[Free, ..
         if is_free(document.get(METHOD_KEY)):
             options = tuple(m.name for m in methods)
             found.append(Free((number, METHOD_KEY), METHOD_KEY, Choice(f"{prefix}{METHOD_KEY}", options), options[0]))
-        known = {(number, METHOD_KEY)}
+        known: set[ValuePath] = {(number, METHOD_KEY)}
         for block in _blocks(document, (number,), prefix, label, reference(document.get("base_model"))):
             for key, given in block.parameters.items():
                 path = (*block.path, key)
@@ -217,10 +217,9 @@ class _Place:
         return self._ranged(setting, spec)
 
     def _setting(self) -> Setting:
-        found = [
-            settings_of(m)[self.key] for m in self.methods if self.key in settings_of(m) and self.key not in HANDED
-        ]
-        if found:
+        known = [settings_of(m) for m in self.methods]
+        found = [settings[self.key] for settings in known if self.key in settings]
+        if found and self.key not in HANDED:
             return found[0]
         methods = " and ".join(m.name for m in self.methods) or "the method"
         if self.key in SILENT:
@@ -228,8 +227,8 @@ class _Place:
         elif any(self.key in METHODS[name].settings for name in METHODS):
             why = f"{methods} does not use it"
         else:
-            known = {key for m in self.methods for key in settings_of(m)}
-            raise BadInput(f"{self.where}: {methods} has no parameter {self.key!r}; {nearest(self.key, known)}")
+            keys = {key for settings in known for key in settings}
+            raise BadInput(f"{self.where}: {methods} has no parameter {self.key!r}; {nearest(self.key, keys)}")
         raise BadInput(f"{self.where}: {self.key} cannot be searched, because {why}; write a value, or leave it out.")
 
     def _chosen(self, setting: Setting, options: Any, spec: Mapping[str, Any]) -> Free:

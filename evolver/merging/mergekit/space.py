@@ -68,8 +68,8 @@ class RecipeSpace:
     @property
     def draws(self) -> bool:
         """Whether a method that it may use draws at random, so that the model depends on the seed."""
-        of = {d.get("merge_method") for d in self.text.documents if isinstance(d.get("merge_method"), str)}
-        of |= {o for f in self.free if f.key == METHOD_KEY and isinstance(f.knob, Choice) for o in f.knob.options}
+        of = {str(d[METHOD_KEY]) for d in self.text.documents if isinstance(d.get(METHOD_KEY), str)}
+        of |= {str(o) for f in self.free if f.key == METHOD_KEY and isinstance(f.knob, Choice) for o in f.knob.options}
         return any("seed" in METHODS[name].settings for name in of)
 
     def encode_equal(self, mass: float) -> dict[str, Any]:
@@ -228,11 +228,10 @@ def _trials(space: RecipeSpace) -> Iterator[dict[str, Any]]:
         for option in free.knob.options if isinstance(free.knob, Choice) else ():
             yield {**space.start, free.knob.name: option}
     around = {s.search.around for m in METHODS.values() for s in m.settings.values() if isinstance(s.search, Range)}
-    far = {f.knob.name: f.knob.high for f in space.free if isinstance(f.knob, Knob) and f.key not in around}
+    numbers = {f.knob.name: (f.key, f.knob) for f in space.free if isinstance(f.knob, Knob)}
+    far = {name: knob.high for name, (key, knob) in numbers.items() if key not in around}
     for end in ("low", "high"):
-        centres = {
-            f.knob.name: getattr(f.knob, end) for f in space.free if isinstance(f.knob, Knob) and f.key in around
-        }
+        centres = {name: getattr(knob, end) for name, (key, knob) in numbers.items() if key in around}
         yield {**space.start, **far, **centres}
 
 
