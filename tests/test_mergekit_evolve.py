@@ -226,7 +226,13 @@ def test_options_of_mergekit_evolve(tmp_path, models, tasks):
     )
     out = tmp_path / "config.yaml"
     ended = toys.evolver(
-        "evolve", toy_file(tmp_path, models, tasks), *options.split(), "--task-search-path", tasks, "--convert", out
+        "mergekit-evolve",
+        toy_file(tmp_path, models, tasks),
+        *options.split(),
+        "--task-search-path",
+        tasks,
+        "--convert",
+        out,
     )
     assert ended.code == 0, ended.err
     found = config_at(out).parsed()
@@ -237,7 +243,7 @@ def test_options_of_mergekit_evolve(tmp_path, models, tasks):
     assert found.evaluation.include_path == str(tasks)
     assert found.loggers == {"wandb": {"project": "mergekit-evolve", "entity": "us"}}
     assert "warning: " in ended.err
-    said = toys.evolver("evolve", tmp_path / "evolve.yml", "--trust-remote-code")
+    said = toys.evolver("mergekit-evolve", tmp_path / "evolve.yml", "--trust-remote-code")
     assert "--trust-remote-code: Evolver runs no code that comes with a model" in toys.refusal(said.code, said.err)
 
 

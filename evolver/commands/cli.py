@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 from cluster import options
-from evolver.commands import evolving, exporting, going_on, tables
+from evolver.commands import exporting, going_on, mergekit_evolve, tables
 from evolver.commands import mergekit_options as mk
 from evolver.errors import BadInput, file_sentence, takes_nothing
 from evolver.threads import let_threads_sleep
@@ -70,7 +70,7 @@ def resume(
     raise typer.Exit(drive(config, place or ".", name, retry_failed))
 
 
-app.command()(evolving.evolve)
+app.command()(mergekit_evolve.mergekit_evolve)
 app.command()(going_on.retarget)
 app.command()(going_on.fork)
 

@@ -21,7 +21,8 @@ from evolver.config.loader import Loader
 from evolver.config.mergekit_evolve import is_evolve_file
 from evolver.config.reading import config_at, load
 from evolver.config.recipes import parsed_recipe
-from evolver.driver.prepare import planned_merge, planned_space, prepare
+from evolver.driver.planned import planned_merge, planned_space
+from evolver.driver.prepare import prepare
 from evolver.errors import BadInput, cause_of, refuse_special
 from evolver.evaluation.blueprint import Blueprint
 from evolver.merging import mergekit, methods

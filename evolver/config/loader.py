@@ -12,7 +12,7 @@ import yaml
 from evolver.errors import BadInput
 
 # A question mark and nothing else up to the end of the line, or of the value in a list or mapping in brackets.
-ALONE = re.compile(r"\?[ \t]*($|[\r\n\0,\]}]|[ \t]#)")
+LONE_MARK = re.compile(r"\?[ \t]*($|[\r\n\0,\]}]|[ \t]#)")
 # So many characters after a question mark are looked at.
 MARGIN = 80
 
@@ -37,7 +37,7 @@ class Loader(yaml.SafeLoader):
     """
 
     def fetch_key(self) -> None:
-        if not ALONE.match(self.prefix(MARGIN)):
+        if not LONE_MARK.match(self.prefix(MARGIN)):
             super().fetch_key()
             return
         self.save_possible_simple_key()

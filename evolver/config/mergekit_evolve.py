@@ -16,11 +16,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from evolver.config.recipes import RecipeText, reference
+from evolver.config.recipes import RecipeText, local_path, reference
 from evolver.config.section import Section
 from evolver.config.sentences import sentence
 from evolver.errors import BadInput
-from evolver.storage.paths import expand, last_part
 
 # What tells these files from others, and the parameters that the genome has of each method.
 KNOWN_BY = ("genome", "tasks")
@@ -33,8 +32,8 @@ NEEDS_BASE = ("ties", "dare_ties", "task_arithmetic")
 # mergekit-evolve stops after so many evaluations unless it is told otherwise, and begins with this step.
 EVALUATIONS, STEP = 100, 1 / 6
 # Weights have no limits there. A range of the length 1 keeps the step what it is there, in the same unit.
-WEIGHTS, SIGNED = (0.0, 1.0), (-1.0, 1.0)
-DENSITIES = (0.05, 1.0)
+WEIGHT_RANGE, SIGNED_RANGE = (0.0, 1.0), (-1.0, 1.0)
+DENSITY_RANGE = (0.05, 1.0)
 # It takes all documents of a task, or the first ones. Here, some are kept for the choice of the winner and the report.
 SHARES = {"dev": 0.5, "report": 0.25}
 # The names that models give the number of their layers.
@@ -172,7 +171,7 @@ def _groups(text: RecipeText, genome: EvolveGenome) -> tuple[int, int]:
 def _depth(model: str) -> int | None:
     """The number of layers that a model's config.json names; None where it is not on this machine."""
     place = model.partition("+")[0]
-    file: Any = Path(expand(place)) / "config.json"
+    file: Any = local_path(place) / "config.json"
     if not file.exists():
         from huggingface_hub import try_to_load_from_cache  # slow, and most models are folders
 
@@ -251,7 +250,9 @@ class _Recipe:
 
     def _number(self, key: str, draw: random.Random) -> dict[str, Any]:
         genome, drawn = self.file.genome, draw.random()
-        low, high = DENSITIES if key == "density" else SIGNED if genome.allow_negative_weights else WEIGHTS
+        low, high = (
+            DENSITY_RANGE if key == "density" else SIGNED_RANGE if genome.allow_negative_weights else WEIGHT_RANGE
+        )
         low = 0.0 if key == "t" else low
         usual = {"weight": 1 / len(genome.models), "density": 1.0, "t": 0.5}[key]
         start = min(max(drawn if self.file.random_init else usual, low), high)
@@ -285,7 +286,7 @@ def _notes(text: RecipeText, file: EvolveFile) -> Iterator[str]:
         return
     ends = "-1 to 1" if genome.allow_negative_weights else "0 to 1"
     key = "allow_negative_weights" if genome.allow_negative_weights else "merge_method"
-    density = f", densities from {DENSITIES[0]:g} to 1" if "density" in PARAMETERS[genome.merge_method] else ""
+    density = f", densities from {DENSITY_RANGE[0]:g} to 1" if "density" in PARAMETERS[genome.merge_method] else ""
     yield (
         f"{text.at((0, 'genome', key))}: genome.{key}: weights are searched from {ends}{density}; in mergekit-evolve, "
         "weights have no limit"
@@ -294,5 +295,5 @@ def _notes(text: RecipeText, file: EvolveFile) -> Iterator[str]:
 
 def _name(origin: str) -> str:
     """A run's name, made of the name of the file."""
-    stem = last_part(origin).partition(".")[0]
+    stem = Path(origin).name.partition(".")[0]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip("._-") or "evolve"

@@ -21,7 +21,7 @@ from evolver.config.sentences import sentence
 from evolver.errors import BadInput, cause_of, refuse_special
 
 # The key by which a mergekit file is known.
-METHOD = "merge_method"
+MERGEKIT_KEY = "merge_method"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class ConfigText:
         raw = copy.deepcopy(self._raw)
         if not isinstance(raw, dict):
             raise BadInput(f"{self.origin}: the configuration must be a mapping with the keys {', '.join(keys)}.")
-        if METHOD in raw and "search" not in raw:
+        if MERGEKIT_KEY in raw and "search" not in raw:
             raise BadInput(
                 f"{self.origin}: this is a mergekit file, which says what is merged, but not on which tasks; merge it "
                 "with `evolver merge`, or write a configuration with the key search: {algorithm: cmaes, recipe: FILE}."

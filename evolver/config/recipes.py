@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,6 @@ import yaml
 
 from evolver.config.loader import Loader, valid_yaml
 from evolver.errors import BadInput, cause_of, refuse_special
-from evolver.storage.paths import expand, last_part
 
 # Where a value stands: the number of the document, and then keys and numbers.
 ValuePath = tuple[int | str, ...]
@@ -58,7 +58,7 @@ def recipe_text(given: Any, key: str) -> RecipeText:
     """
     if not isinstance(given, str):
         return _checked(given if isinstance(given, list) else [given], key, {})
-    path = Path(expand(given))
+    path = local_path(given)
     try:
         refuse_special(path)
         text = path.read_text()
@@ -67,6 +67,11 @@ def recipe_text(given: Any, key: str) -> RecipeText:
             f"{key}: {given[:200]} cannot be read ({cause_of(error)}); give the path of a mergekit file."
         ) from error
     return parsed_recipe(text, given)
+
+
+def local_path(given: str) -> Path:
+    """A path with ``~`` and environment variables filled in."""
+    return Path(os.path.expandvars(os.path.expanduser(given)))
 
 
 def parsed_recipe(text: str, origin: str) -> RecipeText:
@@ -125,7 +130,7 @@ def named(references: Sequence[str]) -> dict[str, str]:
     """Names for models, made of the last parts of their places, each once."""
     found: dict[str, str] = {}
     for place in references:
-        usual = re.sub(r"[^A-Za-z0-9._-]+", "-", last_part(place)).lstrip("._-") or "model"
+        usual = re.sub(r"[^A-Za-z0-9._-]+", "-", place.rstrip("/").rpartition("/")[2]).lstrip("._-") or "model"
         usual = f"{usual}-model" if usual in ("base", "average", "task_arithmetic", "winner") else usual
         tries = [usual, *(f"{usual}-{n}" for n in range(2, len(references) + 2))]
         found[next(name for name in tries if name not in found)] = place

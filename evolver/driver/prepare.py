@@ -12,9 +12,9 @@ from evolver.checkpoints.doubts import refuse_strangers, suspicions
 from evolver.checkpoints.weights import Checkpoint
 from evolver.config import Budget, Config
 from evolver.config.changes import FREE_KEYS, computing, default_at, keeping_base_chat, renamed, without_select
-from evolver.config.reading import ConfigText, load
+from evolver.config.reading import ConfigText
 from evolver.config.recipes import recipe_of, with_content
-from evolver.driver.early import chosen_search, named_search
+from evolver.driver.early import chosen_search
 from evolver.driver.objectives import objectives_of
 from evolver.driver.starts import starts_of
 from evolver.errors import BadInput
@@ -39,11 +39,9 @@ from evolver.runs.folder import RunFolder, compute_of, config_of_run, made_befor
 from evolver.runs.origin import taken_over
 from evolver.search import SEARCHES, Search
 from evolver.search.base import Setup
-from evolver.search.coefficients.base import CoefficientSettings
 from evolver.search.continued import continued
 from evolver.search.estimating import Estimating
 from evolver.search.halving import HalvingSettings
-from evolver.search.programs.layers import LayersSettings
 from evolver.storage import Storage
 from evolver.threads import too_many
 from evolver.workers.compute import is_open, settled
@@ -126,13 +124,7 @@ def prepare(
         _refuse_goals(config, estimates.scale)
         if config.evaluation.quantise:
             refuse_stacks({name: info.shape for name, info in opened.base.headers.items()})
-        digests = opened.digests() if weights else None
-        sampled = cache(lambda expert: _sampled(config, tasks, blueprint, expert))
-        base, count = opened.base, partial(_count_layers, opened.base)
-        places = {"base": config.model.base, **config.experts}
-        maker = RecipeMaker(
-            list(config.experts), base.names(), digests, sampled, base.sizes(), count, places, config.seed
-        )  # fmt: skip
+        base, maker = opened.base, _maker(config, opened, tasks, blueprint, weights)
         if weights and config.model.strict:
             refuse_strangers(opened.base, opened.experts.values(), STRICT, weights=True)
         warnings = _doubts(config, opened, algorithm, estimates, weights)
@@ -145,8 +137,7 @@ def prepare(
         )  # fmt: skip
         starts = [] if origin else starts_of(config, maker.experts, maker.base, base.names())
         search = _search(config, setup, algorithm, settings, starts)
-        recipe = recipe_of(config.search)
-        template = None if recipe is None else maker.space_in(recipe)
+        template = searched_file(config, maker)
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from error
     hashes = {s: items_hash(tasks, s) for s in SPLITS}
@@ -157,6 +148,27 @@ def prepare(
     return Prepared(
         config, file, opened, tasks, plan, maker.base, maker.experts, estimates, search, identity, warnings, template
     )  # fmt: skip
+
+
+def _maker(
+    config: Config, opened: Opened, tasks: Tasks, blueprint: ModelFolder | None, weights: bool
+) -> RecipeMaker:  # fmt: skip
+    base, sampled = opened.base, cache(lambda expert: _sampled(config, tasks, blueprint, expert))
+    return RecipeMaker(
+        list(config.experts), base.names(), opened.digests() if weights else None, sampled, base.sizes(),
+        partial(_count_layers, base), model_places(config), config.seed,
+    )  # fmt: skip
+
+
+def model_places(config: Config) -> dict[str, str]:
+    """Where base and experts are, by name."""
+    return {"base": config.model.base, **config.experts}
+
+
+def searched_file(config: Config, maker: RecipeMaker) -> RecipeSpace | None:
+    """The search space of the mergekit file in which a configuration searches, where it does."""
+    recipe = recipe_of(config.search)
+    return None if recipe is None else maker.space_in(recipe)
 
 
 def _doubts(
@@ -254,54 +266,6 @@ def defaults_of(prepared: Prepared) -> Callable[[str], Any]:
         return default_at(SEARCHES[str(own["algorithm"])].settings, rest)
 
     return default
-
-
-def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
-    """The merge that a configuration's search makes (with example numbers), the settings that it tunes, and the base.
-
-    Raises BadInput for a configuration that cannot be used, and for a search that uses no merge method.
-    """
-    config = load(file)
-    name, settings = chosen_search(config, file)
-    while (key := SEARCHES[name].inside) and not isinstance(settings, LayersSettings):
-        name, settings = named_search(getattr(settings, key), file, f"search.{key}.")
-    if isinstance(settings, LayersSettings):
-        raise BadInput(
-            f"{file}: search: each candidate has a program of its own, so there are no settings to explain before the "
-            "run; explain the folder of the finished run."
-        )
-    opened = open_models(config)
-    places = {"base": config.model.base, **config.experts}
-    maker = RecipeMaker(list(config.experts), opened.base.names(), places=places)
-    if isinstance(settings, CoefficientSettings) and settings.recipe is not None:
-        written = maker.space_in(settings.recipe)
-        return written.decode(written.start), (), opened.base
-    if isinstance(settings, CoefficientSettings):
-        space = maker.space(
-            settings.method, settings.layer_groups, settings.tune, settings.settings, settings.tensor_classes,
-            settings.knots,
-        )  # fmt: skip
-        return space.decode(space.encode_equal(1.0)), space.tune, opened.base
-    merger = getattr(settings, "merger", None)
-    if merger is None:
-        raise BadInput(
-            f"{file}: search: {name} has no merge method of its own, so there are no settings to explain before the "
-            "run; explain the folder of the finished run."
-        )
-    merge = maker.merger(merger, adapt=getattr(settings, "adapt", False))
-    return merge(maker.experts), tuple(merge.start), opened.base
-
-
-def planned_space(file: str) -> RecipeSpace | None:
-    """The search space of a configuration whose search is in a mergekit file; None for any other configuration.
-
-    Raises BadInput for a configuration that cannot be used.
-    """
-    config = load(file)
-    if (recipe := recipe_of(config.search)) is None:
-        return None
-    places = {"base": config.model.base, **config.experts}
-    return RecipeMaker(list(config.experts), open_models(config).base.names(), places=places).space_in(recipe)
 
 
 def _count_layers(base: Checkpoint, anew: bool) -> int:

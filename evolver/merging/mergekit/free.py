@@ -21,8 +21,8 @@ from evolver.records import Choice, Knob
 from evolver.storage.paths import last_part
 
 METHOD_KEY = "merge_method"
-ALONE, DEFAULT = "?", "default"
-KEYS = ("search", "choices", "log", "start")
+FREE_MARK, DEFAULT = "?", "default"
+SPEC_KEYS = ("search", "choices", "log", "start")
 CONDITION = ("filter", "value")
 # Handed in by Evolver itself: the seed of the run, and whether there is a base.
 HANDED = ("seed", "task_vectors")
@@ -58,7 +58,7 @@ class Free:
 
 def is_free(value: Any) -> bool:
     """Whether something stands in the place of a value that is to be searched."""
-    return value == ALONE or (isinstance(value, Mapping) and any(key in value for key in KEYS[:2]))
+    return value == FREE_MARK or (isinstance(value, Mapping) and any(key in value for key in SPEC_KEYS[:2]))
 
 
 def free_values(text: RecipeText, label: Callable[[str], str]) -> tuple[Free, ...]:
@@ -170,7 +170,7 @@ def _values(given: Any, path: ValuePath, name: str) -> Iterator[tuple[ValuePath,
             yield from _values(entry, (*path, number), f"{name}[{part}]")
     elif isinstance(given, Mapping) and any(key in given for key in CONDITION):
         yield from _values(given.get("value"), (*path, "value"), name)
-    elif given == ALONE or isinstance(given, Mapping):
+    elif given == FREE_MARK or isinstance(given, Mapping):
         yield path, name, given
 
 
@@ -203,10 +203,10 @@ class _Place:
 
     def free(self, given: Any) -> Free:
         """Raises BadInput for what cannot be searched here."""
-        spec = {"search": DEFAULT} if given == ALONE else dict(given)
+        spec = {"search": DEFAULT} if given == FREE_MARK else dict(given)
         for key in spec:
-            if key not in KEYS:
-                raise BadInput(f"{self.where}: unknown key {key!r}; {nearest(key, KEYS)}")
+            if key not in SPEC_KEYS:
+                raise BadInput(f"{self.where}: unknown key {key!r}; {nearest(key, SPEC_KEYS)}")
         if ("search" in spec) == ("choices" in spec):
             raise BadInput(f"{self.where}: write either {EXAMPLE} for a number, or {{choices: [...]}}.")
         setting = self._setting()

@@ -23,7 +23,7 @@ from evolver.storage.paths import expand, last_part
 from evolver.storage.references import parts_of
 
 # Numbers have so many digits, as a person would write them: so the written file makes the very model that was scored.
-DIGITS = 6
+ROUND_TO = 6
 # By multiples of this, weights are moved whose sum vanishes.
 NUDGE = 1e-6
 
@@ -244,7 +244,7 @@ def _along(knob: Knob | Choice, levels: int) -> Sequence[Any]:
 def _rounded(free: Free, value: Any) -> Any:
     if not isinstance(free.knob, Knob):
         return value
-    number = float(f"{min(max(value, free.knob.low), free.knob.high):.{DIGITS}g}")
+    number = float(f"{min(max(value, free.knob.low), free.knob.high):.{ROUND_TO}g}")
     number = min(max(number, free.knob.low), free.knob.high)
     return round(number) if free.whole else number
 

@@ -1,4 +1,4 @@
-"""The command ``evolver evolve``: a file of mergekit-evolve with the options of its command line."""
+"""The command ``evolver mergekit-evolve``: a search as a file of mergekit-evolve and its options say."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from cluster import options
 from evolver.commands import mergekit_options as mk
 from evolver.errors import BadInput
 
-IN_EVOLVE = "an option of mergekit-evolve"
-NoEffect = Annotated[bool, typer.Option(help=IN_EVOLVE, hidden=True)]
 # What mergekit-evolve calls a project where the user names none.
 PROJECT = "mergekit-evolve"
 
 
-def evolve(
+def mergekit_evolve(
     config: Annotated[Path, typer.Argument(help="a YAML file of mergekit-evolve")],
     storage_path: Annotated[str | None, typer.Option(help=options.RESULTS)] = None,
     max_fevals: Annotated[int | None, typer.Option(min=1, help="number of candidates; default: 100")] = None,
@@ -39,10 +37,10 @@ def evolve(
         Path | None, typer.Option(help="write the configuration to this new file instead of running it")
     ] = None,
     strategy: Annotated[
-        Literal["pool", "buffered", "serial"] | None, typer.Option("--strategy", "-s", help=IN_EVOLVE, hidden=True)
+        Literal["pool", "buffered", "serial"] | None, typer.Option("--strategy", "-s", help=mk.IN_MERGEKIT, hidden=True)
     ] = None,
-    in_memory: NoEffect = False, merge_cuda: NoEffect = True, reshard: NoEffect = True,
-    save_final_model: NoEffect = True, i_understand_the_depths_of_the_evils_i_am_unleashing: NoEffect = False,
+    in_memory: mk.NoEffect = False, merge_cuda: mk.NoEffect = True, reshard: mk.NoEffect = True,
+    save_final_model: mk.NoEffect = True, i_understand_the_depths_of_the_evils_i_am_unleashing: mk.NoEffect = False,
     trust_remote_code: mk.Refused = False, allow_crimes: mk.Refused = False,
 ) -> None:  # fmt: skip
     """Search as a file of mergekit-evolve says, by CMA-ES. All options of mergekit-evolve are taken.
