@@ -98,7 +98,7 @@ def _configuration(
     for note in found.notes:
         typer.echo(f"warning: {note}", err=True)
     own = found.raw["search"]
-    own |= search | ({} if step is None else {"sigma": own.get("sigma", STEP) * step / STEP})
+    own |= {**search} | ({} if step is None else {"sigma": own.get("sigma", STEP) * step / STEP})
     return found.raw
 
 

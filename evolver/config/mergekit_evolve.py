@@ -250,10 +250,8 @@ class _Recipe:
 
     def _number(self, key: str, draw: random.Random) -> dict[str, Any]:
         genome, drawn = self.file.genome, draw.random()
-        low, high = (
-            DENSITY_RANGE if key == "density" else SIGNED_RANGE if genome.allow_negative_weights else WEIGHT_RANGE
-        )
-        low = 0.0 if key == "t" else low
+        weights = SIGNED_RANGE if genome.allow_negative_weights else WEIGHT_RANGE
+        low, high = {"weight": weights, "density": DENSITY_RANGE, "t": (0.0, 1.0)}[key]
         usual = {"weight": 1 / len(genome.models), "density": 1.0, "t": 0.5}[key]
         start = min(max(drawn if self.file.random_init else usual, low), high)
         return {"search": [low, high], "start": float(f"{start:.6g}")}
