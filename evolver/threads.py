@@ -44,7 +44,8 @@ def single_thread() -> contextlib.AbstractContextManager[object]:
     The small matrices of a search are faster so, above all beside busy workers, and sums are rounded alike on machines
     with any number of cores.
     """
-    return _libraries().limit(limits=1)
+    limited: contextlib.AbstractContextManager[object] = _libraries().limit(limits=1)
+    return limited
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 from cluster import options
-from evolver.commands import exporting, going_on, tables
+from evolver.commands import exporting, going_on, mergekit_evolve, tables
 from evolver.commands import mergekit_options as mk
 from evolver.errors import BadInput, file_sentence, takes_nothing
 from evolver.threads import let_threads_sleep
@@ -70,6 +70,7 @@ def resume(
     raise typer.Exit(drive(config, place or ".", name, retry_failed))
 
 
+app.command()(mergekit_evolve.mergekit_evolve)
 app.command()(going_on.retarget)
 app.command()(going_on.fork)
 
@@ -107,6 +108,8 @@ def validate(config: Annotated[Path, typer.Argument(help="the YAML file of a run
         for split, count in prepared.tasks.sizes[task.task].items():
             if isinstance(share := getattr(task, split), float):
                 typer.echo(f"{task.task}: {split} {share} is {count} items")
+    for value in prepared.template.free if prepared.template else ():
+        typer.echo(f"searched: {value.said}")
     for line in (*foresight(prepared, storage_at("results").folder(given.run)), *unseen):
         typer.echo(line)
     if given.model.compute == "auto" and given.evaluation.backend == "resident":
@@ -433,7 +436,12 @@ def explain(
     if explaining.is_model(config) and not prompts:
         typer.echo(explaining.names_table(config))
         return
-    typer.echo(explaining.prompts(config) if prompts else explaining.table(explaining.explain(config)))
+    if prompts:
+        typer.echo(explaining.prompts(config))
+        return
+    for line in explaining.searched(config):
+        typer.echo(line)
+    typer.echo(explaining.table(explaining.explain(config)))
 
 
 @app.command()

@@ -17,8 +17,11 @@ import yaml
 from evolver.checkpoints.agreement import Agreement
 from evolver.checkpoints.sources import open_base
 from evolver.commands.merge import open_merge, without_weights_of
+from evolver.config.loader import Loader
+from evolver.config.mergekit_evolve import is_evolve_file
 from evolver.config.reading import config_at, load
-from evolver.driver.planned import planned_merge
+from evolver.config.recipes import parsed_recipe
+from evolver.driver.planned import planned_merge, planned_space
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput, cause_of, refuse_special
 from evolver.evaluation.blueprint import Blueprint
@@ -28,6 +31,7 @@ from evolver.report.mixture import mixture
 from evolver.runs.files import RECIPE_FILE, RUN_FILE, read_recipe
 from evolver.runs.folder import config_of_run
 from evolver.storage import storage_at
+from evolver.storage.paths import last_part
 from evolver.storage.references import parts_of
 from evolver.workers.opened import draw_up, open_named
 
@@ -64,10 +68,26 @@ def explain(path: str | Path) -> list[SettingRow]:
     if _is_run(place):
         recipe, tuned, base = planned_merge(str(place))
         return _rows(recipe, base.names(), tuned)
-    opened = open_merge(place)
+    opened = open_merge(place, start=True)
     names = opened.base.names()
     nodes = {r: Expert(r, r) for r in opened.sources}
     return _rows(opened.configuration.recipe(nodes, names), names, ())
+
+
+def searched(path: str | Path) -> list[str]:
+    """A line for each value that is left free in a mergekit file, or in the one that a configuration searches in.
+
+    Raises BadInput, naming file and line, for what cannot be searched.
+    """
+    if Path(path).is_dir():
+        return []
+    if _is_run(path):
+        space = planned_space(str(path))
+        free = space.free if space else ()
+    else:
+        free = mergekit.free_values(parsed_recipe(config_at(path).text, str(path)), last_part)
+    begin = ["The settings below are those that the search begins with."] if free else []
+    return [f"searched: {value.said}" for value in free] + begin
 
 
 def is_model(path: str | Path) -> bool:
@@ -140,10 +160,10 @@ def table(rows: Sequence[SettingRow]) -> str:
 def _is_run(path: str | Path) -> bool:
     try:
         refuse_special(path)
-        raw = yaml.safe_load(Path(path).read_text())
+        raw = yaml.load(Path(path).read_text(), Loader=Loader)
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
         return False  # a file of several documents, or one that the reader of mergekit files refuses with a message
-    return isinstance(raw, dict) and "search" in raw
+    return isinstance(raw, dict) and ("search" in raw or is_evolve_file(raw))
 
 
 def _rows(recipe: Recipe, base: Sequence[str], tuned: Collection[str]) -> list[SettingRow]:

@@ -72,12 +72,15 @@ class OpenedFile:
     left_out: tuple[str, ...] = ()
 
 
-def open_merge(path: str | Path) -> OpenedFile:
+def open_merge(path: str | Path, start: bool = False) -> OpenedFile:
     """Read a mergekit file and open its models. Of their weights, only headers are read.
+
+    Args:
+        start: whether the file may leave values free, which then are those that a search begins with.
 
     Raises BadInput, naming file and key, where the file is wrong or a model cannot be opened.
     """
-    configuration = mergekit.read(path)
+    configuration = mergekit.read(path, start)
     location = configuration.origin.partition("+")[0]
     base = open_base(location, f"{path}: base_model")
     names, same = Agreement(base, without_weights_of), configuration.tokenizer is None

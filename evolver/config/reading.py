@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,15 @@ import yaml
 from pydantic import ValidationError
 
 from evolver.config import Config
+from evolver.config.loader import Loader, valid_yaml
+from evolver.config.mergekit_evolve import Adopted, adopted, is_evolve_file
+from evolver.config.recipes import completed, parsed_recipe, recipe_of, with_content
 from evolver.config.section import SectionType
 from evolver.config.sentences import sentence
 from evolver.errors import BadInput, cause_of, refuse_special
+
+# The key by which a mergekit file is known.
+MERGEKIT_KEY = "merge_method"
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,19 @@ class ConfigText:
 
         Raises BadInput for text that is not YAML, an unknown key (naming the nearest known one) or a wrong type.
         """
-        return check_section(Config, self.mapping(Config.model_fields), self.origin)
+        return config_of(self.mapping(Config.model_fields), self.origin)
+
+    def contained(self) -> ConfigText:
+        """The same configuration with the content of a mergekit file in the place of its path, so that a run does not
+        change with the file; of a file of mergekit-evolve, the configuration that it stands for.
+
+        Raises BadInput for text that is not YAML, and for a file that cannot be read.
+        """
+        raw = self.mapping(Config.model_fields)
+        if self._adopted is None and not isinstance(recipe_of(raw.get("search")), str):
+            return self
+        whole = {**raw, "search": with_content(raw["search"], self.origin)}
+        return replace(self, text=yaml.safe_dump(whole, sort_keys=False, allow_unicode=True))
 
     def mapping(self, keys: Iterable[str]) -> dict[str, Any]:
         """The top-level mapping of the text, unchecked.
@@ -45,23 +63,35 @@ class ConfigText:
 
         Raises BadInput for text that is not YAML or has no mapping at its top level.
         """
-        with valid_yaml(self.origin):
-            raw = yaml.load(self.text, Loader=Loader)
+        if self._adopted is not None:
+            return copy.deepcopy(self._adopted.raw)
+        raw = copy.deepcopy(self._raw)
         if not isinstance(raw, dict):
             raise BadInput(f"{self.origin}: the configuration must be a mapping with the keys {', '.join(keys)}.")
+        if MERGEKIT_KEY in raw and "search" not in raw:
+            raise BadInput(
+                f"{self.origin}: this is a mergekit file, which says what is merged, but not on which tasks; merge it "
+                "with `evolver merge`, or write a configuration with the key search: {algorithm: cmaes, recipe: FILE}."
+            )
         return raw
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the configuration of another program says that is done in another way here."""
+        return () if self._adopted is None else self._adopted.notes
 
-@contextlib.contextmanager
-def valid_yaml(origin: str) -> Iterator[None]:
-    """While YAML is parsed: raises BadInput that names ``origin`` for what is no YAML, or is nested too deeply."""
-    try:
-        yield
-    except RecursionError:
-        raise BadInput(f"{origin}: its lists and mappings are nested too deeply; correct the file.") from None
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # a date of month 13 is a ValueError, {[]: 1} a TypeError
-        reason = " ".join(str(error).split())[:300]
-        raise BadInput(f"{origin}: the file is not valid YAML ({reason}); correct it there.") from error
+    @cached_property
+    def _raw(self) -> Any:
+        with valid_yaml(self.origin):
+            return yaml.load(self.text, Loader=Loader)
+
+    @cached_property
+    def _adopted(self) -> Adopted | None:
+        """The configuration that a file of mergekit-evolve stands for."""
+        if not is_evolve_file(self._raw):
+            return None
+        ours = {k: v for k, v in self._raw.items() if k in Config.model_fields}
+        return adopted(parsed_recipe(self.text, self.origin), ours)
 
 
 def config_at(path: str | Path) -> ConfigText:
@@ -76,6 +106,14 @@ def config_at(path: str | Path) -> ConfigText:
         raise BadInput(
             f"{str(path)[:200]}: the configuration cannot be read ({cause_of(error)}); give the path of a YAML file."
         ) from error
+
+
+def config_of(raw: Mapping[str, Any], file: str) -> Config:
+    """A mapping as a checked configuration, with what follows from the mergekit file of its search.
+
+    Raises BadInput that names ``file``.
+    """
+    return check_section(Config, completed(raw, file), file)
 
 
 def load(path: str | Path) -> Config:
@@ -103,18 +141,3 @@ def check_section(kind: type[SectionType], raw: Mapping[str, Any], file: str, pr
         # have one of several types, pydantic reports an error for each; the one deepest inside the value says most.
         first = min(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", -len(e["loc"])))
         raise BadInput(f"{file}: {sentence(kind, first, prefix)}") from None
-
-
-class Loader(yaml.SafeLoader):
-    """A YAML loader that refuses a mapping with the same key twice. PyYAML itself would silently keep the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value if not k.tag.endswith(":merge")]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.2 reads 1e-9 as a number; PyYAML wants a dot in it.
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+\Z"), list("-+0123456789"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ HUB_TASKS = {
     "causal-lm": "text-generation", "seq2seq": "text2text-generation", "classifier": "text-classification",
     "token-classifier": "token-classification", "image-classifier": "image-classification",
 }  # fmt: skip
-
-
+# The mergekit file in which a run has searched, with the values that were found.
+FOUND_FILE = "recipe.yaml"
 Licences = Mapping[str, str | None]
 
 
@@ -124,14 +125,45 @@ def _under(licence: str | None) -> str:
 
 def companion_files(prepared: Prepared, outcome: Outcome) -> dict[str, str]:
     """The card of the best model and, where mergekit can make it, mergekit's configuration."""
-    rebuild, files = _rebuilt(prepared, outcome.recommended.recipe)
+    rebuild, files = _made_again(prepared, outcome.recommended.recipe)
     return {"README.md": model_card(outcome, rebuild, _licences(prepared)), **files}
 
 
 def companion_files_of(prepared: Prepared, about: About, candidate: Candidate, result: Result) -> dict[str, str]:
     """The same of any candidate."""
-    rebuild, files = _rebuilt(prepared, candidate.recipe)
+    rebuild, files = _made_again(prepared, candidate.recipe)
     return {"README.md": candidate_card(about, candidate, result, rebuild, _licences(prepared)), **files}
+
+
+def _made_again(prepared: Prepared, recipe: Recipe) -> tuple[str, dict[str, str]]:
+    """How mergekit makes a model, in words, and the files that say how to make it: mergekit's configuration and, if the
+    search was in a file of the user's, this file with the values that were found.
+    """
+    rebuild, files = _rebuilt(prepared, recipe)
+    text = found_recipe(prepared, recipe)
+    if text is None:
+        return rebuild, files
+    said = f"`{FOUND_FILE}` is the file of the search with the values that were found."
+    if prepared.config.model.heads == "merged":
+        draws = f" --random-seed {prepared.config.seed}" if prepared.template and prepared.template.draws else ""
+        said += f" `evolver merge {FOUND_FILE} OUT{draws}` makes these weights, bit for bit."
+    return f"{rebuild} {said}", {**files, FOUND_FILE: text}
+
+
+def found_recipe(prepared: Prepared, recipe: Recipe) -> str | None:
+    """The file in which a run has searched, with the values that make a model at their places; None where the run has
+    no such file, or the model is none that it makes.
+    """
+    template, config = prepared.template, prepared.config
+    values = None if template is None else template.encode(recipe)
+    if template is None or values is None:
+        return None
+    extra: dict[str, Any] = {} if config.model.dtype == "auto" else {"dtype": config.model.dtype}
+    document = template.text.documents[-1]
+    if not {"tokenizer", "tokenizer_source"} & document.keys():
+        with contextlib.suppress(mergekit.Inexpressible):
+            extra |= yaml.safe_load(_words(prepared, "")) or {}
+    return template.written(values, {k: v for k, v in extra.items() if k != "dtype" or "out_dtype" not in document})
 
 
 def _rebuilt(prepared: Prepared, recipe: Recipe) -> tuple[str, dict[str, str]]:

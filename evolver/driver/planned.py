@@ -1,14 +1,17 @@
-"""The merge that a configuration's search makes, as far as it is known before a run."""
+"""What a configuration is going to make, as far as that is known before it runs."""
 
 from __future__ import annotations
 
 from evolver.checkpoints.weights import Checkpoint
 from evolver.config.reading import load
+from evolver.config.recipes import recipe_of
 from evolver.driver.early import chosen_search, innermost
+from evolver.driver.prepare import model_places, searched_file
 from evolver.errors import BadInput
+from evolver.merging.mergekit import RecipeSpace
 from evolver.merging.settings.maker import RecipeMaker
 from evolver.records.recipe import Recipe
-from evolver.search.coefficients.base import CoefficientSettings, space_of
+from evolver.search.coefficients.base import CoefficientSettings, space_of_method
 from evolver.search.programs.layers import LayersSettings
 from evolver.workers.opened import open_models
 
@@ -26,9 +29,12 @@ def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
             "run; explain the folder of the finished run."
         )
     opened = open_models(config)
-    maker = RecipeMaker(list(config.experts), opened.base.names())
+    maker = RecipeMaker(list(config.experts), opened.base.names(), places=model_places(config))
+    if isinstance(settings, CoefficientSettings) and settings.recipe is not None:
+        written = maker.space_in(settings.recipe)
+        return written.decode(written.start), (), opened.base
     if isinstance(settings, CoefficientSettings):
-        space = space_of(maker, settings)
+        space = space_of_method(maker, settings)
         return space.decode(space.encode_equal(1.0)), space.tune, opened.base
     merger = getattr(settings, "merger", None)
     if merger is None:
@@ -38,3 +44,15 @@ def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
         )
     merge = maker.merger(merger, adapt=getattr(settings, "adapt", False))
     return merge(maker.experts), tuple(merge.start), opened.base
+
+
+def planned_space(file: str) -> RecipeSpace | None:
+    """The search space of a configuration whose search is in a mergekit file; None for any other configuration.
+
+    Raises BadInput for a configuration that cannot be used.
+    """
+    config = load(file)
+    if recipe_of(config.search) is None:
+        return None
+    names = open_models(config).base.names()
+    return searched_file(config, RecipeMaker(list(config.experts), names, places=model_places(config)))

@@ -14,6 +14,7 @@ from evolver.checkpoints.weights import Checkpoint
 from evolver.config import Budget, Config
 from evolver.config.changes import FREE_KEYS, computing, default_at, keeping_base_chat, renamed, without_select
 from evolver.config.reading import ConfigText
+from evolver.config.recipes import recipe_of, with_content
 from evolver.driver.early import chosen_search, innermost
 from evolver.driver.objectives import objectives_of
 from evolver.driver.refusals import refuse_estimate, refuse_goals, refuse_racing, refuse_subset
@@ -30,6 +31,7 @@ from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.loggers import check_loggers
 from evolver.merging.companions import Companions
 from evolver.merging.materialise import Materialiser
+from evolver.merging.mergekit import RecipeSpace
 from evolver.merging.settings.alternatives import Alternatives
 from evolver.merging.settings.maker import RecipeMaker
 from evolver.records import SPLITS, Split
@@ -39,7 +41,7 @@ from evolver.runs.folder import RunFolder, compute_of, config_of_run, made_befor
 from evolver.runs.origin import taken_over
 from evolver.search import SEARCHES, Search
 from evolver.search.base import Setup
-from evolver.search.coefficients.base import CoefficientSettings, space_of
+from evolver.search.coefficients.base import CoefficientSettings, space_of_method
 from evolver.search.continued import continued
 from evolver.search.estimating import Estimating
 from evolver.search.halving import HalvingSettings
@@ -70,6 +72,8 @@ class Prepared:
     search: Search
     identity: Mapping[str, Any]
     warnings: tuple[str, ...]
+    # The search space of a mergekit file that leaves values free, where the search is in one.
+    template: RecipeSpace | None = None
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -124,10 +128,7 @@ def prepare(
         refuse_depth(config, opened.base.names())
         if config.evaluation.quantise:
             refuse_stacks({name: info.shape for name, info in opened.base.headers.items()})
-        digests = opened.digests() if weights else None
-        sampled = cache(lambda expert: _sampled(config, tasks, blueprint, expert))
-        base, count = opened.base, partial(_count_layers, opened.base)
-        maker = RecipeMaker(list(config.experts), base.names(), digests, sampled, base.sizes(), count)
+        maker = _maker(config, opened, tasks, blueprint, weights)
         if weights and config.model.strict:
             refuse_strangers(opened.base, opened.experts.values(), STRICT, weights=True)
         warnings = _doubts(config, opened, algorithm, estimates, weights)
@@ -140,14 +141,38 @@ def prepare(
         )  # fmt: skip
         starts = Starts() if origin else _starts(config, file, maker, opened, (algorithm, settings))
         search = _search(config, setup, algorithm, settings, starts)
+        template = searched_file(config, maker)
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from error
     hashes = {s: items_hash(tasks, s) for s in SPLITS}
     plan = Plan(config, maker.digests, hashes, _stops(config, algorithm, settings))
     identity = _identity(config, settings.model_dump(), plan, bool(tasks.items.select))
     identity |= {"origin": dict(origin)} if origin else {}
-    warnings += tuple(getattr(search, "remarks", ()))
-    return Prepared(config, file, opened, tasks, plan, maker.base, maker.experts, estimates, search, identity, warnings)
+    warnings = (*given.notes, *warnings, *getattr(search, "remarks", ()))
+    return Prepared(
+        config, file, opened, tasks, plan, maker.base, maker.experts, estimates, search, identity, warnings, template
+    )  # fmt: skip
+
+
+def _maker(
+    config: Config, opened: Opened, tasks: Tasks, blueprint: ModelFolder | None, weights: bool
+) -> RecipeMaker:  # fmt: skip
+    base, sampled = opened.base, cache(lambda expert: _sampled(config, tasks, blueprint, expert))
+    return RecipeMaker(
+        list(config.experts), base.names(), opened.digests() if weights else None, sampled, base.sizes(),
+        partial(_count_layers, base), model_places(config), config.seed,
+    )  # fmt: skip
+
+
+def model_places(config: Config) -> dict[str, str]:
+    """Where base and experts are, by name."""
+    return {"base": config.model.base, **config.experts}
+
+
+def searched_file(config: Config, maker: RecipeMaker) -> RecipeSpace | None:
+    """The search space of the mergekit file in which a configuration searches, where it does."""
+    recipe = recipe_of(config.search)
+    return None if recipe is None else maker.space_in(recipe)
 
 
 def _doubts(
@@ -265,7 +290,8 @@ def block_of(config: Config, file: str, split: Split, count: int) -> int:
 def _starts(config: Config, file: str, maker: RecipeMaker, opened: Opened, search: tuple[str, Any]) -> Starts:
     """The models that the search begins with; those that are guessed lie in its space, if it has one with weights."""
     _, settings = innermost(*search, file)
-    space = space_of(maker, settings) if isinstance(settings, CoefficientSettings) else None
+    by_method = isinstance(settings, CoefficientSettings) and settings.recipe is None
+    space = space_of_method(maker, settings) if by_method else None
     if isinstance(space, Alternatives):
         space = next(iter(space.branches.values()))
     grams = cache(partial(task_grams, opened.base, list(opened.experts.values())))
@@ -340,7 +366,7 @@ def _identity(config: Config, search: Mapping[str, Any], plan: Plan, selects: bo
         selects: whether there are select items.
     """
     identity: dict[str, Any] = config.model_dump(mode="json", exclude=set(FREE_KEYS))
-    identity["search"] = dict(search)
+    identity["search"] = with_content(search, "the configuration")
     for key in ("constraints", "objectives"):  # runs without them are those from before there were any
         if not identity[key]:
             del identity[key]

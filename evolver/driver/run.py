@@ -92,7 +92,7 @@ def run(
                 f"{folder.location}: an earlier run of this name had another configuration and scored nothing, so "
                 "this run replaces it"
             )
-        folder.create(given.text)
+        folder.create(given.contained().text)
         write_items(
             folder.storage, {s: [(i.task, i.index, i.hash) for i in prepared.tasks.items.of(s)] for s in SPLITS}
         )

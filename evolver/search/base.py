@@ -146,6 +146,14 @@ class Maker(SpaceMaker[Space], Protocol):
     models without layers, or with layers that cannot be put together anew.
     """
 
+    def space_in(self, recipe: Any) -> Space:
+        """The search space of a mergekit file that leaves values free.
+
+        Args:
+            recipe: its path, or its documents.
+        """
+        ...
+
     def merger(
         self, settings: Mapping[str, Any], members: int | None = None, adapt: Sequence[str] | bool = False
     ) -> Merger:

@@ -28,18 +28,17 @@ TOOLS = (
     OtherTool(
         ("experts", "base_model"),
         "mergekit-moe, which puts dense models side by side as the experts of a mixture",
-        "build the mixture with mergekit-moe, and give the folder that it writes",
+        "Evolver has no such command, so build the mixture with mergekit-moe, and give the folder that it writes",
     ),
     OtherTool(
         ("genome", "tasks"),
         "mergekit-evolve, which searches for a merge",
-        "write the configuration of a run, with the models under experts and the tasks under evaluation.tasks, and "
-        "call evolver run",
+        "call `evolver run` or `evolver mergekit-evolve` with this file",
     ),
     OtherTool(
         ("layer_slices",),
         "bakllama, which stacks layers of models",
-        "write the layers as slices with merge_method: passthrough",
+        "Evolver has no such command, so write the layers as slices with merge_method: passthrough",
     ),
 )
 
@@ -50,4 +49,4 @@ def refuse_other_tools(raw: Mapping[str, Any], file: str) -> None:
         return
     for tool in TOOLS:
         if all(key in raw for key in tool.keys):
-            raise BadInput(f"{file}: this is a file of {tool.what}; Evolver has no such command, so {tool.instead}.")
+            raise BadInput(f"{file}: this is a file of {tool.what}; {tool.instead}.")

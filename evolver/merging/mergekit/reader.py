@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, Field
 
 from evolver.config.model import TokenizerSettings
-from evolver.config.reading import Loader, check_section, config_at, valid_yaml
+from evolver.config.reading import check_section, config_at
+from evolver.config.recipes import RecipeText, parsed_recipe, reference
 from evolver.config.section import Section
 from evolver.errors import BadInput, nearest
+from evolver.merging.mergekit.free import at_start, refuse_free
 from evolver.merging.mergekit.others import refuse_other_tools
 from evolver.merging.mergekit.parameters import WEIGHTED, settings_of, unused, warnings_of
 from evolver.merging.methods import Method, get
@@ -258,17 +259,24 @@ class _Group:
     at: int
 
 
-def read(path: str | Path) -> Configuration:
+def read(path: str | Path, start: bool = False) -> Configuration:
     """Read a mergekit file; of several documents, the one without a name, else the last one, is the model.
+
+    Args:
+        start: whether the file may leave values free, which then are those that a search begins with.
 
     Raises BadInput for an unreadable file, an unknown key, method or parameter, with the nearest known one.
     """
-    file = str(path)
-    text = config_at(path).text
-    with valid_yaml(file):
-        documents = list(yaml.load_all(text, Loader=Loader))
-    if not documents or not all(isinstance(d, dict) for d in documents):
-        raise BadInput(f"{file}: the file is not a mapping; write one with merge_method and models.")
+    text = parsed_recipe(config_at(path).text, str(path))
+    if start:
+        return configuration_of(at_start(text))
+    refuse_free(text)
+    return configuration_of(text)
+
+
+def configuration_of(text: RecipeText) -> Configuration:
+    """The configuration in the documents of a file; see ``read``."""
+    documents, file = text.documents, text.origin
     if len(documents) == 1:
         return parse(documents[0], file)
     return _linked([parse(d, f"{file}: document {i}") for i, d in enumerate(documents, 1)], file)
@@ -369,17 +377,6 @@ def _linked(documents: Sequence[Configuration], file: str) -> Configuration:
 
     last = [*documents, *nameless][-1]
     return link(last, (last.raw.name,) if last.raw.name else ())
-
-
-def reference(model: Any) -> str:
-    """``path@revision+lora`` of a model, which may be written as a mapping."""
-    if isinstance(model, dict):
-        inner, lora = model.get("model", {}), model.get("lora")
-        text = (
-            "@".join(str(inner[k]) for k in ("path", "revision") if inner.get(k)) if isinstance(inner, dict) else inner
-        )
-        return f"{text}+{reference({'model': lora})}" if lora else str(text)
-    return str(model)
 
 
 def _cut(node: Recipe, span: Sequence[int], names: Sequence[str]) -> Recipe:

@@ -30,8 +30,8 @@ from evolver.checkpoints.weights import (
     token_axis,
 )
 from evolver.config.model import TokenizerSettings
+from evolver.config.recipes import reference
 from evolver.errors import BadInput, nearest
-from evolver.merging.mergekit.reader import reference
 from evolver.merging.methods.operators import halved
 
 Ids = Mapping[str, int]

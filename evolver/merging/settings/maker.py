@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from evolver.config.recipes import KEY, recipe_text
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.collectors import collector_named
 from evolver.merging import methods
+from evolver.merging.mergekit import RecipeSpace, recipe_space
 from evolver.merging.settings.adapted import adapted
 from evolver.merging.settings.alternatives import Alternatives
 from evolver.merging.settings.crossover import one_point
@@ -31,17 +33,20 @@ class RecipeMaker:
             none can be. Without it, a word stands for every hash.
         sizes: the number of scalars of every tensor; without it, all tensors count as equally large.
         counted: counts the layers, see ``depth``. Without it, the names say the number.
+        places: where base and experts are, by name; without it, their names stand for them.
+        seed: of merge methods in a mergekit file that draw at random.
     """
 
     def __init__(
         self, experts: Sequence[str], tensors: Sequence[str], digests: dict[str, str] | None = None,
         sampled: Callable[[str], str] = lambda _: "items", sizes: Mapping[str, int] | None = None,
-        counted: Callable[[bool], int] | None = None,
+        counted: Callable[[bool], int] | None = None, places: Mapping[str, str] | None = None, seed: int = 0,
     ) -> None:  # fmt: skip
         self.digests = digests or {n: n for n in ("base", *experts)}
         self.base = Expert("base", self.digests["base"])
         self.experts = tuple(Expert(n, self.digests[n]) for n in experts)
         self._names, self._sampled, self._counted = list(tensors), sampled, counted
+        self._places, self._seed = places or {n: n for n in self.digests}, seed
         self._sizes = dict.fromkeys(self._names, 1) if sizes is None else {n: sizes[n] for n in self._names}
 
     def space(
@@ -63,6 +68,11 @@ class RecipeMaker:
             fixed = {n: v for n, v in settings.items() if n in found.settings}
             branches[name] = self._space_of(name, groups, own, fixed, classes, knots)
         return branches[method[0]] if len(method) == 1 else Alternatives(branches)
+
+    def space_in(self, recipe: Any) -> RecipeSpace:
+        nodes = {self._places[node.name]: node for node in (self.base, *self.experts)}
+        base, key = self._places["base"], f"search.{KEY}"
+        return recipe_space(recipe_text(recipe, key), self._names, nodes, base, key, self._seed)
 
     def _space_of(
         self, method: str, groups: Groups, tune: Sequence[str] | None, settings: Mapping[str, Any], classes: bool,

@@ -22,10 +22,11 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.study import Study, StudyDirection
 from pydantic import Field, field_validator
 
+from evolver.config.recipes import KEY
 from evolver.config.section import Section
 from evolver.errors import BadInput
 from evolver.records import Candidate, Choice, Knob, Result
-from evolver.search.base import Ordered, Setup, Space, SpaceMaker, SpaceType
+from evolver.search.base import Maker, Ordered, Setup, Space, SpaceMaker, SpaceType
 
 
 class CoefficientSettings(Section):
@@ -63,6 +64,12 @@ class CoefficientSettings(Section):
         default_factory=dict,
         description="fixed settings of the method, each as one value, a list (a gradient over the layers), or a list "
         "of {filter, value}",
+    )
+
+    recipe: str | dict[str, Any] | list[dict[str, Any]] | None = Field(
+        None,
+        description="instead of all settings above: a mergekit file in which values are left free, as {search: [0, "
+        "1.5]} or ?; each of them is a dimension of the search. Its path, or the file itself as a mapping",
     )
 
     @field_validator("layer_groups", mode="before")
@@ -199,8 +206,23 @@ def stated(kind: Callable[..., Sampler], **settings: Any) -> Sampler:
         return kind(**settings)
 
 
-def space_of(maker: SpaceMaker[SpaceType], settings: CoefficientSettings) -> SpaceType:
-    """The search space that the settings describe."""
+def space_of(maker: Maker, settings: CoefficientSettings) -> Space:
+    """The search space that the settings describe.
+
+    Raises BadInput for settings that a mergekit file says itself.
+    """
+    if settings.recipe is None:
+        return space_of_method(maker, settings)
+    for key, field in CoefficientSettings.model_fields.items():
+        if key != KEY and getattr(settings, key) != field.get_default(call_default_factory=True):
+            raise BadInput(
+                f"search.{key}: what is searched stands in the file that search.{KEY} names; leave {key} out."
+            )
+    return maker.space_in(settings.recipe)
+
+
+def space_of_method(maker: SpaceMaker[SpaceType], settings: CoefficientSettings) -> SpaceType:
+    """The search space of a merge method, or of several, where no mergekit file describes one."""
     return maker.space(
         settings.method, settings.layer_groups, settings.tune, settings.settings, settings.tensor_classes,
         settings.knots,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import optuna
 from pydantic import Field
@@ -38,6 +38,16 @@ class CMAESSettings(CoefficientSettings):
     )
 
 
+@runtime_checkable
+class Started(Protocol):
+    """A search space that says where the search begins: there the first generation is drawn."""
+
+    @property
+    def start(self) -> Mapping[str, float]:
+        """A point of the space."""
+        ...
+
+
 @algorithm("cmaes", CMAESSettings)
 def build_cmaes(setup: Setup, settings: CMAESSettings) -> CMAES | Islands:
     """Covariance matrix adaptation evolution strategy (Hansen 2016, arXiv 1604.00772), by Optuna.
@@ -59,6 +69,11 @@ class CMAES(Coefficients):
 
     def __init__(self, setup: Setup, settings: CMAESSettings, space: Space) -> None:
         for knob in space.knobs:
+            if isinstance(knob, Choice) and settings.recipe is not None:
+                raise BadInput(
+                    f"search.recipe: cmaes can only tune numbers, and {knob.name} is a choice among words; write one "
+                    "of them in the file, or search with tpe or nsga2."
+                )
             if isinstance(knob, Choice):
                 raise BadInput(
                     f"search.tune: cmaes can only tune numbers, and {knob.name.partition('@')[0]} is a choice among "
@@ -67,7 +82,8 @@ class CMAES(Coefficients):
         dimensions = len(space.knobs)
         self.population, self.penalty = settings.population or default_population(dimensions), settings.penalty
         self.settings = settings
-        super().__init__(setup, space, self._sampler(setup.seed, None), "cmaes")
+        mean = dict(space.start) if isinstance(space, Started) else None
+        super().__init__(setup, space, self._sampler(setup.seed, mean), "cmaes")
 
     def _sampler(self, seed: int, mean: dict[str, Any] | None) -> optuna.samplers.CmaEsSampler:
         """Optuna's sampler, whose first generation lies around a point; None: around the middle of all ranges."""

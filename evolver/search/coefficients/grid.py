@@ -44,7 +44,9 @@ class Grid(Independent):
     def __init__(self, setup: Setup, settings: GridSettings) -> None:
         space = space_of(setup.maker, settings)
         branches = space.branches or {"": space}
-        known = {knob.name.partition("@")[0].partition("[")[0] for b in branches.values() for knob in b.knobs}
+        known = set[str]()
+        for branch in branches.values():
+            branch.axes(lambda setting: known.add(setting) or 1)  # type: ignore[func-returns-value]
         for name, levels in settings.levels_of.items():
             if name not in known:
                 raise BadInput(f"search.levels_of: nothing called {name!r} is tuned; {nearest(name, known)}")

@@ -119,6 +119,12 @@ class _ProgramMaker:
         merge = self.maker.space(method, groups, tune, settings, classes, knots)
         return replace(self.program, sources=replace(self.program.sources, merge=merge))
 
+    def space_in(self, recipe: Any) -> Space:
+        if MERGE not in self.program.sources.names:
+            return self.program
+        merge = self.maker.space_in(recipe)
+        return replace(self.program, sources=replace(self.program.sources, merge=merge))
+
     def merger(
         self, settings: Mapping[str, Any], members: int | None = None, adapt: Sequence[str] | bool = False
     ) -> Merger:
