@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from evolver.config import Config
+from evolver.config.presets import expanded, preset_lines
 from evolver.config.section import SectionType
 from evolver.config.sentences import sentence
 from evolver.errors import BadInput, cause_of, refuse_special
@@ -33,9 +34,14 @@ class ConfigText:
     def parsed(self) -> Config:
         """The checked configuration.
 
-        Raises BadInput for text that is not YAML, an unknown key (naming the nearest known one) or a wrong type.
+        Raises BadInput for text that is not YAML, an unknown key (naming the nearest known one), a wrong type or an
+        unknown preset.
         """
-        return check_section(Config, self.mapping(Config.model_fields), self.origin)
+        return check_config(self.mapping(Config.model_fields), self.origin)
+
+    def preset_lines(self) -> list[str]:
+        """What a preset has set in the configuration, for people to read; none where it names no preset."""
+        return preset_lines(self.mapping(Config.model_fields), self.origin)
 
     def mapping(self, keys: Iterable[str]) -> dict[str, Any]:
         """The top-level mapping of the text, unchecked.
@@ -84,6 +90,14 @@ def load(path: str | Path) -> Config:
     Raises BadInput for a file that cannot be read, an unknown key (naming the nearest known one) or a wrong type.
     """
     return config_at(path).parsed()
+
+
+def check_config(raw: Mapping[str, Any], file: str) -> Config:
+    """Check the mapping of a whole configuration, with what its preset sets, and return it as a typed section.
+
+    Raises BadInput as ``ConfigText.parsed`` does.
+    """
+    return check_section(Config, expanded(raw, file), file)
 
 
 def check_section(kind: type[SectionType], raw: Mapping[str, Any], file: str, prefix: str = "") -> SectionType:

@@ -117,15 +117,14 @@ def prepare(
         if device:
             tasks.check_model(blueprint)
         estimates = Estimates(tasks.scale("dev"), config.evaluation.block_items)
-        _refuse_racing(config, algorithm, estimates)
-        _refuse_subset(config, settings)
-        _refuse_goals(config, estimates.scale)
+        _refuse_unfit(config, algorithm, settings, estimates)
         if config.evaluation.quantise:
             refuse_stacks({name: info.shape for name, info in opened.base.headers.items()})
         digests = opened.digests() if weights else None
         sampled = cache(lambda expert: _sampled(config, tasks, blueprint, expert))
         base, count = opened.base, partial(_count_layers, opened.base)
         maker = RecipeMaker(list(config.experts), base.names(), digests, sampled, base.sizes(), count)
+        estimates.experts = tuple(expert.id for expert in maker.experts)
         if weights and config.model.strict:
             refuse_strangers(opened.base, opened.experts.values(), STRICT, weights=True)
         warnings = _doubts(config, opened, algorithm, estimates, weights)
@@ -141,7 +140,7 @@ def prepare(
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from error
     hashes = {s: items_hash(tasks, s) for s in SPLITS}
-    plan = Plan(config, maker.digests, hashes, _stops(config, algorithm, settings))
+    plan = Plan(config, maker.digests, hashes, _stops(config, algorithm))
     identity = _identity(config, settings.model_dump(), plan, bool(tasks.items.select))
     identity |= {"origin": dict(origin)} if origin else {}
     warnings += tuple(getattr(search, "remarks", ()))
@@ -289,7 +288,7 @@ def block_of(config: Config, file: str, split: Split, count: int) -> int:
 
     Raises BadInput for a search that is none.
     """
-    return Plan(config, {}, {}, _stops(config, *chosen_search(config, file))).block(split, count)
+    return Plan(config, {}, {}, _stops(config, chosen_search(config, file)[0])).block(split, count)
 
 
 def _search(config: Config, setup: Setup, algorithm: str, settings: Any, starts: Sequence[Candidate]) -> Search:
@@ -302,7 +301,7 @@ def _search(config: Config, setup: Setup, algorithm: str, settings: Any, starts:
     if estimate is None:
         search = SEARCHES[algorithm].build(setup, settings)
     else:
-        _refuse_estimate(config, settings)
+        _refuse_estimate(config, algorithm)
         inner = SEARCHES[algorithm].build(replace(setup, early_stopping=False), settings)
         search = Estimating(inner, setup, estimate, config.finalists.count)
     return continued(starts, search) if starts else search
@@ -323,10 +322,10 @@ def _after(budget: Budget, starts: Sequence[Candidate]) -> Budget:
     return budget.model_copy(update={"candidates": budget.candidates - len(starts)})
 
 
-def _refuse_estimate(config: Config, settings: Any) -> None:
+def _refuse_estimate(config: Config, algorithm: str) -> None:
     """Raises BadInput for what needs whole scores while the search goes on, where it sees estimates."""
     given = {
-        "search.algorithm: halving": isinstance(settings, HalvingSettings),
+        f"search.algorithm: {algorithm}": SEARCHES[algorithm].partial,
         "evaluation.racing": config.evaluation.racing is not None,
         "constraints": bool(config.constraints),
         "budget.minutes": config.budget.minutes is not None,
@@ -341,13 +340,13 @@ def _refuse_estimate(config: Config, settings: Any) -> None:
             )
 
 
-def _stops(config: Config, algorithm: str, settings: Any) -> bool:
+def _stops(config: Config, algorithm: str) -> bool:
     """Whether a search may have its answer before the last item.
 
     ``early_stopping`` is not asked: batches show in scores, so they are the same with it and without it, and with them
     the decisions.
     """
-    parts = isinstance(settings, HalvingSettings) or config.evaluation.estimate is not None
+    parts = SEARCHES[algorithm].partial or config.evaluation.estimate is not None
     return parts or SEARCHES[algorithm].incumbent
 
 
@@ -359,6 +358,13 @@ def _sampled(config: Config, tasks: Tasks, blueprint: ModelFolder | None, expert
     if isinstance(blueprint, Blueprint):
         refuse_experts(blueprint.module, "search")
     return sample_hash(config, tasks, expert)
+
+
+def _refuse_unfit(config: Config, algorithm: str, settings: Any, estimates: Estimates) -> None:
+    """Raises BadInput for keys that do not fit the search or the tasks."""
+    _refuse_racing(config, algorithm, estimates)
+    _refuse_subset(config, settings)
+    _refuse_goals(config, estimates.scale)
 
 
 def _refuse_racing(config: Config, algorithm: str, estimates: Estimates) -> None:
