@@ -560,7 +560,13 @@ def quadratic(candidate, _=False):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"algorithm": "tpe"}, {"algorithm": "tpe", "in_flight": 4}, {"algorithm": "cmaes"}]
+    "settings",
+    [
+        {"algorithm": "tpe"},
+        {"algorithm": "tpe", "in_flight": 4},
+        {"algorithm": "cmaes"},
+        {"algorithm": "genetic", "population": 10},
+    ],
 )
 def test_coefficient_searches_improve(settings):
     """The best of 60 is nearer to the optimum than the best of the first 10, and the last 20 are on average, too."""

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from evolver.config.section import Section
-from evolver.records import UNKNOWN, Candidate, Choice, Knob, Result, Standing
+from evolver.records import Candidate, Choice, Knob, Result, Standing
 from evolver.records.recipe import Expert, Merge, Recipe, Rule
 from evolver.search.base import Ordered, Setup, Space, algorithm
 from evolver.search.coefficients.cmaes import CMAES, CMAESSettings
@@ -104,14 +104,16 @@ class _Stage(CMAES):
         super().__init__(setup, typed, space)
         self.study.sampler = self._sampler(setup.seed, space.encode_equal(1.0))
         self.weight, self._size = settings.penalty, 0.0
-        self.best: tuple[Standing, float, EachNumber] | None = None
+        # the best candidate: its fitness, its point, and its result without the items
+        self.best: tuple[Standing, EachNumber, Result] | None = None
 
     def learn(self, candidate: Candidate, result: Result) -> None:
         at = self.space.numbers(self._trials[candidate.number].params)
         self._size = sum(map(abs, at)) / len(at)
-        fitness = (result.standing[0], (result.score or 0.0) - self.weight * self._size)
-        found = (UNKNOWN if result.score is None else fitness, -candidate.number, at)
-        self.best = max(found, self.best or found)
+        if result.score is not None:
+            fitness = (result.standing[0], result.score - self.weight * self._size)
+            if self.best is None or fitness > self.best[0]:
+                self.best = fitness, at, replace(result, items=(), probabilities=(), said=())
         super().learn(candidate, result)
 
     def values(self, result: Result) -> float | None:
@@ -153,32 +155,40 @@ class Signed(Ordered):
         return (said,)
 
     def waits_for(self, k: int) -> int:
+        if k < self.border:
+            return self._first.waits_for(k)
         # The stages have generations of the same size, and the second one begins with all results of the first.
-        done = 0 if k < self.border else self.border
-        return done + self._first.waits_for(k - done)
+        return self.border + max(0, self._first.waits_for(self._own(k)) - self._own(self.border))
 
     def propose(self, k: int) -> Candidate:
         if k < self.border:
             return replace(self._first.propose(k), proposer="signed/sparsity")
-        return replace(self._scaling.propose(k - self.border), number=k, proposer="signed/scaling")
+        return replace(self._scaling.propose(self._own(k)), number=k, proposer="signed/scaling")
 
     def learn(self, candidate: Candidate, result: Result) -> None:
         k = candidate.number
         if k < self.border:
             self._first.learn(candidate, result)
         else:
-            self._scaling.learn(replace(candidate, number=k - self.border), result)
+            self._scaling.learn(replace(candidate, number=self._own(k)), result)
+
+    def _own(self, k: int) -> int:
+        """What the second stage calls candidate ``k``. Its number 0, the start, has been scored by the first stage."""
+        return k - self.border + (self.border > 0)
 
     @property
     def _scaling(self) -> _Stage:
         """The second stage, which begins with the best α of the first."""
         if self._second is None:
             best, reach = self._first.best, self.settings.reach
-            self._kept = best[2] if best and best[0] != UNKNOWN else self._kept
+            self._kept = best[1] if best else self._kept
             start = min(1.0 / len(self.setup.experts), reach)
             self._second = self._stage(
                 "scaling", -reach, reach, start, lambda beta: self._merge(self._kept, beta), self.setup.seed + 1
             )
+            if self.border:
+                begun = self._second.propose(0)
+                self._second.learn(begun, best[2] if best else Result.failed(begun, "the whole first stage failed"))
         return self._second
 
     def _stage(
