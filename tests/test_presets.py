@@ -139,6 +139,15 @@ def test_what_cannot_be_meant_is_refused(make_config, tmp_path, search, said):
     assert done.err.count("\n") == 1
 
 
+def test_an_error_of_a_key_that_a_preset_has_set_says_so(make_config, tmp_path):
+    changes = PAIR | {"search": {"preset": "merge3"}, "evaluation.estimate": {"items": 8}}
+    said = "search.knots: a spline of 5 knots through 2 layers; write a number from 2 to 2"
+    file = make_config(tmp_path, changes)
+    assert toys.evolver("validate", str(file)).err == f"{file}: {said} (the preset merge3 sets search.knots).\n"
+    own = make_config(tmp_path, changes | {"search": {"preset": "merge3", "knots": 5}})
+    assert toys.evolver("validate", str(own)).err == f"{own}: {said}.\n"
+
+
 def test_validate_and_explain_say_what_was_set(make_config, tmp_path):
     changes = PAIR | {"search": {"preset": "merge3", "knots": 2}, "evaluation.estimate": {"items": 8}}
     file = make_config(tmp_path, changes)

@@ -1,4 +1,4 @@
-"""The searches that came with presets: worked examples, their formulas a second time, and what they gain over chance."""
+"""The searches that came with presets: worked examples, their formulas again, and what they gain over chance."""
 
 from __future__ import annotations
 

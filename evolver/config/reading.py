@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from evolver.config import Config
-from evolver.config.presets import expanded, preset_lines
+from evolver.config.presets import blamed, expanded, preset_lines
 from evolver.config.section import SectionType
 from evolver.config.sentences import sentence
 from evolver.errors import BadInput, cause_of, refuse_special
@@ -42,6 +42,10 @@ class ConfigText:
     def preset_lines(self) -> list[str]:
         """What a preset has set in the configuration, for people to read; none where it names no preset."""
         return preset_lines(self.mapping(Config.model_fields), self.origin)
+
+    def sentence(self, error: BadInput) -> str:
+        """An error of a key, with the file before it and, where the key is a preset's, a word on that behind it."""
+        return f"{self.origin}: {blamed(str(error), self.mapping(Config.model_fields), self.origin)}"
 
     def mapping(self, keys: Iterable[str]) -> dict[str, Any]:
         """The top-level mapping of the text, unchecked.

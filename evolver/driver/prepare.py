@@ -138,7 +138,7 @@ def prepare(
         starts = [] if origin else starts_of(config, maker.experts, maker.base, base.names())
         search = _search(config, setup, algorithm, settings, starts)
     except BadInput as error:
-        raise BadInput(f"{file}: {error}") from error
+        raise BadInput(given.sentence(error)) from error
     hashes = {s: items_hash(tasks, s) for s in SPLITS}
     plan = Plan(config, maker.digests, hashes, _stops(config, algorithm))
     identity = _identity(config, settings.model_dump(), plan, bool(tasks.items.select))

@@ -111,6 +111,14 @@ def preset_lines(raw: Mapping[str, Any], origin: str) -> list[str]:
     ]
 
 
+def blamed(error: str, raw: Mapping[str, Any], origin: str) -> str:
+    """An error that begins with a key of the configuration; if a preset has set this key, the sentence also says so."""
+    key = error.partition(":")[0]
+    if not error.endswith(".") or not any(line.startswith(f"  {key}:") for line in preset_lines(raw, origin)):
+        return error
+    return f"{error[:-1]} (the preset {raw['search'][KEY]} sets {key})."
+
+
 def written(value: Any) -> str:
     """A value as YAML writes it on one line."""
     return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
