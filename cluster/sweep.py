@@ -21,7 +21,7 @@ from pydantic import Field
 
 from cluster.connection import check_dashboard, no_answer
 from evolver.config import Config
-from evolver.config.reading import check_section, config_at, config_of
+from evolver.config.reading import check_config, check_section, config_at
 from evolver.config.section import NAME, Section
 from evolver.errors import BadInput, file_sentence
 from evolver.records.canonical import content_hash
@@ -82,7 +82,7 @@ def load_sweep(file: Path) -> Sweep:
         for key, value in values.items():
             _set(config, key, value, f"{file}: vary.{key}")
         config["run"] = f"{settings.sweep}-{content_hash(values)[:8]}"
-        config_of(config, f"{file} ({_said(values)})")
+        check_config(config, f"{file} ({_said(values)})")
         cells.append(Cell(config["run"], values, config))
     if len({c.name for c in cells}) < len(cells):
         raise BadInput(f"{file}: vary: a value is listed twice; list every value once.")

@@ -131,6 +131,21 @@ ORDERED = {
     "random 4": {"algorithm": "random", "in_flight": 4, "method": ["task_arithmetic", "ties"]},
     "qmc": {"algorithm": "qmc", "method": "ties", "tune": ["lambda", "sign", "weight"]},
     "qmc methods": {"algorithm": "qmc", "in_flight": 2, "method": ["task_arithmetic", "ties"]},
+    "genetic": {"algorithm": "genetic", "population": 5, "method": "ties", "tune": ["lambda", "density", "sign"]},
+    "genetic steps": {
+        "algorithm": "genetic",
+        "population": 5,
+        "steps": 10,
+        "method": "ties",
+        "tune": ["density"],
+        "tensor_classes": True,
+        "layer_groups": "per-layer",
+    },
+    "signed": {"algorithm": "signed", "population": 5, "sparsity": 8},
+    "signed scaling": {"algorithm": "signed", "population": 5, "sparsity": 0, "reach": 0.2},
+    "policy": {"algorithm": "policy", "population": 4, "rate": 1.0},
+    "policy swaps": {"algorithm": "policy", "population": 5, "edits": False, "merges": [], "ends": "b"},
+    "consistency": {"algorithm": "consistency", "step": 0.05, "target": "a", "source": "c"},
     "grid": {"algorithm": "grid", "levels": 3},
     "grid methods": {"algorithm": "grid", "levels_of": {"lambda": 5}, "method": ["task_arithmetic", "ties"]},
 }
@@ -146,6 +161,9 @@ CONFIGURATIONS = ORDERED | {
     "halving pso": HALVING | {"of": ORDERED["pso"]},
     "halving ga": HALVING | {"of": ORDERED["ga"], "batch": 5},
     "halving cycleqd": HALVING | {"of": ORDERED["cycleqd"]},
+    "halving genetic": HALVING | {"of": ORDERED["genetic"], "batch": 5},
+    "halving signed": HALVING | {"of": ORDERED["signed"]},
+    "halving policy": HALVING | {"of": ORDERED["policy"]},
     "halving map": HALVING | {"of": ORDERED["map"], "batch": 3},
     "halving evolver merger": HALVING | {"of": ORDERED["evolver generational merger evolver"]},
 }
@@ -293,7 +311,7 @@ def test_nobody_waits_for_a_slow_one(settings):
     assert without(every_search(settings, candidates=40), slow=5) < 10
 
 
-SEEDLESS = ("soup",)  # they draw nothing at random
+SEEDLESS = ("soup", "consistency")  # they draw nothing at random
 
 
 @EVERY
@@ -543,7 +561,13 @@ def quadratic(candidate, _=False):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"algorithm": "tpe"}, {"algorithm": "tpe", "in_flight": 4}, {"algorithm": "cmaes"}]
+    "settings",
+    [
+        {"algorithm": "tpe"},
+        {"algorithm": "tpe", "in_flight": 4},
+        {"algorithm": "cmaes"},
+        {"algorithm": "genetic", "population": 10},
+    ],
 )
 def test_coefficient_searches_improve(settings):
     """The best of 60 is nearer to the optimum than the best of the first 10, and the last 20 are on average, too."""

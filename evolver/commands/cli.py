@@ -94,6 +94,8 @@ def validate(config: Annotated[Path, typer.Argument(help="the YAML file of a run
     given = written.parsed()
     device = device_of(given, written.origin)
     prepared = prepare(written, weights=False, device=device)
+    for line in written.preset_lines():
+        typer.echo(line)
     seen, unseen = training_lines(prepared)
     for warning in (*unread_by_pool(given.pool), *prepared.warnings, *prepared.tasks.warnings, *seen):
         typer.echo(f"warning: {warning}", err=True)
@@ -303,18 +305,25 @@ def gate(
 
 
 @app.command()
-def searches(name: Annotated[str | None, typer.Argument(help="name of one search; default: all")] = None) -> None:
-    """List the searches and their settings."""
+def searches(
+    name: Annotated[str | None, typer.Argument(help="name of one search or preset; default: all")] = None,
+) -> None:
+    """List the searches and their settings, and the presets, which are published searches."""
     from evolver.commands.words import first_paragraph
+    from evolver.config.presets import presets
     from evolver.errors import nearest
     from evolver.search import SEARCHES
 
-    if name is not None and name not in SEARCHES:
-        raise BadInput(f"evolver searches: unknown search {name!r}; {nearest(name, SEARCHES)}")
+    known = {*SEARCHES, *presets()}
+    if name is not None and name not in known:
+        raise BadInput(f"evolver searches: unknown search {name!r}; {nearest(name, known)}")
     console = tables.console()
-    for algorithm in SEARCHES.values() if name is None else [SEARCHES[name]]:
+    for algorithm in (a for a in SEARCHES.values() if name in (None, a.name)):
         console.print(f"[bold]{algorithm.name}[/bold]  {first_paragraph(algorithm.build)}", highlight=False)
         console.print(tables.settings_table(algorithm))
+    if found := [preset for preset in presets().values() if name in (None, preset.name)]:
+        console.print("Presets, as in [bold]search: {preset: NAME}[/bold]; docs/presets.md says more.", highlight=False)
+        console.print(tables.presets_table(found))
 
 
 @app.command()
@@ -436,6 +445,8 @@ def explain(
     if explaining.is_model(config) and not prompts:
         typer.echo(explaining.names_table(config))
         return
+    for line in explaining.preset_set(config):
+        typer.echo(line, err=True)
     if prompts:
         typer.echo(explaining.prompts(config))
         return

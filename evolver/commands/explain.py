@@ -90,6 +90,14 @@ def searched(path: str | Path) -> list[str]:
     return [f"searched: {value.said}" for value in free] + begin
 
 
+def preset_set(path: str | Path) -> list[str]:
+    """What a preset has set in the configuration of a run, in lines for people; none for anything else.
+
+    Raises BadInput for an unknown preset.
+    """
+    return config_at(path).preset_lines() if _is_run(Path(path)) else []
+
+
 def is_model(path: str | Path) -> bool:
     """Whether a path is a model folder that does not say how the model was made."""
     place = Path(path)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:  # some of them bring torch, which the command line does not import before it needs it
     from evolver.commands.doctor import Finding
+    from evolver.config.presets import Preset
     from evolver.dashboard.status import Status
     from evolver.merging.methods import Method
     from evolver.search.base import Algorithm
@@ -47,6 +48,14 @@ def settings_table(algorithm: Algorithm) -> Table:
         if key != "algorithm":
             default = "" if field.is_required() else repr(field.get_default(call_default_factory=True))
             shown.add_row(key, default, field.description or "")
+    return shown
+
+
+def presets_table(found: Iterable[Preset]) -> Table:
+    """Published searches: which parts each of them stands for, and where it comes from."""
+    shown = Table("preset", "stands for", "paper")
+    for preset in found:
+        shown.add_row(preset.name, escape("\n".join(preset.lines)), escape(preset.paper))
     return shown
 
 

@@ -144,10 +144,12 @@ class EstimateSettings(Section):
         le=10**9,
         description="dev items that a candidate is scored on, rounded up to a multiple of evaluation.block_items",
     )
-    kind: Literal["mean", "difference"] = Field(
+    kind: Literal["mean", "difference", "p-irt", "gp-irt", "mp-irt"] = Field(
         "difference",
         description="mean: the score of these items. difference: an estimate of the score of all items without bias, "
-        "from the answers of the baselines to all items, corrected by the candidate's own answers",
+        "from the answers of the baselines to all items, corrected by the candidate's own answers. p-irt, gp-irt: "
+        "item-response estimates from the same answers, which have a bias. mp-irt: p-irt with a merge's ability "
+        "predicted from those of the experts (MERGE³)",
     )
 
 

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from evolver.config import Config
 from evolver.config.loader import Loader, valid_yaml
 from evolver.config.mergekit_evolve import Adopted, adopted, is_evolve_file
+from evolver.config.presets import blamed, expanded, preset_lines
 from evolver.config.recipes import completed, parsed_recipe, recipe_of, with_content
 from evolver.config.section import SectionType
 from evolver.config.sentences import sentence
@@ -39,9 +40,10 @@ class ConfigText:
     def parsed(self) -> Config:
         """The checked configuration.
 
-        Raises BadInput for text that is not YAML, an unknown key (naming the nearest known one) or a wrong type.
+        Raises BadInput for text that is not YAML, an unknown key (naming the nearest known one), a wrong type or an
+        unknown preset.
         """
-        return config_of(self.mapping(Config.model_fields), self.origin)
+        return check_config(self.mapping(Config.model_fields), self.origin)
 
     def contained(self) -> ConfigText:
         """The same configuration with the content of a mergekit file in the place of its path, so that a run does not
@@ -54,6 +56,14 @@ class ConfigText:
             return self
         whole = {**raw, "search": with_content(raw["search"], self.origin)}
         return replace(self, text=yaml.safe_dump(whole, sort_keys=False, allow_unicode=True))
+
+    def preset_lines(self) -> list[str]:
+        """What a preset has set in the configuration, for people to read; none where it names no preset."""
+        return preset_lines(self.mapping(Config.model_fields), self.origin)
+
+    def sentence(self, error: BadInput) -> str:
+        """An error of a key, with the file before it and, where the key is a preset's, a word on that behind it."""
+        return f"{self.origin}: {blamed(str(error), self.mapping(Config.model_fields), self.origin)}"
 
     def mapping(self, keys: Iterable[str]) -> dict[str, Any]:
         """The top-level mapping of the text, unchecked.
@@ -108,20 +118,21 @@ def config_at(path: str | Path) -> ConfigText:
         ) from error
 
 
-def config_of(raw: Mapping[str, Any], file: str) -> Config:
-    """A mapping as a checked configuration, with what follows from the mergekit file of its search.
-
-    Raises BadInput that names ``file``.
-    """
-    return check_section(Config, completed(raw, file), file)
-
-
 def load(path: str | Path) -> Config:
     """Read and check a configuration file.
 
     Raises BadInput for a file that cannot be read, an unknown key (naming the nearest known one) or a wrong type.
     """
     return config_at(path).parsed()
+
+
+def check_config(raw: Mapping[str, Any], file: str) -> Config:
+    """Check the mapping of a whole configuration, with what its preset sets and what follows from the mergekit file of
+    its search, and return it as a typed section.
+
+    Raises BadInput as ``ConfigText.parsed`` does.
+    """
+    return check_section(Config, completed(expanded(raw, file), file), file)
 
 
 def check_section(kind: type[SectionType], raw: Mapping[str, Any], file: str, prefix: str = "") -> SectionType:

@@ -138,7 +138,7 @@ def _with_budget(text: ConfigText, wish: Wish, taken: int) -> ConfigText:
     if wish.candidates is None and wish.kind == "retarget":
         mapping["budget"] = {"candidates": taken}
     elif (more := wish.candidates or budget.candidates) is not None:
-        mapping["budget"] = {**mapping["budget"], "candidates": taken + more}
+        mapping["budget"] = {**budget.limits, "candidates": taken + more}
     return replace(text, text=yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True))
 
 

@@ -44,7 +44,6 @@ from evolver.search.base import Setup
 from evolver.search.coefficients.base import CoefficientSettings, space_of_method
 from evolver.search.continued import continued
 from evolver.search.estimating import Estimating
-from evolver.search.halving import HalvingSettings
 from evolver.storage import Storage
 from evolver.threads import too_many
 from evolver.workers.compute import is_open, settled
@@ -129,6 +128,7 @@ def prepare(
         if config.evaluation.quantise:
             refuse_stacks({name: info.shape for name, info in opened.base.headers.items()})
         maker = _maker(config, opened, tasks, blueprint, weights)
+        estimates.experts = tuple(expert.id for expert in maker.experts)
         if weights and config.model.strict:
             refuse_strangers(opened.base, opened.experts.values(), STRICT, weights=True)
         warnings = _doubts(config, opened, algorithm, estimates, weights)
@@ -143,9 +143,9 @@ def prepare(
         search = _search(config, setup, algorithm, settings, starts)
         template = searched_file(config, maker)
     except BadInput as error:
-        raise BadInput(f"{file}: {error}") from error
+        raise BadInput(given.sentence(error)) from error
     hashes = {s: items_hash(tasks, s) for s in SPLITS}
-    plan = Plan(config, maker.digests, hashes, _stops(config, algorithm, settings))
+    plan = Plan(config, maker.digests, hashes, _stops(config, algorithm))
     identity = _identity(config, settings.model_dump(), plan, bool(tasks.items.select))
     identity |= {"origin": dict(origin)} if origin else {}
     warnings = (*given.notes, *warnings, *getattr(search, "remarks", ()))
@@ -284,7 +284,7 @@ def block_of(config: Config, file: str, split: Split, count: int) -> int:
 
     Raises BadInput for a search that is none.
     """
-    return Plan(config, {}, {}, _stops(config, *chosen_search(config, file))).block(split, count)
+    return Plan(config, {}, {}, _stops(config, chosen_search(config, file)[0])).block(split, count)
 
 
 def _starts(config: Config, file: str, maker: RecipeMaker, opened: Opened, search: tuple[str, Any]) -> Starts:
@@ -308,7 +308,7 @@ def _search(config: Config, setup: Setup, algorithm: str, settings: Any, starts:
     if estimate is None:
         search = SEARCHES[algorithm].build(setup, settings)
     else:
-        refuse_estimate(config, settings)
+        refuse_estimate(config, algorithm)
         inner = SEARCHES[algorithm].build(replace(setup, early_stopping=False), settings)
         search = Estimating(inner, setup, estimate, config.finalists.count)
     return continued(starts.listed, search, starts.sequel) if starts.count else search
@@ -329,13 +329,13 @@ def _after(budget: Budget, count: int) -> Budget:
     return budget.model_copy(update={"candidates": budget.candidates - count})
 
 
-def _stops(config: Config, algorithm: str, settings: Any) -> bool:
+def _stops(config: Config, algorithm: str) -> bool:
     """Whether a search may have its answer before the last item.
 
     ``early_stopping`` is not asked: batches show in scores, so they are the same with it and without it, and with them
     the decisions.
     """
-    parts = isinstance(settings, HalvingSettings) or config.evaluation.estimate is not None
+    parts = SEARCHES[algorithm].partial or config.evaluation.estimate is not None
     return parts or SEARCHES[algorithm].incumbent
 
 

@@ -12,10 +12,10 @@ from evolver.search import SEARCHES
 from evolver.search.halving import HalvingSettings
 
 
-def refuse_estimate(config: Config, settings: Any) -> None:
+def refuse_estimate(config: Config, algorithm: str) -> None:
     """Raises BadInput for what needs whole scores while the search goes on, where it sees estimates."""
     given = {
-        "search.algorithm: halving": isinstance(settings, HalvingSettings),
+        f"search.algorithm: {algorithm}": SEARCHES[algorithm].partial,
         "evaluation.racing": config.evaluation.racing is not None,
         "constraints": bool(config.constraints),
         "budget.minutes": config.budget.minutes is not None,

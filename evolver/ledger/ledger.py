@@ -113,7 +113,11 @@ class Ledger:
         return None if orphan is None else replace(orphan, number=candidate.number)
 
     def with_known_items(self, candidate: Candidate) -> Candidate:
-        """The candidate with the longest first part of its items, in their order, that is known of its recipe."""
+        """The candidate with the longest first part of its items, in their order, that is known of its recipe; with
+        none where it asks for words.
+        """
+        if candidate.question.words:
+            return candidate
         found = self._by_recipe.get((candidate.recipe.id, candidate.split), [])
         order = candidate.question.order
         same = [reordered(r.items, order) if r.complete else r.items for r in found if r.complete or r.order == order]

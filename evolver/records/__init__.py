@@ -78,6 +78,8 @@ class Question:
         piece: score only the items from the first number to before the second.
         order: the name of the order in which its items are scored (see ``evolver.records.order``). The known items and
             the piece are in this order, the rival's in the run's own.
+        words: whether the result is to hold the answers in words, for a search that compares what models say. Items
+            whose scores are known are then scored again.
     """
 
     bar: float | None = None
@@ -86,6 +88,7 @@ class Question:
     known: tuple[ItemAnswer, ...] = ()
     piece: tuple[int, int] | None = None
     order: str = OWN
+    words: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,8 +145,8 @@ class Result:
         given: the number of first items that were known before.
         rank: the number of results of the same stage that the ledger held before this one.
         order: the name of the order in which the items were scored.
-        said: the answers to the new items in words, shortened, if they are report items and the kind of evaluation puts
-            its answers into words; otherwise empty.
+        said: the answers to the new items in words, shortened, if they are report items or the candidate asks for
+            them, each an empty text where the kind of evaluation has no words; otherwise empty.
         probabilities: how probable the model finds the right answer to each new item, NaN where that is not known, in
             the order in which they were scored; empty where it is known of none.
         violations: by how much it breaks each of the run's constraints, by the number of the constraint; what is not
@@ -192,13 +195,15 @@ class Result:
         """Whether this result is enough for a candidate with the same recipe, so that nothing has to be scored.
 
         It is if it failed by its own fault or is complete, if its bound is not above the candidate's bar, or if it has
-        as many items as the candidate asks for.
+        as many items as the candidate asks for; and if it has the words that the candidate asks for.
         """
+        asked = candidate.question
         if self.status == "failed":
             return not self.transient
+        if asked.words and not self.said:
+            return False
         if self.complete:
             return True
-        asked = candidate.question
         if asked.bar is not None and self.bound is not None and self.bound <= asked.bar:
             return True
         return asked.limit is not None and len(self.items) >= asked.limit and self.order == asked.order

@@ -275,6 +275,8 @@ class Algorithm:
         inside: the key of the settings that holds the algorithm and the settings of another search; empty: there is
             none.
         several: whether it has several objectives, whether or not the configuration names any.
+        partial: whether it asks for the scores of a part of the items itself, so that it cannot stand inside of another
+            search and needs no estimates.
     """
 
     name: str
@@ -283,6 +285,7 @@ class Algorithm:
     incumbent: bool = False
     inside: str = ""
     several: bool = False
+    partial: bool = False
 
 
 SEARCHES: dict[str, Algorithm] = {}
@@ -290,12 +293,13 @@ SettingsType = TypeVar("SettingsType", bound=Section)
 
 
 def algorithm(
-    name: str, settings: type[SettingsType], incumbent: bool = False, inside: str = "", several: bool = False
-) -> Callable[[Any], Any]:
+    name: str, settings: type[SettingsType], incumbent: bool = False, inside: str = "", several: bool = False,
+    partial: bool = False,
+) -> Callable[[Any], Any]:  # fmt: skip
     """Register a search under ``name``. The decorated class or function is called as ``search(setup, settings)``."""
 
     def register(build: Any) -> Any:
-        SEARCHES[name] = Algorithm(name, settings, build, incumbent, inside, several)
+        SEARCHES[name] = Algorithm(name, settings, build, incumbent, inside, several, partial)
         return build
 
     return register

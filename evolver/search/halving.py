@@ -53,15 +53,16 @@ class HalvingSettings(Section):
         description="candidates that are compared with one another; evolver and cmaes propose at most a generation at "
         "a time",
     )
-    estimate: Literal["mean", "difference", "p-irt", "gp-irt"] = Field(
+    estimate: Literal["mean", "difference", "p-irt", "gp-irt", "mp-irt"] = Field(
         "mean",
         description="how the score of all items is estimated from the first of them. mean: their mean. difference: "
         "without bias, from the answers of other models to all items, corrected by the first answers. p-irt, gp-irt: "
-        "item-response estimates from the same answers, which have a bias",
+        "item-response estimates from the same answers, which have a bias. mp-irt: p-irt with a merge's ability "
+        "predicted from those of the experts",
     )
 
 
-@algorithm("halving", HalvingSettings, inside="of")
+@algorithm("halving", HalvingSettings, inside="of", partial=True)
 class Halving:
     """Successive halving (Jamieson & Talwalkar 2016; Li et al. 2018) of the candidates of another search.
 
@@ -243,7 +244,7 @@ def asked_part(result: Result, limit: int | None, order: str) -> Result:
 def _inner(setup: Setup, settings: HalvingSettings) -> Search:
     """Build the inner search. It proposes in batches, without early stopping, as every rung is scored to its end."""
     name = settings.of.get("algorithm")
-    known = [n for n in SEARCHES if n != settings.algorithm]
+    known = [n for n, found in SEARCHES.items() if not found.partial]
     if name not in known:
         raise BadInput(f"search.of.algorithm: {name!r} cannot be the inner search of halving; {nearest(name, known)}")
     found = SEARCHES[name]

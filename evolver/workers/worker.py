@@ -306,7 +306,7 @@ class Worker:
             scored = scorer.score_at(set(order[start:stop]))
             items += [scored.answers[place] for place in order[start:stop]]
             probabilities += scored.probabilities_at(order[start:stop])
-            if candidate.split == "report":  # nobody reads the answers of a whole search
+            if candidate.split == "report" or candidate.question.words:  # nobody reads those of a whole search
                 said += scored.words
             counts = {name: counts[name] + value for name, value in scored.counts.items()}
             if piece is None and course.ended(items):

@@ -26,10 +26,14 @@ class Estimates:
     Args:
         scale: how the dev items make up the score.
         block: how many items are scored at a time.
+
+    Attributes:
+        experts: the recipe ids of the experts, from whose abilities ``mp-irt`` predicts that of a merge.
     """
 
     def __init__(self, scale: Scale, block: int) -> None:
         self.scale, self.block = scale, block
+        self.experts: tuple[str, ...] = ()
         self._complete: dict[str, Result] = {}
 
     @property
@@ -57,7 +61,7 @@ class Estimates:
         """Add a model that has answered all items. Other results are ignored."""
         if result.complete and result.recipe_id not in self._complete:
             self._complete[result.recipe_id] = result
-            for fitted in ("_known", "_item_model", "_predictor"):
+            for fitted in ("_known", "_item_model", "_predictor", "_abilities"):
                 self.__dict__.pop(fitted, None)
 
     def known(self, recipe_id: str) -> Result | None:
@@ -69,8 +73,9 @@ class Estimates:
 
         Args:
             kind: ``mean`` is the score over the items that were answered, and over their tasks only. For ``difference``
-                see ``evolver.evaluation.scores.difference``, and for ``p-irt`` and ``gp-irt``
-                ``evolver.evaluation.scores.irt``; as long as no model has answered all items, they give the mean.
+                see ``evolver.evaluation.scores.difference``, and for ``p-irt``, ``gp-irt`` and ``mp-irt``
+                ``evolver.evaluation.scores.irt``; as long as no model has answered all items, they give the mean, and
+                as long as no expert has, ``mp-irt`` is ``p-irt``.
             items: the answers to the first items.
             order: the name of the order.
         """
@@ -84,7 +89,9 @@ class Estimates:
             )
             return round(float(found.value[0]), DIGITS)
         model = self._item_model.reordered(item_order(order, self.items))
-        return round(model.estimate(answers, self.scale.reordered(order), cast(EstimateKind, kind)), DIGITS)
+        wanted = "p-irt" if kind == "mp-irt" and not self._abilities else kind
+        scale = self.scale.reordered(order)
+        return round(model.estimate(answers, scale, cast(EstimateKind, wanted), self._abilities), DIGITS)
 
     @cached_property
     def _known(self) -> list[Sequence[float]]:
@@ -97,6 +104,12 @@ class Estimates:
     @cached_property
     def _item_model(self) -> ItemModel:
         return fit_items(self._known, self.items)
+
+    @cached_property
+    def _abilities(self) -> list[float]:
+        """Those of the experts that have answered all items."""
+        whole = [cast(Sequence[float], self._complete[i].items) for i in self.experts if i in self._complete]
+        return [self._item_model.ability(answers) for answers in whole]
 
     @cached_property
     def _predictor(self) -> Predictor:

@@ -19,6 +19,8 @@ from typing import Any, Literal, TypeVar
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import BaseSampler
+from optuna.samplers.nsgaii import BaseCrossover, BaseMutation
 from optuna.study import Study, StudyDirection
 from pydantic import Field, field_validator
 
@@ -99,7 +101,7 @@ class Coefficients(Ordered):
     """
 
     def __init__(
-        self, setup: Setup, space: Space, sampler: optuna.samplers.BaseSampler, name: str, objectives: int = 1,
+        self, setup: Setup, space: Space, sampler: BaseSampler, name: str, objectives: int = 1,
         limit: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__(setup, limit)
@@ -193,12 +195,13 @@ class Coefficients(Ordered):
         return True
 
 
-Sampler = TypeVar("Sampler", bound=optuna.samplers.BaseSampler)
+Sampling = TypeVar("Sampling", bound=BaseSampler | BaseMutation | BaseCrossover)
 
 
-def stated(kind: Callable[..., Sampler], **settings: Any) -> Sampler:
-    """One of Optuna's samplers with these settings, without the warnings that one of them is experimental, or will go
-    with Optuna 6. They are stated because Optuna's defaults have changed from release to release.
+def stated(kind: Callable[..., Sampling], **settings: Any) -> Sampling:
+    """One of Optuna's samplers, or a part of one, with these settings, without the warnings that one of them is
+    experimental, or will go with Optuna 6. They are stated because Optuna's defaults have changed from release to
+    release.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)

@@ -151,7 +151,7 @@ def _search(setup: Setup, name: str, section: Mapping[str, Any], key: str, size:
     A search that can propose ``size`` candidates on the same results does so.
     """
     algorithm = section.get("algorithm") if isinstance(section, Mapping) else None
-    single = [n for n in SEARCHES if n not in ("halving", "portfolio", "islands")]
+    single = [n for n, found in SEARCHES.items() if not found.partial and n not in ("portfolio", "islands")]
     if algorithm not in single:
         raise BadInput(
             f"{key}.algorithm: {algorithm!r} cannot be one of several searches; {nearest(algorithm, single)}"
