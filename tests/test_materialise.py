@@ -13,13 +13,12 @@ from evolver.checkpoints.weights import Checkpoint
 from evolver.merging import crossing, methods
 from evolver.merging.engine import pieces
 from evolver.merging.materialise import Materialiser
+from evolver.records.node import NODES, Node
 from evolver.records.recipe import (
-    NODES,
     Cross,
     Expert,
     Layers,
     Merge,
-    Node,
     Place,
     Rule,
     ancestors,
