@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from evolver.records.canonical import canonical_json
 from evolver.records.node import NODES, Node, finite_number
+from evolver.records.noise import Noise
 
 Value = bool | int | float | str | tuple[float, ...]
 # Finds the number of the layer in a tensor's name.
@@ -341,7 +342,7 @@ class Layers(Node):
 
 
 # Every kind of node. Statistics stand inside of recipes only.
-Recipe = Expert | Merge | Cross | Layers | Statistic
+Recipe = Expert | Merge | Cross | Noise | Layers | Statistic
 
 
 def ancestors(recipe: Recipe) -> Iterator[Recipe]:
