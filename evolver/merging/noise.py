@@ -91,7 +91,7 @@ class _Drawn:
         self.rank, self.distribution = rank, distribution
 
     def add(self, total: Tensor, factor: Tensor, start: int) -> None:
-        """Add factor · ε to ``total``, (rows, columns), which begins at scalar ``start``; of factors without 1/√rank."""
+        """Add factor · ε, of a low rank factor · A Bᵀ, to ``total``, (rows, columns), from scalar ``start`` on."""
         if not self.rank:
             total.add_(self._numbers(0, start, total.shape).mul_(factor))
             return
@@ -110,7 +110,7 @@ class _Drawn:
 
 @cache
 def _quantiles(device: torch.device) -> Tensor:
-    """Draw u as a normal number: the quantile at (u + 1/2) / 65536; float32 (65536), symmetric, from −4.33 to 4.33."""
+    """Draw u as a normal number: the quantile at (u + 1/2) / 65536; float32 (65536), symmetric, up to 4.32."""
     normal, half = NormalDist(), random.LEVELS // 2
     lower = torch.tensor([round(normal.inv_cdf((u + 0.5) / random.LEVELS), QUANTILE_DECIMALS) for u in range(half)])
     return torch.cat([lower, -lower.flip(0)]).to(device)

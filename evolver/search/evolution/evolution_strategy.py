@@ -80,7 +80,7 @@ class EvolutionStrategySettings(Section):
 
 @algorithm("evolution_strategy", EvolutionStrategySettings)
 class EvolutionStrategy(Ordered):
-    """An evolution strategy with seeded noise (ES at scale, arXiv 2509.24372; EGGROLL, 2511.16652), from the best merge.
+    """An evolution strategy with seeded noise (ES at scale, arXiv 2509.24372; EGGROLL, 2511.16652), from a merge.
 
     It starts from the best of the models under ``start``, or from the average of the experts (MERGEvolve, 2606.28373).
     Unlike ``evolver`` and ``shade`` it recombines nothing: it adds noise in all weights, so it leaves whatever space
