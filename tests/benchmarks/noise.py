@@ -94,10 +94,11 @@ def _cells(summary: dict[str, Any], folder: Path) -> list[str]:
 
 
 def _dev_scores(folder: Path) -> tuple[list[float], list[float]]:
-    """The dev scores of the models with noise, and of the means, the earliest first."""
+    """The dev scores of the models with noise, and of the means, the earliest first; the first is the start."""
     pairs = read_history(storage_at(str(folder))).stages["search"]
     of = [(c.proposer, r.score) for c, r in pairs if r.score is not None]
-    return [s for w, s in of if w == SEARCH], [s for w, s in of if w == f"{SEARCH}/mean"]
+    start = max(s for w, s in of if w == "start")
+    return [s for w, s in of if w == SEARCH], [start, *(s for w, s in of if w == f"{SEARCH}/mean")]
 
 
 HEAD = """\

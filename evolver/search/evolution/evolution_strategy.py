@@ -102,57 +102,64 @@ class EvolutionStrategy(Ordered):
         self.settings, self.size = settings, settings.population
         self.rate = STEP * settings.sigma if settings.learning_rate is None else settings.learning_rate
         self.start: Recipe = setup.maker.merger({"method": "simple"})(setup.experts)
-        self.terms: dict[int, float] = {}  # the mean: coefficients by seed, the earliest first
-        self._results: dict[int, Result] = {}  # of the generation, by place in it
+        # Where the strategy stands, and the coefficients by seed that it has gone from the start, the earliest first.
+        self.mean, self.terms = self.start, dict[int, float]()
+        # The generation: its number, its first candidate, the first around the mean, and their results by place.
+        self._generation, self._first, self._around = 0, 0, 1
+        self._results: dict[int, Result] = {}
 
     def inform(self, pairs: Sequence[tuple[Candidate, Result]]) -> None:
         """See ``Informed``: the search starts from the best model so far, the earliest of equals."""
         whole = [(c, r) for c, r in pairs if r.complete and r.score is not None]
         if whole:
-            self.start = max(whole, key=lambda pair: (pair[1].standing, -pair[0].number))[0].recipe
-
-    @property
-    def mean(self) -> Recipe:
-        """The model that the strategy stands at."""
-        return self._noise(self.start, self.terms) if self.terms else self.start
+            self.start = self.mean = max(whole, key=lambda pair: (pair[1].standing, -pair[0].number))[0].recipe
+            self._around = 0  # it has its score
 
     def waits_for(self, k: int) -> int:
-        return k - k % (1 + self.size)
+        end = self._around + self.size
+        return self._first if k < end else end
 
     def propose(self, k: int) -> Candidate:
-        generation, place = divmod(k, 1 + self.size)
-        if place == 0:
-            if generation:
-                self._step(generation - 1)
+        if k == self._around + self.size:
+            self._next_generation(k)
+        if k < self._around:
             return Candidate(k, self.mean, "evolution_strategy/mean", (self.start.id,))
-        pair, second = divmod(place - 1, 2)
+        pair, second = divmod(k - self._around, 2)
         coefficient = -self.settings.sigma if second else self.settings.sigma
-        mean = self.mean
-        recipe = self._noise(mean, {self._seed(generation, pair): coefficient})
-        return Candidate(k, recipe, "evolution_strategy", (mean.id,))
+        recipe = self._noise(self.mean, {self._seed(pair): coefficient})
+        return Candidate(k, recipe, "evolution_strategy", (self.mean.id,))
 
     def learn(self, candidate: Candidate, result: Result) -> None:
-        place = candidate.number % (1 + self.size)
-        if place:
-            self._results[place - 1] = result
+        if candidate.number >= self._around:
+            self._results[candidate.number - self._around] = result
 
-    def _step(self, generation: int) -> None:
-        """Move the mean by what a whole generation says."""
-        fitness = fitness_of([self._results[place] for place in range(self.size)])
-        kept = [p for p in range(self.size // 2) if fitness[2 * p] is not None and fitness[2 * p + 1] is not None]
-        shaped = UTILITIES[self.settings.utilities](
-            [f for p in kept for f in fitness[2 * p : 2 * p + 2] if f is not None]
-        )
-        self.terms = {seed: (1 - self.settings.decay) * c for seed, c in self.terms.items()}
-        for place, pair in enumerate(kept):
-            change = self.rate / self.size * (shaped[2 * place] - shaped[2 * place + 1])
-            seed = self._seed(generation, pair)
-            self.terms[seed] = self.terms.get(seed, 0.0) + change
-        self.terms = {s: c for s, c in ((s, round(c, COEFFICIENT_DECIMALS)) for s, c in self.terms.items()) if c}
-        self._results = {}
+    def _next_generation(self, k: int) -> None:
+        """Move the mean, and begin with it, unless it stays where it is and is scored already."""
+        terms = self._moved()
+        moved = terms != self.terms
+        self.terms, self._results = terms, {}
+        self.mean = self._noise(self.start, terms) if terms else self.start
+        self._generation, self._first, self._around = self._generation + 1, k, k + moved
 
-    def _seed(self, generation: int, pair: int) -> int:
-        return random.Random(f"{self.setup.seed}:evolution_strategy:{generation}:{pair}").getrandbits(SEED_BITS)
+    def _moved(self) -> dict[int, float]:
+        """The terms of the mean after what a whole generation says."""
+        pairs = self._pairs()
+        shaped = UTILITIES[self.settings.utilities]([f for pair in pairs.values() for f in pair])
+        terms = {seed: (1 - self.settings.decay) * c for seed, c in self.terms.items()}
+        for pair, one, other in zip(pairs, shaped[::2], shaped[1::2], strict=True):
+            seed = self._seed(pair)
+            terms[seed] = terms.get(seed, 0.0) + self.rate / self.size * (one - other)
+        rounded = {seed: round(c, COEFFICIENT_DECIMALS) for seed, c in terms.items()}
+        return {seed: c for seed, c in rounded.items() if c}
+
+    def _pairs(self) -> dict[int, tuple[float, float]]:
+        """The fitness of the pairs of which both models have one, by the pair's place."""
+        found = fitness_of([self._results[place] for place in range(self.size)])
+        halves = enumerate(zip(found[::2], found[1::2], strict=True))
+        return {pair: (one, other) for pair, (one, other) in halves if one is not None and other is not None}
+
+    def _seed(self, pair: int) -> int:
+        return random.Random(f"{self.setup.seed}:evolution_strategy:{self._generation}:{pair}").getrandbits(SEED_BITS)
 
     def _noise(self, point: Recipe, terms: Mapping[int, float]) -> Noise:
         settings, setup = self.settings, self.setup
