@@ -32,6 +32,7 @@ POOL, SEARCH = "emotion-l3", "evolution_strategy"
 # Settings, and with how many seeds they are run.
 VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
     "defaults": ({}, 2),
+    "sigma 1": ({"sigma": 1.0}, 1),
     "sigma 2": ({"sigma": 2.0}, 1),
     "rank 4": ({"rank": 4}, 1),
 }
