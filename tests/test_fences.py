@@ -87,6 +87,8 @@ def _top(body):
     """Statements that run at import: not those inside of functions or of ``if TYPE_CHECKING``."""
     for node in body:
         yield node
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
         for part in ("body", "orelse", "finalbody", "handlers"):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 yield from _top(getattr(node, part, []))

@@ -10,16 +10,16 @@ from safetensors.torch import save_file
 
 from evolver.checkpoints.lora import LoraAdapter
 from evolver.checkpoints.weights import Checkpoint
-from evolver.merging import crossing, methods
+from evolver.merging import crossing, methods, noise
 from evolver.merging.engine import pieces
 from evolver.merging.materialise import Materialiser
+from evolver.records.node import NODES, Node
+from evolver.records.noise import Noise
 from evolver.records.recipe import (
-    NODES,
     Cross,
     Expert,
     Layers,
     Merge,
-    Node,
     Place,
     Rule,
     ancestors,
@@ -61,6 +61,8 @@ DEEP = Cross(Cross(CROSS, (C,), "evolver", 0.25, 0.5, 2), (Cross(B, (CROSS,), "e
 DIFFERENCE = Cross(A, (B, C, CROSS), "current-to-best/1", 0.5, 0.5, 5)
 BY_ROWS = Cross(CROSS, (B,), "evolver", 0.5, 0.5, 6, "row")
 BY_LAYERS = Cross(BY_ROWS, (C,), "evolver", 0.5, 0.5, 7, "layer")
+NOISY = Noise(CROSS, (A, B, C), BASE, ((1, 0.5), (2, -0.25)))
+LOW_RANK = Noise(NOISY, (A, B, C), BASE, ((3, 0.5), (4, 0.125)), "rademacher", 2)
 OF_CROSS = Merge("simple", (CROSS, DEEP, C), BASE)
 
 
@@ -74,6 +76,7 @@ THIN = Merge("ties", (A, B, CROSS), BASE, (rule("ties", density=0.3),))
 DROPPED = Merge("dare_ties", (A, B, DEEP), BASE, (rule("dare_ties", density=0.5, seed=3),))
 RECIPES = {"expert": C, "cross": CROSS, "deep": DEEP, "difference": DIFFERENCE, "by rows": BY_ROWS,
            "by layers": BY_LAYERS, "of cross": OF_CROSS, "ties": THIN,
+           "noise": NOISY, "noise of low rank": LOW_RANK,
            "dare": DROPPED, "merge of merge": Merge("linear", (THIN, DROPPED, A), BASE, (rule("linear"),))}  # fmt: skip
 EVERY = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
 
@@ -162,6 +165,7 @@ def test_pieces_and_threads_change_nothing(sources, recipe, monkeypatch):
     try:
         torch.set_num_threads(3)
         monkeypatch.setattr(pieces, "PIECE", 37)
+        monkeypatch.setattr(noise, "NOISE_PIECE", 512)
         same(build(sources, recipe), whole)
     finally:
         torch.set_num_threads(before)

@@ -18,6 +18,7 @@ from evolver.errors import BadInput
 from evolver.merging import mergekit
 from evolver.merging.materialise import Materialiser
 from evolver.merging.mergekit.writer import RANDOM, Inexpressible, dump
+from evolver.records.noise import Noise
 from evolver.records.recipe import Cross, Expert, Layers, Merge, Place, Rule
 
 
@@ -100,6 +101,7 @@ def test_what_mergekit_cannot_make_says_why(world):
     for recipe, why in [
         (crossed, "scalar by scalar"),
         (one, "as it is"),
+        (Noise(one, (one, two), base, ((1, 0.5),)), "adds seeded noise"),
         (Merge("linear", (crossed, two), base, (half,)), "scalar by scalar"),
         (Merge("consensus", (one, two), base, (half,)), "no method consensus"),
         (Merge("ties", (one, two), base, (Rule.of({"weight": 0.5, "trim_scope": "global"}),)), "setting trim_scope"),

@@ -17,6 +17,7 @@ from evolver.records import Candidate, Result
 from evolver.records.recipe import Cross, Merge, Rule, dump_recipe, load_recipe
 
 TPE = {"algorithm": "tpe", "startup": 3}
+ES = {"algorithm": "evolution_strategy", "population": 2, "sigma": 0.05}
 
 
 def search_rows(folder):
@@ -26,7 +27,7 @@ def search_rows(folder):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("search", [TPE, {"algorithm": "evolver", "generations": 9}, {"algorithm": "cmaes"}])
+@pytest.mark.parametrize("search", [TPE, {"algorithm": "evolver", "generations": 9}, {"algorithm": "cmaes"}, ES])
 def test_baselines_come_first_and_cost_nothing(make_config, tmp_path, search):
     changes = {"start": ["experts", "average", "masses"], "search": search, "budget.candidates": 9}
     folder = run_here(make_config(tmp_path, changes), tmp_path / "results")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from evolver.records.noise import Noise
 from evolver.records.recipe import Cross, Expert, Recipe, Statistic, ancestors
 
 MOST_MODELS, MOST_EXPERTS = 20, 12  # that a drawing shows at most: more cannot be read
@@ -32,7 +33,8 @@ class Graph:
 
     Attributes:
         boxes: models by id, and None under ``LEFT_OUT``; what is used stands before what uses it.
-        arrows: with what the model is used for: ``parent``, ``partner`` of a mutation, ``base`` of task vectors.
+        arrows: with what the model is used for: ``parent``, ``partner`` of a mutation, ``base`` of task vectors,
+            ``scale`` of noise.
     """
 
     boxes: dict[str, Recipe | None] = field(default_factory=dict)
@@ -113,6 +115,8 @@ def uses(node: Recipe) -> Iterator[tuple[Recipe, str]]:
     for below in node.below:
         if isinstance(node, Cross):
             yield below, "parent" if below is node.parent else "partner"
+        elif isinstance(node, Noise):
+            yield below, "parent" if below == node.point else "scale"
         else:
             yield below, "parent" if below in node.inputs else "base"
 

@@ -18,11 +18,12 @@ from torch import Tensor
 from evolver.checkpoints.adapted import Adapted
 from evolver.checkpoints.weights import Checkpoint, Source, TensorInfo
 from evolver.kernels.compiled import Kernels
-from evolver.merging import crossing, methods
+from evolver.merging import crossing, methods, noise
 from evolver.merging.engine.apply import AllTensors, apply
 from evolver.merging.engine.pieces import InputTensors
 from evolver.merging.methods.here import Stack
 from evolver.records.depth import origin_of
+from evolver.records.noise import Noise
 from evolver.records.recipe import Cross, Expert, Layers, Merge, Recipe, Statistic, ancestors, layer_of
 
 Task = tuple[Recipe, str]
@@ -66,6 +67,7 @@ class Materialiser:
         self._resident: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._models: dict[str, AllTensors] = {}
         self._open_statistic, self._statistics = statistics, dict[str, StatisticTensors]()
+        self._sigmas: dict[tuple[str, ...], float] = {}  # of noise, by the names of models and tensor
 
     def names(self, recipe: Recipe) -> list[str]:
         """The names of the model's tensors, in the base's order; a layer's repetitions follow it tensor by tensor."""
@@ -91,7 +93,7 @@ class Materialiser:
         order = self._opened(self._order(recipe))
         keep: dict[str, dict[str, Tensor]] = {i: {} for i in self._worth_keeping(recipe, order)}
         self._models.clear()
-        straight = not any(isinstance(n, Layers) for n in order)
+        straight = not any(isinstance(n, Layers) for n in ancestors(recipe))
         built: tuple[tuple[str, str], Tensor] | None = None
         for name in self.names(recipe):
             origin = origin_of(recipe, name)
@@ -202,6 +204,17 @@ class Materialiser:
         if node.mask == "scalar":
             return crossing.cross(*given, self.kernels)
         return crossing.cross_units(*given, by_row=node.mask == "row", kernels=self.kernels)
+
+    @_compute.register
+    def _(self, node: Noise, name: str, below: list[Tensor]) -> Tensor:
+        point, *experts, base = below
+        if _is_copied(point):
+            return point
+        key = (*(e.id for e in node.experts), node.base.id, node.needs(name)[-1][1])
+        if key not in self._sigmas:  # the same for every candidate, which then reads no expert again
+            self._sigmas[key] = noise.task_vector_rms(experts, base)
+        sigma = self._sigmas[key]
+        return noise.with_noise(point, sigma, node.terms, node.distribution, node.rank, name, self.kernels)
 
     @_compute.register
     def _(self, node: Merge, name: str, below: list[Tensor]) -> Tensor:

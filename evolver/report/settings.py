@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from evolver.records.noise import Noise
 from evolver.records.recipe import Cross, Expert, Layers, Merge, Place, Recipe, ancestors
 from evolver.report.text import escaped, layers_in_words, markdown_table
 from evolver.runs.outcome import Outcome
@@ -62,6 +63,11 @@ def _of_node(node: Recipe) -> Iterator[dict[str, Any]]:
     elif isinstance(node, Cross):
         for setting in ("strategy", "F", "Cr", "mask", "seed"):
             yield _row("crossover", setting, getattr(node, setting))
+    elif isinstance(node, Noise):
+        for setting in ("distribution", "rank"):
+            yield _row("noise", setting, getattr(node, setting))
+        yield _row("noise", "number of seeds", len(node.terms))
+        yield _row("noise", "size (of a task vector)", node.size)
     elif isinstance(node, Layers):
         program = " ".join(f"{node.inputs[i].label}:{layer}" for i, layer in node.program)
         yield _row("layers", "program (model:layer)", program)

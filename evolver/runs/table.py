@@ -22,6 +22,7 @@ from evolver.config.changes import FREE_EVALUATION_KEYS, FREE_TASK_KEYS
 from evolver.config.evaluation import EvaluationSettings
 from evolver.errors import BadInput
 from evolver.records import Split, split_of
+from evolver.records.noise import Noise
 from evolver.records.order import item_order
 from evolver.records.recipe import Cross, Merge, Recipe, load_recipe
 from evolver.runs.about import About, read_about
@@ -185,6 +186,8 @@ def _described(recipe: Recipe, text: str) -> dict[str, Any]:
         settings = [rule.form() for rule in recipe.rules]
     elif isinstance(recipe, Cross):
         settings = {key: getattr(recipe, key) for key in ("strategy", "F", "Cr", "seed", "mask")}
+    elif isinstance(recipe, Noise):
+        settings = {"terms": recipe.terms, "distribution": recipe.distribution, "rank": recipe.rank}
     method = recipe.method if isinstance(recipe, Merge) else recipe.kind
     return {
         "recipe_id": recipe.id, "kind": recipe.kind, "method": method, "settings": json.dumps(settings),

@@ -13,6 +13,7 @@ from evolver.errors import EvolverError
 from evolver.merging.mergekit.parameters import MERGEKIT_NAMES, OURS, WEIGHTED
 from evolver.merging.mergekit.reader import LONE, PAIRED, Parameters, spots
 from evolver.merging.methods import METHODS, ROUNDING, Method
+from evolver.records.noise import Noise
 from evolver.records.recipe import LAYER, Cross, Expert, Layers, Merge, Recipe, Value, ancestors, layer_of
 
 # Its usual name beside a model.
@@ -106,6 +107,8 @@ class _Document:
             return [(node, _depth(node.names(self.names)))]
         if isinstance(node, Cross):
             raise Inexpressible(f"it crosses weights {node.mask} by {node.mask}")
+        if isinstance(node, Noise):
+            raise Inexpressible("it adds seeded noise to the weights of a model")
         if not isinstance(node, Layers):
             raise Inexpressible("it is a model as it is")
         if node.ends != (0, len(node.inputs) - 1):

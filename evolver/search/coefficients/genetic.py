@@ -54,7 +54,7 @@ class Genetic(Coefficients):
             crossover_prob=0.9,
             swapping_prob=0.5,
         )
-        super().__init__(setup, space_of(setup, settings), sampler, "genetic")
+        super().__init__(setup, space_of(setup.maker, settings), sampler, "genetic")
 
     def waits_for(self, k: int) -> int:
         return k - k % self.population
