@@ -33,6 +33,7 @@ from evolver.search.plain import Listed
 from evolver.storage import storage_at
 from evolver.workers.compute import ComputeChoice
 from evolver.workers.messages import pack_candidate, pack_result, unpack_candidate, unpack_result
+from evolver.workers.telling import Inbox
 from evolver.workers.pools.local import LocalPool
 from evolver.workers.shared import SharedPool
 
@@ -199,13 +200,13 @@ def fragile():
     @ray.remote
     class Fragile:
         def __init__(self, plan, split, name):
-            self.name = name
+            self.name, self.inbox = name, Inbox()
 
         def ready(self):
             return {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
 
         def evaluate(self, message):
-            candidate = unpack_candidate(message)
+            candidate = self.inbox.candidate(message)
             if candidate.label.startswith("deadly"):
                 os._exit(1)
             if candidate.label == "hangs":

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Protocol, Self, get_args
 
 from evolver.records.canonical import canonical_json, content_hash
 
@@ -56,6 +56,23 @@ def at_layer(name: str, layer: int) -> str:
 NODES: dict[str, type[Node]] = {}
 
 
+class _Same(dict[str, str]):
+    """Maps every text to itself."""
+
+    def __missing__(self, key: str) -> str:
+        return key
+
+
+# Names nodes by their ids; see ``Node.entry``.
+BY_ID: Mapping[str, str] = _Same()
+
+
+class NamedNodes(Protocol):
+    """Nodes by their names: a list of them by their indices, or a mapping by their ids."""
+
+    def __getitem__(self, name: Any, /) -> Recipe: ...
+
+
 class Node:
     """The base class of all nodes of a recipe. Two nodes are equal if their contents are equal.
 
@@ -71,19 +88,27 @@ class Node:
 
     def form(self) -> list[Any]:
         """The canonical form of which the id is the hash; inputs are given by their ids."""
-        raise NotImplementedError  # every node below says its own
+        return self.form_of(self.entry(BY_ID))
 
-    def entry(self, place: Mapping[str, int]) -> list[Any]:
+    @classmethod
+    def form_of(cls, entry: Sequence[Any]) -> list[Any]:
+        """The canonical form of an entry in which the inputs are named by their ids: unless a kind leaves something out
+        of its id, the entry after its kind.
+        """
+        return [cls.kind, *entry]
+
+    def entry(self, place: Mapping[str, Any]) -> list[Any]:
         """The node as it is written into a recipe's JSON, after its kind.
 
         Args:
-            place: the index of every earlier node, by its id; inputs are written as these indices.
+            place: what names every earlier node, by its id: its index or, with ``BY_ID``, the id itself. Inputs are
+                written as these names.
         """
         raise NotImplementedError  # every node below says its own
 
     @classmethod
-    def from_entry(cls, entry: Sequence[Any], nodes: Sequence[Recipe]) -> Self:
-        """The inverse of ``entry``, given the nodes before it."""
+    def from_entry(cls, entry: Sequence[Any], nodes: NamedNodes) -> Self:
+        """The inverse of ``entry``, given the nodes before it by their names."""
         raise NotImplementedError  # every node below says its own
 
     def describe(self) -> str:
@@ -152,14 +177,15 @@ class Expert(Node):
     digest: str
     inputs: tuple[Recipe, ...] = field(default=(), init=False)
 
-    def form(self) -> list[Any]:
-        return [self.kind, self.digest]
+    @classmethod
+    def form_of(cls, entry: Sequence[Any]) -> list[Any]:
+        return [cls.kind, entry[1]]
 
-    def entry(self, place: Mapping[str, int]) -> list[Any]:
+    def entry(self, place: Mapping[str, Any]) -> list[Any]:
         return [self.name, self.digest]
 
     @classmethod
-    def from_entry(cls, entry: Sequence[Any], nodes: Sequence[Recipe]) -> Expert:
+    def from_entry(cls, entry: Sequence[Any], nodes: NamedNodes) -> Expert:
         return cls(*entry)
 
     def describe(self) -> str:
@@ -241,14 +267,11 @@ class Statistic(Node):
     def needs(self, name: str) -> list[tuple[Recipe, str]]:
         return []
 
-    def form(self) -> list[Any]:
-        return [self.kind, self.collected, self.of.id, self.items]
-
-    def entry(self, place: Mapping[str, int]) -> list[Any]:
+    def entry(self, place: Mapping[str, Any]) -> list[Any]:
         return [self.collected, place[self.of.id], self.items]
 
     @classmethod
-    def from_entry(cls, entry: Sequence[Any], nodes: Sequence[Recipe]) -> Statistic:
+    def from_entry(cls, entry: Sequence[Any], nodes: NamedNodes) -> Statistic:
         collected, of, items = entry
         return cls(collected, nodes[of], items)
 
@@ -277,16 +300,12 @@ class Merge(Node):
     def needs(self, name: str) -> list[tuple[Recipe, str]]:
         return [(node, name) for node in (*self.inputs, self.base)]
 
-    def form(self) -> list[Any]:
-        own = [self.kind, self.method, [i.id for i in self.inputs], self.base.id, [r.form() for r in self.rules]]
-        return own + ([[s.id for s in self.statistics]] if self.statistics else [])
-
-    def entry(self, place: Mapping[str, int]) -> list[Any]:
+    def entry(self, place: Mapping[str, Any]) -> list[Any]:
         own = [self.method, [place[i.id] for i in self.inputs], place[self.base.id], [r.form() for r in self.rules]]
         return own + ([[place[s.id] for s in self.statistics]] if self.statistics else [])
 
     @classmethod
-    def from_entry(cls, entry: Sequence[Any], nodes: Sequence[Recipe]) -> Merge:
+    def from_entry(cls, entry: Sequence[Any], nodes: NamedNodes) -> Merge:
         method, places, base, rules, *more = entry
         statistics = tuple(nodes[i] for i in (more[0] if more else ()))
         if not all(isinstance(s, Statistic) for s in statistics):
@@ -344,10 +363,7 @@ class Cross(Node):
     def inputs(self) -> tuple[Recipe, ...]:  # type: ignore[override]  # derived here, stored in the other nodes
         return (self.parent, *self.partners)
 
-    def form(self) -> list[Any]:
-        return [self.kind, [i.id for i in self.inputs], *self._numbers()]
-
-    def entry(self, place: Mapping[str, int]) -> list[Any]:
+    def entry(self, place: Mapping[str, Any]) -> list[Any]:
         return [[place[i.id] for i in self.inputs], *self._numbers()]
 
     def _numbers(self) -> list[Any]:
@@ -356,7 +372,7 @@ class Cross(Node):
         return own if self.mask == "scalar" else [*own, self.mask]
 
     @classmethod
-    def from_entry(cls, entry: Sequence[Any], nodes: Sequence[Recipe]) -> Cross:
+    def from_entry(cls, entry: Sequence[Any], nodes: NamedNodes) -> Cross:
         (parent, *partners), *numbers = entry
         return cls(nodes[parent], tuple(nodes[i] for i in partners), *numbers)
 
@@ -414,11 +430,11 @@ class Layers(Node):
         copies = enumerate(zip(inside, self.program, strict=True))
         return outside + [at_layer(n, to) for to, (names, (_, of)) in copies for n in names if layer_of(n) == of]
 
-    def entry(self, place: Mapping[str, int]) -> list[Any]:
+    def entry(self, place: Mapping[str, Any]) -> list[Any]:
         return [[place[i.id] for i in self.inputs], [list(p) for p in self.program], list(self.ends)]
 
     @classmethod
-    def from_entry(cls, entry: Sequence[Any], nodes: Sequence[Recipe]) -> Layers:
+    def from_entry(cls, entry: Sequence[Any], nodes: NamedNodes) -> Layers:
         places, program, (first, last) = entry
         copies = tuple((int(i), int(layer)) for i, layer in program)
         return cls(tuple(nodes[i] for i in places), copies, (int(first), int(last)))
@@ -430,23 +446,24 @@ class Layers(Node):
     def operations(self) -> tuple[str, ...]:
         return ("layers combined",)
 
-    def form(self) -> list[Any]:
-        return [self.kind, [i.id for i in self.inputs], [list(p) for p in self.program], list(self.ends)]
-
 
 # Every kind of node. Statistics stand inside of recipes only.
 Recipe = Expert | Merge | Cross | Layers | Statistic
 
 
-def ancestors(recipe: Recipe) -> Iterator[Recipe]:
-    """Every node of the recipe once. Inputs come before the nodes that use them, and the recipe itself comes last."""
+def ancestors(recipe: Recipe, known: Container[str] = ()) -> Iterator[Recipe]:
+    """Every node of the recipe once. Inputs come before the nodes that use them, and the recipe itself comes last.
+
+    Args:
+        known: ids of nodes that are left out. What is below them is not looked at.
+    """
     seen: set[str] = set()
     stack: list[tuple[Recipe, bool]] = [(recipe, False)]
     while stack:  # no recursion: a lineage can be thousands of generations deep
         node, expanded = stack.pop()
         if expanded:
             yield node
-        elif node.id not in seen:
+        elif node.id not in seen and node.id not in known:
             seen.add(node.id)
             stack.append((node, True))
             stack.extend((i, False) for i in reversed(node.below))
