@@ -53,6 +53,22 @@ def texts_of(recipe: Recipe, known: Container[str] = ()) -> dict[str, str]:
     return {node.id: node_text(node) for node in ancestors(recipe, known)}
 
 
+def working_order(recipe: Recipe, kept: Container[str] = ()) -> list[Recipe]:
+    """The nodes that a model is computed from, inputs before what uses them, each as late as possible. Few of them are
+    then held at a time, however long the lineage: about two for each member of a population.
+
+    Args:
+        kept: ids of nodes that are there already. They stand in the list, and what is below them does not.
+    """
+    found = {node.id: node for node in ancestors(recipe, kept)} or {recipe.id: recipe}
+    distance = {recipe.id: 0}  # the longest way from the recipe
+    for node in reversed([*found.values()]):
+        for below in node.below if node.id not in kept else ():
+            found.setdefault(below.id, below)
+            distance[below.id] = max(distance.get(below.id, 0), distance[node.id] + 1)
+    return sorted(found.values(), key=lambda node: -distance[node.id])
+
+
 class NodeTable:
     """Nodes by their ids, of which recipes are built when they are asked for. A node is built once, so that recipes
     share what they have in common.

@@ -425,10 +425,22 @@ class Layers(Node):
         return [self.source(name)]
 
     def names(self, base: Sequence[str]) -> list[str]:
-        outside = [n for n in self.inputs[0].names(base) if layer_of(n) is None]
-        inside = [self.inputs[i].names(base) for i, _ in self.program]
-        copies = enumerate(zip(inside, self.program, strict=True))
-        return outside + [at_layer(n, to) for to, (names, (_, of)) in copies for n in names if layer_of(n) == of]
+        made: dict[str, list[str]] = {}
+        stack: list[Layers] = [self]
+        while stack:  # each model once, and no recursion, as programs can be nested deeply
+            programs = [_program_of(node) for node in stack[-1].inputs]
+            waiting = [p for p in programs if p is not None and p.id not in made]
+            stack.extend(waiting)
+            if not waiting:
+                node = stack.pop()
+                made[node.id] = node._names([list(base) if p is None else made[p.id] for p in programs])
+        return made[self.id]
+
+    def _names(self, of_inputs: Sequence[Sequence[str]]) -> list[str]:
+        """The names of its tensors, given those of each input."""
+        outside = [n for n in of_inputs[0] if layer_of(n) is None]
+        copies = enumerate(self.program)
+        return outside + [at_layer(n, to) for to, (i, of) in copies for n in of_inputs[i] if layer_of(n) == of]
 
     def entry(self, place: Mapping[str, Any]) -> list[Any]:
         return [[place[i.id] for i in self.inputs], [list(p) for p in self.program], list(self.ends)]
@@ -445,6 +457,13 @@ class Layers(Node):
     @property
     def operations(self) -> tuple[str, ...]:
         return ("layers combined",)
+
+
+def _program_of(node: Recipe) -> Layers | None:
+    """The layer program that decides which tensors a model has; None where it has those of the base."""
+    while not isinstance(node, Layers) and node.inputs:
+        node = node.inputs[0]
+    return node if isinstance(node, Layers) else None
 
 
 # Every kind of node. Statistics stand inside of recipes only.
