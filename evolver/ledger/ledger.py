@@ -284,7 +284,7 @@ class Ledger:
     def _own_table(self, name: str, data: bytes | OSError) -> pa.Table | None:
         """The whole rows of a part, if it is this run's and has any."""
         try:
-            table = part_table(data, self._at(name), with_nodes=True)
+            table = part_table(data, self._at(name))
         except DamagedPart as error:
             return self._set_aside(name, error)
         return table if self._is_ours(table, name) else None

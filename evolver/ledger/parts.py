@@ -16,7 +16,7 @@ from evolver.errors import BadInput, cause_of, is_misplaced
 from evolver.ledger.retried import standing
 from evolver.ledger.rows import DEFAULTS, EVENTS, MAPS, OLDEST, PROPOSALS, SCHEMA, STATUSES
 from evolver.records import STAGES
-from evolver.records.graph import text_id, texts_of
+from evolver.records.graph import is_node, texts_of
 from evolver.records.recipe import load_recipe
 from evolver.storage import Storage, read_all
 
@@ -51,10 +51,10 @@ def damaged(file: str, reason: str, whole: pa.Table | None = None) -> DamagedPar
     return error
 
 
-def part_table(data: bytes | OSError, file: str, with_nodes: bool = False) -> pa.Table:
+def part_table(data: bytes | OSError, file: str) -> pa.Table:
     """The rows of a part, given its bytes or why they could not be read, with all columns of this version: those that
-    an earlier one did not have hold their defaults. Every row is a proposal or a result; ``with_nodes`` says that the
-    nodes of their recipes are looked at, too.
+    an earlier one did not have hold their defaults. Every row is a proposal or a result, and its nodes are those that
+    their ids say.
 
     Raises DamagedPart where it holds something else, BadInput where it cannot be read now, or a newer version wrote
     it, and FileNotFoundError where it is gone.
@@ -75,7 +75,7 @@ def part_table(data: bytes | OSError, file: str, with_nodes: bool = False) -> pa
         raise damaged(file, " ".join(str(error).split())[:200]) from error
     table = with_all_columns(table, file)
     whole = _whole_rows(table)
-    if with_nodes and pc.all(whole).as_py():
+    if pc.all(whole).as_py():
         rows = zip(table["recipe_id"].to_pylist(), table["nodes"].to_pylist(), strict=True)
         whole = pa.array([_are_nodes(recipe, nodes) for recipe, nodes in rows], pa.bool_())
     if not pc.all(whole).as_py():
@@ -130,7 +130,7 @@ def _with_nodes(table: pa.Table) -> pa.Table:
 
 
 def _whole_rows(table: pa.Table) -> pa.ChunkedArray:
-    """For each row, whether it holds all that a proposal or a result needs. Recipes are not read here."""
+    """For each row, whether it holds all that a proposal or a result needs. Nodes are not looked into here."""
 
     def among(column: str, values: Sequence[str]) -> pa.ChunkedArray:
         return pc.is_in(table[column], pa.array(values))
@@ -161,10 +161,7 @@ def read_table(storage: Storage) -> pa.Table:
 
 def _are_nodes(recipe_id: str, nodes: Sequence[tuple[str, str | None]]) -> bool:
     """Whether the nodes of a row are what their ids say. A row that holds any holds that of its own recipe last."""
-    try:
-        return all(text_id(text or "") == key for key, text in nodes) and (not nodes or nodes[-1][0] == recipe_id)
-    except ValueError:
-        return False
+    return all(is_node(key, text or "") for key, text in nodes) and (not nodes or nodes[-1][0] == recipe_id)
 
 
 def part_names(storage: Storage) -> list[str]:

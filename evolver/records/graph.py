@@ -10,7 +10,7 @@ import json
 from collections.abc import Container, Iterable, Set
 from typing import Any
 
-from evolver.records.canonical import canonical_json, content_hash
+from evolver.records.canonical import canonical_json, content_hash, text_hash
 from evolver.records.recipe import BY_ID, NODES, Recipe, Statistic, ancestors
 
 
@@ -42,6 +42,14 @@ def text_id(text: str) -> str:
         return content_hash(NODES[kind].form_of(entry))
     except (TypeError, IndexError, KeyError, RecursionError) as error:
         raise ValueError(f"not a node of a recipe: {error}") from error
+
+
+def is_node(key: str, text: str) -> bool:
+    """Whether a text describes the node with this id. The text of most kinds is what their id is the hash of."""
+    try:
+        return text_hash(text) == key or text_id(text) == key
+    except ValueError:
+        return False
 
 
 def texts_of(recipe: Recipe, known: Container[str] = ()) -> dict[str, str]:

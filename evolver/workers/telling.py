@@ -15,7 +15,7 @@ from evolver.workers.messages import pack_candidate, pack_result, unpack_candida
 # A worker's answer to a message whose recipe it cannot build, as it does not know all of its nodes.
 LACKS = b"lacks nodes"
 # The most nodes that a worker is told; then the driver begins anew, and the worker lets go what it kept. No recipe may
-# have more nodes. So many take some MEMORY in a worker.
+# have more nodes. So many take some 40 MB in a worker.
 MOST_NODES = 1 << 16
 
 
