@@ -35,7 +35,7 @@ def fill(ledger, candidates):
 
 
 def readable(folder):
-    """The candidates that can be read from a ledger, by number, and the numbers of those of which the recipe is lost."""
+    """The candidates that can be read from a ledger, by number, and the numbers of those whose recipe is lost."""
     table = read_table(storage_at(folder))
     nodes, found, lost = nodes_of([table]), {}, set()
     for row in table.to_pylist():

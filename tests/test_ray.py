@@ -33,9 +33,9 @@ from evolver.search.plain import Listed
 from evolver.storage import storage_at
 from evolver.workers.compute import ComputeChoice
 from evolver.workers.messages import pack_candidate, pack_result, unpack_candidate, unpack_result
-from evolver.workers.telling import Inbox
 from evolver.workers.pools.local import LocalPool
 from evolver.workers.shared import SharedPool
+from evolver.workers.telling import Inbox
 
 pytestmark = [pytest.mark.ray, pytest.mark.whole]
 
@@ -209,6 +209,8 @@ def fragile():
             candidate = self.inbox.candidate(message)
             if candidate.label.startswith("deadly"):
                 os._exit(1)
+            if candidate.label == "forgets":
+                self.inbox = Inbox()
             if candidate.label == "hangs":
                 time.sleep(10_000)  # were it waited for, the test would not end
             draw = random.Random(candidate.number)
@@ -285,6 +287,16 @@ def test_a_long_lineage_and_many_items_still_are_a_few_kilobytes(fragile_pool):
     assert (result.number, result.recipe_id) == (0, candidate.recipe.id)
     assert 0 < pool.bytes_sent <= KILOBYTES_10
     assert 1000 < pool.bytes_received <= KILOBYTES_10
+
+
+def test_an_actor_that_has_lost_what_it_was_told_is_told_again(fragile_pool):
+    pool, members = fragile_pool(num_workers=1), [Expert(name, name * 20) for name in "ab"]
+    for number, label in enumerate(("", "", "forgets", "", "")):
+        members.append(Cross(members[-1], (members[0],), "evolver", 0.5, 0.5, number))
+        pool.submit(Candidate(number, members[-1], "evolver", label=label))
+        (result,) = pool.wait()
+        assert (result.status, result.recipe_id) == ("ok", members[-1].id)
+        assert pool.messages == number + 1
 
 
 def test_messages_are_undone_exactly():

@@ -1,4 +1,7 @@
-"""A run as the pages show it: the columns of its ledger, updated as it grows. Recipes are built, and answers read, singly."""
+"""A run as the pages show it: the columns of its ledger, updated as it grows.
+
+Recipes are built, and answers read, one by one when they are shown.
+"""
 
 from __future__ import annotations
 

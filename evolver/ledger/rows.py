@@ -24,7 +24,7 @@ SCHEMA = pa.schema(
         ("stage", pa.string()),
         ("number", pa.int64()),
         ("recipe_id", pa.string()),
-        # nodes of the recipe that no earlier row holds, as texts by their ids; inputs come first, the recipe itself last
+        # the nodes of the recipe that no earlier row holds, as texts by their ids; inputs come first
         ("nodes", pa.map_(pa.string(), pa.string())),
         ("label", pa.string()),
         ("proposer", pa.string()),

@@ -307,8 +307,9 @@ class Merge(Node):
     @classmethod
     def from_entry(cls, entry: Sequence[Any], nodes: NamedNodes) -> Merge:
         method, places, base, rules, *more = entry
-        statistics = tuple(nodes[i] for i in (more[0] if more else ()))
-        if not all(isinstance(s, Statistic) for s in statistics):
+        wanted = more[0] if more else ()
+        statistics = tuple(s for i in wanted if isinstance(s := nodes[i], Statistic))
+        if len(statistics) < len(wanted):
             raise ValueError("something among the statistics of a merge is not a statistic")
         inputs = tuple(nodes[i] for i in places)
         return cls(method, inputs, nodes[base], tuple(Rule.from_form(r) for r in rules), statistics)

@@ -22,8 +22,8 @@ from evolver.config.changes import FREE_EVALUATION_KEYS, FREE_TASK_KEYS
 from evolver.config.evaluation import EvaluationSettings
 from evolver.errors import BadInput
 from evolver.records import Split, split_of
-from evolver.records.order import item_order
 from evolver.records.graph import NodeTable, UnknownNode
+from evolver.records.order import item_order
 from evolver.records.recipe import Cross, Merge, Recipe, dump_recipe
 from evolver.runs.about import About, read_about
 from evolver.runs.files import IDENTITY_FILE, mapping_of

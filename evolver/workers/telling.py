@@ -1,7 +1,7 @@
 """Which nodes of recipes a worker has been told, as the driver and as the worker itself remember it.
 
-A message holds the nodes that its worker lacks, as far as the driver knows. What the driver remembers is a guess, and no
-result depends on it: a worker that lacks a node after all answers ``LACKS``, and is then sent the whole recipe.
+A message holds the nodes that its worker lacks, as far as the driver knows. What the driver remembers is a guess, and
+no result depends on it: a worker that lacks a node after all answers ``LACKS``, and is then sent the whole recipe.
 """
 
 from __future__ import annotations

@@ -50,6 +50,7 @@ from evolver.search.ahead import Guessable, ahead  # noqa: E402
 from evolver.storage import storage_at  # noqa: E402
 from evolver.workers.crew_pool import CrewPool  # noqa: E402
 from evolver.workers.messages import pack_candidate, pack_result  # noqa: E402
+from evolver.workers.telling import Inbox  # noqa: E402
 
 PAGE = ROOT / "results" / "benchmarks" / "cluster.md"
 ITEMS = 200

@@ -176,8 +176,8 @@ def about() -> About:
 def no_sync() -> contextlib.AbstractContextManager[Any]:
     """Disks are not what is measured here."""
     stack = contextlib.ExitStack()
-    stack.enter_context(mock.patch.object(local, "_sync", lambda folder: None))
-    stack.enter_context(mock.patch("os.fsync", lambda file: None))
+    stack.enter_context(mock.patch.object(local, "_sync"))
+    stack.enter_context(mock.patch("os.fsync"))
     return stack
 
 
@@ -198,22 +198,24 @@ def write_page(rows: list[list[str]], now: dict[str, Any], before: dict[str, Any
         for search in now
         for what in ("write", "open", "read")
     ]
-    text = "\n\n".join(
-        [
-            "# Long lineages: what a candidate takes in the ledger and in messages",
-            f"A population of {MEMBERS} in which every child replaces its parent, the longest lineages that there can "
-            f"be; {ITEMS} answers a candidate, {psutil.cpu_count()} cores, {platform.machine()}. Made by `make "
-            "benchmark-lineages`.",
-            f"Bytes for each candidate, means of the last {WINDOW} before so many acceptances. A message goes to a "
-            "worker that has had all earlier ones. A candidate has two rows, each in a small file of its own at first; "
-            "later, 256 rows are joined in one file. Whole recipe: each row and message holds all nodes of its recipe, "
-            "as it was before nodes had ids of their own in them.",
-            markdown_table(head, rows),
-            f"Seconds of processor time for a ledger of {2 * CANDIDATES:,} rows, medians of {ROUNDS}, without forcing "
-            "files to the disk: to write it row by row, to open it for going on, and to read all of it for a report.",
-            markdown_table(["search", "", "whole recipes", "nodes"], timed),
-        ]
+    setting = (
+        f"A population of {MEMBERS} in which every child replaces its parent, the longest lineages that there can be; "
+        f"{ITEMS} answers a candidate, {psutil.cpu_count()} cores, {platform.machine()}. Made by `make "
+        "benchmark-lineages`."
     )
+    of_bytes = (
+        f"Bytes for each candidate, means of the last {WINDOW} before so many acceptances. A message goes to a worker "
+        "that has had all earlier ones. A candidate has two rows, each in a small file of its own at first; later, 256 "
+        "rows are joined in one file. Whole recipe: each row and message holds all nodes of its recipe, as it was "
+        "before nodes had ids of their own in them."
+    )
+    of_times = (
+        f"Seconds of processor time for a ledger of {2 * CANDIDATES:,} rows, medians of {ROUNDS}, without forcing files "
+        "to the disk: to write it row by row, to open it for going on, and to read all of it for a report."
+    )
+    title = "# Long lineages: what a candidate takes in the ledger and in messages"
+    tables = markdown_table(head, rows), markdown_table(["search", "", "whole recipes", "nodes"], timed)
+    text = "\n\n".join([title, setting, of_bytes, tables[0], of_times, tables[1]])
     PAGE.write_text(text + "\n")
     print(text)
 
