@@ -206,7 +206,9 @@ def fragile():
             return {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
 
         def evaluate(self, message):
-            candidate = self.inbox.candidate(message)
+            return self.inbox.answer(message, self.score)
+
+        def score(self, candidate):
             if candidate.label.startswith("deadly"):
                 os._exit(1)
             if candidate.label == "forgets":
@@ -216,9 +218,9 @@ def fragile():
             draw = random.Random(candidate.number)
             items = tuple(draw.random() for _ in range(300))
             tasks = {"toy": sum(items) / 300}
-            return pack_result(
-                Result(candidate.number, candidate.recipe.id, "ok", tasks["toy"], tasks["toy"], True, items, tasks,
-                       {"total": 1.0}, worker=self.name, stage=candidate.stage)
+            return Result(
+                candidate.number, candidate.recipe.id, "ok", tasks["toy"], tasks["toy"], True, items, tasks,
+                {"total": 1.0}, worker=self.name, stage=candidate.stage,
             )  # fmt: skip
 
     return Fragile

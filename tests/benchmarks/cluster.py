@@ -217,14 +217,14 @@ def sleeping(seconds: float) -> Any:
             return {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
 
         def evaluate(self, message: bytes) -> bytes:
-            candidate = self.inbox.candidate(message)
+            return self.inbox.answer(message, self.score)
+
+        def score(self, candidate: Candidate) -> Result:
             draw = random.Random(candidate.recipe.id)
             time.sleep(seconds * draw.lognormvariate(0, 0.5))
             items = tuple(float(draw.random() < 0.5) for _ in range(ITEMS))
             score = sum(items) / ITEMS
-            return pack_result(
-                Result(candidate.number, candidate.recipe.id, "ok", score, score, True, items, {"t": score})
-            )
+            return Result(candidate.number, candidate.recipe.id, "ok", score, score, True, items, {"t": score})
 
     return Sleeping
 

@@ -210,8 +210,8 @@ def write_page(rows: list[list[str]], now: dict[str, Any], before: dict[str, Any
         "before nodes had ids of their own in them."
     )
     of_times = (
-        f"Seconds of processor time for a ledger of {2 * CANDIDATES:,} rows, medians of {ROUNDS}, without forcing files "
-        "to the disk: to write it row by row, to open it for going on, and to read all of it for a report."
+        f"Seconds of processor time for a ledger of {2 * CANDIDATES:,} rows, medians of {ROUNDS}, without forcing "
+        "files to the disk: to write it row by row, to open it for going on, and to read all of it for a report."
     )
     title = "# Long lineages: what a candidate takes in the ledger and in messages"
     tables = markdown_table(head, rows), markdown_table(["search", "", "whole recipes", "nodes"], timed)
