@@ -65,6 +65,9 @@ benchmark-evaluation: $(VENV)/.dev ## scoring against bare forward passes and lm
 benchmark-cluster: $(VENV)/.dev ## what a cluster costs and is worth: simulated workers, real ones, a hundred kills
 	$(BIN)/python tests/benchmarks/cluster.py
 
+benchmark-lineages: $(VENV)/.dev ## bytes of ledger and messages for long lineages; BEFORE=times-of-other-code compares with them
+	$(BIN)/python tests/benchmarks/lineages.py $(if $(BEFORE),--before $(BEFORE))
+
 benchmark-dashboard: $(VENV)/.dev ## what the dashboard takes of a hundred thousand candidates; needs Chromium
 	$(BIN)/python tests/benchmarks/dashboard.py
 

@@ -11,8 +11,8 @@ import ray
 from evolver.evaluation.live import default_device
 from evolver.records import Split
 from evolver.workers.failures import BrokenDevice
-from evolver.workers.messages import pack_result, unpack_candidate
 from evolver.workers.plan import Plan
+from evolver.workers.telling import Inbox
 from evolver.workers.worker import Worker
 
 
@@ -33,19 +33,20 @@ class PopulationWorker:
     def __init__(self, plan: Plan, split: Split, name: str) -> None:
         # Ray may leave GPUs visible to an actor that asked for none. Such an actor must not use them.
         device = default_device() if ray.get_gpu_ids() else "cpu"
-        self.worker = Worker(plan, split, name, device=device)
+        self.worker, self.inbox = Worker(plan, split, name, device=device), Inbox()
 
     def ready(self) -> dict[str, Any]:
         """The process id and the node id of the worker. Ray answers this call only after the worker is built."""
         return {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
 
     def evaluate(self, message: bytes) -> bytes:
-        """Score a candidate, and return the result; both travel as ``evolver.workers.messages`` packs them.
+        """Score a candidate, and return the result; both travel as ``evolver.workers.messages`` packs them. An actor
+        that lacks nodes of the candidate's recipe, as it was started anew, says so instead.
 
         The actor ends where its accelerator has failed; the pool then starts another one.
         """
         try:
-            return pack_result(self.worker.evaluate(unpack_candidate(message)))
+            return self.inbox.answer(message, self.worker.evaluate)
         except BrokenDevice as error:
             logging.getLogger(__name__).error("%s", error)
             ray.actor.exit_actor()

@@ -104,6 +104,14 @@ def _row(**values: object) -> Change:
     return _table(change)
 
 
+def _nodes(of: Callable[[str], list[tuple[str, str]]]) -> Change:
+    def change(given: pa.Table) -> pa.Table:
+        rows = [{**row, "nodes": of(row["recipe_id"])} for row in given.to_pylist()]
+        return pa.Table.from_pylist(rows, schema=given.schema)
+
+    return _table(change)
+
+
 def _narrow(given: pa.Table) -> pa.Table:
     at = given.column_names.index("number")
     return given.set_column(at, "number", given["number"].cast(pa.int32()))
@@ -112,16 +120,17 @@ def _narrow(given: pa.Table) -> pa.Table:
 # What may be done to a part of a ledger, so that it is still a table that says whose it is.
 TABLES: dict[str, Change] = {
     "lacks score": _table(lambda t: t.drop_columns(["score"])),
-    "lacks recipe": _table(lambda t: t.drop_columns(["recipe"])),
+    "lacks nodes": _table(lambda t: t.drop_columns(["nodes"])),
     "has more": _table(lambda t: t.append_column("more", pa.array([1] * len(t)))),
     "other order": _table(lambda t: t.select(t.column_names[::-1])),
     "other integers": _table(_narrow),
     "stage": _row(stage="zz"),
     "no number": _row(number=None),
     "negative number": _row(number=-1),
-    "half a recipe": _row(recipe="{"),
-    "another recipe": _row(recipe='[["merge","simple",[7],0,[]]]'),
-    "no recipe": _row(recipe=None),
+    "half a node": _nodes(lambda recipe: [(recipe, "{")]),
+    "another recipe": _nodes(lambda recipe: [(recipe, '["merge","simple",["7"],"0",[]]')]),
+    "another node": _nodes(lambda recipe: [("0" * 20, '["merge","simple",["7"],"0",[]]')]),
+    "no nodes": _row(nodes=None),
     "no maps": _row(tasks=None, seconds=None, counts=None),
     "no items": _row(items=None),
     "no score": _row(score=None),

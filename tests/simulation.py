@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from evolver.records import Candidate, Result
+from evolver.records.graph import UnknownNode
 from evolver.workers.crew import Answered, Event, Gone, Ready
-from evolver.workers.messages import pack_result, unpack_candidate
+from evolver.workers.messages import pack_result
+from evolver.workers.telling import LACKS, Inbox
 
 Say = Callable[[Candidate], Result]
 Seconds = Callable[[Candidate], float]
@@ -35,6 +37,7 @@ class SimulatedCrew:
         time: seconds since the start.
         busy: seconds that workers spent on candidates which they finished.
         evaluated: candidates in the order in which they were finished.
+        inboxes: what each worker has been told; without its inbox a worker has lost it.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class SimulatedCrew:
         self.time = self.busy = 0.0
         self.evaluated: list[Candidate] = []
         self.hired = 0
+        self.inboxes: dict[int, Inbox] = {}
         self._alive: set[int] = set()
         self._waiting: list[int] = []
         self._room = 0
@@ -63,7 +67,11 @@ class SimulatedCrew:
         return number
 
     def send(self, worker: int, message: bytes) -> None:
-        candidate = unpack_candidate(message)
+        try:
+            candidate = self.inboxes.setdefault(worker, Inbox()).candidate(message)
+        except UnknownNode:
+            self._at(self.time, lambda: Answered(worker, LACKS))
+            return
         took = self._seconds(candidate)
         self._at(self.time + took, lambda: self._finish(worker, candidate, took))
 

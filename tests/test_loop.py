@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from evolver.errors import BadInput
-from evolver.ledger import Ledger, read_table
+from evolver.ledger import Ledger, nodes_of, read_table
 from evolver.loop import evolve
 from evolver.records import Candidate, Question, Result
 from evolver.records.recipe import Cross, Expert
@@ -150,7 +150,9 @@ def run(folder, workers=1, die_at=None, **script):
 
 def contents(folder):
     """What was finished, without the times."""
-    rows = [r for r in read_table(storage_at(folder)).to_pylist() if r["event"] == "finished"]
+    table = read_table(storage_at(folder))
+    nodes = nodes_of([table])
+    rows = [r | {"recipe": nodes.recipe(r["recipe_id"])} for r in table.to_pylist() if r["event"] == "finished"]
     keys = ("number", "recipe_id", "recipe", "score", "bound", "complete", "reused", "items", "status", "bar", "stage")
     return sorted(tuple(str(r[k]) for k in keys) for r in rows)
 

@@ -1,6 +1,7 @@
 """Recipes into weights: the same bytes whatever is cached, cut or threaded, and defined answers at the edges."""
 
 import json
+import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -302,6 +303,99 @@ def test_an_adapter_is_an_expert_like_others(sources, tmp_path):
     assert not torch.equal(delta, sources["base"].tensor("model.layers.0.mlp.weight").float())
 
 
+def grown(make, generations):
+    """A model of so many generations, each of which is made from the two before."""
+    one, two = A, B
+    for generation in range(generations):
+        one, two = two, make(two, one, generation)
+    return two
+
+
+def crossed(parent, partner, seed):
+    return Cross(parent, (partner,), "evolver", 0.5, 0.5, seed)
+
+
+def layered(one, two, _):
+    return Layers((one, two), ((0, 0), (1, 1)), (0, 1))
+
+
+def averaged(one, two, _):
+    return Merge("simple", (one, two), BASE)
+
+
+def trimmed(one, two, _):
+    """Of a model of which two places are trimmed in different ways, each as the model as a whole says."""
+    rules = [rule("ties", place, trim_scope="global", density=d) for place, d in ((None, 0.5), (Place((0, 1)), 0.4))]
+    return Merge("ties", (one, two, C), BASE, tuple(rules))
+
+
+def calls_now():
+    frame, count = sys._getframe(), 0
+    while frame is not None:
+        frame, count = frame.f_back, count + 1
+    return count
+
+
+@pytest.mark.parametrize("make", [crossed, layered, averaged], ids=["crossovers", "layer programs", "merges"])
+def test_a_model_of_many_generations_takes_a_step_for_each(sources, monkeypatch, make):
+    """Path by path, 60 generations would never end; 1,000 would be too deep for calls that nest."""
+    deep = grown(make, 60)
+    same(build(sources, deep), build(sources, load_recipe(dump_recipe(deep)), cache=1 << 16))
+    monkeypatch.setattr("evolver.merging.materialise.Checkpoint.names", lambda self: ["model.norm.weight"])
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(calls_now() + 100)
+    try:
+        (built,) = build(sources, grown(make, 1000)).values()
+    finally:
+        sys.setrecursionlimit(before)
+    assert built.isfinite().all()
+
+
+def test_a_long_lineage_holds_few_tensors_at_a_time(sources, monkeypatch):
+    """Where one member of a population is crossed with another one that it never helps, the order of a plain walk holds
+    every version of the other one at once.
+    """
+    helper, member = A, B
+    for seed in range(100):
+        helper, member = crossed(helper, C, seed), crossed(member, helper, seed)
+    recipe = averaged(helper, member, 0)
+    held, tensor_of = [], Materialiser._tensor
+
+    def watched(self, node, name, values):
+        held.append(len(values))
+        return tensor_of(self, node, name, values)
+
+    monkeypatch.setattr(Materialiser, "_tensor", watched)
+    built = build(sources, recipe)
+    assert max(held) <= 8
+    assert len(held) == len(built) * len(list(ancestors(recipe)))
+    held.clear()
+    build(sources, layered(recipe, recipe, 0))  # tensor by tensor
+    assert max(held) <= 8
+
+
+def test_what_merges_on_merges_ask_of_whole_models_is_answered_from_below(sources, monkeypatch):
+    """A pass over a whole model may open one for another place below it, and never one after the other."""
+    open_now, most, model_of = [0], [0], Materialiser._model
+
+    def counted(self, node):
+        model = model_of(self, node)
+        tensors = model.tensors
+
+        def watched():
+            open_now[0] += 1
+            most[0] = max(most[0], open_now[0])
+            yield from tensors()
+            open_now[0] -= 1
+
+        model.tensors = watched
+        return model
+
+    monkeypatch.setattr(Materialiser, "_model", counted)
+    build(sources, grown(trimmed, 6))
+    assert 1 <= most[0] <= 2
+
+
 def test_a_new_kind_of_node_says_its_own_and_is_computed_where_it_is_registered(monkeypatch, sources):
     """As statistics, routing and the like will be: nobody but the materialiser hears of it."""
 
@@ -309,9 +403,6 @@ def test_a_new_kind_of_node_says_its_own_and_is_computed_where_it_is_registered(
     class Negated(Node):
         kind: ClassVar[str] = "negated"
         inputs: tuple
-
-        def form(self):
-            return [self.kind, self.inputs[0].id]
 
         def entry(self, place):
             return [place[self.inputs[0].id]]

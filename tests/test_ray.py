@@ -35,6 +35,7 @@ from evolver.workers.compute import ComputeChoice
 from evolver.workers.messages import pack_candidate, pack_result, unpack_candidate, unpack_result
 from evolver.workers.pools.local import LocalPool
 from evolver.workers.shared import SharedPool
+from evolver.workers.telling import Inbox
 
 pytestmark = [pytest.mark.ray, pytest.mark.whole]
 
@@ -199,23 +200,27 @@ def fragile():
     @ray.remote
     class Fragile:
         def __init__(self, plan, split, name):
-            self.name = name
+            self.name, self.inbox = name, Inbox()
 
         def ready(self):
             return {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
 
         def evaluate(self, message):
-            candidate = unpack_candidate(message)
+            return self.inbox.answer(message, self.score)
+
+        def score(self, candidate):
             if candidate.label.startswith("deadly"):
                 os._exit(1)
+            if candidate.label == "forgets":
+                self.inbox = Inbox()
             if candidate.label == "hangs":
                 time.sleep(10_000)  # were it waited for, the test would not end
             draw = random.Random(candidate.number)
             items = tuple(draw.random() for _ in range(300))
             tasks = {"toy": sum(items) / 300}
-            return pack_result(
-                Result(candidate.number, candidate.recipe.id, "ok", tasks["toy"], tasks["toy"], True, items, tasks,
-                       {"total": 1.0}, worker=self.name, stage=candidate.stage)
+            return Result(
+                candidate.number, candidate.recipe.id, "ok", tasks["toy"], tasks["toy"], True, items, tasks,
+                {"total": 1.0}, worker=self.name, stage=candidate.stage,
             )  # fmt: skip
 
     return Fragile
@@ -284,6 +289,16 @@ def test_a_long_lineage_and_many_items_still_are_a_few_kilobytes(fragile_pool):
     assert (result.number, result.recipe_id) == (0, candidate.recipe.id)
     assert 0 < pool.bytes_sent <= KILOBYTES_10
     assert 1000 < pool.bytes_received <= KILOBYTES_10
+
+
+def test_an_actor_that_has_lost_what_it_was_told_is_told_again(fragile_pool):
+    pool, members = fragile_pool(num_workers=1), [Expert(name, name * 20) for name in "ab"]
+    for number, label in enumerate(("", "", "forgets", "", "")):
+        members.append(Cross(members[-1], (members[0],), "evolver", 0.5, 0.5, number))
+        pool.submit(Candidate(number, members[-1], "evolver", label=label))
+        (result,) = pool.wait()
+        assert (result.status, result.recipe_id) == ("ok", members[-1].id)
+        assert pool.messages == number + 1
 
 
 def test_messages_are_undone_exactly():

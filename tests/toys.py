@@ -29,6 +29,7 @@ from evolver.errors import BadInput
 from evolver.evaluation.scores.course import Evaluation
 from evolver.pool import Pool
 from evolver.records import Candidate, Result, Split
+from evolver.records.recipe import dump_recipe
 from evolver.storage import storage_at
 from evolver.workers.plan import Plan
 from evolver.workers.pools.local import LocalPool
@@ -499,7 +500,10 @@ def rows(folder: Path, event: str = "finished") -> dict[tuple[str, int], dict[st
 
 
 def all_rows(folder: Path, event: str) -> list[dict[str, Any]]:
-    return [r for r in ledger.read_table(storage_at(folder / "ledger")).to_pylist() if r["event"] == event]
+    table = ledger.read_table(storage_at(folder / "ledger"))
+    nodes = ledger.nodes_of([table])
+    rows = [row for row in table.to_pylist() if row["event"] == event]
+    return [row | {"recipe": dump_recipe(nodes.recipe(row["recipe_id"]))} for row in rows]
 
 
 def essence(folder: Path) -> dict[tuple[str, int], tuple[Any, ...]]:

@@ -80,7 +80,11 @@ def ledger_table(folder: str | Path) -> pa.Table:
     candidate that an idle worker scored before the search asked for it (``guessed``). After a call with
     ``retry_failed``, a failure that was taken back is ``retried``, and a result that the search had asked for after it
     is ``orphaned``, unless the search asks for it again. A run that goes on from another one begins with the candidates
-    (``listed``) and the results (``inherited``) that it has taken over.
+    (``listed``) and the results (``inherited``) that it has taken over. A row ``described`` brings back nodes of a
+    recipe that were lost with a damaged file.
+
+    The column ``nodes`` holds those nodes of a recipe that no earlier row holds; ``evolver.ledger.nodes_of`` puts
+    recipes together.
 
     Args:
         folder: folder of the run, or its URI.

@@ -1,4 +1,7 @@
-"""A run as the pages show it: the columns of its ledger, updated as it grows. Recipes and answers are read singly."""
+"""A run as the pages show it: the columns of its ledger, updated as it grows.
+
+Recipes are built, and answers read, one by one when they are shown.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,11 @@ from numpy.typing import NDArray
 from evolver import ledger
 from evolver.errors import BadInput
 from evolver.records import STAGES, Candidate, Result, Stage
+from evolver.records.graph import NodeTable
 from evolver.runs.about import read_about
 from evolver.storage import Storage
 
-# The columns that are kept of each row. The answers and the recipe, which make up most of its bytes, are not kept.
+# The columns that are kept of each row. The answers, which make up most of its bytes, are not kept.
 KEPT_COLUMNS = (
     "time", "number", "recipe_id", "label", "proposer", "limit", "status", "reason", "score", "complete", "reused",
     "worker",
@@ -109,6 +113,7 @@ class Overview:
         self.folder = folder
         self._ledger = folder.folder("ledger")
         self._parts: dict[str, Part] = {}
+        self._nodes = NodeTable()
         self._rows: dict[Stage, Rows] = {}
         self._pairs: dict[tuple[str, str, int], tuple[Candidate, Result]] = {}
         self.refresh()
@@ -123,6 +128,7 @@ class Overview:
                 found = {**ledger.standing(ledger.read_all_parts(self._ledger))}
             tasks = list(self.about.scales["dev"].weights)
             self._parts = {n: self._parts[n] if t is None else part_of(t, n, tasks) for n, t in found.items()}
+            self._nodes.update(ledger.nodes_of(t for t in found.values() if t is not None))
             self._rows = {}
 
     def rows(self, stage: Stage) -> Rows:
@@ -180,7 +186,7 @@ class Overview:
             part = ledger.read_table(self._ledger)
         is_it = (pc.field("event") == "finished") & (pc.field("stage") == stage) & (pc.field("number") == number)
         found = part.filter(is_it).to_pylist(maps_as_pydicts="strict")[-1]
-        return ledger.candidate_of(found), ledger.result_of(found)
+        return ledger.candidate_of(found, self._nodes), ledger.result_of(found)
 
 
 def part_of(table: pa.Table, name: str, tasks: Iterable[str]) -> Part:

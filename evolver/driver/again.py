@@ -20,7 +20,17 @@ from evolver.config.reading import ConfigText
 from evolver.driver.prepare import Prepared, defaults_of, in_compute, prepare, run_folder
 from evolver.errors import BadInput
 from evolver.evaluation.tasks import Tasks
-from evolver.ledger import ItemName, Ledger, candidate_of, item_places, read_all_parts, result_of, standing
+from evolver.ledger import (
+    ItemName,
+    Ledger,
+    LostRecipe,
+    candidate_of,
+    item_places,
+    nodes_of,
+    read_all_parts,
+    result_of,
+    standing,
+)
 from evolver.records import SPLITS, Candidate, Question, Result, Split, split_of
 from evolver.records.canonical import content_hash
 from evolver.records.order import OWN
@@ -298,11 +308,14 @@ def _asked_again(pair: KnownResult, known: Mapping[tuple[str, Split], KnownResul
 
 def _scored(earlier: Storage) -> Iterator[KnownResult]:
     """Everything that models scored in a run, whether its search asked for it or not."""
-    for part in standing(read_all_parts(earlier.folder("ledger"))).values():
+    parts = standing(read_all_parts(earlier.folder("ledger"))).values()
+    nodes = nodes_of(parts)
+    for part in parts:
         for row in part.to_pylist(maps_as_pydicts="strict"):
             has_result = row["event"] in ("finished", "guessed", "orphaned", "inherited")
             if has_result and not row["reused"] and not row["transient"]:
-                yield candidate_of(row), result_of(row)
+                with contextlib.suppress(LostRecipe):
+                    yield candidate_of(row, nodes), result_of(row)
 
 
 def measured_anew(

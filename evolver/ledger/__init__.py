@@ -4,10 +4,10 @@ from evolver.ledger.answers import ItemName, answer_table, item_places, items_of
 from evolver.ledger.ledger import Ledger
 from evolver.ledger.parts import DamagedPart, damaged, part_names, read_all_parts, read_part, read_parts, read_table
 from evolver.ledger.retried import has_retries, standing
-from evolver.ledger.rows import SCHEMA, candidate_of, result_of
+from evolver.ledger.rows import SCHEMA, LostRecipe, candidate_of, nodes_of, result_of
 
 __all__ = [
-    "SCHEMA", "DamagedPart", "ItemName", "Ledger", "answer_table", "candidate_of", "damaged", "has_retries",
-    "item_places", "items_of", "part_names", "read_all_parts", "read_part", "read_parts", "read_table", "result_of",
-    "standing", "write_items",
+    "SCHEMA", "DamagedPart", "ItemName", "Ledger", "LostRecipe", "answer_table", "candidate_of", "damaged",
+    "has_retries", "item_places", "items_of", "nodes_of", "part_names", "read_all_parts", "read_part", "read_parts",
+    "read_table", "result_of", "standing", "write_items",
 ]  # fmt: skip

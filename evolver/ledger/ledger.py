@@ -7,6 +7,10 @@ of a candidate that no search had asked for yet, ``retried``, which takes failur
 another one, ``listed`` for the candidates and ``inherited`` for the results that it takes over. Sometimes, small parts
 are joined into a larger one, a *wide* part. A damaged part is kept under ``damaged/``, and a file of another run is
 ignored; a warning names either.
+
+A row names its recipe by its id, and holds those of the recipe's nodes that no earlier row holds. So a node is on the
+disk with, or before, the first row that needs it. A node that was lost with a damaged part is written again, in a row
+``described``, when the search comes to a candidate whose recipe needs it.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from evolver.ledger.parts import (
     span_of,
 )  # fmt: skip
 from evolver.ledger.retried import ORPHANED, RETRIED, standing
-from evolver.ledger.rows import SCHEMA, candidate_of, inherited_rows, now, result_of, row_of
+from evolver.ledger.rows import SCHEMA, LostRecipe, candidate_of, inherited_rows, nodes_of, now, result_of, row_of
 from evolver.records import Candidate, Result, Split, split_of
 from evolver.records.order import reordered
 from evolver.storage import Storage, lease, read_all
@@ -76,8 +80,16 @@ class Ledger:
         self._parts: list[tuple[int, int, str]] = []
         self._loose: dict[str, pa.Table] = {}  # those that are to be joined, by name
         self._next = 0  # above every number in the folder, so that no file is ever overwritten
-        for table in standing(dict(self._read())).values():
+        tables = standing(dict(self._read()))
+        nodes, self._lost = nodes_of(tables.values()), set[str]()
+        for table in tables.values():
             for row in table.to_pylist(maps_as_pydicts="strict"):
+                try:
+                    candidate = candidate_of(row, nodes)
+                except (LostRecipe, ValueError):
+                    self._lost.add(row["recipe_id"])
+                    if row["event"] == "listed":
+                        continue  # so that the run takes its candidates over again
                 if row["event"] == "finished":
                     self._index(result_of(row))
                 elif row["event"] == "guessed":
@@ -85,9 +97,10 @@ class Ledger:
                 elif row["event"] == ORPHANED:
                     self._orphaned[_question_in(row)] = result_of(row)
                 elif row["event"] == "listed":
-                    self._listed[row["number"]] = candidate_of(row)
+                    self._listed[row["number"]] = candidate
                 elif row["event"] == "inherited":
                     self._know(result_of(row))
+        self._held = set(nodes.built)  # the nodes that are on the disk, with everything below them
 
     def close(self) -> None:
         """Let another process in."""
@@ -99,7 +112,11 @@ class Ledger:
         That is, in this order: what this very candidate scored before; an earlier result of the same recipe on the
         same items; what this very candidate scored when it was only guessed, with the same items known; and what the
         same recipe scored, asked alike, before an earlier failure was taken back.
+
+        If a damaged part took nodes of the candidate's recipe with it, they are written again.
         """
+        if candidate.recipe.id in self._lost:
+            self._append([row_of(candidate, None, self._held) | {"event": "described"}])
         own = self._finished.get((candidate.stage, candidate.number))
         if own is not None and own.recipe_id == candidate.recipe.id:
             return own
@@ -131,7 +148,7 @@ class Ledger:
     def inherit(self, listed: Sequence[Candidate], results: Sequence[tuple[Candidate, Result]]) -> None:
         """Take over the candidates and results of an earlier run, in one part, unless that was done before."""
         if len(self._listed) < len(listed):
-            self._append(inherited_rows(listed, results))
+            self._append(list(inherited_rows(listed, results, self._held)))
             self._load()
 
     def write_asked(self, candidate: Candidate) -> None:
@@ -140,7 +157,7 @@ class Ledger:
         Raises BadInput where the ledger holds another recipe under its number: another search wrote it.
         """
         self._recorded(candidate)
-        self._append([row_of(candidate, None)])
+        self._append([row_of(candidate, None, self._held)])
 
     def write_result(self, candidate: Candidate, result: Result) -> Result:
         """Record a candidate's result, unless it is recorded; it is on disk when this returns, with its rank.
@@ -149,12 +166,12 @@ class Ledger:
         """
         if (recorded := self._recorded(candidate)) is not None:
             return recorded
-        self._append([row_of(candidate, result)])
+        self._append([row_of(candidate, result, self._held)])
         return self._index(result)
 
     def write_guess(self, candidate: Candidate, result: Result) -> None:
         """Record the result of a candidate that no search has asked for yet."""
-        self._append([row_of(candidate, result) | {"event": "guessed"}])
+        self._append([row_of(candidate, result, self._held) | {"event": "guessed"}])
         self._index_guess(candidate.number, _question(candidate, result.given), result)
 
     def retry_failed(self) -> int:
@@ -168,7 +185,7 @@ class Ledger:
             first, table = failed[0], read_table(self.storage)
             is_it = (pc.field("event") == "finished") & (pc.field("stage") == first.stage)
             row = table.filter(is_it & (pc.field("number") == first.number)).to_pylist()[-1]
-            self._append([row | {"event": RETRIED, "time": now()}])
+            self._append([row | {"event": RETRIED, "time": now(), "nodes": []}])
             self._load()
         return len(failed)
 
@@ -205,6 +222,8 @@ class Ledger:
         number, name = self._new_name()
         table = pa.Table.from_pylist(rows, schema=self._schema())
         self._create(name, part_bytes(table, small=True))
+        self._held |= {key for row in rows for key, _ in row["nodes"]}
+        self._lost -= {row["recipe_id"] for row in rows}
         self._parts.append((number, number, name))
         self._loose[name] = table
         if len(self._loose) >= JOIN_FROM:
@@ -269,7 +288,7 @@ class Ledger:
     def _own_table(self, name: str, data: bytes | OSError) -> pa.Table | None:
         """The whole rows of a part, if it is this run's and has any."""
         try:
-            table = part_table(data, self._at(name), with_recipes=True)
+            table = part_table(data, self._at(name))
         except DamagedPart as error:
             return self._set_aside(name, error)
         return table if self._is_ours(table, name) else None

@@ -16,13 +16,16 @@ from evolver.errors import BadInput, cause_of, is_misplaced
 from evolver.ledger.retried import standing
 from evolver.ledger.rows import DEFAULTS, EVENTS, MAPS, OLDEST, PROPOSALS, SCHEMA, STATUSES
 from evolver.records import STAGES
+from evolver.records.graph import is_node, texts_of
 from evolver.records.recipe import load_recipe
 from evolver.storage import Storage, read_all
 
 PART = re.compile(r"part-(\d{8})(?:-(\d{8}))?\.parquet")
 OWNER, VERSION = b"evolver.run", b"evolver.ledger"
 # The version of the columns. Increase it when you add a column: earlier versions then refuse such a ledger.
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
+# The first version in which rows hold nodes of recipes; before, every row held its recipe whole.
+NODES_SINCE = 6
 DAMAGED = "damaged"
 
 
@@ -48,10 +51,10 @@ def damaged(file: str, reason: str, whole: pa.Table | None = None) -> DamagedPar
     return error
 
 
-def part_table(data: bytes | OSError, file: str, with_recipes: bool = False) -> pa.Table:
+def part_table(data: bytes | OSError, file: str) -> pa.Table:
     """The rows of a part, given its bytes or why they could not be read, with all columns of this version: those that
-    an earlier one did not have hold their defaults. Every row is a proposal or a result; ``with_recipes`` says that
-    their recipes are looked at, too.
+    an earlier one did not have hold their defaults. Every row is a proposal or a result, and its nodes are those that
+    their ids say.
 
     Raises DamagedPart where it holds something else, BadInput where it cannot be read now, or a newer version wrote
     it, and FileNotFoundError where it is gone.
@@ -72,8 +75,9 @@ def part_table(data: bytes | OSError, file: str, with_recipes: bool = False) -> 
         raise damaged(file, " ".join(str(error).split())[:200]) from error
     table = with_all_columns(table, file)
     whole = _whole_rows(table)
-    if with_recipes and pc.all(whole).as_py():
-        whole = pa.array([_is_recipe(text) for text in table["recipe"].to_pylist()], pa.bool_())
+    if pc.all(whole).as_py():
+        rows = zip(table["recipe_id"].to_pylist(), table["nodes"].to_pylist(), strict=True)
+        whole = pa.array([_are_nodes(recipe, nodes) for recipe, nodes in rows], pa.bool_())
     if not pc.all(whole).as_py():
         lost = len(table) - pc.sum(whole).as_py()
         raise damaged(file, f"{lost} of its {len(table)} rows are neither proposals nor results", table.filter(whole))
@@ -88,6 +92,7 @@ def with_all_columns(table: pa.Table, file: str) -> pa.Table:
     version = (table.schema.metadata or {}).get(VERSION, b"0")
     if not version.isdigit() or int(version) > SCHEMA_VERSION:
         raise BadInput(f"{file}: a newer version of Evolver wrote it; continue the run with that version.")
+    table = _with_nodes(table) if int(version) < NODES_SINCE else table
     new = [name for name in table.column_names if name not in SCHEMA.names]
     if new:
         raise damaged(file, f"it has columns that no ledger has: {', '.join(new)[:100]}")
@@ -105,8 +110,27 @@ def with_all_columns(table: pa.Table, file: str) -> pa.Table:
     return table.select(SCHEMA.names)
 
 
+def _with_nodes(table: pa.Table) -> pa.Table:
+    """A table of a version that wrote every recipe whole into its row; here each node stands in the first row only."""
+    if "recipe" not in table.column_names:
+        return table
+    ids = table["recipe_id"].to_pylist() if "recipe_id" in table.column_names else [None] * len(table)
+    held: set[str] = set()
+    found: list[list[tuple[str, str]] | None] = []
+    for recipe_id, text in zip(ids, table["recipe"].to_pylist(), strict=True):
+        try:
+            nodes = texts_of(load_recipe(text), held)
+        except ValueError:
+            found.append(None)
+            continue
+        is_whole = recipe_id in held or (bool(nodes) and [*nodes][-1] == recipe_id)
+        held |= nodes.keys() if is_whole else set()
+        found.append(list(nodes.items()) if is_whole else None)
+    return table.set_column(table.column_names.index("recipe"), "nodes", pa.array(found, SCHEMA.field("nodes").type))
+
+
 def _whole_rows(table: pa.Table) -> pa.ChunkedArray:
-    """For each row, whether it holds all that a proposal or a result needs. Recipes are not read here."""
+    """For each row, whether it holds all that a proposal or a result needs. Nodes are not looked into here."""
 
     def among(column: str, values: Sequence[str]) -> pa.ChunkedArray:
         return pc.is_in(table[column], pa.array(values))
@@ -116,8 +140,7 @@ def _whole_rows(table: pa.Table) -> pa.ChunkedArray:
 
     proposal = both(
         among("event", EVENTS), among("stage", STAGES), pc.greater_equal(table["number"], 0),
-        *(pc.is_valid(table[name]) for name in ("time", "recipe_id", "label", "proposer", "parents")),
-        pc.starts_with(table["recipe"], "[["), pc.ends_with(table["recipe"], "]]"),
+        *(pc.is_valid(table[name]) for name in ("time", "recipe_id", "nodes", "label", "proposer", "parents")),
     )  # fmt: skip
     counted = pc.fill_null(pc.list_value_length(table["item_counts"]), 0)
     scored = pc.or_(pc.invert(both(table["complete"])), both(pc.is_finite(table["score"])))
@@ -136,12 +159,9 @@ def read_table(storage: Storage) -> pa.Table:
     return pa.concat_tables(list(tables.values())) if tables else SCHEMA.empty_table()
 
 
-def _is_recipe(text: str) -> bool:
-    try:
-        load_recipe(text)
-    except ValueError:
-        return False
-    return True
+def _are_nodes(recipe_id: str, nodes: Sequence[tuple[str, str | None]]) -> bool:
+    """Whether the nodes of a row are what their ids say. A row that holds any holds that of its own recipe last."""
+    return all(is_node(key, text or "") for key, text in nodes) and (not nodes or nodes[-1][0] == recipe_id)
 
 
 def part_names(storage: Storage) -> list[str]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
 import pyarrow as pa
 
+from evolver.errors import BadInput
 from evolver.records import Candidate, Question, Result, own_score
-from evolver.records.recipe import dump_recipe, load_recipe
+from evolver.records.graph import NodeTable, UnknownNode, texts_of
 
 STATUSES = ("ok", "failed")
-EVENTS = ("asked", "finished", "guessed", "retried", "listed", "inherited")
-PROPOSALS = ("asked", "listed")  # the events without a result
+EVENTS = ("asked", "finished", "guessed", "retried", "listed", "inherited", "described")
+PROPOSALS = ("asked", "listed", "described")  # the events without a result
 
 SCHEMA = pa.schema(
     [
@@ -23,7 +24,8 @@ SCHEMA = pa.schema(
         ("stage", pa.string()),
         ("number", pa.int64()),
         ("recipe_id", pa.string()),
-        ("recipe", pa.string()),
+        # the nodes of the recipe that no earlier row holds, as texts by their ids; inputs come first
+        ("nodes", pa.map_(pa.string(), pa.string())),
         ("label", pa.string()),
         ("proposer", pa.string()),
         ("parents", pa.list_(pa.string())),
@@ -57,7 +59,7 @@ SCHEMA = pa.schema(
 
 # A table without these columns is not a ledger. If any other column is missing, an earlier version wrote the table, and
 # the column has its default. To add a column, add it to SCHEMA only.
-OLDEST = ("event", "time", "stage", "number", "recipe_id", "recipe")
+OLDEST = ("event", "time", "stage", "number", "recipe_id", "nodes")
 DEFAULTS = {f.name: f.default for kind in (Candidate, Result) for f in fields(kind) if f.default is not MISSING}
 
 # The fields of a result that a row holds unchanged, and those that are mappings.
@@ -65,15 +67,23 @@ PLAIN_FIELDS = ("status", "reason", "score", "bound", "complete", "reused", "rac
 MAPS = ("tasks", "seconds", "counts", "violations")
 
 
-def row_of(candidate: Candidate, result: Result | None) -> dict[str, Any]:
-    """The row of a result or, where there is none yet, that of a candidate that is sent out."""
+class LostRecipe(BadInput):
+    """The recipe of a row cannot be rebuilt, because a part of the ledger with some of its nodes is gone."""
+
+
+def row_of(candidate: Candidate, result: Result | None, held: Container[str] = ()) -> dict[str, Any]:
+    """The row of a result or, where there is none yet, that of a candidate that is sent out.
+
+    Args:
+        held: ids of the nodes that earlier rows hold.
+    """
     row: dict[str, Any] = {
         "event": "finished" if result else "asked",
         "time": now(),
         "stage": candidate.stage,
         "number": candidate.number,
         "recipe_id": candidate.recipe.id,
-        "recipe": dump_recipe(candidate.recipe),
+        "nodes": list(texts_of(candidate.recipe, held).items()),
         "label": candidate.label,
         "proposer": candidate.proposer,
         "parents": list(candidate.parents),
@@ -91,21 +101,49 @@ def row_of(candidate: Candidate, result: Result | None) -> dict[str, Any]:
     return row
 
 
-def inherited_rows(listed: Sequence[Candidate], results: Sequence[tuple[Candidate, Result]]) -> list[dict[str, Any]]:
+def inherited_rows(
+    listed: Sequence[Candidate], results: Sequence[tuple[Candidate, Result]], held: Iterable[str]
+) -> Iterator[dict[str, Any]]:
     """The rows of what a run takes over from an earlier one.
 
     Args:
         listed: the candidates of the earlier search, which the run's own search begins with.
         results: what models scored in the earlier run, by this run's measure.
+        held: ids of the nodes that earlier rows hold.
     """
-    rows = [row_of(candidate, None) | {"event": "listed"} for candidate in listed]
-    return rows + [row_of(candidate, result) | {"event": "inherited"} for candidate, result in results]
+    held = set(held)
+    pairs = [("listed", candidate, None) for candidate in listed]
+    for event, candidate, result in [*pairs, *(("inherited", *pair) for pair in results)]:
+        row = row_of(candidate, result, held) | {"event": event}
+        held |= {key for key, _ in row["nodes"]}
+        yield row
 
 
-def candidate_of(row: Mapping[str, Any]) -> Candidate:
-    """The candidate of a row; what a worker was told beside it (rival, known items) is not kept."""
+def nodes_of(tables: Iterable[pa.Table]) -> NodeTable:
+    """The nodes that the rows of these parts of a ledger hold."""
+    found = NodeTable()
+    for table in tables:
+        found.add(pair for nodes in table["nodes"].to_pylist() for pair in nodes)
+    return found
+
+
+def candidate_of(row: Mapping[str, Any], nodes: NodeTable) -> Candidate:
+    """The candidate of a row; what a worker was told beside it (rival, known items) is not kept.
+
+    Args:
+        nodes: the nodes of the whole ledger.
+
+    Raises LostRecipe where some nodes of its recipe are missing, and ValueError where they are damaged.
+    """
+    try:
+        recipe = nodes.recipe(row["recipe_id"])
+    except UnknownNode as error:
+        raise LostRecipe(
+            f"candidate {row['number']} of stage {row['stage']}: a part of its recipe was lost with a damaged file of "
+            "the ledger; run the configuration again, which writes it again."
+        ) from error
     return Candidate(
-        row["number"], load_recipe(row["recipe"]), row["proposer"], tuple(row["parents"]),
+        row["number"], recipe, row["proposer"], tuple(row["parents"]),
         Question(bar=row["bar"], limit=row["limit"], order=row["order"]), row["stage"], row["label"],
     )  # fmt: skip
 

@@ -23,6 +23,7 @@ from evolver.merging.engine.apply import AllTensors, apply
 from evolver.merging.engine.pieces import InputTensors
 from evolver.merging.methods.here import Stack
 from evolver.records.depth import origin_of
+from evolver.records.graph import working_order
 from evolver.records.noise import Noise
 from evolver.records.recipe import Cross, Expert, Layers, Merge, Recipe, Statistic, ancestors, layer_of
 
@@ -90,7 +91,7 @@ class Materialiser:
 
         Statistics are opened first, and where they are missing collected, before the first tensor comes.
         """
-        order = self._opened(self._order(recipe))
+        order = self._opened(working_order(recipe, self._resident))
         keep: dict[str, dict[str, Tensor]] = {i: {} for i in self._worth_keeping(recipe, order)}
         self._models.clear()
         straight = not any(isinstance(n, Layers) for n in ancestors(recipe))
@@ -124,7 +125,7 @@ class Materialiser:
         return values[tasks[-1][0].id, tasks[-1][1]]
 
     def _tasks(self, recipe: Recipe, name: str) -> list[Task]:
-        """Which tensors of which nodes one tensor of the recipe needs, inputs first."""
+        """Which tensors of which nodes one tensor of the recipe needs, inputs first, each as late as possible."""
         out: dict[tuple[str, str], Task] = {}
         stack: list[tuple[Task, bool]] = [((recipe, name), False)]
         while stack:
@@ -134,20 +135,16 @@ class Materialiser:
                 out.setdefault(key, task)
             elif key not in out:
                 stack.append((task, True))
-                if task[0].id not in self._resident:
-                    stack.extend((below, False) for below in reversed(task[0].needs(task[1])))
-        return list(out.values())
+                stack.extend((below, False) for below in reversed(self._needs(task)))
+        distance = dict.fromkeys(out, 0)  # the longest way from the tensor that is wanted
+        for key, task in reversed(out.items()):
+            for node, below in self._needs(task):
+                distance[node.id, below] = max(distance[node.id, below], distance[key] + 1)
+        return [out[key] for key in sorted(out, key=lambda key: -distance[key])]
 
-    def _order(self, recipe: Recipe) -> list[Recipe]:
-        """The nodes to be computed, inputs first; nothing below a resident node, which is there already."""
-        needed, stack = set(), [recipe]
-        while stack:
-            node = stack.pop()
-            if node.id not in needed:
-                needed.add(node.id)
-                if node.id not in self._resident:
-                    stack.extend(node.below)
-        return [n for n in ancestors(recipe) if n.id in needed]
+    def _needs(self, task: Task) -> list[Task]:
+        """What a tensor is computed from; nothing where its model is resident."""
+        return [] if task[0].id in self._resident else task[0].needs(task[1])
 
     def _opened(self, order: list[Recipe]) -> list[Recipe]:
         """The nodes without the statistics among them, which are open then."""

@@ -17,4 +17,9 @@ def canonical_json(value: Any) -> str:
 
 def content_hash(value: Any) -> str:
     """The first 80 bits of the SHA-256 of the canonical form, as 20 hexadecimal digits."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:20]
+    return text_hash(canonical_json(value))
+
+
+def text_hash(text: str) -> str:
+    """The same hash of a canonical form that is given as its JSON."""
+    return hashlib.sha256(text.encode()).hexdigest()[:20]

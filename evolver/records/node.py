@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from evolver.records.canonical import content_hash
 
@@ -24,6 +24,23 @@ def finite_number(x: float) -> float:
 NODES: dict[str, type[Node]] = {}
 
 
+class _Same(dict[str, str]):
+    """Maps every text to itself."""
+
+    def __missing__(self, key: str) -> str:
+        return key
+
+
+# Names nodes by their ids; see ``Node.entry``.
+BY_ID: Mapping[str, str] = _Same()
+
+
+class NamedNodes(Protocol):
+    """Nodes by their names: a list of them by their indices, or a mapping by their ids."""
+
+    def __getitem__(self, name: Any, /) -> Recipe: ...
+
+
 class Node:
     """The base class of all nodes of a recipe. Two nodes are equal if their contents are equal.
 
@@ -39,19 +56,27 @@ class Node:
 
     def form(self) -> list[Any]:
         """The canonical form of which the id is the hash; inputs are given by their ids."""
-        raise NotImplementedError  # every node below says its own
+        return self.form_of(self.entry(BY_ID))
 
-    def entry(self, place: Mapping[str, int]) -> list[Any]:
+    @classmethod
+    def form_of(cls, entry: Sequence[Any]) -> list[Any]:
+        """The canonical form of an entry in which the inputs are named by their ids: unless a kind leaves something out
+        of its id, the entry after its kind.
+        """
+        return [cls.kind, *entry]
+
+    def entry(self, place: Mapping[str, Any]) -> list[Any]:
         """The node as it is written into a recipe's JSON, after its kind.
 
         Args:
-            place: the index of every earlier node, by its id; inputs are written as these indices.
+            place: what names every earlier node, by its id: its index or, with ``BY_ID``, the id itself. Inputs are
+                written as these names.
         """
         raise NotImplementedError  # every node below says its own
 
     @classmethod
-    def from_entry(cls, entry: Sequence[Any], nodes: Sequence[Recipe]) -> Self:
-        """The inverse of ``entry``, given the nodes before it."""
+    def from_entry(cls, entry: Sequence[Any], nodes: NamedNodes) -> Self:
+        """The inverse of ``entry``, given the nodes before it by their names."""
         raise NotImplementedError  # every node below says its own
 
     def describe(self) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from evolver.records.node import Node, finite_number
+from evolver.records.node import NamedNodes, Node, finite_number
 
 if TYPE_CHECKING:
     from evolver.records.recipe import Recipe
@@ -81,10 +81,7 @@ class Noise(Node):
         """The root mean square of the noise to be expected, in units of σ: √(Σ coefficient²)."""
         return math.hypot(*(coefficient for _, coefficient in self.terms))
 
-    def form(self) -> list[Any]:
-        return [self.kind, self.point.id, [e.id for e in self.experts], self.base.id, *self._numbers()]
-
-    def entry(self, place: Mapping[str, int]) -> list[Any]:
+    def entry(self, place: Mapping[str, Any]) -> list[Any]:
         return [place[self.point.id], [place[e.id] for e in self.experts], place[self.base.id], *self._numbers()]
 
     def _numbers(self) -> list[Any]:
@@ -92,7 +89,7 @@ class Noise(Node):
         return [[list(term) for term in self.terms], self.distribution, self.rank]
 
     @classmethod
-    def from_entry(cls, entry: Sequence[Any], nodes: Sequence[Recipe]) -> Noise:
+    def from_entry(cls, entry: Sequence[Any], nodes: NamedNodes) -> Noise:
         point, experts, base, terms, distribution, rank = entry
         pairs = tuple((seed, coefficient) for seed, coefficient in terms)
         return cls(nodes[point], tuple(nodes[e] for e in experts), nodes[base], pairs, distribution, int(rank))

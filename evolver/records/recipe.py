@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 from evolver.records.canonical import canonical_json
-from evolver.records.node import NODES, Node, finite_number
+from evolver.records.node import NODES, NamedNodes, Node, finite_number
 from evolver.records.noise import Noise
 
 Value = bool | int | float | str | tuple[float, ...]
@@ -59,14 +59,15 @@ class Expert(Node):
     digest: str
     inputs: tuple[Recipe, ...] = field(default=(), init=False)
 
-    def form(self) -> list[Any]:
-        return [self.kind, self.digest]
+    @classmethod
+    def form_of(cls, entry: Sequence[Any]) -> list[Any]:
+        return [cls.kind, entry[1]]
 
-    def entry(self, place: Mapping[str, int]) -> list[Any]:
+    def entry(self, place: Mapping[str, Any]) -> list[Any]:
         return [self.name, self.digest]
 
     @classmethod
-    def from_entry(cls, entry: Sequence[Any], nodes: Sequence[Recipe]) -> Expert:
+    def from_entry(cls, entry: Sequence[Any], nodes: NamedNodes) -> Expert:
         return cls(*entry)
 
     def describe(self) -> str:
@@ -148,14 +149,11 @@ class Statistic(Node):
     def needs(self, name: str) -> list[tuple[Recipe, str]]:
         return []
 
-    def form(self) -> list[Any]:
-        return [self.kind, self.collected, self.of.id, self.items]
-
-    def entry(self, place: Mapping[str, int]) -> list[Any]:
+    def entry(self, place: Mapping[str, Any]) -> list[Any]:
         return [self.collected, place[self.of.id], self.items]
 
     @classmethod
-    def from_entry(cls, entry: Sequence[Any], nodes: Sequence[Recipe]) -> Statistic:
+    def from_entry(cls, entry: Sequence[Any], nodes: NamedNodes) -> Statistic:
         collected, of, items = entry
         return cls(collected, nodes[of], items)
 
@@ -184,19 +182,16 @@ class Merge(Node):
     def needs(self, name: str) -> list[tuple[Recipe, str]]:
         return [(node, name) for node in (*self.inputs, self.base)]
 
-    def form(self) -> list[Any]:
-        own = [self.kind, self.method, [i.id for i in self.inputs], self.base.id, [r.form() for r in self.rules]]
-        return own + ([[s.id for s in self.statistics]] if self.statistics else [])
-
-    def entry(self, place: Mapping[str, int]) -> list[Any]:
+    def entry(self, place: Mapping[str, Any]) -> list[Any]:
         own = [self.method, [place[i.id] for i in self.inputs], place[self.base.id], [r.form() for r in self.rules]]
         return own + ([[place[s.id] for s in self.statistics]] if self.statistics else [])
 
     @classmethod
-    def from_entry(cls, entry: Sequence[Any], nodes: Sequence[Recipe]) -> Merge:
+    def from_entry(cls, entry: Sequence[Any], nodes: NamedNodes) -> Merge:
         method, places, base, rules, *more = entry
-        statistics = tuple(nodes[i] for i in (more[0] if more else ()))
-        if not all(isinstance(s, Statistic) for s in statistics):
+        wanted = more[0] if more else ()
+        statistics = tuple(s for i in wanted if isinstance(s := nodes[i], Statistic))
+        if len(statistics) < len(wanted):
             raise ValueError("something among the statistics of a merge is not a statistic")
         inputs = tuple(nodes[i] for i in places)
         return cls(method, inputs, nodes[base], tuple(Rule.from_form(r) for r in rules), statistics)
@@ -251,10 +246,7 @@ class Cross(Node):
     def inputs(self) -> tuple[Recipe, ...]:  # type: ignore[override]  # derived here, stored in the other nodes
         return (self.parent, *self.partners)
 
-    def form(self) -> list[Any]:
-        return [self.kind, [i.id for i in self.inputs], *self._numbers()]
-
-    def entry(self, place: Mapping[str, int]) -> list[Any]:
+    def entry(self, place: Mapping[str, Any]) -> list[Any]:
         return [[place[i.id] for i in self.inputs], *self._numbers()]
 
     def _numbers(self) -> list[Any]:
@@ -263,7 +255,7 @@ class Cross(Node):
         return own if self.mask == "scalar" else [*own, self.mask]
 
     @classmethod
-    def from_entry(cls, entry: Sequence[Any], nodes: Sequence[Recipe]) -> Cross:
+    def from_entry(cls, entry: Sequence[Any], nodes: NamedNodes) -> Cross:
         (parent, *partners), *numbers = entry
         return cls(nodes[parent], tuple(nodes[i] for i in partners), *numbers)
 
@@ -316,16 +308,28 @@ class Layers(Node):
         return [self.source(name)]
 
     def names(self, base: Sequence[str]) -> list[str]:
-        outside = [n for n in self.inputs[0].names(base) if layer_of(n) is None]
-        inside = [self.inputs[i].names(base) for i, _ in self.program]
-        copies = enumerate(zip(inside, self.program, strict=True))
-        return outside + [at_layer(n, to) for to, (names, (_, of)) in copies for n in names if layer_of(n) == of]
+        made: dict[str, list[str]] = {}
+        stack: list[Layers] = [self]
+        while stack:  # each model once, and no recursion, as programs can be nested deeply
+            programs = [_program_of(node) for node in stack[-1].inputs]
+            waiting = [p for p in programs if p is not None and p.id not in made]
+            stack.extend(waiting)
+            if not waiting:
+                node = stack.pop()
+                made[node.id] = node._names([list(base) if p is None else made[p.id] for p in programs])
+        return made[self.id]
 
-    def entry(self, place: Mapping[str, int]) -> list[Any]:
+    def _names(self, of_inputs: Sequence[Sequence[str]]) -> list[str]:
+        """The names of its tensors, given those of each input."""
+        outside = [n for n in of_inputs[0] if layer_of(n) is None]
+        copies = enumerate(self.program)
+        return outside + [at_layer(n, to) for to, (i, of) in copies for n in of_inputs[i] if layer_of(n) == of]
+
+    def entry(self, place: Mapping[str, Any]) -> list[Any]:
         return [[place[i.id] for i in self.inputs], [list(p) for p in self.program], list(self.ends)]
 
     @classmethod
-    def from_entry(cls, entry: Sequence[Any], nodes: Sequence[Recipe]) -> Layers:
+    def from_entry(cls, entry: Sequence[Any], nodes: NamedNodes) -> Layers:
         places, program, (first, last) = entry
         copies = tuple((int(i), int(layer)) for i, layer in program)
         return cls(tuple(nodes[i] for i in places), copies, (int(first), int(last)))
@@ -337,23 +341,31 @@ class Layers(Node):
     def operations(self) -> tuple[str, ...]:
         return ("layers combined",)
 
-    def form(self) -> list[Any]:
-        return [self.kind, [i.id for i in self.inputs], [list(p) for p in self.program], list(self.ends)]
+
+def _program_of(node: Recipe) -> Layers | None:
+    """The layer program that decides which tensors a model has; None where it has those of the base."""
+    while not isinstance(node, Layers) and node.inputs:
+        node = node.inputs[0]
+    return node if isinstance(node, Layers) else None
 
 
 # Every kind of node. Statistics stand inside of recipes only.
 Recipe = Expert | Merge | Cross | Noise | Layers | Statistic
 
 
-def ancestors(recipe: Recipe) -> Iterator[Recipe]:
-    """Every node of the recipe once. Inputs come before the nodes that use them, and the recipe itself comes last."""
+def ancestors(recipe: Recipe, known: Container[str] = ()) -> Iterator[Recipe]:
+    """Every node of the recipe once. Inputs come before the nodes that use them, and the recipe itself comes last.
+
+    Args:
+        known: ids of nodes that are left out. What is below them is not looked at.
+    """
     seen: set[str] = set()
     stack: list[tuple[Recipe, bool]] = [(recipe, False)]
     while stack:  # no recursion: a lineage can be thousands of generations deep
         node, expanded = stack.pop()
         if expanded:
             yield node
-        elif node.id not in seen:
+        elif node.id not in seen and node.id not in known:
             seen.add(node.id)
             stack.append((node, True))
             stack.extend((i, False) for i in reversed(node.below))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from evolver import ledger
 from evolver.config import Config
-from evolver.errors import BadInput
 from evolver.records import STAGES, Candidate, Result, Stage, split_of
+from evolver.records.graph import NodeTable
 from evolver.records.leaders import leaders
 from evolver.runs.about import About, read_about
 from evolver.runs.finals import Finals, finals
@@ -121,28 +122,27 @@ def read_history(folder: Storage) -> History:
     pairs: list[tuple[Candidate, Result]] = []
     guessed: list[Result] = []
     orphaned: list[Result] = []
-    for name, part in ledger.standing(ledger.read_all_parts(place)).items():
+    parts = ledger.standing(ledger.read_all_parts(place))
+    nodes = ledger.nodes_of(parts.values())
+    for name, part in parts.items():
         for row in part.to_pylist(maps_as_pydicts="strict"):
             if row["event"] == "guessed":
                 guessed.append(ledger.result_of(row))
             elif row["event"] == "orphaned":
                 orphaned.append(ledger.result_of(row))
             elif row["event"] == "finished":
-                pairs.append((_candidate(row, f"{place.location}/{name}"), ledger.result_of(row)))
-    history = replace(
+                with contextlib.suppress(ledger.LostRecipe):  # the driver writes it again when it comes to it
+                    pairs.append((_candidate(row, nodes, f"{place.location}/{name}"), ledger.result_of(row)))
+    return replace(
         history_of(about, pairs, guessed, orphaned), uses=tuple(uses_of(folder)), origin=read_origin(folder)
     )  # fmt: skip
-    if history.best is not None and history.best[0].recipe.id != history.best[1].recipe_id:
-        raise BadInput(
-            f"{place.location}: candidate {history.best[0].number} of the search is recorded with the recipe of one "
-            "model and the id of another; restore the ledger from a copy."
-        )
-    return history
 
 
-def _candidate(row: Mapping[str, Any], file: str) -> Candidate:
+def _candidate(row: Mapping[str, Any], nodes: NodeTable, file: str) -> Candidate:
     try:
-        return ledger.candidate_of(row)
+        return ledger.candidate_of(row, nodes)
+    except ledger.LostRecipe:
+        raise
     except ValueError as error:
         reason = f"the recipe of candidate {row['number']} of stage {row['stage']} cannot be read"
         raise ledger.damaged(file, reason) from error

@@ -22,9 +22,10 @@ from evolver.config.changes import FREE_EVALUATION_KEYS, FREE_TASK_KEYS
 from evolver.config.evaluation import EvaluationSettings
 from evolver.errors import BadInput
 from evolver.records import Split, split_of
+from evolver.records.graph import NodeTable, UnknownNode
 from evolver.records.noise import Noise
 from evolver.records.order import item_order
-from evolver.records.recipe import Cross, Merge, Recipe, load_recipe
+from evolver.records.recipe import Cross, Merge, Recipe, dump_recipe
 from evolver.runs.about import About, read_about
 from evolver.runs.files import IDENTITY_FILE, mapping_of
 from evolver.runs.table_card import card
@@ -137,12 +138,12 @@ class _Models:
         self._count = count
         self._answers: dict[str, NDArray[np.float32]] = {}
         self._probabilities: dict[str, NDArray[np.float32]] = {}
-        self._recipes: dict[str, str] = {}
+        self._recipes: dict[str, Recipe] = {}
 
-    def add(self, recipe_id: str, recipe: str, places: NDArray[np.int64], answers: NDArray[np.float64]) -> None:
+    def add(self, recipe: Recipe, places: NDArray[np.int64], answers: NDArray[np.float64]) -> None:
         """Note a model's answers to the items at these places. Of two answers to an item the first one is kept."""
-        self._recipes.setdefault(recipe_id, recipe)
-        row = self._answers.setdefault(recipe_id, np.full(self._count, np.nan, dtype=np.float32))
+        self._recipes.setdefault(recipe.id, recipe)
+        row = self._answers.setdefault(recipe.id, np.full(self._count, np.nan, dtype=np.float32))
         new = np.isnan(row[places])
         row[places[new]] = answers[new]
 
@@ -163,7 +164,7 @@ class _Models:
         flat = found.ravel() == 1 if bits else found.ravel()
         values = pa.array(flat, type=pa.bool_() if bits else pa.float32(), mask=missing.ravel())
         offsets = np.arange(0, found.size + 1, self._count, dtype=np.int64)
-        rows = [_described(load_recipe(text), text) for text in self._recipes.values()]
+        rows = [_described(recipe) for recipe in self._recipes.values()]
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         complete = ~missing[:, np.asarray(dev)].any(1)
         answers = pa.LargeListArray.from_arrays(offsets, values).cast(pa.list_(values.type))
@@ -179,7 +180,7 @@ class _Models:
         return pa.array(rows, type=pa.list_(pa.float16()))
 
 
-def _described(recipe: Recipe, text: str) -> dict[str, Any]:
+def _described(recipe: Recipe) -> dict[str, Any]:
     """What the table says of a model beside its answers."""
     settings: Any = {}
     if isinstance(recipe, Merge):
@@ -191,7 +192,7 @@ def _described(recipe: Recipe, text: str) -> dict[str, Any]:
     method = recipe.method if isinstance(recipe, Merge) else recipe.kind
     return {
         "recipe_id": recipe.id, "kind": recipe.kind, "method": method, "settings": json.dumps(settings),
-        "inputs": [node.id for node in recipe.inputs], "recipe": text,
+        "inputs": [node.id for node in recipe.inputs], "recipe": dump_recipe(recipe),
     }  # fmt: skip
 
 
@@ -213,13 +214,14 @@ def _results(
     run: Storage, name: str, places: Mapping[str, NDArray[np.int64]], models: _Models
 ) -> Iterator[dict[str, Any]]:
     """The rows of a run's results; their answers are added to the models."""
-    for part in ledger.standing(ledger.read_all_parts(run.folder("ledger"))).values():
-        read = {*PROPOSAL_COLUMNS.names, "event", "recipe", "complete", "order", "given"}
+    parts = ledger.standing(ledger.read_all_parts(run.folder("ledger"))).values()
+    nodes = ledger.nodes_of(parts)
+    for part in parts:
+        read = {*PROPOSAL_COLUMNS.names, "event", "complete", "order", "given"}
         rows = part.select([name for name in part.column_names if name in read])
         for batch, row in enumerate(rows.to_pylist()):
-            if row.pop("event") != "finished":
+            if row.pop("event") != "finished" or (recipe := _recipe(row, nodes, run)) is None:
                 continue
-            recipe = row.pop("recipe")
             answers = np.asarray(part["items"][batch].values, dtype=np.float64)
             likely = np.asarray(part["probabilities"][batch].values, dtype=np.float32)
             own = places[split_of(row["stage"])]
@@ -227,10 +229,21 @@ def _results(
             at = (own if row.pop("complete") else asked)[: len(answers)]
             new = asked[row.pop("given") :][: len(likely)]
             if len(answers):
-                models.add(row["recipe_id"], recipe, at, answers[: len(at)])
+                models.add(recipe, at, answers[: len(at)])
             if len(new):
                 models.add_probabilities(row["recipe_id"], new, likely[: len(new)])
             yield {"run": name, **row, "scored": len(answers)}
+
+
+def _recipe(row: Mapping[str, Any], nodes: NodeTable, run: Storage) -> Recipe | None:
+    """The recipe of a row; None where a part of it was lost with a damaged file."""
+    try:
+        return nodes.recipe(row["recipe_id"])
+    except UnknownNode:
+        return None
+    except ValueError as error:
+        reason = f"the recipe of candidate {row['number']} of stage {row['stage']} cannot be read"
+        raise ledger.damaged(f"{run.location}/ledger", reason) from error
 
 
 def _refuse_other_scoring(first: Storage, other: Storage) -> None:

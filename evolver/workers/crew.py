@@ -20,7 +20,9 @@ class Ready:
 
 @dataclass(frozen=True)
 class Answered:
-    """Event: a worker has evaluated its candidate. ``message`` is the packed result."""
+    """Event: a worker has answered. ``message`` is the packed result of its candidate, or says that it lacks nodes of
+    the candidate's recipe (see ``evolver.workers.telling``).
+    """
 
     worker: int
     message: bytes

@@ -13,7 +13,8 @@ from evolver.config import PoolSettings
 from evolver.errors import BadInput
 from evolver.records import Candidate, Result
 from evolver.workers.crew import Answered, Crew, Event, Gone, Ready
-from evolver.workers.messages import pack_candidate, unpack_result
+from evolver.workers.messages import unpack_result
+from evolver.workers.telling import LACKS, LongRecipe, Told
 
 # Seconds between two checks for evaluations that take too long.
 TICK_SECONDS = 1.0
@@ -33,12 +34,14 @@ class _Flight:
         since: when its evaluation began, by the crew's clock.
         deaths: how many workers died while they evaluated it.
         losses: how many workers were lost with their nodes while they evaluated it.
+        whole: whether its worker was sent its whole recipe, as it lacked nodes of it.
     """
 
     candidate: Candidate
     since: float = 0.0
     deaths: int = 0
     losses: int = 0
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class CrewPool:
         self._crew, self._workers = crew, settings.num_workers
         self._policy = FailurePolicy(settings.retries, timeout_s=settings.timeout_s)
         self.bytes_sent = self.bytes_received = self.messages = 0
+        self._told = Told()
         self._coming: set[int] = set()
         self._idle: list[int] = []
         self._busy: dict[int, _Flight] = {}
@@ -151,6 +155,8 @@ class CrewPool:
                 self._coming.discard(event.worker)
                 self._stillborn = 0
                 self._idle.append(event.worker)
+            elif isinstance(event, Answered) and event.message == LACKS:
+                self._tell_again(event.worker)
             elif isinstance(event, Answered):
                 self._land(event)
             else:
@@ -165,11 +171,22 @@ class CrewPool:
         self.messages += 1
         self._landed.append(result)
 
+    def _tell_again(self, worker: int) -> None:
+        """Send a worker that lacks nodes its candidate with the whole recipe. One that then lacks nodes is broken."""
+        flight = self._busy[worker]
+        self._told.forget(worker)
+        if flight.whole:
+            self._crew.dismiss(worker)
+            self._lose(Gone(worker, "it lacked nodes of a recipe that it was sent whole"))
+        else:
+            self._send(worker, replace(flight, whole=True))
+
     def _lose(self, event: Gone) -> None:
         self._stillborn += event.worker in self._coming
         if self._stillborn >= self._policy.stillborn:
             raise BadInput(f"pool: the workers ended before they were ready ({event.reason}); their logs may say why.")
         self._coming.discard(event.worker)
+        self._told.forget(event.worker)
         self._idle = [w for w in self._idle if w != event.worker]
         flight = self._busy.pop(event.worker, None)
         self._staff()
@@ -185,6 +202,7 @@ class CrewPool:
         late = {w: why for w, f in self._busy.items() if (why := self._policy.late(f, self._crew.now()))}
         for worker, why in late.items():
             self._crew.dismiss(worker)
+            self._told.forget(worker)
             self._landed.append(Result.failed(self._busy.pop(worker).candidate, why))
         if late:
             self._staff()
@@ -192,10 +210,17 @@ class CrewPool:
     def _assign(self) -> None:
         while self._queue and self._idle:
             worker, flight = self._idle.pop(), self._queue.popleft()
-            message = pack_candidate(flight.candidate)
-            self.bytes_sent += len(message)
-            self._busy[worker] = replace(flight, since=self._crew.now())
-            self._crew.send(worker, message)
+            try:
+                self._send(worker, replace(flight, since=self._crew.now(), whole=False))
+            except LongRecipe as error:
+                self._idle.append(worker)
+                self._landed.append(Result.failed(flight.candidate, str(error)))
+
+    def _send(self, worker: int, flight: _Flight) -> None:
+        message = self._told.pack(worker, flight.candidate)
+        self.bytes_sent += len(message)
+        self._busy[worker] = flight
+        self._crew.send(worker, message)
 
     def _staff(self) -> None:
         """Ask for workers up to the full number. Those for which the cluster has no room wait, and an autoscaling

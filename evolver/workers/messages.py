@@ -1,30 +1,48 @@
 """The messages between driver and workers: candidates and results as compressed JSON.
 
-A message has a few kilobytes, whatever the size of the model, because it holds a recipe and scores but no weights.
+A message has a few kilobytes, whatever the size of the model, because it holds scores and those nodes of a recipe that
+its receiver does not know yet (see ``evolver.workers.telling``), but no weights.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
 from evolver.records import Candidate, Question, Result, as_answers
-from evolver.records.recipe import dump_recipe, load_recipe
+from evolver.records.graph import NodeTable, text_id, texts_of
 
 
-def pack_candidate(candidate: Candidate) -> bytes:
-    """A candidate with its recipe as bytes."""
-    fields = {**vars(candidate), "recipe": dump_recipe(candidate.recipe), "question": vars(candidate.question)}
-    return _pack(fields)
+def pack_candidate(candidate: Candidate, nodes: Iterable[str] | None = None) -> bytes:
+    """A candidate as bytes.
+
+    Args:
+        nodes: the nodes of its recipe that the receiver does not know, as texts. None: all nodes; the receiver then
+            lets those go that came before.
+    """
+    sent = list(texts_of(candidate.recipe).values() if nodes is None else nodes)
+    recipe = {"id": candidate.recipe.id, "nodes": sent, "whole": nodes is None}
+    return _pack({**vars(candidate), "recipe": recipe, "question": vars(candidate.question)})
 
 
-def unpack_candidate(data: bytes) -> Candidate:
-    """The inverse of ``pack_candidate``."""
-    fields = _unpack(data)
+def unpack_candidate(data: bytes, nodes: NodeTable | None = None) -> Candidate:
+    """The inverse of ``pack_candidate``.
+
+    Args:
+        nodes: those that came with earlier messages, to which those of this message are added.
+
+    Raises UnknownNode where nodes of its recipe are missing.
+    """
+    fields, nodes = _unpack(data), NodeTable() if nodes is None else nodes
     asked: dict[str, Any] = {k: as_answers(v) if isinstance(v, list) else v for k, v in fields["question"].items()}
-    decoded = {"recipe": load_recipe(fields["recipe"]), "question": Question(**asked)}
+    sent = fields["recipe"]
+    if sent["whole"]:
+        nodes.clear()
+    nodes.add((text_id(text), text) for text in sent["nodes"])
+    decoded = {"recipe": nodes.recipe(sent["id"]), "question": Question(**asked)}
     return Candidate(**{**fields, **decoded, "parents": tuple(fields["parents"])})
 
 

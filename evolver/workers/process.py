@@ -17,8 +17,8 @@ from evolver.errors import BadInput
 from evolver.records import Split
 from evolver.threads import let_threads_sleep
 from evolver.workers.crew import Answered, Event, Gone, Ready
-from evolver.workers.messages import pack_result, unpack_candidate
 from evolver.workers.plan import Plan
+from evolver.workers.telling import Inbox
 from evolver.workers.worker import Worker
 
 READY = b"ready"
@@ -147,10 +147,11 @@ def _serve(pipe: Connection, plan: Plan, split: Split, name: str) -> None:
     except BadInput as error:
         pipe.send_bytes(str(error).encode())
         return
+    inbox = Inbox()
     try:
         pipe.send_bytes(READY)
         while True:
-            pipe.send_bytes(pack_result(worker.evaluate(unpack_candidate(pipe.recv_bytes()))))
+            pipe.send_bytes(inbox.answer(pipe.recv_bytes(), worker.evaluate))
     except (EOFError, OSError):
         worker.close()
 

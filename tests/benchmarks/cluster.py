@@ -49,7 +49,8 @@ from evolver.report.text import markdown_table  # noqa: E402
 from evolver.search.ahead import Guessable, ahead  # noqa: E402
 from evolver.storage import storage_at  # noqa: E402
 from evolver.workers.crew_pool import CrewPool  # noqa: E402
-from evolver.workers.messages import pack_candidate, pack_result, unpack_candidate  # noqa: E402
+from evolver.workers.messages import pack_candidate, pack_result  # noqa: E402
+from evolver.workers.telling import Inbox  # noqa: E402
 
 PAGE = ROOT / "results" / "benchmarks" / "cluster.md"
 ITEMS = 200
@@ -210,20 +211,20 @@ def sleeping(seconds: float) -> Any:
     @ray.remote
     class Sleeping:
         def __init__(self, plan: Any, split: str, name: str) -> None:
-            self.name = name
+            self.name, self.inbox = name, Inbox()
 
         def ready(self) -> dict[str, Any]:
             return {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
 
         def evaluate(self, message: bytes) -> bytes:
-            candidate = unpack_candidate(message)
+            return self.inbox.answer(message, self.score)
+
+        def score(self, candidate: Candidate) -> Result:
             draw = random.Random(candidate.recipe.id)
             time.sleep(seconds * draw.lognormvariate(0, 0.5))
             items = tuple(float(draw.random() < 0.5) for _ in range(ITEMS))
             score = sum(items) / ITEMS
-            return pack_result(
-                Result(candidate.number, candidate.recipe.id, "ok", score, score, True, items, {"t": score})
-            )
+            return Result(candidate.number, candidate.recipe.id, "ok", score, score, True, items, {"t": score})
 
     return Sleeping
 
@@ -266,9 +267,11 @@ class Watching(crew.RayCrew):
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self.sent: list[tuple[float, str, int]] = []
+        self.inboxes: dict[int, Inbox] = {}
 
     def send(self, worker: int, message: bytes) -> None:
-        self.sent.append((time.monotonic(), unpack_candidate(message).recipe.id, worker))
+        candidate = self.inboxes.setdefault(worker, Inbox()).candidate(message)
+        self.sent.append((time.monotonic(), candidate.recipe.id, worker))
         super().send(worker, message)
 
 
