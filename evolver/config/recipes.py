@@ -16,7 +16,7 @@ from evolver.errors import BadInput, cause_of, refuse_special
 
 # Where a value stands: the number of the document, and then keys and numbers.
 ValuePath = tuple[int | str, ...]
-KEY = "recipe"
+RECIPE_KEY = "recipe"
 # To these methods a base model is one more model to merge.
 BASE_IS_MERGED = ("slerp", "linear", "karcher", "nearswap", "arcee_fusion")
 # Keys of a mergekit file that say the same as a key of the section ``model``.
@@ -141,8 +141,8 @@ def recipe_of(search: Any) -> Any:
     """The key ``recipe`` of a search, or of one inside of it; None where there is none."""
     if not isinstance(search, Mapping):
         return None
-    if search.get(KEY) is not None:
-        return search[KEY]
+    if search.get(RECIPE_KEY) is not None:
+        return search[RECIPE_KEY]
     return next((found for value in search.values() if (found := recipe_of(value)) is not None), None)
 
 
@@ -154,7 +154,9 @@ def with_content(search: Any, file: str) -> Any:
     if not isinstance(search, Mapping):
         return search
     return {
-        k: recipe_text(v, f"{file}: search.{KEY}").content if k == KEY and isinstance(v, str) else with_content(v, file)
+        k: recipe_text(v, f"{file}: search.{RECIPE_KEY}").content
+        if k == RECIPE_KEY and isinstance(v, str)
+        else with_content(v, file)
         for k, v in search.items()
     }
 
@@ -168,7 +170,7 @@ def completed(raw: Mapping[str, Any], file: str) -> Mapping[str, Any]:
     given = recipe_of(raw.get("search"))
     if given is None:
         return raw
-    text = recipe_text(given, f"{file}: search.{KEY}")
+    text = recipe_text(given, f"{file}: search.{RECIPE_KEY}")
     base, models = _models(text)
     model = {} if raw.get("model") is None else raw["model"]
     if not isinstance(model, Mapping):

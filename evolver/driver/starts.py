@@ -13,14 +13,13 @@ from evolver.driver.priors import PriorMaker, prior_count
 from evolver.errors import BadInput
 from evolver.merging import mergekit
 from evolver.merging.settings.genome import Genome
-from evolver.records import UNKNOWN, Candidate, Result, Standing
+from evolver.records import UNKNOWN, Candidate, Standing
+from evolver.records.leaders import Rated
 from evolver.records.recipe import Expert, Merge, Recipe, Rule, ancestors, layer_of
 from evolver.runs.files import RECIPE_FILE, read_recipe
 from evolver.runs.finals import TUNED
 from evolver.search.continued import NO_SEQUEL, Sequel
 from evolver.storage.paths import expand
-
-Scored = Sequence[tuple[Candidate, Result]]
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def starts_of(
         return Starts(listed)
     maker = PriorMaker(experts, base, names, space, grams)
 
-    def candidates(first: int, scored: Scored) -> list[Candidate]:
+    def candidates(first: int, scored: Sequence[Rated]) -> list[Candidate]:
         standing = {candidate.recipe.id: result.standing for candidate, result in scored}
         mass = _best_mass(config, experts, base, standing)
         own = [standing.get(expert.id, UNKNOWN) for expert in experts]

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from evolver.config.starts import start_of
-from evolver.records import Candidate, Result
+from evolver.records import Result
+from evolver.records.leaders import Rated
 from evolver.report.text import escaped, markdown_table, score_text
 from evolver.runs.outcome import Outcome
-
-Scored = tuple[Candidate, Result]
 
 
 @dataclass(frozen=True)
@@ -25,9 +24,9 @@ class Saving:
         spent: what the search's own candidates had taken when it was scored; without it, what they took in all.
     """
 
-    best: Scored
+    best: Rated
     cost: int
-    reached: Scored | None
+    reached: Rated | None
     spent: int
 
     @property
@@ -46,7 +45,7 @@ class Saving:
         }  # fmt: skip
 
 
-def saving_of(searched: Sequence[Scored]) -> Saving | None:
+def saving_of(searched: Sequence[Rated]) -> Saving | None:
     """What the start of a search was worth; None where it began with nothing, or nothing of it has a score.
 
     A model of the start that the search proposes again is not counted as found by the search.
@@ -115,5 +114,5 @@ def _worth(saving: Saving) -> str:
     )
 
 
-def _standing(pair: Scored) -> tuple[float, float]:
+def _standing(pair: Rated) -> tuple[float, float]:
     return pair[1].standing

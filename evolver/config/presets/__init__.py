@@ -22,7 +22,7 @@ import yaml
 
 from evolver.errors import BadInput, nearest
 
-KEY = "preset"
+PRESET_KEY = "preset"
 NAMING = ("algorithm", "method")
 
 
@@ -83,10 +83,10 @@ def expanded(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
     if not isinstance(search, Mapping):
         return dict(raw)
     inner = {key: _inside(value, f"search.{key}", origin) for key, value in search.items()}
-    if KEY not in search:
+    if PRESET_KEY not in search:
         _refuse_name_of_preset(search, origin)
         return {**raw, "search": inner}
-    found = _named(inner.pop(KEY), f"{origin}: search.{KEY}")
+    found = _named(inner.pop(PRESET_KEY), f"{origin}: search.{PRESET_KEY}")
     sets, own = copy.deepcopy(dict(found.sets)), {**raw, "search": inner}
     joined = {key: value if key == "budget" else _joined(sets.get(key), value, 0) for key, value in own.items()}
     return {**sets, **{key: value for key, value in joined.items() if value is not None or key not in sets}}
@@ -100,9 +100,9 @@ def preset_lines(raw: Mapping[str, Any], origin: str) -> list[str]:
     Raises BadInput as ``expanded`` does.
     """
     search = raw.get("search")
-    if not isinstance(search, Mapping) or KEY not in search:
+    if not isinstance(search, Mapping) or PRESET_KEY not in search:
         return []
-    found = _named(search[KEY], f"{origin}: search.{KEY}")
+    found = _named(search[PRESET_KEY], f"{origin}: search.{PRESET_KEY}")
     after, own = dict(_flat(expanded(raw, origin))), dict(_flat(raw))
     kept = [key for key, value in found.keys.items() if key not in own and key in after and after[key] == value]
     return [
@@ -116,7 +116,7 @@ def blamed(error: str, raw: Mapping[str, Any], origin: str) -> str:
     key = error.partition(":")[0]
     if not error.endswith(".") or not any(line.startswith(f"  {key}:") for line in preset_lines(raw, origin)):
         return error
-    return f"{error[:-1]} (the preset {raw['search'][KEY]} sets {key})."
+    return f"{error[:-1]} (the preset {raw['search'][PRESET_KEY]} sets {key})."
 
 
 def written(value: Any) -> str:
@@ -148,14 +148,14 @@ def _inside(value: Any, key: str, origin: str) -> Any:
     if not isinstance(value, Mapping):
         return value
     inner = {name: _inside(v, f"{key}.{name}", origin) for name, v in value.items()}
-    if KEY not in value:
+    if PRESET_KEY not in value:
         return inner
-    found = _named(inner.pop(KEY), f"{origin}: {key}.{KEY}")
+    found = _named(inner.pop(PRESET_KEY), f"{origin}: {key}.{PRESET_KEY}")
     more = [name for name in found.sets if name not in ("search", "budget")]
     if more:
         raise BadInput(
-            f"{origin}: {key}.{KEY}: {found.name} also sets {' and '.join(more)} of the whole run, so it cannot be one "
-            f"of several searches; write algorithm: {found.sets['search']['algorithm']} with settings of your own."
+            f"{origin}: {key}.{PRESET_KEY}: {found.name} also sets {' and '.join(more)} of the whole run, so it cannot "
+            f"be one of several searches; write algorithm: {found.sets['search']['algorithm']} with settings of your own."
         )
     joined: dict[str, Any] = _joined(copy.deepcopy(dict(found.sets["search"])), inner, 0)
     return joined

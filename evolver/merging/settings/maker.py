@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from evolver.config.recipes import KEY, recipe_text
+from evolver.config.recipes import RECIPE_KEY, recipe_text
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.collectors import collector_named
 from evolver.merging import methods
@@ -71,7 +71,7 @@ class RecipeMaker:
 
     def space_in(self, recipe: Any) -> RecipeSpace:
         nodes = {self._places[node.name]: node for node in (self.base, *self.experts)}
-        base, key = self._places["base"], f"search.{KEY}"
+        base, key = self._places["base"], f"search.{RECIPE_KEY}"
         return recipe_space(recipe_text(recipe, key), self._names, nodes, base, key, self._seed)
 
     def _space_of(

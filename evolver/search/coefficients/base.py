@@ -24,7 +24,7 @@ from optuna.samplers.nsgaii import BaseCrossover, BaseMutation
 from optuna.study import Study, StudyDirection
 from pydantic import Field, field_validator
 
-from evolver.config.recipes import KEY
+from evolver.config.recipes import RECIPE_KEY
 from evolver.config.section import Section
 from evolver.errors import BadInput
 from evolver.records import Candidate, Choice, Knob, Result
@@ -217,9 +217,9 @@ def space_of(maker: Maker, settings: CoefficientSettings) -> Space:
     if settings.recipe is None:
         return space_of_method(maker, settings)
     for key, field in CoefficientSettings.model_fields.items():
-        if key != KEY and getattr(settings, key) != field.get_default(call_default_factory=True):
+        if key != RECIPE_KEY and getattr(settings, key) != field.get_default(call_default_factory=True):
             raise BadInput(
-                f"search.{key}: what is searched stands in the file that search.{KEY} names; leave {key} out."
+                f"search.{key}: what is searched stands in the file that search.{RECIPE_KEY} names; leave {key} out."
             )
     return maker.space_in(settings.recipe)
 

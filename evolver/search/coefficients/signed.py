@@ -55,6 +55,7 @@ class _Numbers:
 
     Attributes:
         name: α or β, as the knobs are called.
+        begin: the number at which a stage starts.
         make: the recipe at a point.
     """
 
@@ -62,12 +63,16 @@ class _Numbers:
     experts: tuple[Expert, ...]
     low: float
     high: float
-    start: float
+    begin: float
     make: Callable[[EachNumber], Recipe]
 
     @property
     def knobs(self) -> tuple[Knob | Choice, ...]:
         return tuple(Knob(f"{self.name}[{e.name}]", self.low, self.high) for e in self.experts)
+
+    @property
+    def start(self) -> Mapping[str, float]:
+        return {knob.name: self.begin for knob in self.knobs}
 
     @property
     def branches(self) -> Mapping[str, Space]:
@@ -87,7 +92,7 @@ class _Numbers:
         return None  # no model from elsewhere is taken in
 
     def encode_equal(self, mass: float) -> dict[str, Any]:
-        return {knob.name: self.start for knob in self.knobs}
+        return dict(self.start)
 
     def axes(self, levels: Callable[[str], int]) -> tuple[tuple[dict[str, Any], ...], ...]:
         raise NotImplementedError("no grid spans a stage of Evo-Merging")
@@ -102,7 +107,6 @@ class _Stage(CMAES):
         sigma = settings.sigma / (space.high - space.low)  # Optuna scales every range to one of length 1
         typed = CMAESSettings(algorithm="cmaes", population=settings.population, sigma=sigma)
         super().__init__(setup, typed, space)
-        self.study.sampler = self._sampler(setup.seed, space.encode_equal(1.0))
         self.weight, self._size = settings.penalty, 0.0
         # the best candidate: its fitness, its point, and its result without the items
         self.best: tuple[Standing, EachNumber, Result] | None = None

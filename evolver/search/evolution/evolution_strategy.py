@@ -31,7 +31,7 @@ from evolver.records.recipe import Recipe
 from evolver.search.base import Ordered, Setup, algorithm
 
 # A default learning rate in sigmas.
-STEP = 4.0
+RATE_OF_SIGMA = 4.0
 # Of a coefficient, so that nothing but its own digits decides about an id.
 COEFFICIENT_DECIMALS = 9
 # A seed is a whole number that every reader of JSON keeps.
@@ -100,7 +100,7 @@ class EvolutionStrategy(Ordered):
                 f"{settings.population + 1}."
             )
         self.settings, self.size = settings, settings.population
-        self.rate = STEP * settings.sigma if settings.learning_rate is None else settings.learning_rate
+        self.rate = RATE_OF_SIGMA * settings.sigma if settings.learning_rate is None else settings.learning_rate
         self.start: Recipe = setup.maker.merger({"method": "simple"})(setup.experts)
         # Where the strategy stands, and the coefficients by seed that it has gone from the start, the earliest first.
         self.mean, self.terms = self.start, dict[int, float]()
