@@ -155,7 +155,8 @@ def _inside(value: Any, key: str, origin: str) -> Any:
     if more:
         raise BadInput(
             f"{origin}: {key}.{PRESET_KEY}: {found.name} also sets {' and '.join(more)} of the whole run, so it cannot "
-            f"be one of several searches; write algorithm: {found.sets['search']['algorithm']} with settings of your own."
+            f"be one of several searches; write algorithm: {found.sets['search']['algorithm']} with settings of your "
+            "own."
         )
     joined: dict[str, Any] = _joined(copy.deepcopy(dict(found.sets["search"])), inner, 0)
     return joined
