@@ -29,15 +29,14 @@ def usual_arms(layers: int) -> dict[str, dict[str, Any]]:
     """Two baselines, which any search should beat, and the ways to search beside them that models of so many layers
     allow.
     """
-    arms: dict[str, dict[str, Any]] = {
+    return {
         "tuned mass": {"algorithm": "tpe", "tune": ["lambda"]},
         "random": {"algorithm": "random"},
-        "coefficients": {"algorithm": "cmaes"},
-        "layers": {"algorithm": "cmaes", "layer_groups": min(3, layers)},
+        "coefficients": {"algorithm": "cmaes", "layer_groups": min(3, layers)},
         "ties": {"algorithm": "tpe", "method": "ties"},
         "evolver": EVOLVER,
+        "weights": {"algorithm": "shade", "generations": 1_000_000},
     }
-    return {name: arm for name, arm in arms.items() if name != "layers" or layers > 1}
 
 
 class PortfolioSettings(Section):
@@ -47,8 +46,8 @@ class PortfolioSettings(Section):
     arms: dict[str, dict[str, Any]] | None = Field(
         None,
         description="the searches, by names of your own: algorithm and settings of each. Default: task arithmetic with "
-        "its total mass tuned, random coefficients, cmaes, cmaes with three layer groups (or as many as there are "
-        "layers), tpe over ties, and evolver with a merger whose total mass evolves",
+        "its total mass tuned, random coefficients, cmaes with three layer groups (or as many as there are layers), tpe "
+        "over ties, evolver with a merger whose total mass evolves, and shade",
     )
     turn: int = Field(4, ge=1, le=10_000, description="number of candidates that an arm proposes in one turn, at most")
     eta: float = Field(
