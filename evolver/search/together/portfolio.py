@@ -46,8 +46,8 @@ class PortfolioSettings(Section):
     arms: dict[str, dict[str, Any]] | None = Field(
         None,
         description="the searches, by names of your own: algorithm and settings of each. Default: task arithmetic with "
-        "its total mass tuned, random coefficients, cmaes with three layer groups (or as many as there are layers), tpe "
-        "over ties, evolver with a merger whose total mass evolves, and shade",
+        "its total mass tuned, random coefficients, cmaes with three layer groups (or as many as there are layers), "
+        "tpe over ties, evolver with a merger whose total mass evolves, and shade",
     )
     turn: int = Field(4, ge=1, le=10_000, description="number of candidates that an arm proposes in one turn, at most")
     eta: float = Field(
