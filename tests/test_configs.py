@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
 
 import pytest
 import torch
@@ -68,10 +69,15 @@ def example(name, folder, changes):
         entry.update({"dev": 12, "report": 8, **own})
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(raw, sort_keys=False))
+    return file, commands_in(name, text, file)
+
+
+def commands_in(name, text, file):
+    """The commands in an example's comments, with another file in its place."""
     typed = re.findall(r"^#   \.venv/bin/evolver (.+?)(?: +# .*)?$", text, re.MULTILINE)
     path = f"configs/examples/{name}.yaml"
     assert all(path in line or line.startswith("export ") for line in typed)
-    return file, [line.replace(path, str(file)).split() for line in typed]
+    return [line.replace(path, str(file)).split() for line in typed]
 
 
 def type_all(commands, folder):
@@ -208,10 +214,41 @@ def test_safety_as_a_constraint_and_as_an_objective(tmp_path, models, tasks):
     assert "| model | useful | harmless | useful against " in text
 
 
+def test_a_mergekit_file_with_free_numbers(tmp_path, models, tasks):
+    """The models' places stand in the file of the search, and the experts follow from them."""
+    text, template = (EXAMPLES / "recipe.yaml").read_text(), TEMPLATE.replace("MARK", "user")
+    for place, own in {
+        "mistralai/Mistral-7B-v0.1": "base", "HuggingFaceH4/zephyr-7b-beta": "a",
+        "teknium/OpenHermes-2.5-Mistral-7B": "OpenHermes-2.5-Mistral-7B",
+    }.items():  # fmt: skip
+        text = text.replace(place, str(tmp_path / own))
+    for source, own in {"base": "base", "a": "a", "b": "OpenHermes-2.5-Mistral-7B"}.items():
+        shutil.copytree(models / source, tmp_path / own)
+        if source != "base":
+            words = AutoTokenizer.from_pretrained(tmp_path / own)
+            words.chat_template = template
+            words.save_pretrained(tmp_path / own)
+    raw = yaml.safe_load(text)
+    raw["budget"] = {"candidates": 3}
+    raw["evaluation"] = {"include_path": str(tasks), "tasks": [{"task": "toy", "dev": 12, "report": 8}]}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(raw, sort_keys=False))
+    commands = commands_in("recipe", text, file)
+    assert [c[0] for c in commands] == ["validate", "explain", "run", "export"]
+    validated, explained, _, said = type_all(commands, tmp_path)
+    free = "searched: models.OpenHermes-2.5-Mistral-7B.weight[1]: 0 to 1"
+    assert free in validated
+    assert free in explained
+    assert "gives the answers in the ledger on 12 of 12 dev items" in said
+    type_all([["merge", str(tmp_path / "merged-recipe" / "recipe.yaml"), "again"]], tmp_path)
+    one, two = (tmp_path / folder / "model.safetensors" for folder in ("merged-recipe", "again"))
+    assert one.read_bytes() == two.read_bytes()
+
+
 def test_every_example_is_linked_and_typed():
     """The pages that a newcomer reads name each of them, and a test above runs it."""
     names = {p.name for p in EXAMPLES.glob("*.yaml")}
-    assert names == {"classifiers.yaml", "qwen3-moe.yaml", "instruct.yaml", "safety.yaml"}
+    assert names == {"classifiers.yaml", "qwen3-moe.yaml", "instruct.yaml", "safety.yaml", "recipe.yaml"}
     for page in ("README.md", "docs/merging.md"):
         text = (toys.ROOT / page).read_text()
         assert {n for n in names if f"configs/examples/{n}" not in text} == set(), page

@@ -70,7 +70,7 @@ def resume(
     raise typer.Exit(drive(config, place or ".", name, retry_failed))
 
 
-app.command()(mergekit_evolve.mergekit_evolve)
+app.command("mergekit-evolve")(mergekit_evolve.mergekit_evolve)
 app.command()(going_on.retarget)
 app.command()(going_on.fork)
 
