@@ -14,7 +14,7 @@ from evolver.checkpoints.weights import Checkpoint, Source, cached
 from evolver.records.canonical import content_hash
 
 # So many scalars of all models together are in float64 at a time: 32 MiB.
-PIECE = 1 << 22
+SCALARS_AT_A_TIME = 1 << 22
 TensorGrams = Mapping[str, NDArray[np.float64]]
 
 
@@ -37,7 +37,7 @@ def _measured(base: Checkpoint, experts: Sequence[Source]) -> dict[str, list[lis
 def _gram(origin: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """The inner products of the differences of ``tensors`` to ``origin``, piece by piece, as float64 takes room."""
     out = torch.zeros(len(tensors), len(tensors), dtype=torch.float64)
-    length = max(1, PIECE // (1 + len(tensors)))
+    length = max(1, SCALARS_AT_A_TIME // (1 + len(tensors)))
     pieces = zip(*(t.reshape(-1).split(length) for t in (origin, *tensors)), strict=True)
     for zero, *others in pieces:
         moved = torch.stack([other.double() - zero.double() for other in others])

@@ -16,7 +16,7 @@ from evolver.config.changes import FREE_KEYS, computing, default_at, keeping_bas
 from evolver.config.reading import ConfigText
 from evolver.driver.early import chosen_search, innermost
 from evolver.driver.objectives import objectives_of
-from evolver.driver.refusals import refuse_estimate, refuse_goals, refuse_racing, refuse_subset
+from evolver.driver.refusals import refuse_estimate, refuse_misfits
 from evolver.driver.starts import Starts, refuse_depth, starts_of
 from evolver.errors import BadInput
 from evolver.evaluation.blueprint import Blueprint, ModelFolder
@@ -118,9 +118,7 @@ def prepare(
         if device:
             tasks.check_model(blueprint)
         estimates = Estimates(tasks.scale("dev"), config.evaluation.block_items)
-        refuse_racing(config, algorithm, estimates)
-        refuse_subset(config, settings)
-        refuse_goals(config, estimates.scale)
+        refuse_misfits(config, algorithm, settings, estimates)
         refuse_depth(config, opened.base.names())
         if config.evaluation.quantise:
             refuse_stacks({name: info.shape for name, info in opened.base.headers.items()})

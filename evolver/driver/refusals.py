@@ -12,6 +12,13 @@ from evolver.search import SEARCHES
 from evolver.search.halving import HalvingSettings
 
 
+def refuse_misfits(config: Config, algorithm: str, settings: Any, estimates: Estimates) -> None:
+    """Raises BadInput for racing, a part of the items, a target or a constraint that cannot be used."""
+    _refuse_racing(config, algorithm, estimates)
+    _refuse_subset(config, settings)
+    _refuse_goals(config, estimates.scale)
+
+
 def refuse_estimate(config: Config, settings: Any) -> None:
     """Raises BadInput for what needs whole scores while the search goes on, where it sees estimates."""
     given = {
@@ -30,7 +37,7 @@ def refuse_estimate(config: Config, settings: Any) -> None:
             )
 
 
-def refuse_racing(config: Config, algorithm: str, estimates: Estimates) -> None:
+def _refuse_racing(config: Config, algorithm: str, estimates: Estimates) -> None:
     """Raises BadInput if racing is switched on but cannot be used."""
     if config.evaluation.racing is None:
         return
@@ -53,7 +60,7 @@ def refuse_racing(config: Config, algorithm: str, estimates: Estimates) -> None:
         )
 
 
-def refuse_subset(config: Config, settings: Any) -> None:
+def _refuse_subset(config: Config, settings: Any) -> None:
     """Raises BadInput if the part of the items is chosen for a search that scores all of them."""
     given = config.evaluation
     partial = isinstance(settings, HalvingSettings) or given.racing is not None or given.estimate is not None
@@ -65,7 +72,7 @@ def refuse_subset(config: Config, settings: Any) -> None:
         )
 
 
-def refuse_goals(config: Config, scale: Scale) -> None:
+def _refuse_goals(config: Config, scale: Scale) -> None:
     """Raises BadInput for a target that no model can reach, and for a constraint on a group whose metric is made of
     those of several tasks.
     """

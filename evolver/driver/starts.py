@@ -20,8 +20,6 @@ from evolver.runs.finals import TUNED
 from evolver.search.continued import NO_SEQUEL, Sequel
 from evolver.storage.paths import expand
 
-Scored = Sequence[tuple[Candidate, Result]]
-
 
 @dataclass(frozen=True)
 class Starts:
@@ -86,7 +84,7 @@ def starts_of(
         return Starts(listed)
     maker = PriorMaker(experts, base, names, space, grams)
 
-    def candidates(first: int, scored: Scored) -> list[Candidate]:
+    def candidates(first: int, scored: Sequence[tuple[Candidate, Result]]) -> list[Candidate]:
         standing = {candidate.recipe.id: result.standing for candidate, result in scored}
         mass = _best_mass(config, experts, base, standing)
         own = [standing.get(expert.id, UNKNOWN) for expert in experts]

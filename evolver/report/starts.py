@@ -11,7 +11,7 @@ from evolver.records import Candidate, Result
 from evolver.report.text import escaped, markdown_table, score_text
 from evolver.runs.outcome import Outcome
 
-Scored = tuple[Candidate, Result]
+CandidateResult = tuple[Candidate, Result]
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Saving:
         spent: what the search's own candidates had taken when it was scored; without it, what they took in all.
     """
 
-    best: Scored
+    best: CandidateResult
     cost: int
-    reached: Scored | None
+    reached: CandidateResult | None
     spent: int
 
     @property
@@ -46,7 +46,7 @@ class Saving:
         }  # fmt: skip
 
 
-def saving_of(searched: Sequence[Scored]) -> Saving | None:
+def saving_of(searched: Sequence[CandidateResult]) -> Saving | None:
     """What the start of a search was worth; None where it began with nothing, or nothing of it has a score.
 
     A model of the start that the search proposes again is not counted as found by the search.
@@ -104,16 +104,17 @@ def _worth(saving: Saving) -> str:
             f"{saving.cost} items, so what the start saved is not known exactly: {known}."
         )
     worth = (
-        f"so the start saved {saving.saved} items"
+        f"so by this count the start saved {saving.saved} items"
         if saving.saved >= 0
-        else f"so the start saved nothing and took {-saving.saved} items more"
+        else f"so by this count the start saved nothing and took {-saving.saved} items more"
     )
     return (
         f"The search first reached it by itself with candidate {saving.reached[0].number}, when its own candidates had "
         f"taken {saving.spent} items; the models of the start took {saving.cost} items, {worth}. The search had learnt "
-        "from these models. What it takes without them is shown only by a run without `start`."
+        "from these models, so they may have saved more: what it takes without them is shown only by a run without "
+        "`start`."
     )
 
 
-def _standing(pair: Scored) -> tuple[float, float]:
+def _standing(pair: CandidateResult) -> tuple[float, float]:
     return pair[1].standing

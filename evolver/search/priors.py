@@ -22,7 +22,7 @@ Weighing = Callable[[GramMatrix], tuple[float, ...]]
 
 # Sums of millions of products differ in their last digits from machine to machine. Weights are rounded to so many
 # digits, so that a run which is resumed elsewhere begins with the same models.
-DIGITS = 6
+WEIGHT_DIGITS = 6
 
 
 def inverse_norms(products: GramMatrix) -> tuple[float, ...]:
@@ -97,5 +97,5 @@ def _cosines(products: GramMatrix) -> GramMatrix:
 
 def _shares(raw: GramMatrix) -> tuple[float, ...]:
     total = float(raw.sum())
-    found = [round(float(v) / total, DIGITS) if total > 0 else 1.0 for v in raw]
+    found = [round(float(v) / total, WEIGHT_DIGITS) if total > 0 else 1.0 for v in raw]
     return tuple(v / sum(found) for v in found)
