@@ -146,7 +146,7 @@ def test_the_soup_follows_the_scores():
 def opened(tmp_path, monkeypatch):
     """A base and three experts, the last of which equals the base; pieces are shorter than tensors."""
     monkeypatch.setenv("EVOLVER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "PIECE", 28)
+    monkeypatch.setattr(module, "SCALARS_AT_A_TIME", 28)
     base = open_base(str(write(tmp_path / "base", tensors())), "model.base")
     other = tensors(1) | {"model.norm.weight": tensors()["model.norm.weight"].to(torch.bfloat16)}
     contents = {"a": tensors(1), "b": other, "same": tensors()}
@@ -416,8 +416,11 @@ def reported(*entries):
 @pytest.mark.parametrize(
     ("found", "says"),
     [
-        ([("one: tpe", 0.4, 300, 2), ("two: tpe", 0.7, 100, 4)], "took 200 items, so the start saved 200 items."),
-        ([("one: tpe", 0.7, 100, 4)], "took 200 items, so the start saved nothing and took 100 items more."),
+        (
+            [("one: tpe", 0.4, 300, 2), ("two: tpe", 0.7, 100, 4)],
+            "200 items, so by this count the start saved 200 items.",
+        ),
+        ([("one: tpe", 0.7, 100, 4)], "by this count the start saved nothing and took 100 items more."),
         ([("one: tpe", 0.4, 500, 2)], "never reached it, with 500 items. .* not known exactly: at least 300 items."),
         ([("one: tpe", 0.4, 100, 2)], "never reached it, with 100 items. .* whether it saved any is not known."),
     ],

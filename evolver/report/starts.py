@@ -103,14 +103,15 @@ def _worth(saving: Saving) -> str:
             f"{saving.cost} items, so what the start saved is not known exactly: {known}."
         )
     worth = (
-        f"so the start saved {saving.saved} items"
+        f"so by this count the start saved {saving.saved} items"
         if saving.saved >= 0
-        else f"so the start saved nothing and took {-saving.saved} items more"
+        else f"so by this count the start saved nothing and took {-saving.saved} items more"
     )
     return (
         f"The search first reached it by itself with candidate {saving.reached[0].number}, when its own candidates had "
         f"taken {saving.spent} items; the models of the start took {saving.cost} items, {worth}. The search had learnt "
-        "from these models. What it takes without them is shown only by a run without `start`."
+        "from these models, so they may have saved more: what it takes without them is shown only by a run without "
+        "`start`."
     )
 
 
