@@ -146,7 +146,7 @@ def test_the_soup_follows_the_scores():
 def opened(tmp_path, monkeypatch):
     """A base and three experts, the last of which equals the base; pieces are shorter than tensors."""
     monkeypatch.setenv("EVOLVER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "SCALARS_AT_A_TIME", 28)
+    monkeypatch.setattr(module, "GRAM_PIECE", 28)
     base = open_base(str(write(tmp_path / "base", tensors())), "model.base")
     other = tensors(1) | {"model.norm.weight": tensors()["model.norm.weight"].to(torch.bfloat16)}
     contents = {"a": tensors(1), "b": other, "same": tensors()}
