@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from evolver.records.canonical import canonical_json
 from evolver.records.graph import NodeTable, UnknownNode, node_text, text_id, texts_of, working_order
 from evolver.records.node import NODES
+from evolver.records.noise import Noise
 from evolver.records.recipe import Cross, Expert, Layers, Merge, Place, Rule, Statistic, ancestors
 
 BASE = Expert("base", "00")
@@ -30,6 +31,7 @@ def random_recipe(seed, steps):
                     Cross(one, (two, BASE), "rand/1", 0.5, 1.0, draw.getrandbits(64), draw.choice(["row", "layer"])),
                     Merge("linear", (one, two), BASE, rules),
                     Merge("fisher", (one, two), BASE, (), fisher),
+                    Noise(one, (members[1],), BASE, ((draw.getrandbits(64), draw.random()),), "rademacher", 2),
                     Layers((one, two), ((0, draw.randint(0, 5)), (1, 0)), (0, 1)),
                 ]
             )
