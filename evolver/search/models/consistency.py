@@ -46,7 +46,8 @@ class Consistency(Ordered):
     assumes that the answers change least where the merge is best. It draws nothing at random and ends with one model,
     which is scored on all dev items, so that the run can report it. Where a kind of evaluation puts no answers into
     words, such as a function of your own, the numbers that it gives are compared. A candidate that failed agrees with
-    nobody. It cannot stand inside of another search, which would need scores.
+    nobody. Constraints are judged on all dev items, so they cannot move the choice: the run judges the one model that
+    was chosen, and says so if it breaks one. It cannot stand inside of another search, which would need scores.
 
     Raises BadInput for models that are no experts, and where more than two experts are given and none is named.
     """
