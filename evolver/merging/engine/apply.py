@@ -60,7 +60,10 @@ def _apply_whole(method: Method, values: Mapping[str, Value], whole: InputTensor
     handed = {parameter: whole.statistics.get(kind) for parameter, kind in method.statistics.items()}
     origin = whole.base.float()
     inputs = [i.float() - origin if method.on_deltas else i.float() for i in whole.inputs]
-    merged = method.function(inputs, **numbers, **flags, **handed)
+    try:
+        merged = method.function(inputs, **numbers, **flags, **handed)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{method.name} of {whole.name}: {error}") from error
     return (origin + merged if method.on_deltas else merged).to(whole.base.dtype).view(whole.base.shape)
 
 
