@@ -435,6 +435,15 @@ def explain(
             "reads them",
         ),
     ] = False,
+    experts: Annotated[
+        bool,
+        typer.Option(
+            "--experts",
+            help="for a mergekit file or the file of a run: print instead how large the experts' changes are and how "
+            "much alike, by layer; the weights are read",
+        ),
+    ] = False,
+    picture: Annotated[Path | None, typer.Option(help="with --experts: write a picture of it, a PNG file")] = None,
 ) -> None:
     """Print, for every tensor of a merge, which method makes it and which settings apply.
 
@@ -442,6 +451,9 @@ def explain(
     """
     from evolver.commands import explain as explaining
 
+    if experts or picture is not None:
+        _explain_experts(config, experts, prompts, picture)
+        return
     if explaining.is_model(config) and not prompts:
         typer.echo(explaining.names_table(config))
         return
@@ -453,6 +465,24 @@ def explain(
     for line in explaining.searched(config):
         typer.echo(line)
     typer.echo(explaining.table(explaining.explain(config)))
+
+
+def _explain_experts(config: Path, asked: bool, prompts: bool, picture: Path | None) -> None:
+    """Print what the experts' task vectors have in common, and write the picture."""
+    from evolver.commands.experts import experts_picture, experts_text
+    from evolver.commands.explain import experts_compared
+
+    if prompts or not asked:
+        other = "--prompts shows something else" if prompts else "--picture is a picture of what --experts prints"
+        raise BadInput(f"evolver explain: {other}; write --experts alone, or with --picture FILE.")
+    with tables.counting("tensors measured") as measured:
+        names, model, layers = experts_compared(config, measured)
+    typer.echo(experts_text(names, model, layers))
+    if picture is not None:
+        try:
+            picture.write_bytes(experts_picture(names, model, layers))
+        except OSError as error:
+            raise BadInput(file_sentence(error, str(picture))) from error
 
 
 @app.command()

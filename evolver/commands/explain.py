@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from evolver.driver.prepare import prepare
 from evolver.errors import BadInput, cause_of, refuse_special
 from evolver.evaluation.blueprint import Blueprint
 from evolver.merging import mergekit, methods
+from evolver.merging.likeness import Likeness, likeness
 from evolver.records.recipe import Expert, Layers, Merge, Recipe, layer_of
 from evolver.report.mixture import mixture
 from evolver.runs.files import RECIPE_FILE, RUN_FILE, read_recipe
@@ -33,7 +34,7 @@ from evolver.runs.folder import config_of_run
 from evolver.storage import storage_at
 from evolver.storage.paths import last_part
 from evolver.storage.references import parts_of
-from evolver.workers.opened import draw_up, open_named
+from evolver.workers.opened import draw_up, open_models, open_named
 
 # Items of each task whose prompts are shown.
 SHOWN = 2
@@ -131,6 +132,27 @@ def _of_winner(run: Path) -> list[SettingRow]:
         return _rows(recipe, base.names(), ())
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from error
+
+
+def experts_compared(
+    path: str | Path, measured: Callable[[str], None]
+) -> tuple[list[str], Likeness, dict[int | None, Likeness]]:
+    """The names of the experts of a merge and what their task vectors have in common, of all and by layer.
+
+    Args:
+        path: a mergekit file or the YAML file of a run.
+        measured: is told the name of each tensor that has been measured.
+
+    Raises BadInput where the models cannot be opened, and where nothing is merged against a base.
+    """
+    if _is_run(path):
+        opened = open_models(load(path))
+        return [*opened.experts], *likeness(opened.base, [*opened.experts.values()], measured)
+    file = open_merge(path, start=True)
+    named = {last_part(name): source for name, source in file.sources.items() if source is not file.base}
+    if not named:
+        raise BadInput(f"{path}: no model is merged with its base_model; name models beside it.")
+    return [*named], *likeness(file.base, [*named.values()], measured)
 
 
 def prompts(path: str | Path) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -23,6 +25,14 @@ UNITS_OF_TIME = ((86400, "d"), (3600, "h"), (60, "min"))
 def console() -> Console:
     """A console for tables: as wide as the terminal, or 160 columns if the output is not a terminal."""
     return Console(width=None if sys.stdout.isatty() else 160)
+
+
+@contextlib.contextmanager
+def counting(what: str) -> Iterator[Callable[[str], None]]:
+    """Show on a terminal how many there have been, and the name of the last one; elsewhere nothing."""
+    with Console(stderr=True).status(f"0 {what}") as shown:
+        count = itertools.count(1)
+        yield lambda name: shown.update(f"{next(count)} {what}, {escape(name)} was the last")
 
 
 def statuses_table(found: Iterable[Status]) -> Table:
