@@ -24,10 +24,13 @@ def main() -> None:
     given.add_argument("--out", required=True)
     given.add_argument("--runs", type=int, default=10)
     given.add_argument("--passes", type=int, nargs="+", default=[1000, 10_000])
+    given.add_argument("--only", nargs="+", default=[], help="names of methods; default: all")
     asked = given.parse_args()
     sys.path.insert(0, asked.folder)
     _models(asked.out)
     for name, method in _methods(asked.runs, max(asked.passes)).items():
+        if asked.only and name not in asked.only:
+            continue
         with contextlib.redirect_stdout(sys.stderr):
             runs = method()
         tested = {

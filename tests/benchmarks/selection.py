@@ -144,7 +144,7 @@ def likely_section(worlds: Sequence[World], resamplings: int) -> str:
     """What the probabilities of the right answers are worth, beside the scores."""
     count = min(CANDIDATES, len(worlds[0].sure) * 2 // 3)
     rows: dict[str, Rule] = {}
-    for n in (5, 10, 25, 50, 100):
+    for n in (n for n in (5, 10, 25, 50, 100) if n <= worlds[0].most):
         for kind in ("score", "probability", "both"):
             rows[f"{kind}, {n} a task"] = lambda d, k=kind, n=n: seen_as(d, k, n)
     for n, kind in itertools.product((10, 25), ("score", "probability", "both")):
