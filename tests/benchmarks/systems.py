@@ -1,0 +1,282 @@
+"""Which merge method is best, and how much of that is step size? Runs all of them on a pool: systems.md.
+
+``python tests/benchmarks/systems.py [--pool emotion-l3] [--seeds 3] [--part masses|tuned|evolver …]``. Three parts:
+
+- ``masses``: every method with equal weights at its own defaults and at five total masses, scored on many items that
+  nothing was chosen by;
+- ``tuned``: the twelve best of them, and task arithmetic, tuned by TPE at one equal budget of scored items;
+- ``evolver``: Evolver alone and with a merger, the rows of its paper's own table.
+
+Runs are kept, so the script goes on where it was stopped, and the page results/benchmarks/systems.md is made of all
+that there are: ``--seeds 0`` only writes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "configs" / "common"), str(Path(__file__).parent)]
+
+from packages import cache_folder  # noqa: E402
+from searches import CANDIDATES, GENERATIONS, POOLS  # noqa: E402
+
+from evolver.config.reading import ConfigText  # noqa: E402
+from evolver.driver.prepare import prepare  # noqa: E402
+from evolver.merging.methods import METHODS, Method, Range  # noqa: E402
+from evolver.merging.settings.maker import RecipeMaker  # noqa: E402
+from evolver.records.recipe import Expert, Recipe, dump_recipe  # noqa: E402
+from evolver.report.text import markdown_table  # noqa: E402
+from evolver.runs.history import History, read_history  # noqa: E402
+from evolver.storage import storage_at  # noqa: E402
+from evolver.workers.statistics import sample_hash  # noqa: E402
+
+PAGE = ROOT / "results" / "benchmarks" / "systems.md"
+# Of sums of task vectors, and of methods in whose papers the best mass grows with the number of experts.
+MASSES, WIDE = (0.5, 1.0, 1.5, 2.0, 3.0), (1.0, 2.0, 4.0, 6.0, 10.0)
+SCORED, TUNED, BEST = 500, 40, 12
+MERGERS: dict[str, dict[str, Any]] = {
+    "Evolver alone": {},
+    "Evolver with simple": {"merger": {"method": "simple"}},
+    "Evolver with ties": {"merger": {"method": "ties", "density": 0.2, "weight": 0.25, "lambda": 1.5}},
+    "Evolver with fisher": {"merger": {"method": "fisher"}},
+    "Evolver with regmean": {"merger": {"method": "regmean"}},
+}
+
+
+def main() -> None:
+    """Run what is missing, and write the page."""
+    given = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    given.add_argument("--pool", choices=POOLS, default="emotion-l3")
+    given.add_argument("--seeds", type=int, default=3)
+    given.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    asked = given.parse_args()
+    for part in asked.part:
+        for seed in range(1, asked.seeds + 1):
+            for made in PARTS[part](asked.pool, seed):
+                once(asked.pool, made)
+                PAGE.write_text(page())
+    PAGE.write_text(page())
+
+
+def once(pool: str, made: Mapping[str, Any]) -> None:
+    """One run, or the rest of it."""
+    folder = home(pool)
+    if not (folder / "results" / made["run"] / "summary.json").exists():
+        file = folder / f"{made['run']}.yaml"
+        file.write_text(yaml.safe_dump(dict(made), sort_keys=False))
+        subprocess.run([sys.executable, "-m", "evolver", "run", str(file)], cwd=folder, check=True)
+
+
+def home(pool: str) -> Path:
+    found = cache_folder() / "systems" / pool
+    found.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def config(pool: str, run: str, seed: int, sizes: tuple[int, int, int], **more: Any) -> dict[str, Any]:
+    """A configuration with so many dev, select and report items of each task."""
+    found = {"run": run, "seed": seed, **POOLS[pool][0](pool)}
+    for task in found["evaluation"]["tasks"]:
+        task |= dict(zip(("dev", "select", "report"), sizes, strict=True))
+    return {**found, **more}
+
+
+# The parts
+
+
+def masses(pool: str, seed: int) -> Iterator[dict[str, Any]]:
+    """One run that begins with all methods at all masses, and searches no further."""
+    sizes = (SCORED if pool != "smollm2" else 150, 5, 5)
+    plain = config(pool, f"masses-{seed}", seed, sizes, search={"algorithm": "random"}, budget={"candidates": 1})
+    files, made = [], recipes(plain)
+    for label, recipe in made.items():
+        file = home(pool) / "recipes" / f"{label.replace(' ', '_')}-{seed}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(dump_recipe(recipe))
+        files.append(str(file))
+    labels = {label: recipe.id for label, recipe in made.items()}
+    (home(pool) / f"labels-{seed}.json").write_text(json.dumps(labels))
+    yield plain | {"start": [{"recipe": f} for f in files], "budget": {"candidates": len(set(labels.values()))}}
+
+
+def tuned(pool: str, seed: int) -> Iterator[dict[str, Any]]:
+    """TPE over the methods that did best, with the budget that all have."""
+    for name in ["task_arithmetic", *best_methods(pool)]:
+        found = METHODS[name]
+        search = {"algorithm": "tpe", "method": name}
+        if not {"lambda", "weight"} & set(found.settings) and not any(s.search for s in found.settings.values()):
+            continue  # there is nothing to tune
+        budget = {"candidates": TUNED}
+        yield config(pool, f"tuned-{name}-{seed}", seed, POOLS[pool][1], search=search, budget=budget)
+
+
+def evolver(pool: str, seed: int) -> Iterator[dict[str, Any]]:
+    """Evolver with each merger, generation by generation."""
+    for label, merger in MERGERS.items():
+        search = {**GENERATIONS, **merger}
+        run = f"{label.replace(' ', '-')}-{seed}"
+        yield config(pool, run, seed, POOLS[pool][1], search=search, budget={"candidates": CANDIDATES})
+
+
+PARTS = {"masses": masses, "tuned": tuned, "evolver": evolver}
+
+
+def recipes(given: Mapping[str, Any]) -> dict[str, Recipe]:
+    """Every method of any number of models at its defaults and at five total masses, by label."""
+    ready = prepare(ConfigText(yaml.safe_dump(dict(given)), "systems"))
+    opened, count = ready.opened, len(ready.experts)
+    maker = RecipeMaker(
+        list(ready.config.experts), opened.base.names(), opened.digests(),
+        lambda expert: sample_hash(ready.config, ready.tasks, expert),
+    )  # fmt: skip
+    out: dict[str, Recipe] = {}
+    for name in sorted(METHODS):
+        found = METHODS[name]
+        if found.takes is not None or found.least > count or any(s.required for s in found.settings.values()):
+            continue
+        out[f"{name} as it is"] = maker.merger({"method": name})(maker.experts)
+        if "lambda" in found.settings:
+            equal = {"weight": 1.0 / count} if "weight" in found.settings else {}
+            for mass in of_masses(found):
+                merger = maker.merger({"method": name, "lambda": mass, **equal})
+                out[f"{name} at {mass:g}"] = merger(maker.experts)
+    return out
+
+
+def of_masses(method: Method) -> tuple[float, ...]:
+    """The five total masses that a method is tried at."""
+    search = method.settings["lambda"].search
+    return WIDE if isinstance(search, Range) and search.high > 3 else MASSES
+
+
+# The page
+
+
+def measured(pool: str) -> dict[str, list[float]]:
+    """Of every label and seed the mean over the tasks of the score divided by that of the task's own expert."""
+    out: dict[str, list[float]] = {}
+    for seed in range(1, 100):
+        labels, folder = home(pool) / f"labels-{seed}.json", home(pool) / "results" / f"masses-{seed}"
+        if labels.exists() and folder.exists():
+            history = read_history(storage_at(str(folder)))
+            own = _own(history)
+            scored = {c.recipe.id: r for c, r in history.stages["search"] if r.complete}
+            for label, recipe in json.loads(labels.read_text()).items():
+                if recipe in scored:
+                    shares = [score / own[task] for task, score in scored[recipe].tasks.items()]
+                    out.setdefault(label, []).append(100 * float(np.mean(shares)))
+    return out
+
+
+def _own(history: History) -> dict[str, float]:
+    """Of every task the best score of an expert, which is that of its own in these pools."""
+    scores = [r.tasks for c, r in history.stages["baseline"] if isinstance(c.recipe, Expert)]
+    return {task: max(s[task] for s in scores) for task in scores[0]}
+
+
+def best_methods(pool: str) -> list[str]:
+    """The methods that were best at any mass, best first."""
+    highest: dict[str, float] = {}
+    for label, values in measured(pool).items():
+        name = label.split()[0]
+        highest[name] = max(highest.get(name, -np.inf), float(np.mean(values)))
+    ranked = sorted(highest, key=lambda n: -highest[n])
+    return [n for n in ranked if n not in ("task_arithmetic", "linear", "simple")][:BEST]
+
+
+def page() -> str:
+    """The page, from the runs that there are."""
+    parts = [HEAD]
+    for pool in POOLS:
+        sections = [masses_section(pool), runs_section(pool, "tuned"), runs_section(pool, "Evolver")]
+        if any(sections):
+            parts += [f"## {pool}", *filter(None, sections)]
+    return "\n\n".join(parts) + "\n"
+
+
+def masses_section(pool: str) -> str:
+    """The table of all methods at their defaults and at five masses."""
+    found = measured(pool)
+    rows = []
+    for name in dict.fromkeys(label.split()[0] for label in found):
+        grid = of_masses(METHODS[name]) if "lambda" in METHODS[name].settings else ()
+        at = {m: float(np.mean(found[f"{name} at {m:g}"])) for m in grid if f"{name} at {m:g}" in found}
+        plain = found.get(f"{name} as it is")
+        best = max([*at.values(), float(np.mean(plain)) if plain else -np.inf])
+        most = max(at, key=lambda m: at[m]) if at else None
+        rows.append((best, [
+            name, f"{np.mean(plain):.1f}" if plain else "failed", *(f"{at[m]:.1f}" for m in grid if m in at),
+            *[""] * (len(MASSES) - len(at)), "" if most is None else f"{most:g}", f"{best:.1f}",
+            str(max(len(found[label]) for label in found if label.split()[0] == name)),
+        ]))  # fmt: skip
+    if not rows:
+        return ""
+    head = ["method", "as it is", *(f"{a:g} or {b:g}" for a, b in zip(MASSES, WIDE, strict=True)), "best mass", "best",
+            "seeds"]  # fmt: skip
+    table = markdown_table(head, [row for _, row in sorted(rows, key=lambda pair: -pair[0])])
+    return f"### All methods with equal weights\n\n{MASSES_TEXT}\n\n{table}"
+
+
+def runs_section(pool: str, begin: str) -> str:
+    """The winners of the runs whose names begin so, on report items."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted((home(pool) / "results").glob(f"{begin}-*/summary.json")):
+        name = file.parent.name.removeprefix("tuned-").rpartition("-")[0].replace("-", " ")
+        found.setdefault(name, []).append(json.loads(file.read_text()))
+    rows = []
+    for name, runs in found.items():
+        won = np.array([100 * r["winner"]["report"] for r in runs])
+        own = np.array([100 * r["report"][r["best_expert"]] for r in runs])
+        reach = f" ± {1.96 * won.std(ddof=1) / np.sqrt(len(won)):.1f}" if len(won) > 1 else ""
+        cells = [name, str(len(runs)), f"{won.mean():.1f}{reach}", f"{(won - own).mean():+.1f}"]
+        rows.append((won.mean(), [*cells, f"{np.mean([r['items'] for r in runs]):,.0f}"]))
+    if not rows:
+        return ""
+    title, text = TITLES[begin]
+    head = ["method" if begin == "tuned" else "search", "seeds", "winner", "over the best expert", "dev items"]
+    table = markdown_table(head, [row for _, row in sorted(rows, key=lambda pair: -pair[0])])
+    return f"### {title}\n\n{text}\n\n{table}"
+
+
+TITLES = {
+    "tuned": (
+        "The best methods, tuned at one budget",
+        (
+            f"TPE over each method's total mass and weights, {TUNED} candidates each, with the items of "
+            "[search.md](search.md); *winner* is the mean score on report items, in percent."
+        ),
+    ),
+    "Evolver": (
+        "Evolver alone and with a merger",
+        (
+            f"Five rows of the Evolver paper's table: {CANDIDATES} candidates, generation by generation, with the "
+            "items of [search.md](search.md)."
+        ),
+    ),
+}
+MASSES_TEXT = f"""\
+{SCORED} items of each task that nothing was chosen by (150 of the language model), other ones with each seed. The
+figures are the mean over the tasks of the merge's score divided by that of the task's own expert, in percent: 100 is as
+good as the experts, each on its own task. *as it is* has the method's own defaults, with weights of 1. The columns with
+two numbers have weights of 1 ÷ experts and that total mass: the first number for methods whose parts add up, the second
+for those whose scale in their papers stands for a sum over the experts. Methods of exactly two models, and those that
+need numbers of the user, are left out."""
+HEAD = """\
+# The published merging systems, side by side
+
+Made by `python tests/benchmarks/systems.py`, on the pools of `make pools` and of the demos. Models compute in
+bfloat16."""
+
+
+if __name__ == "__main__":
+    main()
