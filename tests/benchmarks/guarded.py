@@ -27,7 +27,7 @@ with 95 % intervals over the runs. Those are about 500, so of models exactly at 
 
 
 def guarded_table(worlds: Sequence[World], resamplings: int) -> str:
-    """One row for each number of items, each confidence, and each way to decide."""
+    """One row for each number of items, each confidence, and each way to decide; empty where the table is too small."""
     rows = []
     for dev, select in SETS:
         for confidence in CONFIDENCES if dev + select <= worlds[0].most else ():
@@ -40,7 +40,7 @@ def guarded_table(worlds: Sequence[World], resamplings: int) -> str:
                     [f"{dev}, {select}", f"{confidence:g}", name, f"{100 * len(kept) / len(played):.0f} %", stays]
                 )
     head = ["dev, select items of a task", "confidence", "decided by", "runs with a feasible winner", "stays"]
-    return f"{TITLE}\n\n{markdown_table(head, rows)}"
+    return f"{TITLE}\n\n{markdown_table(head, rows)}" if rows else ""
 
 
 def _played(world: World, dev: int, select: int, confidence: float, number: int) -> dict[str, bool]:

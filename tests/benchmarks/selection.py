@@ -50,6 +50,8 @@ Rule = Callable[[Draw], Picked]
 WAYS = (("fixed", "mean"), ("rotate", "mean"), ("fixed", "difference"), ("rotate", "difference"))
 # What the page recommends: items a task for all, finalists, items a task more for these.
 DEFAULT, LARGE = (15, 6, 285), (50, 8, 450)
+# The same where a table has few items.
+SMALL = ((10, 6, 40), (10, 6, 65), (10, 12, 65), (15, 6, 60), (25, 6, 50), (25, 12, 50))
 # Rules of three stages: how many models go on (None: all), and on how many items more of a task they are scored.
 STAGED = (
     ((None, 10), (30, 30), (6, 230)),
@@ -66,7 +68,7 @@ def rules(most: int) -> dict[str, Rule]:
         if n <= most:
             found[f"all, {n} a task"] = lambda d, n=n: all_models(d, n)
     for first, count, more in (
-        (10, 6, 90), (10, 6, 290), DEFAULT, (25, 3, 75), (25, 6, 75), (25, 12, 75), (25, 6, 175), (25, 12, 175),
+        *(SMALL if most < 100 else ()), (10, 6, 90), (10, 6, 290), DEFAULT, (25, 3, 75), (25, 6, 75), (25, 12, 75), (25, 6, 175), (25, 12, 175),
         (25, 3, 275), (25, 6, 275), (25, 6, 475), (50, 6, 50), (50, 6, 150), (50, 6, 450), LARGE, (50, 12, 450),
         (50, 8, 625),
     ):  # fmt: skip
@@ -128,12 +130,13 @@ def section(worlds: Sequence[World], resamplings: int) -> str:
         count = min(CANDIDATES, len(pool) * 2 // 3)
         if count >= FEWEST:
             found = played(worlds, name, count, rules(world.most), resamplings)
-            said += [f"### {count} of {len(pool)} {name}", figures(found), goals(found)]
+            said += [f"### {count} of {len(pool)} {name}", figures(found), *filter(None, [goals(found)])]
     if len(worlds[0].sure) >= 2 * FEWEST:
         said.append(likely_section(worlds, resamplings))
     if "coefficients" not in world.of:  # answers of real models, whose tasks differ in how hard they are
-        said.append(guarded_table(worlds, resamplings // 4))
-    said += ["### Fixed or rotating dev items", rotation(worlds, 3 * resamplings // 25)]
+        said += filter(None, [guarded_table(worlds, resamplings // 4)])
+    if rotated := rotation(worlds, 3 * resamplings // 25):
+        said += ["### Fixed or rotating dev items", rotated]
     said += ["### The estimate: predictions", predictors_table(world, resamplings)]
     said += ["### The estimate: bias and intervals", bias_table(world, 10 * resamplings)]
     said.append(coverage_table(world, resamplings))
@@ -233,7 +236,7 @@ def goals(found: Mapping[str, np.ndarray]) -> str:
                 if able:
                     rows.append(_goal(goal, min(able, key=lambda n: found[n][:, 0].mean()), found))
     head = ["goal", "the best rule", "regret minus the goal's", "times fewer items", "within 0.1", "optimism", "≤ 0.5"]
-    return markdown_table(head, rows)
+    return markdown_table(head, rows) if rows else ""
 
 
 def _goal(goal: str, name: str, found: Mapping[str, np.ndarray]) -> list[str]:
@@ -248,7 +251,7 @@ def _goal(goal: str, name: str, found: Mapping[str, np.ndarray]) -> list[str]:
 
 
 def rotation(worlds: Sequence[World], resamplings: int) -> str:
-    """Adaptive searches on the table, on fixed and on rotating dev items."""
+    """Adaptive searches on the table, on fixed and on rotating dev items; empty where the table is too small."""
     rows, world = [], worlds[0]
     generations = min(10, len(world.free) // 15)
     sizes = [n for n in (10, 25) if generations * n + 75 <= world.most]
@@ -265,7 +268,8 @@ def rotation(worlds: Sequence[World], resamplings: int) -> str:
             f"{n} a task, {way}", kind, f"best six on {final} more" if final else "best on dev", f"{items:,.0f}",
             f"{100 * regret:.2f} ± {reach:.2f}", f"{100 * optimism:.2f}",
         ])  # fmt: skip
-    return ROTATION + "\n\n" + markdown_table(["dev items", "score", "winner", "items", "regret", "optimism"], rows)
+    head = ["dev items", "score", "winner", "items", "regret", "optimism"]
+    return f"{ROTATION}\n\n{markdown_table(head, rows)}" if rows else ""
 
 
 INTRODUCTION = (Path(__file__).parent / "selection.txt").read_text().strip()
