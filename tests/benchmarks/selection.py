@@ -68,9 +68,9 @@ def rules(most: int) -> dict[str, Rule]:
         if n <= most:
             found[f"all, {n} a task"] = lambda d, n=n: all_models(d, n)
     for first, count, more in (
-        *(SMALL if most < 100 else ()), (10, 6, 90), (10, 6, 290), DEFAULT, (25, 3, 75), (25, 6, 75), (25, 12, 75), (25, 6, 175), (25, 12, 175),
-        (25, 3, 275), (25, 6, 275), (25, 6, 475), (50, 6, 50), (50, 6, 150), (50, 6, 450), LARGE, (50, 12, 450),
-        (50, 8, 625),
+        *(SMALL if most < 100 else ()), (10, 6, 90), (10, 6, 290), DEFAULT, (25, 3, 75), (25, 6, 75), (25, 12, 75),
+        (25, 6, 175), (25, 12, 175), (25, 3, 275), (25, 6, 275), (25, 6, 475), (50, 6, 50), (50, 6, 150), (50, 6, 450),
+        LARGE, (50, 12, 450), (50, 8, 625),
     ):  # fmt: skip
         if first + more <= most:
             for alone in (False, True):
