@@ -208,9 +208,8 @@ class EvaluationSettings(Section):
         "score",
         description="what the search sees of an answer to a dev item. score: the item's score by the task's metric; "
         "probability: how probable the model finds the right answer; both: the mean of the two. On the "
-        "classifiers that we measured, the score chose better models; on multiple-choice tasks of a language model with "
-        "few items, both did. Select and report items always count by the "
-        "metrics, so finalists are then ranked on the select items alone",
+        "classifiers that we measured, the score chose better models; on few items of a language model's "
+        "multiple-choice tasks, both did. Select and report items always count by the metrics, so finalists are then ranked on the select items alone",
     )
     estimate: EstimateSettings | None = Field(
         None,
