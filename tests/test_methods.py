@@ -72,6 +72,9 @@ def variants(name):
     if "rescale" in known:
         yield {"density": 0.3, "rescale": "l2"}
         yield {"density": 0.3, "rescale": "linf"}
+    if "slack" in known:
+        yield {"slack": 0.1, "density": 0.4}
+        yield {"slack": 100.0, "trim_scope": "global", "sign": "count"}
     if "select_topk" in known:
         yield {"select_topk": 0.3}
     if "filter_wise" in known:

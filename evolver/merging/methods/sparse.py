@@ -47,7 +47,7 @@ def ties(
     (``trim_scope: global``) and elects on the deltas as they are (``elect: raw``). Of deltas 3 and -1 the sign is
     positive and the merge 3; of 3 and 1 it is 2.
     """
-    cuts = here.kth_largest(_magnitudes, lambda n: [[_kept(d, n)] for d in density.tolist()], trim_scope)[:, 0]
+    cuts = here.kth_largest(magnitudes, lambda n: [[kept_of(d, n)] for d in density.tolist()], trim_scope)[:, 0]
     kept = _match_norm(deltas, here, lambda d, _: list(map(operators.trim, d, cuts.unbind(0))), rescale)
     return _disjoint(kept, weight, lambda_, normalize, elect, sign)
 
@@ -175,11 +175,11 @@ def breadcrumbs_ties(
     return _disjoint(kept, weight, lambda_, normalize, elect, sign)
 
 
-def _magnitudes(deltas: Stack, _: PieceView) -> Stack:
+def magnitudes(deltas: Stack, _: PieceView) -> Stack:
     return [d.abs() for d in deltas]
 
 
-def _kept(density: float, size: int) -> int:
+def kept_of(density: float, size: int) -> int:
     """How many of ``size`` scalars stay: at least one."""
     return max(1, int(density * size))
 
@@ -255,7 +255,7 @@ def _breadcrumbs(deltas: Stack, here: PieceView, density: Tensor, gamma: Tensor,
         pairs = zip(density.tolist(), gamma.tolist(), strict=True)
         return [_between(d, g, size) for d, g in pairs]
 
-    cuts = here.kth_largest(_magnitudes, ranks).unbind(0)  # E of (2)
+    cuts = here.kth_largest(magnitudes, ranks).unbind(0)  # E of (2)
 
     def thin(d: Stack, _: PieceView) -> list[Tensor]:
         return [operators.clip_outliers(operators.trim(x, c[1]), c[0]) for x, c in zip(d, cuts, strict=True)]
@@ -267,6 +267,6 @@ def _between(density: float, gamma: float, size: int) -> list[int]:
     """The ranks of the smallest scalar that is dropped as too large, and of the smallest that is kept."""
     if density >= 1:
         return [0, size]
-    kept = _kept(density, size)
+    kept = kept_of(density, size)
     dropped = min(int(gamma * size), size - kept)
     return [dropped, dropped + kept]
