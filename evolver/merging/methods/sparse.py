@@ -49,7 +49,7 @@ def ties(
     """
     cuts = here.kth_largest(magnitudes, lambda n: [[kept_of(d, n)] for d in density.tolist()], trim_scope)[:, 0]
     kept = _match_norm(deltas, here, lambda d, _: list(map(operators.trim, d, cuts.unbind(0))), rescale)
-    return _disjoint(kept, weight, lambda_, normalize, elect, sign)
+    return disjoint(kept, weight, lambda_, normalize, elect, sign)
 
 
 @method("Yu et al. 2024, Language models are super Mario (DARE)", divides="normalize")
@@ -89,7 +89,7 @@ def dare_ties(
 ) -> Tensor:
     """Drop at random and rescale as ``dare_linear``, then elect and merge as ``ties``."""
     kept = _dare(deltas, here, density, rescale, seed)
-    return _disjoint(kept, weight, lambda_, normalize, elect, sign)
+    return disjoint(kept, weight, lambda_, normalize, elect, sign)
 
 
 @method("Deep et al. 2024, DELLA-Merging", rows=True, divides="normalize")
@@ -133,7 +133,7 @@ def della(
 ) -> Tensor:
     """Drop as ``della_linear``, then elect and merge as ``ties``."""
     kept = _della(deltas, here, density, epsilon, rescale, seed)
-    return _disjoint(kept, weight, lambda_, normalize, elect, sign)
+    return disjoint(kept, weight, lambda_, normalize, elect, sign)
 
 
 @method("Davari and Belilovsky 2024, Model Breadcrumbs", divides="normalize")
@@ -172,10 +172,11 @@ def breadcrumbs_ties(
 ) -> Tensor:
     """Thin out as ``breadcrumbs``, then elect and merge as ``ties``."""
     kept = _breadcrumbs(deltas, here, density, gamma, rescale)
-    return _disjoint(kept, weight, lambda_, normalize, elect, sign)
+    return disjoint(kept, weight, lambda_, normalize, elect, sign)
 
 
 def magnitudes(deltas: Stack, _: PieceView) -> Stack:
+    """Scores by which every task vector is trimmed to its largest scalars."""
     return [d.abs() for d in deltas]
 
 
@@ -184,7 +185,8 @@ def kept_of(density: float, size: int) -> int:
     return max(1, int(density * size))
 
 
-def _disjoint(kept: Stack, weight: Tensor, lambda_: Tensor, normalize: bool, elect: str, sign: str) -> Tensor:
+def disjoint(kept: Stack, weight: Tensor, lambda_: Tensor, normalize: bool, elect: str, sign: str) -> Tensor:
+    """λ Σ w·τ over what agrees with the elected sign, and its mean where ``normalize`` is set (TIES, section 3)."""
     weighted = [k * w.to(k.dtype) for k, w in zip(kept, weight.unbind(0), strict=True)]
     votes = weighted if elect == "weighted" else kept
     elected = operators.elected_sign(votes, sign)
