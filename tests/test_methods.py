@@ -53,8 +53,9 @@ def same(name, one, other):
 
 
 def merge(name, inputs, base, ids=None, piece=None, kernels=None, statistics=None, **given):
-    """A method on one tensor, weights that sum to 1 unless others are given."""
+    """A method on one tensor, weights that sum to 1 unless others are given. A list begins anew after its end."""
     known = METHODS[name].settings
+    given = {k: (v * len(inputs))[: len(inputs)] if isinstance(v, list) else v for k, v in given.items()}
     weight = {"weight": 1 / len(inputs)} if "weight" in known and "weight" not in given else {}
     values = METHODS[name].complete({**REQUIRED.get(name, {}), **weight, **given}, len(inputs), "here")
     ids = ids or [str(i) for i in range(len(inputs))]

@@ -72,8 +72,8 @@ def _by_neuron(deltas: Stack, base: Tensor, weight: Tensor, parallel: Tensor) ->
     _, basis = torch.linalg.eigh(products)
     chosen = _voted(basis, weight)  # (rows, E)
     factors = (basis * chosen[:, None, :]).sum(2)
-    own = parallel * _voted(along[:, :, None], weight)[:, 0] - (factors * along).sum(1)
-    moved = operators.total_of([d * f[:, None].float() for d, f in zip(deltas, factors.unbind(1), strict=True)])
+    own: Tensor = parallel * _voted(along[:, :, None], weight)[:, 0] - (factors * along).sum(1)
+    moved: Tensor = operators.total_of([d * f[:, None].float() for d, f in zip(deltas, factors.unbind(1), strict=True)])
     return moved + own[:, None].float() * base
 
 
