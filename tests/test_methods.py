@@ -88,6 +88,11 @@ def variants(name):
         yield {"measured": [0.2, 0.4, 0.9], "kind": "score"}
     if "select_topk" in known:
         yield {"select_topk": 0.3}
+        yield {"select_topk": 0.3, "mask_delta": False}
+    if "match" in known:
+        yield {"match": "l1", "beta": 0.5}
+    if "clip" in known:
+        yield {"clip": 0.05, "scope": "global", "inter": "sum"}
     if "filter_wise" in known:
         yield {"filter_wise": True}
     if "a" in known:
