@@ -18,6 +18,7 @@ EVERY = pytest.mark.parametrize("name", [n for n, m in METHODS.items() if any(s.
 
 
 def make(method="task_arithmetic", layers=6, groups=1, tune=None, fixed=None):
+    required = {n: 1.0 for n, s in METHODS[method].settings.items() if s.required and not s.search}
     return genome(
         METHODS[method],
         EXPERTS[: METHODS[method].takes],
@@ -25,7 +26,7 @@ def make(method="task_arithmetic", layers=6, groups=1, tune=None, fixed=None):
         ["model.embed", *(f"model.layers.{i}.w" for i in range(layers))],
         groups,
         tune,
-        fixed or {},
+        {**required, **(fixed or {})},
         "search",
     )
 

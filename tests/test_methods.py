@@ -23,7 +23,7 @@ EVERY = pytest.mark.parametrize("name", list(METHODS))
 SHAPES = [(), (1,), (33,), (70, 50), (3, 4, 5)]
 # How many models a method takes, where that is not any number; and settings without a default.
 TAKES = {name: found.takes for name, found in METHODS.items() if found.takes}
-REQUIRED = {"slerp": {"t": 0.3}, "nearswap": {"t": 0.005}}
+REQUIRED = {"slerp": {"t": 0.3}, "nearswap": {"t": 0.005}, "mwa": {"measured": 0.7}, "lm_cocktail": {"measured": 0.7}}
 RANDOM = {"dare_linear", "dare_ties", "della", "della_linear"}
 
 
@@ -53,8 +53,9 @@ def same(name, one, other):
 
 
 def merge(name, inputs, base, ids=None, piece=None, kernels=None, statistics=None, **given):
-    """A method on one tensor, weights that sum to 1 unless others are given."""
+    """A method on one tensor, weights that sum to 1 unless others are given. A list begins anew after its end."""
     known = METHODS[name].settings
+    given = {k: (v * len(inputs))[: len(inputs)] if isinstance(v, list) else v for k, v in given.items()}
     weight = {"weight": 1 / len(inputs)} if "weight" in known and "weight" not in given else {}
     values = METHODS[name].complete({**REQUIRED.get(name, {}), **weight, **given}, len(inputs), "here")
     ids = ids or [str(i) for i in range(len(inputs))]
@@ -69,11 +70,29 @@ def variants(name):
     yield {}
     if "density" in known:
         yield {"density": 0.5}
-    if "rescale" in known:
+    if "rescale" in known and "l2" in known["rescale"].choices:
         yield {"density": 0.3, "rescale": "l2"}
         yield {"density": 0.3, "rescale": "linf"}
+    if "slack" in known:
+        yield {"slack": 0.1, "density": 0.4}
+        yield {"slack": 100.0, "trim_scope": "global", "sign": "count"}
+    if "fading" in known:
+        yield {"exponent": 0.7, "fading": [1.0, 0.2, 0.0], "floor": 0.2}
+        yield {"exponent": -1.0, "fading": 1.0, "normalise": "mean"}
+    if "bin_1" in known:
+        yield {"bin_1": 0.0, "bin_3": 0.5, "bin_6": [2.0, 0.3, 1.0], "density": 0.3}
+    if "parallel" in known:
+        yield {"density": 0.5, "parallel": 0.7, "rescale": "none"}
+        yield {"density": [0.3, 0.2, 1.0], "trim_scope": "tensor"}
+    if "kind" in known:
+        yield {"measured": [0.2, 0.4, 0.9], "kind": "score"}
     if "select_topk" in known:
         yield {"select_topk": 0.3}
+        yield {"select_topk": 0.3, "mask_delta": False}
+    if "match" in known:
+        yield {"match": "l1", "beta": 0.5}
+    if "clip" in known:
+        yield {"clip": 0.05, "scope": "global", "inter": "sum"}
     if "filter_wise" in known:
         yield {"filter_wise": True}
     if "a" in known:
@@ -133,9 +152,10 @@ def test_the_order_of_the_experts_does_not_matter(name):
     for more in variants(name):
         results = []
         for places in itertools.permutations(range(3)):
-            given = {"weight": [weights[i] for i in places]} if "weight" in METHODS[name].settings else {}
+            given = {"weight": weights} if "weight" in METHODS[name].settings else {}
+            own = {k: [v[i] for i in places] if isinstance(v, list) else v for k, v in {**given, **more}.items()}
             ids = [names[i] for i in places]
-            results.append(merge(name, [experts[i] for i in places], base, ids, **given, **more))
+            results.append(merge(name, [experts[i] for i in places], base, ids, **own))
         for other in results[1:]:
             assert torch.allclose(results[0], other, atol=1e-6), more
 

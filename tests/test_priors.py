@@ -29,7 +29,15 @@ from evolver.report.arms import arms_section
 from evolver.report.starts import saving_of, starts_section
 from evolver.search.continued import Sequel, continued
 from evolver.search.plain import Listed
-from evolver.search.priors import cluster_weights, depth_mass, inverse_norms, relevance, soup_order
+from evolver.search.priors import (
+    cluster_weights,
+    depth_mass,
+    inverse_norms,
+    relevance,
+    score_shares,
+    score_softmax,
+    soup_order,
+)
 
 NAMES = ["model.embed_tokens.weight", "model.norm.weight"] + [
     f"model.layers.{k}.{part}.weight" for k in range(6) for part in ("self_attn.q", "mlp.up")
@@ -139,6 +147,26 @@ def test_the_soup_follows_the_scores():
     assert soup_order(standings[:1]) == []
 
 
+def test_weights_from_scores():
+    standings = [(0.0, 0.3), (-2.0, 0.6), UNKNOWN, (0.0, 0.1)]  # one breaks a constraint, one was not scored
+    assert score_shares(standings) == pytest.approx((0.3, 0.6, 0.0, 0.1))
+    raw = [math.exp(s / 0.06) for s in (0.3, 0.6, -math.inf, 0.1)]
+    assert score_softmax(standings) == pytest.approx([r / sum(raw) for r in raw], abs=2e-6)
+
+
+@pytest.mark.parametrize("weighing", [score_shares, score_softmax])
+def test_weights_from_scores_of_any_size_and_sign(weighing):
+    """The unit of the score does not matter; scores below 0 are no reason to fail, and neither are none."""
+    scores = (0.3, 0.6, 0.5)
+    assert weighing([(0.0, 100 * s) for s in scores]) == pytest.approx(weighing([(0.0, s) for s in scores]))
+    for none in ([UNKNOWN] * 3, [(0.0, 0.0)] * 3, [(0.0, -900.0)] * 3):
+        assert weighing(none) == pytest.approx((1 / 3,) * 3)
+    worse = weighing([(0.0, -800.0), (0.0, -900.0), UNKNOWN])
+    assert sum(worse) == pytest.approx(1.0)
+    if weighing is score_softmax:
+        assert worse[0] > worse[1] > worse[2] == 0
+
+
 # --- Statistics of task vectors.
 
 
@@ -205,7 +233,7 @@ STANDINGS = [(0.0, 0.4), (0.0, 0.6), (0.0, 0.5)]
 
 @pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
-@pytest.mark.parametrize("word", ["nan", "relevance", "depth", "clusters", "greedy"])
+@pytest.mark.parametrize("word", ["nan", "relevance", "depth", "clusters", "mwa", "cocktail", "greedy"])
 def test_a_prior_lies_in_the_space(word, method, places):
     priors, space = prior_maker(method, **places)
     found = list(priors.recipes(word, 0.8, STANDINGS))
@@ -314,7 +342,7 @@ def test_proposers_say_what_a_model_is_of():
     assert start_of("start") is None
 
 
-ALL = ["masses", "nan", "relevance", "depth", "clusters", "greedy"]
+ALL = ["masses", "nan", "relevance", "depth", "clusters", "mwa", "cocktail", "greedy"]
 
 
 @pytest.mark.whole
@@ -322,10 +350,11 @@ ALL = ["masses", "nan", "relevance", "depth", "clusters", "greedy"]
     {"algorithm": "cmaes", "layer_groups": 2}, {"algorithm": "tpe", "method": ["ties", "task_arithmetic"]},
 ], ids=["cmaes", "tpe"])  # fmt: skip
 def test_a_run_begins_with_them(make_config, tmp_path, search):
-    changes = {"start": ALL, "search": search, "budget.candidates": 15}
+    changes = {"start": ALL, "search": search, "budget.candidates": 17}
     folder = run_here(make_config(tmp_path, changes), tmp_path / "results")
     found = [r for (stage, _), r in sorted(rows(folder).items(), key=lambda p: p[1]["number"]) if stage == "search"]
-    words = ["experts"] * 3 + ["masses"] * 2 + ["nan", "relevance", "depth", "clusters", "greedy", "greedy"]
+    words = ["experts"] * 3 + ["masses"] * 2 + ["nan", "relevance", "depth", "clusters", "mwa", "cocktail"]
+    words += ["greedy", "greedy"]
     assert [start_of(r["proposer"]) for r in found] == words + [None] * 4
     assert all(r["status"] == "ok" for r in found)
     masses = {r["recipe_id"]: r["score"] for r in found[3:5]}
@@ -341,8 +370,8 @@ def test_a_run_begins_with_them(make_config, tmp_path, search):
 
 
 def test_more_models_than_candidates_are_refused(make_config, tmp_path):
-    file = make_config(tmp_path, {"start": ALL, "budget.candidates": 11})
-    with pytest.raises(BadInput, match="start: 11 models are named, which count among the 11 candidates"):
+    file = make_config(tmp_path, {"start": ALL, "budget.candidates": 13})
+    with pytest.raises(BadInput, match="start: 13 models are named, which count among the 13 candidates"):
         prepare(config_at(file), weights=False)
 
 

@@ -17,8 +17,8 @@ from evolver.merging.engine import order, recorded
 from evolver.merging.methods import METHODS, method
 from evolver.merging.methods.here import PieceView
 
-# These look at whole rows, or take exponentials of float64: they run as plain code.
-PLAIN = {"pcb", "widen", "arcee_fusion"}
+# These look at whole rows, or take exponentials or eigenvalues in float64: they run as plain code.
+PLAIN = {"pcb", "widen", "arcee_fusion", "neuro"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Shapes, how many experts, and of what dtype; one of each at least, and sizes that no vector divides.
 CASES = [

@@ -97,7 +97,7 @@ def test_evolver_takes_a_start_into_its_population():
     [
         (
             ["expert"],
-            r"start: 'expert' is no model to start with; write experts, .*, clusters, greedy, or a mapping with",
+            r"start: 'expert' is no model to start with; write experts, .*, clusters, .*, greedy, or a mapping with",
         ),
         ([{"recipe": "/nowhere/recipe.json"}], r"start\[0\]\.recipe: /nowhere/recipe.json cannot be read as a recipe"),
         ([{"run": "/nowhere"}], r"start\[0\]\.run: /nowhere/recipe.json cannot be read"),

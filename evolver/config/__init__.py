@@ -211,8 +211,9 @@ class Config(Section):
         "{mergekit: FILE}. Merges that are guessed before the search, with the best total mass of masses if that is "
         "listed, else 1: nan: weights in inverse proportion to the norms of task vectors; relevance: in proportion to "
         "how well they agree with all; depth: a mass that grows with depth; clusters: equal weights for clusters of "
-        "similar experts; greedy: the experts, and averages of the best two, three, …, up to all. All of them count "
-        "among the candidates of the budget",
+        "similar experts; mwa: weights in proportion to the experts' scores; cocktail: a softmax of these; greedy: the "
+        "experts, and averages of the best two, three, …, up to all. All of them count among the candidates of the "
+        "budget",
     )
     objectives: dict[str, list[str]] = Field(
         default_factory=dict,

@@ -209,7 +209,8 @@ class EvaluationSettings(Section):
         description="what the search sees of an answer to a dev item. score: the item's score by the task's metric; "
         "probability: how probable the model finds the right answer; both: the mean of the two. On the "
         "classifiers that we measured, the score chose better models; on few items of a language model's "
-        "multiple-choice tasks, both did. Select and report items always count by the metrics, so finalists are then ranked on the select items alone",
+        "multiple-choice tasks, both did. Select and report items always count by the metrics, so finalists are then "
+        "ranked on the select items alone",
     )
     estimate: EstimateSettings | None = Field(
         None,

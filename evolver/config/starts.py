@@ -9,9 +9,11 @@ from pydantic import Field
 from evolver.config.section import Section
 
 # Models that are scored as baselines anyhow, and merges that are guessed from the experts before the search.
-PriorWord = Literal["nan", "relevance", "depth", "clusters", "greedy"]
+PriorWord = Literal["nan", "relevance", "depth", "clusters", "mwa", "cocktail", "greedy"]
 Word = Literal["experts", "average", "masses"] | PriorWord
 PRIORS: tuple[PriorWord, ...] = get_args(PriorWord)
+# Those for which the experts have to be scored first.
+RATED: tuple[PriorWord, ...] = ("mwa", "cocktail", "greedy")
 WORDS = ("experts", "average", "masses", *PRIORS)
 FILES = ("recipe", "run", "mergekit")
 

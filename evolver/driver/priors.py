@@ -25,11 +25,18 @@ from evolver.search.priors import (
     depth_mass,
     inverse_norms,
     relevance,
+    score_shares,
+    score_softmax,
     soup_order,
 )
 
 WEIGHINGS: Mapping[PriorWord, Weighing] = {"nan": inverse_norms, "relevance": relevance}
 Weights = Sequence[float]
+# Of the experts' scores.
+RATINGS: Mapping[PriorWord, Callable[[Sequence[Standing]], tuple[float, ...]]] = {
+    "mwa": score_shares,
+    "cocktail": score_softmax,
+}
 Shares = Mapping[str, float]
 
 
@@ -66,6 +73,8 @@ class PriorMaker:
             yield self._by_depth(equal, mass)
         elif word == "greedy":
             yield from (self._merge(partial(_always, weights), mass) for weights in soup_order(standings))
+        elif word in RATINGS:
+            yield self._merge(partial(_always, RATINGS[word](standings)), mass)
         elif word == "clusters":
             weights = cluster_weights(self._gram(dict.fromkeys(self.names, 1.0)))
             yield self._merge(partial(_always, weights), mass)

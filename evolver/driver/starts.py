@@ -8,7 +8,7 @@ from pathlib import Path
 
 from evolver.checkpoints.grams import TensorGrams
 from evolver.config import Config
-from evolver.config.starts import PRIORS, PriorWord, StartFile, start_proposer
+from evolver.config.starts import PRIORS, RATED, PriorWord, StartFile, start_proposer
 from evolver.driver.priors import PriorMaker, prior_count
 from evolver.errors import BadInput
 from evolver.merging import mergekit
@@ -107,7 +107,7 @@ def _known(
     config: Config, experts: tuple[Expert, ...], base: Expert, names: Sequence[str]
 ) -> Iterator[tuple[str, Recipe]]:  # fmt: skip
     """What needs no results, each with what it is called in the section ``start``."""
-    if "greedy" in config.start and "experts" not in config.start:  # their scores give the order
+    if not {*RATED}.isdisjoint(_prior_words(config)) and "experts" not in config.start:  # by their scores
         yield from (("experts", expert) for expert in experts)
     for number, entry in enumerate(config.start):
         if isinstance(entry, StartFile):

@@ -1,9 +1,10 @@
-"""Weights that are guessed before anything is scored, from the task vectors alone: where a search begins.
+"""Weights that are guessed before any merge is scored, from task vectors or from the experts' scores: where a search
+begins.
 
-All functions take the Gram matrix of the experts' task vectors, (E, E) in float64: their inner products over a whole
-model or over a part of it, with the squared norms on the diagonal. The weights that they return are not negative and
-sum to 1. An expert whose task vector is zero equals the base there and adds nothing, so its weight is 0; where that
-holds for all, the weights are equal.
+Functions of task vectors take their Gram matrix, (E, E) in float64: inner products over a whole model or over a part of
+it, with the squared norms on the diagonal. The weights that all functions return are not negative and sum to 1. An
+expert whose task vector is zero equals the base there and adds nothing, so its weight is 0; where that holds for all,
+the weights are equal.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ Weighing = Callable[[GramMatrix], tuple[float, ...]]
 # Sums of millions of products differ in their last digits from machine to machine. Weights are rounded to so many
 # digits, so that a run which is resumed elsewhere begins with the same models.
 WEIGHT_DIGITS = 6
+
+COCKTAIL_TEMPERATURE = 0.1
 
 
 def inverse_norms(products: GramMatrix) -> tuple[float, ...]:
@@ -81,6 +84,34 @@ def soup_order(standings: Sequence[Standing]) -> list[tuple[float, ...]]:
         tuple(1.0 / count if i in ranked[:count] else 0.0 for i in range(len(ranked)))
         for count in range(2, len(ranked) + 1)
     ]
+
+
+def score_shares(standings: Sequence[Standing]) -> tuple[float, ...]:
+    """Weights in proportion to the experts' scores (MWA, Yu and Choi 2025, arXiv 2504.18580, with a power of 1): w_i ∝
+    max(0, score_i).
+
+    An expert without a score has the weight 0; where no score is above 0, the weights are equal.
+    """
+    return _shares(_scores(standings).clip(min=0.0))
+
+
+def score_softmax(standings: Sequence[Standing]) -> tuple[float, ...]:
+    """Weights w_i ∝ exp(score_i / (T · max |score|)) with T = 0.1 (LM-Cocktail, Xiao et al. 2023, arXiv 2311.13534).
+
+    The paper has losses of language models and T = 5. Relative to the largest score, T depends on no unit; an expert
+    that is better by a tenth of that has e times the weight. An expert without a score has the weight 0.
+    """
+    scores = _scores(standings)
+    known = np.isfinite(scores)
+    if not known.any():
+        return _shares(np.zeros(len(scores)))
+    largest = np.abs(scores[known]).max() or 1.0
+    return _shares(np.exp((scores - scores[known].max()) / (COCKTAIL_TEMPERATURE * largest)))
+
+
+def _scores(standings: Sequence[Standing]) -> GramMatrix:
+    """The scores (E); minus infinity for a model that has none."""
+    return np.array([score for _, score in standings], dtype=np.float64)
 
 
 def _norms(products: GramMatrix) -> GramMatrix:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -68,17 +69,24 @@ def _apply_whole(method: Method, values: Mapping[str, Value], whole: InputTensor
 
 
 def _answer(pieces: Pieces, asked: NeedsAnswer, known: Sequence[Tensor], model: AllTensors | None) -> Tensor:
-    if asked.kind != "order":
-        return pieces.sum(known) if asked.kind == "sum" else pieces.maximum(known)
-    assert asked.counts is not None  # every question of order has them
     if asked.scope == "tensor" or model is None:
-        return order.kth_largest(_Scores([pieces], pieces.size, known), asked.counts(pieces.size))
-    ranks = asked.counts(model.size)
-    question = f"{len(known)} {ranks}"  # settings that vary by place ask differently
+        return _answered([pieces], pieces.size, asked, known)
+    # Settings that vary by place ask differently.
+    ranks = asked.counts(model.size) if asked.counts else None
+    question = f"{asked.kind} {ranks} {[n.tolist() for n in (*known, *asked.given)]}"
     if question not in model.known:
-        scores = _Scores(_OfModel(pieces, model), model.size, known)
-        model.known[question] = order.kth_largest(scores, ranks)
+        model.known[question] = _answered(_OfModel(pieces, model), model.size, asked, known)
     return model.known[question]
+
+
+def _answered(parts: Iterable[Pieces], size: int, asked: NeedsAnswer, known: Sequence[Tensor]) -> Tensor:
+    """The answer for one tensor, or for several with so many scalars in all."""
+    if asked.kind == "sum":
+        return sum((p.sum(known) for p in parts), torch.zeros((), dtype=torch.float64))
+    if asked.kind == "maximum":
+        return reduce(torch.maximum, (p.maximum(known) for p in parts))
+    assert asked.counts is not None  # every question of order has them
+    return order.kth_largest(_Scores(parts, size, known), asked.counts(size))
 
 
 @dataclass

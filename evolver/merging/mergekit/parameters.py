@@ -17,7 +17,7 @@ MERGEKIT_NAMES = WEIGHTED | {
     "slerp", "karcher", "model_stock", "sce", "ram", "ramplus_tl", "nearswap", "arcee_fusion", "passthrough",
 }  # fmt: skip
 # Settings of ours that mergekit's methods do not have: they must stand at what mergekit does.
-OURS = ("elect", "sign", "trim_scope", "filter_wise")
+OURS = ("elect", "sign", "trim_scope", "filter_wise", "mask_delta")
 # They change mergekit's memory, not its result.
 SILENT = {"int8_mask"}
 # Parameters that no method of ours has as a setting: one that keeps mergekit's divisions away from zero, where ours are

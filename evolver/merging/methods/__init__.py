@@ -3,7 +3,8 @@
 The first parameter says what a method works on: ``deltas`` are task vectors against the base, and the merged delta is
 returned; ``models`` are the weights themselves. It gets a piece of one tensor of E experts: E tensors (n) or, where it
 declares ``rows``, (rows, columns), always float32. Keyword-only parameters are settings. Annotate one with ``Range`` or
-``Simplex`` and a search can tune it; a setting that is a tuple has one number an expert. Numbers arrive as float64
+``Simplex`` and a search can tune it, or with ``Measured`` if the user is to write a number for each expert; a setting
+that is a tuple has one number an expert. Numbers arrive as float64
 tensors, () or (E,), so that a change of a number never compiles a kernel anew: do not branch on them. A parameter
 ``here`` is handed in, not set: what a method may ask about the tensor beyond its piece.
 
@@ -67,6 +68,15 @@ class Simplex:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """One number for each expert that was measured beforehand, such as its loss, above ``above``: it has no default,
+    and no search tunes it.
+    """
+
+    above: float = -math.inf
+
+
+@dataclass(frozen=True)
 class Of:
     """Marks a parameter that is handed a statistic of every model: of this kind, under its collector's name."""
 
@@ -75,7 +85,9 @@ class Of:
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of a method: its type, its default, and how a search may vary it (None: not searched)."""
+    """One setting of a method: its type, its default, and how a search may vary it (None: not searched). What was
+    measured lies above ``above``.
+    """
 
     name: str
     parameter: str
@@ -84,6 +96,7 @@ class Setting:
     search: Range | Simplex | None
     choices: tuple[str, ...] = ()
     required: bool = False
+    above: float = -math.inf
 
     @property
     def options(self) -> tuple[bool | str, ...]:
@@ -314,6 +327,7 @@ def _setting(name: str, parameter: inspect.Parameter, hint: Any) -> Setting:
     search, choices, kind = None, (), hint
     if typing.get_origin(hint) is typing.Annotated:
         kind, search = typing.get_args(hint)[:2]
+    measured, search = (search, None) if isinstance(search, Measured) else (None, search)
     if typing.get_origin(kind) is Literal:
         kind, choices = str, typing.get_args(kind)
     if parameter.kind is not parameter.KEYWORD_ONLY or not (kind in SETTING_KINDS or choices):
@@ -323,11 +337,12 @@ def _setting(name: str, parameter: inspect.Parameter, hint: Any) -> Setting:
         )
     default = parameter.default
     if kind is Tensor:
-        kind = tuple if isinstance(default, Tensor) and default.dim() else float
+        kind = tuple if measured or (isinstance(default, Tensor) and default.dim()) else float
         default = _plain(default)
     # ``lambda`` is a word of the language, so its parameter is called lambda_.
     required = parameter.default is inspect.Parameter.empty
-    return Setting(parameter.name.rstrip("_"), parameter.name, kind, default, search, choices, required)
+    above = measured.above if measured else -math.inf
+    return Setting(parameter.name.rstrip("_"), parameter.name, kind, default, search, choices, required, above)
 
 
 def _plain(default: Any) -> Any:
@@ -376,6 +391,8 @@ def _checked(setting: Setting, value: Any, experts: int, place: str) -> Value:
 def _check_range(setting: Setting, value: float, where: str) -> None:
     if isinstance(setting.search, Range) and setting.search.refuses(value):
         raise BadInput(f"{where}: {value} is not usable; write a number {setting.search.valid}.")
+    if not value > setting.above:
+        raise BadInput(f"{where}: {value} is not usable; write a number above {setting.above:g}.")
 
 
 def _is_number(value: Any) -> bool:

@@ -16,10 +16,12 @@ Top = Annotated[Tensor, Range(0.05, 1.0, above=0.0, most=1.0)]
 
 
 @method("Wan et al. 2024, FuseChat (SCE)")
-def sce(deltas: Stack, *, here: PieceView, select_topk: Top = number(1.0)) -> Tensor:
+def sce(deltas: Stack, *, here: PieceView, select_topk: Top = number(1.0), mask_delta: bool = True) -> Tensor:
     """Select the scalars on which the experts differ most, weigh experts by their energy there, erase minority signs.
 
-    Of the scalars with any variance the ``select_topk`` with the most stay; where nothing has variance, all do.
+    Of the scalars with any variance the ``select_topk`` with the most stay; where nothing has variance, all do. With
+    ``mask_delta: false`` the others are merged, too, and the selection only decides about the weights, as in the
+    authors' code; mergekit's leaves them out.
     """
     if len(deltas) == 1:
         return deltas[0]
@@ -38,7 +40,7 @@ def sce(deltas: Stack, *, here: PieceView, select_topk: Top = number(1.0)) -> Te
     energy = here.sum(lambda d, _: torch.stack([operators.total(x.square()) for x in selected(d)]))
     total = energy.sum()
     weight = torch.where(total > 0, energy / torch.where(total > 0, total, 1.0), 1 / len(deltas))
-    kept = selected(deltas)
+    kept = selected(deltas) if mask_delta else deltas
     return operators.disjoint_sum(kept, weight, kept, operators.elected_sign(kept, "mass"), True)
 
 
@@ -75,17 +77,22 @@ def consensus(
     deltas: Stack,
     *,
     weight: Weight = each(1.0),
-    lambda_: Mass = number(1.0),
+    lambda_: Annotated[Tensor, Range(0.3, 12.0, log=True)] = number(1.0),
     tall: Annotated[Tensor, Range(0.1, 1.0, least=0.0)] = number(0.4),
     agree: int = 2,
 ) -> Tensor:
     """λ Σ w·τ on the scalars that matter to at least ``agree`` experts.
 
-    A scalar matters to an expert where |τ| > tall · |Σ w·τ - τ| (equations 4 and 6). ``agree: 0`` is task arithmetic.
+    A scalar matters to an expert where |τ| > tall · |Σ τ - τ| (equations 4 and 6). The paper's task vectors have no
+    weights; here each counts w times, the weights being scaled so that their mean is 1. ``agree: 0`` is task
+    arithmetic. The paper's α on the sum of E task vectors is λ = α with weights of 1, and λ = E·α with weights that
+    sum to 1.
     """
-    merged = operators.weighted_sum(deltas, weight, False)
-    votes = operators.total_of([(d.abs() > tall * (merged - d).abs()).float() for d in deltas])
-    return lambda_ * torch.where(votes >= agree, merged, 0.0)
+    share = weight * (len(deltas) / operators.divisor_of(weight, torch.float64))
+    own = [d * w.to(d.dtype) for d, w in zip(deltas, share.unbind(0), strict=True)]
+    together = operators.total_of(own)
+    votes = operators.total_of([(d.abs() > tall * (together - d).abs()).float() for d in own])
+    return lambda_ * torch.where(votes >= agree, operators.weighted_sum(deltas, weight, False), 0.0)
 
 
 @method("He et al. 2024, Localize-and-Stitch (dataless form)", identity={"density": 1.0})
@@ -113,18 +120,26 @@ def pcb(
     density: Top = number(0.1),
     lambda_: Annotated[Tensor, Range(0.5, 2.2)] = number(1.2),
     inter: Literal["pairs", "sum"] = "pairs",
+    clip: Annotated[Tensor, Range(0.0, 0.05, least=0.0, most=1.0)] = number(0.0),
+    scope: Literal["tensor", "global"] = "tensor",
 ) -> Tensor:
     """Weigh every scalar by how much it stands out in its expert and how well the experts agree on it.
 
-    β = exp(E·τ²/max τ²) · Σ_j tanh(n_i n_j) with n = τ/max|τ| (``inter: sum``: tanh(τ_i Σ τ)); the largest ``density``
-    of β stay, scaled to [0, 1]; then λ Σ β̂·w·τ / Σ β̂. Maxima and shares are those of each tensor.
+    β = exp(E·n²) · Σ_j tanh(n_i n_j) with n = τ/max|τ| (``inter: sum``: tanh(τ_i Σ τ)); the largest ``density`` of β
+    stay, scaled to [0, 1]; then λ Σ β̂·w·τ / Σ β̂. The largest share ``clip`` of |τ| counts as large as the smallest of
+    them, as in the authors' code with 0.01. Maxima and shares are those of each tensor, or with ``scope: global`` of
+    the model as in the paper.
     """
-    largest = here.maximum(lambda d, _: torch.stack([x.abs().amax() for x in d])).float()
+
+    def tail(size: int) -> list[list[int]]:
+        return [[max(1, int(float(clip) * size))]] * len(deltas)
+
+    largest = here.kth_largest(lambda d, _: [x.abs() for x in d], tail, scope)[:, 0]
     safe = torch.where(largest > 0, largest, 1.0).unbind(0)
 
     def balance(d: Stack) -> list[Tensor]:
         wide = [x.double() for x in d]
-        unit = [x / m for x, m in zip(wide, safe, strict=True)]
+        unit = [(x / m).clamp(-1.0, 1.0) for x, m in zip(wide, safe, strict=True)]
         if inter == "sum":
             total = operators.total_of(wide)
             agreement = [torch.tanh(x * total) for x in wide]
@@ -136,7 +151,7 @@ def pcb(
     def ranks(size: int) -> list[list[int]]:
         return [[1, max(1, int(float(density) * size))]] * len(deltas)
 
-    edges = here.kth_largest(lambda d, _: balance(d), ranks).unbind(0)
+    edges = here.kth_largest(lambda d, _: balance(d), ranks, scope).unbind(0)
     score = [_scaled(b, top, cut) for b, (top, cut) in zip(balance(deltas), edges, strict=True)]
     total = operators.total_of(score)
     merged = operators.weighted_sum([s * d for s, d in zip(score, deltas, strict=True)], weight, False)
@@ -165,10 +180,12 @@ def widen(
     """Weigh every column of an expert by how far its magnitude and its direction moved, ranked within the expert.
 
     Softmax over the experts of the ranks; where a rank exceeds ``ratio`` times the expert's mean rank, the score is
-    ``calibration``. Vectors are weighed scalar by scalar, by |τ|.
+    ``calibration``. Vectors are weighed scalar by scalar, by |τ| itself in the place of ranks. Embeddings are treated
+    as other matrices, not transposed.
     """
-    magnitude, direction = _moved(here)
-    score = (_importance(magnitude, ratio, calibration) + _importance(direction, ratio, calibration)) / 2
+    moved = _moved(here)
+    ranks = moved if here.vector else [_ranks(m) for m in moved]
+    score = (_importance(ranks[0], ratio, calibration) + _importance(ranks[1], ratio, calibration)) / 2
     moves = [s * (m - here.base) for s, m in zip(score.float().unbind(0), models, strict=True)]
     return here.base + lambda_ * operators.total_of(moves)
 
@@ -193,8 +210,12 @@ def _moved(here: PieceView) -> tuple[Tensor, Tensor]:
     return (norms - base).abs(), 1 - cosine
 
 
-def _importance(moved: Tensor, ratio: Tensor, calibration: Tensor) -> Tensor:
-    rank = moved.argsort(dim=1, stable=True).argsort(dim=1).double() / moved.shape[1]
+def _ranks(moved: Tensor) -> Tensor:
+    """Within each expert, from 0 for the least to almost 1, (E, columns)."""
+    return moved.argsort(dim=1, stable=True).argsort(dim=1).double() / moved.shape[1]
+
+
+def _importance(rank: Tensor, ratio: Tensor, calibration: Tensor) -> Tensor:
     # In float64, as exp differs in float32's last bit from one processor to another.
     score = torch.softmax(rank, dim=0)
     return torch.where(rank > ratio * rank.mean(1, keepdim=True), calibration, score)

@@ -21,8 +21,10 @@ Stack = Sequence[Tensor]
 class NeedsAnswer(Exception):  # not an error: the way out of a call that needs to know more
     """A question about the whole tensor, with what this piece says to it: one tensor, or C of them for an order."""
 
-    def __init__(self, kind: AnswerKind, value: Stack, counts: Counts | None = None, scope: str = "tensor") -> None:
-        self.kind, self.value, self.counts, self.scope = kind, value, counts, scope
+    def __init__(
+        self, kind: AnswerKind, value: Stack, counts: Counts | None, scope: str, given: Sequence[Tensor]
+    ) -> None:  # fmt: skip
+        self.kind, self.value, self.counts, self.scope, self.given = kind, value, counts, scope, given
 
 
 class PieceSource(Protocol):
@@ -70,34 +72,50 @@ class PieceView:
         """
         return self.sources.once(make)
 
-    def sum(self, what: Callable[[Stack, PieceView], Tensor]) -> Tensor:
-        """Σ of ``what(inputs, here)`` over all pieces of the tensor, float64.
+    def sum(
+        self, what: Callable[[Stack, PieceView], Tensor], scope: str = "tensor", given: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """Σ of ``what(inputs, here)`` over all pieces of the tensor or (``scope: global``) of the model, float64.
 
-        ``what`` sums over its piece itself, best in float64, so that the cut in pieces is not seen in the result.
+        ``what`` sums over its piece itself, best in float64, so that the cut in pieces is not seen in the result. Of
+        the whole model it may use earlier answers about the model, and the numbers that are ``given``: where these
+        vary from place to place, the question is another one.
         """
-        return self._answer("sum", lambda: [what(self.inputs, self)])
+        return self._answer("sum", lambda: [what(self.inputs, self)], scope=scope, given=given)
 
     def maximum(self, what: Callable[[Stack, PieceView], Tensor]) -> Tensor:
         """The largest of ``what(inputs, here)``, elementwise over all pieces of the tensor."""
         return self._answer("maximum", lambda: [what(self.inputs, self)])
 
-    def kth_largest(self, scores: Callable[[Stack, PieceView], Stack], counts: Counts, scope: str = "tensor") -> Tensor:
+    def kth_largest(
+        self,
+        scores: Callable[[Stack, PieceView], Stack],
+        counts: Counts,
+        scope: str = "tensor",
+        given: Sequence[Tensor] = (),
+    ) -> Tensor:
         """Order statistics of non-negative scores, exact, over the whole tensor or (``scope: global``) the model.
 
         Args:
             scores: C tensors for a piece, float32, shaped like an input, not negative.
             counts: from the number of scalars to C lists of K ranks; rank k asks for the k-th largest score, rank 0
                 for infinity, a rank as large as the number of scalars for 0 (so that everything is above).
+            given: numbers that scores of the whole model depend on, as in ``sum``.
 
         Returns:
             (C, K) float32.
         """
-        return self._answer("order", lambda: scores(self.inputs, self), counts, scope)
+        return self._answer("order", lambda: scores(self.inputs, self), counts, scope, given)
 
     def _answer(
-        self, kind: AnswerKind, what: Callable[[], Stack], counts: Counts | None = None, scope: str = "tensor"
+        self,
+        kind: AnswerKind,
+        what: Callable[[], Stack],
+        counts: Counts | None = None,
+        scope: str = "tensor",
+        given: Sequence[Tensor] = (),
     ) -> Tensor:
         self.asked += 1
         if self.asked > len(self.known):
-            raise NeedsAnswer(kind, what(), counts, scope)
+            raise NeedsAnswer(kind, what(), counts, scope, given)
         return self.known[self.asked - 1]

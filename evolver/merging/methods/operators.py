@@ -6,7 +6,7 @@ stacked tensor, which a fused kernel would have to write out first). Numbers tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import cast
 
@@ -183,12 +183,25 @@ def disjoint_sum(
     Returns:
         (...).
     """
+    kept = ((torch.sign(v) * sign).clamp(min=0.0) for v in votes)  # 0 or 1
+    return kept_sum(deltas, weight, kept, normalize)
+
+
+def kept_sum(deltas: Sequence[Tensor], weight: Tensor, kept: Iterable[Tensor], normalize: bool) -> Tensor:
+    """Σ w·τ of what is kept; divided, scalar by scalar, by the weights of the experts that keep something there.
+
+    Args:
+        kept: 0 or 1 for every scalar of E experts, (...).
+        normalize: divide (by 1 where nothing is kept).
+
+    Returns:
+        (...).
+    """
     merged, divisor = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
-    for delta, vote, number in zip(deltas, votes, weight.unbind(0), strict=True):
+    for delta, keeps, number in zip(deltas, kept, weight.unbind(0), strict=True):
         w = number.to(delta.dtype)
-        agrees = (torch.sign(vote) * sign).clamp(min=0.0)  # 0 or 1
-        merged = merged + delta * w * agrees
-        divisor = divisor + w * agrees
+        merged = merged + delta * w * keeps
+        divisor = divisor + w * keeps
     return merged / torch.where(divisor == 0, 1.0, divisor) if normalize else merged
 
 

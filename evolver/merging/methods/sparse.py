@@ -47,9 +47,9 @@ def ties(
     (``trim_scope: global``) and elects on the deltas as they are (``elect: raw``). Of deltas 3 and -1 the sign is
     positive and the merge 3; of 3 and 1 it is 2.
     """
-    cuts = here.kth_largest(_magnitudes, lambda n: [[_kept(d, n)] for d in density.tolist()], trim_scope)[:, 0]
+    cuts = here.kth_largest(magnitudes, lambda n: [[kept_of(d, n)] for d in density.tolist()], trim_scope)[:, 0]
     kept = _match_norm(deltas, here, lambda d, _: list(map(operators.trim, d, cuts.unbind(0))), rescale)
-    return _disjoint(kept, weight, lambda_, normalize, elect, sign)
+    return disjoint(kept, weight, lambda_, normalize, elect, sign)
 
 
 @method("Yu et al. 2024, Language models are super Mario (DARE)", divides="normalize")
@@ -89,7 +89,7 @@ def dare_ties(
 ) -> Tensor:
     """Drop at random and rescale as ``dare_linear``, then elect and merge as ``ties``."""
     kept = _dare(deltas, here, density, rescale, seed)
-    return _disjoint(kept, weight, lambda_, normalize, elect, sign)
+    return disjoint(kept, weight, lambda_, normalize, elect, sign)
 
 
 @method("Deep et al. 2024, DELLA-Merging", rows=True, divides="normalize")
@@ -133,7 +133,7 @@ def della(
 ) -> Tensor:
     """Drop as ``della_linear``, then elect and merge as ``ties``."""
     kept = _della(deltas, here, density, epsilon, rescale, seed)
-    return _disjoint(kept, weight, lambda_, normalize, elect, sign)
+    return disjoint(kept, weight, lambda_, normalize, elect, sign)
 
 
 @method("Davari and Belilovsky 2024, Model Breadcrumbs", divides="normalize")
@@ -172,19 +172,21 @@ def breadcrumbs_ties(
 ) -> Tensor:
     """Thin out as ``breadcrumbs``, then elect and merge as ``ties``."""
     kept = _breadcrumbs(deltas, here, density, gamma, rescale)
-    return _disjoint(kept, weight, lambda_, normalize, elect, sign)
+    return disjoint(kept, weight, lambda_, normalize, elect, sign)
 
 
-def _magnitudes(deltas: Stack, _: PieceView) -> Stack:
+def magnitudes(deltas: Stack, _: PieceView) -> Stack:
+    """Scores by which every task vector is trimmed to its largest scalars."""
     return [d.abs() for d in deltas]
 
 
-def _kept(density: float, size: int) -> int:
+def kept_of(density: float, size: int) -> int:
     """How many of ``size`` scalars stay: at least one."""
     return max(1, int(density * size))
 
 
-def _disjoint(kept: Stack, weight: Tensor, lambda_: Tensor, normalize: bool, elect: str, sign: str) -> Tensor:
+def disjoint(kept: Stack, weight: Tensor, lambda_: Tensor, normalize: bool, elect: str, sign: str) -> Tensor:
+    """λ Σ w·τ over what agrees with the elected sign, and its mean where ``normalize`` is set (TIES, section 3)."""
     weighted = [k * w.to(k.dtype) for k, w in zip(kept, weight.unbind(0), strict=True)]
     votes = weighted if elect == "weighted" else kept
     elected = operators.elected_sign(votes, sign)
@@ -255,7 +257,7 @@ def _breadcrumbs(deltas: Stack, here: PieceView, density: Tensor, gamma: Tensor,
         pairs = zip(density.tolist(), gamma.tolist(), strict=True)
         return [_between(d, g, size) for d, g in pairs]
 
-    cuts = here.kth_largest(_magnitudes, ranks).unbind(0)  # E of (2)
+    cuts = here.kth_largest(magnitudes, ranks).unbind(0)  # E of (2)
 
     def thin(d: Stack, _: PieceView) -> list[Tensor]:
         return [operators.clip_outliers(operators.trim(x, c[1]), c[0]) for x, c in zip(d, cuts, strict=True)]
@@ -267,6 +269,6 @@ def _between(density: float, gamma: float, size: int) -> list[int]:
     """The ranks of the smallest scalar that is dropped as too large, and of the smallest that is kept."""
     if density >= 1:
         return [0, size]
-    kept = _kept(density, size)
+    kept = kept_of(density, size)
     dropped = min(int(gamma * size), size - kept)
     return [dropped, dropped + kept]

@@ -132,7 +132,8 @@ def model_stock(models: Stack, *, here: PieceView, filter_wise: bool = False) ->
     """Between the base and the average of the models, the nearer to the average the more their deltas agree.
 
     t = N c / (1 + (N - 1) c) with c the mean cosine of two deltas (equation 5): orthogonal deltas give the base,
-    equal ones that model. ``filter_wise``: one t for every row. Needs two models.
+    equal ones that model. ``filter_wise``: one t for every row. Needs two models. Where the deltas cancel, so that t
+    has no value, it is the base.
     """
     count = len(models)
 
@@ -147,7 +148,9 @@ def model_stock(models: Stack, *, here: PieceView, filter_wise: bool = False) ->
     cosine = torch.where(scale > 0, by_row / torch.where(scale > 0, scale, 1.0), 1.0).clamp(-1, 1)
     upper = torch.triu_indices(count, count, 1)
     c = cosine[:, upper[0], upper[1]].mean(1)
-    t = (count * c / (1 + (count - 1) * c)).float()[:, None]
+    divisor = 1 + (count - 1) * c
+    gone = divisor < CANCELLED  # c = -1 / (N - 1), at which the average is the base itself
+    t = torch.where(gone, 0.0, count * c / torch.where(gone, 1.0, divisor)).float()[:, None]
     average = operators.weighted_sum(models, torch.ones(count, device=here.base.device), True)
     return t * average + (1 - t) * here.base
 
