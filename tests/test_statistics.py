@@ -24,7 +24,7 @@ from evolver.config.reading import config_at
 from evolver.driver.deliver import deliver
 from evolver.driver.prepare import in_compute, materialiser_of, prepare
 from evolver.errors import BadInput
-from evolver.evaluation.collectors import LayerSums
+from evolver.evaluation.collectors.inputs import LayerSums
 from evolver.merging.settings.maker import RecipeMaker
 from evolver.records import Candidate
 from evolver.records.recipe import Cross, Expert, Merge, Statistic, dump_recipe, load_recipe
