@@ -16,13 +16,14 @@ from torch import Tensor
 from evolver.checkpoints.kept import Damaged, open_kept, write_kept
 from evolver.config import Config
 from evolver.errors import BadInput
-from evolver.evaluation.collectors import collector_named
+from evolver.evaluation.collectors import Collector, collector_named
+from evolver.evaluation.examples import Example
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.tasks import SplitScorer, Tasks
 from evolver.kernels.machine import digest_of
 from evolver.merging.materialise import StatisticTensors
 from evolver.records.canonical import content_hash
-from evolver.records.recipe import Expert, Statistic
+from evolver.records.recipe import Statistic
 from evolver.storage.paths import expand
 from evolver.workers.plan import CHAT, SCORING_PACKAGES, Plan
 
@@ -32,28 +33,60 @@ NOT_READ = {"data", "report_data", "select", "select_data", "report", "report_ta
 NOT_ASKED = {"tasks", "include_path", "early_stopping", "racing"}
 
 
-def sample(config: Config, tasks: Tasks, expert: str) -> list[int]:
-    """The places of the dev items that an expert's statistics are collected on, in their order.
-
-    Raises BadInput where a task of them does not say which positions of a batch are padding.
-    """
+def tasks_of(config: Config, tasks: Tasks, expert: str) -> list[str]:
+    """The tasks on whose dev items an expert's statistics are collected."""
     own = [e.task for e in tasks.entries if expert in (e.task, e.head)]
-    wanted = config.statistics.tasks.get(expert) or own or [e.task for e in tasks.entries]
+    return config.statistics.tasks.get(expert) or own or [e.task for e in tasks.entries]
+
+
+def refuse_tasks(config: Config, tasks: Tasks, expert: str, wanted: Collector) -> None:
+    """Raises BadInput where a task of an expert's items is scored in a way in which nothing can be collected."""
+    own = tasks_of(config, tasks, expert)
     for number, entry in enumerate(tasks.entries):
-        if entry.task in wanted and not tasks.judges[entry.task].tells_padding(entry):
-            raise BadInput(
-                f"evaluation.tasks[{number}]: {entry.task} is scored in a way that does not say which positions of a "
-                "batch are padding, so no statistics of experts can be collected on it; choose a merge method "
-                "without statistics, or name other tasks under statistics.tasks."
+        judge = tasks.judges[entry.task]
+        if entry.task in own and not (judge.gives_examples(entry) if wanted.gradients else judge.tells_padding(entry)):
+            lacks = (
+                "does not say what the right answer to an item is in a forward pass, so there are no gradients and"
+                if wanted.gradients
+                else "does not say which positions of a batch are padding, so"
             )
+            raise BadInput(
+                f"evaluation.tasks[{number}]: {entry.task} is scored in a way that {lacks} no statistics of experts "
+                "can be collected on it; choose a merge method without statistics, or name other tasks under "
+                "statistics.tasks."
+            )
+
+
+def sample(config: Config, tasks: Tasks, expert: str) -> list[int]:
+    """The places of the dev items that an expert's statistics are collected on, in their order."""
+    wanted = tasks_of(config, tasks, expert)
     places = [place for place, task in enumerate(tasks.scale("dev").tasks) if task in wanted]
     return places[: config.statistics.items]
 
 
 def sample_hash(config: Config, tasks: Tasks, expert: str) -> str:
-    """One hash for the items of ``sample``, in their order. Raises BadInput as it does."""
+    """One hash for the items of ``sample``, in their order."""
     owners, items = tasks.scale("dev").tasks, tasks.items.dev
     return content_hash([[owners[place], items[place].hash] for place in sample(config, tasks, expert)])
+
+
+def statistics_folder() -> Path:
+    """Where statistics are kept."""
+    return Path(expand("$EVOLVER_CACHE")) / "statistics"
+
+
+class _Sampled:
+    """The items that one statistic is collected on; see ``SampledItems``."""
+
+    def __init__(self, scorer: SplitScorer, places: Sequence[int], block: int) -> None:
+        self._scorer, self._places, self._block = scorer, places, block
+
+    def score(self) -> None:
+        for start in range(0, len(self._places), self._block):
+            self._scorer.score_at(frozenset(self._places[start : start + self._block]))
+
+    def examples(self) -> Iterator[Example]:
+        return self._scorer.examples_at(frozenset(self._places))
 
 
 class Statistics:
@@ -70,6 +103,7 @@ class Statistics:
         self, plan: Plan, tasks: Tasks, model: Callable[[], Any], scorer: Callable[[Any], SplitScorer]
     ) -> None:  # fmt: skip
         self._plan, self._tasks, self._model, self._scorer = plan, tasks, model, scorer
+        self._samples: dict[str, str] = {}
 
     def __call__(self, node: Statistic, weights: Iterator[tuple[str, Tensor]]) -> StatisticTensors:
         """The tensors of a statistic.
@@ -77,24 +111,28 @@ class Statistics:
         Args:
             weights: of the model, read only where the statistic has to be collected.
 
-        Raises BadInput for a statistic of a merge, or of other items than those of the run.
+        Raises BadInput for a statistic of other items than those of the run.
         """
-        if not isinstance(node.of, Expert):
-            raise BadInput(
-                f"statistics: {node.collected} can be collected from experts only, and the recipe asks for that of a "
-                "merge."
-            )
-        places = sample(self._plan.config, self._tasks, node.of.name)
-        if sample_hash(self._plan.config, self._tasks, node.of.name) != node.items:
-            raise BadInput(f"statistics: {node.describe()} was collected on other items than those of this run.")
-        key = self._key(node)
-        file = Path(expand("$EVOLVER_CACHE")) / "statistics" / f"{key}.safetensors"
+        collector = collector_named(node.collected)
+        places = self._places(node)
+        key = self._key(node, collector)
+        file = statistics_folder() / f"{key}.safetensors"
         try:
             kept = open_kept(file, key)
         except Damaged as error:
-            _say(f"statistics: {file} is damaged ({error}); {node.collected} of {node.of.name} is collected again")
+            _say(f"statistics: {file} is damaged ({error}); {node.collected} of {node.of.label} is collected again")
             kept = None
         return kept or self._collect(node, weights, places, file, key)
+
+    def _places(self, node: Statistic) -> Sequence[int]:
+        """The places of the dev items of which a statistic names the hash."""
+        config = self._plan.config
+        for name in (*config.experts, "base"):
+            if name not in self._samples:
+                self._samples[name] = sample_hash(config, self._tasks, name)
+            if self._samples[name] == node.items:
+                return sample(config, self._tasks, name)
+        raise BadInput(f"statistics: {node.describe()} was collected on other items than those of this run.")
 
     def _collect(
         self, node: Statistic, weights: Iterator[tuple[str, Tensor]], places: Sequence[int], file: Path, key: str
@@ -103,24 +141,20 @@ class Statistics:
         torch.set_num_threads(config.evaluation.threads)
         live: LiveModel = self._model()
         live.write(weights, whole=True)
-        scorer, block = self._scorer(live), self._plan.block("dev", len(places))
-
-        def score() -> None:
-            for start in range(0, len(places), block):
-                scorer.score_at(frozenset(places[start : start + block]))
-
-        found = dict(collector_named(node.collected)(live, score))
-        try:
-            write_kept(file, key, found)
-        except OSError as error:
-            _say(f"statistics: {file} cannot be written ({error.strerror or error}); the next call collects them again")
+        items = _Sampled(self._scorer(live), places, self._plan.block("dev", len(places)))
+        found = dict(collector_named(node.collected).collect(live, items))
         seconds = time.perf_counter() - began
         _say(
             f"statistics: {node.collected} of {node.of.label} collected on {len(places)} dev items in {seconds:.1f} s"
         )  # fmt: skip
-        return found
+        try:
+            write_kept(file, key, found)
+            return open_kept(file, key) or found  # mapped from there, it takes no memory
+        except OSError as error:
+            _say(f"statistics: {file} cannot be written ({error.strerror or error}); the next call collects them again")
+            return found
 
-    def _key(self, node: Statistic) -> str:
+    def _key(self, node: Statistic, collector: Collector) -> str:
         """All that decides the bytes: what was collected of which weights, how the model reads items and computes."""
         config = self._plan.config
         asked = config.evaluation.model_dump(mode="json", exclude=NOT_ASKED)
@@ -130,7 +164,7 @@ class Statistics:
         # The items of both splits: none of them serves as an example in a prompt.
         run = [self._plan.digests["base"], dict(self._plan.items), config.seed]
         run += [self._plan.digests[CHAT]] if CHAT in self._plan.digests else []
-        code = digest_of(inspect.getfile(collector_named(node.collected)))  # another version may collect something else
+        code = digest_of(inspect.getfile(collector.collect))  # another version may collect something else
         return content_hash([node.id, code, asked, tasks, model, versions, run])
 
 

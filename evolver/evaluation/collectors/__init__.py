@@ -1,8 +1,9 @@
 """What can be found out about a model while it is scored on items: the registry of collectors.
 
-A collector is one function. It gets the live model, which holds the weights in question, and ``score``, which lets the
-judges score it on the items; it yields tensors by the name of the tensor in the checkpoint that they belong to. Batches
-come in a fixed order, so that sums over them are the same whoever collects.
+A collector is one function. It gets the live model, which holds the weights in question, and the items, on which it
+can let the judges score the model (``items.score()``), or which it takes one by one as examples of which a gradient can
+be taken (``items.examples()``). It yields tensors by the name of the tensor in the checkpoint that they belong to.
+Items come in a fixed order, so that sums over them are the same whoever collects.
 """
 
 from __future__ import annotations
@@ -10,27 +11,62 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from evolver.errors import BadInput, nearest
+from evolver.evaluation.examples import Example
 from evolver.evaluation.live import LiveModel
 
-Collect = Callable[[LiveModel, Callable[[], None]], Iterator[tuple[str, Tensor]]]
-COLLECTORS: dict[str, Collect] = {}
+
+class SampledItems(Protocol):
+    """The items that something is collected on."""
+
+    def score(self) -> None:
+        """Let the judges score the live model on all of them."""
+        ...
+
+    def examples(self) -> Iterator[Example]:
+        """All of them as examples."""
+        ...
 
 
-def collector(name: str) -> Callable[[Collect], Collect]:
-    """Register a collector: merge methods ask for what it collects by this name, with ``Of(name)``."""
+Collect = Callable[[LiveModel, SampledItems], Iterator[tuple[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Collector:
+    """A collector as the registry knows it.
+
+    Attributes:
+        gradients: it takes examples, of which gradients can be taken; else it lets the judges score.
+    """
+
+    name: str
+    collect: Collect
+    gradients: bool
+
+
+COLLECTORS: dict[str, Collector] = {}
+
+
+def collector(name: str, gradients: bool = False) -> Callable[[Collect], Collect]:
+    """Register a collector: merge methods ask for what it collects by this name, with ``Of(name)``.
+
+    Args:
+        gradients: see ``Collector``.
+    """
 
     def register(function: Collect) -> Collect:
-        COLLECTORS[name] = function
+        COLLECTORS[name] = Collector(name, function, gradients)
         return function
 
     return register
 
 
-def collector_named(name: str) -> Collect:
+def collector_named(name: str) -> Collector:
     """The collector of that name.
 
     Raises BadInput, naming the nearest known ones, where there is none.

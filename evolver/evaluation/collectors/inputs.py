@@ -7,18 +7,18 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from evolver.evaluation.collectors import collector
+from evolver.evaluation.collectors import SampledItems, collector
 from evolver.evaluation.live import LiveModel
 
 
 @collector("gram")
-def input_grams(live: LiveModel, score: Callable[[], None]) -> Iterator[tuple[str, Tensor]]:
+def input_grams(live: LiveModel, items: SampledItems) -> Iterator[tuple[str, Tensor]]:
     """XᵀX of the inputs X (positions, d) of every linear layer but the one that names tokens, (d, d) float32.
 
     Positions that are padding are left out. Batches are multiplied in float32 and added in float64.
     """
     with LayerSums(live, live.linear_layers(), lambda rows: (rows.T @ rows).double()) as sums:
-        score()
+        items.score()
     for name, total in sums.totals.items():
         if not total.isfinite().all():
             raise FloatingPointError(f"the inputs of the layer of {name} are not finite")

@@ -29,8 +29,8 @@ class RecipeMaker:
         experts: their names.
         tensors: the names of the base's tensors.
         digests: of the base and the experts, by name; without them, names stand for them.
-        sampled: the hash of the items that an expert's statistics are collected on, by its name; raises BadInput where
-            none can be. Without it, a word stands for every hash.
+        sampled: the hash of the items that an expert's statistics are collected on, by the statistic's kind and the
+            expert's name; raises BadInput where none can be. Without it, a word stands for every hash.
         sizes: the number of scalars of every tensor; without it, all tensors count as equally large.
         counted: counts the layers, see ``depth``. Without it, the names say the number.
         places: where base and experts are, by name; without it, their names stand for them.
@@ -39,7 +39,7 @@ class RecipeMaker:
 
     def __init__(
         self, experts: Sequence[str], tensors: Sequence[str], digests: dict[str, str] | None = None,
-        sampled: Callable[[str], str] = lambda _: "items", sizes: Mapping[str, int] | None = None,
+        sampled: Callable[[str, str], str] = lambda *_: "items", sizes: Mapping[str, int] | None = None,
         counted: Callable[[bool], int] | None = None, places: Mapping[str, str] | None = None, seed: int = 0,
     ) -> None:  # fmt: skip
         self.digests = digests or {n: n for n in ("base", *experts)}
@@ -116,9 +116,13 @@ class RecipeMaker:
         """
         kinds = dict.fromkeys(method.statistics.values())
         for kind in kinds:
-            collector_named(kind)
+            collector_named(kind.statistic)
         origins = [_origin(m, method.name) for m in members] if kinds else []
-        return tuple(Statistic(kind, o, self._sampled(o.name)) for kind in kinds for o in origins)
+        return tuple(
+            Statistic(k.statistic, self.base if k.base else o, self._sampled(k.statistic, o.name))
+            for k in kinds
+            for o in origins
+        )
 
 
 @dataclass(frozen=True)
