@@ -34,7 +34,7 @@ from evolver.workers.statistics import sample
 from evolver.workers.worker import Worker
 
 A, B, BASE = Expert("a", "aa"), Expert("b", "bb"), Expert("base", "cc")
-SEARCH = {"algorithm": "tpe", "method": "regmean", "startup": 2}
+SEARCH = {"algorithm": "tpe", "method": "regmean", "tune": ["a"], "startup": 2}
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from evolver.evaluation.collectors import SampledItems, collector
@@ -23,6 +24,21 @@ def input_grams(live: LiveModel, items: SampledItems) -> Iterator[tuple[str, Ten
         if not total.isfinite().all():
             raise FloatingPointError(f"the inputs of the layer of {name} are not finite")
         yield name, total.float().cpu()
+
+
+@collector("activation")
+def activation(live: LiveModel, items: SampledItems) -> Iterator[tuple[str, Tensor]]:
+    """The mean |x| of every input of the linear layers, as those of ``gram``, (d,) float32; padding is left out."""
+
+    def sizes(rows: Tensor) -> Tensor:
+        return torch.cat([rows.abs().sum(0).double(), rows.new_tensor([len(rows)], dtype=torch.float64)])
+
+    with LayerSums(live, live.linear_layers(), sizes) as sums:
+        items.score()
+    for name, total in sums.totals.items():
+        if not total.isfinite().all():
+            raise FloatingPointError(f"the inputs of the layer of {name} are not finite")
+        yield name, (total[:-1] / total[-1].clamp(min=1)).float().cpu()
 
 
 class LayerSums:

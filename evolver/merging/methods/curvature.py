@@ -15,6 +15,8 @@ from evolver.merging.methods.operators import total, weighted_sum
 
 # Scalars that are handled at a time, so that beside the experts' tensors and statistics next to nothing is in memory.
 CHUNK = 1 << 18
+# The least information that counts, as a number to divide by.
+TINY = 1e-26
 
 
 @method("Matena and Raffel 2022, Merging models with Fisher-weighted averaging", whole=True, exact=False)
@@ -44,6 +46,46 @@ def fisher(
     return by_chunks(
         deltas, information, lambda d, f: lambda_ * _weighed(d, [_bent(x, floor, power) for x in f], shares)
     )
+
+
+@method(
+    "Mahdavinia et al. 2025, Harnessing optimization dynamics for curvature-informed model merging",
+    whole=True, exact=False, identity={"density": 1.0},
+)  # fmt: skip
+def ota(
+    deltas: Stack,
+    *,
+    information: Annotated[Stack | None, Of("fisher")],
+    weight: Weight = each(1.0),
+    lambda_: Mass = number(1.0),
+    density: Annotated[Tensor, Range(0.02, 1.0, above=0.0, most=1.0)] = each(0.4),
+    power: Annotated[Tensor, Range(0.0, 1.0, least=0.0)] = number(0.5),
+) -> Tensor:
+    """OTA with FFG: λ Σ w·m·vᵖ·τ / Σ w·m·vᵖ, the masks m keeping of each expert the ``density`` largest of v·τ².
+
+    v is the Fisher information in place of the second moments of Adam, which no published checkpoint has; at p = 0.5
+    both measure the same up to a scale. Where no expert is kept, the base stays. The paper's thresholds are numbers for
+    the whole model; here a mask is a share of each tensor. Without statistics: λ Σ w·τ / Σ w.
+    """
+    if information is None:
+        return lambda_ * weighted_sum(deltas, weight, True)
+    there = [f.to(d.device) for f, d in zip(information, deltas, strict=True)]
+    levels = [smallest_kept(f * d.square(), share) for f, d, share in zip(there, deltas, density.tolist(), strict=True)]
+    shares = weight.double()
+
+    def merged(parts: list[Tensor], sharp: list[Tensor]) -> Tensor:
+        kept = [f.float() * d.float().square() >= level for d, f, level in zip(parts, sharp, levels, strict=True)]
+        counts = [k * _bent(f, number(TINY), power) for k, f in zip(kept, sharp, strict=True)]
+        return lambda_ * _weighed(parts, counts, shares)
+
+    return by_chunks(deltas, there, merged)
+
+
+def smallest_kept(scores: Tensor, share: float) -> Tensor:
+    """The smallest of the ``share`` largest scores of a tensor, at least one of them, ()."""
+    flat = scores.reshape(-1)
+    count = max(1, round(share * flat.numel()))
+    return flat.kthvalue(flat.numel() - count + 1).values
 
 
 def by_chunks(
