@@ -71,6 +71,7 @@ class Prepared:
     estimates: Estimates
     search: Search
     identity: Mapping[str, Any]
+    maker: RecipeMaker
     warnings: tuple[str, ...]
     # The search space of a mergekit file that leaves values free, where the search is in one.
     template: RecipeSpace | None = None
@@ -149,7 +150,8 @@ def prepare(
     identity |= {"origin": dict(origin)} if origin else {}
     warnings = (*given.notes, *warnings, *getattr(search, "remarks", ()))
     return Prepared(
-        config, file, opened, tasks, plan, maker.base, maker.experts, estimates, search, identity, warnings, template
+        config, file, opened, tasks, plan, maker.base, maker.experts, estimates, search, identity, maker, warnings,
+        template,
     )  # fmt: skip
 
 
@@ -159,7 +161,7 @@ def _maker(
     base, sampled = opened.base, cache(lambda kind, expert: _sampled(config, tasks, blueprint, kind, expert))
     return RecipeMaker(
         list(config.experts), base.names(), opened.digests() if weights else None, sampled, base.sizes(),
-        partial(_count_layers, base), model_places(config), config.seed,
+        partial(_count_layers, base), model_places(config), config.seed, config.statistics.offspring == "own",
     )  # fmt: skip
 
 

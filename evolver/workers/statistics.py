@@ -19,11 +19,12 @@ from evolver.errors import BadInput
 from evolver.evaluation.collectors import Collector, collector_named
 from evolver.evaluation.examples import Example
 from evolver.evaluation.live import LiveModel
+from evolver.evaluation.random_tokens import RandomTokens
 from evolver.evaluation.tasks import SplitScorer, Tasks
 from evolver.kernels.machine import digest_of
 from evolver.merging.materialise import StatisticTensors
 from evolver.records.canonical import content_hash
-from evolver.records.recipe import Statistic
+from evolver.records.recipe import Expert, Statistic
 from evolver.storage.paths import expand
 from evolver.workers.plan import CHAT, SCORING_PACKAGES, Plan
 
@@ -41,6 +42,9 @@ def tasks_of(config: Config, tasks: Tasks, expert: str) -> list[str]:
 
 def refuse_tasks(config: Config, tasks: Tasks, expert: str, wanted: Collector) -> None:
     """Raises BadInput where a task of an expert's items is scored in a way in which nothing can be collected."""
+    if config.statistics.source == "random":
+        _refuse_random(config, wanted)
+        return
     own = tasks_of(config, tasks, expert)
     for number, entry in enumerate(tasks.entries):
         judge = tasks.judges[entry.task]
@@ -57,6 +61,17 @@ def refuse_tasks(config: Config, tasks: Tasks, expert: str, wanted: Collector) -
             )
 
 
+def _refuse_random(config: Config, wanted: Collector) -> None:
+    """Raises BadInput where nothing can be collected on random tokens."""
+    if config.model.kind == "image-classifier":
+        raise BadInput("statistics.source: an image classifier reads no tokens; write tasks.")
+    if wanted.observed:
+        raise BadInput(
+            f"statistics.source: {wanted.name} needs items with right answers, and random tokens have none; write "
+            "tasks."
+        )
+
+
 def sample(config: Config, tasks: Tasks, expert: str) -> list[int]:
     """The places of the dev items that an expert's statistics are collected on, in their order."""
     wanted = tasks_of(config, tasks, expert)
@@ -65,14 +80,11 @@ def sample(config: Config, tasks: Tasks, expert: str) -> list[int]:
 
 
 def sample_hash(config: Config, tasks: Tasks, expert: str) -> str:
-    """One hash for the items of ``sample``, in their order."""
+    """One hash for the items of ``sample``, in their order; or for the random tokens, which are the same for all."""
+    if config.statistics.source == "random":
+        return content_hash(["random tokens", config.statistics.items, config.seed])
     owners, items = tasks.scale("dev").tasks, tasks.items.dev
     return content_hash([[owners[place], items[place].hash] for place in sample(config, tasks, expert)])
-
-
-def statistics_folder() -> Path:
-    """Where statistics are kept."""
-    return Path(expand("$EVOLVER_CACHE")) / "statistics"
 
 
 class _Sampled:
@@ -80,13 +92,16 @@ class _Sampled:
 
     def __init__(self, scorer: SplitScorer, places: Sequence[int], block: int) -> None:
         self._scorer, self._places, self._block = scorer, places, block
+        self.tokens = 0
 
     def score(self) -> None:
         for start in range(0, len(self._places), self._block):
-            self._scorer.score_at(frozenset(self._places[start : start + self._block]))
+            self.tokens += self._scorer.score_at(frozenset(self._places[start : start + self._block])).tokens
 
     def examples(self) -> Iterator[Example]:
-        return self._scorer.examples_at(frozenset(self._places))
+        for example in self._scorer.examples_at(frozenset(self._places)):
+            self.tokens += sum(ids.numel() for name, ids in example.inputs.items() if name.endswith("input_ids"))
+            yield example
 
 
 class Statistics:
@@ -97,6 +112,9 @@ class Statistics:
         tasks: of the run.
         model: gives the live model, whose weights are overwritten where something has to be collected.
         scorer: scores it on the dev items.
+
+    Attributes:
+        tokens: how many tokens went through the model for statistics of offspring, which belong to their cost.
     """
 
     def __init__(
@@ -104,6 +122,7 @@ class Statistics:
     ) -> None:  # fmt: skip
         self._plan, self._tasks, self._model, self._scorer = plan, tasks, model, scorer
         self._samples: dict[str, str] = {}
+        self.tokens = 0
 
     def __call__(self, node: Statistic, weights: Iterator[tuple[str, Tensor]]) -> StatisticTensors:
         """The tensors of a statistic.
@@ -113,16 +132,26 @@ class Statistics:
 
         Raises BadInput for a statistic of other items than those of the run.
         """
-        collector = collector_named(node.collected)
-        places = self._places(node)
-        key = self._key(node, collector)
-        file = statistics_folder() / f"{key}.safetensors"
+        places, (file, key) = self._places(node), self._file(node)
         try:
             kept = open_kept(file, key)
         except Damaged as error:
             _say(f"statistics: {file} is damaged ({error}); {node.collected} of {node.of.label} is collected again")
             kept = None
         return kept or self._collect(node, weights, places, file, key)
+
+    def kept(self, node: Statistic) -> Path | None:
+        """The file that a statistic is kept in; None where there is none that is whole."""
+        file, key = self._file(node)
+        try:
+            return file if open_kept(file, key) else None
+        except Damaged:
+            return None
+
+    def _file(self, node: Statistic) -> tuple[Path, str]:
+        """The file of a statistic, and what it is sealed for."""
+        key = self._key(node, collector_named(node.collected))
+        return Path(expand("$EVOLVER_CACHE")) / "statistics" / f"{key}.safetensors", key
 
     def _places(self, node: Statistic) -> Sequence[int]:
         """The places of the dev items of which a statistic names the hash."""
@@ -134,6 +163,14 @@ class Statistics:
                 return sample(config, self._tasks, name)
         raise BadInput(f"statistics: {node.describe()} was collected on other items than those of this run.")
 
+    def _items(self, node: Statistic, live: LiveModel, places: Sequence[int]) -> _Sampled | RandomTokens:
+        config = self._plan.config
+        if config.statistics.source == "random":
+            apart = config.model.heads == "apart"
+            head = _head(node, config) if apart else None
+            return RandomTokens(live, config.statistics.items, config.seed, head)
+        return _Sampled(self._scorer(live), places, self._plan.block("dev", len(places)))
+
     def _collect(
         self, node: Statistic, weights: Iterator[tuple[str, Tensor]], places: Sequence[int], file: Path, key: str
     ) -> StatisticTensors:
@@ -141,12 +178,14 @@ class Statistics:
         torch.set_num_threads(config.evaluation.threads)
         live: LiveModel = self._model()
         live.write(weights, whole=True)
-        items = _Sampled(self._scorer(live), places, self._plan.block("dev", len(places)))
+        items = self._items(node, live, places)
         found = dict(collector_named(node.collected).collect(live, items))
-        seconds = time.perf_counter() - began
-        _say(
-            f"statistics: {node.collected} of {node.of.label} collected on {len(places)} dev items in {seconds:.1f} s"
-        )  # fmt: skip
+        if not isinstance(node.of, Expert):
+            self.tokens += items.tokens
+        seconds, on = time.perf_counter() - began, f"{len(places)} dev items"
+        if config.statistics.source == "random":
+            on = f"{config.statistics.items} texts of random tokens"
+        _say(f"statistics: {node.collected} of {node.of.label} collected on {on} in {seconds:.1f} s")
         try:
             write_kept(file, key, found)
             return open_kept(file, key) or found  # mapped from there, it takes no memory
@@ -166,6 +205,11 @@ class Statistics:
         run += [self._plan.digests[CHAT]] if CHAT in self._plan.digests else []
         code = digest_of(inspect.getfile(collector.collect))  # another version may collect something else
         return content_hash([node.id, code, asked, tasks, model, versions, run])
+
+
+def _head(node: Statistic, config: Config) -> str:
+    """The expert whose classification head answers; where it is another model's statistic, the first one's."""
+    return node.of.label if node.of.label in config.experts else next(iter(config.experts))
 
 
 def _say(line: str) -> None:

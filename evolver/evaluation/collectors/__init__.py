@@ -42,25 +42,27 @@ class Collector:
 
     Attributes:
         gradients: it takes examples, of which gradients can be taken; else it lets the judges score.
+        observed: it needs the right answers to the items.
     """
 
     name: str
     collect: Collect
     gradients: bool
+    observed: bool
 
 
 COLLECTORS: dict[str, Collector] = {}
 
 
-def collector(name: str, gradients: bool = False) -> Callable[[Collect], Collect]:
+def collector(name: str, gradients: bool = False, observed: bool = False) -> Callable[[Collect], Collect]:
     """Register a collector: merge methods ask for what it collects by this name, with ``Of(name)``.
 
     Args:
-        gradients: see ``Collector``.
+        gradients, observed: see ``Collector``.
     """
 
     def register(function: Collect) -> Collect:
-        COLLECTORS[name] = Collector(name, function, gradients)
+        COLLECTORS[name] = Collector(name, function, gradients, observed)
         return function
 
     return register

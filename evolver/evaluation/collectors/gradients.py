@@ -30,13 +30,13 @@ def fisher(live: LiveModel, items: SampledItems) -> Iterator[tuple[str, Tensor]]
     )
 
 
-@collector("fisher_empirical", gradients=True)
+@collector("fisher_empirical", gradients=True, observed=True)
 def fisher_empirical(live: LiveModel, items: SampledItems) -> Iterator[tuple[str, Tensor]]:
     """The same with the observed answers y instead of those that the model expects: E_x[(∂ log p(y|x)/∂θ)²]."""
     yield from _per_example(live, items.examples(), lambda e, logits, _: e.answer.empirical(logits), _add_square)
 
 
-@collector("importance", gradients=True)
+@collector("importance", gradients=True, observed=True)
 def importance(live: LiveModel, items: SampledItems) -> Iterator[tuple[str, Tensor]]:
     """E_x |θ · ∂L/∂θ| of every floating parameter, L being -log p of the observed answer (SNIP, Lee et al. 2019)."""
     yield from _per_example(live, items.examples(), lambda e, logits, _: e.answer.empirical(logits), _add_size)
