@@ -7,13 +7,16 @@ import json
 
 import pytest
 import torch
+import toys
+import yaml
 from test_classification import classify  # noqa: F401  # a fixture
+from test_encoder_decoder import save_all, t5
 from test_statistics import cache, configured, ready_of, worker_of  # noqa: F401  # fixtures
 from torch.nn.functional import cross_entropy, log_softmax
 from toys import texts
 
 from evolver.errors import BadInput
-from evolver.evaluation.collectors.gradients import fisher, fisher_empirical, importance
+from evolver.evaluation.collectors.gradients import fisher_empirical, fisher_information, importance
 from evolver.evaluation.examples import LabelSet, ManyLabels, OneLabel, OneNumber
 from evolver.records import Candidate
 from evolver.records.recipe import Merge, Rule
@@ -84,7 +87,9 @@ def test_the_fisher_information_of_a_classifier_sums_over_all_labels(configured)
         parts.append(squares_by_hand(module, [(p.exp().item(), p) for p in logs]))
         observed.append(squares_by_hand(module, [(1.0, logs[example.answer.label])]))
     live = worker.live
-    assert alike(live, fisher(live, Items(examples)), mean_of(parts)) == len(worker.materialiser.base.names())
+    assert alike(live, fisher_information(live, Items(examples)), mean_of(parts)) == len(
+        worker.materialiser.base.names()
+    )
     assert alike(live, fisher_empirical(live, Items(examples)), mean_of(observed)) > 10
     assert not any(p.grad is not None for p in live.module.parameters())
 
@@ -106,8 +111,8 @@ def test_squares_are_taken_of_each_example_and_not_of_a_batch(configured):  # no
     ready = ready_of(configured())
     worker = worker_of(ready)
     examples = of_run(ready, worker, "a")[:3]
-    alone = [dict(fisher(worker.live, Items([e]))) for e in examples]
-    together = dict(fisher(worker.live, Items(examples)))
+    alone = [dict(fisher_information(worker.live, Items([e]))) for e in examples]
+    together = dict(fisher_information(worker.live, Items(examples)))
     for name, tensor in together.items():
         assert torch.allclose(tensor, sum(a[name] for a in alone) / 3, rtol=1e-4, atol=1e-12), name
 
@@ -135,8 +140,27 @@ def test_of_a_language_model_every_next_token_is_an_answer(make_config, tmp_path
         observed.append(squares_by_hand(module, [(1.0, loss)]))
     live = worker.live
     assert alike(live, fisher_empirical(live, Items(examples)), mean_of(observed)) > 10
-    one, again = (dict(fisher(live, Items(examples))) for _ in range(2))
+    one, again = (dict(fisher_information(live, Items(examples))) for _ in range(2))
     assert all(torch.equal(one[name], again[name]) for name in one)
+
+
+@pytest.mark.whole
+def test_of_an_encoder_decoder_the_tokens_of_the_answer_count(tasks, tmp_path):
+    save_all(t5, tmp_path)
+    raw = toys.settings(
+        tmp_path, tasks, {"evaluation.tasks": [{"task": "toy", "metric": "acc", "dev": 4, "report": 4}]}
+    )
+    raw["model"]["kind"], raw["experts"] = "seq2seq", {n: str(tmp_path / n) for n in ("a", "b")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
+    ready = ready_of(tmp_path / "run.yaml")
+    worker = worker_of(ready)
+    examples, module, observed = of_run(ready, worker, "a"), copy_of(worker.live), []
+    assert len(examples) == 4
+    for example in examples:
+        said = torch.tensor([example.answer.labels])
+        loss = module(input_ids=example.inputs["input_ids"], labels=said).loss * said.numel()
+        observed.append(squares_by_hand(module, [(1.0, loss)]))
+    assert alike(worker.live, fisher_empirical(worker.live, Items(examples)), mean_of(observed)) > 10
 
 
 def test_drawn_labels_expect_the_sum_over_all_answers():
@@ -180,7 +204,7 @@ def test_weights_that_are_no_floating_numbers_have_no_gradient(configured):  # n
     whole = module.classifier.weight.data
     module.classifier.weight = torch.nn.Parameter(whole.to(torch.int8), requires_grad=False)
     with pytest.raises(BadInput, match=r"model\.base: classifier\.weight .* is quantised .*; choose a merge method"):
-        list(fisher(worker.live, Items(examples)))
+        list(fisher_information(worker.live, Items(examples)))
 
 
 def test_items_whose_answers_the_model_does_not_know_are_no_examples(configured):  # noqa: F811
@@ -205,7 +229,7 @@ def test_a_worker_merges_by_the_formula(configured):  # noqa: F811
     recipe = Merge("fisher", ready.experts, ready.base, (settings,), asked)
     assert worker.evaluate(Candidate(0, recipe, "test")).status == "ok"
     merged, base = dict(worker.materialiser.stream(recipe)), ready.opened.base
-    information = [dict(fisher(worker.live, Items(of_run(ready, worker, e.name)))) for e in ready.experts]
+    information = [dict(fisher_information(worker.live, Items(of_run(ready, worker, e.name)))) for e in ready.experts]
     moved = 0
     for name, tensor in merged.items():
         origin = base.tensor(name).double()

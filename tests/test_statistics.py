@@ -388,7 +388,7 @@ def test_a_run_from_end_to_end(configured, tmp_path, cache, merged):
     assert [s.of.name for s in recipe.statistics] == ["a", "b"]
     assert not (folder / "best" / "mergekit_config.yml").exists()
     assert all(method == "regmean" for _, method, _ in explain(folder))
-    assert explain(file)[0][2] == ({"a": 0.5} if merged else {"a": "tuned"})
+    assert explain(file)[0][2] == {"a": 0.5 if merged else "tuned", "ridge": 1e-6}
     assert f"gram of a on dev items ({recipe.statistics[0].items[:8]})" in (folder / "report.md").read_text()
     told: list[str] = []
     deliver(storage_at(folder), tmp_path / "out", None, told.append)

@@ -15,9 +15,9 @@ from evolver.commands.collecting import collect_statistics
 from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
-from evolver.evaluation.collectors.gradients import fisher
+from evolver.evaluation.collectors.gradients import fisher_information
 from evolver.evaluation.collectors.inputs import LayerSums
-from evolver.evaluation.random_tokens import LENGTH, RandomTokens
+from evolver.evaluation.random_tokens import RANDOM_LENGTH, RandomTokens
 from evolver.merging.methods import Of
 from evolver.records import Candidate
 from evolver.records.recipe import Cross, Merge
@@ -126,11 +126,11 @@ def test_random_tokens_need_no_data(configured):  # noqa: F811
     assert len({s.items for s in merged.statistics}) == 1
     texts = RandomTokens(worker.live, 5, 0)
     ids = [e.inputs["input_ids"] for e in texts.examples()]
-    assert {i.shape for i in ids} == {(1, min(LENGTH, worker.live.tokenizer.model_max_length))}
+    assert {i.shape for i in ids} == {(1, min(RANDOM_LENGTH, worker.live.tokenizer.model_max_length))}
     assert all(torch.equal(x, e.inputs["input_ids"]) for x, e in zip(ids, texts.examples(), strict=True))
     assert not set(torch.cat(ids).flatten().tolist()) & set(worker.live.tokenizer.all_special_ids)
     worker.live.write(worker.materialiser.stream(ready.experts[0]), whole=True)
-    wanted = dict(fisher(worker.live, Items(list(texts.examples()))))
+    wanted = dict(fisher_information(worker.live, Items(list(texts.examples()))))
     kept = worker.materialiser._statistics[merged.statistics[0].id]
     assert all(torch.equal(kept.get(name), tensor) for name, tensor in wanted.items())
     with LayerSums(worker.live, worker.live.linear_layers(), lambda rows: torch.tensor(len(rows))) as counted:

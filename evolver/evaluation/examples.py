@@ -19,7 +19,7 @@ from torch.nn.functional import logsigmoid
 Term = tuple[float, Tensor]
 
 
-class Answer(Protocol):
+class ExampleAnswer(Protocol):
     """What a model answers to one example."""
 
     def expected(self, logits: Tensor, seed: int) -> list[Term]:
@@ -46,7 +46,7 @@ class Example:
     """
 
     inputs: Mapping[str, Any]
-    answer: Answer
+    answer: ExampleAnswer
     head: str | None = None
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evolver.evaluation.examples import Answer, Example, ManyLabels, OneLabel
+from evolver.evaluation.examples import Example, ExampleAnswer, ManyLabels, OneLabel
 from evolver.evaluation.live import LiveModel
 
 # Tokens of a text, and texts of a forward pass.
-LENGTH, ROWS = 64, 16
+RANDOM_LENGTH, RANDOM_ROWS = 64, 16
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class RandomTokens:
     @property
     def tokens(self) -> int:
         """How many tokens the texts have."""
-        return self.count * min(LENGTH, int(self.live.tokenizer.model_max_length))
+        return self.count * min(RANDOM_LENGTH, int(self.live.tokenizer.model_max_length))
 
     def score(self) -> None:
         """Forward passes over all texts, none of which has padding."""
         with torch.inference_mode():
-            for start in range(0, self.count, ROWS):
-                self.live.forward(None, **self._inputs(start, min(self.count, start + ROWS)))
+            for start in range(0, self.count, RANDOM_ROWS):
+                self.live.forward(None, **self._inputs(start, min(self.count, start + RANDOM_ROWS)))
 
     def examples(self) -> Iterator[Example]:
         """The texts one by one; no answer to one is right."""
@@ -58,15 +58,15 @@ class RandomTokens:
         return inputs
 
     def _text(self, number: int) -> Tensor:
-        """The tokens of one text, (LENGTH)."""
+        """The tokens of one text, (RANDOM_LENGTH)."""
         size = self.live.module.get_input_embeddings().num_embeddings
         special = set(self.live.tokenizer.all_special_ids)
         usual = torch.tensor([token for token in range(min(size, len(self.live.tokenizer))) if token not in special])
-        length = min(LENGTH, self.live.tokenizer.model_max_length)
+        length = min(RANDOM_LENGTH, self.live.tokenizer.model_max_length)
         draws = torch.Generator().manual_seed(self.seed * 2**32 + number)
         return usual[torch.randint(len(usual), (length,), generator=draws)]
 
-    def _answer(self, inputs: dict[str, Tensor]) -> Answer:
+    def _answer(self, inputs: dict[str, Tensor]) -> ExampleAnswer:
         """Of a model that writes the next tokens; of a classifier its label. None is known to be right."""
         if self.live.module.can_generate() or "TokenClassification" in type(self.live.module).__name__:
             places = range(next(reversed(inputs.values())).shape[1])

@@ -18,7 +18,7 @@ Add = Callable[[Tensor, Tensor, Tensor, float], object]
 
 
 @collector("fisher", gradients=True)
-def fisher(live: LiveModel, items: SampledItems) -> Iterator[tuple[str, Tensor]]:
+def fisher_information(live: LiveModel, items: SampledItems) -> Iterator[tuple[str, Tensor]]:
     """The diagonal of the Fisher information of every floating parameter (Matena and Raffel 2022, section 3.1).
 
     E_x E_{y~p(y|x)}[(∂ log p(y|x)/∂θ)²], squared example by example, float32, in the shape of the tensor. Of a

@@ -18,7 +18,7 @@ from evolver.evaluation.base import AskedItem, ItemText, Scored, judge
 from evolver.evaluation.batches import Batches, PreparedParts, by_length
 from evolver.evaluation.blueprint import ModelFolder
 from evolver.evaluation.data import Row
-from evolver.evaluation.examples import Answer, Example, LabelSet, OneLabel, OneNumber
+from evolver.evaluation.examples import Example, ExampleAnswer, LabelSet, OneLabel, OneNumber
 from evolver.evaluation.items import Item
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.rows import RowJudge
@@ -159,7 +159,7 @@ class Answerable(Protocol):
     def head(self) -> str | None: ...
     def answer(self, logits: Tensor) -> tuple[ItemAnswer, str]: ...
     def probability(self, logits: Tensor) -> float | None: ...
-    def observed(self) -> Answer: ...
+    def observed(self) -> ExampleAnswer: ...
 
 
 Asked = TypeVar("Asked", bound=Answerable)

@@ -16,7 +16,7 @@ from evolver.merging.methods.operators import total, weighted_sum
 # Scalars that are handled at a time, so that beside the experts' tensors and statistics next to nothing is in memory.
 CHUNK = 1 << 18
 # The least information that counts, as a number to divide by.
-TINY = 1e-26
+LEAST_CURVATURE = 1e-26
 
 
 @method("Matena and Raffel 2022, Merging models with Fisher-weighted averaging", whole=True, exact=False)
@@ -75,7 +75,7 @@ def ota(
 
     def merged(parts: list[Tensor], sharp: list[Tensor]) -> Tensor:
         kept = [f.float() * d.float().square() >= level for d, f, level in zip(parts, sharp, levels, strict=True)]
-        counts = [k * _bent(f, number(TINY), power) for k, f in zip(kept, sharp, strict=True)]
+        counts = [k * _bent(f, number(LEAST_CURVATURE), power) for k, f in zip(kept, sharp, strict=True)]
         return lambda_ * _weighed(parts, counts, shares)
 
     return by_chunks(deltas, there, merged)
