@@ -149,10 +149,8 @@ def prepare(
     identity = _identity(config, settings.model_dump(), plan, bool(tasks.items.select))
     identity |= {"origin": dict(origin)} if origin else {}
     warnings = (*given.notes, *warnings, *getattr(search, "remarks", ()))
-    return Prepared(
-        config, file, opened, tasks, plan, maker.base, maker.experts, estimates, search, identity, maker, warnings,
-        template,
-    )  # fmt: skip
+    own = (maker.base, maker.experts, estimates, search, identity, maker, warnings, template)
+    return Prepared(config, file, opened, tasks, plan, *own)
 
 
 def _maker(
