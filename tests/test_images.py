@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
-from evolver.evaluation.collectors import LayerSums
+from evolver.evaluation.collectors.inputs import LayerSums
 from evolver.records import Candidate
 from evolver.workers.worker import Worker
 

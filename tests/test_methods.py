@@ -35,12 +35,19 @@ def experts_of(name, shape=(70, 50), count=3, dtype=torch.float32):
 
 
 def statistics_of(name, inputs, ids):
-    """What a method asks for beside weights, for tensors that are matrices: positive definite, one an expert's id."""
-    if inputs[0].dim() != 2:
-        return {}
-    width = inputs[0].shape[1]
-    drawn = [torch.randn((2 * width, width), generator=_seeded(expert)) for expert in ids]
-    return {kind: [x.T @ x for x in drawn] for kind in METHODS[name].statistics.values()}
+    """What a method asks for beside weights, one an expert's id; None where such a tensor has none."""
+    asked = METHODS[name].statistics
+    return {parameter: _statistic(of, inputs[0].shape, ids) for parameter, of in asked.items()}
+
+
+def _statistic(of, shape, ids):
+    seeds = [f"{of} {i}" for i in ids]
+    if of.statistic in ("fisher", "importance"):
+        return [torch.rand(shape, generator=_seeded(seed)).pow(4) for seed in seeds]
+    if len(shape) != 2:
+        return None
+    drawn = [torch.randn((2 * shape[1], shape[1]), generator=_seeded(seed)) for seed in seeds]
+    return [{"gram": x.T @ x, "activation": x.abs().mean(0)}[of.statistic] for x in drawn]
 
 
 def _seeded(word):

@@ -305,6 +305,27 @@ def gate(
 
 
 @app.command()
+def stats(
+    config: Annotated[Path, typer.Argument(help="the YAML file of a run")],
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="a kind, such as gram or fisher; default: what the search needs"),
+    ] = None,
+) -> None:
+    """Collect the statistics of the experts that merge methods need, or continue where an earlier call stopped."""
+    from evolver.config.reading import config_at
+
+    written = config_at(config)
+    # These bring torch.
+    from cluster.job import choose_for_workers, device_of, make_pool
+    from evolver.commands.collecting import collect_statistics
+
+    device = device_of(written.parsed(), written.origin)
+    for found in collect_statistics(written, kind or [], device, make_pool, choose_for_workers):
+        typer.echo(found.line)
+
+
+@app.command()
 def searches(
     name: Annotated[str | None, typer.Argument(help="name of one search or preset; default: all")] = None,
 ) -> None:

@@ -51,9 +51,12 @@ def remarks_of(method: Method) -> list[str]:
     """Sentences on what a method needs beside weights, and on what it does not promise."""
     out = []
     if method.statistics:
-        kinds = " and ".join(dict.fromkeys(method.statistics.values()))
+        asked = dict.fromkeys(method.statistics.values())
+        asked = dict.fromkeys(method.statistics.values())
+        kinds = " and ".join(f"{of.statistic}{' of the base' * of.base}" for of in asked)
+        whose = "the base" if all(of.base for of in asked) else "the experts"
         out.append(
-            f"It needs statistics of the experts on dev items ({kinds}), which a run collects before the first merge."
+            f"It needs statistics of {whose} on dev items ({kinds}), which a run collects before the first merge."
         )
     for name, setting in method.settings.items():
         if isinstance(setting.search, Range) and (around := setting.search.around):

@@ -113,8 +113,16 @@ class StatisticsSettings(Section):
     )
     tasks: dict[str, list[str]] = Field(
         default_factory=dict,
-        description="expert → the tasks whose dev items its statistics are collected on; default: the task of the "
-        "expert's name, or all tasks where there is none",
+        description="expert (or base) → the tasks whose dev items its statistics are collected on; default: the task "
+        "of the expert's name, or all tasks where there is none",
+    )
+    source: Literal["tasks", "random"] = Field(
+        "tasks", description="tasks: dev items; random: as many texts of random tokens, which need no data at all"
+    )
+    offspring: Literal["initial", "own"] = Field(
+        "initial",
+        description="what a merger of a population gets of an offspring: initial: the statistics of the expert in "
+        "whose place it stands; own: its own, collected by the worker that scores it",
     )
 
 
@@ -340,7 +348,7 @@ class Config(Section):
     def _statistics_of_experts(self) -> Config:
         known = [t.task for t in self.evaluation.tasks]
         for expert, tasks in self.statistics.tasks.items():
-            if expert not in self.experts:
+            if expert not in (*self.experts, "base"):
                 raise ValueError(f"statistics.tasks: there is no expert {expert!r}; {nearest(expert, self.experts)}")
             for name in tasks:
                 if name not in known:

@@ -21,6 +21,7 @@ from evolver.driver.refusals import refuse_estimate, refuse_unfit
 from evolver.driver.starts import Starts, refuse_depth, starts_of
 from evolver.errors import BadInput
 from evolver.evaluation.blueprint import Blueprint, ModelFolder
+from evolver.evaluation.collectors import collector_named
 from evolver.evaluation.depth import check_alike, count_layers
 from evolver.evaluation.fused import refuse_experts
 from evolver.evaluation.overlap import Overlap, overlaps
@@ -50,7 +51,7 @@ from evolver.workers.compute import is_open, settled
 from evolver.workers.measures import with_texts
 from evolver.workers.opened import STRICT, Opened, check_device, draw_up, open_models
 from evolver.workers.plan import CHAT, SCORING_PACKAGES, TOKENS, Plan, items_hash
-from evolver.workers.statistics import sample_hash
+from evolver.workers.statistics import refuse_tasks, sample_hash
 from evolver.workers.worker import build_materialiser, own_materialiser, statistics_of
 
 RECORDED_PACKAGES = ("torch", "transformers", "lm-eval", "optuna", "safetensors", "numpy", "ray")
@@ -70,6 +71,7 @@ class Prepared:
     estimates: Estimates
     search: Search
     identity: Mapping[str, Any]
+    maker: RecipeMaker
     warnings: tuple[str, ...]
     # The search space of a mergekit file that leaves values free, where the search is in one.
     template: RecipeSpace | None = None
@@ -147,18 +149,17 @@ def prepare(
     identity = _identity(config, settings.model_dump(), plan, bool(tasks.items.select))
     identity |= {"origin": dict(origin)} if origin else {}
     warnings = (*given.notes, *warnings, *getattr(search, "remarks", ()))
-    return Prepared(
-        config, file, opened, tasks, plan, maker.base, maker.experts, estimates, search, identity, warnings, template
-    )  # fmt: skip
+    own = (maker.base, maker.experts, estimates, search, identity, maker, warnings, template)
+    return Prepared(config, file, opened, tasks, plan, *own)
 
 
 def _maker(
     config: Config, opened: Opened, tasks: Tasks, blueprint: ModelFolder | None, weights: bool
 ) -> RecipeMaker:  # fmt: skip
-    base, sampled = opened.base, cache(lambda expert: _sampled(config, tasks, blueprint, expert))
+    base, sampled = opened.base, cache(lambda kind, expert: _sampled(config, tasks, blueprint, kind, expert))
     return RecipeMaker(
         list(config.experts), base.names(), opened.digests() if weights else None, sampled, base.sizes(),
-        partial(_count_layers, base), model_places(config), config.seed,
+        partial(_count_layers, base), model_places(config), config.seed, config.statistics.offspring == "own",
     )  # fmt: skip
 
 
@@ -337,13 +338,15 @@ def _stops(config: Config, algorithm: str) -> bool:
     return parts or SEARCHES[algorithm].incumbent
 
 
-def _sampled(config: Config, tasks: Tasks, blueprint: ModelFolder | None, expert: str) -> str:
+def _sampled(config: Config, tasks: Tasks, blueprint: ModelFolder | None, kind: str, expert: str) -> str:
     """The hash of the items that an expert's statistics are collected on.
 
     Raises BadInput where none can be collected.
     """
-    if isinstance(blueprint, Blueprint):
+    collector = collector_named(kind)
+    if isinstance(blueprint, Blueprint) and not collector.gradients:
         refuse_experts(blueprint.module, "search")
+    refuse_tasks(config, tasks, expert, collector)
     return sample_hash(config, tasks, expert)
 
 

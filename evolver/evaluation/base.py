@@ -141,6 +141,12 @@ class Judge(Protocol):
         """
         ...
 
+    def gives_examples(self, entry: TaskEntry) -> bool:
+        """Whether its scorers give the task's items as examples, see ``GivesExamples``; else no gradients can be taken
+        on them.
+        """
+        ...
+
     def scorer(self, model: Any, asked: Sequence[AskedItem], scored: Iterable[Item]) -> Scorer:
         """A scorer of the items ``asked``.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from evolver.config.model import ModelSettings
 from evolver.errors import BadInput
 from evolver.evaluation.depth import check_alike
-from evolver.evaluation.fused import refuse_experts, slices_of
+from evolver.evaluation.fused import ParameterSlice, refuse_experts, slices_of
 from evolver.evaluation.layered import LayerMemory
 from evolver.evaluation.rounding import Rounding, refuse_stacks
 from evolver.records.depth import LayerOrigin
@@ -192,6 +192,12 @@ class LiveModel:
         if self.listener is not None:
             self.listener.end()
         return outputs
+
+    def parameters(self) -> dict[str, tuple[str, ParameterSlice | None]]:
+        """The parameter of the module that each tensor of the checkpoint is, or is this slice of, by the tensor's
+        name.
+        """
+        return {name: (owner, self._slices.get(name)) for name, owner in self._owners.items()}
 
     def linear_layers(self) -> dict[str, torch.nn.Linear]:
         """The linear layers by the name of their weight in the checkpoint, without the one that names tokens.

@@ -37,6 +37,10 @@ class RowJudge:
         """See ``Judge``."""
         return False
 
+    def gives_examples(self, entry: TaskEntry) -> bool:
+        """See ``Judge``."""
+        return False
+
     def columns(self, entry: TaskEntry) -> list[str]:
         """The columns that every row must have."""
         return []

@@ -6,7 +6,7 @@ import importlib
 import math
 import pkgutil
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +32,7 @@ from evolver.evaluation.base import (
     Sourced,
 )
 from evolver.evaluation.blueprint import Blueprint, ModelFolder
+from evolver.evaluation.examples import Example, GivesExamples
 from evolver.evaluation.items import Item, Items, ItemSource, draw, in_order, item_hash
 from evolver.evaluation.scores.metrics import FITNESS, Metric
 from evolver.evaluation.scores.resampling import clusters_of
@@ -258,6 +259,18 @@ class SplitScorer:
         Raises FloatingPointError where the model's outputs are not finite.
         """
         return self.score_at(range(start, stop))
+
+    def examples_at(self, chosen: Collection[int]) -> Iterator[Example]:
+        """The items at these places of the split's order as examples, judge by judge.
+
+        Raises TypeError where a scorer has none.
+        """
+        for scorer, places in self.parts:
+            inside = [i for i, place in enumerate(places) if place in chosen]
+            if inside and not isinstance(scorer, GivesExamples):
+                raise TypeError(f"{type(scorer).__name__} gives no examples")
+            if isinstance(scorer, GivesExamples):
+                yield from scorer.examples(inside)
 
     def score_at(self, chosen: Collection[int]) -> Scored:
         """The answers to the items at these places of the split's order."""

@@ -21,6 +21,7 @@ from evolver.kernels.compiled import Kernels
 from evolver.merging import crossing, methods, noise
 from evolver.merging.engine.apply import AllTensors, apply
 from evolver.merging.engine.pieces import InputTensors
+from evolver.merging.methods import Of
 from evolver.merging.methods.here import Stack
 from evolver.records.depth import origin_of
 from evolver.records.graph import working_order
@@ -224,14 +225,17 @@ class Materialiser:
         return apply(method, values, self._whole(node, name, below), self._models[node.id], self.kernels)
 
     def _statistics_of(self, node: Merge, name: str) -> dict[str, Stack | None]:
-        """What a merge is handed for one tensor, by kind: one an input, or None where one of them has none."""
-        count, out = len(node.inputs), dict[str, Stack | None]()
-        for start in range(0, len(node.statistics), count):
-            mine = node.statistics[start : start + count]
+        """What a merge is handed for one tensor, by the method's parameter: one an input, or None where one of them has
+        none.
+        """
+        count, out = len(node.inputs), dict[Of, Stack | None]()
+        wanted = methods.METHODS[node.method].statistics
+        for number, kind in enumerate(dict.fromkeys(wanted.values())):
+            mine = node.statistics[number * count : (number + 1) * count]
             found = [self._statistics[s.id].get(name) for s in mine]
             whole = [t.to(self.device) for t in found if t is not None]
-            out[mine[0].collected] = whole if len(whole) == count else None
-        return out
+            out[kind] = whole if len(whole) == count else None
+        return {parameter: out[kind] for parameter, kind in wanted.items()}
 
     def _whole(self, node: Merge, name: str, below: list[Tensor]) -> InputTensors:
         *inputs, base = below

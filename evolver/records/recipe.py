@@ -165,7 +165,8 @@ class Statistic(Node):
 class Merge(Node):
     """A merge method applied to its inputs. Task vectors are the differences of the inputs to ``base``.
 
-    ``statistics`` are those that the method asks for: of every kind, one for each input, in the order of the inputs.
+    ``statistics`` are those that the method asks for: of every kind, in the order in which its signature names them,
+    one for each input, in the order of the inputs.
     """
 
     kind: ClassVar[str] = "merge"

@@ -206,6 +206,7 @@ class Worker:
         self.scorer = tasks.scorer(self.live, split)
         scorer = self.scorer if split == "dev" else None
         statistics = Statistics(plan, tasks, lambda: self.live, lambda live: scorer or tasks.scorer(live, "dev"))
+        self._statistics = statistics
         self.materialiser = build_materialiser(plan, opened, device, statistics)
         self.measures = Measures(plan, self.materialiser) if split == "dev" and config.constraints else None
         self.alpha = config.evaluation.racing
@@ -248,10 +249,12 @@ class Worker:
         return self._timed(candidate)
 
     def _timed(self, candidate: Candidate) -> Result:
-        began = time.perf_counter()
+        began, before = time.perf_counter(), self._statistics.tokens
         scorer = self._load(candidate)
         built = time.perf_counter()
         result = self._measured(candidate, self._score(candidate, scorer))
+        if spent := self._statistics.tokens - before:
+            result = replace(result, counts={**result.counts, "tokens": result.counts["tokens"] + spent})
         ended = time.perf_counter()
         return replace(result, seconds={"materialise": built - began, "forward": ended - built, "total": ended - began})
 

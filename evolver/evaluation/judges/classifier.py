@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -18,6 +18,7 @@ from evolver.evaluation.base import AskedItem, ItemText, Scored, judge
 from evolver.evaluation.batches import Batches, PreparedParts, by_length
 from evolver.evaluation.blueprint import ModelFolder
 from evolver.evaluation.data import Row
+from evolver.evaluation.examples import Example, ExampleAnswer, LabelSet, OneLabel, OneNumber
 from evolver.evaluation.items import Item
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.rows import RowJudge
@@ -46,6 +47,9 @@ class LabelledRows(RowJudge):
         self._spaces = LabelSpaces(config)
 
     def tells_padding(self, entry: TaskEntry) -> bool:
+        return True
+
+    def gives_examples(self, entry: TaskEntry) -> bool:
         return True
 
 
@@ -119,6 +123,14 @@ class TextQuestion:
         words = label_text(said, self.entry, self.names)
         return (float(said == self.right) if self.metric.judged else said), words
 
+    def observed(self) -> OneNumber | OneLabel | LabelSet:
+        """The right answer, for gradients."""
+        if self.metric.name in VALUE:
+            return OneNumber(self.right)
+        if self.entry.threshold is None:
+            return OneLabel(int(self.right))
+        return LabelSet(frozenset(n for n in range(MOST_LABELS) if int(self.right) >> n & 1))
+
     def probability(self, logits: Tensor) -> float | None:
         """How probable the model finds the right answer: the right class, or the right set of labels, each of which is
         chosen by itself; None for a number.
@@ -147,6 +159,7 @@ class Answerable(Protocol):
     def head(self) -> str | None: ...
     def answer(self, logits: Tensor) -> tuple[ItemAnswer, str]: ...
     def probability(self, logits: Tensor) -> float | None: ...
+    def observed(self) -> ExampleAnswer: ...
 
 
 Asked = TypeVar("Asked", bound=Answerable)
@@ -185,6 +198,12 @@ class TextScorer(ABC, Generic[Asked]):
         for numbers, logits in self._ready[key].run(self._forward):
             take_in(out, self.questions, numbers, self._seen(logits))
         return out
+
+    def examples(self, places: Sequence[int]) -> Iterator[Example]:
+        """See ``GivesExamples``."""
+        for place in places:
+            question = self.questions[place]
+            yield Example(self._batch([place]).inputs, question.observed(), question.head)
 
     def is_cut(self, place: int) -> bool:
         """Whether the model does not read all of a text, as it is too long."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from evolver.evaluation.base import AskedItem, ItemText, Scored, judge
 from evolver.evaluation.batches import Batches, PreparedParts, by_length
 from evolver.evaluation.blueprint import ModelFolder
 from evolver.evaluation.data import Row
+from evolver.evaluation.examples import Example
 from evolver.evaluation.items import Item
 from evolver.evaluation.judges.classifier import (
     LabelledRows,
@@ -104,6 +105,13 @@ class ImageScorer:
         for numbers, logits in self._ready[key].run(self._forward):
             take_in(out, self.questions, numbers, self._seen(logits))
         return out
+
+    def examples(self, places: Sequence[int]) -> Iterator[Example]:
+        """See ``GivesExamples``."""
+        for place in places:
+            question, pixels = self.questions[place], self._pixels([place])
+            there = pixels.to(self.model.device, self.model.module.dtype)
+            yield Example({"pixel_values": there}, question.observed(), question.head)
 
     @torch.inference_mode()
     def _forward(self, pixels: Tensor) -> Tensor:

@@ -115,6 +115,11 @@ class Language:
         asked = {self.library.tasks[m].OUTPUT_TYPE for m in self.library.members[entry.task]}
         return self.settings.backend == "resident" and self._model == "causal-lm" and "generate_until" not in asked
 
+    def gives_examples(self, entry: TaskEntry) -> bool:
+        """Where log-likelihoods are asked for, by both architectures; of a text that is written no answer is known."""
+        asked = {self.library.tasks[m].OUTPUT_TYPE for m in self.library.members[entry.task]}
+        return self.settings.backend == "resident" and "generate_until" not in asked
+
     def check_model(self, model: ModelFolder | None, asked: Sequence[AskedItem]) -> None:
         """See ``ChecksModel``: the prompts of a few items of each task are built. Of a folder that another class loads,
         only the tokenizer and its chat template are looked at.

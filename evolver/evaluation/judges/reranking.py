@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from evolver.errors import BadInput
 from evolver.evaluation.base import AskedItem, ItemText, Scored, judge
 from evolver.evaluation.blueprint import ModelFolder
 from evolver.evaluation.data import Row
+from evolver.evaluation.examples import Example, LabelSet
 from evolver.evaluation.items import Item
 from evolver.evaluation.judges.classifier import LabelledRows, TextScorer, as_they_are
 from evolver.evaluation.live import LiveModel
@@ -104,16 +105,21 @@ class Query:
 
 @dataclass(frozen=True)
 class Pair:
-    """A query and one of its documents."""
+    """A query and one of its documents, and whether that is right."""
 
     texts: tuple[str, str]
     head: str | None
+    right: bool = False
 
     def answer(self, logits: Tensor) -> tuple[float, str]:
         return logits[0].item(), ""
 
     def probability(self, logits: Tensor) -> None:
         """The right answer to a query is an order, of which none is known."""
+
+    def observed(self) -> LabelSet:
+        """Whether the document is right, for gradients: rerankers are trained to say that by the sign."""
+        return LabelSet(frozenset({0} if self.right else ()))
 
 
 class PairScorer(TextScorer[Pair]):
@@ -131,8 +137,13 @@ class RankingScorer:
         self._places: list[range] = []
         for query in queries:
             self._places.append(range(len(pairs), len(pairs) + len(query.documents)))
-            pairs += [Pair((query.text, document), query.head) for document in query.documents]
+            documents = zip(query.documents, query.right, strict=True)
+            pairs += [Pair((query.text, document), query.head, right) for document, right in documents]
         self._pairs = PairScorer(model, pairs, settings, as_they_are)
+
+    def examples(self, places: Sequence[int]) -> Iterator[Example]:
+        """See ``GivesExamples``: each pair is one."""
+        return self._pairs.examples([pair for place in places for pair in self._places[place]])
 
     def score(self, places: Sequence[int]) -> Scored:
         found = self._pairs.score([pair for place in places for pair in self._places[place]])

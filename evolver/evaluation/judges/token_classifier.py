@@ -15,6 +15,7 @@ from evolver.errors import BadInput
 from evolver.evaluation.base import AskedItem, ItemText, judge
 from evolver.evaluation.blueprint import ModelFolder
 from evolver.evaluation.data import Row
+from evolver.evaluation.examples import ManyLabels
 from evolver.evaluation.items import Item
 from evolver.evaluation.judges.classifier import LabelledRows, Seen, TextScorer, label_number
 from evolver.evaluation.live import LiveModel
@@ -125,6 +126,11 @@ class TagQuestion:
 
     def probability(self, logits: Tensor) -> None:
         """The answer to an item is one tag for each of its words, so none is known."""
+
+    def observed(self) -> ManyLabels:
+        """The right tags of the words that are read, for gradients."""
+        read = [(place, tag) for place, tag in zip(self.places, self.right, strict=True) if place is not None]
+        return ManyLabels([place for place, _ in read], [tag for _, tag in read])
 
     def named(self, numbers: Iterable[int | None]) -> list[str]:
         """The names of tags. A word that was not read is in no span."""

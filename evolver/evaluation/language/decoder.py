@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from evolver.evaluation.examples import Example, ManyLabels
 from evolver.evaluation.language.loglikelihood import Likelihood, Row, TokenIds, of_tokens, summed
 from evolver.evaluation.live import LiveModel
 
@@ -73,6 +74,12 @@ class DecoderOnly:
         row_, column, target = (t.to(self.model.device) for t in numbers[:3])
         ids, positions, parts = (t.to(self.model.device) for t in (ids, positions, parts))
         return Packed(ids, positions, parts, keep, row_, column, target, numbers[3], count)
+
+    def example(self, context: TokenIds, continuation: TokenIds) -> Example:
+        """The answers are the next tokens at every place of the text, those of the context among them."""
+        text = (*context, *continuation)
+        ids = torch.tensor([text[:-1]], device=self.model.device)
+        return Example({"input_ids": ids, "use_cache": False}, ManyLabels(range(len(text) - 1), text[1:]))
 
     @torch.inference_mode()
     def score(self, batch: Packed) -> list[Likelihood]:

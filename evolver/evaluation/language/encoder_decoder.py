@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from evolver.errors import BadInput
 from evolver.evaluation.blueprint import Blueprint
+from evolver.evaluation.examples import Example, ManyLabels
 from evolver.evaluation.language.loglikelihood import Likelihood, Row, TokenIds, of_tokens, summed
 from evolver.evaluation.live import LiveModel
 
@@ -61,6 +62,13 @@ class EncoderDecoder:
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         tensors = (ids, mask, owner, continuations, sizes)
         return Encoded(*(t.to(self.model.device) for t in tensors))
+
+    def example(self, context: TokenIds, continuation: TokenIds) -> Example:
+        """The answers are the tokens of the continuation, which the decoder says."""
+        start = self.model.module.config.decoder_start_token_id
+        ids = {"input_ids": [context], "decoder_input_ids": [(start, *continuation[:-1])]}
+        inputs = {name: torch.tensor(rows, device=self.model.device) for name, rows in ids.items()}
+        return Example({**inputs, "use_cache": False}, ManyLabels(range(len(continuation)), continuation))
 
     @torch.inference_mode()
     def score(self, batch: Encoded) -> list[Likelihood]:

@@ -6,7 +6,7 @@ share it depends on the architecture; see the modules ``decoder`` and ``encoder_
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from evolver.evaluation.batches import Batches, PreparedParts, by_length
+from evolver.evaluation.examples import Example
 
 TokenIds = tuple[int, ...]
 Likelihood = tuple[float, bool]
@@ -86,6 +87,10 @@ class Forward(Protocol[BatchType]):
 
     def batch(self, rows: Sequence[Row]) -> BatchType: ...
 
+    def example(self, context: TokenIds, continuation: TokenIds) -> Example:
+        """A context and a continuation that was observed after it, for gradients."""
+        ...
+
     def score(self, batch: BatchType) -> list[Likelihood]:
         """The answer to every continuation, row by row."""
         ...
@@ -120,6 +125,11 @@ class LogLikelihoods(Generic[BatchType]):
                 found.update(dict.fromkeys(members, answer))
         said = {g: [found[g, r] for r in range(len(group.pairs))] for g, group in groups.items()}
         return Likelihoods(said, sum(r.read for r in rows), truncated)
+
+    def examples(self, pairs: Iterable[tuple[TokenIds, TokenIds]]) -> Iterator[Example]:
+        """Contexts with what was observed after them, for gradients."""
+        for context, said in pairs:
+            yield self._forward.example(self._forward.cut(context, said), said)
 
     def _prepare(self, groups: Mapping[int, Group]) -> tuple[list[Row], Batches[BatchType], set[int]]:
         truncated: set[int] = set()

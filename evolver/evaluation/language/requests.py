@@ -65,6 +65,12 @@ class PreparedRequests:
         """lm-eval's name for the kind of request, such as ``loglikelihood`` or ``generate_until``."""
         return str(self.requests[0].request_type)
 
+    def right_requests(self) -> list[int]:
+        """The number of the request whose answer is right, in a list; none where the task names no right one."""
+        if self.task.OUTPUT_TYPE != "multiple_choice":
+            return [0]
+        return right_options(self.task, self.requests[0].doc)[:1]
+
     def judge(self, answers: Sequence[Any]) -> Judgement:
         """Turn the model's answers to the item's requests, in their order, into the result of the item."""
         for request, answer in zip(self.requests, answers, strict=True):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from evolver.config.evaluation import EvaluationSettings
 from evolver.errors import BadInput
 from evolver.evaluation.base import Scored
 from evolver.evaluation.blueprint import Blueprint
+from evolver.evaluation.examples import Example
 from evolver.evaluation.language.decoder import DecoderOnly
 from evolver.evaluation.language.encoder_decoder import EncoderDecoder, check_start, no_start
 from evolver.evaluation.language.generation import Generations
@@ -140,6 +141,16 @@ class LanguageScorer:
         out.tokens = likely.tokens + written.tokens
         out.truncated = len(likely.truncated) + len(written.truncated)
         return out
+
+    def examples(self, places: Sequence[int]) -> Iterator[Example]:
+        """See ``GivesExamples``: of an item with options the first right one, of a text each of its windows.
+
+        An item without a right option gives none.
+        """
+        for place in places:
+            group, item = self.groups[place], self.prepared[place]
+            chosen = range(len(group.pairs)) if group.rolling else item.right_requests()
+            yield from self._likely.examples(group.pairs[n] for n in chosen)
 
     def _answers(self, place: int, likely: Likelihoods) -> list[Any]:
         """The answers to the requests of an item, as lm-eval's own model class would return them."""

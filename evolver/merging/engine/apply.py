@@ -58,7 +58,7 @@ def apply(
 def _apply_whole(method: Method, values: Mapping[str, Value], whole: InputTensors) -> Tensor:
     """The merged tensor by a method that wants whole ones; it asks nothing, and no kernel replaces it."""
     numbers, flags = method.handed(values, whole.base.device)
-    handed = {parameter: whole.statistics.get(kind) for parameter, kind in method.statistics.items()}
+    handed = {parameter: whole.statistics.get(parameter) for parameter in method.statistics}
     origin = whole.base.float()
     inputs = [i.float() - origin if method.on_deltas else i.float() for i in whole.inputs]
     try:

@@ -43,7 +43,7 @@ class InputTensors:
         base: of the same shape.
         ids: one id an input; what is drawn for an input depends on it, not on its place in the row.
         depth: 0 in the first layer, 1 in the last; None outside the layers.
-        statistics: of every input, by kind; None where not every input has one for this tensor.
+        statistics: of every input, by the method's parameter; None where not every input has one for this tensor.
     """
 
     name: str

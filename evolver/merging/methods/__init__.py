@@ -10,7 +10,8 @@ tensors, () or (E,), so that a change of a number never compiles a kernel anew: 
 
 A method that declares ``whole`` gets whole tensors in their own shapes instead of pieces, and nothing to ask. It may
 want statistics of the models beside their weights: a parameter annotated ``Of("gram")`` is handed one tensor an expert,
-or None where not every expert has one for the tensor that is merged. A signature that says none of this is refused
+or None where not every expert has one for the tensor that is merged; ``Of("activation", base=True)`` those of the base
+on each expert's items. A signature that says none of this is refused
 when the method is registered.
 """
 
@@ -78,9 +79,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Of:
-    """Marks a parameter that is handed a statistic of every model: of this kind, under its collector's name."""
+    """Marks a parameter that is handed a statistic of every model: of this kind, under its collector's name.
+
+    With ``base``, it is handed one of the base for every model: on the items on which that of the model is collected.
+    """
 
     statistic: str
+    base: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,8 +128,8 @@ class Method:
     identity: Mapping[str, Any] | None
     divides: str | None
     settings: Mapping[str, Setting]
-    # Kinds of statistics by the parameters that are handed them.
-    statistics: Mapping[str, str]
+    # What is asked for by the parameters that are handed it.
+    statistics: Mapping[str, Of]
 
     def in_force(self, checked: Mapping[str, Value], experts: int) -> dict[str, Value]:
         """The settings of a recipe, which were checked when it was composed, with defaults for what it leaves open."""
@@ -274,14 +279,14 @@ def method(
         hints = typing.get_type_hints(function, include_extras=True)
         _check_operand(name, first, whole, rows, "here" in parameters)
         settings: dict[str, Setting] = {}
-        statistics: dict[str, str] = {}
+        statistics: dict[str, Of] = {}
         for parameter in (p for p in others if p.name != "here"):
             wanted = _statistic(hints.get(parameter.name))
             if wanted is None:
                 setting = _setting(name, parameter, hints.get(parameter.name))
                 settings[setting.name] = setting
             else:
-                statistics[parameter.name] = wanted.statistic
+                statistics[parameter.name] = wanted
         if statistics and not whole:
             raise TypeError(
                 f"merge method {name}: statistics are handed to methods on whole tensors only; declare whole=True."

@@ -2,53 +2,107 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from evolver.merging.methods import Of, Range, method, number
-from evolver.merging.methods.averages import simple
+from evolver.merging.methods import Of, Range, each, method, number
+from evolver.merging.methods.averages import Mass, Weight, simple
 from evolver.merging.methods.here import Stack
+from evolver.merging.methods.operators import total_of, weighted_sum
 
-# What is added to the diagonal of the summed Grams, as a share of its mean; tenfold as long as they stay singular.
-RIDGE, TRIES = 1e-6, 7
+# How often a ridge is made tenfold where a sum of Grams stays singular.
+TRIES = 7
+Grams = Annotated[Stack | None, Of("gram")]
+OffDiagonal = Annotated[Tensor, Range(0.0, 1.0, least=0.0, most=1.0)]
+Ridge = Annotated[Tensor, Range(1e-6, 1e-1, log=True, above=0.0)]
 
 
 @method("Jin et al. 2022, Dataless knowledge fusion by merging weights of language models", whole=True, exact=False)
 def regmean(
-    models: Stack,
-    *,
-    gram: Annotated[Stack | None, Of("gram")],
-    a: Annotated[Tensor, Range(0.0, 1.0, least=0.0, most=1.0)] = number(0.9),
-) -> Tensor:
+    models: Stack, *, gram: Grams, a: OffDiagonal = number(0.9), ridge: Ridge = number(1e-6)
+) -> Tensor:  # fmt: skip
     """RegMean: the linear layer whose outputs are nearest to those of the models' layers on their own inputs X.
 
     W = (Σ G)⁻¹ Σ G W with G = XᵀX, entries off the diagonal times ``a``: at a = 0 it is an average with weights for
-    every input of the layer. Tensors of other layers are averaged. Where Σ G is singular, a ridge of 1e-6 of its mean
-    diagonal makes the average of what the inputs do not determine.
+    every input of the layer. Tensors of other layers are averaged. A ridge, a share of the mean of the diagonal of Σ G,
+    draws what the inputs do not determine to the average; it grows tenfold as long as Σ G stays singular.
     """
     average = simple(models)
     if gram is None:
         return average
-    grams = [_damped(g.to(average.device).double(), a) for g in gram]
-    # Of the differences to the average, which a ridge draws to zero; W is (outputs, inputs), and G is symmetric.
-    right = sum((g @ (m.double() - average.double()).T for g, m in zip(grams, models, strict=True)), torch.zeros(()))
-    return average + torch.cholesky_solve(right, _factor(sum(grams, torch.zeros(())))).T.float()
+    return _nearest(models, [_damped(g, a) for g in gram], average, ridge)
+
+
+@method("arXiv 2605.12843, Bayesian model merging", whole=True, exact=False)
+def bayes_mm(
+    deltas: Stack,
+    *,
+    gram: Grams,
+    weight: Weight = each(1.0),
+    lambda_: Mass = number(1.0),
+    mu: Annotated[Tensor, Range(1e-3, 1e3, log=True, above=0.0)] = number(1.0),
+    a: OffDiagonal = number(1.0),
+) -> Tensor:
+    """Bayesian model merging: RegMean with the prior that the merged layer lies near an anchor A = Σ w·τ / Σ w.
+
+    λ (Σ τ·G + μ̄·A)(Σ G + μ̄·I)⁻¹ with μ̄ = μ times the mean of the diagonal of Σ G: for μ → ∞ it is the anchor, which
+    all tensors without a Gram get, and for μ → 0 RegMean. λ is the paper's scale of a module. The reading is that of
+    the abstract: the closed form belongs to an isotropic prior; the outer optimisation is the search.
+    """
+    anchor = weighted_sum(deltas, weight, True)
+    return lambda_ * (anchor if gram is None else _nearest(deltas, [_damped(g, a) for g in gram], anchor, mu))
+
+
+@method("arXiv 2605.12843, Bayesian model merging, its variant without data", whole=True, exact=False)
+def bayes_mm_free(
+    deltas: Stack,
+    *,
+    weight: Weight = each(1.0),
+    lambda_: Mass = number(1.0),
+    mu: Annotated[Tensor, Range(1e-3, 1e3, log=True, above=0.0)] = number(1.0),
+    a: OffDiagonal = number(1.0),
+) -> Tensor:
+    """``bayes_mm`` without data: the task vectors (outputs, inputs) give the Grams, G = τᵀτ.
+
+    The paper says that inputs and task vectors align; their scale is a reading, and only its ratio between experts
+    counts here. Tensors that are no matrices get the anchor.
+    """
+    anchor = weighted_sum(deltas, weight, True)
+    if anchor.dim() != 2:
+        return lambda_ * anchor
+    return lambda_ * _nearest(deltas, [_damped(d.double().T @ d.double(), a) for d in deltas], anchor, mu)
+
+
+def _nearest(models: Stack, grams: Sequence[Tensor], anchor: Tensor, ridge: Tensor) -> Tensor:
+    """(Σ W·G + r·A)(Σ G + r·I)⁻¹, r being ``ridge`` times the mean of the diagonal of Σ G; (outputs, inputs) float32.
+
+    Args:
+        models: W (outputs, inputs), of E models.
+        grams: G (inputs, inputs) float64, symmetric, of E models.
+        anchor: A (outputs, inputs), what the ridge draws to.
+    """
+    # Of the differences to the anchor, which a ridge draws to zero; W is (outputs, inputs).
+    away = (g @ (m.double() - anchor.double()).T for g, m in zip(grams, models, strict=True))
+    right = sum(away, torch.zeros((), dtype=torch.float64, device=anchor.device))
+    return anchor + torch.cholesky_solve(right, _factor(total_of(grams), ridge)).T.float()
 
 
 def _damped(gram: Tensor, a: Tensor) -> Tensor:
-    """The Gram (d, d) with what is off its diagonal times ``a``."""
-    return torch.diag(gram.diagonal()) + a * (gram - torch.diag(gram.diagonal()))
+    """AG + (1 - a) diag G, (d, d) float64."""
+    wide = gram.double()
+    return torch.diag(wide.diagonal()) + a * (wide - torch.diag(wide.diagonal()))
 
 
-def _factor(total: Tensor) -> Tensor:
-    """The Cholesky factor of a positive semi-definite matrix (d, d), with as much of a ridge as it needs.
+def _factor(total: Tensor, share: Tensor) -> Tensor:
+    """The Cholesky factor of a positive semi-definite matrix (d, d), with a ridge, or as much of one as it needs.
 
     Raises FloatingPointError where the matrix is not finite, or is no sum of Grams.
     """
     mean, one = total.diagonal().mean(), torch.eye(len(total), dtype=total.dtype, device=total.device)
-    ridge = RIDGE * torch.where(mean > 0, mean, 1.0)
+    ridge = share * torch.where(mean > 0, mean, 1.0)
     factor: Tensor
     for _ in range(TRIES):
         factor, failed = torch.linalg.cholesky_ex(total + ridge * one)

@@ -29,23 +29,26 @@ class RecipeMaker:
         experts: their names.
         tensors: the names of the base's tensors.
         digests: of the base and the experts, by name; without them, names stand for them.
-        sampled: the hash of the items that an expert's statistics are collected on, by its name; raises BadInput where
-            none can be. Without it, a word stands for every hash.
+        sampled: the hash of the items that an expert's statistics are collected on, by the statistic's kind and the
+            expert's name; raises BadInput where none can be. Without it, a word stands for every hash.
         sizes: the number of scalars of every tensor; without it, all tensors count as equally large.
         counted: counts the layers, see ``depth``. Without it, the names say the number.
         places: where base and experts are, by name; without it, their names stand for them.
         seed: of merge methods in a mergekit file that draw at random.
+        own: an offspring has statistics of its own, instead of those of the expert in whose place it stands.
     """
 
     def __init__(
         self, experts: Sequence[str], tensors: Sequence[str], digests: dict[str, str] | None = None,
-        sampled: Callable[[str], str] = lambda _: "items", sizes: Mapping[str, int] | None = None,
+        sampled: Callable[[str, str], str] = lambda *_: "items", sizes: Mapping[str, int] | None = None,
         counted: Callable[[bool], int] | None = None, places: Mapping[str, str] | None = None, seed: int = 0,
+        own: bool = False,
     ) -> None:  # fmt: skip
         self.digests = digests or {n: n for n in ("base", *experts)}
         self.base = Expert("base", self.digests["base"])
         self.experts = tuple(Expert(n, self.digests[n]) for n in experts)
         self._names, self._sampled, self._counted = list(tensors), sampled, counted
+        self._own = own
         self._places, self._seed = places or {n: n for n in self.digests}, seed
         self._sizes = dict.fromkeys(self._names, 1) if sizes is None else {n: sizes[n] for n in self._names}
 
@@ -108,17 +111,28 @@ class RecipeMaker:
             return self._counted(anew)
         return 1 + max((layer_of(n) or 0 for n in self._names), default=0)
 
+    def wanted_of_experts(self, wanted: methods.Of) -> tuple[Statistic, ...]:
+        """What an annotation asks for, of every expert. Raises BadInput where it cannot be collected."""
+        return tuple(
+            Statistic(wanted.statistic, self.base if wanted.base else e, self._sampled(wanted.statistic, e.name))
+            for e in self.experts
+        )
+
     def _statistics(self, method: methods.Method, members: Sequence[Recipe]) -> tuple[Statistic, ...]:
         """What a method asks for, of every kind one a member.
 
-        An offspring has none of its own: those of the expert in whose place it stands are used unchanged, as in the
-        experiments of Evolver's authors.
+        Of an offspring, those of the expert in whose place it stands are used unchanged, as in the experiments of
+        Evolver's authors; or its own, on that expert's items.
         """
         kinds = dict.fromkeys(method.statistics.values())
         for kind in kinds:
-            collector_named(kind)
+            collector_named(kind.statistic)
         origins = [_origin(m, method.name) for m in members] if kinds else []
-        return tuple(Statistic(kind, o, self._sampled(o.name)) for kind in kinds for o in origins)
+        return tuple(
+            Statistic(k.statistic, self.base if k.base else m if self._own else o, self._sampled(k.statistic, o.name))
+            for k in kinds
+            for m, o in zip(members, origins, strict=True)
+        )
 
 
 @dataclass(frozen=True)

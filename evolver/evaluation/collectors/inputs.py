@@ -1,56 +1,44 @@
-"""What can be found out about a model while it is scored on items: the registry of collectors, and the Grams.
-
-A collector is one function. It gets the live model, which holds the weights in question, and ``score``, which lets the
-judges score it on the items; it yields tensors by the name of the tensor in the checkpoint that they belong to. Batches
-come in a fixed order, so that sums over them are the same whoever collects.
-"""
+"""What is found out from the inputs of a model's linear layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
-from evolver.errors import BadInput, nearest
+from evolver.evaluation.collectors import SampledItems, collector
 from evolver.evaluation.live import LiveModel
-
-Collect = Callable[[LiveModel, Callable[[], None]], Iterator[tuple[str, Tensor]]]
-COLLECTORS: dict[str, Collect] = {}
-
-
-def collector(name: str) -> Callable[[Collect], Collect]:
-    """Register a collector: merge methods ask for what it collects by this name, with ``Of(name)``."""
-
-    def register(function: Collect) -> Collect:
-        COLLECTORS[name] = function
-        return function
-
-    return register
-
-
-def collector_named(name: str) -> Collect:
-    """The collector of that name.
-
-    Raises BadInput, naming the nearest known ones, where there is none.
-    """
-    if name not in COLLECTORS:
-        raise BadInput(f"statistics: there is no collector {name!r}; {nearest(name, COLLECTORS)}")
-    return COLLECTORS[name]
 
 
 @collector("gram")
-def input_grams(live: LiveModel, score: Callable[[], None]) -> Iterator[tuple[str, Tensor]]:
+def input_grams(live: LiveModel, items: SampledItems) -> Iterator[tuple[str, Tensor]]:
     """XᵀX of the inputs X (positions, d) of every linear layer but the one that names tokens, (d, d) float32.
 
     Positions that are padding are left out. Batches are multiplied in float32 and added in float64.
     """
     with LayerSums(live, live.linear_layers(), lambda rows: (rows.T @ rows).double()) as sums:
-        score()
+        items.score()
     for name, total in sums.totals.items():
         if not total.isfinite().all():
             raise FloatingPointError(f"the inputs of the layer of {name} are not finite")
         yield name, total.float().cpu()
+
+
+@collector("activation")
+def activation(live: LiveModel, items: SampledItems) -> Iterator[tuple[str, Tensor]]:
+    """The mean |x| of every input of the linear layers, as those of ``gram``, (d,) float32; padding is left out."""
+
+    def sizes(rows: Tensor) -> Tensor:
+        return torch.cat([rows.abs().sum(0).double(), rows.new_tensor([len(rows)], dtype=torch.float64)])
+
+    with LayerSums(live, live.linear_layers(), sizes) as sums:
+        items.score()
+    for name, total in sums.totals.items():
+        if not total.isfinite().all():
+            raise FloatingPointError(f"the inputs of the layer of {name} are not finite")
+        yield name, (total[:-1] / total[-1].clamp(min=1)).float().cpu()
 
 
 class LayerSums:
