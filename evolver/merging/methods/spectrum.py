@@ -105,7 +105,7 @@ def polar(matrix: Tensor) -> Tensor:
 
     Directions in which the columns depend on each other are left out: they come back as zeros, not as noise.
     """
-    values, vectors = _eigen(matrix.double().T @ matrix.double())
+    values, vectors = eigen(matrix.double().T @ matrix.double())
     usable = values > values[-1].clamp(min=0) * 1e-10
     inverse = torch.where(usable, values.clamp(min=torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
     return (matrix.double() @ ((vectors * inverse) @ vectors.T)).to(matrix.dtype)
@@ -132,7 +132,7 @@ def _decomposed(matrix: Tensor, count: int) -> Factors:
 
 def _from_product(matrix: Tensor) -> Factors:
     """All directions of a long matrix (m, n) from the eigenvectors of its small product (n, n), in float64."""
-    values, vectors = _eigen(matrix.double().T @ matrix.double())
+    values, vectors = eigen(matrix.double().T @ matrix.double())
     s, v = values.clamp(min=0).sqrt().flip(0), vectors.flip(1)
     u = matrix.double() @ v
     return Factors((u / s.clamp(min=torch.finfo(torch.float64).tiny)).float(), s.float(), v.float().contiguous())
@@ -152,7 +152,7 @@ def _sketched(matrix: Tensor, count: int) -> Factors:
     return Factors(basis @ small.v, small.s, small.u).first(count)
 
 
-def _eigen(product: Tensor) -> tuple[Tensor, Tensor]:
+def eigen(product: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, rising, and eigenvectors of a symmetric matrix.
 
     Raises FloatingPointError where none are found.
