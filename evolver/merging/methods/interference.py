@@ -6,6 +6,7 @@ of these inputs, which nobody has (WUDI). All methods here are one quadratic pro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Literal, NamedTuple
 
@@ -166,7 +167,10 @@ class Shares(NamedTuple):
 
 
 def _square(matrix: Tensor) -> float:
-    return float(matrix.double().square().sum())
+    square = float(matrix.double().square().sum())
+    if not math.isfinite(square):
+        raise FloatingPointError("the task vector is not finite")
+    return square
 
 
 def _differ(squares: list[float]) -> bool:
