@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from evolver.merging.methods import METHODS
+from evolver.merging.methods.bases import basis
+from evolver.merging.methods.decoupled import pushed_apart
 from evolver.merging.methods.lowrank import rows_of, thin
 from evolver.merging.methods.quadratic import Term, directions, flow, gram_merge, ridge
 
-SOLVED = ["swudi", "optmerge", "ace"]
+QUADRATIC = ["swudi", "optmerge", "ace"]
+SOLVED = [*QUADRATIC, "drm", "knots", "core_space", "doge_ta", "do_merging"]
 SHAPES = [(9, 7), (7, 9), (5, 40), (40, 5)]
 
 
@@ -262,7 +265,7 @@ def test_an_expert_that_moved_nowhere_is_one_of_them_all_the_same(name):
     assert not merged(name, [torch.zeros(9, 7)] * 3).any()
 
 
-@pytest.mark.parametrize("name", SOLVED)
+@pytest.mark.parametrize("name", QUADRATIC)
 def test_vectors_are_averaged(name):
     deltas = drawn((11,))
     mean = sum(deltas).double() / 3
@@ -276,3 +279,219 @@ def test_what_is_not_finite_is_an_error(name):
     deltas[1][2, 3] = math.inf
     with pytest.raises(FloatingPointError):
         merged(name, deltas)
+
+
+def stacked_svd(taus, vertical=False):
+    """Shared directions of the task vectors, and each expert's block: U, S, [V] or S, V, [U]."""
+    if vertical:
+        v, s, blocks = stacked_svd([x.T for x in taus])
+        return v, s, blocks
+    u, s, vt = torch.linalg.svd(torch.cat(taus, dim=1), full_matrices=False)
+    return u, s, list(vt.split(taus[0].shape[1], dim=1))
+
+
+def disjoint_mean(parts):
+    """Of the scalars that have the sign of their sum, the mean."""
+    stack = torch.stack(parts)
+    sign = torch.where(stack.sum(0) < 0, -1.0, 1.0)
+    agree = stack.sign() == sign
+    return (stack * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+def largest_of(stack, share):
+    sizes = stack.abs().reshape(-1).sort(descending=True).values
+    return torch.where(stack.abs() >= sizes[max(1, round(share * len(sizes))) - 1], stack, 0.0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("direction", ["horizontal", "vertical"])
+@pytest.mark.parametrize("renorm", [True, False])
+def test_drm_is_the_formula(shape, direction, renorm):
+    deltas = drawn(shape)
+    u, s, blocks = stacked_svd(wide(deltas), direction == "vertical")
+    keep = s > 0.01 * s[0]
+    u, s, blocks = u[:, keep], s[keep], [b[keep] for b in blocks]
+    lengths = [b.norm(dim=1) if renorm else torch.ones_like(s) for b in blocks]
+    kept = largest_of(torch.stack([b / r[:, None] for b, r in zip(blocks, lengths, strict=True)]), 0.3)
+    wanted = u @ disjoint_mean([(s * r)[:, None] * v for v, r in zip(kept, lengths, strict=True)])
+    wanted = wanted.T if direction == "vertical" else wanted
+    assert close(merged("drm", deltas, drop=0.7, direction=direction, renorm=renorm), wanted)
+
+
+def test_drm_without_dropping_is_the_mean():
+    deltas = drawn((9, 7))
+    assert close(merged("drm", deltas, drop=0.0), sum(wide(deltas)) / 3, 1e-6)
+    weighted = sum(w * x for w, x in zip((0.2, 0.3, 0.5), wide(deltas), strict=True))
+    assert close(merged("drm", deltas, weight=[0.2, 0.3, 0.5], drop=0.0, **{"lambda": 2.0}), 2 * weighted, 1e-6)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (64, 100)])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_sums_survive_a_shared_basis(shape, rank):
+    deltas = drawn(shape, rank=rank)
+    for name, given in (("knots", {"inner": "linear"}), ("core_space", {})):
+        assert torch.allclose(merged(name, deltas, **given), sum(wide(deltas)), atol=1e-6), name
+        assert close(merged(name, deltas, **given), sum(wide(deltas)), 1e-5), name
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_knots_with_ties_is_the_formula(shape):
+    deltas = drawn(shape)
+    u, s, blocks = stacked_svd(wide(deltas))
+    parts = [largest_of(s[:, None] * b, 0.4) for b in blocks]
+    assert close(merged("knots", deltas, density=0.4), u @ disjoint_mean(parts))
+
+
+def test_knots_with_dare_adds_on_average():
+    deltas = drawn((9, 7))
+    mean = sum(merged("knots", deltas, inner="dare", density=0.5, seed=s) for s in range(400)) / 400
+    assert close(mean, sum(wide(deltas)), 0.15)
+    assert not close(merged("knots", deltas, inner="dare", density=0.5), sum(wide(deltas)), 0.3)
+    assert torch.equal(merged("knots", deltas, inner="dare", seed=3), merged("knots", deltas, inner="dare", seed=3))
+
+
+@pytest.mark.parametrize("inner", ["ties", "tsv", "iso"])
+def test_core_space_is_the_method_on_small_matrices(inner):
+    """Experts of rank 2: the small matrices are (6, 6), and nothing leaves the ranges of the experts."""
+    deltas = drawn((40, 30), rank=2)
+    taus = wide(deltas)
+    u, s, _ = stacked_svd(taus)
+    v, _, _ = stacked_svd(taus, vertical=True)
+    assert int((s > 1e-6 * s[0]).sum()) == 6
+    u, v = u[:, :6], v[:, :6]
+    small = [u.T @ x @ v for x in taus]
+    if inner == "ties":
+        wanted = disjoint_mean([largest_of(m, 0.4) for m in small])
+    elif inner == "iso":
+        left, sigma, right = torch.linalg.svd(sum(small))
+        count = 1 + int((sigma.square().cumsum(0) < 0.999 * sigma.square().sum()).sum())
+        wanted = left[:, :count] @ right[:count] * sigma[:count].mean()
+    else:
+        found = [torch.linalg.svd(m) for m in small]
+        left, right = (torch.cat(x, dim=1) for x in ([f[0][:, :2] for f in found], [f[2][:2].T for f in found]))
+        strength = torch.cat([f[1][:2] for f in found])
+        (a, _, b), (c, _, d) = (torch.linalg.svd(x, full_matrices=False) for x in (left, right))
+        wanted = (a @ b * strength) @ (c @ d).T
+    got = merged("core_space", deltas, inner=inner, density=0.4)
+    assert close(got, u @ wanted @ v.T, 1e-3)
+    assert close(u @ u.T @ got @ v @ v.T, got, 1e-5)
+
+
+def test_a_shared_basis_leaves_out_rounding_only():
+    for shape in ((30, 4), (4, 30)):
+        found = basis(drawn(shape, 2))
+        assert found.shape == (shape[0], min(shape[0], 2 * shape[1]))
+        assert torch.allclose(found.T @ found, torch.eye(found.shape[1]), atol=1e-4)
+    assert basis(drawn((40, 30), 3, rank=2)).shape == (40, 6)
+    assert basis([torch.zeros(9, 7)] * 2).shape == (9, 0)
+
+
+def doge_reference(taus, eta, share, density, rate, steps):
+    """DOGE step by step, with the gradient from autograd and Adam as its paper writes it."""
+    scale = [eta / x.norm() for x in taus]
+    rank = min(taus[0].shape)
+    left = torch.cat([torch.linalg.svd(x)[0][:, : rank // len(taus)] for x in taus], dim=1)
+    shared = torch.linalg.svd(left)[0][:, : int(share * rank)]
+    delta, first, second = torch.zeros_like(taus[0]), 0.0, 0.0
+    for step in range(1, steps + 1):
+        free = delta.clone().requires_grad_()
+        merge = sum(s * (x + free) for s, x in zip(scale, taus, strict=True))
+        loss = sum((x * (x - merge)).sum(1).square().sum() for x in taus)
+        (gradient,) = torch.autograd.grad(loss, free)
+        gradient = gradient - shared @ shared.T @ gradient
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient.square()
+        delta = delta - rate * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+    parts = (s * (x + delta) * (largest_of(x, density) != 0) for s, x in zip(scale, taus, strict=True))
+    return sum(parts), delta
+
+
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12)])
+def test_doge_is_the_formula(shape):
+    deltas = drawn(shape, size=1.0)
+    given = {"eta": 0.5, "shared": 0.25, "density": 0.4, "rate": 1e-3, "steps": 30}
+    wanted, delta = doge_reference(wide(deltas), 0.5, 0.25, 0.4, 1e-3, 30)
+    assert close(merged("doge_ta", deltas, **given), wanted)
+    assert float(delta.norm()) > 0.1
+
+
+def test_doge_without_steps_moves_every_matrix_by_one_length():
+    deltas = [d * s for d, s in zip(drawn((9, 7)), (1, 10, 100), strict=True)]
+    units = sum(x / x.norm() for x in wide(deltas))
+    assert close(merged("doge_ta", deltas, steps=0, density=1.0, eta=0.2), 0.2 * units)
+    some = merged("doge_ta", deltas[:1], steps=0, density=0.3)
+    assert int((some != 0).sum()) == round(0.3 * 63)
+
+
+def test_doge_spares_the_directions_that_are_shared():
+    """What is added to the sum lies outside of the strongest common left singular vectors."""
+    deltas = drawn((12, 8), size=1.0)
+    moved, still = (merged("doge_ta", deltas, density=1.0, shared=0.25, steps=n) for n in (20, 0))
+    count = min(12, 8) // 3
+    left = torch.cat([torch.linalg.svd(x)[0][:, :count] for x in wide(deltas)], dim=1)
+    strongest = torch.linalg.svd(left)[0][:, :2]
+    # Adam divides scalar by scalar, and so turns a little of its way into the space; a free step has more there.
+    free = merged("doge_ta", deltas, density=1.0, shared=0.0, steps=20)
+    assert (strongest.T @ (moved - still)).norm() < (strongest.T @ (free - still)).norm()
+
+
+def test_do_merging_splits_lengths_and_directions():
+    """Columns (3, 4), (0, 2) and (5, 0), (0, 0): lengths 5, 2 and 5, 0, averaged 5 and 1."""
+    deltas = [torch.tensor([[3.0, 0.0], [4.0, 2.0]]), torch.tensor([[5.0, 0.0], [0.0, 0.0]])]
+    given = {"weight": [0.5, 0.5], "steps": 0}
+    wanted = torch.tensor([[4.0, 0.0], [2.0, 0.5]], dtype=torch.float64)
+    assert close(merged("do_merging", deltas, **given), wanted)
+    unit = torch.tensor([[0.8, 0.0], [0.4, 1.0]], dtype=torch.float64)
+    unit = unit / unit.norm(dim=0) * torch.tensor([5.0, 1.0])
+    assert close(merged("do_merging", deltas, renorm=1.0, **given), unit)
+
+
+def overlap(sides):
+    return sum((a.T @ b).square().sum() for i, a in enumerate(sides) for j, b in enumerate(sides) if i != j)
+
+
+def test_factors_are_pushed_apart_as_the_loss_says():
+    """Against gradient descent by autograd on Σ ‖A Aᵀ‖² + γ Σ ‖change‖², from the same start with the same step."""
+    sides = drawn((12, 3), size=1.0)
+    scale = (sum(x.double().square().sum() for x in sides) / 3).sqrt()
+    start = [x.double() / scale for x in sides]
+    all_of = torch.cat(start, dim=1)
+    step = 1 / (12 * torch.linalg.matrix_norm(all_of.T @ all_of, 2) + 2 * 0.1)
+    moved = start
+    for _ in range(20):
+        free = [x.clone().requires_grad_() for x in moved]
+        loss = overlap(free) + 0.1 * sum((x - y).square().sum() for x, y in zip(free, start, strict=True))
+        moved = [x - step * g for x, g in zip(moved, torch.autograd.grad(loss, free), strict=True)]
+    for got, wanted in zip(pushed_apart(sides, 0.1, 20), moved, strict=True):
+        assert close(got.double(), scale * wanted)
+    assert overlap(moved) < 0.7 * overlap(start)
+
+
+def test_do_merging_makes_experts_overlap_less_and_keeps_one():
+    deltas = drawn((20, 30), rank=2)
+    ways = [merged("do_merging", deltas, steps=n, gamma=0.01) for n in (0, 200)]
+    assert not close(*ways, 1e-2)
+    still = merged("do_merging", deltas, steps=200, gamma=1e6)
+    assert close(still, ways[0], 1e-3)
+    assert close(merged("do_merging", deltas[:1]), deltas[0].double(), 1e-6)
+
+
+@pytest.mark.parametrize("name", SOLVED)
+@pytest.mark.parametrize("shape", [(9, 7), (64, 100)])
+def test_degenerate_experts_merge(name, shape):
+    """Equal experts, opposite ones, one with a single row, one of rank 1, in every choice of a method."""
+    one, other = drawn(shape, 2)
+    row = torch.zeros(shape)
+    row[2] = 0.01
+    thin_one = drawn(shape, 1, rank=1)[0]
+    for settings in METHODS[name].settings.values():
+        for option in settings.options or [None]:
+            more = {} if option is None else {settings.name: option}
+            for stack in ([one, one], [one, -one], [one, row], [thin_one, other], [thin_one, row], [row, row]):
+                assert merged(name, stack, **more).isfinite().all(), more
+
+
+@pytest.mark.parametrize("name", SOLVED)
+def test_tensors_of_more_dimensions_are_merged_matrix_by_matrix(name):
+    deltas = drawn((2, 9, 20))
+    wanted = torch.stack([merged(name, [d[n] for d in deltas]) for n in range(2)])
+    assert close(merged(name, deltas), wanted, 1e-6)

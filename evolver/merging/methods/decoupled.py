@@ -56,7 +56,7 @@ def _orthogonalised(stack: Stack, gamma: float, steps: int) -> list[Tensor]:
     """The matrices with factors that overlap less with those of the other experts."""
     found = [_true(factors(x, max(1, min(x.shape) // len(stack)))) for x in stack]
     left, right = (
-        _pushed_apart([side * f.s.sqrt() for f, side in zip(found, sides, strict=True)], gamma, steps)
+        pushed_apart([side * f.s.sqrt() for f, side in zip(found, sides, strict=True)], gamma, steps)
         for sides in ([f.u for f in found], [f.v for f in found])
     )
     return [x - f.product() + b @ a.T for x, f, b, a in zip(stack, found, left, right, strict=True)]
@@ -66,7 +66,7 @@ def _true(found: Factors) -> Factors:
     return found.first(int((found.s > NOISE * found.s[0]).sum()))
 
 
-def _pushed_apart(sides: Stack, gamma: float, steps: int) -> list[Tensor]:
+def pushed_apart(sides: Stack, gamma: float, steps: int) -> list[Tensor]:
     """The columns of every expert's factor (m, k), moved by gradient descent on their overlap with the others'.
 
     All of them together are X (m, K), and stay combinations XT of what they were, so that T (K, K) and the products
