@@ -8,7 +8,7 @@ import torch
 from evolver.merging.methods import METHODS
 from evolver.merging.methods.bases import basis
 from evolver.merging.methods.decoupled import pushed_apart
-from evolver.merging.methods.lowrank import rows_of, thin
+from evolver.merging.methods.lowrank import low_rank, root_of
 from evolver.merging.methods.quadratic import Term, directions, flow, gram_merge, ridge
 
 QUADRATIC = ["swudi", "optmerge", "ace"]
@@ -241,11 +241,11 @@ def test_ace_makes_traces_equal_where_they_differ_much():
 @pytest.mark.parametrize("shape", [(64, 100), (100, 64), (300, 40)])
 def test_a_matrix_of_low_rank_is_two_thin_ones(shape):
     (matrix,) = drawn(shape, 1, rank=3)
-    found = thin(matrix)
+    found = low_rank(matrix)
     assert found.columns.shape == (shape[0], 3)
     assert torch.allclose(found.columns @ found.rows, matrix, atol=1e-7)
     assert torch.allclose(found.columns.T @ found.columns, torch.eye(3), atol=1e-5)
-    assert len(rows_of(matrix)) == 3
+    assert len(root_of(matrix)) == 3
 
 
 def test_what_is_not_of_low_rank_is_left_as_it_is():
@@ -253,8 +253,8 @@ def test_what_is_not_of_low_rank_is_left_as_it_is():
     hidden = torch.zeros(64, 100)
     hidden[1:40:2, 1:40:2] = drawn((20, 20), 1)[0]  # no rank shows in a part of every second row
     for matrix in (full, hidden, torch.zeros(64, 100), full[:4, :4]):
-        assert thin(matrix) is None
-        assert rows_of(matrix) is matrix
+        assert low_rank(matrix) is None
+        assert root_of(matrix) is matrix
 
 
 @pytest.mark.parametrize("name", SOLVED)

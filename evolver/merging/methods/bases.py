@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from evolver.merging.methods.here import Stack
-from evolver.merging.methods.lowrank import columns_of
+from evolver.merging.methods.lowrank import outer_roots
 from evolver.merging.methods.quadratic import gram_of
 from evolver.merging.methods.spectrum import eigen
 
 # Directions with so small a share of the largest singular value are rounding.
-NOISE = 1e-6
+NEGLIGIBLE = 1e-6
 
 
-def basis(stack: Stack, least: float = NOISE) -> Tensor:
+def basis(stack: Stack, least: float = NEGLIGIBLE) -> Tensor:
     """The orthonormal columns U (m, k) that all matrices (m, n) share, in the order of their strength.
 
     Args:
@@ -26,7 +26,7 @@ def basis(stack: Stack, least: float = NOISE) -> Tensor:
 
     Raises FloatingPointError where a matrix is not finite, or no eigenvectors are found.
     """
-    columns = columns_of(stack)
+    columns = outer_roots(stack)
     if columns[0].shape[0] <= sum(c.shape[1] for c in columns):
         values, vectors = eigen(sum((gram_of(c.T) for c in columns), torch.zeros(())))
         return vectors[:, _strong(values, least)].flip(1).float()
@@ -43,8 +43,8 @@ def _strong(values: Tensor, least: float) -> Tensor:
 
 def _all_products(columns: Stack) -> Tensor:
     """The inner products of all columns (m, k) of all matrices, in float64: (Σk, Σk)."""
-    return torch.cat([torch.cat([_product(a, b) for b in columns], dim=1) for a in columns])
-
-
-def _product(one: Tensor, other: Tensor) -> Tensor:
-    return one.double().T @ other.double()
+    wide = [c.double() for c in columns]
+    count = len(wide)
+    upper = {(a, b): wide[a].T @ wide[b] for a in range(count) for b in range(a, count)}
+    rows = [[upper[a, b] if a <= b else upper[b, a].T for b in range(count)] for a in range(count)]
+    return torch.cat([torch.cat(row, dim=1) for row in rows])

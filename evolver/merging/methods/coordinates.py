@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,9 +16,9 @@ from evolver.merging.methods.bases import basis
 from evolver.merging.methods.here import Stack
 from evolver.merging.methods.interference import SumMass
 from evolver.merging.methods.operators import disjoint_sum, elected_sign, trim, weighted_sum
+from evolver.merging.methods.sparse import Density
 from evolver.merging.methods.spectrum import factors, matrix_by_matrix, polar
 
-Kept = Annotated[Tensor, Range(0.05, 1.0, above=0.0, most=1.0)]
 # DRM leaves out directions with so small a share of the largest singular value.
 WEAK = 0.01
 Combine = Callable[[Stack], Tensor]
@@ -65,7 +66,7 @@ def knots(
     *,
     weight: Weight = each(1.0),
     lambda_: Mass = number(1.0),
-    density: Kept = number(0.2),
+    density: Density = number(0.2),
     inner: Literal["ties", "linear", "dare"] = "ties",
     seed: int = 0,
 ) -> Tensor:
@@ -97,7 +98,7 @@ def core_space(
     *,
     weight: Weight = each(1.0),
     lambda_: SumMass = number(1.0),
-    density: Kept = number(0.2),
+    density: Density = number(0.2),
     inner: Literal["task_arithmetic", "ties", "tsv", "iso"] = "task_arithmetic",
 ) -> Tensor:
     """Merge LoRA experts as small matrices M = UᵀτV, which hold all of them, and put the result back as U M Vᵀ.
@@ -155,7 +156,10 @@ def _cut(tensors: Stack, share: float) -> Tensor:
     sizes = torch.cat([t.abs().reshape(-1) for t in tensors])
     if share >= 1 or not len(sizes):
         return sizes.new_zeros(())
-    return sizes.kthvalue(min(len(sizes), len(sizes) - max(1, round(share * len(sizes))) + 1)).values
+    place = len(sizes) - max(1, round(share * len(sizes)))
+    if sizes.is_cuda:
+        return sizes.kthvalue(place + 1).values
+    return torch.tensor(np.partition(sizes.numpy(), place)[place])  # many times faster than torch's on a CPU
 
 
 def _draws(delta: Tensor, seed: int) -> torch.Generator:

@@ -9,13 +9,11 @@ from torch import Tensor
 
 from evolver.merging.methods import Range, each, method, number
 from evolver.merging.methods.averages import Mass, Weight
+from evolver.merging.methods.bases import NEGLIGIBLE
 from evolver.merging.methods.here import Stack
-from evolver.merging.methods.interference import Shares
+from evolver.merging.methods.interference import BalancedWeights
 from evolver.merging.methods.operators import weighted_sum
 from evolver.merging.methods.spectrum import Factors, factors, matrix_by_matrix
-
-# Singular values below this share of the largest one are rounding.
-NOISE = 1e-6
 
 
 @method("Zheng et al. 2025, Decouple and orthogonalize (DO-Merging)", whole=True, exact=False)
@@ -37,7 +35,7 @@ def do_merging(
     vector, B = U√S and A = √S Vᵀ of its strongest ⌊min(m, n)/N⌋ directions (what is beyond stays as it is), scaled so
     that the A of the experts have squared length 1 on average; the norms in the loss are squared. Vectors get λ Σwτ.
     """
-    put = Shares.of(weight)
+    put = BalancedWeights.of(weight)
 
     def of_matrix(stack: Stack) -> Tensor:
         signed = put.signed(stack)
@@ -63,7 +61,7 @@ def _orthogonalised(stack: Stack, gamma: float, steps: int) -> list[Tensor]:
 
 
 def _true(found: Factors) -> Factors:
-    return found.first(int((found.s > NOISE * found.s[0]).sum()))
+    return found.first(int((found.s > NEGLIGIBLE * found.s[0]).sum()))
 
 
 def pushed_apart(sides: Stack, gamma: float, steps: int) -> list[Tensor]:

@@ -10,9 +10,10 @@ from torch import Tensor
 from evolver.merging.methods import Range, each, method, number
 from evolver.merging.methods.averages import Weight
 from evolver.merging.methods.bases import basis
-from evolver.merging.methods.coordinates import Kept, largest
+from evolver.merging.methods.coordinates import largest
 from evolver.merging.methods.here import Stack
 from evolver.merging.methods.operators import total_of, weighted_sum
+from evolver.merging.methods.sparse import Density
 from evolver.merging.methods.spectrum import factors, matrix_by_matrix
 
 
@@ -23,7 +24,7 @@ def doge_ta(
     weight: Weight = each(1.0),
     eta: Annotated[Tensor, Range(0.02, 1.0, log=True, above=0.0)] = number(0.07),
     shared: Annotated[Tensor, Range(0.05, 0.5, least=0.0, most=1.0)] = number(1 / 6),
-    density: Kept = number(0.3),
+    density: Density = number(0.3),
     rate: Annotated[Tensor, Range(1e-6, 1e-3, log=True, least=0.0)] = number(1e-4),
     steps: int = 400,
 ) -> Tensor:

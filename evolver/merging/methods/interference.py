@@ -16,7 +16,7 @@ from torch import Tensor
 from evolver.merging.methods import Range, each, method, number
 from evolver.merging.methods.averages import Weight
 from evolver.merging.methods.here import Stack
-from evolver.merging.methods.lowrank import rows_of
+from evolver.merging.methods.lowrank import root_of
 from evolver.merging.methods.operators import total_of, weighted_sum
 from evolver.merging.methods.quadratic import Directions, Term, directions, flow, gram_merge, ridge
 from evolver.merging.methods.spectrum import factors, matrix_by_matrix
@@ -52,11 +52,11 @@ def swudi(
     multiplied by λ Σw / N, where N is the number of experts: by the paper's 1 at the defaults. Vectors are averaged,
     at the same scale.
     """
-    put = Shares.of(weight)
+    put = BalancedWeights.of(weight)
 
     def of_matrix(stack: Stack) -> Tensor:
         signed = put.signed(stack)
-        roots = [rows_of(x) for x in signed]
+        roots = [root_of(x) for x in signed]
         kept = directions(rank, float(rho), sum(len(x) for x in signed))
         terms = [
             Term(x, root, p / square)
@@ -86,7 +86,7 @@ def optmerge(
     from the mean: write ``centre: false, init: mean``. Where the paper takes 300 steps of Adam or SGD, the gradient
     flows here for the time ``t``, as in ``swudi``; scale and vectors are as there, too.
     """
-    put = Shares.of(weight)
+    put = BalancedWeights.of(weight)
 
     def of_matrix(stack: Stack) -> Tensor:
         count = max(1, int(float(rank_fraction) * (min(stack[0].shape) // len(stack))))
@@ -123,7 +123,7 @@ def ace(
     the same for small and large task vectors, and draws towards the mean of the task vectors; the collective prior and
     the refinement of the spectrum, which the paper adds, are left out. Scale and vectors are as in ``swudi``.
     """
-    put = Shares.of(weight)
+    put = BalancedWeights.of(weight)
 
     def of_matrix(stack: Stack) -> Tensor:
         signed = put.signed(stack)
@@ -141,7 +141,7 @@ def ace(
     return lambda_.float() * put.scale * matrix_by_matrix(deltas, of_matrix, put.mean)
 
 
-class Shares(NamedTuple):
+class BalancedWeights(NamedTuple):
     """Weights as a quadratic problem takes them: positive numbers of mean 1, signs on the task vectors, and a scale."""
 
     shares: list[float]  # |w| N / Σ|w|
@@ -149,7 +149,7 @@ class Shares(NamedTuple):
     scale: float  # Σ|w| / N
 
     @classmethod
-    def of(cls, weight: Tensor) -> Shares:
+    def of(cls, weight: Tensor) -> BalancedWeights:
         mean = float(weight.abs().mean())
         shares = (weight.abs() / mean).tolist() if mean > 0 else [1.0] * len(weight)
         return cls(shares, [-1.0 if w < 0 else 1.0 for w in weight.tolist()], mean)

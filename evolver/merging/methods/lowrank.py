@@ -12,7 +12,7 @@ from evolver.merging.methods.here import Stack
 from evolver.merging.methods.spectrum import eigen
 
 # A part of a matrix, a quarter as long and as wide and at least so large, says which rank to expect.
-PART = 32
+SAMPLED = 32
 # A matrix is of low rank up to its shorter side divided by this.
 SHARE = 8
 # So many more columns than the expected rank are drawn.
@@ -21,14 +21,14 @@ SPARE = 8
 ROUNDED = 1e-10
 
 
-class Thin(NamedTuple):
+class ThinFactors(NamedTuple):
     """A matrix (m, n) of rank r as columns @ rows."""
 
     columns: Tensor  # (m, r), orthonormal, float32
     rows: Tensor  # (r, n), float32
 
 
-def thin(matrix: Tensor) -> Thin | None:
+def low_rank(matrix: Tensor) -> ThinFactors | None:
     """A matrix of at most an eighth of its possible rank as two thin ones; None for any other matrix.
 
     Few products find it (Halko, Martinsson and Tropp 2011, algorithm 4.1): the rank of a part of the matrix says how
@@ -48,23 +48,23 @@ def thin(matrix: Tensor) -> Thin | None:
         return None
     values, vectors = eigen(rows.double() @ rows.double().T)
     turned = vectors[:, values > ROUNDED * 1e-2 * values[-1]].float()
-    return Thin(columns @ turned, turned.T @ rows)
+    return ThinFactors(columns @ turned, turned.T @ rows)
 
 
-def rows_of(matrix: Tensor) -> Tensor:
+def root_of(matrix: Tensor) -> Tensor:
     """As few rows R (r, n) as are known to have the matrix's Gram: RᵀR = MᵀM. At worst the matrix (m, n) itself."""
-    found = thin(matrix)
+    found = low_rank(matrix)
     return matrix if found is None else found.rows
 
 
-def columns_of(stack: Stack) -> list[Tensor]:
+def outer_roots(stack: Stack) -> list[Tensor]:
     """For every matrix as few columns C (m, r) as are known to have its outer Gram: CCᵀ = MMᵀ."""
-    return [rows_of(m.T).T for m in stack]
+    return [root_of(m.T).T for m in stack]
 
 
 def _rank_of_part(matrix: Tensor) -> int:
     """The rank of a part with rows and columns from everywhere in the matrix: never more than that of the matrix."""
-    height, width = (max(1, min(n, max(PART, n // 4))) for n in matrix.shape)
+    height, width = (max(1, min(n, max(SAMPLED, n // 4))) for n in matrix.shape)
     size = min(height, width)
     steps = [max(1, n // size) for n in matrix.shape]
     part = matrix[:: steps[0], :: steps[1]][:size, :size].double()

@@ -18,13 +18,13 @@ from torch import Tensor
 from evolver.merging.methods.spectrum import eigen
 
 # Rows of a tall matrix that are in float64 at a time.
-BLOCK = 4096
+ROWS_AT_ONCE = 4096
 # How the number of directions that a solution may use is chosen.
 Directions = Literal["share", "participation", "stable", "entropy", "variance", "gavish_donoho"]
 # From eigenvalues, rising, and the width n of the problem to one factor each.
 Shrink = Callable[[Tensor, int], Tensor]
 # From eigenvalues, rising, and the width n to how many of the largest are used.
-Kept = Callable[[Tensor, int], int]
+Count = Callable[[Tensor, int], int]
 
 
 class Term(NamedTuple):
@@ -55,13 +55,16 @@ def _by_gram(terms: Iterable[Term], start: Tensor, shrink: Shrink) -> Tensor:
     for term in terms:
         gram = gram_of(term.root).mul_(term.weight)
         total += gram
-        for at in range(0, m, BLOCK):
-            block = slice(at, at + BLOCK)
+        for at in range(0, m, ROWS_AT_ONCE):
+            block = slice(at, at + ROWS_AT_ONCE)
             pull[block] += (term.target[block].double() - start[block].double()) @ gram
     values, vectors = eigen(total)
     way = (vectors * shrink(_cleaned(values), n)) @ vectors.T
-    moved = [start[at : at + BLOCK] + (pull[at : at + BLOCK] @ way).float() for at in range(0, m, BLOCK)]
-    return torch.cat(moved)
+    out = torch.empty_like(start)
+    for at in range(0, m, ROWS_AT_ONCE):
+        block = slice(at, at + ROWS_AT_ONCE)
+        out[block] = start[block] + (pull[block] @ way).float()
+    return out
 
 
 def _by_stacked_roots(terms: Iterable[Term], start: Tensor, shrink: Shrink) -> Tensor:
@@ -82,7 +85,7 @@ def _by_stacked_roots(terms: Iterable[Term], start: Tensor, shrink: Shrink) -> T
 def gram_of(matrix: Tensor) -> Tensor:
     """MᵀM of a matrix (m, n) in float64, (n, n)."""
     total = matrix.new_zeros((matrix.shape[1],) * 2, dtype=torch.float64)
-    for block in matrix.split(BLOCK):
+    for block in matrix.split(ROWS_AT_ONCE):
         wide = block.double()
         total += wide.T @ wide
     return total
@@ -94,7 +97,7 @@ def _cleaned(values: Tensor) -> Tensor:
     return torch.where(values > noise, values, 0.0)
 
 
-def flow(time: float, kept: Kept) -> Shrink:
+def flow(time: float, kept: Count) -> Shrink:
     """Gradient descent with steps that vanish, for so much time (SWUDI): φ(λ) = (1 - exp(-λ time)) / λ.
 
     At time 0 the start stays; with much time it is the solution. Directions beyond the ``kept`` ones stay at the start.
@@ -120,7 +123,7 @@ def ridge(share: float) -> Shrink:
     return shrink
 
 
-def directions(rank: Directions, rho: float, rows: int) -> Kept:
+def directions(rank: Directions, rho: float, rows: int) -> Count:
     """How many directions are used, of eigenvalues λ = σ² of the stacked roots (rows, n).
 
     ``share``: ⌈ρn⌉. ``variance``: as many as hold the share ρ of Σλ. ``participation``: (Σσ)²/Σλ. ``stable``:

@@ -64,7 +64,8 @@ def matrix_by_matrix(stack: Stack, of_matrix: Callable[[Stack], Tensor], of_rest
     """Merge tensors of any shape by a function of matrices.
 
     Tensors of three dimensions and more are a matrix for each first index (the experts of a fused layer), or, where
-    the last dimension is 16 and less (a convolution), one matrix of all that belongs to a first index.
+    the last dimension is 16 and less (a convolution), one matrix of all that belongs to a first index. Zeros alone,
+    of a frozen embedding for example, are merged to zeros without a look.
 
     Args:
         stack: one tensor an expert, all of one shape.
@@ -72,6 +73,8 @@ def matrix_by_matrix(stack: Stack, of_matrix: Callable[[Stack], Tensor], of_rest
         of_rest: for what is no matrix: vectors, and matrices of one row or column.
     """
     shape = stack[0].shape
+    if not any(t.any() for t in stack):
+        return torch.zeros_like(stack[0])
     if len(shape) > 2 and min(shape) > 0:
         if shape[-1] <= WIDEST_KERNEL:
             return matrix_by_matrix([t.flatten(1) for t in stack], of_matrix, of_rest).view(shape)
