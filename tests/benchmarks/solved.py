@@ -1,9 +1,10 @@
 """What methods on whole matrices cost beside torch's own decompositions: ``python tests/benchmarks/solved.py``.
 
 It merges a base and its experts (default: emotion-l3) tensor by tensor in memory, every method in a process of its own,
-and prints Markdown rows: seconds with an empty cache of directions, seconds again, and the peak of memory above what
-the models take. The first rows are what torch.linalg.svd of every task vector takes, and torch.linalg.eigh of the
-Gram matrix of every task vector.
+and prints Markdown rows: seconds of one processor with an empty cache of directions, seconds again, and the peak of
+memory above what the models take. Seconds are those that the process ran, so that other programs do not count. The
+first rows are what torch.linalg.svd of every task vector takes, and torch.linalg.eigh of the Gram matrix of every task
+vector.
 """
 
 from __future__ import annotations
@@ -72,19 +73,20 @@ def in_own_process(name: str, pool: Path, settings: Sequence[str]) -> dict[str, 
 
 
 def measured(name: str, pool: Path, settings: dict[str, object]) -> dict[str, float]:
-    """Seconds of a merge of all tensors, of a second one, and the peak of memory that they add to the models', MB."""
+    """Processor seconds of a merge of all tensors, of a second one, and the peak of memory that they add to the models', MB."""
     folders = sorted(f for f in pool.iterdir() if f.is_dir() and f.name != "base")
     base, *experts = (load_file(folder / "model.safetensors") for folder in [pool / "base", *folders])
     run = decomposing(name) if name in TORCH else merging(name, settings, len(experts))
     names = [n for n in base if base[n].is_floating_point() and all(n in e for e in experts)]
     touched = sum(float(model[n].flatten()[0]) for model in (base, *experts) for n in names)
     assert touched == touched
+    torch.set_num_threads(1)
     held, taken = _memory(), []
     for _ in range(2):
-        began = time.perf_counter()
+        began = time.process_time()
         for tensor in names:
             run(tensor, base[tensor], [e[tensor] for e in experts])
-        taken.append(time.perf_counter() - began)
+        taken.append(time.process_time() - began)
     return {"first": taken[0], "again": taken[1], "peak": _memory() - held}
 
 
