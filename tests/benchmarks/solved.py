@@ -73,7 +73,7 @@ def in_own_process(name: str, pool: Path, settings: Sequence[str]) -> dict[str, 
 
 
 def measured(name: str, pool: Path, settings: dict[str, object]) -> dict[str, float]:
-    """Processor seconds of a merge of all tensors and of a second one, and the memory above the models at its peak, MB."""
+    """Processor seconds of a merge of all tensors, of a second one, and the peak of memory above the models, MB."""
     folders = sorted(f for f in pool.iterdir() if f.is_dir() and f.name != "base")
     base, *experts = (load_file(folder / "model.safetensors") for folder in [pool / "base", *folders])
     run = decomposing(name) if name in TORCH else merging(name, settings, len(experts))
