@@ -105,6 +105,8 @@ def variants(name):
     if "a" in known:
         yield {"a": 0.0}
         yield {"a": 1.0}
+    if METHODS[name].whole:
+        yield from ({s.name: option} for s in known.values() for option in s.options)
     if "nuslerp_flatten" in known:
         yield {"nuslerp_flatten": False, "nuslerp_row_wise": True, "task_vectors": True}
 

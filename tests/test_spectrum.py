@@ -134,3 +134,9 @@ def test_every_shape_is_merged(shape, matrices, rest):
     assert torch.equal(matrix_by_matrix(pair, merge("matrix"), merge("rest")), pair[0] + pair[1])
     assert seen.count(("matrix", 2)) == matrices
     assert len(seen) == matrices + rest
+
+
+def test_zeros_alone_are_not_looked_at():
+    merged = matrix_by_matrix([torch.zeros(20, 30)] * 2, None, None)
+    assert merged.shape == (20, 30)
+    assert not merged.any()

@@ -64,7 +64,8 @@ def matrix_by_matrix(stack: Stack, of_matrix: Callable[[Stack], Tensor], of_rest
     """Merge tensors of any shape by a function of matrices.
 
     Tensors of three dimensions and more are a matrix for each first index (the experts of a fused layer), or, where
-    the last dimension is 16 and less (a convolution), one matrix of all that belongs to a first index.
+    the last dimension is 16 and less (a convolution), one matrix of all that belongs to a first index. Zeros alone,
+    of a frozen embedding for example, are merged to zeros without a look.
 
     Args:
         stack: one tensor an expert, all of one shape.
@@ -72,6 +73,8 @@ def matrix_by_matrix(stack: Stack, of_matrix: Callable[[Stack], Tensor], of_rest
         of_rest: for what is no matrix: vectors, and matrices of one row or column.
     """
     shape = stack[0].shape
+    if not any(t.any() for t in stack):
+        return torch.zeros_like(stack[0])
     if len(shape) > 2 and min(shape) > 0:
         if shape[-1] <= WIDEST_KERNEL:
             return matrix_by_matrix([t.flatten(1) for t in stack], of_matrix, of_rest).view(shape)
@@ -105,7 +108,7 @@ def polar(matrix: Tensor) -> Tensor:
 
     Directions in which the columns depend on each other are left out: they come back as zeros, not as noise.
     """
-    values, vectors = _eigen(matrix.double().T @ matrix.double())
+    values, vectors = eigen(matrix.double().T @ matrix.double())
     usable = values > values[-1].clamp(min=0) * 1e-10
     inverse = torch.where(usable, values.clamp(min=torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
     return (matrix.double() @ ((vectors * inverse) @ vectors.T)).to(matrix.dtype)
@@ -132,7 +135,7 @@ def _decomposed(matrix: Tensor, count: int) -> Factors:
 
 def _from_product(matrix: Tensor) -> Factors:
     """All directions of a long matrix (m, n) from the eigenvectors of its small product (n, n), in float64."""
-    values, vectors = _eigen(matrix.double().T @ matrix.double())
+    values, vectors = eigen(matrix.double().T @ matrix.double())
     s, v = values.clamp(min=0).sqrt().flip(0), vectors.flip(1)
     u = matrix.double() @ v
     return Factors((u / s.clamp(min=torch.finfo(torch.float64).tiny)).float(), s.float(), v.float().contiguous())
@@ -152,7 +155,7 @@ def _sketched(matrix: Tensor, count: int) -> Factors:
     return Factors(basis @ small.v, small.s, small.u).first(count)
 
 
-def _eigen(product: Tensor) -> tuple[Tensor, Tensor]:
+def eigen(product: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, rising, and eigenvectors of a symmetric matrix.
 
     Raises FloatingPointError where none are found.
