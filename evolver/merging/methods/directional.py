@@ -11,9 +11,9 @@ from torch import Tensor
 from evolver.merging.methods import Range, each, method, number
 from evolver.merging.methods.averages import Weight
 from evolver.merging.methods.here import Stack
-from evolver.merging.methods.joined import Share, SumMass, joined_directions, over_matrices, room_for_each
+from evolver.merging.methods.joined import KeptShare, SumMass, joined_directions, over_matrices, room_for_each
 from evolver.merging.methods.operators import disjoint_sum, elected_sign, trim
-from evolver.merging.methods.spectrum import ENERGY, ROUNDING, Factors, polar
+from evolver.merging.methods.spectrum import ENERGY, ROUNDED, Factors, polar
 
 Smoothing = Literal["none", "avg", "linear"]
 
@@ -29,7 +29,7 @@ def dc_merge(
     *,
     weight: Weight = each(1.0),
     lambda_: SumMass = number(1.0),
-    share: Share = number(1.0),
+    share: KeptShare = number(1.0),
     smoothing: Smoothing = "none",
     rho: Annotated[Tensor, Range(1.0, 10.0, least=1.0)] = number(5.0),
     keep: Annotated[Tensor, Range(1e-4, 1.0, log=True, above=0.0, most=1.0)] = number(1e-3),
@@ -52,7 +52,8 @@ def dc_merge(
         kept = [_blocks((u.T @ f.u * f.s) @ (f.v.T @ v), joined.counts, float(keep)) for f in found]
         ones = torch.ones(len(stack), device=u.device)
         merged = [disjoint_sum(of, ones, of, elected_sign(of, "mass"), True) for of in zip(*kept, strict=True)]
-        return u @ torch.block_diag(*merged) @ v.T
+        inner: Tensor = torch.block_diag(*merged)
+        return u @ inner @ v.T
 
     return lambda_ * over_matrices(deltas, weight, matrix)
 
@@ -75,5 +76,5 @@ def _blocks(entries: Tensor, counts: Sequence[int], keep: float) -> list[Tensor]
     if entries.numel():
         sizes = entries.abs().flatten()
         smallest = sizes.topk(max(1, int(keep * sizes.numel())), sorted=False).values.min()
-        entries = trim(entries, smallest.clamp(min=ROUNDING * float(sizes.max())))
+        entries = trim(entries, smallest.clamp(min=ROUNDED * float(sizes.max())))
     return [rows.split(list(counts), 1)[i].clone() for i, rows in enumerate(entries.split(list(counts)))]

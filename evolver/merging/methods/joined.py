@@ -14,7 +14,7 @@ from evolver.merging.methods.spectrum import Factors, factors, matrix_by_matrix
 
 # Sums of N task vectors are best at about their number, so this mass is searched over more than that of an average.
 SumMass = Annotated[Tensor, Range(0.3, 12.0, log=True)]
-Share = Annotated[Tensor, Range(0.05, 1.0, above=0.0, most=1.0)]
+KeptShare = Annotated[Tensor, Range(0.05, 1.0, above=0.0, most=1.0)]
 
 
 class Joined(NamedTuple):

@@ -16,8 +16,8 @@ from torch import Tensor
 from evolver.merging.methods import Range, each, method, number
 from evolver.merging.methods.averages import Weight
 from evolver.merging.methods.here import Stack
-from evolver.merging.methods.joined import Share, SumMass, joined_directions, over_matrices, room_for_each
-from evolver.merging.methods.spectrum import ENERGY, ROWS, polar, products_of_columns
+from evolver.merging.methods.joined import KeptShare, SumMass, joined_directions, over_matrices, room_for_each
+from evolver.merging.methods.spectrum import ENERGY, ROWS_AT_ONCE, polar, products_of_columns
 
 # Outliers lie so many standard deviations from the mean; what is nearer to zero than this share of one is zero.
 OUTLIER, ZERO = 3.0, 0.01
@@ -31,7 +31,7 @@ def tsv_m(
     *,
     weight: Weight = each(1.0),
     lambda_: SumMass = number(1.0),
-    share: Share = number(1.0),
+    share: KeptShare = number(1.0),
     rank_aware: bool = True,
 ) -> Tensor:
     """TSV-M: keep k directions of each w·τ, and turn all of them until they are orthogonal: λ U⊥ Σ V⊥ᵀ.
@@ -59,7 +59,7 @@ def r_tsvm(
     *,
     weight: Weight = each(1.0),
     lambda_: SumMass = number(1.0),
-    share: Share = number(1.0),
+    share: KeptShare = number(1.0),
     outlier: Annotated[Tensor, Range(0.0, 1.0, least=0.0)] = number(1.0),
     gamma: Annotated[Tensor, Range(0.0, 2.0, least=0.0)] = number(1.0),
     rank_aware: bool = True,
@@ -110,7 +110,7 @@ def stf(
         overlap = products_of_columns(joined.u).mul_(products_of_columns(joined.v))
         strength = _solved(overlap, joined.s[:, None], float(ridge))[:, 0]
         right = joined.v.double().mul_(strength).T  # in float64: large numbers may cancel
-        return torch.cat([(rows.double() @ right).float() for rows in joined.u.split(ROWS)])
+        return torch.cat([(rows.double() @ right).float() for rows in joined.u.split(ROWS_AT_ONCE)])
 
     return lambda_ * over_matrices(deltas, weight, matrix)
 

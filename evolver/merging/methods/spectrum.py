@@ -31,13 +31,13 @@ ENERGY = 0.999
 # Of matrices so many times longer than wide, only the square factor of a QR decomposition is decomposed.
 LONG = 4
 # Matrices whose rank is at most this share of their shorter side are decomposed in the span of so few products.
-FEW = 1 / 8
+LOW = 1 / 8
 # What is smaller than this share of the matrix is the rounding of float32.
-ROUNDING = 1e-5
+ROUNDED = 1e-5
 # Columns depend on each other in directions in which their product has less than this share of its largest eigenvalue.
 DEPENDENT = 1e-10
 # Rows of a long matrix that are handled at a time in float64.
-ROWS = 4096
+ROWS_AT_ONCE = 4096
 # Kernels of convolutions are no wider; a longer last dimension belongs to a matrix for each first index.
 WIDEST_KERNEL = 16
 # What torch raises where an iteration does not end.
@@ -57,7 +57,7 @@ class Factors(NamedTuple):
 
     def that_count(self) -> Factors:
         """Those whose singular values are more than rounding."""
-        return self.first(int((self.s > ROUNDING * self.s[:1]).sum()))
+        return self.first(int((self.s > ROUNDED * self.s[:1]).sum()))
 
     def turned(self) -> Factors:
         """The directions of the transposed matrix."""
@@ -87,7 +87,7 @@ def matrix_by_matrix(stack: Stack, of_matrix: Callable[[Stack], Tensor], of_rest
 
     Args:
         stack: one tensor an expert, all of one shape.
-        of_matrix: from matrices (m, n) to a matrix.
+        of_matrix: from matrices (m, n) to a matrix; not asked where all are zero, as the merge is then.
         of_rest: for what is no matrix: vectors, and matrices of one row or column.
     """
     shape = stack[0].shape
@@ -96,7 +96,9 @@ def matrix_by_matrix(stack: Stack, of_matrix: Callable[[Stack], Tensor], of_rest
             return matrix_by_matrix([t.flatten(1) for t in stack], of_matrix, of_rest).view(shape)
         slices = zip(*(t.unbind(0) for t in stack), strict=True)
         return torch.stack([matrix_by_matrix(part, of_matrix, of_rest) for part in slices])
-    return of_rest(stack) if len(shape) < 2 or min(shape) < 2 else of_matrix(stack)
+    if len(shape) < 2 or min(shape) < 2:
+        return of_rest(stack)
+    return of_matrix(stack) if any(t.any() for t in stack) else torch.zeros_like(stack[0])
 
 
 def factors(matrix: Tensor) -> Factors:
@@ -153,13 +155,13 @@ def polar(matrix: Tensor) -> Tensor:
     usable = values > values[-1].clamp(min=0) * DEPENDENT
     inverse = torch.where(usable, values.clamp(min=torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
     root = (vectors * inverse) @ vectors.T
-    return torch.cat([(b.double() @ root).to(matrix.dtype) for b in matrix.split(ROWS)])
+    return torch.cat([(b.double() @ root).to(matrix.dtype) for b in matrix.split(ROWS_AT_ONCE)])
 
 
 def products_of_columns(matrix: Tensor) -> Tensor:
     """The inner products of the columns of a matrix (m, k) in float64, (k, k), with little memory beside them."""
     out = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64, device=matrix.device)
-    for block in matrix.split(ROWS):
+    for block in matrix.split(ROWS_AT_ONCE):
         wide = block.double()
         out.addmm_(wide.T, wide)
     return out
@@ -175,10 +177,10 @@ def _of_low_rank(matrix: Tensor) -> Factors | None:
     if rows < columns:
         found = _of_low_rank(matrix.T)
         return found and found.turned()
-    drawn = torch.randn(columns, int(FEW * columns), generator=torch.Generator().manual_seed(0))
+    drawn = torch.randn(columns, int(LOW * columns), generator=torch.Generator().manual_seed(0))
     basis = torch.linalg.qr(matrix @ drawn.to(matrix.device)).Q
     within = basis.T @ matrix
-    if not torch.linalg.norm(matrix - basis @ within) <= ROUNDING * torch.linalg.norm(matrix):
+    if not torch.linalg.norm(matrix - basis @ within) <= ROUNDED * torch.linalg.norm(matrix):
         return None
     found = decomposed(within)
     return Factors(basis @ found.u, found.s, found.v)
