@@ -79,6 +79,14 @@ def variants(name):
     if "a" in known:
         yield {"a": 0.0}
         yield {"a": 1.0}
+    if "rank_aware" in known:
+        yield {"rank_aware": not known["rank_aware"].default}
+    if "flatten" in known:
+        yield {"flatten": 0.5}
+    if "constraint" in known:
+        yield {"constraint": "vector"}
+    if "smoothing" in known:
+        yield {"smoothing": "linear", "keep": 0.3}
     if "nuslerp_flatten" in known:
         yield {"nuslerp_flatten": False, "nuslerp_row_wise": True, "task_vectors": True}
 
