@@ -286,6 +286,25 @@ def test_lines_wraps_any_method(sources, name):
     assert torch.allclose(model["model.layers.0.mlp.weight"], plain["model.layers.0.mlp.weight"], atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["ties", "tsv_m"])
+def test_subspace_boosting_wraps_any_method(sources, name):
+    """At β = 1 it changes nothing; at β = 0 all directions of the merge become as strong as the strongest."""
+    inner = Merge(name, (A, B), BASE)
+    plain, same_again, boosted = (
+        build(sources, recipe, dtype=torch.float32)
+        for recipe in (
+            inner,
+            *(Merge("subspace_boosting", (inner,), BASE, (Rule.of({"beta": b}),)) for b in (1.0, 0.0)),
+        )
+    )
+    for n in NAMES:
+        assert torch.allclose(same_again[n], plain[n], atol=1e-6)
+    matrix = "model.layers.1.mlp.weight"
+    values = torch.linalg.svdvals(boosted[matrix] - sources["base"].tensor(matrix).float())
+    strongest = torch.linalg.svdvals(plain[matrix] - sources["base"].tensor(matrix).float())[0]
+    assert torch.allclose(values, strongest.expand(len(values)), rtol=1e-3)
+
+
 def test_an_adapter_is_an_expert_like_others(sources, tmp_path):
     """Cached once it has been an input, and never different for it."""
     a, b = torch.ones(2, 7), torch.ones(30, 2)

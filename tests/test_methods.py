@@ -107,6 +107,10 @@ def variants(name):
         yield {"a": 1.0}
     if METHODS[name].whole:
         yield from ({s.name: option} for s in known.values() for option in s.options)
+    if "flatten" in known:
+        yield {"flatten": 0.5}
+    if "smoothing" in known:
+        yield {"smoothing": "linear", "keep": 0.3}
     if "nuslerp_flatten" in known:
         yield {"nuslerp_flatten": False, "nuslerp_row_wise": True, "task_vectors": True}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from evolver.merging.methods import spectrum
-from evolver.merging.methods.spectrum import Factors, factors, matrix_by_matrix, polar
+from evolver.merging.methods.spectrum import Factors, decomposed, factors, matrix_by_matrix, polar
 
 SHAPES = [(12, 12), (20, 8), (8, 20), (50, 6), (6, 50), (300, 280), (1200, 270)]
 
@@ -35,15 +35,33 @@ def test_all_directions_are_those_of_a_decomposition_in_float64(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_strongest_directions_are_the_nearest_matrix_of_that_rank(shape):
     """What a truncation leaves has the norm of the values that it leaves out (Eckart and Young 1936)."""
-    draw = matrix(shape)
-    full = factors(draw)
+    full = decomposed(matrix(shape))
     falling = Factors(full.u, 2.0 ** -torch.arange(len(full.s)), full.v)  # a spectrum with gaps
     given = falling.product()
-    found = factors(given, 5)
+    found = factors(given).first(5)
     left = torch.linalg.matrix_norm(given - found.product())
     assert torch.allclose(left, falling.s[5:].norm(), rtol=1e-3)
     assert found.u.shape == (shape[0], 5)
     assert found.v.shape == (shape[1], 5)
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (300, 280), (280, 300), (1200, 270)])
+def test_a_low_rank_has_so_many_directions(shape):
+    given = matrix(shape, rank=7)
+    found = factors(given)
+    assert found.s.shape == (7,)
+    assert torch.allclose(found.product(), given, atol=1e-5 * float(found.s[0]))
+    assert torch.allclose(found.s.double(), torch.linalg.svdvals(given.double())[:7], rtol=1e-5)
+    for vectors in (found.u, found.v):
+        assert torch.allclose(vectors.T @ vectors, torch.eye(7), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (300, 280), (1200, 270)])
+def test_a_merge_has_all_directions_also_where_its_rank_is_low(shape):
+    found = decomposed(matrix(shape, rank=7))
+    assert found.s.shape == (min(shape),)
+    for vectors in (found.u, found.v):
+        assert torch.allclose(vectors.T @ vectors, torch.eye(min(shape)), atol=1e-4)
 
 
 def test_the_rank_leaves_out_what_rounding_adds():
@@ -51,7 +69,7 @@ def test_the_rank_leaves_out_what_rounding_adds():
     assert factors(given).rank() == 5
     noisy = given + 1e-4 * matrix((64, 48), seed=1)
     assert factors(noisy).rank() == 5
-    assert factors(torch.zeros(64, 48)).rank() == 0
+    assert factors(torch.zeros(64, 48)).rank() == factors(torch.zeros(300, 280)).rank() == 0
     assert factors(torch.eye(10)).rank() == 10
 
 
@@ -73,11 +91,10 @@ def test_columns_that_depend_on_each_other_bring_no_noise():
 
 def test_a_large_matrix_is_decomposed_once(own_cache, monkeypatch):
     given = matrix((300, 280))
-    first = factors(given, 100)
-    monkeypatch.setattr(spectrum, "_decomposed", None)
-    again = factors(given, 60)
-    assert torch.equal(again.u, first.u[:, :60])
-    assert torch.equal(again.s, first.s[:60])
+    first = factors(given)
+    monkeypatch.setattr(spectrum, "decomposed", None)
+    again = factors(given)
+    assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
     assert len(list(own_cache.iterdir())) == 1
 
 

@@ -125,8 +125,8 @@ class _Matrices:
         """Measure the task vectors of one matrix (m, n)."""
         count = min(DIRECTIONS, *deltas[0].shape)
         self.ranks.append(tuple(map(effective_rank, deltas)))
-        spans = [factors(d, count).v for d in deltas if d.any()]
-        pairs = [float((a.T @ b).square().sum()) / count for a, b in combinations(spans, 2)]
+        spans = [factors(d).first(count).v for d in deltas if d.any()]
+        pairs = [float((a.T @ b).square().sum()) / min(a.shape[1], b.shape[1]) for a, b in combinations(spans, 2)]
         self.overlap.append(sum(pairs) / len(pairs) if pairs else None)
         self.chance.append(count / deltas[0].shape[1])
         return deltas[0]

@@ -175,7 +175,7 @@ def _thinned(part: Tensor, draw: torch.Generator, density: float) -> Tensor:
 
 def _orthogonal_sum(parts: Stack, weight: Tensor) -> Tensor:
     """TSV-M: U diag(w·s) Vᵀ of the strongest directions of all matrices, U and V each made orthonormal as a whole."""
-    found = [factors(x, max(1, min(x.shape) // len(parts))) for x in parts]
+    found = [factors(x).first(max(1, min(x.shape) // len(parts))) for x in parts]
     found = [f.first(f.rank()) for f in found]
     strength = torch.cat([f.s * float(w) for f, w in zip(found, weight, strict=True)])
     left, right = (polar(torch.cat(side, dim=1)) for side in ([f.u for f in found], [f.v for f in found]))

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from evolver.merging.methods import Range, each, method, number
 from evolver.merging.methods.averages import Mass, Weight
-from evolver.merging.methods.bases import NEGLIGIBLE
 from evolver.merging.methods.here import Stack
 from evolver.merging.methods.interference import BalancedWeights
 from evolver.merging.methods.operators import weighted_sum
-from evolver.merging.methods.spectrum import Factors, factors, matrix_by_matrix
+from evolver.merging.methods.spectrum import factors, matrix_by_matrix
 
 
 @method("Zheng et al. 2025, Decouple and orthogonalize (DO-Merging)", whole=True, exact=False)
@@ -52,16 +51,12 @@ def do_merging(
 
 def _orthogonalised(stack: Stack, gamma: float, steps: int) -> list[Tensor]:
     """The matrices with factors that overlap less with those of the other experts."""
-    found = [_true(factors(x, max(1, min(x.shape) // len(stack)))) for x in stack]
+    found = [factors(x).first(max(1, min(x.shape) // len(stack))) for x in stack]
     left, right = (
         pushed_apart([side * f.s.sqrt() for f, side in zip(found, sides, strict=True)], gamma, steps)
         for sides in ([f.u for f in found], [f.v for f in found])
     )
     return [x - f.product() + b @ a.T for x, f, b, a in zip(stack, found, left, right, strict=True)]
-
-
-def _true(found: Factors) -> Factors:
-    return found.first(int((found.s > NEGLIGIBLE * found.s[0]).sum()))
 
 
 def pushed_apart(sides: Stack, gamma: float, steps: int) -> list[Tensor]:

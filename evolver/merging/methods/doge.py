@@ -52,7 +52,7 @@ def doge_ta(
 def _complement(stack: Stack, share: float) -> Tensor:
     """Orthonormal columns (m, k) of the strongest directions that the experts' left singular vectors share."""
     rank = min(stack[0].shape)
-    left = [factors(x, rank // len(stack)) for x in stack]
+    left = [factors(x).first(rank // len(stack)) for x in stack]
     return basis([f.first(f.rank(1.0)).u for f in left])[:, : int(share * rank)]
 
 

@@ -96,7 +96,7 @@ def optmerge(
         def terms() -> Iterator[Term]:
             for x, sign, p in zip(stack, put.signs, put.shares, strict=True):
                 if (square := _square(x)) > 0:
-                    found = factors(x - middle, count)
+                    found = factors(x - middle).first(count)
                     yield Term(sign * (middle + found.product()), found.s[:, None] * found.v.T, p / square)
 
         everything = directions("share", 1.0, count * len(stack))
