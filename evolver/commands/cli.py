@@ -354,6 +354,7 @@ def merge(
     ] = "5B",
     random_seed: Annotated[int, typer.Option(help="seed of methods that draw at random")] = 0,
     strict: Annotated[bool, typer.Option(help="refuse models that are no fine-tunes of the base")] = False,
+    align: mk.Align = "none",
     num_threads: Annotated[int, typer.Option("--num-threads", "-j", help="CPU threads; 0 means all cores")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print nothing")] = False,
     verbose: mk.Verbosity = 0, async_write: mk.NoEffect = False, write_threads: mk.NoEffectCount = None,
@@ -380,7 +381,8 @@ def merge(
     merging.merge_file(
         config, out, device=mk.chosen_device(cuda or gpu_rich, device), seed=random_seed,
         shard_bytes=_bytes(out_shard_size), tokenizer=copy_tokenizer, card=write_model_card,
-        strict=strict, warn=lambda line: None if quiet else typer.echo(f"warning: {line}", err=True),
+        strict=strict, align=align,
+        warn=lambda line: None if quiet else typer.echo(f"warning: {line}", err=True),
     )  # fmt: skip
     if not quiet:
         typer.echo(f"wrote {out}")

@@ -261,6 +261,10 @@ class Config(Section):
             raise ValueError(
                 f"model.heads: a model of kind {self.model.kind} has no classification heads; write merged"
             )
+        if self.model.heads != "merged" and self.model.alignment and self.model.alignment.parts == "all":
+            raise ValueError(
+                "model.align: with heads that are not merged, the stream that they read keeps its order; write both"
+            )
         for number, entry in enumerate(self.evaluation.tasks if self.model.heads == "apart" else ()):
             if (entry.head or entry.task) not in self.experts:
                 raise ValueError(
