@@ -110,6 +110,7 @@ def _says_other(found: OtherBase) -> str:
 
 def _other_settings(expert: Source, base: Checkpoint) -> str:
     """The settings in which an expert computes differently, with both values; empty where there are none."""
+    expert = seen_through(expert)
     expert = expert.base if isinstance(expert, Adapter) else expert  # which has no such settings itself
     if not isinstance(expert, Checkpoint):
         return ""

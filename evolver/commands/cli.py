@@ -471,8 +471,8 @@ def explain(
 
 def _explain_experts(config: Path, asked: bool, prompts: bool, picture: Path | None) -> None:
     """Print what the experts' task vectors have in common, and write the picture."""
-    from evolver.commands.experts import experts_picture, experts_text
-    from evolver.commands.explain import experts_compared
+    from evolver.commands.experts import ancestry_text, experts_picture, experts_text
+    from evolver.commands.explain import experts_compared, row_cosines
 
     if prompts or not asked:
         other = "--prompts shows something else" if prompts else "--picture is a picture of what --experts prints"
@@ -480,6 +480,8 @@ def _explain_experts(config: Path, asked: bool, prompts: bool, picture: Path | N
     with tables.counting("tensors measured") as measured:
         names, model, layers = experts_compared(config, measured)
     typer.echo(experts_text(names, model, layers))
+    if rows := row_cosines(config):
+        typer.echo(f"\n{ancestry_text(rows)}")
     if picture is not None:
         try:
             picture.write_bytes(experts_picture(names, model, layers))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from evolver.config.section import Section
 
@@ -76,16 +76,17 @@ class AlignmentSettings(Section):
         "uniform", description="of transport that mixes: whether units count alike or in proportion to their norms"
     )
 
-    @model_validator(mode="after")
-    def _only_of_transport(self) -> AlignmentSettings:
+    @property
+    def wrong(self) -> str | None:
+        """What does not go together in it and what to write instead, if there is something."""
         if self.method == "matching" and self.regularisation > 0:
-            raise ValueError("regularisation: matching moves whole units; write method: transport, or leave it out")
+            return "regularisation: matching moves whole units; write method: transport, or leave it out"
         if self.regularisation == 0 and self.masses != "uniform":
-            raise ValueError("masses: whole units count alike; write a regularisation above 0, or masses: uniform")
-        return self
+            return "masses: whole units count alike; write a regularisation above 0, or masses: uniform"
+        return None
 
 
-def alignment_of(word: AlignmentWord, stream: bool = True) -> AlignmentSettings | None:
+def alignment_of(word: str, stream: bool = True) -> AlignmentSettings | None:
     """What a word means; None: nothing is aligned.
 
     Args:
@@ -93,7 +94,7 @@ def alignment_of(word: AlignmentWord, stream: bool = True) -> AlignmentSettings 
     """
     if word == "auto":
         return AlignmentSettings(parts="all" if stream else "both")
-    return None if word == "none" else AlignmentSettings(parts=word, when="always")
+    return None if word == "none" else AlignmentSettings.model_validate({"parts": word, "when": "always"})
 
 
 class ModelSettings(Section):
@@ -136,7 +137,7 @@ class ModelSettings(Section):
         "workers run, when a run starts, and uses the faster one for the whole run",
     )
 
-    align: AlignmentWord | AlignmentSettings = Field(
+    align: str | AlignmentSettings = Field(
         "none",
         description="experts with their hidden units in the order of the base's: none, auto, or a mapping with the "
         "settings below. auto: all (with heads that are not merged: both) of experts of another ancestry than the "

@@ -173,7 +173,7 @@ def in_order(tensor: Tensor, axis: int, order: Tensor) -> Tensor:
     """A tensor with one axis in another order, or with its entries mixed along it as a transport says."""
     if order.dim() == 1:
         return tensor.index_select(axis, order)
-    mixed = torch.tensordot(order.T, tensor.float(), dims=([1], [axis])).movedim(0, axis)
+    mixed: Tensor = torch.tensordot(order.T, tensor.float(), dims=([1], [axis])).movedim(0, axis)
     return mixed.to(tensor.dtype).contiguous()
 
 
