@@ -19,7 +19,7 @@ from evolver.config.model import AlignmentSettings, ModelSettings
 from evolver.merging.alignment import orders as module
 from evolver.merging.alignment.layouts import LAYOUTS, unit_layers
 from evolver.merging.alignment.matching import Heads, best_order, head_order, unit_order
-from evolver.merging.alignment.orders import STREAM, all_axes, find_orders, in_order, mean_cosine, ordered
+from evolver.merging.alignment.orders import STREAM, all_axes, find_orders, mean_cosine, ordered, put_in_order
 from evolver.merging.alignment.realigned import Realigned
 from evolver.merging.alignment.transport import exact_order, sinkhorn, soft_transport, unit_costs, unit_masses
 
@@ -231,9 +231,9 @@ def test_a_transport_that_moves_whole_units_is_an_order():
     whole = torch.zeros(6, 6)
     whole[order, torch.arange(6)] = 1.0
     for axis, mixed in ((0, tensor), (1, tensor.T)):
-        assert torch.equal(in_order(mixed, axis, whole), in_order(mixed, axis, order))
+        assert torch.equal(put_in_order(mixed, axis, whole), put_in_order(mixed, axis, order))
     vector = torch.randn(6)
-    assert torch.equal(in_order(vector, 0, whole), vector[order])
+    assert torch.equal(put_in_order(vector, 0, whole), vector[order])
 
 
 def rewritten(folder, target, change):
@@ -379,6 +379,7 @@ def test_the_merge_of_a_model_and_its_copy_is_the_model(models, tmp_path, share)
         done = toys.evolver("merge", file, tmp_path / align, "--align", align)
         assert done.code == 0, done.err
         assert "are moved" in done.err
+        assert f"--align {align}" in (tmp_path / align / "README.md").read_text()
         found = load_file(tmp_path / align / "model.safetensors")
         assert all(torch.allclose(found[n], right[n], atol=1e-7) for n in right)
     done = toys.evolver("merge", file, tmp_path / "wrong", "--align", "some")

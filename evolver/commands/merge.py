@@ -157,8 +157,6 @@ def merge_file(
     modules = _modules(opened, seed)
     opened = _realigned(opened, alignment_of(align, stream=not modules.names), bool(modules.names))
     known = digests(opened.sources)
-    for sentence in (s.said() for s in opened.sources.values() if isinstance(s, Realigned)):
-        warn(sentence)
     for doubt in _doubts(opened, strict):
         warn(doubt)
     nodes = {r: Expert(r, d) for r, d in known.items()}
@@ -171,7 +169,7 @@ def merge_file(
     beside = beside_of(opened.base, modules.names)
     for sentence in (*modules.warnings, *beside.warnings):
         warn(sentence)
-    text = Path(path).read_text()
+    text = ("" if align == "none" else f"# evolver merge --align {align}\n") + Path(path).read_text()
     texts = {"README.md": CARD.format(name=target.name, text=text), mergekit.CONFIG_FILE: text} if card else {}
 
     with new_folder(target) as folder:
@@ -217,7 +215,8 @@ def _doubts(opened: OpenedFile, strict: bool) -> list[str]:
         refuse_strangers(opened.base, others, "--strict", weights=True)
     # With a common vocabulary, models show rows that they were not trained with.
     compared = suspicions(opened.base, others) if opened.vocabulary is None else []
-    return [*opened.left_out, *compared]
+    aligned = [s.said() for s in opened.sources.values() if isinstance(s, Realigned)]
+    return [*opened.left_out, *aligned, *compared]
 
 
 def _modules(opened: OpenedFile, seed: int) -> SentenceModules:

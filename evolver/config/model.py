@@ -139,9 +139,10 @@ class ModelSettings(Section):
 
     align: str | AlignmentSettings = Field(
         "none",
-        description="experts with their hidden units in the order of the base's: none, auto, or a mapping with the "
-        "settings below. auto: all (with heads that are not merged: both) of experts of another ancestry than the "
-        "base's, which is measured. mlp, heads, both or all: these parts of every expert",
+        description="experts with their hidden units in the order of the base's: none, auto, mlp, heads, both, all, or "
+        "a mapping with parts, when, method, regularisation, metric and masses (see alignment.md). auto: all (both, "
+        "where heads are not merged) of experts of another ancestry than the base's, as measured. mlp, heads, both, "
+        "all: these parts of every expert",
     )
     strict: bool = Field(
         False,

@@ -16,7 +16,7 @@ from evolver.errors import BadInput
 
 # What an order is of: hidden units of an MLP; rows of queries, keys and values; what attention hands on; the stream of
 # features that all layers read and add to.
-UNITS, QUERY, KEY, VALUE, OUTPUT, STREAM = "units", "query", "key", "value", "output", "stream"
+MLP_UNITS, QUERY, KEY, VALUES, OUTPUT, STREAM = "units", "query", "key", "value", "output", "stream"
 # The number of attention heads, and of those of keys and values, as configurations call them.
 HEAD_COUNTS, GROUP_COUNTS = ("num_attention_heads", "n_heads"), ("num_key_value_heads",)
 # Settings of models that read more than text: other parts of them may have other heads.
@@ -37,7 +37,7 @@ CLASSIFIER = re.compile(r"(^|\.)classifier\.(weight|bias)$")
 
 
 @dataclass(frozen=True)
-class Layout:
+class UnitLayout:
     """The names of a layer's modules in one family of models.
 
     Attributes:
@@ -61,18 +61,18 @@ class Layout:
 
 
 LAYOUTS = (
-    Layout(
+    UnitLayout(
         "decoders such as Llama, Mistral, Qwen, Gemma and SmolLM",
         "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
         ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", ("self_attn.", "mlp."),
         ("self_attn.q_norm", "self_attn.k_norm"),
     ),
-    Layout(
+    UnitLayout(
         "encoders such as BERT, RoBERTa, ELECTRA and MiniLM",
         "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
         ("intermediate.dense",), "output.dense", ("attention.self.", "intermediate.", "crossattention."),
     ),
-    Layout(
+    UnitLayout(
         "DistilBERT", "attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin",
         ("ffn.lin1",), "ffn.lin2", ("attention.", "ffn."),
     ),
@@ -91,7 +91,7 @@ class UnitLayer:
     """
 
     prefix: str
-    layout: Layout
+    layout: UnitLayout
     heads: int
     groups: int
 
@@ -102,8 +102,8 @@ class UnitLayer:
     def modules(self) -> dict[str, tuple[str, int]]:
         """The kind of unit that every module's weight has, and along which axis, by the module's full name."""
         names = self.layout
-        found = dict.fromkeys(names.inner, (UNITS, 0)) | {names.outer: (UNITS, 1)}
-        found |= {names.query: (QUERY, 0), names.key: (KEY, 0), names.value: (VALUE, 0), names.output: (OUTPUT, 1)}
+        found = dict.fromkeys(names.inner, (MLP_UNITS, 0)) | {names.outer: (MLP_UNITS, 1)}
+        found |= {names.query: (QUERY, 0), names.key: (KEY, 0), names.value: (VALUES, 0), names.output: (OUTPUT, 1)}
         return {f"{self.prefix}{module}": place for module, place in found.items()}
 
 
@@ -181,12 +181,12 @@ def _check(layer: UnitLayer, headers: Mapping[str, TensorInfo], place: str) -> N
     shapes = {module: headers[f"{module}.weight"].shape for module in modules if f"{module}.weight" in headers}
     if len(shapes) < len(modules) or any(len(shape) != 2 for shape in shapes.values()):
         raise _unknown(place, f"the tensors of {layer.prefix.rstrip('.')} have other names or shapes")
-    sizes: dict[str, set[int]] = {kind: set() for kind in (UNITS, QUERY, KEY, VALUE, OUTPUT)}
+    sizes: dict[str, set[int]] = {kind: set() for kind in (MLP_UNITS, QUERY, KEY, VALUES, OUTPUT)}
     for module, (kind, axis) in modules.items():
         sizes[kind].add(shapes[module][axis])
-    (query,), (key,), (value,), (output,) = (sizes[kind] for kind in (QUERY, KEY, VALUE, OUTPUT))
+    (query,), (key,), (value,), (output,) = (sizes[kind] for kind in (QUERY, KEY, VALUES, OUTPUT))
     heads, groups = layer.heads, layer.groups
-    even = len(sizes[UNITS]) == 1 and heads % groups == 0 and query % heads == value % groups == 0
+    even = len(sizes[MLP_UNITS]) == 1 and heads % groups == 0 and query % heads == value % groups == 0
     if not even or key * heads != query * groups or value * heads != output * groups:
         raise _unknown(place, f"the shapes of {layer.prefix.rstrip('.')} are not those of {heads} heads")
     for name in (n for n in headers if n.startswith(layer.prefix)):

@@ -18,7 +18,7 @@ from torch import Tensor
 # An order is left only for one that is better by this share of the value.
 BETTER = 1e-9
 # The paper's limit of sweeps; a handful is enough.
-SWEEPS = 100
+MOST_SWEEPS = 100
 
 
 def best_order(similarity: Tensor, present: Tensor | None = None) -> Tensor:
@@ -132,7 +132,7 @@ def _pair(ours: Heads, theirs: Heads) -> tuple[float, Tensor, Tensor]:
 def _ascend(queries: Tensor, values: Tensor, products: Tensor, heads: Tensor) -> tuple[float, Tensor, Tensor]:
     """Coordinate ascent from an order of heads: dimensions, heads, dimensions, … until nothing changes."""
     every, order = torch.arange(len(heads)), torch.arange(len(values))
-    for _ in range(SWEEPS):
+    for _ in range(MOST_SWEEPS):
         new = best_order(values + products[every, heads].sum(0), order)
         moved = best_order(queries + products.gather(3, _spread(new, products)).squeeze(3).sum(2), heads)
         still = torch.equal(new, order) and torch.equal(moved, heads)

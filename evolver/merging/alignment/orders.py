@@ -16,17 +16,17 @@ from evolver.config.model import AlignmentSettings
 from evolver.errors import EvolverError
 from evolver.merging.alignment.layouts import (
     KEY,
+    MLP_UNITS,
     OUTPUT,
     QUERY,
     STREAM,
-    UNITS,
-    VALUE,
+    VALUES,
     UnitLayer,
     stream_axes,
     unit_axes,
 )
 from evolver.merging.alignment.matching import (
-    SWEEPS,
+    MOST_SWEEPS,
     HeadOrder,
     Heads,
     best_order,
@@ -135,7 +135,7 @@ def find_orders(
         orders |= new
         heads.append(moved)
     after = mean_cosine(ours, ordered(theirs, axes, orders), layers)
-    units = [orders[layer.tag(UNITS)] for layer in layers if layer.tag(UNITS) in orders]
+    units = [orders[layer.tag(MLP_UNITS)] for layer in layers if layer.tag(MLP_UNITS) in orders]
     share = sum(map(moved_share, units)) / max(1, len(units))
     figures = AlignmentFigures(before, after, share, sum(heads) / len(heads))
     return FoundOrders({tag: o for tag, o in orders.items() if o.dim() > 1 or moved_share(o) > 0}, figures)
@@ -163,13 +163,13 @@ def ordered(read: Read, axes: Axes, orders: Mapping[str, Tensor]) -> Read:
         tensor = read(name)
         for axis, tag in axes.get(name, ()):
             if (order := orders.get(tag)) is not None:
-                tensor = in_order(tensor, axis, order)
+                tensor = put_in_order(tensor, axis, order)
         return tensor
 
     return seen
 
 
-def in_order(tensor: Tensor, axis: int, order: Tensor) -> Tensor:
+def put_in_order(tensor: Tensor, axis: int, order: Tensor) -> Tensor:
     """A tensor with one axis in another order, or with its entries mixed along it as a transport says."""
     if order.dim() == 1:
         return tensor.index_select(axis, order)
@@ -187,7 +187,7 @@ def stream_order(
     matched = settings.model_copy(update={"method": "matching"})
     alone = [n for n, places in axes.items() if [tag for _, tag in places] == [STREAM]]
     order = best_order(_stream_products(ours, theirs, axes, alone))
-    for _ in range(SWEEPS):
+    for _ in range(MOST_SWEEPS):
         seen, orders = ordered(theirs, axes, {STREAM: order}), dict[str, Tensor]()
         for layer in layers:
             orders |= _layer_orders(layer, headers, ours, seen, matched)[0]
@@ -220,12 +220,12 @@ def _layer_orders(
     """The orders of one layer by their names, and the share of heads that move."""
     orders: dict[str, Tensor] = {}
     if settings.parts != "heads":
-        orders[layer.tag(UNITS)] = _units(layer, headers, ours, theirs, settings)
+        orders[layer.tag(MLP_UNITS)] = _units(layer, headers, ours, theirs, settings)
     if settings.parts == "mlp":
         return orders, 0.0
     mine, other = (_heads(layer, headers, read) for read in (ours, theirs))
     found = head_order(mine, other)
-    kinds = (QUERY, KEY, VALUE, OUTPUT)
+    kinds = (QUERY, KEY, VALUES, OUTPUT)
     orders |= {layer.tag(kind): order for kind, order in zip(kinds, found.flat(mine.key.shape[1]), strict=True)}
     return orders, _moved_heads(found)
 

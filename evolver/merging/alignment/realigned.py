@@ -15,7 +15,7 @@ from evolver.checkpoints.weights import Checkpoint, Source, TensorInfo, digest_o
 from evolver.config.model import AlignmentSettings
 from evolver.errors import BadInput
 from evolver.merging.alignment.layouts import unit_layers
-from evolver.merging.alignment.orders import DIFFERENT_BELOW, FoundOrders, all_axes, found_once, in_order
+from evolver.merging.alignment.orders import DIFFERENT_BELOW, FoundOrders, all_axes, found_once, put_in_order
 
 
 class Realigned(Checkpoint):
@@ -61,7 +61,7 @@ class Realigned(Checkpoint):
         tensor = self.inner.tensor(name)
         for axis, tag in self._axes.get(name, ()):
             if (order := self.found.orders.get(tag)) is not None:
-                tensor = in_order(tensor, axis, order)
+                tensor = put_in_order(tensor, axis, order)
         return tensor
 
     def digest(self) -> str:

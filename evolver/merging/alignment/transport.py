@@ -15,7 +15,7 @@ from torch import Tensor
 from evolver.merging.alignment.matching import best_order
 
 # Sinkhorn's iterations end when the masses are met so closely, or after so many.
-PRECISION, ITERATIONS = 1e-9, 5000
+PRECISION, SINKHORN_STEPS = 1e-9, 5000
 # The scalings are folded into the potentials before they leave what float64 can hold.
 LARGEST = 1e100
 
@@ -70,7 +70,7 @@ def sinkhorn(cost: Tensor, ours: Tensor, theirs: Tensor, regularisation: float) 
     """
     f = -regularisation * (torch.logsumexp(-cost / regularisation, 1) - theirs.log())
     g = -regularisation * (torch.logsumexp((f[:, None] - cost) / regularisation, 0) - ours.log())
-    left, done = ITERATIONS, False
+    left, done = SINKHORN_STEPS, False
     while not done and left > 0:
         kernel = ((f[:, None] + g - cost) / regularisation).exp()
         u, v = torch.ones_like(f), torch.ones_like(g)
