@@ -21,6 +21,7 @@ from evolver.errors import BadInput
 from evolver.kernels import execute, native
 from evolver.kernels.encoded import FLOAT32, Code
 from evolver.kernels.program import Program
+from evolver.records.canonical import content_hash
 
 # A distance to the base, in norms of the base, that no fine-tune has: at equal norms an angle of 41°. Fine-tunes are
 # at 0.0001 to 0.1, training on with much new data may reach a few tenths, an unrelated model has a right angle: 1.4.
@@ -109,6 +110,7 @@ def _says_other(found: OtherBase) -> str:
 
 def _other_settings(expert: Source, base: Checkpoint) -> str:
     """The settings in which an expert computes differently, with both values; empty where there are none."""
+    expert = seen_through(expert)
     expert = expert.base if isinstance(expert, Adapter) else expert  # which has no such settings itself
     if not isinstance(expert, Checkpoint):
         return ""
@@ -124,7 +126,7 @@ def _short(value: object) -> str:
 
 def _survey(expert: Source, base: Checkpoint) -> float:
     """‖θ - θ₀‖ / ‖θ₀‖ over all floating tensors."""
-    kind = "distances-headless" if base.headless else "distances"
+    kind = f"distances/{content_hash([base.digest(), expert.digest()])}"  # one file may be seen in another order
     return float(cached(kind, [*base.files(), *expert.files()], lambda: repr(_distance(expert, base))))
 
 

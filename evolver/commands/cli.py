@@ -375,6 +375,7 @@ def merge(
     ] = "5B",
     random_seed: Annotated[int, typer.Option(help="seed of methods that draw at random")] = 0,
     strict: Annotated[bool, typer.Option(help="refuse models that are no fine-tunes of the base")] = False,
+    align: mk.Align = "none",
     num_threads: Annotated[int, typer.Option("--num-threads", "-j", help="CPU threads; 0 means all cores")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print nothing")] = False,
     verbose: mk.Verbosity = 0, async_write: mk.NoEffect = False, write_threads: mk.NoEffectCount = None,
@@ -401,7 +402,8 @@ def merge(
     merging.merge_file(
         config, out, device=mk.chosen_device(cuda or gpu_rich, device), seed=random_seed,
         shard_bytes=_bytes(out_shard_size), tokenizer=copy_tokenizer, card=write_model_card,
-        strict=strict, warn=lambda line: None if quiet else typer.echo(f"warning: {line}", err=True),
+        strict=strict, align=align,
+        warn=lambda line: None if quiet else typer.echo(f"warning: {line}", err=True),
     )  # fmt: skip
     if not quiet:
         typer.echo(f"wrote {out}")
@@ -490,8 +492,8 @@ def explain(
 
 def _explain_experts(config: Path, asked: bool, prompts: bool, picture: Path | None) -> None:
     """Print what the experts' task vectors have in common, and write the picture."""
-    from evolver.commands.experts import experts_picture, experts_text
-    from evolver.commands.explain import experts_compared
+    from evolver.commands.experts import ancestry_text, experts_picture, experts_text
+    from evolver.commands.explain import experts_compared, row_cosines
 
     if prompts or not asked:
         other = "--prompts shows something else" if prompts else "--picture is a picture of what --experts prints"
@@ -499,6 +501,8 @@ def _explain_experts(config: Path, asked: bool, prompts: bool, picture: Path | N
     with tables.counting("tensors measured") as measured:
         names, model, layers = experts_compared(config, measured)
     typer.echo(experts_text(names, model, layers))
+    if rows := row_cosines(config):
+        typer.echo(f"\n{ancestry_text(rows)}")
     if picture is not None:
         try:
             picture.write_bytes(experts_picture(names, model, layers))

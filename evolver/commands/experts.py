@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
+from evolver.merging.alignment.orders import DIFFERENT_BELOW
 from evolver.merging.likeness import Likeness
 from evolver.report.compare import LINE_COLOURS, LINE_DASHES
 from evolver.report.text import listed, markdown_table
@@ -39,6 +40,19 @@ def experts_text(names: Sequence[str], model: Likeness, layers: Mapping[int | No
         *warnings(names, model),
     ]
     return "\n\n".join(parts)
+
+
+def ancestry_text(rows: Mapping[str, float]) -> str:
+    """A table of the mean cosines of MLP rows with the base's, and what is to be done about low ones."""
+    low = [name for name, cosine in rows.items() if cosine < DIFFERENT_BELOW]
+    said = (
+        f"**Look at this.** {listed(low)}: their hidden units are not at the places of the base's, as of models with "
+        "another ancestry; model.align: auto brings them into the base's order."
+        if low
+        else "Their hidden units are at the places of the base's, so there is nothing to align."
+    )
+    table = markdown_table(["expert", "mean cosine of MLP rows"], [[n, f"{c:.3f}"] for n, c in rows.items()])
+    return f"## Ancestry\n\n{table}\n\n{said}"
 
 
 def warnings(names: Sequence[str], model: Likeness) -> list[str]:

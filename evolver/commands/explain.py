@@ -26,6 +26,8 @@ from evolver.driver.prepare import prepare
 from evolver.errors import BadInput, cause_of, refuse_special
 from evolver.evaluation.blueprint import Blueprint
 from evolver.merging import mergekit, methods
+from evolver.merging.alignment.layouts import unit_layers
+from evolver.merging.alignment.orders import mean_cosine
 from evolver.merging.likeness import Likeness, likeness
 from evolver.records.recipe import Expert, Layers, Merge, Recipe, layer_of
 from evolver.report.mixture import mixture
@@ -153,6 +155,23 @@ def experts_compared(
     if not named:
         raise BadInput(f"{path}: no model is merged with its base_model; name models beside it.")
     return [*named], *likeness(file.base, [*named.values()], measured)
+
+
+def row_cosines(path: str | Path) -> dict[str, float]:
+    """The mean cosine of each expert's MLP rows with the base's, which says whether they are of one ancestry; none
+    where it is not known which tensors are their MLPs.
+    """
+    if _is_run(path):
+        opened = open_models(load(path))
+        base, models = opened.base, opened.experts
+    else:
+        file = open_merge(path, start=True)
+        base, models = file.base, {last_part(n): s for n, s in file.sources.items() if s is not file.base}
+    try:
+        layers = unit_layers(base.headers, base.config, "")
+    except BadInput:
+        return {}
+    return {name: mean_cosine(base.tensor, model.tensor, layers) for name, model in models.items()}
 
 
 def prompts(path: str | Path) -> str:

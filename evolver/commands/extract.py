@@ -16,6 +16,7 @@ from evolver.checkpoints.sources import open_base, open_expert
 from evolver.checkpoints.weights import Checkpoint, Source
 from evolver.config.reading import load
 from evolver.errors import BadInput
+from evolver.merging.alignment.realigned import Realigned
 from evolver.storage import check_target, new_folder
 from evolver.storage.references import parts_of
 from evolver.workers.opened import Opened, open_models
@@ -111,13 +112,15 @@ def _check_size(rank: int | None, energy: float | None) -> None:
 
 
 def _body(model: Any) -> Any:
-    """A model without the head that a run shows it with."""
+    """A model without the head and the order of units that a run shows it with."""
+    model = model.inner if isinstance(model, Realigned) else model
     return model.inner if isinstance(model, Relabelled) else model
 
 
 def _head(opened: Opened, name: str) -> Head:
     """The head of an expert that is no part of its body."""
-    seen = opened.experts[name]
+    seen: Any = opened.experts[name]
+    seen = seen.inner if isinstance(seen, Realigned) else seen
     return seen.heads[name] if isinstance(seen, Relabelled) else opened.heads.get(name, {})
 
 

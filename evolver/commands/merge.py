@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from evolver.checkpoints.doubts import left_out, refuse_strangers, strange_bases
 from evolver.checkpoints.shards import SHARD_BYTES
 from evolver.checkpoints.sources import Named, models_below, open_base, open_experts
 from evolver.checkpoints.weights import Checkpoint, Source, digests
-from evolver.config.model import TokenizerSettings
+from evolver.config.model import AlignmentSettings, AlignmentWord, TokenizerSettings, alignment_of
 from evolver.errors import BadInput
 from evolver.kernels.compiled import Kernels
 from evolver.merging import mergekit
+from evolver.merging.alignment.realigned import Realigned
 from evolver.merging.companions import TOKENIZER, Companions
 from evolver.merging.export import beside_of, export
 from evolver.merging.materialise import Materialiser
@@ -128,7 +129,8 @@ def _refuse_other_tokens(models: Mapping[str, Source], base: Checkpoint, place: 
 
 def merge_file(
     path: str | Path, target: Path, *, device: str = "cpu", seed: int = 0, shard_bytes: int = SHARD_BYTES,
-    tokenizer: bool = True, card: bool = True, strict: bool = False, warn: Callable[[str], None] = lambda _: None,
+    tokenizer: bool = True, card: bool = True, strict: bool = False,
+    align: AlignmentWord = "none", warn: Callable[[str], None] = lambda _: None,
 ) -> None:  # fmt: skip
     """Merge as the file says, and write a Hugging Face folder. A merge that is interrupted leaves no such folder.
 
@@ -140,6 +142,8 @@ def merge_file(
         shard_bytes: the largest size of a file of weights in bytes.
         tokenizer: whether to write a tokenizer.
         card: whether to write a README and the file itself beside the model.
+        align: which hidden units of the models are brought into the order of the base's; auto: all of them, for models
+            of another ancestry.
         strict: refuse adapters that name another base, and models whose weights have nothing to do with the base's.
         warn: is called with each warning about the models.
 
@@ -150,6 +154,8 @@ def merge_file(
     for sentence in opened.configuration.warnings:
         warn(sentence)
     chat_template = _chat_template(opened, str(path))
+    modules = _modules(opened, seed)
+    opened = _realigned(opened, alignment_of(align, stream=not modules.names), bool(modules.names))
     known = digests(opened.sources)
     for doubt in _doubts(opened, strict):
         warn(doubt)
@@ -160,11 +166,10 @@ def merge_file(
         opened.base, {known[r]: s for r, s in opened.sources.items()}, getattr(torch, dtype) if dtype else None,
         device=device, kernels=None if device == "cpu" else _kernels(opened),
     )  # fmt: skip
-    modules = _modules(opened, seed)
     beside = beside_of(opened.base, modules.names)
     for sentence in (*modules.warnings, *beside.warnings):
         warn(sentence)
-    text = Path(path).read_text()
+    text = ("" if align == "none" else f"# evolver merge --align {align}\n") + Path(path).read_text()
     texts = {"README.md": CARD.format(name=target.name, text=text), mergekit.CONFIG_FILE: text} if card else {}
 
     with new_folder(target) as folder:
@@ -184,6 +189,25 @@ def merge_file(
             (folder / chat.CHAT_FILE).write_text(chat_template)
 
 
+def _realigned(opened: OpenedFile, settings: AlignmentSettings | None, modules: bool) -> OpenedFile:
+    """The models but for the base with their units in the base's order, where that is asked for.
+
+    Raises BadInput where modules beside the models read the stream.
+    """
+    if settings is None:
+        return opened
+    if modules and settings.parts == "all":
+        raise BadInput(
+            f"--align: the modules of {opened.base.path} read the stream, which therefore keeps its order; write both."
+        )
+    of_base = opened.sources.get(opened.configuration.origin)
+    seen = {
+        r: s if s is of_base or s is opened.base else Realigned(s, opened.base, settings, "--align")
+        for r, s in opened.sources.items()
+    }
+    return replace(opened, sources=seen)
+
+
 def _doubts(opened: OpenedFile, strict: bool) -> list[str]:
     """What is odd about the models. Raises BadInput, if ``strict``, for those that do not belong to the base."""
     others = [s for s in opened.sources.values() if s is not opened.base]
@@ -191,7 +215,8 @@ def _doubts(opened: OpenedFile, strict: bool) -> list[str]:
         refuse_strangers(opened.base, others, "--strict", weights=True)
     # With a common vocabulary, models show rows that they were not trained with.
     compared = suspicions(opened.base, others) if opened.vocabulary is None else []
-    return [*opened.left_out, *compared]
+    aligned = [s.said() for s in opened.sources.values() if isinstance(s, Realigned)]
+    return [*opened.left_out, *aligned, *compared]
 
 
 def _modules(opened: OpenedFile, seed: int) -> SentenceModules:

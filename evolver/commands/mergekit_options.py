@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from evolver.config.model import AlignmentWord
 from evolver.errors import BadInput
 
 IN_MERGEKIT = "an option of mergekit-yaml"
@@ -19,6 +20,13 @@ Refused = NoEffect
 RefusedText = NoEffectText
 GpuRich = Annotated[bool, typer.Option("--gpu-rich", help="the same as --cuda")]
 Device = Annotated[str | None, typer.Option(help="where to compute: cpu, cuda, or auto (cuda if there is a GPU)")]
+Align = Annotated[
+    AlignmentWord,
+    typer.Option(
+        help="bring hidden units of the models into the base's order first: none, auto (all, of models of another "
+        "ancestry than the base), mlp, heads, both or all"
+    ),
+]
 
 WHY = {
     "--trust-remote-code": "Evolver runs no code that comes with a model",

@@ -7,13 +7,13 @@ unchecked; the algorithm that the section names then checks it against its own s
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from evolver.config.constraints import BEST_EXPERT, THE_BASE, Constraint
 from evolver.config.evaluation import EvaluationSettings
-from evolver.config.model import CLASSIFIER_KINDS, LANGUAGE_KINDS, ModelSettings
+from evolver.config.model import CLASSIFIER_KINDS, LANGUAGE_KINDS, AlignmentWord, ModelSettings
 from evolver.config.section import NAME, Section
 from evolver.config.sentences import TEXT_FORMS
 from evolver.config.starts import FILES, WORDS, StartFile, Word
@@ -276,6 +276,20 @@ class Config(Section):
                     f"evaluation.tasks[{number}].head: there is no expert {entry.head or entry.task!r}; "
                     f"{nearest(entry.head or entry.task, self.experts)}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _alignment_of_units(self) -> Config:
+        words = get_args(AlignmentWord)
+        if isinstance(self.model.align, str) and self.model.align not in words:
+            raise ValueError(f"model.align: {self.model.align!r} is not usable; {nearest(self.model.align, words)}")
+        found = self.model.alignment
+        if found is not None and found.wrong:
+            raise ValueError(f"model.align.{found.wrong}")
+        if found is not None and found.parts == "all" and self.model.heads != "merged":
+            raise ValueError(
+                "model.align: with heads that are not merged, the stream that they read keeps its order; write both"
+            )
         return self
 
     @model_validator(mode="after")

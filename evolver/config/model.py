@@ -14,6 +14,8 @@ LANGUAGE_KINDS = ("causal-lm", "seq2seq")
 CLASSIFIER_KINDS = ("classifier", "token-classifier", "image-classifier")
 # The words of model.chat_template that name a format of conversations.
 CHAT_FORMATS = ("chatml", "llama3", "mistral", "alpaca")
+# Short forms of model.align.
+AlignmentWord = Literal["none", "auto", "mlp", "heads", "both", "all"]
 
 
 class TokenEntry(Section):
@@ -42,6 +44,57 @@ class TokenizerSettings(Section):
         description="the number of rows of the embedding is made a multiple of this by rows that are the mean of the "
         "others",
     )
+
+
+class AlignmentSettings(Section):
+    """Whether and how the hidden units of experts are brought into the order of the base's before they are merged."""
+
+    parts: Literal["mlp", "heads", "both", "all"] = Field(
+        "both",
+        description="what is ordered. mlp: the hidden units of MLPs. heads: attention heads, and the dimensions of "
+        "their values. both: mlp and heads. all: also the features of the stream that all layers read and add to",
+    )
+    when: Literal["different", "always"] = Field(
+        "different",
+        description="different: only experts of another ancestry than the base's, whose MLP rows have a mean cosine "
+        "below 0.5 with the base's. always: every expert",
+    )
+    method: Literal["matching", "transport"] = Field(
+        "matching",
+        description="matching: the order in which all weights are most alike (Git Re-Basin). transport: of hidden "
+        "units of MLPs, optimal transport between their incoming weights (OTFusion); heads are matched",
+    )
+    regularisation: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="of transport: 0 moves whole units; more mixes units, in units of the largest distance between two "
+        "of them (0.06 is the best of Transformer-OT)",
+    )
+    metric: Literal["euclidean", "cosine"] = Field("euclidean", description="of transport: the distance of two units")
+    masses: Literal["uniform", "norms"] = Field(
+        "uniform", description="of transport that mixes: whether units count alike or in proportion to their norms"
+    )
+
+    @property
+    def wrong(self) -> str | None:
+        """What does not go together in it and what to write instead, if there is something."""
+        if self.method == "matching" and self.regularisation > 0:
+            return "regularisation: matching moves whole units; write method: transport, or leave it out"
+        if self.regularisation == 0 and self.masses != "uniform":
+            return "masses: whole units count alike; write a regularisation above 0, or masses: uniform"
+        return None
+
+
+def alignment_of(word: str, stream: bool = True) -> AlignmentSettings | None:
+    """What a word means; None: nothing is aligned.
+
+    Args:
+        stream: whether auto may also order the stream, which parts that are kept outside of the model read.
+    """
+    if word == "auto":
+        return AlignmentSettings(parts="all" if stream else "both")
+    return None if word == "none" else AlignmentSettings.model_validate({"parts": word, "when": "always"})
 
 
 class ModelSettings(Section):
@@ -84,11 +137,23 @@ class ModelSettings(Section):
         "workers run, when a run starts, and uses the faster one for the whole run",
     )
 
+    align: str | AlignmentSettings = Field(
+        "none",
+        description="experts with their hidden units in the order of the base's: none, auto, mlp, heads, both, all, or "
+        "a mapping with parts, when, method, regularisation, metric and masses (see alignment.md). auto: all (both, "
+        "where heads are not merged) of experts of another ancestry than the base's, as measured. mlp, heads, both, "
+        "all: these parts of every expert",
+    )
     strict: bool = Field(
         False,
         description="refuse what is a warning otherwise: an adapter that names another base, and a model whose weights "
         "have nothing to do with the base's",
     )
+
+    @property
+    def alignment(self) -> AlignmentSettings | None:
+        """``align`` in its long form; None: no expert is aligned."""
+        return alignment_of(self.align, self.heads == "merged") if isinstance(self.align, str) else self.align
 
     @property
     def tokens(self) -> TokenizerSettings:

@@ -15,6 +15,7 @@ from evolver.checkpoints.chat import EXPERT
 from evolver.config import Config
 from evolver.driver.prepare import Prepared
 from evolver.merging import mergekit
+from evolver.merging.alignment.realigned import Realigned
 from evolver.records import Candidate, Result, Split
 from evolver.records.recipe import Recipe
 from evolver.report.report import table_of
@@ -144,7 +145,7 @@ def _made_again(prepared: Prepared, recipe: Recipe) -> tuple[str, dict[str, str]
     if text is None:
         return rebuild, files
     said = f"`{FOUND_FILE}` is the file of the search with the values that were found."
-    if prepared.config.model.heads == "merged":
+    if prepared.config.model.heads == "merged" and prepared.config.model.alignment is None:
         draws = f" --random-seed {prepared.config.seed}" if prepared.template and prepared.template.draws else ""
         said += f" `evolver merge {FOUND_FILE} OUT{draws}` makes these weights, bit for bit."
     return f"{rebuild} {said}", {**files, FOUND_FILE: text}
@@ -172,6 +173,8 @@ def _rebuilt(prepared: Prepared, recipe: Recipe) -> tuple[str, dict[str, str]]:
     locations = {digests[n]: _reference(prepared, n) for n in ("base", *config.experts)}
     dtype = None if config.model.dtype == "auto" else config.model.dtype
     try:
+        if any(isinstance(e, Realigned) and e.found.orders for e in prepared.opened.experts.values()):
+            raise mergekit.Inexpressible("hidden units of its experts are aligned with those of the base")
         text = mergekit.dump(recipe, locations, prepared.opened.base.names(), dtype)
         text += _words(prepared, text)
     except mergekit.Inexpressible as why:

@@ -180,6 +180,7 @@ def _doubts(
     """Sentences that the user should read before the run."""
     return (
         *opened.warnings,
+        *(opened.aligned() if weights else ()),
         *(suspicions(opened.base, opened.experts.values()) if weights else ()),
         *filter(None, [too_many(config.evaluation.threads)]),
         *_not_stopped(config, algorithm, estimates),

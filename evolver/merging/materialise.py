@@ -19,6 +19,7 @@ from evolver.checkpoints.adapted import Adapted
 from evolver.checkpoints.weights import Checkpoint, Source, TensorInfo
 from evolver.kernels.compiled import Kernels
 from evolver.merging import crossing, methods, noise
+from evolver.merging.alignment.realigned import Realigned
 from evolver.merging.engine.apply import AllTensors, apply
 from evolver.merging.engine.pieces import InputTensors
 from evolver.merging.methods import Of
@@ -168,7 +169,7 @@ class Materialiser:
 
     def _is_mapped(self, node: Recipe) -> bool:
         source = self.sources[node.digest] if isinstance(node, Expert) else None
-        return isinstance(source, Checkpoint) and not isinstance(source, Adapted)
+        return isinstance(source, Checkpoint) and not isinstance(source, Adapted | Realigned)
 
     def _admit(self, built: Mapping[str, dict[str, Tensor]]) -> None:
         self._resident.update(built)

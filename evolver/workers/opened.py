@@ -23,6 +23,7 @@ from evolver.config.model import LANGUAGE_KINDS
 from evolver.errors import BadInput
 from evolver.evaluation.blueprint import HF, Blueprint, ModelFolder, check_architecture, without_weights
 from evolver.evaluation.live import free_memory, kinds_of, model_class
+from evolver.merging.alignment.realigned import Realigned
 from evolver.merging.companions import CommonTokens, Companions
 from evolver.merging.mergekit.vocabulary import with_tokens
 from evolver.storage.references import parts_of
@@ -87,6 +88,10 @@ class Opened:
         """The heads that are kept apart, each with the folder of its expert, by the expert's name."""
         return {name: (model_below(self.experts[name]).path, head) for name, head in self.heads.items()}
 
+    def aligned(self) -> list[str]:
+        """What became of the units of every expert that is seen in the base's order, a sentence each."""
+        return [expert.said() for expert in self.experts.values() if isinstance(expert, Realigned)]
+
     def digests(self) -> dict[str, str]:
         own = {f"head of {name}": head_digest(head) for name, head in self.heads.items()}
         own |= {f"{AS_IT_IS}{name}": model.source.digest() for name, model in self.own.items() if model.labels}
@@ -108,10 +113,22 @@ def open_models(config: Config) -> Opened:
     base, experts = open_experts(wanted, origin, names, same_tokens=config.model.kind == "image-classifier")
     if config.model.strict:
         refuse_strangers(base, experts.values(), STRICT, weights=False)
-    opened = _joined(config, base, experts)
+    opened = _aligned(config, _joined(config, base, experts))
     models = [base, *experts.values()]
     said = (*left_out([*models, *models_below(models)]), *strange_bases(models))
     return replace(opened, warnings=(*said, *opened.warnings))
+
+
+def _aligned(config: Config, opened: Opened) -> Opened:
+    """The experts with their units in the base's order, where the configuration asks for it. Units that are mixed make
+    another model of an expert, which is scored as it is.
+    """
+    if (settings := config.model.alignment) is None:
+        return opened
+    seen: dict[str, Source] = {n: Realigned(e, opened.base, settings, "model.align") for n, e in opened.experts.items()}
+    mixed = {} if settings.regularisation == 0 else opened.experts
+    own = {n: _own_model(e, opened.base, opened.companions) for n, e in mixed.items() if n not in opened.own}
+    return replace(opened, experts=seen, own={**opened.own, **own})
 
 
 def _joined(config: Config, base: Checkpoint, experts: dict[str, Source]) -> Opened:

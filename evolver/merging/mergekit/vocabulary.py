@@ -32,6 +32,7 @@ from evolver.checkpoints.weights import (
 from evolver.config.model import TokenizerSettings
 from evolver.config.recipes import reference
 from evolver.errors import BadInput, nearest
+from evolver.merging.alignment.realigned import Realigned
 from evolver.merging.methods.operators import halved
 
 Ids = Mapping[str, int]
@@ -248,7 +249,7 @@ def _mean_row(matrix: Tensor, rows: Tensor) -> Tensor:
 
 def with_tokens(source: Any) -> Checkpoint | Adapter:
     """The model whose tokens a model has: those of most adapters are their base's."""
-    if isinstance(source, Aligned):
+    if isinstance(source, Aligned | Realigned):
         return with_tokens(source.inner)
     own = isinstance(source, Checkpoint) or (isinstance(source, Adapter) and source.has_own_tokens)
     found: Checkpoint | Adapter = source if own else source.base
