@@ -15,7 +15,7 @@ from torch import Tensor
 from evolver.config.model import ModelSettings
 from evolver.errors import BadInput
 from evolver.evaluation.depth import check_alike
-from evolver.evaluation.fused import refuse_experts, slices_of
+from evolver.evaluation.fused import ParameterSlice, refuse_experts, slices_of
 from evolver.evaluation.layered import LayerMemory
 from evolver.evaluation.rounding import Rounding, refuse_stacks
 from evolver.records.depth import LayerOrigin
@@ -30,6 +30,12 @@ class Listener(Protocol):
 
     def begin(self, positions: Tensor | None) -> None: ...
     def end(self) -> None: ...
+
+
+class Passing(Protocol):
+    """Passes a batch through the module in its own way, such as with gradients."""
+
+    def __call__(self, module: Any, positions: Tensor | None, inputs: dict[str, Any]) -> Any: ...
 
 
 class LiveModel:
@@ -68,6 +74,7 @@ class LiveModel:
             refuse_stacks(shapes)
         self.device = torch.device(device)
         self.listener: Listener | None = None
+        self.passing: Passing | None = None
         self.folder, self._heads = folder, heads or {}
         self._beside = beside or folder
         given, apart = labelled(labels), self._beside != folder or plain is not None
@@ -188,10 +195,16 @@ class LiveModel:
         """
         if self.listener is not None:
             self.listener.begin(positions)
-        outputs = self.module(**inputs)
+        outputs = self.module(**inputs) if self.passing is None else self.passing(self.module, positions, inputs)
         if self.listener is not None:
             self.listener.end()
         return outputs
+
+    def parameters(self) -> dict[str, tuple[str, ParameterSlice | None]]:
+        """The parameter of the module that each tensor of the checkpoint is, or is this slice of, by the tensor's
+        name.
+        """
+        return {name: (owner, self._slices.get(name)) for name, owner in self._owners.items()}
 
     def linear_layers(self) -> dict[str, torch.nn.Linear]:
         """The linear layers by the name of their weight in the checkpoint, without the one that names tokens.
