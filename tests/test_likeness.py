@@ -6,9 +6,9 @@ import toys
 import yaml
 
 from evolver.checkpoints.sources import open_base, open_expert
-from evolver.commands.experts import experts_text, warnings
 from evolver.merging import likeness as measures
 from evolver.merging.likeness import Likeness, effective_rank, likeness, tensor_likeness
+from evolver.commands.experts import experts_text, warnings
 
 
 def test_the_effective_rank_counts_equally_strong_directions():

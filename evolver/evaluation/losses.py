@@ -19,8 +19,8 @@ from torch.nn.functional import logsigmoid
 
 from evolver.evaluation.live import LiveModel
 
-# The loss of a batch, and by how much it counts: for so many items, or so many positions.
-BatchLoss = Callable[[str, Any, Tensor | None], tuple[Tensor, int]]
+# What a batch adds to a loss: of its name, what the module says, and which positions of it are no padding.
+BatchLoss = Callable[[str, Any, Tensor | None], Tensor]
 
 
 class UnknownBatch(Exception):
@@ -90,16 +90,15 @@ class Descending:
         self.gradients: list[Tensor | None] = [None] * len(parameters)
 
     def follow(self, loss: BatchLoss, share: float) -> None:
-        """Take the loss of the batches to come from ``loss``, times what it counts for, times ``share``."""
+        """Take the loss of the batches to come from ``loss``, times ``share``."""
         self._of, self._share = loss, share
 
     def __call__(self, module: Any, positions: Tensor | None, inputs: dict[str, Any]) -> Any:
         assert self._of is not None
         with torch.inference_mode(False), torch.enable_grad():
-            given = {n: x.clone() if isinstance(x, Tensor) and x.is_inference() else x for n, x in inputs.items()}
+            given, counted = {name: _plain(value) for name, value in inputs.items()}, _plain(positions)
             outputs = module(**given, **({"output_hidden_states": True} if self._layers else {}))
-            mean, count = self._of(batch_name(inputs), outputs, positions)
-            loss = mean * (count * self._share)
+            loss = self._of(batch_name(inputs), outputs, counted) * self._share
             found = torch.autograd.grad(loss, list(self._parameters), allow_unused=True)
         if not loss.isfinite():
             raise FloatingPointError("the model's outputs are not finite")
@@ -136,21 +135,27 @@ def differentiable(live: LiveModel, names: Sequence[str]) -> Iterator[list[nn.Pa
             parameter.requires_grad_(needed)
 
 
-def entropy(labels: bool) -> BatchLoss:
-    """The entropy of predictions, in nats: H(p) = -Σ p log p of one of several labels.
+def entropy(items: int, labels: bool = False) -> BatchLoss:
+    """The mean entropy of predictions over items, in nats: H(p) = -Σ p log p of one of several labels.
+
+    Of an item with several predictions, such as a text whose words have tags, it is their mean.
 
     Args:
+        items: how many there are in all batches together.
         labels: whether every label is chosen by itself, so that the entropies of all of them are added.
     """
 
-    def of(_: str, outputs: Any, positions: Tensor | None) -> tuple[Tensor, int]:
-        logits = said_of(outputs, positions, False).logits
+    def of(_: str, outputs: Any, positions: Tensor | None) -> Tensor:
+        logits = outputs.logits.float()
         if labels:
             each = -(logits.sigmoid() * logsigmoid(logits) + (-logits).sigmoid() * logsigmoid(-logits)).sum(-1)
         else:
             logs = logits.log_softmax(-1)
             each = -(logs.exp() * logs).sum(-1)
-        return each.mean(), len(outputs.logits)
+        if each.dim() > 1 and positions is not None:
+            counted = positions.to(each.dtype)
+            each = (each * counted).sum(-1) / counted.sum(-1).clamp(min=1)
+        return each.sum() / items
 
     return of
 
@@ -158,19 +163,23 @@ def entropy(labels: bool) -> BatchLoss:
 def distillation(said: dict[str, Said], temperature: float, hidden: float) -> BatchLoss:
     """T²·KL(expert ‖ model) at the temperature T, plus ``hidden`` · Σ over the layers of the mean squared error.
 
+    Both are means over the positions of all batches, so that it does not matter how items are divided into batches.
+
     Args:
         said: what the expert says of each batch.
     """
+    places = sum(len(one.logits) for one in said.values())
+    positions_of_layers = sum(len(one.layers[0]) for one in said.values() if one.layers)
 
-    def of(name: str, outputs: Any, positions: Tensor | None) -> tuple[Tensor, int]:
+    def of(name: str, outputs: Any, positions: Tensor | None) -> Tensor:
         if name not in said:
             raise UnknownBatch
         expert, model = said[name], said_of(outputs, positions, hidden > 0)
         theirs, ours = ((logits / temperature).log_softmax(-1) for logits in (expert.logits, model.logits))
-        loss = temperature**2 * (theirs.exp() * (theirs - ours)).sum(-1).mean()
+        loss: Tensor = temperature**2 * (theirs.exp() * (theirs - ours)).sum() / places
         for one, other in zip(expert.layers, model.layers, strict=True):
-            loss = loss + hidden * (one - other).square().mean()
-        return loss, len(ours)
+            loss = loss + hidden * (one - other).square().mean(-1).sum() / positions_of_layers
+        return loss
 
     return of
 
@@ -195,6 +204,11 @@ def _counted(values: Tensor, positions: Tensor | None) -> Tensor:
     if positions is None or values.dim() < 3:
         return flat
     return flat[positions[:, positions.shape[1] - values.shape[1] :].flatten()]
+
+
+def _plain(value: Any) -> Any:
+    """A tensor made in inference mode as one that can take part in a gradient; everything else as it is."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def batch_name(inputs: dict[str, Any]) -> str:

@@ -114,8 +114,7 @@ class Gradients:
             through = Descending(parameters, loss.name == "distillation" and loss.hidden > 0)
             with passing(self._live, through):
                 for task, expert, own in parts:
-                    of, count = self._loss(loss, task, expert, order, own)
-                    through.follow(of, 1 / (count * len(parts)))
+                    through.follow(self._loss(loss, task, expert, order, own), 1 / len(parts))
                     out.add(self._scorer.score_at(own))
         if rest := set(places) - set(out.answers):  # nobody teaches them
             out.add(self._scorer.score_at(rest))
@@ -153,13 +152,12 @@ class Gradients:
 
     def _loss(
         self, loss: UnlabelledLoss, task: str, expert: Expert | None, order: str, own: frozenset[int]
-    ) -> tuple[BatchLoss, int]:  # fmt: skip
-        """The loss of a part's batches, and for how much all of them together count."""
+    ) -> BatchLoss:  # fmt: skip
+        """The loss of a part's batches."""
         if expert is None:
             entry = next(e for e in self._owners if e.task == task)
-            return entropy(entry.threshold is not None), len(own)
-        said = self._said[expert.digest, order]
-        return distillation(said, loss.temperature, loss.hidden), sum(len(one.logits) for one in said.values())
+            return entropy(len(own), entry.threshold is not None)
+        return distillation(self._said[expert.digest, order], loss.temperature, loss.hidden)
 
     def _names(self, recipe: Merge) -> list[str]:
         """The tensors that at least one task vector changes. Those of frozen layers need no gradient."""

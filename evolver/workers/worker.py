@@ -210,8 +210,9 @@ class Worker:
         self.materialiser = build_materialiser(plan, opened, device, statistics)
         self.measures = Measures(plan, self.materialiser) if split == "dev" and config.constraints else None
         self.alpha = config.evaluation.racing
-        slopes = isinstance(self.live, LiveModel) and split == "dev"
-        self.gradients = Gradients(config, tasks, self.materialiser, self.live, self.scorer) if slopes else None
+        self.gradients = None
+        if isinstance(self.live, LiveModel) and split == "dev":
+            self.gradients = Gradients(config, tasks, self.materialiser, self.live, self.scorer)
         self._failed_in_a_row = 0
 
     def evaluate(self, candidate: Candidate) -> Result:

@@ -31,8 +31,8 @@ class DescentSettings(Section):
 
     per: Literal["layer", "model"] = Field(
         "layer",
-        description="what has coefficients of its own, one for each expert: every layer, and all tensors outside of the "
-        "layers together (layer), or the model as a whole (model)",
+        description="what has coefficients of its own, one for each expert: every layer, and all tensors outside of "
+        "the layers together (layer), or the model as a whole (model)",
     )
     items: int = Field(64, ge=1, le=10**9, description="dev items of a step. Their labels are not looked at")
     redraw: bool = Field(True, description="whether every step has other items, drawn from all dev items")
@@ -114,7 +114,7 @@ class Descent(Ordered):
         rules = []
         for number, place in enumerate(self.places):
             own = self.coefficients()[number * self.experts : (number + 1) * self.experts]
-            values = {"weight": tuple(round(c, DIGITS) for c in own), "lambda_": 1.0, "normalize": False}
+            values = {"weight": tuple(round(c, DIGITS) for c in own), "lambda": 1.0, "normalize": False}
             rules.append(Rule.of(values, place))
         return Merge("task_arithmetic", self.setup.experts, self.setup.base, tuple(rules))
 

@@ -34,8 +34,8 @@ class ExpertMergingSettings(DescentSettings):
     anchor: float = Field(5.0, ge=0, le=1e6, description="weight γ of the mean distance of coefficients to ``initial``")
     outside: bool = Field(
         False,
-        description="whether the coefficients of tensors outside of the layers (embeddings, head) are learnt, too; else "
-        "they stay as they begin",
+        description="whether the coefficients of tensors outside of the layers (embeddings, head) are learnt, too; "
+        "else they stay as they begin",
     )
 
 
@@ -45,7 +45,7 @@ class ExpertMerging(Descent):
 
     On the items of its own task every expert shows what it does: the merged model comes near to its layers' outputs
     (mean squared error) and to its predictions (T²·KL). Coefficients are α = σ(a), and AdamW moves the a; γ·mean|α -
-    α_initial| holds them back. Unlike ``adamerging`` it needs no classes, so language models can be merged by it, and it
+    α_initial| holds them back. Unlike ``adamerging`` it needs no classes, so that it can merge language models, and it
     cannot get sure of something that no expert says. It assumes that an expert is right on its own task. An expert that
     is named by no task is the example on all of them. The summary leaves out norms and biases; here they share the
     coefficient of their layer. Its gradient is of all items at once, while the paper adds up eight prompts a step.

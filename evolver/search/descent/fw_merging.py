@@ -18,8 +18,8 @@ class FrankWolfeSettings(DescentSettings):
     algorithm: Literal["fw_merging"] = Field(description="name of this search")
     loss: LossName = Field(
         "entropy",
-        description="what is made small: the entropy of predictions (entropy), or what tells the model from each expert "
-        "on the expert's own task (distillation)",
+        description="what is made small: the entropy of predictions (entropy), or what tells the model from each "
+        "expert on the expert's own task (distillation)",
     )
     steps: int = Field(10, ge=1, le=10**6, description="steps, in each of which one expert is merged in")
     items: int = Field(100, ge=1, le=10**9, description="dev items of a step. Their labels are not looked at")
@@ -35,9 +35,10 @@ class FrankWolfe(Descent):
     Step t finds the vertex to which the loss falls fastest, argmin_k ⟨∂L/∂θ, θ_k⟩ over the experts and the base, and
     goes there by γ = scale·η·2/(t + 2): θ ← θ + γ(θ_k - θ). With ``per: layer`` every layer has a vertex of its own. As
     θ is linear in the coefficients, ⟨∂L/∂θ, θ_k⟩ is ∂L/∂c_k up to a constant. Unlike the gradient descent of
-    ``adamerging``, an expert that never helps gets exactly 0, so it suits pools in which many experts are of no use. The
-    released code divides by the norms of whole models, which are nearly equal, and takes labelled items; here the inner
-    product is the algorithm's own, and the loss needs no labels. Its start is the base.
+    ``adamerging``, an expert that never helps gets exactly 0, so it suits pools in which many experts are of no use.
+    The released code divides by the norms of whole models, which are nearly equal, and takes labelled items; here the
+    inner product is the algorithm's own, and the loss needs no labels. It assumes that good merges lie between the
+    experts and the base, where it starts.
     """
 
     def __init__(self, setup: Setup, settings: FrankWolfeSettings) -> None:
