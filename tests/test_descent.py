@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from evolver.config.reading import config_at
 from evolver.driver.prepare import in_compute, prepare
 from evolver.evaluation import losses
-from evolver.evaluation.losses import Descending, Said, distillation, entropy, said_of
+from evolver.evaluation.losses import Descending, ModelOutputs, distillation, entropy, said_of
 from evolver.records import Candidate, Result
 from evolver.records.loss import UnlabelledLoss
 from evolver.records.recipe import Merge, Place, Rule, dump_recipe
@@ -123,7 +123,8 @@ def test_an_expert_has_nothing_to_learn_from_itself(configured):
     whole = worker.evaluate(asked_of(ready, [(1.0, 0.0)] * 3, loss))
     ready.config.statistics.tasks["b"] = ["a"]  # both experts show what they do on a's items
     only = Worker(ready.plan, "dev", tasks=ready.tasks).evaluate(asked_of(ready, [(1.0, 0.0)] * 3, loss))
-    assert whole.loss > 1e-4 and only.loss > 1e-4
+    assert whole.loss > 1e-4
+    assert only.loss > 1e-4
     ready.config.statistics.tasks["b"] = ["nobody"]
     alone = Worker(ready.plan, "dev", tasks=ready.tasks).evaluate(asked_of(ready, [(1.0, 0.0)] * 3, loss))
     assert alone.loss == pytest.approx(0.0, abs=1e-9)
@@ -138,7 +139,9 @@ def test_a_gradient_changes_no_score_after_it(configured):
     asked = asked_of(ready, [(0.4, 0.2)] * 3, loss)
     plain = replace(asked, question=Candidate(0, asked.recipe, "x").question)
     before, first, after, second = (worker.evaluate(c) for c in (plain, asked, plain, asked))
-    assert before.complete and before.items == after.items and before.probabilities == after.probabilities
+    assert before.complete
+    assert before.items == after.items
+    assert before.probabilities == after.probabilities
     assert (first.loss, first.gradient) == (second.loss, second.gradient)
     assert not any(p.grad is not None for p in worker.live.module.parameters())
 
@@ -174,7 +177,7 @@ def test_losses_by_hand():
     tags = type("Outputs", (), {"logits": logits.view(1, 2, 2).repeat(2, 1, 1)})
     first_only = torch.tensor([[True, True], [True, False]])
     assert float(entropy(2)("x", tags, first_only)) == pytest.approx((sum(h) / 2 + h[0]) / 2)
-    said = {"x": Said(torch.zeros(2, 2), (torch.zeros(3, 4),))}
+    said = {"x": ModelOutputs(torch.zeros(2, 2), (torch.zeros(3, 4),))}
     kl = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     assert float(distillation(said, 1.0, 2.0)("x", outputs, positions)) == pytest.approx(kl / 2 + 2.0)
 
@@ -218,7 +221,8 @@ def test_adamerging_finds_the_minimum_and_stays_between_0_and_1():
     reply = slopes(lambda numbers: [c - targets[i % 3] for i, c in enumerate(numbers)])
     search = build({**ADA, "steps": 200, "lr": 0.02, "items": 4}, experts=3, candidates=300)
     found = simulate(search, reply=reply)
-    assert len(found) == 201 and found[-1].question.limit is None
+    assert len(found) == 201
+    assert found[-1].question.limit is None
     for own in numbers_of(found[-1]):
         assert own == pytest.approx((0.5, 0.1, 0.0), abs=1e-3)
     assert len({c.question.order for c in found[:-1]}) == 200
@@ -255,18 +259,17 @@ def test_a_step_that_fails_moves_nothing():
     assert numbers_of(bad[1]) == numbers_of(bad[2]) != numbers_of(bad[3])
 
 
-@pytest.mark.parametrize(
-    ("budget", "said"),
-    [({"patience": 3}, "budget.patience: the steps of this search"), ({"candidates": 1}, "budget: there is no room")],
-)
-def test_budgets_that_cannot_be(configured, budget, said):
-    toys.refused(lambda: prepare(config_at(configured(budget=budget))), said)
+def test_patience_is_refused(configured):
+    toys.refused(lambda: prepare(config_at(configured(budget={"patience": 3}))), "budget.patience: the steps of this")
 
 
-def test_a_budget_leaves_room_for_the_model_that_was_learnt(configured):
-    ready = prepare(config_at(configured({**ADA, "steps": 50}, budget={"items": 60})))
-    assert ready.search.total == 5  # 48 items in 4 steps; after a fifth one nothing would be left
-    assert any("room for 4 of 50 steps" in warning for warning in ready.warnings)
+@pytest.mark.parametrize(("budget", "steps"), [({"items": 60}, 4), ({"candidates": 3}, 2), ({"candidates": 1}, 0)])
+def test_a_budget_leaves_room_for_the_model_that_was_learnt(configured, budget, steps):
+    """Of 12 items a step: after 48 of 60 items one more step would leave nothing."""
+    ready = prepare(config_at(configured({**ADA, "steps": 50}, budget=budget)))
+    assert any("no room for all 50 steps" in warning for warning in ready.warnings)
+    found = simulate(ready.search, reply=slopes(lambda numbers: [1.0] * len(numbers)))
+    assert [c.question.loss is None for c in found] == [False] * steps + [True]
 
 
 @pytest.mark.parametrize(

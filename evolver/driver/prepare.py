@@ -17,7 +17,7 @@ from evolver.config.reading import ConfigText
 from evolver.config.recipes import recipe_of, with_content
 from evolver.driver.early import chosen_search, innermost
 from evolver.driver.objectives import objectives_of
-from evolver.driver.refusals import refuse_estimate, refuse_gradients, refuse_unfit
+from evolver.driver.refusals import refuse_estimate, refuse_unfit
 from evolver.driver.starts import Starts, refuse_depth, starts_of
 from evolver.errors import BadInput
 from evolver.evaluation.blueprint import Blueprint, ModelFolder
@@ -121,8 +121,7 @@ def prepare(
         if device:
             tasks.check_model(blueprint)
         estimates = Estimates(tasks.scale("dev"), config.evaluation.block_items)
-        refuse_unfit(config, algorithm, settings, estimates)
-        refuse_gradients(config, tasks, algorithm, settings)
+        refuse_unfit(config, algorithm, settings, estimates, tasks)
         refuse_depth(config, opened.base.names())
         if config.evaluation.quantise:
             refuse_stacks({name: info.shape for name, info in opened.base.headers.items()})

@@ -33,14 +33,15 @@ def refuse_estimate(config: Config, algorithm: str) -> None:
             )
 
 
-def refuse_unfit(config: Config, algorithm: str, settings: Any, estimates: Estimates) -> None:
+def refuse_unfit(config: Config, algorithm: str, settings: Any, estimates: Estimates, tasks: Tasks) -> None:
     """Raises BadInput for keys that do not go together with the search or the tasks."""
     _refuse_racing(config, algorithm, estimates)
     _refuse_subset(config, settings)
     _refuse_goals(config, estimates.scale)
+    _refuse_gradients(config, tasks, algorithm, settings)
 
 
-def refuse_gradients(config: Config, tasks: Tasks, algorithm: str, settings: Any) -> None:
+def _refuse_gradients(config: Config, tasks: Tasks, algorithm: str, settings: Any) -> None:
     """Raises BadInput where a search needs gradients and this run has none, or none of the loss that it makes small."""
     if not (losses := SEARCHES[algorithm].losses):
         return

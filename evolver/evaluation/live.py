@@ -32,7 +32,7 @@ class Listener(Protocol):
     def end(self) -> None: ...
 
 
-class Passing(Protocol):
+class PassThrough(Protocol):
     """Passes a batch through the module in its own way, such as with gradients."""
 
     def __call__(self, module: Any, positions: Tensor | None, inputs: dict[str, Any]) -> Any: ...
@@ -74,7 +74,7 @@ class LiveModel:
             refuse_stacks(shapes)
         self.device = torch.device(device)
         self.listener: Listener | None = None
-        self.passing: Passing | None = None
+        self.passing: PassThrough | None = None
         self.folder, self._heads = folder, heads or {}
         self._beside = beside or folder
         given, apart = labelled(labels), self._beside != folder or plain is not None

@@ -28,7 +28,7 @@ class UnknownBatch(Exception):
 
 
 @dataclass(frozen=True)
-class Said:
+class ModelOutputs:
     """What a model says of a batch, float32.
 
     Attributes:
@@ -46,7 +46,7 @@ class Said:
         return sum(t.numel() * t.element_size() for t in (self.logits, *self.layers))
 
 
-class Asking:
+class ExpertPass:
     """Asks an expert: it keeps what the module says of each batch.
 
     Args:
@@ -58,14 +58,14 @@ class Asking:
 
     def __init__(self, layers: bool) -> None:
         self._layers = layers
-        self.said: dict[str, Said] = {}
+        self.said: dict[str, ModelOutputs] = {}
 
     def __call__(self, module: Any, positions: Tensor | None, inputs: dict[str, Any]) -> Any:
         with torch.no_grad():
             outputs = module(**inputs, **({"output_hidden_states": True} if self._layers else {}))
             found = said_of(outputs, positions, self._layers)
         with torch.inference_mode(False):  # a tensor of inference mode cannot take part in a gradient later
-            kept = Said(found.logits.clone(), tuple(layer.clone() for layer in found.layers))
+            kept = ModelOutputs(found.logits.clone(), tuple(layer.clone() for layer in found.layers))
         self.said[batch_name(inputs)] = kept
         return outputs
 
@@ -111,7 +111,7 @@ class Descending:
 
 
 @contextlib.contextmanager
-def passing(live: LiveModel, through: Asking | Descending) -> Iterator[None]:
+def passing(live: LiveModel, through: ExpertPass | Descending) -> Iterator[None]:
     """While the context is open, batches pass through the live model in another way."""
     live.passing = through
     try:
@@ -160,7 +160,7 @@ def entropy(items: int, labels: bool = False) -> BatchLoss:
     return of
 
 
-def distillation(said: dict[str, Said], temperature: float, hidden: float) -> BatchLoss:
+def distillation(said: dict[str, ModelOutputs], temperature: float, hidden: float) -> BatchLoss:
     """T²·KL(expert ‖ model) at the temperature T, plus ``hidden`` · Σ over the layers of the mean squared error.
 
     Both are means over the positions of all batches, so that it does not matter how items are divided into batches.
@@ -184,7 +184,7 @@ def distillation(said: dict[str, Said], temperature: float, hidden: float) -> Ba
     return of
 
 
-def said_of(outputs: Any, positions: Tensor | None, layers: bool) -> Said:
+def said_of(outputs: Any, positions: Tensor | None, layers: bool) -> ModelOutputs:
     """What a module has said, in the positions that count.
 
     Raises ValueError where it does not give the outputs of its layers, and where they are wanted.
@@ -192,7 +192,7 @@ def said_of(outputs: Any, positions: Tensor | None, layers: bool) -> Said:
     if layers and not outputs.hidden_states:
         raise ValueError("this architecture does not give the outputs of its layers; write hidden: 0")
     found = outputs.hidden_states[1:] if layers else ()  # the first one is that of the embedding
-    return Said(_counted(outputs.logits, positions), tuple(_counted(layer, positions) for layer in found))
+    return ModelOutputs(_counted(outputs.logits, positions), tuple(_counted(layer, positions) for layer in found))
 
 
 def _counted(values: Tensor, positions: Tensor | None) -> Tensor:

@@ -70,7 +70,7 @@ PLAIN_FIELDS = (
     "status", "reason", "score", "bound", "complete", "reused", "raced", "transient", "given", "worker", "loss",
 )  # fmt: skip
 MAPS = ("tasks", "seconds", "counts", "violations")
-LISTS = ("said", "probabilities", "gradient")
+LIST_FIELDS = ("said", "probabilities", "gradient")
 
 
 class LostRecipe(BadInput):
@@ -102,7 +102,7 @@ def row_of(candidate: Candidate, result: Result | None, held: Container[str] = (
         row["item_counts"] = [list(a[1:]) if isinstance(a, tuple) else [] for a in result.items]
         if not any(row["item_counts"]):
             row["item_counts"] = []
-        row |= {name: list(getattr(result, name)) for name in LISTS}
+        row |= {name: list(getattr(result, name)) for name in LIST_FIELDS}
         row |= {name: list(getattr(result, name).items()) for name in MAPS}
     return row
 
@@ -160,7 +160,7 @@ def result_of(row: Mapping[str, Any]) -> Result:
     items: tuple[Any, ...] = tuple(row["items"])
     if row["item_counts"]:
         items = tuple((own, *counts) if counts else own for own, counts in zip(items, row["item_counts"], strict=True))
-    more: dict[str, Any] = {name: tuple(row[name] or ()) for name in LISTS}
+    more: dict[str, Any] = {name: tuple(row[name] or ()) for name in LIST_FIELDS}
     return Result(**{name: row[name] for name in same}, items=items, **more)
 
 

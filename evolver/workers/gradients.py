@@ -18,10 +18,10 @@ from evolver.errors import BadInput
 from evolver.evaluation.base import Scored
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.losses import (
-    Asking,
     BatchLoss,
     Descending,
-    Said,
+    ExpertPass,
+    ModelOutputs,
     UnknownBatch,
     differentiable,
     distillation,
@@ -38,7 +38,7 @@ from evolver.records.recipe import Expert, Merge, layer_of
 # What experts say of the items of a step is kept in memory for the next step, but not more than this.
 MOST_BYTES = 2 << 30
 # Items that are scored together: those of one task (its name), or those on which one expert is the example.
-Part = tuple[str, Expert | None, frozenset[int]]
+ScoredPart = tuple[str, Expert | None, frozenset[int]]
 
 
 def taught_tasks(config: Config, expert: str) -> set[str]:
@@ -65,7 +65,8 @@ class Gradients:
     ) -> None:  # fmt: skip
         self._config, self._build, self._live, self._scorer = config, materialiser, live, scorer
         self._owners = [tasks.owner("dev", item) for item in tasks.items.dev]
-        self._said: dict[tuple[str, str], dict[str, Said]] = {}  # by the expert's digest and the name of the order
+        # What experts say by the name of the batch; by the expert's digest, the name of the order, and the loss.
+        self._said: dict[tuple[str, str, UnlabelledLoss], dict[str, ModelOutputs]] = {}
         self._changed: dict[tuple[str, ...], list[str]] = {}
 
     def answer(self, candidate: Candidate, name: str) -> Result:
@@ -104,7 +105,7 @@ class Gradients:
         """The gradient by the weights that task vectors change, after all batches, and what the judges say."""
         parts = list(self._parts(recipe, loss, places))
         if loss.name == "distillation":
-            self._ask(parts, order, loss.hidden > 0)
+            self._ask(parts, order, loss)
         self._live.write(self._build.stream(recipe), whole=True)
         changed = self._names(recipe)
         owners = self._live.parameters()
@@ -120,7 +121,7 @@ class Gradients:
             out.add(self._scorer.score_at(rest))
         return through, out
 
-    def _parts(self, recipe: Merge, loss: UnlabelledLoss, places: Sequence[int]) -> Iterator[Part]:
+    def _parts(self, recipe: Merge, loss: UnlabelledLoss, places: Sequence[int]) -> Iterator[ScoredPart]:
         if loss.name == "entropy":
             for task in dict.fromkeys(self._owners[place].task for place in sorted(places)):
                 yield task, None, frozenset(p for p in places if self._owners[p].task == task)
@@ -131,18 +132,18 @@ class Gradients:
                 if own := frozenset(p for p in places if self._owners[p].task in tasks):
                     yield "", expert, own
 
-    def _ask(self, parts: Sequence[Part], order: str, layers: bool) -> None:
+    def _ask(self, parts: Sequence[ScoredPart], order: str, loss: UnlabelledLoss) -> None:
         """Let every expert answer its own items, unless it was asked about them before."""
-        self._said = {key: said for key, said in self._said.items() if key[1] == order}
+        self._said = {key: said for key, said in self._said.items() if key[1:] == (order, loss)}
         for _, expert, own in parts:
             assert expert is not None
-            if (expert.digest, order) in self._said:
+            if (expert.digest, order, loss) in self._said:
                 continue
             self._live.write(self._build.stream(expert), whole=True)
-            asking = Asking(layers)
+            asking = ExpertPass(loss.hidden > 0)
             with passing(self._live, asking):
                 self._scorer.score_at(own)
-            self._said[expert.digest, order] = asking.said
+            self._said[expert.digest, order, loss] = asking.said
         held = sum(one.size for said in self._said.values() for one in said.values())
         if held > MOST_BYTES:
             raise BadInput(
@@ -157,7 +158,7 @@ class Gradients:
         if expert is None:
             entry = next(e for e in self._owners if e.task == task)
             return entropy(len(own), entry.threshold is not None)
-        return distillation(self._said[expert.digest, order], loss.temperature, loss.hidden)
+        return distillation(self._said[expert.digest, order, loss], loss.temperature, loss.hidden)
 
     def _names(self, recipe: Merge) -> list[str]:
         """The tensors that at least one task vector changes. Those of frozen layers need no gradient."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 # Those of the paper.
-FIRST, SECOND, TINY = 0.9, 0.999, 1e-8
+FIRST, SECOND, EPSILON = 0.9, 0.999, 1e-8
 
 
 class Adam:
@@ -30,6 +30,6 @@ class Adam:
         self._squares = [SECOND * v + (1 - SECOND) * g * g for v, g in zip(self._squares, gradient, strict=True)]
         first, second = 1 - FIRST**self._steps, 1 - SECOND**self._steps
         return [
-            x * (1 - self.rate * self.decay) - self.rate * (m / first) / (math.sqrt(v / second) + TINY)
+            x * (1 - self.rate * self.decay) - self.rate * (m / first) / (math.sqrt(v / second) + EPSILON)
             for x, m, v in zip(numbers, self._means, self._squares, strict=True)
         ]

@@ -10,7 +10,7 @@ from pydantic import Field
 from evolver.records.loss import UnlabelledLoss
 from evolver.search.base import Setup, algorithm
 from evolver.search.descent.adam import Adam
-from evolver.search.descent.base import Descent, DescentSettings, Numbers
+from evolver.search.descent.base import Descent, DescentSettings
 
 
 class AdaMergingSettings(DescentSettings):
@@ -38,7 +38,7 @@ class AdaMerging(Descent):
         super().__init__(setup, settings, "adamerging", settings.steps, UnlabelledLoss("entropy"))
         self.adam = Adam(len(self.numbers), settings.lr)
 
-    def start(self) -> Numbers:
+    def start(self) -> list[float]:
         return [self.initial] * (len(self.places) * self.experts)
 
     def move(self, step: int, gradient: Sequence[float]) -> None:

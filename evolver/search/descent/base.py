@@ -8,7 +8,7 @@ learnt stands in the ledger: what was stopped goes on by replay, with the same c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from pydantic import Field
 
@@ -21,9 +21,7 @@ from evolver.records.recipe import Merge, Place, Rule
 from evolver.search.base import Ordered, Setup
 
 # Coefficients have so many digits after the point in a recipe.
-DIGITS = 9
-# One number for each expert, place by place.
-Numbers: TypeAlias = list[float]
+COEFFICIENT_DIGITS = 9
 
 
 class DescentSettings(Section):
@@ -51,14 +49,14 @@ class Descent(Ordered):
         outside: whether tensors outside of the layers have coefficients that are learnt; else they keep those of the
             beginning. A model as a whole has one set for all.
 
-    Raises BadInput for a budget that ends by patience, and for one that leaves room for no step.
+    Raises BadInput for a budget that ends by patience, as steps have no scores.
     """
 
     def __init__(
         self, setup: Setup, settings: DescentSettings, name: str, steps: int, loss: UnlabelledLoss, outside: bool = True
     ) -> None:  # fmt: skip
         self.name, self.items, self.redraw, self.loss = name, settings.items, settings.redraw, loss
-        self.wanted, self.steps = steps, min(steps, _room(setup.budget, settings.items))
+        self.wanted, self.steps = steps, min(steps, _room(setup.budget))
         super().__init__(setup, limit=self.steps + 1)
         layers = setup.maker.depth(anew=False) if settings.per == "layer" else 0
         inside = [Place(layers=(layer, layer + 1)) for layer in range(layers)]
@@ -66,9 +64,9 @@ class Descent(Ordered):
         self.experts = len(setup.experts)
         # The places in the list of numbers that are learnt.
         self.learnt = range(self.experts if layers and not outside else 0, len(self.places) * self.experts)
-        self.numbers: Numbers = self.start()
+        self.numbers: list[float] = self.start()
 
-    def start(self) -> Numbers:
+    def start(self) -> list[float]:
         """The coefficients of the first step."""
         raise NotImplementedError  # every search defines it
 
@@ -80,10 +78,12 @@ class Descent(Ordered):
     def remarks(self) -> tuple[str, ...]:
         """Sentences on a budget that ends before the steps, or before the choice."""
         out = []
-        if self.steps < self.wanted:
+        most, needed = self.setup.budget.items, self.wanted * self.items
+        if self.steps < self.wanted or (most is not None and most <= needed):
             out.append(
-                f"search.steps: the budget leaves room for {self.steps} of {self.wanted} steps, before the model that "
-                f"was learnt is scored; raise the budget to {self.wanted + 1} candidates, or leave it as it is"
+                f"search.steps: the budget leaves no room for all {self.wanted} steps and the model that was learnt, so "
+                f"fewer steps are taken; for all of them it takes {self.wanted + 1} candidates and more than {needed} "
+                "items"
             )
         if self.setup.budget.minutes is not None:
             out.append(
@@ -97,7 +97,9 @@ class Descent(Ordered):
 
     def propose(self, k: int) -> Candidate:
         parents = tuple(expert.id for expert in self.setup.experts)
-        if k == self.steps:
+        most = self.setup.budget.items
+        if k == self.steps or (most is not None and self._progress.items + self.items >= most):
+            self.steps, self.limit = k, k + 1
             return Candidate(k, self.recipe(), self.name, parents)
         order = f"{self.setup.seed}:{self.name}" + (f":{k}" if self.redraw else "")
         limit = min(self.items, self.setup.estimator.items)
@@ -114,31 +116,23 @@ class Descent(Ordered):
         rules = []
         for number, place in enumerate(self.places):
             own = self.coefficients()[number * self.experts : (number + 1) * self.experts]
-            values = {"weight": tuple(round(c, DIGITS) for c in own), "lambda": 1.0, "normalize": False}
+            values = {"weight": tuple(round(c, COEFFICIENT_DIGITS) for c in own), "lambda": 1.0, "normalize": False}
             rules.append(Rule.of(values, place))
         return Merge("task_arithmetic", self.setup.experts, self.setup.base, tuple(rules))
 
-    def coefficients(self) -> Numbers:
+    def coefficients(self) -> list[float]:
         """The coefficients that the numbers stand for: the numbers themselves, if nothing else is said."""
         return self.numbers
 
 
-def _room(budget: Budget, items: int) -> int:
-    """How many steps fit into a budget, so that the model that was learnt can still be scored after them.
+def _room(budget: Budget) -> int:
+    """How many steps fit into a budget of candidates, so that the model that was learnt can still be scored after them.
 
-    Raises BadInput where none does, and for patience.
+    Raises BadInput for patience.
     """
     if budget.patience is not None:
         raise BadInput(
             "budget.patience: the steps of this search have no scores, so none of them is an improvement; leave "
             "patience out, and limit search.steps."
         )
-    most = 10**12 if budget.candidates is None else budget.candidates - 1
-    if budget.items is not None:
-        most = min(most, -(-budget.items // items) - 1)
-    if most < 1:
-        raise BadInput(
-            "budget: there is no room for a step and for the model that was learnt; give at least 2 candidates, and "
-            f"more than {items} items."
-        )
-    return most
+    return 10**12 if budget.candidates is None else budget.candidates - 1

@@ -11,7 +11,7 @@ from pydantic import Field
 from evolver.records.loss import UnlabelledLoss
 from evolver.search.base import Setup, algorithm
 from evolver.search.descent.adam import Adam
-from evolver.search.descent.base import Descent, DescentSettings, Numbers
+from evolver.search.descent.base import Descent, DescentSettings
 
 
 class ExpertMergingSettings(DescentSettings):
@@ -57,10 +57,10 @@ class ExpertMerging(Descent):
         super().__init__(setup, settings, "expert_merging", settings.steps, loss, settings.outside)
         self.adam = Adam(len(self.learnt), settings.lr, settings.decay)
 
-    def start(self) -> Numbers:
+    def start(self) -> list[float]:
         return [math.log(self.initial / (1 - self.initial))] * (len(self.places) * self.experts)
 
-    def coefficients(self) -> Numbers:
+    def coefficients(self) -> list[float]:
         return [1 / (1 + math.exp(-a)) for a in self.numbers]
 
     def move(self, step: int, gradient: Sequence[float]) -> None:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from evolver.records.loss import LossName, UnlabelledLoss
 from evolver.search.base import Setup, algorithm
-from evolver.search.descent.base import Descent, DescentSettings, Numbers
+from evolver.search.descent.base import Descent, DescentSettings
 
 
 class FrankWolfeSettings(DescentSettings):
@@ -45,7 +45,7 @@ class FrankWolfe(Descent):
         self.eta, self.scale = settings.eta, settings.scale
         super().__init__(setup, settings, "fw_merging", settings.steps, UnlabelledLoss(settings.loss))
 
-    def start(self) -> Numbers:
+    def start(self) -> list[float]:
         return [0.0] * (len(self.places) * self.experts)
 
     def move(self, step: int, gradient: Sequence[float]) -> None:
