@@ -148,6 +148,9 @@ ORDERED = {
     "policy": {"algorithm": "policy", "population": 4, "rate": 1.0},
     "policy swaps": {"algorithm": "policy", "population": 5, "edits": False, "merges": [], "ends": "b"},
     "consistency": {"algorithm": "consistency", "step": 0.05, "target": "a", "source": "c"},
+    "adamerging": {"algorithm": "adamerging", "steps": 12, "items": 4},
+    "expert_merging": {"algorithm": "expert_merging", "steps": 12, "items": 4, "redraw": True},
+    "fw_merging": {"algorithm": "fw_merging", "steps": 12, "items": 4},
     "grid": {"algorithm": "grid", "levels": 3},
     "grid methods": {"algorithm": "grid", "levels_of": {"lambda": 5}, "method": ["task_arithmetic", "ties"]},
 }
@@ -201,9 +204,10 @@ def answer(candidate, failing=False):
     if candidate.question.bar is not None and value <= candidate.question.bar:
         return Result(candidate.number, candidate.recipe.id, "ok", None, candidate.question.bar, False, (value,) * 3)
     if candidate.question.limit is not None:
-        return Result(
+        told = Result(
             candidate.number, candidate.recipe.id, "ok", None, 1.0, False, (value,) * candidate.question.limit
         )
+        return told if candidate.question.loss is None else replace(told, loss=1.0, gradient=slopes(candidate))
     return Result(
         candidate.number,
         candidate.recipe.id,
@@ -214,6 +218,12 @@ def answer(candidate, failing=False):
         (value,) * 10,
         {"one": value, "other": 1 - value},
     )
+
+
+def slopes(candidate):
+    """A gradient that depends on the model and on which items it is taken."""
+    draw = random.Random(f"{candidate.recipe.id}:{candidate.question.order}")
+    return tuple(draw.gauss(0, 1) for _ in range(len(candidate.recipe.rules) * len(candidate.recipe.inputs)))
 
 
 def simulate(search, workers=1, order=None, failing=False, reply=answer):
@@ -376,7 +386,8 @@ def test_the_budget_of_items_ends_a_replay_too(settings):
 @EVERY
 def test_reused_results_cost_nothing(settings):
     def reused(candidate, _):
-        return Result(candidate.number, candidate.recipe.id, "ok", 0.5, 0.5, True, (0.5,) * 10, reused=True)
+        told = Result(candidate.number, candidate.recipe.id, "ok", 0.5, 0.5, True, (0.5,) * 10, reused=True)
+        return told if candidate.question.loss is None else replace(told, gradient=slopes(candidate))
 
     asked = simulate(every_search(settings, items=10, candidates=9), reply=reused)
     assert len({c.recipe.id for c in asked}) == 9
@@ -537,7 +548,7 @@ def test_a_race_is_given_the_incumbent_s_items(settings, early_stopping):
     for candidate in raced:
         bar = candidate.question.bar
         assert candidate.question.rival == (() if bar is None else (bar * 0.5, bar * 1.5))
-        assert (candidate.question.order == "") == (bar is None)
+        assert (candidate.question.order == "") == (bar is None) or candidate.question.loss is not None
     orders = [c.question.order for c in raced if c.question.bar is not None]
     assert len(set(orders)) == len(orders)
     assert any(c.question.rival for c in raced) == (early_stopping and SEARCHES[settings["algorithm"]].incumbent)

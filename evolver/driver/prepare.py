@@ -123,7 +123,7 @@ def prepare(
         if device:
             tasks.check_model(blueprint)
         estimates = Estimates(tasks.scale("dev"), config.evaluation.block_items)
-        refuse_unfit(config, algorithm, settings, estimates)
+        refuse_unfit(config, algorithm, settings, estimates, tasks)
         refuse_depth(config, opened.base.names())
         if config.evaluation.quantise:
             refuse_stacks({name: info.shape for name, info in opened.base.headers.items()})

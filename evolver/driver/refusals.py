@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from evolver.config import Config
+from evolver.config.evaluation import TaskEntry
 from evolver.errors import BadInput
 from evolver.evaluation.scores.estimates import Estimates, first_unjudged
+from evolver.evaluation.scores.metrics import VALUE
 from evolver.evaluation.scores.scoring import Scale
+from evolver.evaluation.tasks import Tasks
 from evolver.search import SEARCHES
 from evolver.search.halving import HalvingSettings
 
@@ -30,11 +33,46 @@ def refuse_estimate(config: Config, algorithm: str) -> None:
             )
 
 
-def refuse_unfit(config: Config, algorithm: str, settings: Any, estimates: Estimates) -> None:
+def refuse_unfit(config: Config, algorithm: str, settings: Any, estimates: Estimates, tasks: Tasks) -> None:
     """Raises BadInput for keys that do not go together with the search or the tasks."""
     _refuse_racing(config, algorithm, estimates)
     _refuse_subset(config, settings)
     _refuse_goals(config, estimates.scale)
+    _refuse_gradients(config, tasks, algorithm, settings)
+
+
+def _refuse_gradients(config: Config, tasks: Tasks, algorithm: str, settings: Any) -> None:
+    """Raises BadInput where a search needs gradients and this run has none, or none of the loss that it makes small."""
+    if not (losses := SEARCHES[algorithm].losses):
+        return
+    evaluation, loss = config.evaluation, getattr(settings, "loss", losses[0])
+    if evaluation.backend != "resident":
+        raise BadInput(
+            f"evaluation.backend: {algorithm} takes gradients, which the backend {evaluation.backend} does not give; "
+            "write resident."
+        )
+    if evaluation.rounding("dev"):
+        raise BadInput(
+            f"evaluation.quantise: {algorithm} takes gradients, and rounded weights have none; leave quantise out, or "
+            "write quantise_search: false, so that only the models that are chosen from are rounded."
+        )
+    for number, entry in enumerate(tasks.entries):
+        key = f"evaluation.tasks[{number}]"
+        if not tasks.judges[entry.task].tells_padding(entry):
+            raise BadInput(
+                f"{key}: {algorithm} takes gradients of forward passes, and {entry.task} is scored in a way that does "
+                "not show them, as where a text is written; leave the task out, or search with scores, such as tpe."
+            )
+        if loss == "entropy" and not _chooses_labels(config, entry):
+            raise BadInput(
+                f"{key}: {algorithm} makes the entropy of predicted labels small, and {entry.task} has no labels to "
+                "predict; a language model would only learn to repeat itself. Write algorithm: expert_merging."
+            )
+
+
+def _chooses_labels(config: Config, entry: TaskEntry) -> bool:
+    kinds = ("classifier", "token-classifier", "image-classifier")
+    return (entry.judge or config.model.kind) in kinds and entry.metric not in VALUE
 
 
 def _refuse_racing(config: Config, algorithm: str, estimates: Estimates) -> None:

@@ -32,6 +32,12 @@ class Listener(Protocol):
     def end(self) -> None: ...
 
 
+class PassThrough(Protocol):
+    """Passes a batch through the module in its own way, such as with gradients."""
+
+    def __call__(self, module: Any, positions: Tensor | None, inputs: dict[str, Any]) -> Any: ...
+
+
 class LiveModel:
     """A Transformers model whose tensors are addressed by their names in the checkpoint.
 
@@ -68,6 +74,7 @@ class LiveModel:
             refuse_stacks(shapes)
         self.device = torch.device(device)
         self.listener: Listener | None = None
+        self.passing: PassThrough | None = None
         self.folder, self._heads = folder, heads or {}
         self._beside = beside or folder
         given, apart = labelled(labels), self._beside != folder or plain is not None
@@ -188,7 +195,7 @@ class LiveModel:
         """
         if self.listener is not None:
             self.listener.begin(positions)
-        outputs = self.module(**inputs)
+        outputs = self.module(**inputs) if self.passing is None else self.passing(self.module, positions, inputs)
         if self.listener is not None:
             self.listener.end()
         return outputs

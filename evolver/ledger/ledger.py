@@ -131,9 +131,9 @@ class Ledger:
 
     def with_known_items(self, candidate: Candidate) -> Candidate:
         """The candidate with the longest first part of its items, in their order, that is known of its recipe; with
-        none where it asks for words.
+        none where it asks for words or for a gradient.
         """
-        if candidate.question.words:
+        if candidate.question.words or candidate.question.loss is not None:
             return candidate
         found = self._by_recipe.get((candidate.recipe.id, candidate.split), [])
         order = candidate.question.order

@@ -54,6 +54,9 @@ SCHEMA = pa.schema(
         ("violations", pa.map_(pa.string(), pa.float64())),
         # how probable the model finds the right answer to each new item; NaN where that is not known
         ("probabilities", pa.list_(pa.float32())),
+        # the loss on the items and its derivatives by the coefficients of the merge, for a search that descends
+        ("loss", pa.float64()),
+        ("gradient", pa.list_(pa.float64())),
     ]
 )
 
@@ -62,9 +65,12 @@ SCHEMA = pa.schema(
 OLDEST = ("event", "time", "stage", "number", "recipe_id", "nodes")
 DEFAULTS = {f.name: f.default for kind in (Candidate, Result) for f in fields(kind) if f.default is not MISSING}
 
-# The fields of a result that a row holds unchanged, and those that are mappings.
-PLAIN_FIELDS = ("status", "reason", "score", "bound", "complete", "reused", "raced", "transient", "given", "worker")
+# The fields of a result that a row holds unchanged, and those that are mappings or sequences.
+PLAIN_FIELDS = (
+    "status", "reason", "score", "bound", "complete", "reused", "raced", "transient", "given", "worker", "loss",
+)  # fmt: skip
 MAPS = ("tasks", "seconds", "counts", "violations")
+LIST_FIELDS = ("said", "probabilities", "gradient")
 
 
 class LostRecipe(BadInput):
@@ -96,7 +102,7 @@ def row_of(candidate: Candidate, result: Result | None, held: Container[str] = (
         row["item_counts"] = [list(a[1:]) if isinstance(a, tuple) else [] for a in result.items]
         if not any(row["item_counts"]):
             row["item_counts"] = []
-        row["said"], row["probabilities"] = list(result.said), list(result.probabilities)
+        row |= {name: list(getattr(result, name)) for name in LIST_FIELDS}
         row |= {name: list(getattr(result, name).items()) for name in MAPS}
     return row
 
@@ -154,7 +160,7 @@ def result_of(row: Mapping[str, Any]) -> Result:
     items: tuple[Any, ...] = tuple(row["items"])
     if row["item_counts"]:
         items = tuple((own, *counts) if counts else own for own, counts in zip(items, row["item_counts"], strict=True))
-    more: dict[str, Any] = {name: tuple(row[name] or ()) for name in ("said", "probabilities")}
+    more: dict[str, Any] = {name: tuple(row[name] or ()) for name in LIST_FIELDS}
     return Result(**{name: row[name] for name in same}, items=items, **more)
 
 

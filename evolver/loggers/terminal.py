@@ -46,6 +46,8 @@ def describe_result(candidate: Candidate, result: Result) -> str:
     if result.status == "failed":
         return f"{what}: failed ({result.reason})"
     took = "known" if result.reused else f"{result.seconds.get('total', 0.0):.1f} s"
+    if result.loss is not None:
+        return f"{what}: loss {result.loss:.4f} on {len(result.items)} items ({took})"
     if result.score is None:
         how = "rejected after" if candidate.question.limit is None else "scored on"
         return f"{what}: {how} {len(result.items)} items ({took})"

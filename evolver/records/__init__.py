@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from evolver.records.loss import UnlabelledLoss
 from evolver.records.order import OWN, item_order
 from evolver.records.recipe import Recipe
 
@@ -80,6 +81,8 @@ class Question:
             the piece are in this order, the rival's in the run's own.
         words: whether the result is to hold the answers in words, for a search that compares what models say. Items
             whose scores are known are then scored again.
+        loss: what the result is to hold the gradient of, for a search that descends; ``limit`` says on how many items.
+            None: no gradient is asked for.
     """
 
     bar: float | None = None
@@ -89,6 +92,7 @@ class Question:
     piece: tuple[int, int] | None = None
     order: str = OWN
     words: bool = False
+    loss: UnlabelledLoss | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,8 @@ class Result:
             the order in which they were scored; empty where it is known of none.
         violations: by how much it breaks each of the run's constraints, by the number of the constraint; what is not
             above 0 is kept. What was not found out, because the evaluation stopped before its end, is left out.
+        loss: the loss on the items, if its gradient was asked for. Such a result has no score, whatever its items.
+        gradient: its derivatives by the coefficients of the recipe's merge, one for each expert, rule by rule.
     """
 
     number: int
@@ -172,6 +178,8 @@ class Result:
     said: tuple[str, ...] = ()
     probabilities: tuple[float, ...] = ()
     violations: Mapping[str, float] = field(default_factory=dict)
+    loss: float | None = None
+    gradient: tuple[float, ...] = ()
     stage: Stage = "search"
     order: str = OWN
     rank: int | None = field(default=None, compare=False)
@@ -195,12 +203,12 @@ class Result:
         """Whether this result is enough for a candidate with the same recipe, so that nothing has to be scored.
 
         It is if it failed by its own fault or is complete, if its bound is not above the candidate's bar, or if it has
-        as many items as the candidate asks for; and if it has the words that the candidate asks for.
+        as many items as the candidate asks for; and if it has the words or the gradient that the candidate asks for.
         """
         asked = candidate.question
         if self.status == "failed":
             return not self.transient
-        if asked.words and not self.said:
+        if (asked.words and not self.said) or (asked.loss is not None and not self.gradient):
             return False
         if self.complete:
             return True

@@ -315,7 +315,7 @@ def _savings_table(searched: Sequence[tuple[Candidate, Result]], full: int, outc
         known = last.get(result.recipe_id)
         if result.status == "ok" and (known is None or len(result.items) > len(known[1].items)):
             last[result.recipe_id] = (candidate, result)
-    partial = [(c, r) for c, r in last.values() if not r.complete]
+    partial = [(c, r) for c, r in last.values() if not r.complete and r.loss is None]
     ways = {
         "could no longer reach the score to beat": [r for c, r in partial if not r.raced and c.question.limit is None],
         f"lost a race, at an error rate of {outcome.config.evaluation.racing}": [r for _, r in partial if r.raced],

@@ -20,6 +20,7 @@ from evolver.config import Budget
 from evolver.config.section import Section
 from evolver.errors import BadInput
 from evolver.records import Candidate, Choice, ItemAnswer, Knob, Result
+from evolver.records.loss import LossName
 from evolver.records.objective import Objective
 from evolver.records.order import OWN
 from evolver.records.recipe import Expert, Recipe
@@ -277,6 +278,7 @@ class Algorithm:
         several: whether it has several objectives, whether or not the configuration names any.
         partial: whether it asks for the scores of a part of the items itself, so that it cannot stand inside of another
             search and needs no estimates.
+        losses: the losses whose gradients it asks for; none: it goes by scores or answers.
     """
 
     name: str
@@ -286,6 +288,7 @@ class Algorithm:
     inside: str = ""
     several: bool = False
     partial: bool = False
+    losses: tuple[LossName, ...] = ()
 
 
 SEARCHES: dict[str, Algorithm] = {}
@@ -294,12 +297,12 @@ SettingsType = TypeVar("SettingsType", bound=Section)
 
 def algorithm(
     name: str, settings: type[SettingsType], incumbent: bool = False, inside: str = "", several: bool = False,
-    partial: bool = False,
+    partial: bool = False, losses: tuple[LossName, ...] = (),
 ) -> Callable[[Any], Any]:  # fmt: skip
     """Register a search under ``name``. The decorated class or function is called as ``search(setup, settings)``."""
 
     def register(build: Any) -> Any:
-        SEARCHES[name] = Algorithm(name, settings, build, incumbent, inside, several, partial)
+        SEARCHES[name] = Algorithm(name, settings, build, incumbent, inside, several, partial, losses)
         return build
 
     return register

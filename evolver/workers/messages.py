@@ -14,6 +14,7 @@ from typing import Any
 
 from evolver.records import Candidate, Question, Result, as_answers
 from evolver.records.graph import NodeTable, text_id, texts_of
+from evolver.records.loss import UnlabelledLoss
 
 
 def pack_candidate(candidate: Candidate, nodes: Iterable[str] | None = None) -> bytes:
@@ -25,7 +26,7 @@ def pack_candidate(candidate: Candidate, nodes: Iterable[str] | None = None) -> 
     """
     sent = list(texts_of(candidate.recipe).values() if nodes is None else nodes)
     recipe = {"id": candidate.recipe.id, "nodes": sent, "whole": nodes is None}
-    return _pack({**vars(candidate), "recipe": recipe, "question": vars(candidate.question)})
+    return _pack({**vars(candidate), "recipe": recipe, "question": asdict(candidate.question)})
 
 
 def unpack_candidate(data: bytes, nodes: NodeTable | None = None) -> Candidate:
@@ -38,6 +39,8 @@ def unpack_candidate(data: bytes, nodes: NodeTable | None = None) -> Candidate:
     """
     fields, nodes = _unpack(data), NodeTable() if nodes is None else nodes
     asked: dict[str, Any] = {k: as_answers(v) if isinstance(v, list) else v for k, v in fields["question"].items()}
+    if asked["loss"] is not None:
+        asked["loss"] = UnlabelledLoss(**asked["loss"])
     sent = fields["recipe"]
     if sent["whole"]:
         nodes.clear()
@@ -54,7 +57,7 @@ def pack_result(result: Result) -> bytes:
 def unpack_result(data: bytes) -> Result:
     """The inverse of ``pack_result``."""
     result = Result(**_unpack(data))
-    more: dict[str, Any] = {"said": tuple(result.said), "probabilities": tuple(result.probabilities)}
+    more: dict[str, Any] = {name: tuple(getattr(result, name)) for name in ("said", "probabilities", "gradient")}
     return replace(result, items=as_answers(result.items), **more)
 
 

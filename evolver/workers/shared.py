@@ -42,7 +42,8 @@ class SharedPool:
     """A pool that divides a candidate's blocks of items among several workers and joins their answers.
 
     The joined answers are examined block by block in the order of the items, as one worker would do it. A candidate
-    that one worker would have stopped is stopped at the same block, and what was scored after it is thrown away.
+    that one worker would have stopped is stopped at the same block, and what was scored after it is thrown away. A
+    candidate whose gradient is asked for is not divided: it has few items, and its tasks are told apart.
 
     Args:
         pool: the workers.
@@ -64,7 +65,7 @@ class SharedPool:
         course = self._course(candidate)
         blocks = course.blocks()
         pieces = [(part[0][0], part[-1][1]) for part in _evenly(blocks, self._parts)]
-        if len(pieces) < 2:
+        if len(pieces) < 2 or candidate.question.loss is not None:
             self._pool.submit(candidate)
             return
         shared = _Shared(course, blocks, list(candidate.question.known), waiting=len(pieces))

@@ -42,6 +42,7 @@ from evolver.records.recipe import Expert
 from evolver.storage.references import parts_of
 from evolver.workers.compute import ComputeChoice, choose, is_open, refuse_compute
 from evolver.workers.failures import BrokenDevice, is_broken_device, is_out_of_memory, is_transient, told_reason
+from evolver.workers.gradients import Gradients
 from evolver.workers.measures import Measures
 from evolver.workers.opened import GIB, Opened, OwnModel, check_backend_device, open_models
 from evolver.workers.plan import Plan, items_hash
@@ -210,6 +211,9 @@ class Worker:
         self.materialiser = build_materialiser(plan, opened, device, statistics)
         self.measures = Measures(plan, self.materialiser) if split == "dev" and config.constraints else None
         self.alpha = config.evaluation.racing
+        self.gradients = None
+        if isinstance(self.live, LiveModel) and split == "dev":
+            self.gradients = Gradients(config, tasks, self.materialiser, self.live, self.scorer)
         self._failed_in_a_row = 0
 
     def evaluate(self, candidate: Candidate) -> Result:
@@ -249,6 +253,8 @@ class Worker:
         return self._timed(candidate)
 
     def _timed(self, candidate: Candidate) -> Result:
+        if candidate.question.loss is not None and self.gradients is not None:
+            return self.gradients.answer(candidate, self.name)
         began, before = time.perf_counter(), self._statistics.tokens
         scorer = self._load(candidate)
         built = time.perf_counter()
