@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-Term = tuple[float, Tensor]
+GradientTerm = tuple[float, Tensor]
 
 
 class ExampleAnswer(Protocol):
     """What a model answers to one example."""
 
-    def expected(self, logits: Tensor, seed: int) -> list[Term]:
+    def expected(self, logits: Tensor, seed: int) -> list[GradientTerm]:
         """The terms of the Fisher information; draws, where there are too many answers to sum over, have the seed."""
         ...
 
-    def empirical(self, logits: Tensor) -> list[Term]:
+    def empirical(self, logits: Tensor) -> list[GradientTerm]:
         """The term of the observed answer; none where the model has no such label."""
         ...
 
@@ -65,7 +65,7 @@ class _Observed:
     def loss(self, logits: Tensor) -> Tensor | None:
         raise NotImplementedError  # every answer below says its own
 
-    def empirical(self, logits: Tensor) -> list[Term]:
+    def empirical(self, logits: Tensor) -> list[GradientTerm]:
         loss = self.loss(logits)
         return [] if loss is None else [(1.0, loss)]
 
@@ -76,7 +76,7 @@ class OneLabel(_Observed):
 
     label: int
 
-    def expected(self, logits: Tensor, seed: int) -> list[Term]:
+    def expected(self, logits: Tensor, seed: int) -> list[GradientTerm]:
         logs = logits[0].float().log_softmax(-1)
         return list(zip(logs.detach().exp().tolist(), logs.unbind(), strict=True))
 
@@ -93,7 +93,7 @@ class LabelSet(_Observed):
 
     labels: frozenset[int]
 
-    def expected(self, logits: Tensor, seed: int) -> list[Term]:
+    def expected(self, logits: Tensor, seed: int) -> list[GradientTerm]:
         chosen = logits[0].detach().double().sigmoid()
         return list(zip((chosen * (1 - chosen)).tolist(), logits[0].unbind(), strict=True))
 
@@ -108,7 +108,7 @@ class OneNumber(_Observed):
 
     number: float
 
-    def expected(self, logits: Tensor, seed: int) -> list[Term]:
+    def expected(self, logits: Tensor, seed: int) -> list[GradientTerm]:
         return [(1.0, logits.reshape(()))]
 
     def loss(self, logits: Tensor) -> Tensor | None:
@@ -131,7 +131,7 @@ class ManyLabels(_Observed):
     places: Sequence[int]
     labels: Sequence[int]
 
-    def expected(self, logits: Tensor, seed: int) -> list[Term]:
+    def expected(self, logits: Tensor, seed: int) -> list[GradientTerm]:
         logs = logits[0, list(self.places)].float().log_softmax(-1)
         draws = torch.Generator().manual_seed(seed)
         drawn = torch.multinomial(logs.detach().cpu().double().exp(), 1, generator=draws)

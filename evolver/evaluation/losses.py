@@ -155,7 +155,8 @@ def entropy(items: int, labels: bool = False) -> BatchLoss:
         if each.dim() > 1 and positions is not None:
             counted = positions.to(each.dtype)
             each = (each * counted).sum(-1) / counted.sum(-1).clamp(min=1)
-        return each.sum() / items
+        mean: Tensor = each.sum() / items
+        return mean
 
     return of
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from evolver.errors import BadInput
 from evolver.evaluation.collectors import SampledItems, collector
-from evolver.evaluation.examples import Example, Term
+from evolver.evaluation.examples import Example, GradientTerm
 from evolver.evaluation.live import LiveModel
 
 # Adds one gradient of a parameter to its total, in place: (total, parameter, gradient, weight), flat, of equal shapes.
@@ -51,7 +51,7 @@ def _add_size(total: Tensor, parameter: Tensor, gradient: Tensor, weight: float)
 
 
 def _per_example(
-    live: LiveModel, examples: Iterable[Example], terms: Callable[[Example, Tensor, int], list[Term]], add: Add
+    live: LiveModel, examples: Iterable[Example], terms: Callable[[Example, Tensor, int], list[GradientTerm]], add: Add
 ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
     """The mean over the examples of what is added for each of their terms, by the tensors' names in the checkpoint.
 
@@ -80,7 +80,9 @@ def _per_example(
             yield name, (total / answered).cpu().contiguous()
 
 
-def _add_terms(found: Sequence[Term], parameters: dict[str, nn.Parameter], totals: dict[str, Tensor], add: Add) -> None:
+def _add_terms(
+    found: Sequence[GradientTerm], parameters: dict[str, nn.Parameter], totals: dict[str, Tensor], add: Add
+) -> None:
     """Add the gradients of one example's terms to the totals. Of an embedding, only the rows that were read have
     some.
     """

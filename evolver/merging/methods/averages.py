@@ -12,6 +12,8 @@ from evolver.merging.methods.operators import total_of, weighted_sum
 
 Weight = Annotated[Tensor, Simplex()]
 Mass = Annotated[Tensor, Range(0.2, 3.0, log=True)]
+# Of methods whose papers scale the sum of the task vectors: with weights that sum to 1 it is N times their scale.
+SumMass = Annotated[Tensor, Range(0.3, 12.0, log=True)]
 
 
 @method("Wortsman et al. 2022, Model soups")

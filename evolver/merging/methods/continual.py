@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from evolver.merging.methods import Range, each, method, number
-from evolver.merging.methods.averages import Weight
+from evolver.merging.methods.averages import SumMass, Weight
 from evolver.merging.methods.here import Stack
-from evolver.merging.methods.joined import SumMass
 from evolver.merging.methods.spectrum import decomposed, matrix_by_matrix
 
 

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from evolver.merging.methods import Range, each, method, number
-from evolver.merging.methods.averages import Mass, Weight
+from evolver.merging.methods.averages import Mass, SumMass, Weight
 from evolver.merging.methods.bases import basis
 from evolver.merging.methods.here import Stack
-from evolver.merging.methods.interference import SumMass
 from evolver.merging.methods.operators import disjoint_sum, elected_sign, trim, weighted_sum
 from evolver.merging.methods.sparse import Density
 from evolver.merging.methods.spectrum import factors, matrix_by_matrix, polar

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from evolver.merging.methods import Range, each, method, number
-from evolver.merging.methods.averages import Weight
+from evolver.merging.methods.averages import SumMass, Weight
 from evolver.merging.methods.here import Stack
-from evolver.merging.methods.joined import KeptShare, SumMass, joined_directions, over_matrices, room_for_each
+from evolver.merging.methods.joined import KeptShare, joined_directions, over_matrices, room_for_each
 from evolver.merging.methods.operators import disjoint_sum, elected_sign, trim
 from evolver.merging.methods.spectrum import ENERGY, ROUNDED, Factors, polar
 

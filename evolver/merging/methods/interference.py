@@ -14,15 +14,13 @@ import torch
 from torch import Tensor
 
 from evolver.merging.methods import Range, each, method, number
-from evolver.merging.methods.averages import Weight
+from evolver.merging.methods.averages import SumMass, Weight
 from evolver.merging.methods.here import Stack
 from evolver.merging.methods.lowrank import root_of
 from evolver.merging.methods.operators import total_of, weighted_sum
 from evolver.merging.methods.quadratic import Directions, Term, directions, flow, gram_merge, ridge
 from evolver.merging.methods.spectrum import factors, matrix_by_matrix
 
-# The mass of methods whose papers scale the sum of the task vectors: with weights that sum to 1 it is N times theirs.
-SumMass = Annotated[Tensor, Range(0.3, 12.0, log=True)]
 Time = Annotated[Tensor, Range(10.0, 1e4, log=True, least=0.0)]
 Start = Literal["sum", "mean", "zero"]
 # Above this variance of the logarithms of the traces, over the square of their mean, ACE makes the traces equal.

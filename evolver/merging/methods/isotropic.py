@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from evolver.merging.methods import Range, each, method, number
-from evolver.merging.methods.averages import Mass, Weight
+from evolver.merging.methods.averages import Mass, SumMass, Weight
 from evolver.merging.methods.here import Stack
-from evolver.merging.methods.joined import SumMass, added_up, over_matrices
+from evolver.merging.methods.joined import added_up, over_matrices
 from evolver.merging.methods.spectrum import ENERGY, Factors, decomposed, matrix_by_matrix, polar
 
 Flatten = Annotated[Tensor, Range(0.0, 1.0, least=0.0, most=1.0)]

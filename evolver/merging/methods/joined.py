@@ -12,8 +12,6 @@ from evolver.merging.methods import Range
 from evolver.merging.methods.here import Stack
 from evolver.merging.methods.spectrum import Factors, factors, matrix_by_matrix
 
-# Sums of N task vectors are best at about their number, so this mass is searched over more than that of an average.
-SumMass = Annotated[Tensor, Range(0.3, 12.0, log=True)]
 KeptShare = Annotated[Tensor, Range(0.05, 1.0, above=0.0, most=1.0)]
 
 

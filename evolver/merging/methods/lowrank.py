@@ -18,7 +18,7 @@ SHARE = 8
 # So many more columns than the expected rank are drawn.
 SPARE = 8
 # This share of the squares may be left out: what float32 has rounded off.
-ROUNDED = 1e-10
+SQUARES_ROUNDED = 1e-10
 
 
 class ThinFactors(NamedTuple):
@@ -44,10 +44,10 @@ def low_rank(matrix: Tensor) -> ThinFactors | None:
     drawn = torch.randn(matrix.shape[1], min(most, expected + SPARE), generator=torch.Generator().manual_seed(0))
     columns = torch.linalg.qr(matrix @ drawn.to(matrix.device)).Q
     rows = columns.T @ matrix
-    if float((matrix - columns @ rows).double().square().sum()) > ROUNDED * whole:
+    if float((matrix - columns @ rows).double().square().sum()) > SQUARES_ROUNDED * whole:
         return None
     values, vectors = eigen(rows.double() @ rows.double().T)
-    turned = vectors[:, values > ROUNDED * 1e-2 * values[-1]].float()
+    turned = vectors[:, values > SQUARES_ROUNDED * 1e-2 * values[-1]].float()
     return ThinFactors(columns @ turned, turned.T @ rows)
 
 
@@ -69,4 +69,4 @@ def _rank_of_part(matrix: Tensor) -> int:
     steps = [max(1, n // size) for n in matrix.shape]
     part = matrix[:: steps[0], :: steps[1]][:size, :size].double()
     values, _ = eigen(part @ part.T)
-    return int((values > ROUNDED * values[-1]).sum()) if values[-1] > 0 else 0
+    return int((values > SQUARES_ROUNDED * values[-1]).sum()) if values[-1] > 0 else 0

@@ -15,10 +15,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from evolver.merging.methods.spectrum import eigen
+from evolver.merging.methods.spectrum import ROWS_AT_ONCE, eigen
 
-# Rows of a tall matrix that are in float64 at a time.
-ROWS_AT_ONCE = 4096
 # How the number of directions that a solution may use is chosen.
 Directions = Literal["share", "participation", "stable", "entropy", "variance", "gavish_donoho"]
 # From eigenvalues, rising, and the width n of the problem to one factor each.
