@@ -155,7 +155,7 @@ def config(pool: str, name: str, seed: int) -> dict[str, Any]:
 
 def page() -> str:
     """The page, from the runs that there are."""
-    parts = [HEAD.format(candidates=CANDIDATES), *(_pool_section(pool) for pool in POOLS)]
+    parts = [HEAD.format(candidates=CANDIDATES), FINDINGS, *(_pool_section(pool) for pool in POOLS)]
     parts += [made() for file, made in ((digits.KEPT, digits.section), (asking.KEPT, asking.section)) if file.exists()]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
@@ -225,6 +225,7 @@ def _holm(given: dict[str, float]) -> dict[str, float]:
     return out
 
 
+FINDINGS = (Path(__file__).parent / "searches.txt").read_text()
 HEAD = """\
 # Which search finds most?
 
