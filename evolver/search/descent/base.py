@@ -81,9 +81,8 @@ class Descent(Ordered):
         most, needed = self.setup.budget.items, self.wanted * self.items
         if self.steps < self.wanted or (most is not None and most <= needed):
             out.append(
-                f"search.steps: the budget leaves no room for all {self.wanted} steps and the model that was learnt, so "
-                f"fewer steps are taken; for all of them it takes {self.wanted + 1} candidates and more than {needed} "
-                "items"
+                f"search.steps: the budget leaves no room for all {self.wanted} steps and the model that was learnt, "
+                f"so fewer steps are taken; all of them take {self.wanted + 1} candidates and more than {needed} items"
             )
         if self.setup.budget.minutes is not None:
             out.append(
