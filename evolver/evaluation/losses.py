@@ -146,7 +146,7 @@ def entropy(items: int, labels: bool = False) -> BatchLoss:
     """
 
     def of(_: str, outputs: Any, positions: Tensor | None) -> Tensor:
-        logits = outputs.logits.float()
+        logits: Tensor = outputs.logits.float()
         if labels:
             each = -(logits.sigmoid() * logsigmoid(logits) + (-logits).sigmoid() * logsigmoid(-logits)).sum(-1)
         else:
