@@ -91,6 +91,8 @@ def gram_of(matrix: Tensor) -> Tensor:
 
 def _cleaned(values: Tensor) -> Tensor:
     """Eigenvalues with zeros where there is nothing but rounding."""
+    if not len(values):  # no expert has a direction
+        return values
     noise = values[-1] * len(values) * torch.finfo(values.dtype).eps
     return torch.where(values > noise, values, 0.0)
 
