@@ -181,7 +181,7 @@ def test_statistics_are_those_of_the_layers_that_are_merged(configured, heads, l
     raw = yaml.safe_load(file.read_text()) | {"search": {"algorithm": "tpe", "method": "regmean"}}
     file.write_text(yaml.safe_dump(raw))
     ready = in_compute(prepare(config_at(file)), "float32")
-    worker, recipe = Worker(ready.plan, "dev", tasks=ready.tasks), ready.search.space.decode({"a": 0.9})
+    worker, recipe = Worker(ready.plan, "dev", tasks=ready.tasks), ready.search.space.decode({"a": 0.9, "ridge": 1e-6})
     result = worker.evaluate(Candidate(0, recipe, "test"))
     assert result.status == "ok", result.reason
     assert len({s.items for s in recipe.statistics}) == 2

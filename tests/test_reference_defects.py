@@ -218,6 +218,11 @@ class TestTiesMergingLibraries:
         """A loop that assigned to its own variable left every task vector as it was (Reinforced Model Merging)."""
         base, experts = experts_of(name, (30, 40), count=1)
         more = {"weight": 1.0} if "weight" in METHODS[name].settings else {}
+        # Coordinates of a shared basis are trimmed, which leaves no zeros among the scalars of the merge.
+        if name in ("knots", "core_space"):
+            trimmed, same = (moved(name, experts, base, density=d, inner="ties", **more) for d in (0.2, 1.0))
+            assert trimmed.norm() < 0.95 * same.norm()
+            return
         more |= {k: v for k, v in (METHODS[name].identity or {}).items() if k != "density"}  # what fills nothing in
         whole, few = (moved(name, experts, base, density=d, **more) for d in (1.0, 0.2))
         assert (few.abs() > 1e-9).double().mean() < 0.25 < 0.75 < (whole.abs() > 1e-9).double().mean()
