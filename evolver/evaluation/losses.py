@@ -125,7 +125,7 @@ def differentiable(live: LiveModel, names: Sequence[str]) -> Iterator[list[nn.Pa
     """These parameters of the module, of which alone gradients are taken while the context is open."""
     named = dict(live.module.named_parameters(remove_duplicate=False))
     before = [(parameter, parameter.requires_grad) for parameter in named.values()]
-    for parameter, _ in before:
+    for parameter, _ in before:  # a tied one has several names, some of which are not in the checkpoint
         parameter.requires_grad_(False)
     wanted = [named[name].requires_grad_(True) for name in names]
     try:

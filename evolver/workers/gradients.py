@@ -34,19 +34,12 @@ from evolver.records import Candidate, Result
 from evolver.records.loss import UnlabelledLoss
 from evolver.records.order import item_order
 from evolver.records.recipe import Expert, Merge, layer_of
+from evolver.workers.statistics import tasks_of
 
 # What experts say of the items of a step is kept in memory for the next step, but not more than this.
 MOST_BYTES = 2 << 30
 # Items that are scored together: those of one task (its name), or those on which one expert is the example.
 ScoredPart = tuple[str, Expert | None, frozenset[int]]
-
-
-def taught_tasks(config: Config, expert: str) -> set[str]:
-    """The tasks on which an expert is the example: those that ``statistics.tasks`` names, or else its own, by name or
-    by head; all tasks where it has none.
-    """
-    own = {e.task for e in config.evaluation.tasks if expert in (e.task, e.head)}
-    return set(config.statistics.tasks.get(expert, ())) or own or {e.task for e in config.evaluation.tasks}
 
 
 class Gradients:
@@ -64,6 +57,7 @@ class Gradients:
         self, config: Config, tasks: Tasks, materialiser: Materialiser, live: LiveModel, scorer: SplitScorer
     ) -> None:  # fmt: skip
         self._config, self._build, self._live, self._scorer = config, materialiser, live, scorer
+        self._tasks = tasks
         self._owners = [tasks.owner("dev", item) for item in tasks.items.dev]
         # What experts say by the name of the batch; by the expert's digest, the name of the order, and the loss.
         self._said: dict[tuple[str, str, UnlabelledLoss], dict[str, ModelOutputs]] = {}
@@ -128,7 +122,7 @@ class Gradients:
             return
         for expert in recipe.inputs:
             if isinstance(expert, Expert):
-                tasks = taught_tasks(self._config, expert.name)
+                tasks = tasks_of(self._config, self._tasks, expert.name)
                 if own := frozenset(p for p in places if self._owners[p].task in tasks):
                     yield "", expert, own
 

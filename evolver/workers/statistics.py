@@ -35,7 +35,9 @@ NOT_ASKED = {"tasks", "include_path", "early_stopping", "racing"}
 
 
 def tasks_of(config: Config, tasks: Tasks, expert: str) -> list[str]:
-    """The tasks on whose dev items an expert's statistics are collected."""
+    """The tasks on whose dev items an expert's statistics are collected, or on which it is the example: those that
+    ``statistics.tasks`` names, or else its own, by name or by head; all tasks where it has none.
+    """
     own = [e.task for e in tasks.entries if expert in (e.task, e.head)]
     return config.statistics.tasks.get(expert) or own or [e.task for e in tasks.entries]
 

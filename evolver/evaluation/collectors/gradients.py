@@ -12,6 +12,7 @@ from evolver.errors import BadInput
 from evolver.evaluation.collectors import SampledItems, collector
 from evolver.evaluation.examples import Example, GradientTerm
 from evolver.evaluation.live import LiveModel
+from evolver.evaluation.losses import differentiable
 
 # Adds one gradient of a parameter to its total, in place: (total, parameter, gradient, weight), flat, of equal shapes.
 Add = Callable[[Tensor, Tensor, Tensor, float], object]
@@ -58,7 +59,7 @@ def _per_example(
     Raises FloatingPointError where outputs or gradients are not finite, and BadInput where no example has an answer
     that the model knows.
     """
-    with _differentiable(live) as parameters, torch.inference_mode(False), torch.enable_grad():
+    with _with_sparse_gradients(live) as parameters, torch.inference_mode(False), torch.enable_grad():
         totals = {n: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for n, p in parameters.items()}
         answered = 0
         for number, example in enumerate(examples):
@@ -103,7 +104,7 @@ def _add_terms(
 
 
 @contextlib.contextmanager
-def _differentiable(live: LiveModel) -> Iterator[dict[str, nn.Parameter]]:
+def _with_sparse_gradients(live: LiveModel) -> Iterator[dict[str, nn.Parameter]]:
     """The floating parameters of the model by their names in it, of which gradients can be taken inside the context.
 
     Raises BadInput for a model whose weights are no floating numbers.
@@ -118,17 +119,11 @@ def _differentiable(live: LiveModel) -> Iterator[dict[str, nn.Parameter]]:
             )
     parameters = {n: named[n] for n in named if n in wanted}
     embeddings = [m for m in live.module.modules() if isinstance(m, nn.Embedding) and not m.sparse]
-    before = [(p, p.requires_grad) for p in named.values()]
-    for parameter in named.values():
-        parameter.requires_grad_(False)
-    for parameter in parameters.values():  # a tied one has several names, some of which are not in the checkpoint
-        parameter.requires_grad_(True)
-    for module in embeddings:
-        module.sparse = True
-    try:
-        yield parameters
-    finally:
+    with differentiable(live, list(parameters)):
         for module in embeddings:
-            module.sparse = False
-        for parameter, needed in before:
-            parameter.requires_grad_(needed)
+            module.sparse = True
+        try:
+            yield parameters
+        finally:
+            for module in embeddings:
+                module.sparse = False
