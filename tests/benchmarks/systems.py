@@ -106,7 +106,7 @@ def masses(pool: str, seed: int) -> Iterator[dict[str, Any]]:
         files.append(str(file))
     labels = {label: recipe.id for label, recipe in made.items()}
     (home(pool) / f"labels-{seed}.json").write_text(json.dumps(labels))
-    yield plain | {"start": [{"recipe": f} for f in files], "budget": {"candidates": len(set(labels.values()))}}
+    yield plain | {"start": [{"recipe": f} for f in files], "budget": {"candidates": len(made) + 1}}
 
 
 def tuned(pool: str, seed: int) -> Iterator[dict[str, Any]]:
@@ -137,7 +137,7 @@ def recipes(given: Mapping[str, Any]) -> dict[str, Recipe]:
     opened, count = ready.opened, len(ready.experts)
     maker = RecipeMaker(
         list(ready.config.experts), opened.base.names(), opened.digests(),
-        lambda expert: sample_hash(ready.config, ready.tasks, expert),
+        lambda _, expert: sample_hash(ready.config, ready.tasks, expert),
     )  # fmt: skip
     out: dict[str, Recipe] = {}
     for name in sorted(METHODS):
