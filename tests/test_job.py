@@ -176,6 +176,27 @@ def test_a_job_is_stopped_resumed_and_extended_by_the_dashboard(head, job, act, 
     assert "RAY_API_SERVER_ADDRESS" in act("resume")["error"]
 
 
+def _of_every_search():
+    """Settings with which each search runs, by its name."""
+    from test_search import CONFIGURATIONS
+
+    return {given["algorithm"]: given for given in reversed(CONFIGURATIONS.values())}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(_of_every_search()))
+def test_every_search_runs_as_a_job_and_finds_what_it_finds_here(name, job, make_config, tmp_path):
+    changes = {**CHANGES, "search": _of_every_search()[name], "budget": {"candidates": 12}}
+    file = make_config(tmp_path, changes)
+    reference = toys.run_here(make_config(tmp_path, {**changes, "pool": {"kind": "local"}}, "here.yaml"), tmp_path)
+    given = ("--submission-id", f"every-{name}", "--working-dir", ".", "--", sys.executable, "evolve.py", str(file))
+    code, said = job("submit", *given, "--results", str(tmp_path / "jobs"))
+    assert code == 0, said
+    done = tmp_path / "jobs" / f"every-{name}"
+    assert toys.essence(done) == toys.essence(reference)
+    assert toys.winner(done) == toys.winner(reference)
+
+
 @pytest.mark.parametrize(("raised", "code"), [(job_of.Stopped, 3), (KeyboardInterrupt, 3), (ValueError, None)])
 def test_a_signal_inside_of_compiled_code_is_a_signal(raised, code, make_config, tmp_path, monkeypatch):
     def wait(*given):

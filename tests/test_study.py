@@ -3,6 +3,7 @@
 import socket
 import sys
 import tempfile
+from dataclasses import replace
 
 import optuna
 import pytest
@@ -10,9 +11,11 @@ import toys
 from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.engine import make_url
-from test_search import ORDERED, answer, build, simulate
+from test_search import EXPERTS, ORDERED, answer, build, simulate
 
 from evolver.errors import BadInput
+from evolver.records import Candidate
+from evolver.search.continued import continued
 from evolver.search.study import write_study
 from evolver.search.study_target import shown_with, study_target
 
@@ -91,6 +94,30 @@ def test_islands_are_studies_of_their_own(tmp_path):
         f"run, {method}{more}" for method in ("task_arithmetic", "ties", "dare_ties") for more in ("", ", by task")
     }
     assert set(trials_in(str(tmp_path / "study.db"))) == names
+
+
+@pytest.mark.parametrize("name", ["tpe", "cmaes methods"])
+def test_models_that_a_run_began_with_are_trials_where_they_lie_in_the_space(name, tmp_path):
+    """Two candidates of the same space, and a plain expert, which no coefficients of its own give."""
+    settings = ORDERED[name]
+    inside = simulate(build(settings, seed=7, candidates=12))[-2:]
+    listed = [replace(c, number=n) for n, c in enumerate([*inside, Candidate(9, EXPERTS[0], "expert")])]
+    asked = simulate(continued(listed, build(settings, candidates=9)), failing=True)
+    found = {c.number: answer(c, failing=True) for c in asked}
+    target = str(tmp_path / "study.db")
+    search = continued(listed, build(settings, candidates=9))
+    count = write_study(search, lambda c: found.get(c.number), "run", study_target(target))
+    told = [t for study, trials in trials_in(target).items() if "by task" not in study for t in trials]
+    scores = {c.recipe.id: answer(c, failing=True).score for c in asked}
+    assert count == len(told)
+    assert all((None if v is None else v[0]) == scores[attrs["recipe"]] for _, _, v, _, attrs in told)
+    received = [attrs["received"] for *_, attrs in told if "received" in attrs]
+    able = [n for n in (0, 1) if found[n].score is not None]
+    assert able
+    # CMA-ES takes only the mean of its first generation from them.
+    assert sorted(set(received)) == ([] if name == "cmaes methods" else able)
+    own = {c.recipe.id for c in asked[len(listed) :]}
+    assert {attrs["recipe"] for *_, attrs in told if "received" not in attrs} == own
 
 
 def test_a_study_that_is_there_stays_as_it_is(database):

@@ -218,21 +218,19 @@ def study(
     """Write a coefficient search as an Optuna study, for optuna-dashboard and other tools of Optuna's."""
     from evolver.driver.prepare import prepare_run
     from evolver.runs.history import read_history
-    from evolver.runs.origin import taken_over
+    from evolver.search.continued import continued
     from evolver.search.study import write_study
     from evolver.search.study_target import shown_with, study_target
     from evolver.storage import storage_at
 
     run = storage_at(folder)
-    if taken_over(run):
-        raise BadInput(
-            f"{run.location}: this run goes on from another one, whose candidates its sampler did not propose, so it "
-            "is no Optuna study; give the folder of the first run."
-        )
     target = study_target(out)  # a database that does not answer is found before the models are read
-    found = {(c.number, c.recipe.id): r for c, r in read_history(run).stages["search"]}
+    scored = read_history(run).stages["search"]
+    found = {(c.number, c.recipe.id): r for c, r in scored}
     prepared = prepare_run(run)
-    count = write_study(prepared.search, lambda c: found.get((c.number, c.recipe.id)), prepared.config.run, target)
+    listed = [candidate for candidate, _ in scored[: prepared.taken_over]]
+    search = continued(listed, prepared.search) if listed else prepared.search
+    count = write_study(search, lambda c: found.get((c.number, c.recipe.id)), prepared.config.run, target)
     shown = shown_with(out)
     typer.echo(f"{shown.removeprefix('sqlite:///')}: {count} trials; optuna-dashboard {shown} shows them")
 

@@ -48,15 +48,23 @@ class ContinuedSearch:
         listed: the candidates of the earlier search, in the order of their numbers.
         inner: the new search; None: the listed candidates are all.
         sequel: candidates that follow when the listed ones have results.
+
+    Attributes:
+        first: the number of the new search's first candidate.
     """
 
     def __init__(self, listed: Sequence[Candidate], inner: Search | None, sequel: Sequel = NO_SEQUEL) -> None:
         self._listed, self._inner, self._sequel = tuple(listed), inner, sequel
         self._next = 1 + max((c.number for c in listed), default=-1)
-        self._first = self._next + sequel.count
+        self.first = self._next + sequel.count
         self._asked = 0
         self._told: dict[int, Result] = {}
         self._informed = False
+
+    @property
+    def inner(self) -> Search | None:
+        """The new search."""
+        return self._inner
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -96,11 +104,11 @@ class ContinuedSearch:
         return [self._outer(candidate) for candidate in self._inner.ask(n)]
 
     def tell(self, result: Result) -> None:
-        if result.number < self._first:
+        if result.number < self.first:
             self._told[result.number] = result
         elif self._inner is not None:
             rank = None if result.rank is None else result.rank - len(self._listed)
-            self._inner.tell(replace(result, number=result.number - self._first, rank=rank))
+            self._inner.tell(replace(result, number=result.number - self.first, rank=rank))
 
     def _inform(self) -> None:
         if isinstance(self._inner, Informed) and not self._informed:
@@ -111,7 +119,7 @@ class ContinuedSearch:
         return [(c, self._told[c.number]) for c in self._listed]
 
     def _outer(self, candidate: Candidate) -> Candidate:
-        return replace(candidate, number=candidate.number + self._first)
+        return replace(candidate, number=candidate.number + self.first)
 
 
 class ContinuedAhead(ContinuedSearch):
@@ -132,10 +140,10 @@ class ContinuedAhead(ContinuedSearch):
 
     def assume(self, candidate: Candidate) -> Result | None:
         """The most likely result of a pending candidate; None if it cannot be guessed."""
-        if candidate.number < self._first:
+        if candidate.number < self.first:
             return None
-        own = self._inner.assume(replace(candidate, number=candidate.number - self._first))
-        return None if own is None else replace(own, number=own.number + self._first)
+        own = self._inner.assume(replace(candidate, number=candidate.number - self.first))
+        return None if own is None else replace(own, number=own.number + self.first)
 
 
 def continued(listed: Sequence[Candidate], inner: Search | None, sequel: Sequel = NO_SEQUEL) -> ContinuedSearch:

@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from evolver.errors import BadInput
 from evolver.records import Candidate, Result
 from evolver.search.base import Search
-from evolver.search.coefficients.base import Coefficients
+from evolver.search.coefficients.base import RECEIVED, Coefficients
 from evolver.search.coefficients.cmaes import Islands
 from evolver.search.continued import ContinuedSearch
 
@@ -38,51 +38,56 @@ def write_study(
         name: name of the study.
         target: where they are written; it is entered when they are complete.
 
+    Models that the run began with, or took over from another run, are trials where the sampler learns from them; each
+    has the number of its candidate as an attribute.
+
     Raises BadInput for a search that tunes no coefficients, and what ``target`` raises.
     """
-    if isinstance(search, ContinuedSearch):
-        raise BadInput(
-            "evolver study: this run begins with models that its sampler did not propose (start), so it is no Optuna "
-            "study; give the folder of a run without start."
-        )
-    if not isinstance(search, Coefficients | Islands):
+    inner, first = (search.inner, search.first) if isinstance(search, ContinuedSearch) else (search, 0)
+    if not isinstance(inner, Coefficients | Islands):
         raise BadInput(
             "evolver study: only runs of the searches tpe, gp, cmaes, nsga2, nsga3, random, qmc and grid can be "
             "written as an Optuna study, and this run used another search; give the folder of another run."
         )
-    results: dict[tuple[str, int], Result] = {}
+    own: dict[tuple[str, int], Result] = {}
+    received: dict[int, Result] = {}
     while asked := search.ask(1):
-        result = recorded(asked[0])
+        number, result = asked[0].number, recorded(asked[0])
         if result is None:
             break
-        results[search.trial_of(result.number)] = result
+        if number < first:
+            received[number] = result
+        else:
+            own[inner.trial_of(number - first)] = result
         search.tell(result)
     studies, count = Studies(), 0
-    for part, study in search.studies.items():
-        own = {number: result for (of, number), result in results.items() if of == part}
-        told = _told(study, own)
+    for part, study in inner.studies.items():
+        told = _told(study, part, own, received)
         count += len(told)
-        studies |= _studies(f"{name}, {part}" if part else name, told, own, search.setup.tasks)
+        studies |= _studies(f"{name}, {part}" if part else name, told, inner.setup.tasks)
     with target as storage:
         _create(storage, studies)
     return count
 
 
-def _told(study: optuna.study.Study, results: Mapping[int, Result]) -> list[FrozenTrial]:
-    """The finished trials, each with what people look for beside its score."""
-    told = [t for t in study.trials if t.state.is_finished()]
-    for trial in told:
-        result = results[trial.number]
-        trial.user_attrs |= {"recipe": result.recipe_id, "items": len(result.items), "reason": result.reason}
+def _told(
+    study: optuna.study.Study, part: str, own: Mapping[tuple[str, int], Result], received: Mapping[int, Result]
+) -> list[tuple[FrozenTrial, Result]]:  # fmt: skip
+    """The finished trials with their results, each with what people look for beside its score."""
+    told = list[tuple[FrozenTrial, Result]]()
+    for trial in study.trials:
+        if trial.state.is_finished():
+            candidate = trial.user_attrs.get(RECEIVED)
+            result = own[part, trial.number] if candidate is None else received[candidate]
+            trial.user_attrs |= {"recipe": result.recipe_id, "items": len(result.items), "reason": result.reason}
+            told.append((trial, result))
     return told
 
 
-def _studies(
-    name: str, told: Sequence[FrozenTrial], results: Mapping[int, Result], tasks: Sequence[str]
-) -> Studies:  # fmt: skip
-    studies: Studies = {name: (["score"], [_valued(t, _alone(results[t.number].score)) for t in told])}
+def _studies(name: str, told: Sequence[tuple[FrozenTrial, Result]], tasks: Sequence[str]) -> Studies:
+    studies: Studies = {name: (["score"], [_valued(t, _alone(r.score)) for t, r in told])}
     if len(tasks) > 1:
-        studies[f"{name}, by task"] = tasks, [_valued(t, results[t.number].objectives(tasks)) for t in told]
+        studies[f"{name}, by task"] = tasks, [_valued(t, r.objectives(tasks)) for t, r in told]
     return studies
 
 

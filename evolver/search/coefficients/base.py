@@ -30,6 +30,9 @@ from evolver.errors import BadInput
 from evolver.records import Candidate, Choice, Knob, Result
 from evolver.search.base import Maker, Ordered, Setup, Space, SpaceMaker, SpaceType
 
+# What a trial has beside its point if the search did not propose it: the number of the candidate that was received.
+RECEIVED = "received"
+
 
 class CoefficientSettings(Section):
     """Which coefficients are searched. All of Optuna's samplers share these settings."""
@@ -127,8 +130,8 @@ class Coefficients(Ordered):
         return {"": self.study}
 
     def trial_of(self, number: int) -> tuple[str, int]:
-        """The study of a candidate, and the number of its trial there."""
-        return "", number
+        """The study of a candidate that was asked for and not told yet, and the number of its trial there."""
+        return "", self._trials[number].number
 
     def inform(self, pairs: Sequence[tuple[Candidate, Result]]) -> None:
         """See ``Informed``: models that lie in the search space become finished trials, from which TPE and GP learn.
@@ -148,8 +151,11 @@ class Coefficients(Ordered):
         own = {name: self.distributions[name] for name in point}
         broken = dict(self.violations(result)) if self.constrained else {}
         self.study.add_trial(
-            optuna.trial.create_trial(params=point, distributions=own, values=given, constraints=broken or None)
-        )
+            optuna.trial.create_trial(
+                params=point, distributions=own, values=given, constraints=broken or None,
+                user_attrs={RECEIVED: candidate.number},
+            )
+        )  # fmt: skip
         return True
 
     def propose(self, k: int) -> Candidate:

@@ -147,6 +147,11 @@ class Islands(Ordered):
         return {name: island.study for name, island in self.islands.items()}
 
     def trial_of(self, number: int) -> tuple[str, int]:
+        """See ``Coefficients.trial_of``."""
+        name, own = self.place_of(number)
+        return name, self.islands[name].trial_of(own)[1]
+
+    def place_of(self, number: int) -> tuple[str, int]:
         """The method of a candidate, and its number on the island of this method.
 
         The first candidates are the first points of the islands, which belong to no generation; rounds come after them.
@@ -165,7 +170,7 @@ class Islands(Ordered):
         count = len(self._names)
         if k < count:
             return 0
-        name, own = self.trial_of(k)
+        name, own = self.place_of(k)
         turn = (own - 1) // self.islands[name].population
         if turn == 0:
             return self._names.index(name) + 1
@@ -178,11 +183,11 @@ class Islands(Ordered):
             island.inform(pairs)
 
     def propose(self, k: int) -> Candidate:
-        name, own = self.trial_of(k)
+        name, own = self.place_of(k)
         return replace(self.islands[name].propose(own), number=k)
 
     def learn(self, candidate: Candidate, result: Result) -> None:
-        name, own = self.trial_of(candidate.number)
+        name, own = self.place_of(candidate.number)
         self.islands[name].learn(replace(candidate, number=own), result)
 
 
