@@ -48,8 +48,10 @@ def _said(values: Mapping[str, Value]) -> Iterator[SaidValue]:
     for part, run in whole.items():
         for first, end, value in _runs(run):
             yield 2 if part else 1, Place((first, end), contains=part), value
-    for name in singles | {n for n in values if any(s in n for s in singles)}:
-        yield 3, Place(contains=name), values[name]
+    # In the order of the tensors: that of a set is another one in every process, and with it would be the recipe's id.
+    for name in values:
+        if any(single in name for single in singles):
+            yield 3, Place(contains=name), values[name]
 
 
 def _parts(names: Sequence[str], values: Mapping[str, Value]) -> Iterator[tuple[str | None, list[str]]]:
