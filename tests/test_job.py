@@ -15,6 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 import toys
+from test_classification import classify  # noqa: F401  # a fixture
+from test_descent import configured  # noqa: F401  # a fixture
 
 import cluster.job as job_of
 from cluster.command import run_job
@@ -183,12 +185,30 @@ def _of_every_search():
     return {given["algorithm"]: given for given in reversed(CONFIGURATIONS.values())}
 
 
+TWO_TASKS = {"evaluation.tasks": [{"task": t, "dev": 16, "report": 8} for t in ("toy", "pair")]}
+OF_SEVERAL_TASKS = ("cycleqd", "nsga2", "nsga3")
+OF_LABELS = ("adamerging", "fw_merging")
+
+
+@pytest.fixture
+def of_search(make_config, configured, tmp_path):  # noqa: F811
+    """``of_search(name, pool)`` writes a configuration on which a search of this name can run."""
+
+    def make(name, pool):
+        search, more = _of_every_search()[name], {"budget": {"candidates": 12}, "pool": pool}
+        if name in OF_LABELS:
+            return configured(search, **more)
+        changes = CHANGES | more | {"search": search} | (TWO_TASKS if name in OF_SEVERAL_TASKS else {})
+        return make_config(tmp_path, changes, f"{pool['kind']}.yaml")
+
+    return make
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(_of_every_search()))
-def test_every_search_runs_as_a_job_and_finds_what_it_finds_here(name, job, make_config, tmp_path):
-    changes = {**CHANGES, "search": _of_every_search()[name], "budget": {"candidates": 12}}
-    file = make_config(tmp_path, changes)
-    reference = toys.run_here(make_config(tmp_path, {**changes, "pool": {"kind": "local"}}, "here.yaml"), tmp_path)
+def test_every_search_runs_as_a_job_and_finds_what_it_finds_here(name, job, of_search, tmp_path):
+    reference = toys.run_here(of_search(name, {"kind": "local"}), tmp_path)
+    file = of_search(name, {"kind": "ray"} | CHANGES["pool"])
     given = ("--submission-id", f"every-{name}", "--working-dir", ".", "--", sys.executable, "evolve.py", str(file))
     code, said = job("submit", *given, "--results", str(tmp_path / "jobs"))
     assert code == 0, said

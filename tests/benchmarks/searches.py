@@ -61,6 +61,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
 # The few searches that are run with a language model, for which a candidate takes ten times as long.
 FEW = (CLAIM, BASELINE, "cmaes, 3 groups", "evolver, merger")
 EMOTIONS = ("tec", "crowdflower", "isear", "dailydialog")
+GLUE = ("sst2", "mrpc", "rte", "cola")
 
 
 def _emotion(pool: str) -> dict[str, Any]:
@@ -102,11 +103,25 @@ def _smollm2(pool: str) -> dict[str, Any]:
     }
 
 
+def _glue(pool: str) -> dict[str, Any]:
+    experts, data = cache_folder() / "experts" / pool, cache_folder() / "pools/data/glue"
+    tasks: list[dict[str, Any]] = [{"task": n, "data": str(data / n / "test.jsonl")} for n in GLUE]
+    for pairs in tasks[1:3]:
+        pairs["text_pair"] = "text_pair"
+    tasks[3]["metric"] = "mcc"
+    return {
+        "model": {"base": str(experts / "base"), "kind": "classifier", "compute": "bfloat16", "heads": "apart"},
+        "experts": {n: str(experts / n) for n in GLUE},
+        "evaluation": {"threads": 1, "tasks": tasks},
+    }
+
+
 # Of each pool its models and tasks, and the number of dev, select and report items of each task.
 POOLS: dict[str, tuple[Callable[[str], dict[str, Any]], tuple[int, int, int]]] = {
     "emotion-l3": (_emotion, (150, 150, 500)),
     "demo": (_demo, (150, 150, 400)),
     "emotion-l6": (_emotion, (150, 150, 500)),
+    "glue-l6": (_glue, (100, 100, 300)),
     "smollm2": (_smollm2, (60, 60, 200)),
 }
 
