@@ -10,7 +10,7 @@ CRD ?= https://raw.githubusercontent.com/ray-project/kuberay/v1.7.0/ray-operator
 export HF_HUB_OFFLINE ?= 1
 export HF_DATASETS_OFFLINE ?= 1
 
-.PHONY: help demo demo-llm check fast test lint browser kuberay docs prove benchmark benchmark-merging benchmark-evaluation benchmark-cluster benchmark-dashboard benchmark-machine benchmark-faults benchmark-models benchmark-selection families ratios gpu pools experts experts-llm clean
+.PHONY: help demo demo-llm check fast test lint browser kuberay docs prove benchmark benchmark-merging benchmark-evaluation benchmark-cluster benchmark-dashboard benchmark-machine benchmark-faults benchmark-models benchmark-selection benchmark-searches benchmark-systems families ratios gpu pools experts experts-llm clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -79,6 +79,12 @@ benchmark-machine: $(VENV)/.dev ## the main job, first use, tests and merging on
 	$(BIN)/python configs/demo/prepare_demo.py
 	$(BIN)/python configs/demo-llm/prepare_llm.py
 	$(BIN)/python tests/benchmarks/any_machine.py $(if $(MERGEKIT),--mergekit $(MERGEKIT))
+
+benchmark-searches: $(VENV)/.dev ## every search at one budget: POOL=emotion-l3 SEEDS=8; hours, goes on where it was stopped
+	$(BIN)/python tests/benchmarks/searches.py $(if $(POOL),--pool $(POOL)) $(if $(SEEDS),--seeds $(SEEDS))
+
+benchmark-systems: $(VENV)/.dev ## every merge method at five masses and tuned: POOL=emotion-l3 SEEDS=3; hours, goes on where it was stopped
+	$(BIN)/python tests/benchmarks/systems.py $(if $(POOL),--pool $(POOL)) $(if $(SEEDS),--seeds $(SEEDS))
 
 benchmark-selection: $(VENV)/.dev ## rules for choosing among merges, played on the tables of answers in results/tables
 	$(BIN)/python tests/benchmarks/selection.py

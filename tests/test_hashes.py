@@ -1,4 +1,4 @@
-"""The order of sets differs from process to process; no candidate may depend on it, as a resumed run asks for the same."""
+"""The order of a set differs in every process; no candidate may depend on it, as a resumed run asks for the same."""
 
 from __future__ import annotations
 

@@ -31,19 +31,23 @@ import digits  # noqa: E402
 from packages import cache_folder  # noqa: E402
 
 from evolver.report.text import markdown_table  # noqa: E402
+from evolver.search.together.portfolio import usual_arms  # noqa: E402
 
 PAGE = ROOT / "results" / "benchmarks" / "search.md"
 CANDIDATES, CLAIM, BASELINE = 80, "portfolio", "tuned mass"
 MERGER = {"method": "task_arithmetic", "weight": 0.25, "lambda": 1.5}
+SOLVED = {"algorithm": "tpe", "method": "swudi"}
 GENERATIONS = {"algorithm": "evolver", "mode": "generational", "generations": 10**6}
 SEARCHES: dict[str, dict[str, Any]] = {
     CLAIM: {"algorithm": "portfolio"},
+    "portfolio with swudi": {"algorithm": "portfolio", "arms": usual_arms(3) | {"swudi": SOLVED}},
     BASELINE: {"algorithm": "tpe", "tune": ["lambda"]},
     "random": {"algorithm": "random"},
     "cmaes": {"algorithm": "cmaes"},
     "cmaes, 3 groups": {"algorithm": "cmaes", "layer_groups": 3},
     "tpe, 3 groups": {"algorithm": "tpe", "layer_groups": 3},
     "tpe over ties": {"algorithm": "tpe", "method": "ties"},
+    "tpe over swudi": SOLVED,
     "gp": {"algorithm": "gp"},
     "evolver": {"algorithm": "evolver", "generations": 10**6},
     "evolver, merger": GENERATIONS | {"merger": MERGER},

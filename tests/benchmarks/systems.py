@@ -8,7 +8,7 @@
 - ``evolver``: Evolver alone and with a merger, the rows of its paper's own table.
 
 Runs are kept, so the script goes on where it was stopped, and the page results/benchmarks/systems.md is made of all
-that there are: ``--seeds 0`` only writes it.
+that there are: ``--seeds 0`` only writes it, and systems.json beside it, from which the docs take what each method did.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import json
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,13 @@ from evolver.storage import storage_at  # noqa: E402
 from evolver.workers.statistics import sample_hash  # noqa: E402
 
 PAGE = ROOT / "results" / "benchmarks" / "systems.md"
+FINDINGS = (Path(__file__).parent / "systems.txt").read_text()
 # Of sums of task vectors, and of methods in whose papers the best mass grows with the number of experts.
 MASSES, WIDE = (0.5, 1.0, 1.5, 2.0, 3.0), (1.0, 2.0, 4.0, 6.0, 10.0)
-SCORED, TUNED, BEST = 500, 40, 12
+TUNED, BEST = 40, 12
+# Dev items of each task of the first part: as many as leave some for the two other parts of a run.
+SCORED, FEWER = 500, {"glue-l6": 250, "smollm2": 150}
+PLAIN = "as it is"
 MERGERS: dict[str, dict[str, Any]] = {
     "Evolver alone": {},
     "Evolver with simple": {"merger": {"method": "simple"}},
@@ -64,8 +69,15 @@ def main() -> None:
         for seed in range(1, asked.seeds + 1):
             for made in PARTS[part](asked.pool, seed):
                 once(asked.pool, made)
-                PAGE.write_text(page())
+                write()
+    write()
+
+
+def write() -> None:
+    """The page, and what of it other pages read."""
     PAGE.write_text(page())
+    found = {pool: figures for pool in POOLS if (figures := shares(pool))}
+    PAGE.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def once(pool: str, made: Mapping[str, Any]) -> None:
@@ -96,7 +108,7 @@ def config(pool: str, run: str, seed: int, sizes: tuple[int, int, int], **more: 
 
 def masses(pool: str, seed: int) -> Iterator[dict[str, Any]]:
     """One run that begins with all methods at all masses, and searches no further."""
-    sizes = (SCORED if pool != "smollm2" else 150, 5, 5)
+    sizes = (FEWER.get(pool, SCORED), 5, 5)
     plain = config(pool, f"masses-{seed}", seed, sizes, search={"algorithm": "random"}, budget={"candidates": 1})
     files, made = [], recipes(plain)
     for label, recipe in made.items():
@@ -144,7 +156,7 @@ def recipes(given: Mapping[str, Any]) -> dict[str, Recipe]:
         found = METHODS[name]
         if found.takes is not None or found.least > count or any(s.required for s in found.settings.values()):
             continue
-        out[f"{name} as it is"] = maker.merger({"method": name})(maker.experts)
+        out[f"{name} {PLAIN}"] = maker.merger({"method": name})(maker.experts)
         if "lambda" in found.settings:
             equal = {"weight": 1.0 / count} if "weight" in found.settings else {}
             for mass in of_masses(found):
@@ -196,7 +208,7 @@ def best_methods(pool: str) -> list[str]:
 
 def page() -> str:
     """The page, from the runs that there are."""
-    parts = [HEAD]
+    parts = [HEAD, FINDINGS.strip()]
     for pool in POOLS:
         sections = [masses_section(pool), runs_section(pool, "tuned"), runs_section(pool, "Evolver")]
         if any(sections):
@@ -204,27 +216,49 @@ def page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def at_masses(pool: str) -> dict[str, tuple[dict[str, float], int]]:
+    """Of every method the mean share over the seeds by what was tried, and the number of seeds; the best method first.
+
+    What was tried is ``as it is``, or a total mass as text.
+    """
+    out: dict[str, tuple[dict[str, float], int]] = {}
+    for label, values in measured(pool).items():
+        name, _, tried = label.partition(" ")
+        means, seeds = out.get(name, ({}, 0))
+        means[tried.removeprefix("at ")] = float(np.mean(values))
+        out[name] = means, max(seeds, len(values))
+    return dict(sorted(out.items(), key=lambda item: -max(item[1][0].values())))
+
+
+def shares(pool: str) -> dict[str, dict[str, float | None]]:
+    """Of every method its share at its defaults and at its best mass (1: as good as the experts), and that mass."""
+    out: dict[str, dict[str, float | None]] = {}
+    for name, (means, seeds) in at_masses(pool).items():
+        plain, best = means.get(PLAIN), max(means, key=lambda tried: (means[tried], tried != PLAIN))
+        out[name] = {
+            PLAIN: None if plain is None else round(plain / 100, 4), "best": round(means[best] / 100, 4),
+            "best mass": None if best == PLAIN else float(best), "seeds": seeds,
+        }  # fmt: skip
+    return out
+
+
 def masses_section(pool: str) -> str:
     """The table of all methods at their defaults and at five masses."""
-    found = measured(pool)
     rows = []
-    for name in dict.fromkeys(label.split()[0] for label in found):
+    for name, (means, seeds) in at_masses(pool).items():
         grid = of_masses(METHODS[name]) if "lambda" in METHODS[name].settings else ()
-        at = {m: float(np.mean(found[f"{name} at {m:g}"])) for m in grid if f"{name} at {m:g}" in found}
-        plain = found.get(f"{name} as it is")
-        best = max([*at.values(), float(np.mean(plain)) if plain else -np.inf])
-        most = max(at, key=lambda m: at[m]) if at else None
-        rows.append((best, [
-            name, f"{np.mean(plain):.1f}" if plain else "failed", *(f"{at[m]:.1f}" for m in grid if m in at),
-            *[""] * (len(MASSES) - len(at)), "" if most is None else f"{most:g}", f"{best:.1f}",
-            str(max(len(found[label]) for label in found if label.split()[0] == name)),
-        ]))  # fmt: skip
+        best = max((m for m in means if m != PLAIN), key=means.__getitem__, default="")
+        rows.append([
+            name, f"{means[PLAIN]:.1f}" if PLAIN in means else "failed",
+            *(f"{means[m]:.1f}" if m in means else "failed" for m in (f"{m:g}" for m in grid)),
+            *[""] * (len(MASSES) - len(grid)), best, f"{max(means.values()):.1f}", str(seeds),
+        ])  # fmt: skip
     if not rows:
         return ""
-    head = ["method", "as it is", *(f"{a:g} or {b:g}" for a, b in zip(MASSES, WIDE, strict=True)), "best mass", "best",
-            "seeds"]  # fmt: skip
-    table = markdown_table(head, [row for _, row in sorted(rows, key=lambda pair: -pair[0])])
-    return f"### All methods with equal weights\n\n{MASSES_TEXT}\n\n{table}"
+    columns = (f"{a:g} or {b:g}" for a, b in zip(MASSES, WIDE, strict=True))
+    head = ["method", PLAIN, *columns, "best mass", "best", "seeds"]
+    items = "\n".join(textwrap.wrap(MASSES_TEXT.format(items=FEWER.get(pool, SCORED)), 120))
+    return f"### All methods with equal weights\n\n{items}\n\n{markdown_table(head, rows)}"
 
 
 def runs_section(pool: str, begin: str) -> str:
@@ -264,13 +298,13 @@ TITLES = {
         ),
     ),
 }
-MASSES_TEXT = f"""\
-{SCORED} items of each task that nothing was chosen by (150 of the language model), other ones with each seed. The
-figures are the mean over the tasks of the merge's score divided by that of the task's own expert, in percent: 100 is as
-good as the experts, each on its own task. *as it is* has the method's own defaults, with weights of 1. The columns with
-two numbers have weights of 1 ÷ experts and that total mass: the first number for methods whose parts add up, the second
-for those whose scale in their papers stands for a sum over the experts. Methods of exactly two models, and those that
-need numbers of the user, are left out."""
+MASSES_TEXT = """\
+{items} items of each task that nothing was chosen by, other ones with each seed. The figures are the mean over the
+tasks of the merge's score divided by that of the task's own expert, in percent: 100 is as good as the experts, each on
+its own task. *as it is* has the method's own defaults, with weights of 1. The columns with two numbers have weights of
+1 ÷ experts and that total mass: the first number for methods whose parts add up, the second for those whose scale in
+their papers stands for a sum over the experts. Methods of exactly two models, and those that need numbers of the user,
+are left out. Methods with the same figures are the same merge at these settings: they drop nothing by default."""
 HEAD = """\
 # The published merging systems, side by side
 
