@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import optuna
 import pytest
 import toys
 from toys import DROP, all_rows, no_work, rows
@@ -92,6 +93,17 @@ def test_candidates_are_searched_on(again, results):
     assert all(found[n]["reused"] for n in range(8))
     assert any(not found[n]["reused"] for n in range(8, 11))
     assert {found[n]["proposer"] for n in found} == {"tpe"}
+
+
+def test_a_run_that_goes_on_is_a_study_of_all_its_candidates(again, tmp_path):
+    """Those of the earlier run with their scores by the new weights, said to be received, and those after them."""
+    new = again(weighing(1, 4), candidates=3)
+    ended = toys.evolver("study", new, tmp_path / "study.db")
+    assert ended.code == 0, ended.err
+    trials = optuna.load_study(study_name="new", storage=f"sqlite:///{tmp_path / 'study.db'}").trials
+    found = {row["recipe_id"]: row["score"] for (stage, _), row in rows(new).items() if stage == "search"}
+    assert {t.user_attrs["recipe"]: t.value for t in trials} == found
+    assert sum("received" in t.user_attrs for t in trials) == 8 == len(trials) - 3
 
 
 @pytest.mark.parametrize(

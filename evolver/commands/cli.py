@@ -222,6 +222,7 @@ def study(
     from evolver.search.study import write_study
     from evolver.search.study_target import shown_with, study_target
     from evolver.storage import storage_at
+    from evolver.storage.paths import last_part
 
     run = storage_at(folder)
     target = study_target(out)  # a database that does not answer is found before the models are read
@@ -230,7 +231,8 @@ def study(
     prepared = prepare_run(run)
     listed = [candidate for candidate, _ in scored[: prepared.taken_over]]
     search = continued(listed, prepared.search) if listed else prepared.search
-    count = write_study(search, lambda c: found.get((c.number, c.recipe.id)), prepared.config.run, target)
+    # By its folder: a run may have another name than its configuration says, and one database holds many runs.
+    count = write_study(search, lambda c: found.get((c.number, c.recipe.id)), last_part(run.location), target)
     shown = shown_with(out)
     typer.echo(f"{shown.removeprefix('sqlite:///')}: {count} trials; optuna-dashboard {shown} shows them")
 
