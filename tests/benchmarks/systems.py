@@ -1,9 +1,9 @@
 """Which merge method is best, and how much of that is step size? Runs all of them on a pool: systems.md.
 
-``python tests/benchmarks/systems.py [--pool emotion-l3] [--seeds 3] [--part masses|tuned|evolver …]``. Three parts:
+``python tests/benchmarks/systems.py [--pool emotion-l3] [--seeds 3] [--part masses tuned …]``. Its parts:
 
 - ``masses``: every method with equal weights at its own defaults and at five total masses, scored on many items that
-  nothing was chosen by;
+  nothing was chosen by; or ``defaults``, the same without the five masses, for models that take long to score;
 - ``tuned``: the twelve best of them, and task arithmetic, tuned by TPE at one equal budget of scored items;
 - ``evolver``: Evolver alone and with a merger, the rows of its paper's own table.
 
@@ -18,7 +18,7 @@ import json
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def main() -> None:
     given = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     given.add_argument("--pool", choices=POOLS, default="emotion-l3")
     given.add_argument("--seeds", type=int, default=3)
-    given.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    given.add_argument("--part", nargs="+", choices=PARTS, default=["masses", "tuned", "evolver"])
     asked = given.parse_args()
     for part in asked.part:
         for seed in range(1, asked.seeds + 1):
@@ -107,17 +107,26 @@ def config(pool: str, run: str, seed: int, sizes: tuple[int, int, int], **more: 
 
 
 def masses(pool: str, seed: int) -> Iterator[dict[str, Any]]:
-    """One run that begins with all methods at all masses, and searches no further."""
+    """All methods at all masses."""
+    yield from _begun(pool, f"masses-{seed}", seed, (*MASSES, *WIDE))
+
+
+def defaults(pool: str, seed: int) -> Iterator[dict[str, Any]]:
+    """All methods as they are."""
+    yield from _begun(pool, f"defaults-{seed}", seed, ())
+
+
+def _begun(pool: str, run: str, seed: int, grid: Sequence[float]) -> Iterator[dict[str, Any]]:
+    """One run that begins with all methods, also at those of these masses that suit them, and searches no further."""
     sizes = (FEWER.get(pool, SCORED), 5, 5)
-    plain = config(pool, f"masses-{seed}", seed, sizes, search={"algorithm": "random"}, budget={"candidates": 1})
-    files, made = [], recipes(plain)
+    plain = config(pool, run, seed, sizes, search={"algorithm": "random"}, budget={"candidates": 1})
+    files, made = [], recipes(plain, grid)
     for label, recipe in made.items():
         file = home(pool) / "recipes" / f"{label.replace(' ', '_')}-{seed}.json"
         file.parent.mkdir(exist_ok=True)
         file.write_text(dump_recipe(recipe))
         files.append(str(file))
-    labels = {label: recipe.id for label, recipe in made.items()}
-    (home(pool) / f"labels-{seed}.json").write_text(json.dumps(labels))
+    (home(pool) / f"{run}.json").write_text(json.dumps({label: recipe.id for label, recipe in made.items()}))
     yield plain | {"start": [{"recipe": f} for f in files], "budget": {"candidates": len(made) + 1}}
 
 
@@ -140,11 +149,11 @@ def evolver(pool: str, seed: int) -> Iterator[dict[str, Any]]:
         yield config(pool, run, seed, POOLS[pool][1], search=search, budget={"candidates": CANDIDATES})
 
 
-PARTS = {"masses": masses, "tuned": tuned, "evolver": evolver}
+PARTS = {"masses": masses, "defaults": defaults, "tuned": tuned, "evolver": evolver}
 
 
-def recipes(given: Mapping[str, Any]) -> dict[str, Recipe]:
-    """Every method of any number of models at its defaults and at five total masses, by label."""
+def recipes(given: Mapping[str, Any], grid: Sequence[float]) -> dict[str, Recipe]:
+    """Every method of any number of models at its defaults, and at those of its masses that are asked for, by label."""
     ready = prepare(ConfigText(yaml.safe_dump(dict(given)), "systems"))
     opened, count = ready.opened, len(ready.experts)
     maker = RecipeMaker(
@@ -159,7 +168,7 @@ def recipes(given: Mapping[str, Any]) -> dict[str, Recipe]:
         out[f"{name} {PLAIN}"] = maker.merger({"method": name})(maker.experts)
         if "lambda" in found.settings:
             equal = {"weight": 1.0 / count} if "weight" in found.settings else {}
-            for mass in of_masses(found):
+            for mass in sorted(set(of_masses(found)) & set(grid)):
                 merger = maker.merger({"method": name, "lambda": mass, **equal})
                 out[f"{name} at {mass:g}"] = merger(maker.experts)
     return out
@@ -177,13 +186,13 @@ def of_masses(method: Method) -> tuple[float, ...]:
 def measured(pool: str) -> dict[str, list[float]]:
     """Of every label and seed the mean over the tasks of the score divided by that of the task's own expert."""
     out: dict[str, list[float]] = {}
-    for seed in range(1, 100):
-        labels, folder = home(pool) / f"labels-{seed}.json", home(pool) / "results" / f"masses-{seed}"
-        if labels.exists() and folder.exists():
+    for file in sorted(p for kind in ("masses", "defaults") for p in home(pool).glob(f"{kind}-*.json")):
+        folder = home(pool) / "results" / file.stem
+        if folder.exists():
             history = read_history(storage_at(str(folder)))
             own = _own(history)
             scored = {c.recipe.id: r for c, r in history.stages["search"] if r.complete}
-            for label, recipe in json.loads(labels.read_text()).items():
+            for label, recipe in json.loads(file.read_text()).items():
                 if recipe in scored:
                     shares = [score / own[task] for task, score in scored[recipe].tasks.items()]
                     out.setdefault(label, []).append(100 * float(np.mean(shares)))
@@ -250,7 +259,7 @@ def masses_section(pool: str) -> str:
         best = max((m for m in means if m != PLAIN), key=means.__getitem__, default="")
         rows.append([
             name, f"{means[PLAIN]:.1f}" if PLAIN in means else "failed",
-            *(f"{means[m]:.1f}" if m in means else "failed" for m in (f"{m:g}" for m in grid)),
+            *(f"{means[m]:.1f}" if m in means else "" for m in (f"{m:g}" for m in grid)),
             *[""] * (len(MASSES) - len(grid)), best, f"{max(means.values()):.1f}", str(seeds),
         ])  # fmt: skip
     if not rows:
