@@ -55,7 +55,7 @@ def build(settings, seed=0, experts=4, early_stopping=True, racing=False, arriva
     budget = Budget(**(budget or {"candidates": 30}))
     setup = Setup(
         EXPERTS[:experts], BASE, seed, budget, maker(experts), Means(), early_stopping, racing, arrival=arrival,
-        tasks=TASKS,
+        tasks=TASKS, owned={"a": TASKS[:1], "b": TASKS[1:]},
     )  # fmt: skip
     return found.build(setup, typed)
 
@@ -148,6 +148,8 @@ ORDERED = {
     "policy": {"algorithm": "policy", "population": 4, "rate": 1.0},
     "policy swaps": {"algorithm": "policy", "population": 5, "edits": False, "merges": [], "ends": "b"},
     "consistency": {"algorithm": "consistency", "step": 0.05, "target": "a", "source": "c"},
+    "hi_merging": {"algorithm": "hi_merging", "tune": "none", "keep": "better"},
+    "hi_merging tuned": {"algorithm": "hi_merging", "alpha": 2.0},
     "adamerging": {"algorithm": "adamerging", "steps": 12, "items": 4},
     "expert_merging": {"algorithm": "expert_merging", "steps": 12, "items": 4, "redraw": True},
     "fw_merging": {"algorithm": "fw_merging", "steps": 12, "items": 4},
@@ -251,7 +253,8 @@ def ids(candidates):
 
 
 def every_search(settings, **more):
-    return build(settings, experts=experts_for(settings), **more)
+    long = {"candidates": 120} if settings["algorithm"] == "hi_merging" else {}  # its last candidates are the merges
+    return build(settings, experts=experts_for(settings), **{**long, **more})
 
 
 @pytest.mark.whole
@@ -324,7 +327,7 @@ def test_nobody_waits_for_a_slow_one(settings):
     assert without(every_search(settings, candidates=40), slow=5) < 10
 
 
-SEEDLESS = ("soup", "consistency")  # they draw nothing at random
+SEEDLESS = ("soup", "consistency", "hi_merging")  # they draw nothing at random
 
 
 @EVERY

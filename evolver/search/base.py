@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from evolver.config import Budget
@@ -242,6 +242,7 @@ class Setup:
             ones (rotate); None: what is the default for the search.
         objectives: those of a multi-objective search; none: every task is one.
         constraints: number of constraints of the run, whose names are ``0``, ``1``, ….
+        owned: for each expert, by name, the tasks that are its own; all tasks where it has none.
     """
 
     experts: tuple[Expert, ...]
@@ -258,6 +259,7 @@ class Setup:
     subset: Literal["fixed", "rotate"] | None = None
     objectives: tuple[Objective, ...] = ()
     constraints: int = 0
+    owned: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def rotates(self, estimate: str) -> bool:
         """Whether candidates that are told apart by this kind of estimate meet their items in new orders."""
