@@ -276,7 +276,7 @@ def test_a_budget_leaves_room_for_the_model_that_was_learnt(configured, budget, 
     ("search", "changes", "said"),
     [
         ({**ADA, "lr": 0}, {}, "search.lr"),
-        ({**ADA, "per": "tensor"}, {}, "search.per"),
+        ({**ADA, "per": "head"}, {}, "search.per"),
         (ADA, {"evaluation": {"quantise": "int8"}}, "evaluation.quantise: adamerging takes gradients"),
         (
             {"algorithm": "halving", "first": 8, "of": ADA},

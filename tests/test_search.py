@@ -28,7 +28,7 @@ def maker(count, layers=4):
     names = [e.name for e in EXPERTS[:count]]
     digests = {"base": BASE.digest} | {n: 2 * n for n in names}
     tensors = [f"model.layers.{i}.{part}" for i in range(layers) for part in ("self_attn.w", "mlp.w", "w")]
-    return RecipeMaker(names, tensors, digests)
+    return RecipeMaker(names, tensors, digests, shapes=dict.fromkeys(tensors, (3, 2)))
 
 
 class Means:
@@ -153,6 +153,9 @@ ORDERED = {
     "adamerging": {"algorithm": "adamerging", "steps": 12, "items": 4},
     "expert_merging": {"algorithm": "expert_merging", "steps": 12, "items": 4, "redraw": True},
     "fw_merging": {"algorithm": "fw_merging", "steps": 12, "items": 4},
+    "concrete": {"algorithm": "concrete", "steps": 12, "items": 4, "parts": 2, "per": "tensor"},
+    "concrete learn": {"algorithm": "concrete", "steps": 4, "after": 4, "items": 4, "learn": True},
+    "adamerging tensor": {"algorithm": "adamerging", "per": "tensor", "steps": 12, "items": 4},
     "grid": {"algorithm": "grid", "levels": 3},
     "grid methods": {"algorithm": "grid", "levels_of": {"lambda": 5}, "method": ["task_arithmetic", "ties"]},
 }

@@ -9,7 +9,7 @@ from functools import cache, partial
 from typing import Any
 
 from evolver.checkpoints.doubts import refuse_strangers, suspicions
-from evolver.checkpoints.grams import task_grams
+from evolver.checkpoints.grams import task_grams, task_sizes
 from evolver.checkpoints.weights import Checkpoint
 from evolver.config import Budget, Config
 from evolver.config.changes import FREE_KEYS, computing, default_at, keeping_base_chat, renamed, without_select
@@ -163,9 +163,12 @@ def _maker(
     config: Config, opened: Opened, tasks: Tasks, blueprint: ModelFolder | None, weights: bool
 ) -> RecipeMaker:  # fmt: skip
     base, sampled = opened.base, cache(lambda kind, expert: _sampled(config, tasks, blueprint, kind, expert))
+    shapes = {name: info.shape for name, info in base.headers.items() if info.dtype.is_floating_point}
+    changes = partial(task_sizes, base, list(opened.experts.values())) if weights else None
     return RecipeMaker(
         list(config.experts), base.names(), opened.digests() if weights else None, sampled, base.sizes(),
         partial(_count_layers, base), model_places(config), config.seed, config.statistics.offspring == "own",
+        shapes, changes,
     )  # fmt: skip
 
 

@@ -172,6 +172,16 @@ class Maker(SpaceMaker[Space], Protocol):
         """
         ...
 
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of the tensors that a merge changes, by their names."""
+        ...
+
+    @property
+    def changes(self) -> Callable[[], Mapping[str, tuple[float, ...]]]:
+        """Reads the experts, and says of every tensor how large the task vector of each is, Σ|θ_k - θ₀|."""
+        ...
+
     def depth(self, anew: bool) -> int:
         """The number of layers of the models.
 

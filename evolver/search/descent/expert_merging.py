@@ -11,7 +11,7 @@ from pydantic import Field
 from evolver.records.loss import UnlabelledLoss
 from evolver.search.base import Setup, algorithm
 from evolver.search.descent.adam import Adam
-from evolver.search.descent.base import Descent, DescentSettings
+from evolver.search.descent.base import Descent, DescentSettings, chosen_places
 
 
 class ExpertMergingSettings(DescentSettings):
@@ -54,20 +54,23 @@ class ExpertMerging(Descent):
     def __init__(self, setup: Setup, settings: ExpertMergingSettings) -> None:
         self.initial, self.anchor = settings.initial, settings.anchor
         loss = UnlabelledLoss("distillation", settings.temperature, settings.hidden)
-        super().__init__(setup, settings, "expert_merging", settings.steps, loss, settings.outside)
+        places = chosen_places(setup, settings.per)
+        learnt = [n for n, place in enumerate(places) if settings.outside or not place.outside]
+        super().__init__(setup, settings, "expert_merging", settings.steps, loss, places, learnt)
         self.adam = Adam(len(self.learnt), settings.lr, settings.decay)
 
     def start(self) -> list[float]:
         return [math.log(self.initial / (1 - self.initial))] * (len(self.places) * self.experts)
 
-    def coefficients(self) -> list[float]:
+    def coefficients(self, step: int | None = None) -> list[float]:
         return [1 / (1 + math.exp(-a)) for a in self.numbers]
 
     def move(self, step: int, gradient: Sequence[float]) -> None:
         found, own = self.coefficients(), self.learnt
-        hold = self.anchor / len(own)
+        hold = self.anchor / max(1, len(own))
         slopes = [(gradient[i] + hold * _sign(found[i] - self.initial)) * found[i] * (1 - found[i]) for i in own]
-        self.numbers[own.start :] = self.adam.moved(self.numbers[own.start :], slopes)
+        for i, number in zip(own, self.adam.moved([self.numbers[i] for i in own], slopes), strict=True):
+            self.numbers[i] = number
 
 
 def _sign(x: float) -> float:
