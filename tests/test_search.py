@@ -152,6 +152,7 @@ ORDERED = {
     "hi_merging tuned": {"algorithm": "hi_merging", "alpha": 2.0},
     "adamerging": {"algorithm": "adamerging", "steps": 12, "items": 4},
     "expert_merging": {"algorithm": "expert_merging", "steps": 12, "items": 4, "redraw": True},
+    "expert_merging chunks": {"algorithm": "expert_merging", "steps": 6, "items": 4, "chunks": 1.5, "power": 2.0},
     "fw_merging": {"algorithm": "fw_merging", "steps": 12, "items": 4},
     "concrete": {"algorithm": "concrete", "steps": 12, "items": 4, "parts": 2, "per": "tensor"},
     "concrete learn": {"algorithm": "concrete", "steps": 4, "after": 4, "items": 4, "learn": True},

@@ -61,11 +61,15 @@ class Descent(Ordered):
         self.name, self.items, self.redraw, self.loss = name, settings.items, settings.redraw, loss
         self.wanted, self.steps = steps, min(steps, _room(setup.budget))
         super().__init__(setup, limit=self.steps + 1)
-        self.places, self.experts = tuple(places), len(setup.experts)
-        chosen = range(len(self.places)) if learnt is None else learnt
-        # The places in the list of numbers that are learnt.
-        self.learnt = [place * self.experts + expert for place in chosen for expert in range(self.experts)]
+        self.experts = len(setup.experts)
+        self.lay_out(places, range(len(places)) if learnt is None else learnt)
         self.numbers: list[float] = self.start()
+
+    def lay_out(self, places: Sequence[Place], learnt: Sequence[int]) -> None:
+        """Learn the coefficients of these places from now on, see above."""
+        self.places = tuple(places)
+        # The places in the list of numbers that are learnt.
+        self.learnt = [place * self.experts + expert for place in learnt for expert in range(self.experts)]
 
     def start(self) -> list[float]:
         """The coefficients of the first step."""

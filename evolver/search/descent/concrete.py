@@ -13,7 +13,7 @@ from evolver.records.loss import LossName, UnlabelledLoss
 from evolver.search.base import Setup, algorithm
 from evolver.search.descent.adam import Adam
 from evolver.search.descent.base import Descent, DescentSettings, chosen_places
-from evolver.search.descent.places import TensorPlace, tensor_places
+from evolver.search.descent.places import owner_of, tensor_places
 
 
 class ConcreteSettings(DescentSettings):
@@ -77,7 +77,7 @@ class Concrete(Descent):
         self.settings, shapes = settings, setup.maker.shapes
         self.masked = tensor_places(shapes, dict.fromkeys(shapes, settings.parts))
         owners = chosen_places(setup, settings.per)
-        self.owners = [_owner(found, settings.per, [place.contains for place in owners]) for found in self.masked]
+        self.owners = [owner_of(owners, found.name) for found in self.masked]
         self.groups = len(owners)
         total = sum(found.size for found in self.masked)
         self.shares = [found.size / total for found in self.masked]
@@ -93,24 +93,20 @@ class Concrete(Descent):
 
     def coefficients(self, step: int | None) -> list[float]:
         masks = self.scaled(self.mask(step))
-        return [
-            m * self._of(owner, e) for m, owner in zip(masks, self.owners, strict=True) for e in range(self.experts)
-        ]
+        return [m * self._of(of, e) for m, of in zip(masks, self.owners, strict=True) for e in range(self.experts)]
 
     def move(self, step: int, gradient: Sequence[float]) -> None:
         mask, pairs = self.mask(step), range(self.experts)
         rows = [gradient[first : first + self.experts] for first in range(0, len(gradient), self.experts)]
         if self.settings.learn and (step % 2 == 0 or step >= self.settings.steps * 2):
             slopes = [0.0] * len(self.numbers)
-            for m, owner, row in zip(self.scaled(mask), self.owners, rows, strict=True):
+            for m, of, row in zip(self.scaled(mask), self.owners, rows, strict=True):
                 for e in pairs:
-                    slopes[owner * self.experts + e] += m * row[e]
+                    slopes[of * self.experts + e] += m * row[e]
             moved = self._moved(step, slopes)
             self.numbers = [min(max(x, 0.0), 1.0) for x in moved]
             return
-        wanted = [
-            math.fsum(self._of(owner, e) * row[e] for e in pairs) for owner, row in zip(self.owners, rows, strict=True)
-        ]
+        wanted = [math.fsum(self._of(of, e) * row[e] for e in pairs) for of, row in zip(self.owners, rows, strict=True)]
         self.logits = self.adam.moved(self.logits, self.slopes(mask, wanted))
 
     def mask(self, step: int | None) -> list[float]:
@@ -141,20 +137,13 @@ class Concrete(Descent):
     def _mean(self, mask: Sequence[float]) -> float:
         return max(math.fsum(share * m for share, m in zip(self.shares, mask, strict=True)), 1e-12)
 
-    def _of(self, owner: int, expert: int) -> float:
-        return self.numbers[owner * self.experts + expert]
+    def _of(self, place: int, expert: int) -> float:
+        return self.numbers[place * self.experts + expert]
 
     def _moved(self, step: int, slopes: Sequence[float]) -> list[float]:
         if step >= self.settings.steps * 2:
             return self.last_adam.moved(self.numbers, slopes)
         return [x - self.settings.inner * slope for x, slope in zip(self.numbers, slopes, strict=True)]
-
-
-def _owner(found: TensorPlace, per: str, names: Sequence[str]) -> int:
-    """The number of the place whose coefficients a tensor has."""
-    if per == "tensor":
-        return names.index(found.name)
-    return 0 if per == "model" or found.layer is None else 1 + found.layer
 
 
 def _logit(u: float) -> float:

@@ -10,7 +10,7 @@ from evolver.records.recipe import Place, layer_of, part_rows
 
 
 @dataclass(frozen=True)
-class TensorPlace:
+class LearntPlace:
     """The place of a tensor, or of some of its rows.
 
     Attributes:
@@ -34,7 +34,13 @@ def layer_places(depth: int) -> tuple[Place, ...]:
     return (Place(outside=True), *inside) if inside else (Place(),)
 
 
-def tensor_places(shapes: Mapping[str, Sequence[int]], counts: Mapping[str, int] | None = None) -> list[TensorPlace]:
+def owner_of(places: Sequence[Place], name: str) -> int:
+    """The number of the place whose coefficients a tensor has: of those that cover it the last one."""
+    layer = layer_of(name)
+    return max(number for number, place in enumerate(places) if place.covers(name, layer))
+
+
+def tensor_places(shapes: Mapping[str, Sequence[int]], counts: Mapping[str, int] | None = None) -> list[LearntPlace]:
     """A place for each tensor; or for each part of it that has rows.
 
     Of two rules that cover a tensor the last one holds, so where a name holds another one, its place comes later.
@@ -52,5 +58,5 @@ def tensor_places(shapes: Mapping[str, Sequence[int]], counts: Mapping[str, int]
         for part in parts:
             own = part_rows(part, rows)
             size = math.prod(shapes[name]) * (own.stop - own.start) // max(1, rows)
-            found.append(TensorPlace(replace(place, part=part), name, size))
+            found.append(LearntPlace(replace(place, part=part), name, size))
     return found
