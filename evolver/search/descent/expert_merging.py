@@ -18,7 +18,7 @@ from evolver.search.descent.base import Descent, DescentSettings, chosen_places
 from evolver.search.descent.places import owner_of, tensor_places
 
 # A share that is a whole number may be off by so much.
-ROUNDING = 1e-9
+SLACK = 1e-9
 
 
 class ExpertMergingSettings(DescentSettings):
@@ -111,7 +111,7 @@ class ExpertMerging(Descent):
         raised = {name: (importance[name] / most) ** self.settings.power for name in names}
         total = math.fsum(raised.values())
         budget = self.settings.chunks * len(names)
-        return {name: int(budget * raised[name] / total + ROUNDING) if total else 1 for name in names}
+        return {name: int(budget * raised[name] / total + SLACK) if total else 1 for name in names}
 
     def _importance(self, name: str, first: int) -> float:
         """I of a tensor, whose numbers begin in this place."""

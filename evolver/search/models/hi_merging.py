@@ -22,7 +22,7 @@ from evolver.records.recipe import Merge, Place, Rule
 from evolver.search.base import Ordered, Setup, algorithm
 
 # The paper's grid for densities and scales. Of equal scores the first one counts: the expert as it is, or nearest to.
-GRID = tuple(n / 10 for n in range(10, 0, -1))
+TENTHS = tuple(n / 10 for n in range(10, 0, -1))
 
 
 class HiMergingSettings(Section):
@@ -57,7 +57,7 @@ class HiMergingSettings(Section):
 
 
 @dataclass(frozen=True)
-class Share:
+class KeptDelta:
     """How much of an expert's task vector a merge has: its largest scalars, this share of them, times ``scale``."""
 
     density: float = 1.0
@@ -105,17 +105,17 @@ class HiMerging(Ordered):
         self.owned = [setup.owned.get(e.name, setup.tasks) for e in setup.experts]
         _refuse(setup, settings, self.owned)
         count = len(self.experts)
-        self.shares = [Share(settings.density, settings.scale)] * count
-        self.rounds = {"separate": (GRID, GRID[1:]), "joint": (GRID * len(GRID),), "none": ()}[settings.tune]
+        self.shares = [KeptDelta(settings.density, settings.scale)] * count
+        self.rounds = {"separate": (TENTHS, TENTHS[1:]), "joint": (TENTHS * len(TENTHS),), "none": ()}[settings.tune]
         sizes = (*(count * len(values) for values in self.rounds), 2, 2 * count * self.depth)
         # The first candidates of: every round of tuning, base and merge, ablations, and what is resolved.
         self.starts = list(itertools.accumulate(sizes, initial=0))
         self.tuned, self.ablated, self.resolved = self.starts[-3:]
         super().__init__(setup, limit=self.resolved + (self.depth if settings.keep == "better" else 1))
         self.results: dict[int, Result] = {}
-        self.cells: dict[tuple[int, int], Share] = {}  # of (layer, expert), where they differ from the whole expert's
+        self.cells: dict[tuple[int, int], KeptDelta] = {}  # of (layer, expert), where it is another one
         self.best = UNKNOWN
-        self.trials: dict[int, dict[tuple[int, int], Share]] = {}
+        self.trials: dict[int, dict[tuple[int, int], KeptDelta]] = {}
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -157,7 +157,7 @@ class HiMerging(Ordered):
         if k >= self.resolved and self.settings.keep == "better" and result.standing >= self.best:
             self.best, self.cells = result.standing, self.trials[k]
 
-    def merged(self, cells: dict[tuple[int, int], Share] | None = None) -> Merge:
+    def merged(self, cells: dict[tuple[int, int], KeptDelta] | None = None) -> Merge:
         """The merge of all experts, with these shares in places of their own."""
         return self._merge(dict(enumerate(self.shares)), cells or {})
 
@@ -169,16 +169,16 @@ class HiMerging(Ordered):
             for expert in range(len(self.experts))
         }
 
-    def _trial(self, k: int) -> tuple[int, Share]:
+    def _trial(self, k: int) -> tuple[int, KeptDelta]:
         """The expert that candidate ``k`` tunes, and its share."""
         number = max(n for n in range(len(self.rounds)) if self.starts[n] <= k)
         expert, place = divmod(k - self.starts[number], len(self.rounds[number]))
         value = self.rounds[number][place]
         if self.settings.tune == "joint":
-            return expert, Share(GRID[place // len(GRID)], value)
-        return expert, Share(1.0, value) if number == 0 else Share(value, self._tuned(expert, 1).scale)
+            return expert, KeptDelta(TENTHS[place // len(TENTHS)], value)
+        return expert, KeptDelta(1.0, value) if number == 0 else KeptDelta(value, self._tuned(expert, 1).scale)
 
-    def _tuned(self, expert: int, rounds: int) -> Share:
+    def _tuned(self, expert: int, rounds: int) -> KeptDelta:
         """The best share of an expert for its own tasks after so many rounds of tuning."""
         tried = [(k, *self._trial(k)) for k in range(self.starts[rounds])]
         own = [(k, share) for k, of, share in tried if of == expert]
@@ -218,7 +218,7 @@ class HiMerging(Ordered):
         own = [result.tasks[task] for task in self.owned[expert] if task in result.tasks]
         return math.fsum(own) / len(own) if own else result.score
 
-    def _resolved(self, number: int) -> dict[tuple[int, int], Share]:
+    def _resolved(self, number: int) -> dict[tuple[int, int], KeptDelta]:
         """The shares with one more layer resolved, or with all of them."""
         table = self.table()
         layers = sorted(range(self.depth), key=lambda layer: -self._strife(table, layer))  # a stable sort
@@ -230,24 +230,24 @@ class HiMerging(Ordered):
     def _strife(self, table: dict[tuple[int, int], Contribution], layer: int) -> float:
         return math.fsum(max(table[layer, e].conflict, 0.0) for e in range(len(self.experts)))
 
-    def _resolve(self, table: dict[tuple[int, int], Contribution], layer: int) -> dict[tuple[int, int], Share]:
+    def _resolve(self, table: dict[tuple[int, int], Contribution], layer: int) -> dict[tuple[int, int], KeptDelta]:
         """The shares of the experts that have to give way in a layer."""
         fighting = [e for e in range(len(self.experts)) if table[layer, e].conflict > CONFLICT]
         if len(fighting) == 1:
             share = self.shares[fighting[0]]
-            return {(layer, fighting[0]): Share(share.density / 2, share.scale / 2)}
+            return {(layer, fighting[0]): KeptDelta(share.density / 2, share.scale / 2)}
         stays = max(fighting, key=lambda e: table[layer, e].merged, default=None)  # of equal ones the first
         return {(layer, e): replace(self.shares[e], scale=0.0) for e in fighting if e != stays}
 
-    def _merge(self, whole: dict[int, Share], cells: dict[tuple[int, int], Share] | None = None) -> Merge:
+    def _merge(self, whole: dict[int, KeptDelta], cells: dict[tuple[int, int], KeptDelta] | None = None) -> Merge:
         """A merge of shares of whole experts, which are other ones in some layers."""
-        rules = [self._rule([whole.get(e, Share(scale=0.0)) for e in range(len(self.experts))])]
+        rules = [self._rule([whole.get(e, KeptDelta(scale=0.0)) for e in range(len(self.experts))])]
         for layer in sorted({layer for layer, _ in cells or ()}):
-            own = [(cells or {}).get((layer, e), whole.get(e, Share(scale=0.0))) for e in range(len(self.experts))]
+            own = [(cells or {}).get((layer, e), whole.get(e, KeptDelta(scale=0.0))) for e in range(len(self.experts))]
             rules.append(self._rule(own, Place(layers=(layer, layer + 1))))
         return Merge("breadcrumbs", self.experts, self.setup.base, tuple(rules))
 
-    def _rule(self, shares: Sequence[Share], place: Place | None = None) -> Rule:
+    def _rule(self, shares: Sequence[KeptDelta], place: Place | None = None) -> Rule:
         values = {"weight": tuple(s.scale for s in shares), "density": tuple(s.density for s in shares)}
         return Rule.of({**values, "gamma": (0.0,) * len(shares), "lambda": self.settings.mass}, place)
 
