@@ -271,7 +271,7 @@ def test_workers_and_timing_change_nothing_under_constraints(settings):
         assert ids(simulate(every_search(settings), workers, order, reply=judged)) == alone
 
 
-DEAF = ("random", "qmc", "grid", "consistency", "adamerging", "expert_merging", "fw_merging")
+DEAF = ("random", "qmc", "grid", "consistency", "adamerging", "expert_merging", "fw_merging", "concrete")
 
 
 @EVERY_ORDERED

@@ -168,18 +168,18 @@ def test_a_batch_that_is_divided_gives_the_same_gradient(configured, monkeypatch
 def test_losses_by_hand():
     logits = torch.tensor([[0.0, 0.0], [0.0, math.log(3.0)]])
     outputs = type("Outputs", (), {"logits": logits, "hidden_states": (torch.zeros(2, 3, 4), torch.ones(2, 3, 4))})
-    mean = entropy(4)("x", outputs, None)
+    mean = entropy(4)("x", outputs, None, None)
     h = math.log(2), -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
     assert float(mean) == pytest.approx(sum(h) / 4)
-    assert float(entropy(2, labels=True)("x", outputs, None)) == pytest.approx((3 * h[0] + h[1]) / 2)
+    assert float(entropy(2, labels=True)("x", outputs, None, None)) == pytest.approx((3 * h[0] + h[1]) / 2)
     positions = torch.tensor([[True, True, False], [True, False, False]])
     assert said_of(outputs, positions, True).layers[0].shape == (3, 4)
     tags = type("Outputs", (), {"logits": logits.view(1, 2, 2).repeat(2, 1, 1)})
     first_only = torch.tensor([[True, True], [True, False]])
-    assert float(entropy(2)("x", tags, first_only)) == pytest.approx((sum(h) / 2 + h[0]) / 2)
+    assert float(entropy(2)("x", tags, first_only, None)) == pytest.approx((sum(h) / 2 + h[0]) / 2)
     said = {"x": ModelOutputs(torch.zeros(2, 2), (torch.zeros(3, 4),))}
     kl = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
-    assert float(distillation(said, 1.0, 2.0)("x", outputs, positions)) == pytest.approx(kl / 2 + 2.0)
+    assert float(distillation(said, 1.0, 2.0)("x", outputs, positions, None)) == pytest.approx(kl / 2 + 2.0)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -276,7 +276,7 @@ def test_a_budget_leaves_room_for_the_model_that_was_learnt(configured, budget, 
     ("search", "changes", "said"),
     [
         ({**ADA, "lr": 0}, {}, "search.lr"),
-        ({**ADA, "per": "tensor"}, {}, "search.per"),
+        ({**ADA, "per": "head"}, {}, "search.per"),
         (ADA, {"evaluation": {"quantise": "int8"}}, "evaluation.quantise: adamerging takes gradients"),
         (
             {"algorithm": "halving", "first": 8, "of": ADA},

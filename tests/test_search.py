@@ -28,7 +28,7 @@ def maker(count, layers=4):
     names = [e.name for e in EXPERTS[:count]]
     digests = {"base": BASE.digest} | {n: 2 * n for n in names}
     tensors = [f"model.layers.{i}.{part}" for i in range(layers) for part in ("self_attn.w", "mlp.w", "w")]
-    return RecipeMaker(names, tensors, digests)
+    return RecipeMaker(names, tensors, digests, shapes=dict.fromkeys(tensors, (3, 2)))
 
 
 class Means:
@@ -55,7 +55,7 @@ def build(settings, seed=0, experts=4, early_stopping=True, racing=False, arriva
     budget = Budget(**(budget or {"candidates": 30}))
     setup = Setup(
         EXPERTS[:experts], BASE, seed, budget, maker(experts), Means(), early_stopping, racing, arrival=arrival,
-        tasks=TASKS,
+        tasks=TASKS, owned={"a": TASKS[:1], "b": TASKS[1:]},
     )  # fmt: skip
     return found.build(setup, typed)
 
@@ -148,9 +148,15 @@ ORDERED = {
     "policy": {"algorithm": "policy", "population": 4, "rate": 1.0},
     "policy swaps": {"algorithm": "policy", "population": 5, "edits": False, "merges": [], "ends": "b"},
     "consistency": {"algorithm": "consistency", "step": 0.05, "target": "a", "source": "c"},
+    "hi_merging": {"algorithm": "hi_merging", "tune": "none", "keep": "better"},
+    "hi_merging tuned": {"algorithm": "hi_merging", "alpha": 2.0},
     "adamerging": {"algorithm": "adamerging", "steps": 12, "items": 4},
     "expert_merging": {"algorithm": "expert_merging", "steps": 12, "items": 4, "redraw": True},
+    "expert_merging chunks": {"algorithm": "expert_merging", "steps": 6, "items": 4, "chunks": 1.5, "power": 2.0},
     "fw_merging": {"algorithm": "fw_merging", "steps": 12, "items": 4},
+    "concrete": {"algorithm": "concrete", "steps": 12, "items": 4, "parts": 2, "per": "tensor"},
+    "concrete learn": {"algorithm": "concrete", "steps": 4, "after": 4, "items": 4, "learn": True},
+    "adamerging tensor": {"algorithm": "adamerging", "per": "tensor", "steps": 12, "items": 4},
     "grid": {"algorithm": "grid", "levels": 3},
     "grid methods": {"algorithm": "grid", "levels_of": {"lambda": 5}, "method": ["task_arithmetic", "ties"]},
 }
@@ -251,7 +257,8 @@ def ids(candidates):
 
 
 def every_search(settings, **more):
-    return build(settings, experts=experts_for(settings), **more)
+    long = {"candidates": 120} if settings["algorithm"] == "hi_merging" else {}  # its last candidates are the merges
+    return build(settings, experts=experts_for(settings), **{**long, **more})
 
 
 @pytest.mark.whole
@@ -324,7 +331,7 @@ def test_nobody_waits_for_a_slow_one(settings):
     assert without(every_search(settings, candidates=40), slow=5) < 10
 
 
-SEEDLESS = ("soup", "consistency")  # they draw nothing at random
+SEEDLESS = ("soup", "consistency", "hi_merging")  # they draw nothing at random
 
 
 @EVERY

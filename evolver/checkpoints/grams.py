@@ -29,6 +29,24 @@ def task_grams(base: Checkpoint, experts: Sequence[Source]) -> TensorGrams:
     return {name: np.array(products) for name, products in json.loads(text).items()}
 
 
+def task_sizes(base: Checkpoint, experts: Sequence[Source]) -> Mapping[str, tuple[float, ...]]:
+    """Of every floating tensor the sum Σ|θ_i - θ₀| of each expert's changes; remembered like ``task_grams``."""
+    models = (base, *experts)
+    kind = f"sizes/{content_hash([model.digest() for model in models])}"
+
+    def found() -> str:
+        names = [name for name, info in base.headers.items() if info.dtype.is_floating_point]
+        return json.dumps({n: [_changed(base.tensor(n), e.tensor(n)) for e in experts] for n in names})
+
+    text = cached(kind, [f for model in models for f in model.files()], found)
+    return {name: tuple(sizes) for name, sizes in json.loads(text).items()}
+
+
+def _changed(origin: Tensor, tensor: Tensor) -> float:
+    pieces = zip(*(t.reshape(-1).split(GRAM_PIECE) for t in (origin, tensor)), strict=True)
+    return sum(float((other.double() - zero.double()).abs().sum()) for zero, other in pieces)
+
+
 def _measured(base: Checkpoint, experts: Sequence[Source]) -> dict[str, list[list[float]]]:
     floating = [name for name, info in base.headers.items() if info.dtype.is_floating_point]
     return {name: _gram(base.tensor(name), [e.tensor(name) for e in experts]).tolist() for name in floating}

@@ -230,8 +230,11 @@ def _settings(recipe: Recipe, name: str, tuned: Collection[str]) -> tuple[str, M
     if not isinstance(recipe, Merge):
         return recipe.describe(), {}
     method = methods.get(recipe.method, "the recipe")
-    values = method.complete(recipe.settings(name, layer_of(name)), len(recipe.inputs), recipe.method)
-    return recipe.method, {k: "tuned" if k in tuned else v for k, v in values.items()}
+    layer = layer_of(name)
+    given = [recipe.settings(name, layer, part) for part in recipe.parts(name, layer)]
+    values, *others = (method.complete(one, len(recipe.inputs), recipe.method) for one in given)
+    said = {k: v if all(other[k] == v for other in others) else f"{len(given)} parts differ" for k, v in values.items()}
+    return recipe.method, {k: "tuned" if k in tuned else v for k, v in said.items()}
 
 
 def _short(value: Any) -> str:

@@ -17,7 +17,7 @@ from evolver.dashboard.overview import Column, Overview, Places, Rows
 from evolver.dashboard.status import Status
 from evolver.records import own_score
 from evolver.records.objective import Objective
-from evolver.records.recipe import Merge, Recipe, ancestors
+from evolver.records.recipe import Merge, Recipe, ancestors, at_layer
 from evolver.report.text import cost_rows
 from evolver.search.front import front, hypervolume
 
@@ -216,20 +216,25 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _rule(node: Merge, rule: Any) -> dict[str, Any]:
-    layers, outside, contains = rule.place.form()
-    place = "outside the layers" if outside else "everywhere"
-    if layers:
-        place = f"layer {layers[0]}" if layers[1] - layers[0] == 1 else f"layers {layers[0]}–{layers[1] - 1}"
+    at = rule.place
+    place = "outside the layers" if at.outside else "everywhere"
+    if at.layers:
+        first, last = at.layers[0], at.layers[1] - 1
+        place = f"layer {first}" if first == last else f"layers {first}–{last}"
+    rows = f"rows {at.part[0] + 1}/{at.part[1]}" if at.part else ""
+    said = ", ".join(filter(None, [place, at.contains, rows]))
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in rule.values}
     return {"method": node.method, "inputs": [i.label for i in node.inputs], "values": values,
-            "place": f"{place}, {contains}" if contains else place}  # fmt: skip
+            "place": said}  # fmt: skip
 
 
 def _by_layer(node: Merge, depth: int, prefix: str) -> Iterator[dict[str, Any]]:
-    """A line for each number of a merge, over the layers; where rules are for some tensors only, one for each kind."""
-    kinds = list(dict.fromkeys(rule.place.contains for rule in node.rules))
+    """A line for each number of a merge, over the layers; where rules are for some tensors only, one for each kind.
+    Tensors with one name in all layers are of one kind.
+    """
+    kinds = list(dict.fromkeys(at_layer(rule.place.contains, 0) for rule in node.rules if rule.place.part is None))
     for kind in kinds if depth else ():
-        found = [_numbers(node.settings(kind, layer), node) for layer in range(depth)]
+        found = [_numbers(node.settings(at_layer(kind, layer), layer), node) for layer in range(depth)]
         for name in dict.fromkeys(name for values in found for name in values):
             label = f"{prefix}{name}" + (f", {kind}" if kind else "")
             yield {"name": label, "values": [values.get(name) for values in found]}

@@ -9,7 +9,7 @@ from functools import cache, partial
 from typing import Any
 
 from evolver.checkpoints.doubts import refuse_strangers, suspicions
-from evolver.checkpoints.grams import task_grams
+from evolver.checkpoints.grams import task_grams, task_sizes
 from evolver.checkpoints.weights import Checkpoint
 from evolver.config import Budget, Config
 from evolver.config.changes import FREE_KEYS, computing, default_at, keeping_base_chat, renamed, without_select
@@ -51,7 +51,7 @@ from evolver.workers.compute import is_open, settled
 from evolver.workers.measures import with_texts
 from evolver.workers.opened import STRICT, Opened, check_device, draw_up, open_models
 from evolver.workers.plan import CHAT, SCORING_PACKAGES, TOKENS, Plan, items_hash
-from evolver.workers.statistics import refuse_tasks, sample_hash
+from evolver.workers.statistics import refuse_tasks, sample_hash, tasks_of
 from evolver.workers.worker import build_materialiser, own_materialiser, statistics_of
 
 RECORDED_PACKAGES = ("torch", "transformers", "lm-eval", "optuna", "safetensors", "numpy", "ray")
@@ -137,7 +137,7 @@ def prepare(
             config.evaluation.early_stopping, config.evaluation.racing is not None,
             arrival=config.order == "arrival", tasks=tuple(estimates.scale.weights),
             objectives=objectives_of(config, tasks), subset=config.evaluation.subset,
-            constraints=len(config.constraints),
+            constraints=len(config.constraints), owned={name: _owned(config, tasks, name) for name in config.experts},
         )  # fmt: skip
         starts = Starts() if origin else _starts(config, file, maker, opened, (algorithm, settings))
         search = _search(config, setup, algorithm, settings, starts)
@@ -153,13 +153,22 @@ def prepare(
     return Prepared(config, file, opened, tasks, plan, *own)
 
 
+def _owned(config: Config, tasks: Tasks, expert: str) -> tuple[str, ...]:
+    """The tasks of an expert, with those of a group one by one."""
+    parts = tasks.parts("dev")
+    return tuple(part for task in tasks_of(config, tasks, expert) for part in parts[task])
+
+
 def _maker(
     config: Config, opened: Opened, tasks: Tasks, blueprint: ModelFolder | None, weights: bool
 ) -> RecipeMaker:  # fmt: skip
     base, sampled = opened.base, cache(lambda kind, expert: _sampled(config, tasks, blueprint, kind, expert))
+    shapes = {name: info.shape for name, info in base.headers.items() if info.dtype.is_floating_point}
+    changes = partial(task_sizes, base, list(opened.experts.values())) if weights else None
     return RecipeMaker(
         list(config.experts), base.names(), opened.digests() if weights else None, sampled, base.sizes(),
         partial(_count_layers, base), model_places(config), config.seed, config.statistics.offspring == "own",
+        shapes, changes,
     )  # fmt: skip
 
 

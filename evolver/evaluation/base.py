@@ -141,6 +141,12 @@ class Judge(Protocol):
         """
         ...
 
+    def passes_whole(self, entry: TaskEntry) -> bool:
+        """Whether its scorers put each batch through ``LiveModel.forward`` as one pass of the module, at least while
+        something else passes it (``LiveModel.passing``); else no gradients of a loss can be taken while they score.
+        """
+        ...
+
     def gives_examples(self, entry: TaskEntry) -> bool:
         """Whether its scorers give the task's items as examples, see ``GivesExamples``; else no gradients can be taken
         on them.

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from evolver.evaluation.live import LiveModel
 
-# What a batch adds to a loss: of its name, what the module says, and which positions of it are no padding.
-BatchLoss = Callable[[str, Any, Tensor | None], Tensor]
+# What a batch adds to a loss: of its name, what the module says, which positions of it are no padding, and which ones
+# of what an encoder reads before a decoder are none.
+BatchLoss = Callable[[str, Any, Tensor | None, Tensor | None], Tensor]
 
 
 class UnknownBatch(Exception):
@@ -33,8 +34,8 @@ class ModelOutputs:
 
     Attributes:
         logits: (M, labels) in the M positions that count.
-        layers: outputs of every layer, (N, d) each, in the N positions that are no padding; none where they are not
-            compared.
+        layers: outputs of every layer, (N, d) each, in the N positions that are no padding, those of an encoder before
+            those of its decoder; none where they are not compared.
     """
 
     logits: Tensor
@@ -63,7 +64,7 @@ class ExpertPass:
     def __call__(self, module: Any, positions: Tensor | None, inputs: dict[str, Any]) -> Any:
         with torch.no_grad():
             outputs = module(**inputs, **({"output_hidden_states": True} if self._layers else {}))
-            found = said_of(outputs, positions, self._layers)
+            found = said_of(outputs, positions, self._layers, inputs.get("attention_mask"))
         with torch.inference_mode(False):  # a tensor of inference mode cannot take part in a gradient later
             kept = ModelOutputs(found.logits.clone(), tuple(layer.clone() for layer in found.layers))
         self.said[batch_name(inputs)] = kept
@@ -82,7 +83,7 @@ class Descending:
         gradients: its derivatives, in the places of the parameters; None where it does not depend on one.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], layers: bool) -> None:
+    def __init__(self, parameters: Sequence[Tensor], layers: bool) -> None:
         self._parameters, self._layers = parameters, layers
         self._of: BatchLoss | None = None
         self._share = 0.0
@@ -98,7 +99,7 @@ class Descending:
         with torch.inference_mode(False), torch.enable_grad():
             given, counted = {name: _plain(value) for name, value in inputs.items()}, _plain(positions)
             outputs = module(**given, **({"output_hidden_states": True} if self._layers else {}))
-            loss = self._of(batch_name(inputs), outputs, counted) * self._share
+            loss = self._of(batch_name(inputs), outputs, counted, given.get("attention_mask")) * self._share
             found = torch.autograd.grad(loss, list(self._parameters), allow_unused=True)
         if not loss.isfinite():
             raise FloatingPointError("the model's outputs are not finite")
@@ -106,8 +107,7 @@ class Descending:
         for place, gradient in enumerate(found):
             total = self.gradients[place]
             self.gradients[place] = gradient if total is None else total if gradient is None else total.add_(gradient)
-        outputs.logits, outputs.hidden_states = outputs.logits.detach(), None
-        return outputs
+        return type(outputs)(logits=outputs.logits.detach())
 
 
 @contextlib.contextmanager
@@ -121,9 +121,14 @@ def passing(live: LiveModel, through: ExpertPass | Descending) -> Iterator[None]
 
 
 @contextlib.contextmanager
-def differentiable(live: LiveModel, names: Sequence[str]) -> Iterator[list[nn.Parameter]]:
-    """These parameters of the module, of which alone gradients are taken while the context is open."""
-    named = dict(live.module.named_parameters(remove_duplicate=False))
+def differentiable(live: LiveModel, names: Sequence[str]) -> Iterator[list[Tensor]]:
+    """These parameters of the module, of which alone gradients are taken while the context is open.
+
+    What a checkpoint holds may also be a buffer, such as BART's bias of the vocabulary.
+    """
+    buffers = live.module.named_buffers(remove_duplicate=False)
+    named: dict[str, Tensor] = {name: buffer for name, buffer in buffers if buffer.is_floating_point()}
+    named |= dict(live.module.named_parameters(remove_duplicate=False))
     before = [(parameter, parameter.requires_grad) for parameter in named.values()]
     for parameter, _ in before:  # a tied one has several names, some of which are not in the checkpoint
         parameter.requires_grad_(False)
@@ -145,7 +150,7 @@ def entropy(items: int, labels: bool = False) -> BatchLoss:
         labels: whether every label is chosen by itself, so that the entropies of all of them are added.
     """
 
-    def of(_: str, outputs: Any, positions: Tensor | None) -> Tensor:
+    def of(_: str, outputs: Any, positions: Tensor | None, __: Tensor | None) -> Tensor:
         logits: Tensor = outputs.logits.float()
         if labels:
             each = -(logits.sigmoid() * logsigmoid(logits) + (-logits).sigmoid() * logsigmoid(-logits)).sum(-1)
@@ -170,30 +175,41 @@ def distillation(said: dict[str, ModelOutputs], temperature: float, hidden: floa
         said: what the expert says of each batch.
     """
     places = sum(len(one.logits) for one in said.values())
-    positions_of_layers = sum(len(one.layers[0]) for one in said.values() if one.layers)
+    places_of_layers = [sum(map(len, layer)) for layer in zip(*(one.layers for one in said.values()), strict=True)]
 
-    def of(name: str, outputs: Any, positions: Tensor | None) -> Tensor:
+    def of(name: str, outputs: Any, positions: Tensor | None, encoded: Tensor | None) -> Tensor:
         if name not in said:
             raise UnknownBatch
-        expert, model = said[name], said_of(outputs, positions, hidden > 0)
+        expert, model = said[name], said_of(outputs, positions, hidden > 0, encoded)
         theirs, ours = ((logits / temperature).log_softmax(-1) for logits in (expert.logits, model.logits))
         loss: Tensor = temperature**2 * (theirs.exp() * (theirs - ours)).sum() / places
-        for one, other in zip(expert.layers, model.layers, strict=True):
-            loss = loss + hidden * (one - other).square().mean(-1).sum() / positions_of_layers
+        for one, other, count in zip(expert.layers, model.layers, places_of_layers, strict=True):
+            loss = loss + hidden * (one - other).square().mean(-1).sum() / count
         return loss
 
     return of
 
 
-def said_of(outputs: Any, positions: Tensor | None, layers: bool) -> ModelOutputs:
+def said_of(
+    outputs: Any, positions: Tensor | None, layers: bool, encoded: Tensor | None = None
+) -> ModelOutputs:  # fmt: skip
     """What a module has said, in the positions that count.
+
+    Args:
+        layers: whether the outputs of its layers are wanted.
+        encoded: (rows, places), not 0 in the positions of what an encoder reads that are no padding; None: all count.
 
     Raises ValueError where it does not give the outputs of its layers, and where they are wanted.
     """
-    if layers and not outputs.hidden_states:
-        raise ValueError("this architecture does not give the outputs of its layers; write hidden: 0")
-    found = outputs.hidden_states[1:] if layers else ()  # the first one is that of the embedding
-    return ModelOutputs(_counted(outputs.logits, positions), tuple(_counted(layer, positions) for layer in found))
+    found: list[tuple[Tensor, Tensor | None]] = []
+    if layers:
+        parts = {"encoder_hidden_states": None if encoded is None else encoded != 0, "decoder_hidden_states": positions}
+        parts = parts if getattr(outputs, "decoder_hidden_states", None) else {"hidden_states": positions}
+        # The first one of each part is that of the embedding.
+        found = [(one, where) for part, where in parts.items() for one in (getattr(outputs, part, None) or ())[1:]]
+        if not found:
+            raise ValueError("this architecture does not give the outputs of its layers; write hidden: 0")
+    return ModelOutputs(_counted(outputs.logits, positions), tuple(_counted(one, where) for one, where in found))
 
 
 def _counted(values: Tensor, positions: Tensor | None) -> Tensor:

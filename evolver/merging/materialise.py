@@ -220,10 +220,16 @@ class Materialiser:
         if _is_copied(below[0]):
             return below[0]
         method = methods.METHODS[node.method]
-        values = method.in_force(node.settings(name, layer_of(name)), len(node.inputs))
         if node.id not in self._models:
             self._models[node.id] = self._model(node)
-        return apply(method, values, self._whole(node, name, below), self._models[node.id], self.kernels)
+        whole, model, layer = self._whole(node, name, below), self._models[node.id], layer_of(name)
+        merged = []
+        for part in node.parts(name, layer):
+            values = method.in_force(node.settings(name, layer, part), len(node.inputs))
+            own = whole if part is None else whole.part(part)
+            if own.base.numel():
+                merged.append(apply(method, values, own, model, self.kernels))
+        return (merged[0] if len(merged) == 1 else torch.cat(merged)).view(whole.base.shape)
 
     def _statistics_of(self, node: Merge, name: str) -> dict[str, Stack | None]:
         """What a merge is handed for one tensor, by the method's parameter: one an input, or None where one of them has

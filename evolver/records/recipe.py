@@ -39,6 +39,12 @@ def layer_of(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def part_rows(part: tuple[int, int] | None, rows: int) -> slice:
+    """Which of so many rows a part has, see ``Place``; None: all. Parts of a few rows may have none."""
+    number, count = part or (0, 1)
+    return slice(number * rows // count, (number + 1) * rows // count)
+
+
 def at_layer(name: str, layer: int) -> str:
     """The name of the same tensor in another layer."""
     match = LAYER.search(name)
@@ -86,11 +92,14 @@ class Place:
         layers: only tensors of the layers from the first number to before the second; None: of any layer.
         outside: only tensors that belong to no layer.
         contains: only tensors with this text in their name.
+        part: only part number ``part[0]``, from 0, of the ``part[1]`` parts that the rows of every tensor are divided
+            into, its slices along the first dimension; None: whole tensors.
     """
 
     layers: tuple[int, int] | None = None
     outside: bool = False
     contains: str = ""
+    part: tuple[int, int] | None = None
 
     def covers(self, name: str, layer: int | None) -> bool:
         """Whether this is the place of the tensor ``name`` of ``layer`` (None: embeddings, final norm, head)."""
@@ -101,7 +110,8 @@ class Place:
         return self.layers is None or (layer is not None and self.layers[0] <= layer < self.layers[1])
 
     def form(self) -> list[Any]:
-        return [list(self.layers) if self.layers else None, self.outside, self.contains]
+        own = [list(self.layers) if self.layers else None, self.outside, self.contains]
+        return own if self.part is None else [*own, list(self.part)]  # recipes of before parts keep their ids
 
 
 @dataclass(frozen=True)
@@ -120,8 +130,10 @@ class Rule:
 
     @staticmethod
     def from_form(form: Sequence[Any]) -> Rule:
-        (layers, outside, contains), values = form
-        return Rule.of(dict(values), Place(tuple(layers) if layers else None, outside, contains))
+        (layers, outside, contains, *part), values = form
+        return Rule.of(
+            dict(values), Place(tuple(layers) if layers else None, outside, contains, *(tuple(p) for p in part))
+        )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -208,13 +220,32 @@ class Merge(Node):
     def operations(self) -> tuple[str, ...]:
         return "merge", self.method
 
-    def settings(self, name: str, layer: int | None) -> dict[str, Value]:
-        """The settings in force for the tensor ``name`` of ``layer``."""
+    def settings(self, name: str, layer: int | None, part: tuple[int, int] | None = None) -> dict[str, Value]:
+        """The settings in force for the tensor ``name`` of ``layer``, or for one part of it; rules for other parts do
+        not count.
+        """
         out: dict[str, Value] = {}
-        for rule in self.rules:
-            if rule.place.covers(name, layer):
-                out.update(rule.values)
+        for number in self.ruling(name, layer, part):
+            out.update(self.rules[number].values)
         return out
+
+    def ruling(self, name: str, layer: int | None, part: tuple[int, int] | None = None) -> list[int]:
+        """The numbers of the rules for a tensor, or for one part of it."""
+        return [
+            number
+            for number, rule in enumerate(self.rules)
+            if rule.place.part in (None, part) and rule.place.covers(name, layer)
+        ]
+
+    def parts(self, name: str, layer: int | None) -> tuple[tuple[int, int] | None, ...]:
+        """The parts of a tensor that have settings of their own; only None where it is merged as a whole.
+
+        Raises ValueError where rules divide it in different ways.
+        """
+        found = {r.place.part[1] for r in self.rules if r.place.part is not None and r.place.covers(name, layer)}
+        if len(found) > 1:
+            raise ValueError(f"{name} is divided into {' and into '.join(map(str, sorted(found)))} parts")
+        return tuple((number, count) for count in found for number in range(count)) or (None,)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

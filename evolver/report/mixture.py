@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from evolver.records.recipe import Merge, Place, Recipe
-from evolver.report.text import escaped, layers_in_words
+from evolver.report.text import escaped, layers_in_words, part_in_words
 
 NEAR = 1e-6  # to one, of a sum of weights that are meant to sum to one
 
@@ -43,4 +43,5 @@ def mixtures_of(recipe: Recipe) -> Iterator[str]:
 
 def _where(place: Place) -> str:
     where = f" in {layers_in_words(place.layers)}" if place.layers else " outside the layers" * place.outside
-    return where + (f" for tensors with `{place.contains}`" if place.contains else "")
+    where += f" for tensors with `{place.contains}`" if place.contains else ""
+    return where + (f", {part_in_words(place.part)}" if place.part else "")

@@ -7,7 +7,7 @@ from typing import Any
 
 from evolver.records.noise import Noise
 from evolver.records.recipe import Cross, Expert, Layers, Merge, Place, Recipe, ancestors
-from evolver.report.text import escaped, layers_in_words, markdown_table
+from evolver.report.text import escaped, layers_in_words, markdown_table, part_in_words
 from evolver.runs.outcome import Outcome
 
 # Rows that a report shows; all of them are in the CSV file.
@@ -90,6 +90,8 @@ def _tensors(place: Place) -> str:
         said.append("outside the layers")
     if place.contains:
         said.append(f"names with {place.contains}")
+    if place.part is not None:
+        said.append(part_in_words(place.part))
     return ", ".join(said) or "all"
 
 

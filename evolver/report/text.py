@@ -117,3 +117,8 @@ def layers_in_words(layers: tuple[int, int]) -> str:
     """The layers from the first number to before the second: ``layer 3``, ``layers 0 to 5``."""
     first, last = layers[0], layers[1] - 1
     return f"layer {first}" if first == last else f"layers {first} to {last}"
+
+
+def part_in_words(part: tuple[int, int]) -> str:
+    """One of the parts that the rows of a tensor are divided into: ``rows 1/8``, the first of eight."""
+    return f"rows {part[0] + 1}/{part[1]}"

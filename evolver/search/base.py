@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from evolver.config import Budget
@@ -172,6 +172,16 @@ class Maker(SpaceMaker[Space], Protocol):
         """
         ...
 
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of the tensors that a merge changes, by their names."""
+        ...
+
+    @property
+    def changes(self) -> Callable[[], Mapping[str, tuple[float, ...]]]:
+        """Reads the experts, and says of every tensor how large the task vector of each is, Σ|θ_k - θ₀|."""
+        ...
+
     def depth(self, anew: bool) -> int:
         """The number of layers of the models.
 
@@ -242,6 +252,7 @@ class Setup:
             ones (rotate); None: what is the default for the search.
         objectives: those of a multi-objective search; none: every task is one.
         constraints: number of constraints of the run, whose names are ``0``, ``1``, ….
+        owned: for each expert, by name, the tasks that are its own; all tasks where it has none.
     """
 
     experts: tuple[Expert, ...]
@@ -258,6 +269,7 @@ class Setup:
     subset: Literal["fixed", "rotate"] | None = None
     objectives: tuple[Objective, ...] = ()
     constraints: int = 0
+    owned: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def rotates(self, estimate: str) -> bool:
         """Whether candidates that are told apart by this kind of estimate meet their items in new orders."""

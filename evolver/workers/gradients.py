@@ -29,11 +29,12 @@ from evolver.evaluation.losses import (
     passing,
 )
 from evolver.evaluation.tasks import SplitScorer, Tasks
+from evolver.merging.engine.pieces import by_rows
 from evolver.merging.materialise import Materialiser
 from evolver.records import Candidate, Result
 from evolver.records.loss import UnlabelledLoss
 from evolver.records.order import item_order
-from evolver.records.recipe import Expert, Merge, layer_of
+from evolver.records.recipe import Expert, Merge, layer_of, part_rows
 from evolver.workers.statistics import tasks_of
 
 # What experts say of the items of a step is kept in memory for the next step, but not more than this.
@@ -185,15 +186,25 @@ class Gradients:
         for name in changed:
             owner, part = owners[name]
             whole = by_owner[owner]
-            covering = [n for n, rule in enumerate(recipe.rules) if rule.place.covers(name, layer_of(name))]
-            if whole is None or not covering:
+            ruling = _ruling(recipe, name)
+            if whole is None or not ruling:
                 continue
-            gradient = (whole if part is None else part.within(whole)).float()
-            for number, delta in enumerate(self._deltas(recipe, name), covering[-1] * len(recipe.inputs)):
-                out[number] += float((gradient * delta).sum(dtype=torch.float64))
+            gradient = by_rows((whole if part is None else part.within(whole)).float())
+            for number, delta in enumerate(self._deltas(recipe, name)):
+                product = gradient * by_rows(delta)
+                for rule, own in ruling:
+                    found = product[part_rows(own, len(product))].sum(dtype=torch.float64)
+                    out[rule * len(recipe.inputs) + number] += float(found)
         if not all(map(_finite, out)):
             raise FloatingPointError("the gradients are not finite")
         return out
+
+
+def _ruling(recipe: Merge, name: str) -> list[tuple[int, tuple[int, int] | None]]:
+    """The rule whose coefficients hold for each part of a tensor, which is the last one for it, and the part."""
+    layer = layer_of(name)
+    found = [(recipe.ruling(name, layer, part), part) for part in recipe.parts(name, layer)]
+    return [(numbers[-1], part) for numbers, part in found if numbers]
 
 
 def _finite(number: float) -> bool:

@@ -112,13 +112,16 @@ class Language:
         """In rows of log-likelihoods padding is known. An encoder–decoder is called part by part, and what is written
         goes through Transformers' own loop.
         """
+        return self._model == "causal-lm" and self.passes_whole(entry)
+
+    def passes_whole(self, entry: TaskEntry) -> bool:
+        """Where log-likelihoods are asked for, by both architectures."""
         asked = {self.library.tasks[m].OUTPUT_TYPE for m in self.library.members[entry.task]}
-        return self.settings.backend == "resident" and self._model == "causal-lm" and "generate_until" not in asked
+        return self.settings.backend == "resident" and "generate_until" not in asked
 
     def gives_examples(self, entry: TaskEntry) -> bool:
         """Where log-likelihoods are asked for, by both architectures; of a text that is written no answer is known."""
-        asked = {self.library.tasks[m].OUTPUT_TYPE for m in self.library.members[entry.task]}
-        return self.settings.backend == "resident" and "generate_until" not in asked
+        return self.passes_whole(entry)
 
     def check_model(self, model: ModelFolder | None, asked: Sequence[AskedItem]) -> None:
         """See ``ChecksModel``: the prompts of a few items of each task are built. Of a folder that another class loads,

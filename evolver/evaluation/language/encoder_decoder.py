@@ -1,7 +1,8 @@
 """Log-likelihoods by an encoder–decoder model such as T5. A context is encoded once for all its continuations.
 
 The first step of the decoder is also computed once for each context. Its cache, which holds the keys and values of the
-cross-attention, is then repeated for the continuations, and only their further tokens are decoded.
+cross-attention, is then repeated for the continuations, and only their further tokens are decoded. Where gradients are
+taken, there is one pass of the module instead, for which the context is repeated for each of its continuations.
 """
 
 from __future__ import annotations
@@ -72,21 +73,35 @@ class EncoderDecoder:
 
     @torch.inference_mode()
     def score(self, batch: Encoded) -> list[Likelihood]:
+        longest = int(batch.lengths.max())
+        said = torch.arange(longest, device=self.model.device) < batch.lengths[:, None]
+        logits = self._in_parts(batch, longest) if self.model.passing is None else self._at_once(batch, said)
+        rows, columns = said.nonzero().T
+        scores, misses = of_tokens(logits, rows, columns, batch.continuations[rows, columns])
+        return summed(scores, misses, rows.cpu(), len(batch.owner))
+
+    def _at_once(self, batch: Encoded, said: Tensor) -> Tensor:
+        """The logits (C, K, vocabulary) by one pass of the module; ``said`` (C, K) are the places that count."""
+        start = torch.full_like(batch.continuations[:, :1], self.model.module.config.decoder_start_token_id)
+        ids = torch.cat([start, batch.continuations[:, : said.shape[1] - 1]], 1)
+        logits: Tensor = self.model.forward(
+            said, input_ids=batch.ids[batch.owner], attention_mask=batch.mask[batch.owner], decoder_input_ids=ids,
+            use_cache=False,
+        ).logits  # fmt: skip
+        return logits
+
+    def _in_parts(self, batch: Encoded, longest: int) -> Tensor:
+        """The logits (C, K, vocabulary), with each context encoded once."""
         module = self.model.module
         encoded = module.get_encoder()(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
         start = torch.full_like(batch.ids[:, :1], module.config.decoder_start_token_id)
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         logits = self._decode(encoded, batch.mask, start, cache)[batch.owner]  # (C, 1, vocabulary)
-        longest = int(batch.lengths.max())
-        if longest > 1:
-            cache.batch_select_indices(batch.owner)
-            rest = self._decode(
-                encoded[batch.owner], batch.mask[batch.owner], batch.continuations[:, : longest - 1], cache
-            )
-            logits = torch.cat([logits, rest], 1)  # (C, K, vocabulary)
-        rows, columns = (torch.arange(longest, device=logits.device) < batch.lengths[:, None]).nonzero().T
-        scores, misses = of_tokens(logits, rows, columns, batch.continuations[rows, columns])
-        return summed(scores, misses, rows.cpu(), len(batch.owner))
+        if longest < 2:
+            return logits
+        cache.batch_select_indices(batch.owner)
+        rest = self._decode(encoded[batch.owner], batch.mask[batch.owner], batch.continuations[:, : longest - 1], cache)
+        return torch.cat([logits, rest], 1)
 
     def _decode(self, encoded: Tensor, mask: Tensor, ids: Tensor, cache: EncoderDecoderCache) -> Tensor:
         """The decoder's logits (rows, ids, vocabulary) for the tokens ``ids``, which follow those in the cache."""

@@ -21,7 +21,7 @@ from evolver.merging.engine.recorded import Recorded, record
 from evolver.merging.engine.step import Probe, Step
 from evolver.merging.methods import Method
 from evolver.merging.methods.here import NeedsAnswer, Stack
-from evolver.records.recipe import Value
+from evolver.records.recipe import Value, part_rows
 
 # Scalars of a piece: those of a few experts stay in a core's cache.
 PIECE, GPU_PIECE = 1 << 18, 1 << 26
@@ -52,6 +52,24 @@ class InputTensors:
     ids: Sequence[str]
     depth: float | None = None
     statistics: Mapping[str, Stack | None] = field(default_factory=dict)
+
+    def part(self, part: tuple[int, int]) -> InputTensors:
+        """Some rows of the tensor, see ``Place``, as if they were a tensor of their own.
+
+        Raises ValueError where there are statistics, which are of the whole tensor.
+        """
+        if self.statistics:
+            raise ValueError(f"{self.name}: statistics are of whole tensors, so a part of one cannot be merged")
+        rows = part_rows(part, len(by_rows(self.base)))
+        inputs = [by_rows(tensor)[rows] for tensor in self.inputs]
+        return replace(
+            self, name=f"{self.name}[{rows.start}:{rows.stop}]", inputs=inputs, base=by_rows(self.base)[rows]
+        )
+
+
+def by_rows(tensor: Tensor) -> Tensor:
+    """A tensor with at least one dimension: a scalar is a row."""
+    return tensor if tensor.dim() else tensor.view(1)
 
 
 class _Made(Exception):  # not an error: the way out of a call that was for nothing else

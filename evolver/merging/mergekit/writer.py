@@ -158,6 +158,8 @@ class _Document:
         ranges = [(_first(i), _first(i) + count) for i in node.inputs]
         seen = [n for n in names if run is None or run.at_an_end or layer_of(n) is not None]
         places = {s.name: s for s in spots(seen, (0, count), ranges, at, method.name in LONE)}
+        if any(rule.place.part for rule in node.rules):
+            raise Inexpressible("it has one number for the whole of a tensor, and here parts of tensors have their own")
         given = {n: method.complete(node.settings(n, layer_of(n)), len(node.inputs), "") for n in seen}
         _check_distances(method, given.values(), len(node.inputs))
         shared: Parameters = {}

@@ -36,19 +36,24 @@ class RecipeMaker:
         places: where base and experts are, by name; without it, their names stand for them.
         seed: of merge methods in a mergekit file that draw at random.
         own: an offspring has statistics of its own, instead of those of the expert in whose place it stands.
+        shapes: of the floating tensors, by name; without it, all tensors are single numbers.
+        changes: measures the experts' task vectors, see ``Maker``; without it, all changes count as equally large.
     """
 
     def __init__(
         self, experts: Sequence[str], tensors: Sequence[str], digests: dict[str, str] | None = None,
         sampled: Callable[[str, str], str] = lambda *_: "items", sizes: Mapping[str, int] | None = None,
         counted: Callable[[bool], int] | None = None, places: Mapping[str, str] | None = None, seed: int = 0,
-        own: bool = False,
+        own: bool = False, shapes: Mapping[str, tuple[int, ...]] | None = None,
+        changes: Callable[[], Mapping[str, tuple[float, ...]]] | None = None,
     ) -> None:  # fmt: skip
         self.digests = digests or {n: n for n in ("base", *experts)}
         self.base = Expert("base", self.digests["base"])
         self.experts = tuple(Expert(n, self.digests[n]) for n in experts)
         self._names, self._sampled, self._counted = list(tensors), sampled, counted
         self._own = own
+        self.shapes = dict.fromkeys(self._names, (1,)) if shapes is None else shapes
+        self.changes = changes or (lambda: {name: (1.0,) * len(self.experts) for name in self.shapes})
         self._places, self._seed = places or {n: n for n in self.digests}, seed
         self._sizes = dict.fromkeys(self._names, 1) if sizes is None else {n: sizes[n] for n in self._names}
 

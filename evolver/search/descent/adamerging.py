@@ -10,7 +10,7 @@ from pydantic import Field
 from evolver.records.loss import UnlabelledLoss
 from evolver.search.base import Setup, algorithm
 from evolver.search.descent.adam import Adam
-from evolver.search.descent.base import Descent, DescentSettings
+from evolver.search.descent.base import Descent, DescentSettings, chosen_places
 
 
 class AdaMergingSettings(DescentSettings):
@@ -29,13 +29,15 @@ class AdaMerging(Descent):
     It makes the entropy of the merged model's predictions small on dev items, by gradients, with coefficients between 0
     and 1 for every expert and layer. Unlike a search of coefficients it looks at no label. It assumes that a model that
     is sure is right, which holds for classifiers; a language model gets sure by repeating itself, so for one it is
-    refused, and ``expert_merging`` is the search to use. The paper gives every tensor of an expert a coefficient; here
-    the tensors of a layer share one. Constraints cannot move it: the run judges the one model that was learnt.
+    refused, and ``expert_merging`` is the search to use. The paper gives every tensor of an expert a coefficient, as
+    ``per: tensor`` does; by default the tensors of a layer share one. Constraints cannot move it: the run judges the
+    one model that was learnt.
     """
 
     def __init__(self, setup: Setup, settings: AdaMergingSettings) -> None:
         self.initial = settings.initial
-        super().__init__(setup, settings, "adamerging", settings.steps, UnlabelledLoss("entropy"))
+        places = chosen_places(setup, settings.per)
+        super().__init__(setup, settings, "adamerging", settings.steps, UnlabelledLoss("entropy"), places)
         self.adam = Adam(len(self.numbers), settings.lr)
 
     def start(self) -> list[float]:

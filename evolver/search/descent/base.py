@@ -19,6 +19,7 @@ from evolver.records import Candidate, Result
 from evolver.records.loss import UnlabelledLoss
 from evolver.records.recipe import Merge, Place, Rule
 from evolver.search.base import Ordered, Setup
+from evolver.search.descent.places import layer_places, tensor_places
 
 # Coefficients have so many digits after the point in a recipe.
 COEFFICIENT_DIGITS = 9
@@ -27,10 +28,10 @@ COEFFICIENT_DIGITS = 9
 class DescentSettings(Section):
     """Settings of every search that descends."""
 
-    per: Literal["layer", "model"] = Field(
+    per: Literal["layer", "tensor", "model"] = Field(
         "layer",
         description="what has coefficients of its own, one for each expert: every layer, and all tensors outside of "
-        "the layers together (layer), or the model as a whole (model)",
+        "the layers together (layer), every tensor (tensor), or the model as a whole (model)",
     )
     items: int = Field(64, ge=1, le=10**9, description="dev items of a step. Their labels are not looked at")
     redraw: bool = Field(True, description="whether every step has other items, drawn from all dev items")
@@ -46,25 +47,29 @@ class Descent(Ordered):
         name: of the search.
         steps: as the settings give them. Fewer are taken where the budget leaves room for fewer.
         loss: what is made small.
-        outside: whether tensors outside of the layers have coefficients that are learnt; else they keep those of the
-            beginning. A model as a whole has one set for all.
+        places: those that have coefficients of their own.
+        learnt: the numbers of the places whose coefficients are learnt; the others keep those of the beginning. None:
+            all of them.
 
     Raises BadInput for a budget that ends by patience, as steps have no scores.
     """
 
     def __init__(
-        self, setup: Setup, settings: DescentSettings, name: str, steps: int, loss: UnlabelledLoss, outside: bool = True
+        self, setup: Setup, settings: DescentSettings, name: str, steps: int, loss: UnlabelledLoss,
+        places: Sequence[Place], learnt: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         self.name, self.items, self.redraw, self.loss = name, settings.items, settings.redraw, loss
         self.wanted, self.steps = steps, min(steps, _room(setup.budget))
         super().__init__(setup, limit=self.steps + 1)
-        layers = setup.maker.depth(anew=False) if settings.per == "layer" else 0
-        inside = [Place(layers=(layer, layer + 1)) for layer in range(layers)]
-        self.places = (Place(outside=True), *inside) if layers else (Place(),)
         self.experts = len(setup.experts)
-        # The places in the list of numbers that are learnt.
-        self.learnt = range(self.experts if layers and not outside else 0, len(self.places) * self.experts)
+        self.lay_out(places, range(len(places)) if learnt is None else learnt)
         self.numbers: list[float] = self.start()
+
+    def lay_out(self, places: Sequence[Place], learnt: Sequence[int]) -> None:
+        """Learn the coefficients of these places from now on, see above."""
+        self.places = tuple(places)
+        # The places in the list of numbers that are learnt.
+        self.learnt = [place * self.experts + expert for place in learnt for expert in range(self.experts)]
 
     def start(self) -> list[float]:
         """The coefficients of the first step."""
@@ -99,29 +104,38 @@ class Descent(Ordered):
         most = self.setup.budget.items
         if k == self.steps or (most is not None and self._progress.items + self.items >= most):
             self.steps, self.limit = k, k + 1
-            return Candidate(k, self.recipe(), self.name, parents)
+            return Candidate(k, self.recipe(None), self.name, parents)
         order = f"{self.setup.seed}:{self.name}" + (f":{k}" if self.redraw else "")
         limit = min(self.items, self.setup.estimator.items)
-        return Candidate(k, self.recipe(), f"{self.name}/step", parents).asking(
+        return Candidate(k, self.recipe(k), f"{self.name}/step", parents).asking(
             limit=limit, order=order, loss=self.loss
         )
 
     def learn(self, candidate: Candidate, result: Result) -> None:
-        if candidate.number < self.steps and len(result.gradient) == len(self.numbers):
+        if candidate.number < self.steps and len(result.gradient) == len(self.places) * self.experts:
             self.move(candidate.number, result.gradient)
 
-    def recipe(self) -> Merge:
-        """The merge with the numbers so far."""
-        rules = []
+    def recipe(self, step: int | None) -> Merge:
+        """The merge with the numbers so far: as step number ``step`` has it, or None: as the model that was learnt."""
+        rules, found = [], self.coefficients(step)
         for number, place in enumerate(self.places):
-            own = self.coefficients()[number * self.experts : (number + 1) * self.experts]
+            own = found[number * self.experts : (number + 1) * self.experts]
             values = {"weight": tuple(round(c, COEFFICIENT_DIGITS) for c in own), "lambda": 1.0, "normalize": False}
             rules.append(Rule.of(values, place))
         return Merge("task_arithmetic", self.setup.experts, self.setup.base, tuple(rules))
 
-    def coefficients(self) -> list[float]:
-        """The coefficients that the numbers stand for: the numbers themselves, if nothing else is said."""
+    def coefficients(self, step: int | None) -> list[float]:
+        """The coefficients that the numbers stand for in a step, place by place, one for each expert: the numbers
+        themselves, if nothing else is said. None: in the model that was learnt.
+        """
         return self.numbers
+
+
+def chosen_places(setup: Setup, per: Literal["layer", "tensor", "model"]) -> tuple[Place, ...]:
+    """The places of the coefficients, as the settings say."""
+    if per == "tensor":
+        return tuple(found.place for found in tensor_places(setup.maker.shapes))
+    return layer_places(setup.maker.depth(anew=False) if per == "layer" else 0)
 
 
 def _room(budget: Budget) -> int:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from evolver.records.loss import LossName, UnlabelledLoss
 from evolver.search.base import Setup, algorithm
-from evolver.search.descent.base import Descent, DescentSettings
+from evolver.search.descent.base import Descent, DescentSettings, chosen_places
 
 
 class FrankWolfeSettings(DescentSettings):
@@ -43,7 +43,8 @@ class FrankWolfe(Descent):
 
     def __init__(self, setup: Setup, settings: FrankWolfeSettings) -> None:
         self.eta, self.scale = settings.eta, settings.scale
-        super().__init__(setup, settings, "fw_merging", settings.steps, UnlabelledLoss(settings.loss))
+        places = chosen_places(setup, settings.per)
+        super().__init__(setup, settings, "fw_merging", settings.steps, UnlabelledLoss(settings.loss), places)
 
     def start(self) -> list[float]:
         return [0.0] * (len(self.places) * self.experts)

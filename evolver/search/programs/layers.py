@@ -133,6 +133,14 @@ class _ProgramMaker:
     def crossover(self, first: Recipe, second: Recipe, ratio: float, point: float) -> Recipe:
         return self.maker.crossover(first, second, ratio, point)
 
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self.maker.shapes
+
+    @property
+    def changes(self) -> Callable[[], Mapping[str, tuple[float, ...]]]:
+        return self.maker.changes
+
     def depth(self, anew: bool) -> int:
         return self.maker.depth(anew)
 
