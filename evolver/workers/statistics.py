@@ -24,7 +24,7 @@ from evolver.evaluation.tasks import SplitScorer, Tasks
 from evolver.kernels.machine import digest_of
 from evolver.merging.materialise import StatisticTensors
 from evolver.records.canonical import content_hash
-from evolver.records.recipe import Expert, Statistic
+from evolver.records.recipe import Cross, Statistic, ancestors
 from evolver.storage.paths import expand
 from evolver.workers.plan import CHAT, SCORING_PACKAGES, Plan
 
@@ -182,7 +182,7 @@ class Statistics:
         live.write(weights, whole=True)
         items = self._items(node, live, places)
         found = dict(collector_named(node.collected).collect(live, items))
-        if not isinstance(node.of, Expert):
+        if any(isinstance(model, Cross) for model in ancestors(node.of)):
             self.tokens += items.tokens
         seconds, on = time.perf_counter() - began, f"{len(places)} dev items"
         if config.statistics.source == "random":

@@ -16,6 +16,7 @@ from evolver.merging.methods.operators import total_of, weighted_sum
 # How often a ridge is made tenfold where a sum of Grams stays singular.
 TRIES = 7
 Grams = Annotated[Stack | None, Of("gram")]
+MergedGrams = Annotated[Stack | None, Of("gram", merged="regmean")]
 OffDiagonal = Annotated[Tensor, Range(0.0, 1.0, least=0.0, most=1.0)]
 Ridge = Annotated[Tensor, Range(1e-6, 1e-1, log=True, above=0.0)]
 
@@ -34,6 +35,24 @@ def regmean(
     if gram is None:
         return average
     return _nearest(models, [_damped(g, a) for g in gram], average, ridge)
+
+
+@method(
+    "Nguyen et al. 2025, RegMean++: Enhancing effectiveness and generalization of regression mean", whole=True,
+    exact=False,
+)  # fmt: skip
+def regmean_plus_plus(
+    models: Stack, *, gram: MergedGrams, a: OffDiagonal = number(0.9), ridge: Ridge = number(1e-6)
+) -> Tensor:  # fmt: skip
+    """RegMean++: RegMean in which the inputs X of every layer are those that it gets in the merged model.
+
+    W = (Σ G)⁻¹ Σ G W with G = XᵀX, X on each expert's items through the merged layers before it. The paper merges block
+    by block while it goes, and reads each block's inputs in the expert's own block. Here the Grams are those of whole
+    models: of the RegMean merge at its defaults, so that they are collected once for all values of ``a``; with
+    ``statistics: {passes: N}``, of the merge that the Grams of the pass before give. Each pass puts one more linear
+    layer of the chain on the inputs that it has in the merged model.
+    """
+    return regmean(models, gram=gram, a=a, ridge=ridge)
 
 
 @method("arXiv 2605.12843, Bayesian model merging", whole=True, exact=False)
