@@ -7,7 +7,7 @@ cross-attention, is then repeated for the continuations, and only their further 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,21 +72,35 @@ class EncoderDecoder:
 
     @torch.inference_mode()
     def score(self, batch: Encoded) -> list[Likelihood]:
-        module = self.model.module
-        encoded = module.get_encoder()(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
-        start = torch.full_like(batch.ids[:, :1], module.config.decoder_start_token_id)
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        logits = self._decode(encoded, batch.mask, start, cache)[batch.owner]  # (C, 1, vocabulary)
         longest = int(batch.lengths.max())
-        if longest > 1:
-            cache.batch_select_indices(batch.owner)
-            rest = self._decode(
-                encoded[batch.owner], batch.mask[batch.owner], batch.continuations[:, : longest - 1], cache
-            )
-            logits = torch.cat([logits, rest], 1)  # (C, K, vocabulary)
+        with self.model.passes() as at:
+            logits = self._logits(batch, longest, at)
         rows, columns = (torch.arange(longest, device=logits.device) < batch.lengths[:, None]).nonzero().T
         scores, misses = of_tokens(logits, rows, columns, batch.continuations[rows, columns])
         return summed(scores, misses, rows.cpu(), len(batch.owner))
+
+    def _logits(self, batch: Encoded, longest: int, at: Callable[..., None]) -> Tensor:
+        """The logits (C, K, vocabulary) of the tokens of all continuations.
+
+        Args:
+            longest: K.
+            at: is told which positions are no padding, see ``LiveModel.passes``. What the decoder reads of the context
+                goes through its layers in its first step only.
+        """
+        module, read = self.model.module, batch.mask.bool()
+        at(read)
+        encoded = module.get_encoder()(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
+        start = torch.full_like(batch.ids[:, :1], module.config.decoder_start_token_id)
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        at(torch.ones_like(start, dtype=torch.bool), read)
+        logits = self._decode(encoded, batch.mask, start, cache)[batch.owner]  # (C, 1, vocabulary)
+        if longest == 1:
+            return logits
+        cache.batch_select_indices(batch.owner)
+        places = torch.arange(1, longest, device=logits.device)
+        at(places < batch.lengths[:, None])
+        rest = self._decode(encoded[batch.owner], batch.mask[batch.owner], batch.continuations[:, : longest - 1], cache)
+        return torch.cat([logits, rest], 1)
 
     def _decode(self, encoded: Tensor, mask: Tensor, ids: Tensor, cache: EncoderDecoderCache) -> Tensor:
         """The decoder's logits (rows, ids, vocabulary) for the tokens ``ids``, which follow those in the cache."""
