@@ -17,15 +17,12 @@ from evolver.workers.pools.local import LocalPool
 
 SEARCH = {"algorithm": "tpe", "method": "regmean_plus_plus", "tune": ["a"], "startup": 2}
 # The linear layers of the toy in the order in which a text passes them; those of one line get the same inputs.
+PARTS = (
+    *([f"attention.self.{part}" for part in ("query", "key", "value")], ["attention.output.dense"]),
+    *(["intermediate.dense"], ["output.dense"]),
+)
 CHAIN = [
-    *(
-        [f"bert.encoder.layer.{n}.{name}.weight" for name in names]
-        for n in range(2)
-        for names in (
-            [f"attention.self.{part}" for part in ("query", "key", "value")], ["attention.output.dense"],
-            ["intermediate.dense"], ["output.dense"],
-        )  # fmt: skip
-    ),
+    *([f"bert.encoder.layer.{n}.{name}.weight" for name in names] for n in range(2) for names in PARTS),
     ["bert.pooler.dense.weight"],
     ["classifier.weight"],
 ]

@@ -55,7 +55,8 @@ def collect_statistics(
     prepared = prepare(given, device=device)
     if is_open(prepared.config):
         prepared = in_compute(prepared, choose(prepared.config).compute)
-    nodes = list(dict.fromkeys(s for of in asked for node in prepared.maker.wanted_of_experts(of) for s in _needed(node)))
+    wanted = [node for of in asked for node in prepared.maker.wanted_of_experts(of)]
+    nodes = list(dict.fromkeys(needed for node in wanted for needed in _needed(node)))
     statistics = statistics_of(prepared.plan, prepared.opened, prepared.tasks)
     missing = []
     for node in nodes:

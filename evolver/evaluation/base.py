@@ -136,8 +136,8 @@ class Judge(Protocol):
         ...
 
     def tells_padding(self, entry: TaskEntry) -> bool:
-        """Whether its scorers call the model by ``LiveModel.forward`` or inside ``LiveModel.passes``, which are told the
-        positions that are padding; else nothing can be found out about the model while they score it.
+        """Whether its scorers call the model by ``LiveModel.forward`` or inside ``LiveModel.passes``, which are told
+        the positions that are padding; else nothing can be found out about the model while they score it.
         """
         ...
 
