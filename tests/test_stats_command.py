@@ -71,6 +71,45 @@ def test_after_a_kill_only_the_missing_ones_are_collected(configured, monkeypatc
     assert [(k.node.of.name, k.fresh) for k in collected(file)] == [("a", False), ("b", True)]
 
 
+def test_a_garbled_file_is_collected_anew_and_said_so(configured, capfd):  # noqa: F811
+    file = configured(search=MERGER)
+    first = collected(file)
+    whole = first[1].file.read_bytes()
+    first[1].file.write_bytes(whole[:-9] + b"x" + whole[-8:])
+    capfd.readouterr()
+    assert [(k.node.of.name, k.fresh) for k in collected(file)] == [("a", False), ("b", True)]
+    said = capfd.readouterr().err
+    assert f"{first[1].file} is damaged" in said
+    assert "; gram of b is collected again" in said
+    assert first[1].file.read_bytes() == whole
+
+
+def test_what_cannot_be_collected_is_one_sentence_and_exit_2(configured, monkeypatch):  # noqa: F811
+    """As for a method without statistics, for tasks without items of an expert, and for weights without gradients."""
+    plain = configured(search={"algorithm": "tpe"})
+    said = toys.refusal(*_stats(plain))
+    assert "no merge method of this search needs statistics; name a kind with --kind" in said
+    nowhere = configured(search=MERGER, statistics={"tasks": {"a": []}})
+    assert "statistics.tasks.a: names no task" in toys.refusal(*_stats(nowhere))
+    written, whole = Worker.evaluate, torch.nn.Parameter
+
+    def quantised(self, candidate):
+        layer = self.live.module.classifier
+        layer.weight = whole(layer.weight.data.to(torch.int8), requires_grad=False)
+        return written(self, candidate)
+
+    monkeypatch.setattr(Worker, "evaluate", quantised)
+    said = toys.refusal(*_stats(configured(search={"algorithm": "tpe", "method": "fisher"})))
+    assert "fisher of a on dev items" in said
+    assert "classifier.weight" in said
+    assert "so it has no gradient; choose a merge method without statistics of gradients" in said
+
+
+def _stats(file):
+    ended = toys.evolver("stats", file)
+    return ended.code, ended.err
+
+
 def test_kinds_are_named_and_some_are_of_the_base(configured):  # noqa: F811
     file = configured(search=MERGER)
     found = [(k.node.collected, k.node.of.name) for k in collected(file, "activation", "importance")]

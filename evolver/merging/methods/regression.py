@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -15,6 +16,10 @@ from evolver.merging.methods.operators import total_of, weighted_sum
 
 # How often a ridge is made tenfold where a sum of Grams stays singular.
 TRIES = 7
+SINGULAR = (
+    "Gram matrices of a layer are singular, as those of few items are, so a larger ridge than the given one draws what "
+    "they do not determine to the average; a larger statistics.items or ridge ends this."
+)
 Grams = Annotated[Stack | None, Of("gram")]
 MergedGrams = Annotated[Stack | None, Of("gram", merged="regmean")]
 OffDiagonal = Annotated[Tensor, Range(0.0, 1.0, least=0.0, most=1.0)]
@@ -118,14 +123,18 @@ def _damped(gram: Tensor, a: Tensor) -> Tensor:
 def _factor(total: Tensor, share: Tensor) -> Tensor:
     """The Cholesky factor of a positive semi-definite matrix (d, d), with a ridge, or as much of one as it needs.
 
+    Warns where that is more than it was given. The text names no tensor, so that a search says it once.
+
     Raises FloatingPointError where the matrix is not finite, or is no sum of Grams.
     """
     mean, one = total.diagonal().mean(), torch.eye(len(total), dtype=total.dtype, device=total.device)
     ridge = share * torch.where(mean > 0, mean, 1.0)
     factor: Tensor
-    for _ in range(TRIES):
+    for tried in range(TRIES):
         factor, failed = torch.linalg.cholesky_ex(total + ridge * one)
         if not failed:
+            if tried:
+                warnings.warn(SINGULAR, stacklevel=2)
             return factor
         ridge = 10 * ridge
     raise FloatingPointError("the statistics of the experts are not Gram matrices")
