@@ -82,5 +82,5 @@ class DevSample:
 
 def at_a_time(live: LiveModel, block: int) -> int:
     """How many items the live model is scored on at a time; ``block`` at the most."""
-    scalars = sum(parameter.numel() for parameter in live.module.parameters())
+    scalars: int = sum(parameter.numel() for parameter in live.module.parameters())
     return min(block, max(LEAST_AT_A_TIME, SCALARS_AT_A_TIME // max(1, scalars)))
