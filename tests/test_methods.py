@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import warnings
 import zlib
 from typing import Annotated
 
@@ -559,6 +560,18 @@ class TestRegMean:
         merged = merge("regmean", models, base, a=1.0, statistics={"gram": [x.T @ x for x in rows]})
         assert merged.isfinite().all()
         assert torch.allclose(rows[2] @ merged.T, rows[2] @ models[2].T, atol=1e-2)
+
+    @pytest.mark.parametrize("name", ["regmean", "regmean_plus_plus"])
+    def test_a_ridge_that_does_not_suffice_is_raised_and_said_so(self, name):
+        base, models = experts_of(name, (5, 300), 2)
+        x = torch.randn((3, 300), generator=_seeded("few"))
+        grams = {"gram": [x.T @ x] * 2}  # their rounding is larger than the ridge
+        with pytest.warns(UserWarning, match=r"singular.*larger statistics\.items or ridge"):
+            merged = merge(name, models, base, a=1.0, ridge=1e-9, statistics=grams)
+        assert torch.allclose(merged, sum(models) / 2, atol=1e-5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            merge(name, models, base, a=1.0, ridge=1e-3, statistics=grams)
 
     def test_what_is_no_gram_is_an_error(self):
         base, models, grams = self.given()

@@ -20,6 +20,7 @@ from cluster.pools import pool_named
 from cluster.pools import ray as crew
 from cluster.pools.ray import check_resources, on_ray, resources_of
 from cluster.survey import choose_on_ray
+from evolver.commands.collecting import collect_statistics
 from evolver.config.reading import config_at, load
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
@@ -152,6 +153,22 @@ def test_candidates_and_results_are_a_few_kilobytes(actors):
     assert actors.messages >= sum(s["budget.candidates"] for s in SEARCHES.values())
     assert 0 < actors.bytes_sent / actors.messages <= KILOBYTES_10
     assert 0 < actors.bytes_received / actors.messages <= KILOBYTES_10
+
+
+def test_statistics_are_collected_by_workers_and_kept_for_all(make_config, tmp_path, monkeypatch):
+    """On two workers the same bytes as in this process, in the cache that they share."""
+    changes = {"search": {"algorithm": "tpe", "method": "fisher"}, "statistics": {"items": 7}, "pool": POOL}
+    given = config_at(make_config(tmp_path, changes))
+    found = [*collect_statistics(given, ["gram", "fisher"], "cpu", pool_named("ray"), choose_on_ray)]
+    assert sorted((k.node.collected, k.node.of.label, k.fresh) for k in found) == [
+        (kind, name, True) for kind in ("fisher", "gram") for name in "abc"
+    ]
+    again = [*collect_statistics(given, ["gram", "fisher"], "cpu", lambda *_: pytest.fail("a pool"), choose_on_ray)]
+    assert {(k.file, k.fresh) for k in again} == {(k.file, False) for k in found}
+    monkeypatch.setenv("EVOLVER_CACHE", str(tmp_path / "cache"))
+    here = [*collect_statistics(given, ["gram", "fisher"], "cpu", LocalPool, choose_on_ray)]
+    assert all(k.fresh for k in here)
+    assert {k.file.name: k.file.read_bytes() for k in here} == {k.file.name: k.file.read_bytes() for k in found}
 
 
 def test_a_whole_run_is_the_same_run(make_config, tmp_path):

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from evolver.merging.methods import spectrum
+from evolver.merging.engine.apply import apply
+from evolver.merging.engine.pieces import InputTensors
+from evolver.merging.methods import METHODS, spectrum
 from evolver.merging.methods.spectrum import Factors, decomposed, factors, matrix_by_matrix, polar
 
 SHAPES = [(12, 12), (20, 8), (8, 20), (50, 6), (6, 50), (300, 280), (1200, 270)]
@@ -157,3 +159,36 @@ def test_zeros_alone_are_not_looked_at():
     merged = matrix_by_matrix([torch.zeros(20, 30)] * 2, None, None)
     assert merged.shape == (20, 30)
     assert not merged.any()
+
+
+class TestWhereNoDecompositionIsFound:
+    """What torch does for matrices on which its iteration does not end, whichever they are on a machine."""
+
+    def failing(self, monkeypatch, *dtypes):
+        whole, tried = torch.linalg.svd, []
+
+        def svd(given, **options):
+            tried.append(given.dtype)
+            if given.dtype in dtypes:
+                raise torch.linalg.LinAlgError("linalg.svd: the algorithm failed to converge")
+            return whole(given, **options)
+
+        monkeypatch.setattr(torch.linalg, "svd", svd)
+        return tried
+
+    def test_float64_is_tried(self, monkeypatch):
+        given = matrix((20, 15))
+        wanted, tried = decomposed(given), self.failing(monkeypatch, torch.float32)
+        found = decomposed(given)
+        assert tried == [torch.float32, torch.float64]
+        assert torch.allclose(found.product(), given, atol=1e-5)
+        assert torch.allclose(found.s, wanted.s, rtol=1e-5)
+
+    @pytest.mark.parametrize("method", ["tsv_m", "iso_c"])
+    def test_the_tensor_is_named(self, monkeypatch, method):
+        base = torch.zeros(20, 15)
+        self.failing(monkeypatch, torch.float32, torch.float64)
+        whole = InputTensors("layers.3.up.weight", [matrix((20, 15), seed=n) for n in range(2)], base, ["a", "b"])
+        said = rf"{method} of layers\.3\.up\.weight: no singular value decomposition is found, in float64 neither"
+        with pytest.raises(FloatingPointError, match=said):
+            apply(METHODS[method], METHODS[method].in_force({}, 2), whole)

@@ -12,6 +12,8 @@ import pytest
 import torch
 import toys
 import yaml
+from safetensors import safe_open
+from safetensors.torch import save
 from test_classification import classify  # noqa: F401  # a fixture
 from test_methods import by_formula
 from toys import MOODS, texts
@@ -195,7 +197,13 @@ def test_what_is_collected_is_kept_and_not_collected_again(configured, cache, mo
         assert again.items == first.items or split == "report"
 
 
-@pytest.mark.parametrize("damage", ["a changed byte", "the first half", "nothing", "another one's"])
+def in_half(file):
+    """The bytes of a file that claims to be this one, with numbers of another dtype."""
+    with safe_open(file, "pt") as handle:
+        return save({n: handle.get_tensor(n).half() for n in handle.keys()}, handle.metadata())  # noqa: SIM118
+
+
+@pytest.mark.parametrize("damage", ["a changed byte", "the first half", "nothing", "another expert's", "another dtype"])
 def test_a_damaged_file_is_collected_anew_and_said_so(configured, cache, capfd, damage):
     ready = ready_of(configured())
     first = worker_of(ready).evaluate(Candidate(0, merge_of(ready), "test"))
@@ -204,7 +212,7 @@ def test_a_damaged_file_is_collected_anew_and_said_so(configured, cache, capfd, 
     changed = bytearray(whole)
     changed[-5] ^= 1
     spoilt = {"a changed byte": bytes(changed), "the first half": whole[: len(whole) // 2], "nothing": b"",
-              "another one's": other.read_bytes()}  # fmt: skip
+              "another expert's": other.read_bytes(), "another dtype": in_half(file)}  # fmt: skip
     file.write_bytes(spoilt[damage])
     capfd.readouterr()
     again = worker_of(ready).evaluate(Candidate(0, merge_of(ready), "test"))
@@ -213,6 +221,18 @@ def test_a_damaged_file_is_collected_anew_and_said_so(configured, cache, capfd, 
     assert f"{file} is damaged" in said
     assert said.count("collected on") == 1
     assert file.read_bytes() == whole
+
+
+def test_another_dtype_has_files_of_its_own(configured):
+    keys = set()
+    for compute in ("float32", "bfloat16"):
+        file = configured()
+        raw = yaml.safe_load(file.read_text())
+        raw["model"]["compute"] = compute
+        file.write_text(yaml.safe_dump(raw))
+        ready = prepare(config_at(file))
+        keys |= {worker_of(ready)._statistics._file(node)[1] for node in merge_of(ready).statistics}
+    assert len(keys) == 4
 
 
 def test_what_cannot_be_kept_is_used_all_the_same(configured, cache, capfd):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -15,14 +16,17 @@ from evolver.commands.collecting import collect_statistics
 from evolver.config.reading import config_at
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
+from evolver.evaluation.collectors import COLLECTORS
 from evolver.evaluation.collectors.gradients import fisher_information
 from evolver.evaluation.collectors.inputs import LayerSums
 from evolver.evaluation.random_tokens import RANDOM_LENGTH, RandomTokens
 from evolver.merging.methods import Of
 from evolver.records import Candidate
 from evolver.records.recipe import Cross, Merge
+from evolver.workers import sampled
 from evolver.workers.compute import ComputeChoice
 from evolver.workers.pools.local import LocalPool
+from evolver.workers.sampled import Advance
 from evolver.workers.worker import Worker
 
 MERGER = {"algorithm": "evolver", "generations": 1, "merger": {"method": "regmean", "a": 0.5}}
@@ -65,6 +69,45 @@ def test_after_a_kill_only_the_missing_ones_are_collected(configured, monkeypatc
         collected(file)
     monkeypatch.setattr(Worker, "evaluate", worked)
     assert [(k.node.of.name, k.fresh) for k in collected(file)] == [("a", False), ("b", True)]
+
+
+def test_a_garbled_file_is_collected_anew_and_said_so(configured, capfd):  # noqa: F811
+    file = configured(search=MERGER)
+    first = collected(file)
+    whole = first[1].file.read_bytes()
+    first[1].file.write_bytes(whole[:-9] + b"x" + whole[-8:])
+    capfd.readouterr()
+    assert [(k.node.of.name, k.fresh) for k in collected(file)] == [("a", False), ("b", True)]
+    said = capfd.readouterr().err
+    assert f"{first[1].file} is damaged" in said
+    assert "; gram of b is collected again" in said
+    assert first[1].file.read_bytes() == whole
+
+
+def test_what_cannot_be_collected_is_one_sentence_and_exit_2(configured, monkeypatch):  # noqa: F811
+    """As for a method without statistics, for tasks without items of an expert, and for weights without gradients."""
+    plain = configured(search={"algorithm": "tpe"})
+    said = toys.refusal(*_stats(plain))
+    assert "no merge method of this search needs statistics; name a kind with --kind" in said
+    nowhere = configured(search=MERGER, statistics={"tasks": {"a": []}})
+    assert "statistics.tasks.a: names no task" in toys.refusal(*_stats(nowhere))
+    written, whole = Worker.evaluate, torch.nn.Parameter
+
+    def quantised(self, candidate):
+        layer = self.live.module.classifier
+        layer.weight = whole(layer.weight.data.to(torch.int8), requires_grad=False)
+        return written(self, candidate)
+
+    monkeypatch.setattr(Worker, "evaluate", quantised)
+    said = toys.refusal(*_stats(configured(search={"algorithm": "tpe", "method": "fisher"})))
+    assert "fisher of a on dev items" in said
+    assert "classifier.weight" in said
+    assert "so it has no gradient; choose a merge method without statistics of gradients" in said
+
+
+def _stats(file):
+    ended = toys.evolver("stats", file)
+    return ended.code, ended.err
 
 
 def test_kinds_are_named_and_some_are_of_the_base(configured):  # noqa: F811
@@ -115,6 +158,51 @@ def test_an_offspring_may_have_statistics_of_its_own(configured):  # noqa: F811
     opened = worker.materialiser._statistics
     gram = opened[mine.statistics[1].id].get("classifier.weight")
     assert not torch.allclose(gram, own_grams(ready, "b")["classifier.weight"].float(), rtol=1e-2)
+
+
+def test_how_far_it_is_and_how_long_it_will_take_is_said_now_and_then():
+    lines, now = [], [0.0]
+    advance = Advance("fisher of a", 100, lines.append, lambda: now[0])
+    for done in range(1, 101):
+        now[0] = 3.0 * done
+        advance(done)
+    assert lines[0] == "fisher of a: item 4 of 100, about 4 min 50 s left"
+    assert lines[1] == "fisher of a: item 8 of 100, about 4 min 40 s left"
+    assert lines[-1] == "fisher of a: item 96 of 100, about 12 s left"
+    assert len(lines) == 24  # one every 10 seconds or later, and none of the last item
+
+
+@pytest.mark.parametrize("kind", ["gram", "fisher"])
+@pytest.mark.parametrize(("source", "steps"), [("tasks", [8, 16]), ("random", [1, 4, 8, 16])])
+def test_a_large_model_says_how_far_it_is(configured, monkeypatch, capfd, kind, source, steps):  # noqa: F811
+    monkeypatch.setattr(sampled, "ADVANCE_SECONDS", 0.0)
+    monkeypatch.setattr(sampled, "SCALARS_AT_A_TIME", 1)
+    monkeypatch.setattr(sampled, "LEAST_AT_A_TIME", 8)
+    collected(configured(search=MERGER, statistics={"items": 20, "source": source}), kind)
+    said = capfd.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith(f"statistics: {kind} of a: item ")]
+    assert all(re.fullmatch(r".*: item \d+ of 20, about \d+ s left", line) for line in lines)
+    found = [int(line.split(": item ")[1].split()[0]) for line in lines]
+    assert found == sorted(found)
+    assert set(found) >= ({16} if (kind, source) == ("gram", "random") else {*steps})
+    assert max(found) < 20
+
+
+def test_items_in_parts_give_what_they_give_at_once(configured, monkeypatch):  # noqa: F811
+    found = []
+    for least in (3, 20):
+        monkeypatch.setattr(sampled, "SCALARS_AT_A_TIME", 1)
+        monkeypatch.setattr(sampled, "LEAST_AT_A_TIME", least)
+        monkeypatch.setattr(sampled, "EXAMPLES_AT_A_TIME", least)
+        ready = ready_of(configured(search=MERGER))
+        worker = worker_of(ready)
+        node = ready.maker.wanted_of_experts(Of("gram"))[0]
+        worker.live.write(worker.materialiser.stream(node.of), whole=True)
+        items = worker._statistics._items(node, worker.live, range(20))
+        assert (items._most, least) in ((3, 3), (20, 20))
+        found.append([dict(COLLECTORS[kind].collect(worker.live, items)) for kind in ("gram", "fisher")])
+    for one, other in zip(*found, strict=True):
+        assert all(torch.allclose(one[n], t, rtol=1e-5, atol=1e-6 * float(t.max())) for n, t in other.items())
 
 
 def test_random_tokens_need_no_data(configured):  # noqa: F811

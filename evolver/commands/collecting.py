@@ -16,7 +16,7 @@ from evolver.evaluation.collectors import COLLECTORS
 from evolver.merging.methods import METHODS, Of
 from evolver.pool import Pool
 from evolver.records import Candidate, Question
-from evolver.records.recipe import Merge, Statistic
+from evolver.records.recipe import Merge, Statistic, ancestors
 from evolver.workers.compute import is_open
 from evolver.workers.pools import PoolMaker
 from evolver.workers.worker import statistics_of
@@ -55,7 +55,8 @@ def collect_statistics(
     prepared = prepare(given, device=device)
     if is_open(prepared.config):
         prepared = in_compute(prepared, choose(prepared.config).compute)
-    nodes = list(dict.fromkeys(node for of in asked for node in prepared.maker.wanted_of_experts(of)))
+    wanted = [node for of in asked for node in prepared.maker.wanted_of_experts(of)]
+    nodes = list(dict.fromkeys(needed for node in wanted for needed in _needed(node)))
     statistics = statistics_of(prepared.plan, prepared.opened, prepared.tasks)
     missing = []
     for node in nodes:
@@ -76,10 +77,11 @@ def _collected(
 
     Raises BadInput where one could not be collected, and where what a worker kept is not seen here.
     """
-    waiting, away = list(enumerate(missing)), dict[int, Statistic]()
+    waiting, away = dict(enumerate(missing)), dict[int, Statistic]()
     while waiting or away:
-        while waiting and pool.free() > 0:
-            number, node = waiting.pop(0)
+        ready = [n for n, node in waiting.items() if not {*waiting.values(), *away.values()} & {*_needed(node)[:-1]}]
+        for number in ready[: max(0, pool.free())]:
+            node = waiting.pop(number)
             recipe = Merge("simple", (prepared.experts[0],), prepared.base, (), (node,))
             pool.submit(Candidate(number, recipe, "statistics", question=Question(piece=(0, 1))))
             away[number] = node
@@ -96,9 +98,16 @@ def _collected(
             yield KeptStatistic(node, file, True)
 
 
+def _needed(node: Statistic) -> list[Statistic]:
+    """The statistics without which one cannot be collected, as it is of a merge with statistics, and itself; what is
+    used stands before what uses it.
+    """
+    return [found for found in ancestors(node) if isinstance(found, Statistic)]
+
+
 def _asked(given: ConfigText, kinds: Sequence[str]) -> list[Of]:
     """What is asked for: by name, or by the methods that a search names."""
-    known = {of for found in METHODS.values() for of in found.statistics.values()}
+    known = {of for found in METHODS.values() for of in found.statistics.values() if not of.merged}
     for kind in kinds:
         if kind not in COLLECTORS:
             raise BadInput(f"evolver stats: there is no kind of statistic {kind!r}; {nearest(kind, COLLECTORS)}")

@@ -6,7 +6,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from evolver.merging.methods import Method, Range, Setting, Simplex
+from evolver.merging.methods import Method, Of, Range, Setting, Simplex
 
 
 def type_name(annotation: Any) -> str:
@@ -52,8 +52,7 @@ def remarks_of(method: Method) -> list[str]:
     out = []
     if method.statistics:
         asked = dict.fromkeys(method.statistics.values())
-        asked = dict.fromkeys(method.statistics.values())
-        kinds = " and ".join(f"{of.statistic}{' of the base' * of.base}" for of in asked)
+        kinds = " and ".join(f"{of.statistic}{_whose(of)}" for of in asked)
         whose = "the base" if all(of.base for of in asked) else "the experts"
         out.append(
             f"It needs statistics of {whose} on dev items ({kinds}), which a run collects before the first merge."
@@ -68,6 +67,11 @@ def remarks_of(method: Method) -> list[str]:
     if not method.exact:
         out.append("Not exact: with another processor or number of threads, the last bits of the result may differ.")
     return out
+
+
+def _whose(of: Of) -> str:
+    """Of which model a statistic is, where it is not each expert's own."""
+    return " of the base" if of.base else f", then that of the merge by {of.merged}" if of.merged else ""
 
 
 def first_paragraph(documented: Any) -> str:

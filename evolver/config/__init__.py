@@ -124,6 +124,10 @@ class StatisticsSettings(Section):
         description="what a merger of a population gets of an offspring: initial: the statistics of the expert in "
         "whose place it stands; own: its own, collected by the worker that scores it",
     )
+    passes: int = Field(
+        1, ge=1, le=1000, description="for regmean_plus_plus: how often Grams are collected on a merge, each time on "
+        "the one that the Grams of the pass before give"
+    )  # fmt: skip
 
 
 class PoolSettings(Section):

@@ -34,7 +34,7 @@ class Graph:
     Attributes:
         boxes: models by id, and None under ``LEFT_OUT``; what is used stands before what uses it.
         arrows: with what the model is used for: ``parent``, ``partner`` of a mutation, ``base`` of task vectors,
-            ``scale`` of noise.
+            ``scale`` of noise, ``statistics`` that were collected on it.
     """
 
     boxes: dict[str, Recipe | None] = field(default_factory=dict)
@@ -85,12 +85,12 @@ def nearest_models(recipe: Recipe, everybody: Sequence[Recipe], most: int) -> Gr
     """
     steps, found = [recipe], {recipe.id: recipe}
     for node in steps:  # breadth first: the list grows while it is gone through
-        for below in node.below:
+        for below, _ in uses(node):
             if below.id not in found:
                 found[below.id] = below
                 steps.append(below)
     models = [node.id for node in steps if not isinstance(node, Expert)][:most]
-    used = {below.id for node in steps if node.id in models for below in node.below}
+    used = {below.id for node in steps if node.id in models for below, _ in uses(node)}
     experts = sorted((n.id for n in everybody if isinstance(n, Expert)), key=lambda key: key not in used)[:MOST_EXPERTS]
     kept = {*models, *experts}
     graph = Graph()
@@ -100,7 +100,7 @@ def nearest_models(recipe: Recipe, everybody: Sequence[Recipe], most: int) -> Gr
     if any(node.id not in kept for node in everybody):
         graph.boxes[LEFT_OUT] = None
         hidden = [node for node in everybody if node.id not in kept]
-        sources = {below.id for node in hidden for below in node.below}
+        sources = {below.id for node in hidden for below, _ in uses(node)}
         graph.arrows |= {(key, LEFT_OUT): "parent" for key in experts if key in sources}
     for node in everybody:
         if node.id in kept and not isinstance(node, Expert):
@@ -113,7 +113,9 @@ def nearest_models(recipe: Recipe, everybody: Sequence[Recipe], most: int) -> Gr
 def uses(node: Recipe) -> Iterator[tuple[Recipe, str]]:
     """What a model is made of, and what each of these is used for."""
     for below in node.below:
-        if isinstance(node, Cross):
+        if isinstance(below, Statistic):  # no model itself: it stands for the one that it is of
+            yield below.of, "statistics"
+        elif isinstance(node, Cross):
             yield below, "parent" if below is node.parent else "partner"
         elif isinstance(node, Noise):
             yield below, "parent" if below == node.point else "scale"

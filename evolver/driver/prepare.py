@@ -168,7 +168,7 @@ def _maker(
     return RecipeMaker(
         list(config.experts), base.names(), opened.digests() if weights else None, sampled, base.sizes(),
         partial(_count_layers, base), model_places(config), config.seed, config.statistics.offspring == "own",
-        shapes, changes,
+        shapes, changes, config.statistics.passes,
     )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def _refuse_gradients(config: Config, tasks: Tasks, algorithm: str, settings: An
         )
     for number, entry in enumerate(tasks.entries):
         key = f"evaluation.tasks[{number}]"
-        if not tasks.judges[entry.task].passes_whole(entry):
+        if not tasks.judges[entry.task].tells_padding(entry):
             raise BadInput(
                 f"{key}: {algorithm} takes gradients of forward passes, and {entry.task} is scored in a way that does "
                 "not show them, as where a text is written; leave the task out, or search with scores, such as tpe."

@@ -136,14 +136,11 @@ class Judge(Protocol):
         ...
 
     def tells_padding(self, entry: TaskEntry) -> bool:
-        """Whether its scorers call the model by ``LiveModel.forward``, which is told the positions that are padding;
-        else nothing can be found out about the model while they score it.
-        """
-        ...
+        """Whether its scorers call the model by ``LiveModel.forward`` or inside ``LiveModel.passes``, which are told
+        the positions that are padding; else nothing can be found out about the model while they score it.
 
-    def passes_whole(self, entry: TaskEntry) -> bool:
-        """Whether its scorers put each batch through ``LiveModel.forward`` as one pass of the module, at least while
-        something else passes it (``LiveModel.passing``); else no gradients of a loss can be taken while they score.
+        While something else passes it (``LiveModel.passing``), each batch goes through ``LiveModel.forward`` as one
+        pass of the module, so that gradients of a loss can be taken.
         """
         ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,9 +26,14 @@ HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 class Listener(Protocol):
-    """Hears of the passes of a live model: ``end`` comes only after one that ended well."""
+    """Hears of the passes of a live model: ``end`` comes only after those that ended well.
 
-    def begin(self, positions: Tensor | None) -> None: ...
+    ``at`` comes before every forward pass, with which positions of it are no padding, (rows, places) bool; None: all.
+    Where layers read different places, as in a decoder that also reads what an encoder made, there are several.
+    """
+
+    def begin(self) -> None: ...
+    def at(self, *positions: Tensor | None) -> None: ...
     def end(self) -> None: ...
 
 
@@ -193,12 +198,23 @@ class LiveModel:
             positions: (rows, places) bool, which of them are no padding; None: all.
             inputs: of the module, by name.
         """
-        if self.listener is not None:
-            self.listener.begin(positions)
-        outputs = self.module(**inputs) if self.passing is None else self.passing(self.module, positions, inputs)
-        if self.listener is not None:
-            self.listener.end()
-        return outputs
+        with self.passes() as at:
+            at(positions)
+            return self.module(**inputs) if self.passing is None else self.passing(self.module, positions, inputs)
+
+    @contextlib.contextmanager
+    def passes(self) -> Iterator[Callable[..., None]]:
+        """Forward passes of which a listener hears as of one: they count only if all of them end well.
+
+        Yields what is to be called before each of them, with the positions that are no padding, see ``Listener``.
+        """
+        listener = self.listener
+        if listener is None:
+            yield lambda *_: None
+            return
+        listener.begin()
+        yield listener.at
+        listener.end()
 
     def parameters(self) -> dict[str, tuple[str, ParameterSlice | None]]:
         """The parameter of the module that each tensor of the checkpoint is, or is this slice of, by the tensor's

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,12 +24,14 @@ class RandomTokens:
         count: how many texts.
         seed: of the draws.
         head: whose classification head answers; None: the model's own.
+        advance: is told how many texts are done.
     """
 
     live: LiveModel
     count: int
     seed: int
     head: str | None = None
+    advance: Callable[[int], None] = lambda _: None
 
     @property
     def tokens(self) -> int:
@@ -40,13 +42,16 @@ class RandomTokens:
         """Forward passes over all texts, none of which has padding."""
         with torch.inference_mode():
             for start in range(0, self.count, RANDOM_ROWS):
-                self.live.forward(None, **self._inputs(start, min(self.count, start + RANDOM_ROWS)))
+                stop = min(self.count, start + RANDOM_ROWS)
+                self.live.forward(None, **self._inputs(start, stop))
+                self.advance(stop)
 
     def examples(self) -> Iterator[Example]:
         """The texts one by one; no answer to one is right."""
         for number in range(self.count):
             inputs = self._inputs(number, number + 1)
             yield Example(inputs, self._answer(inputs), self.head)
+            self.advance(number + 1)
 
     def _inputs(self, start: int, stop: int) -> dict[str, Tensor]:
         module = self.live.module

@@ -37,10 +37,6 @@ class RowJudge:
         """See ``Judge``."""
         return False
 
-    def passes_whole(self, entry: TaskEntry) -> bool:
-        """See ``Judge``."""
-        return self.tells_padding(entry)
-
     def gives_examples(self, entry: TaskEntry) -> bool:
         """See ``Judge``."""
         return False

@@ -93,7 +93,7 @@ class Materialiser:
 
         Statistics are opened first, and where they are missing collected, before the first tensor comes.
         """
-        order = self._opened(working_order(recipe, self._resident))
+        order = self._opened(recipe)
         keep: dict[str, dict[str, Tensor]] = {i: {} for i in self._worth_keeping(recipe, order)}
         self._models.clear()
         straight = not any(isinstance(n, Layers) for n in ancestors(recipe))
@@ -148,14 +148,17 @@ class Materialiser:
         """What a tensor is computed from; nothing where its model is resident."""
         return [] if task[0].id in self._resident else task[0].needs(task[1])
 
-    def _opened(self, order: list[Recipe]) -> list[Recipe]:
-        """The nodes without the statistics among them, which are open then."""
-        for node in order:
+    def _opened(self, recipe: Recipe) -> list[Recipe]:
+        """The nodes that the recipe is computed from, inputs before what uses them. Its statistics are open then.
+
+        What only a statistic is of is not among the nodes: where the statistic is kept, nobody computes it.
+        """
+        for node in working_order(recipe, self._resident):
             if isinstance(node, Statistic) and node.id not in self._statistics:
                 if self._open_statistic is None:
                     raise ValueError(f"this process cannot collect {node.describe()}")
                 self._statistics[node.id] = self._open_statistic(node, self.stream(node.of))
-        return [node for node in order if not isinstance(node, Statistic)]
+        return [node for node in working_order(recipe, self._resident) if not isinstance(node, Statistic)]
 
     def _worth_keeping(self, recipe: Recipe, order: list[Recipe]) -> list[str]:
         """Inputs of the recipe and theirs: the population. Memory-mapped checkpoints are the system's to cache."""

@@ -64,7 +64,8 @@ def texts_of(recipe: Recipe, known: Container[str] = ()) -> dict[str, str]:
 
 def working_order(recipe: Recipe, kept: Container[str] = ()) -> list[Recipe]:
     """The nodes that a model is computed from, inputs before what uses them, each as late as possible. Few of them are
-    then held at a time, however long the lineage: about two for each member of a population.
+    then held at a time, however long the lineage: about two for each member of a population. Statistics stand in the
+    list, and what they alone are of does not.
 
     Args:
         kept: ids of nodes that are there already. They stand in the list, and what is below them does not.
@@ -72,10 +73,11 @@ def working_order(recipe: Recipe, kept: Container[str] = ()) -> list[Recipe]:
     found = {node.id: node for node in ancestors(recipe, kept)} or {recipe.id: recipe}
     distance = {recipe.id: 0}  # the longest way from the recipe
     for node in reversed([*found.values()]):
-        for below in node.below if node.id not in kept else ():
+        computed = node.id in distance and node.id not in kept and not isinstance(node, Statistic)
+        for below in node.below if computed else ():
             found.setdefault(below.id, below)
             distance[below.id] = max(distance.get(below.id, 0), distance[node.id] + 1)
-    return sorted(found.values(), key=lambda node: -distance[node.id])
+    return sorted((n for n in found.values() if n.id in distance), key=lambda node: -distance[node.id])
 
 
 class NodeTable:

@@ -17,16 +17,16 @@ from evolver.checkpoints.kept import Damaged, open_kept, write_kept
 from evolver.config import Config
 from evolver.errors import BadInput
 from evolver.evaluation.collectors import Collector, collector_named
-from evolver.evaluation.examples import Example
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.random_tokens import RandomTokens
 from evolver.evaluation.tasks import SplitScorer, Tasks
 from evolver.kernels.machine import digest_of
 from evolver.merging.materialise import StatisticTensors
 from evolver.records.canonical import content_hash
-from evolver.records.recipe import Expert, Statistic
+from evolver.records.recipe import Cross, Statistic, ancestors
 from evolver.storage.paths import expand
 from evolver.workers.plan import CHAT, SCORING_PACKAGES, Plan
+from evolver.workers.sampled import Advance, DevSample, at_a_time
 
 # Keys of a task that change neither what a model reads nor in which batches.
 NOT_READ = {"data", "report_data", "select", "select_data", "report", "report_task", "dev", "weight", "metric"}
@@ -89,23 +89,6 @@ def sample_hash(config: Config, tasks: Tasks, expert: str) -> str:
     return content_hash([[owners[place], items[place].hash] for place in sample(config, tasks, expert)])
 
 
-class _Sampled:
-    """The items that one statistic is collected on; see ``SampledItems``."""
-
-    def __init__(self, scorer: SplitScorer, places: Sequence[int], block: int) -> None:
-        self._scorer, self._places, self._block = scorer, places, block
-        self.tokens = 0
-
-    def score(self) -> None:
-        for start in range(0, len(self._places), self._block):
-            self.tokens += self._scorer.score_at(frozenset(self._places[start : start + self._block])).tokens
-
-    def examples(self) -> Iterator[Example]:
-        for example in self._scorer.examples_at(frozenset(self._places)):
-            self.tokens += sum(ids.numel() for name, ids in example.inputs.items() if name.endswith("input_ids"))
-            yield example
-
-
 class Statistics:
     """Gives a materialiser the statistics that a recipe asks for.
 
@@ -165,13 +148,15 @@ class Statistics:
                 return sample(config, self._tasks, name)
         raise BadInput(f"statistics: {node.describe()} was collected on other items than those of this run.")
 
-    def _items(self, node: Statistic, live: LiveModel, places: Sequence[int]) -> _Sampled | RandomTokens:
-        config = self._plan.config
+    def _items(self, node: Statistic, live: LiveModel, places: Sequence[int]) -> DevSample | RandomTokens:
+        config, name = self._plan.config, f"statistics: {node.collected} of {node.of.label}"
         if config.statistics.source == "random":
             apart = config.model.heads == "apart"
             head = _head(node, config) if apart else None
-            return RandomTokens(live, config.statistics.items, config.seed, head)
-        return _Sampled(self._scorer(live), places, self._plan.block("dev", len(places)))
+            count = config.statistics.items
+            return RandomTokens(live, count, config.seed, head, Advance(name, count, _say))
+        most = at_a_time(live, self._plan.block("dev", len(places)))
+        return DevSample(self._scorer(live), places, most, Advance(name, len(places), _say))
 
     def _collect(
         self, node: Statistic, weights: Iterator[tuple[str, Tensor]], places: Sequence[int], file: Path, key: str
@@ -182,7 +167,7 @@ class Statistics:
         live.write(weights, whole=True)
         items = self._items(node, live, places)
         found = dict(collector_named(node.collected).collect(live, items))
-        if not isinstance(node.of, Expert):
+        if any(isinstance(model, Cross) for model in ancestors(node.of)):
             self.tokens += items.tokens
         seconds, on = time.perf_counter() - began, f"{len(places)} dev items"
         if config.statistics.source == "random":

@@ -2,7 +2,7 @@
 "use strict";
 
 const BOX = [104, 58], PITCH = 104, EDGE = 8; // a box, from layer to layer, around the whole; in pixels
-const KINDS = { parent: "what it is made of", partner: "partners of its mutation", base: "the base of its task vectors", scale: "whose task vectors its noise is as large as" };
+const KINDS = { parent: "what it is made of", partner: "partners of its mutation", base: "the base of its task vectors", scale: "whose task vectors its noise is as large as", statistics: "the model that its statistics were collected on" };
 
 function svg(tag, given = {}, ...children) {
   const made = document.createElementNS("http://www.w3.org/2000/svg", tag);

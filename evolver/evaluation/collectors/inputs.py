@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -56,7 +56,7 @@ class LayerSums:
 
     def __init__(self, live: LiveModel, layers: Mapping[str, nn.Linear], of: Callable[[Tensor], Tensor]) -> None:
         self._live, self._layers, self._of = live, layers, of
-        self._positions: Tensor | None = None
+        self._positions: tuple[Tensor | None, ...] = ()
         self._running = False
         self._pass: dict[str, Tensor] = {}
         self.totals: dict[str, Tensor] = {}
@@ -73,10 +73,14 @@ class LayerSums:
         for hook in self._hooks:
             hook.remove()
 
-    def begin(self, positions: Tensor | None) -> None:
+    def begin(self) -> None:
         """See ``Listener``."""
-        self._positions, self._running = positions, True
+        self._running = True
         self._pass.clear()
+
+    def at(self, *positions: Tensor | None) -> None:
+        """See ``Listener``."""
+        self._positions = positions
 
     def end(self) -> None:
         """See ``Listener``."""
@@ -95,21 +99,23 @@ class LayerSums:
         return hear
 
 
-def _rows(inputs: Tensor, positions: Tensor | None, name: str) -> Tensor:
+def _rows(inputs: Tensor, several: Sequence[Tensor | None], name: str) -> Tensor:
     """The inputs (M, d) in the positions that count.
 
     Args:
         inputs: (rows, places, d); (rows, d) where a layer sees one place of each row; (rows · places, d).
-        positions: (rows, places); None: all count.
+        several: (rows, places) each, of which the first that fits is taken; None: all count.
 
     Raises ValueError for inputs of another shape.
     """
     flat = inputs.flatten(0, -2)
-    if positions is None or inputs.shape[:-1] == positions.shape[:1]:
-        return flat
-    if inputs.shape[:-1] in (positions.shape, (positions.numel(),)):
-        return flat[positions.flatten()]
+    for positions in several:
+        if positions is None or inputs.shape[:-1] == positions.shape[:1]:
+            return flat
+        if inputs.shape[:-1] in (positions.shape, (positions.numel(),)):
+            return flat[positions.flatten()]
+    shapes = " and ".join(str(tuple(p.shape)) for p in several if p is not None)
     raise ValueError(
-        f"the layer of {name} gets inputs {tuple(inputs.shape)} for a batch of {tuple(positions.shape)} tokens, so "
-        "that nobody can tell which of them are padding"
+        f"the layer of {name} gets inputs {tuple(inputs.shape)} for a batch of {shapes} tokens, so that nobody can "
+        "tell which of them are padding"
     )

@@ -44,7 +44,7 @@ class Language:
     """The judge of lm-eval's tasks and groups, and of the user's own texts."""
 
     def __init__(self, config: Config, numbers: Sequence[int]) -> None:
-        self.settings, self.seed, self._model = config.evaluation, config.seed, config.model.kind
+        self.settings, self.seed = config.evaluation, config.seed
         self._named = config.model.chat_template not in ("auto", "base")
         entries = {n: config.evaluation.tasks[n] for n in numbers}
         self._keys = {e.task: f"evaluation.tasks[{n}]" for n, e in entries.items()}
@@ -109,19 +109,13 @@ class Language:
         return all(task.OUTPUT_TYPE == "multiple_choice" for task in tasks)
 
     def tells_padding(self, entry: TaskEntry) -> bool:
-        """In rows of log-likelihoods padding is known. An encoder–decoder is called part by part, and what is written
-        goes through Transformers' own loop.
-        """
-        return self._model == "causal-lm" and self.passes_whole(entry)
-
-    def passes_whole(self, entry: TaskEntry) -> bool:
-        """Where log-likelihoods are asked for, by both architectures."""
+        """In rows of log-likelihoods padding is known; what is written goes through Transformers' own loop."""
         asked = {self.library.tasks[m].OUTPUT_TYPE for m in self.library.members[entry.task]}
         return self.settings.backend == "resident" and "generate_until" not in asked
 
     def gives_examples(self, entry: TaskEntry) -> bool:
         """Where log-likelihoods are asked for, by both architectures; of a text that is written no answer is known."""
-        return self.passes_whole(entry)
+        return self.tells_padding(entry)
 
     def check_model(self, model: ModelFolder | None, asked: Sequence[AskedItem]) -> None:
         """See ``ChecksModel``: the prompts of a few items of each task are built. Of a folder that another class loads,

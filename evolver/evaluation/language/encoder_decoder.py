@@ -8,7 +8,7 @@ taken, there is one pass of the module instead, for which the context is repeate
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +75,11 @@ class EncoderDecoder:
     def score(self, batch: Encoded) -> list[Likelihood]:
         longest = int(batch.lengths.max())
         said = torch.arange(longest, device=self.model.device) < batch.lengths[:, None]
-        logits = self._in_parts(batch, longest) if self.model.passing is None else self._at_once(batch, said)
+        if self.model.passing is not None:
+            logits = self._at_once(batch, said)
+        else:
+            with self.model.passes() as at:
+                logits = self._in_parts(batch, longest, at)
         rows, columns = said.nonzero().T
         scores, misses = of_tokens(logits, rows, columns, batch.continuations[rows, columns])
         return summed(scores, misses, rows.cpu(), len(batch.owner))
@@ -90,16 +94,26 @@ class EncoderDecoder:
         ).logits  # fmt: skip
         return logits
 
-    def _in_parts(self, batch: Encoded, longest: int) -> Tensor:
-        """The logits (C, K, vocabulary), with each context encoded once."""
-        module = self.model.module
+    def _in_parts(self, batch: Encoded, longest: int, at: Callable[..., None]) -> Tensor:
+        """The logits (C, K, vocabulary), with each context encoded once.
+
+        Args:
+            longest: K.
+            at: is told which positions are no padding, see ``LiveModel.passes``. What the decoder reads of the context
+                goes through its layers in its first step only.
+        """
+        module, read = self.model.module, batch.mask.bool()
+        at(read)
         encoded = module.get_encoder()(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
         start = torch.full_like(batch.ids[:, :1], module.config.decoder_start_token_id)
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        at(torch.ones_like(start, dtype=torch.bool), read)
         logits = self._decode(encoded, batch.mask, start, cache)[batch.owner]  # (C, 1, vocabulary)
-        if longest < 2:
+        if longest == 1:
             return logits
         cache.batch_select_indices(batch.owner)
+        places = torch.arange(1, longest, device=logits.device)
+        at(places < batch.lengths[:, None])
         rest = self._decode(encoded[batch.owner], batch.mask[batch.owner], batch.continuations[:, : longest - 1], cache)
         return torch.cat([logits, rest], 1)
 

@@ -11,8 +11,8 @@ tensors, () or (E,), so that a change of a number never compiles a kernel anew: 
 A method that declares ``whole`` gets whole tensors in their own shapes instead of pieces, and nothing to ask. It may
 want statistics of the models beside their weights: a parameter annotated ``Of("gram")`` is handed one tensor an expert,
 or None where not every expert has one for the tensor that is merged; ``Of("activation", base=True)`` those of the base
-on each expert's items. A signature that says none of this is refused
-when the method is registered.
+on each expert's items; and ``Of("gram", merged="regmean")`` those of the merge of all models by that method, again on
+each expert's items. A signature that says none of this is refused when the method is registered.
 """
 
 from __future__ import annotations
@@ -82,10 +82,13 @@ class Of:
     """Marks a parameter that is handed a statistic of every model: of this kind, under its collector's name.
 
     With ``base``, it is handed one of the base for every model: on the items on which that of the model is collected.
+    With ``merged``, it is handed one of a merge of all models on the same items. That merge is made by the method of
+    this name at its defaults, which needs the same statistic and no other, of the models themselves.
     """
 
     statistic: str
     base: bool = False
+    merged: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -15,7 +16,12 @@ from evolver.merging.methods.operators import total_of, weighted_sum
 
 # How often a ridge is made tenfold where a sum of Grams stays singular.
 TRIES = 7
+SINGULAR = (
+    "Gram matrices of a layer are singular, as those of few items are, so a larger ridge than the given one draws what "
+    "they do not determine to the average; a larger statistics.items or ridge ends this."
+)
 Grams = Annotated[Stack | None, Of("gram")]
+MergedGrams = Annotated[Stack | None, Of("gram", merged="regmean")]
 OffDiagonal = Annotated[Tensor, Range(0.0, 1.0, least=0.0, most=1.0)]
 Ridge = Annotated[Tensor, Range(1e-6, 1e-1, log=True, above=0.0)]
 
@@ -34,6 +40,24 @@ def regmean(
     if gram is None:
         return average
     return _nearest(models, [_damped(g, a) for g in gram], average, ridge)
+
+
+@method(
+    "Nguyen et al. 2025, RegMean++: Enhancing effectiveness and generalization of regression mean", whole=True,
+    exact=False,
+)  # fmt: skip
+def regmean_plus_plus(
+    models: Stack, *, gram: MergedGrams, a: OffDiagonal = number(0.9), ridge: Ridge = number(1e-6)
+) -> Tensor:  # fmt: skip
+    """RegMean++: RegMean in which the inputs X of every layer are those that it gets in the merged model.
+
+    W = (Σ G)⁻¹ Σ G W with G = XᵀX, X on each expert's items through the merged layers before it. The paper merges block
+    by block while it goes, and reads each block's inputs in the expert's own block. Here the Grams are those of whole
+    models: of the RegMean merge at its defaults, so that they are collected once for all values of ``a``; with
+    ``statistics: {passes: N}``, of the merge that the Grams of the pass before give. Each pass puts one more linear
+    layer of the chain on the inputs that it has in the merged model.
+    """
+    return regmean(models, gram=gram, a=a, ridge=ridge)
 
 
 @method("arXiv 2605.12843, Bayesian model merging", whole=True, exact=False)
@@ -99,14 +123,18 @@ def _damped(gram: Tensor, a: Tensor) -> Tensor:
 def _factor(total: Tensor, share: Tensor) -> Tensor:
     """The Cholesky factor of a positive semi-definite matrix (d, d), with a ridge, or as much of one as it needs.
 
+    Warns where that is more than it was given. The text names no tensor, so that a search says it once.
+
     Raises FloatingPointError where the matrix is not finite, or is no sum of Grams.
     """
     mean, one = total.diagonal().mean(), torch.eye(len(total), dtype=total.dtype, device=total.device)
     ridge = share * torch.where(mean > 0, mean, 1.0)
     factor: Tensor
-    for _ in range(TRIES):
+    for tried in range(TRIES):
         factor, failed = torch.linalg.cholesky_ex(total + ridge * one)
         if not failed:
+            if tried:
+                warnings.warn(SINGULAR, stacklevel=2)
             return factor
         ridge = 10 * ridge
     raise FloatingPointError("the statistics of the experts are not Gram matrices")

@@ -38,6 +38,7 @@ class RecipeMaker:
         own: an offspring has statistics of its own, instead of those of the expert in whose place it stands.
         shapes: of the floating tensors, by name; without it, all tensors are single numbers.
         changes: measures the experts' task vectors, see ``Maker``; without it, all changes count as equally large.
+        passes: how often statistics of a merge of the models are collected, each time on the merge of the pass before.
     """
 
     def __init__(
@@ -45,13 +46,13 @@ class RecipeMaker:
         sampled: Callable[[str, str], str] = lambda *_: "items", sizes: Mapping[str, int] | None = None,
         counted: Callable[[bool], int] | None = None, places: Mapping[str, str] | None = None, seed: int = 0,
         own: bool = False, shapes: Mapping[str, tuple[int, ...]] | None = None,
-        changes: Callable[[], Mapping[str, tuple[float, ...]]] | None = None,
+        changes: Callable[[], Mapping[str, tuple[float, ...]]] | None = None, passes: int = 1,
     ) -> None:  # fmt: skip
         self.digests = digests or {n: n for n in ("base", *experts)}
         self.base = Expert("base", self.digests["base"])
         self.experts = tuple(Expert(n, self.digests[n]) for n in experts)
         self._names, self._sampled, self._counted = list(tensors), sampled, counted
-        self._own = own
+        self._own, self._passes = own, passes
         self.shapes = dict.fromkeys(self._names, (1,)) if shapes is None else shapes
         self.changes = changes or (lambda: {name: (1.0,) * len(self.experts) for name in self.shapes})
         self._places, self._seed = places or {n: n for n in self.digests}, seed
@@ -118,10 +119,7 @@ class RecipeMaker:
 
     def wanted_of_experts(self, wanted: methods.Of) -> tuple[Statistic, ...]:
         """What an annotation asks for, of every expert. Raises BadInput where it cannot be collected."""
-        return tuple(
-            Statistic(wanted.statistic, self.base if wanted.base else e, self._sampled(wanted.statistic, e.name))
-            for e in self.experts
-        )
+        return self._statistics_of(wanted, self.experts, self.experts)
 
     def _statistics(self, method: methods.Method, members: Sequence[Recipe]) -> tuple[Statistic, ...]:
         """What a method asks for, of every kind one a member.
@@ -133,11 +131,22 @@ class RecipeMaker:
         for kind in kinds:
             collector_named(kind.statistic)
         origins = [_origin(m, method.name) for m in members] if kinds else []
-        return tuple(
-            Statistic(k.statistic, self.base if k.base else m if self._own else o, self._sampled(k.statistic, o.name))
-            for k in kinds
-            for m, o in zip(members, origins, strict=True)
+        of = members if self._own else origins
+        return tuple(found for kind in kinds for found in self._statistics_of(kind, of, origins))
+
+    def _statistics_of(
+        self, kind: methods.Of, models: Sequence[Recipe], origins: Sequence[Expert]
+    ) -> tuple[Statistic, ...]:  # fmt: skip
+        """One statistic a model: its own, one of the base or one of a merge of all, on the items of its origin."""
+        items = [self._sampled(kind.statistic, origin.name) for origin in origins]
+        found = tuple(
+            Statistic(kind.statistic, self.base if kind.base else model, own)
+            for model, own in zip(models, items, strict=True)
         )
+        for _ in range(self._passes if kind.merged else 0):
+            merged = Merge(kind.merged, tuple(models), self.base, (), found)
+            found = tuple(Statistic(kind.statistic, merged, own) for own in items)
+        return found
 
 
 @dataclass(frozen=True)
