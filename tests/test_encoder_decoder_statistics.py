@@ -138,8 +138,3 @@ def test_the_fisher_information_of_all_items_has_the_decoders_tensors_and_the_en
 def test_written_answers_are_refused(seq2seq):
     with pytest.raises(BadInput, match=r"evaluation\.tasks\[1\]: echo is scored in a way that does not say which"):
         prepare(config_at(seq2seq(("toy", "echo"))), weights=False)
-
-
-def test_searches_by_gradients_are_still_refused(seq2seq):
-    with pytest.raises(BadInput, match=r"evaluation\.tasks\[0\]: expert_merging takes gradients of forward passes"):
-        prepare(config_at(seq2seq(search={"algorithm": "expert_merging"})), weights=False)
