@@ -48,9 +48,10 @@ docs: $(VENV)/.dev ## write docs/reference.md, docs/presets.md and docs/commutin
 	$(BIN)/python -m evolver.commands.reference presets > docs/presets.md
 	$(BIN)/python tests/commuting.py > docs/commuting.md
 
-prove: $(VENV)/.dev ## the slow proofs: kills by the dozen, nodes that are cut off and lost, two machines by hand, the language model's demo
+prove: $(VENV)/.dev ## the slow proofs: kills by the dozen, nodes that are cut off and lost, two machines by hand, the language model's demo; FUSION_BENCH=folder-with-fusion_bench compares methods with it, too
 	EVOLVER_KILLS=20 $(BIN)/python -m pytest tests/chaos
 	$(BIN)/python -m pytest -m slow tests
+	$(if $(FUSION_BENCH),PYTHONPATH=$(FUSION_BENCH) $(BIN)/python -m pytest tests/oracles/test_fusion_bench.py)
 
 benchmark: $(VENV)/.dev ## the figures of results/benchmarks/, measured on this machine
 	$(BIN)/python configs/demo-llm/prepare_llm.py
