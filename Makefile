@@ -43,10 +43,11 @@ browser: $(VENV)/.dev ## the pages in a real browser; needs Chromium
 kuberay: $(VENV)/.dev ## KubeRay's manifest against the operator's published schema; CRD=file, where GitHub is out of reach
 	KUBERAY_CRD=$(CRD) $(BIN)/python -m pytest tests/test_deploy.py
 
-docs: $(VENV)/.dev ## write docs/reference.md, docs/presets.md and docs/commuting.md from the code
+docs: $(VENV)/.dev ## write docs/reference.md, presets.md, commuting.md and the tables of methods-*.md from the code
 	$(BIN)/python -m evolver.commands.reference > docs/reference.md
 	$(BIN)/python -m evolver.commands.reference presets > docs/presets.md
 	$(BIN)/python tests/commuting.py > docs/commuting.md
+	$(BIN)/python tests/method_pages.py
 
 prove: $(VENV)/.dev ## the slow proofs: kills by the dozen, nodes that are cut off and lost, two machines by hand, the language model's demo; FUSION_BENCH=folder-with-fusion_bench compares methods with it, too
 	EVOLVER_KILLS=20 $(BIN)/python -m pytest tests/chaos
