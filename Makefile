@@ -10,7 +10,7 @@ CRD ?= https://raw.githubusercontent.com/ray-project/kuberay/v1.7.0/ray-operator
 export HF_HUB_OFFLINE ?= 1
 export HF_DATASETS_OFFLINE ?= 1
 
-.PHONY: help demo demo-llm check fast test lint browser kuberay docs prove benchmark benchmark-merging benchmark-evaluation benchmark-cluster benchmark-dashboard benchmark-machine benchmark-faults benchmark-models benchmark-selection families ratios gpu pools experts experts-llm clean
+.PHONY: help demo demo-llm check fast test lint browser kuberay docs prove benchmark benchmark-merging benchmark-evaluation benchmark-cluster benchmark-dashboard benchmark-machine benchmark-faults benchmark-models benchmark-selection benchmark-methods-cost families ratios gpu pools experts experts-llm clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -84,6 +84,9 @@ benchmark-machine: $(VENV)/.dev ## the main job, first use, tests and merging on
 
 benchmark-selection: $(VENV)/.dev ## rules for choosing among merges, played on the tables of answers in results/tables
 	$(BIN)/python tests/benchmarks/selection.py
+
+benchmark-methods-cost: $(VENV)/.dev ## seconds and memory of every merge method beside a copy and torch's decompositions; LARGE=1 on 3 GB
+	$(BIN)/python tests/benchmarks/methods_cost.py $(if $(LARGE),--large)
 
 families: $(VENV)/.dev ## try every architecture with tiny models, as a user would, and write docs/models.md: ten minutes
 	$(BIN)/python tests/benchmarks/models.py

@@ -39,7 +39,7 @@ then the best of several total masses, and that mass ([the runs](../results/benc
 
 
 def kept(name: str) -> Figures:
-    """The figures of a benchmark: of every pool, of every method; none where the file is missing."""
+    """The figures of a benchmark: by pool and method; none where the file is missing."""
     file = FIGURES / name
     return json.loads(file.read_text()) if file.exists() else {}
 
@@ -58,7 +58,7 @@ def methods_of(page: str) -> list[Method]:
 
 def written(page: str, costs: Figures | None = None, scores: Figures | None = None) -> str:
     """The page with its tables made anew, of these figures or of those that are kept."""
-    costs = kept("methods_cost.json") if costs is None else costs
+    costs = kept("methods_cost.json").get("pools", {}) if costs is None else costs
     scores = kept("systems.json") if scores is None else scores
     parts = "\n\n".join(tables(methods_of(page), costs, scores))
     return PART.sub(lambda found: f"{found[1]}\n{parts}\n\n{found[3]}", page)
@@ -68,10 +68,13 @@ def tables(methods: Sequence[Method], costs: Figures, scores: Figures) -> list[s
     """What is said of these methods: their papers and settings, and beneath what was measured."""
     rows = [[f"`{m.name}`", linked(m.paper), settings_of(m)] for m in methods]
     parts = [SETTINGS_TEXT, markdown_table(["method", "paper", "settings"], rows)]
-    columns: list[tuple[str, Callable[[str], str]]] = []
-    for pool, found in costs.items():
-        columns += [(f"time, {pool}", _reader(found, time_of)), (f"memory, {pool}", _reader(found, memory_of))]
-    columns += [(f"scores, {pool}", _reader(found, scores_of)) for pool, found in scores.items()]
+    asked = [("time", costs, time_of), ("memory", costs, memory_of), ("scores", scores, scores_of)]
+    columns = [
+        (f"{what}, {pool}", _reader(found, said))
+        for what, figures, said in asked
+        for pool, found in figures.items()
+        if any(m.name in found for m in methods)
+    ]
     if columns:
         rows = [[f"`{m.name}`", *(said(m.name) for _, said in columns)] for m in methods]
         parts += [*[COSTS_TEXT] * bool(costs), *[SCORES_TEXT] * bool(scores)]
@@ -100,7 +103,7 @@ def setting_of(setting: Setting) -> str:
 
 def time_of(figures: Mapping[str, Any]) -> str:
     """How many copies a merge takes as long as."""
-    return _short(figures["time"])
+    return _short(figures["time"]) if "time" in figures else "–"
 
 
 def memory_of(figures: Mapping[str, Any]) -> str:
