@@ -20,7 +20,11 @@ OffDiagonal = Annotated[Tensor, Range(0.0, 1.0, least=0.0, most=1.0)]
 Ridge = Annotated[Tensor, Range(1e-6, 1e-1, log=True, above=0.0)]
 
 
-@method("Jin et al. 2022, Dataless knowledge fusion by merging weights of language models", whole=True, exact=False)
+@method(
+    "Jin et al. 2022, Dataless knowledge fusion by merging weights of language models, arXiv 2212.09849",
+    whole=True,
+    exact=False,
+)
 def regmean(
     models: Stack, *, gram: Grams, a: OffDiagonal = number(0.9), ridge: Ridge = number(1e-6)
 ) -> Tensor:  # fmt: skip
@@ -36,7 +40,7 @@ def regmean(
     return _nearest(models, [_damped(g, a) for g in gram], average, ridge)
 
 
-@method("arXiv 2605.12843, Bayesian model merging", whole=True, exact=False)
+@method("Bayesian model merging, 2026, arXiv 2605.12843", whole=True, exact=False)
 def bayes_mm(
     deltas: Stack,
     *,
@@ -56,7 +60,7 @@ def bayes_mm(
     return lambda_ * (anchor if gram is None else _nearest(deltas, [_damped(g, a) for g in gram], anchor, mu))
 
 
-@method("arXiv 2605.12843, Bayesian model merging, its variant without data", whole=True, exact=False)
+@method("Bayesian model merging, 2026, its variant without data, arXiv 2605.12843", whole=True, exact=False)
 def bayes_mm_free(
     deltas: Stack,
     *,
