@@ -168,13 +168,13 @@ class Models:
         ids = [str(n) for n in range(self.count)]
         for name in self.shapes:
             base, *inputs = (torch.from_numpy(np.load(f / f"{name}.npy")) for f in self.folders)
-            statistics = {p: self._statistics(of, base) for p, of in self.method.statistics.items()}
+            statistics = {p: self._statistics(of, name, base) for p, of in self.method.statistics.items()}
             yield InputTensors(name, inputs, base, ids, 0.5, statistics)
 
-    def _statistics(self, of: Of, base: Tensor) -> list[Tensor] | None:
-        """Random ones of every model: of matrices only, where they are about the inputs of a layer."""
+    def _statistics(self, of: Of, name: str, base: Tensor) -> list[Tensor] | None:
+        """Random ones of every model: those of inputs belong to the matrices of layers only."""
         draw, wide = torch.Generator().manual_seed(0), base.shape[-1]
-        if of.statistic in ("gram", "activation") and (base.dim() != 2 or base.shape[0] >= VOCABULARY - 5000):
+        if of.statistic in ("gram", "activation") and (base.dim() != 2 or "embed" in name):
             return None
         if of.statistic == "gram":
             inputs = [torch.randn(2 * wide, wide, generator=draw) for _ in range(self.count)]
