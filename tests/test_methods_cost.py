@@ -61,7 +61,7 @@ def test_methods_get_the_statistics_that_they_ask_for(folder, name):
     ("name", "kind"),
     [
         ("linear", "one pass"), ("nearswap", "one pass"), ("ties", "several passes"), ("fisher", "whole tensors"),
-        ("tsv_m", "decompositions"), ("drm", "decompositions"), ("regmean", "decompositions"),
+        ("tsv_m", "decompositions"), ("drm", "decompositions"), ("regmean", "decompositions"), ("do_merging", "gradient steps"),
     ],
 )  # fmt: skip
 def test_a_method_is_measured(folder, name, kind):
@@ -70,7 +70,7 @@ def test_a_method_is_measured(folder, name, kind):
     assert found["kind"] == kind
     assert found["limit"] == 1280 * (count + 4) + (1 << 29)
     assert found["time"] == found["first"] / found["copy"] > 0
-    assert ("torch" in found) == (kind == "decompositions")
+    assert ("torch" in found) == (name in methods_cost.PARTS)
     assert len(methods_cost.row(name, found)) == len(methods_cost.COLUMNS)
     large = methods_cost.measured(name, folder, large=True)
     assert ("time" in large) == (not METHODS[name].whole)
