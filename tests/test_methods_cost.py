@@ -61,7 +61,8 @@ def test_methods_get_the_statistics_that_they_ask_for(folder, name):
     ("name", "kind"),
     [
         ("linear", "one pass"), ("nearswap", "one pass"), ("ties", "several passes"), ("fisher", "whole tensors"),
-        ("tsv_m", "decompositions"), ("drm", "decompositions"), ("regmean", "decompositions"), ("do_merging", "gradient steps"),
+        ("tsv_m", "decompositions"), ("drm", "decompositions"), ("regmean", "decompositions"),
+        ("do_merging", "gradient steps"),
     ],
 )  # fmt: skip
 def test_a_method_is_measured(folder, name, kind):
