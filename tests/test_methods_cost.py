@@ -93,3 +93,19 @@ def test_the_page_names_what_exceeds_a_limit():
 
 def test_the_large_model_has_three_gigabytes():
     assert sum(4 * math.prod(s) for s in methods_cost.shapes().values()) == pytest.approx(3e9, rel=0.03)
+
+
+def test_the_large_model_is_written_and_measured(tmp_path, monkeypatch):
+    for name, size in {"WIDTH": 8, "INNER": 12, "LAYERS": 2, "VOCABULARY": 20}.items():
+        monkeypatch.setattr(methods_cost, name, size)
+    methods_cost.write_large(tmp_path)
+    models = methods_cost.Models(tmp_path, METHODS["linear"], one_of_each_shape=False)
+    assert {t.name: t.base.shape for t in models} == methods_cost.shapes()
+    assert all(0 < (i - t.base).abs().max() < 0.01 for t in models for i in t.inputs)
+    found = {name: methods_cost.measured(name, tmp_path, large=True) for name in ("linear", "tsv_m")}
+    assert found["linear"].keys() - found["tsv_m"].keys() == {"time", "first", "copy"}
+    text = methods_cost.page(
+        {methods_cost.LARGE: found}, {methods_cost.LARGE: methods_cost.said_of(methods_cost.LARGE, tmp_path)}
+    )
+    assert "A base and 3 experts" in text
+    assert "only the memory, with one tensor of each shape" in text
