@@ -10,7 +10,7 @@ CRD ?= https://raw.githubusercontent.com/ray-project/kuberay/v1.7.0/ray-operator
 export HF_HUB_OFFLINE ?= 1
 export HF_DATASETS_OFFLINE ?= 1
 
-.PHONY: help demo demo-llm check fast test lint browser kuberay docs prove benchmark benchmark-merging benchmark-evaluation benchmark-cluster benchmark-dashboard benchmark-machine benchmark-faults benchmark-models benchmark-selection benchmark-searches benchmark-systems families ratios gpu pools experts experts-llm clean
+.PHONY: help demo demo-llm check fast test lint browser kuberay docs prove benchmark benchmark-merging benchmark-evaluation benchmark-cluster benchmark-dashboard benchmark-machine benchmark-faults benchmark-models benchmark-selection benchmark-methods-cost benchmark-searches benchmark-systems families ratios gpu pools experts experts-llm clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -43,14 +43,16 @@ browser: $(VENV)/.dev ## the pages in a real browser; needs Chromium
 kuberay: $(VENV)/.dev ## KubeRay's manifest against the operator's published schema; CRD=file, where GitHub is out of reach
 	KUBERAY_CRD=$(CRD) $(BIN)/python -m pytest tests/test_deploy.py
 
-docs: $(VENV)/.dev ## write docs/reference.md, docs/presets.md and docs/commuting.md from the code
+docs: $(VENV)/.dev ## write docs/reference.md, presets.md, commuting.md and the tables of methods-*.md from the code
 	$(BIN)/python -m evolver.commands.reference > docs/reference.md
 	$(BIN)/python -m evolver.commands.reference presets > docs/presets.md
 	$(BIN)/python tests/commuting.py > docs/commuting.md
+	$(BIN)/python tests/method_pages.py
 
-prove: $(VENV)/.dev ## the slow proofs: kills by the dozen, nodes that are cut off and lost, two machines by hand, the language model's demo
+prove: $(VENV)/.dev ## the slow proofs: kills by the dozen, nodes that are cut off and lost, two machines by hand, the language model's demo; FUSION_BENCH=folder-with-fusion_bench compares methods with it, too
 	EVOLVER_KILLS=20 $(BIN)/python -m pytest tests/chaos
 	$(BIN)/python -m pytest -m slow tests
+	$(if $(FUSION_BENCH),PYTHONPATH=$(FUSION_BENCH) $(BIN)/python -m pytest tests/oracles/test_fusion_bench.py)
 
 benchmark: $(VENV)/.dev ## the figures of results/benchmarks/, measured on this machine
 	$(BIN)/python configs/demo-llm/prepare_llm.py
@@ -88,6 +90,9 @@ benchmark-systems: $(VENV)/.dev ## every merge method at five masses and tuned: 
 
 benchmark-selection: $(VENV)/.dev ## rules for choosing among merges, played on the tables of answers in results/tables
 	$(BIN)/python tests/benchmarks/selection.py
+
+benchmark-methods-cost: $(VENV)/.dev ## seconds and memory of every merge method beside a copy and torch's decompositions; LARGE=1 on 3 GB
+	$(BIN)/python tests/benchmarks/methods_cost.py $(if $(LARGE),--large)
 
 families: $(VENV)/.dev ## try every architecture with tiny models, as a user would, and write docs/models.md: ten minutes
 	$(BIN)/python tests/benchmarks/models.py

@@ -16,7 +16,7 @@ from evolver.merging.methods.operators import total_of, weighted_sum
 
 
 @method(
-    "Nobari et al. 2025, Activation-informed merging of large language models",
+    "Nobari et al. 2025, Activation-informed merging of large language models, arXiv 2502.02421",
     whole=True, exact=False, identity={"omega": 1.0},
 )  # fmt: skip
 def aim(
@@ -43,7 +43,7 @@ def aim(
 
 
 @method(
-    "Ma et al. 2025, LED-Merging: mitigating safety-utility conflicts in model merging",
+    "Ma et al. 2025, LED-Merging: mitigating safety-utility conflicts in model merging, arXiv 2502.16770",
     whole=True, exact=False, identity={"density": 1.0},
 )  # fmt: skip
 def led(

@@ -16,19 +16,19 @@ Mass = Annotated[Tensor, Range(0.2, 3.0, log=True)]
 SumMass = Annotated[Tensor, Range(0.3, 12.0, log=True)]
 
 
-@method("Wortsman et al. 2022, Model soups")
+@method("Wortsman et al. 2022, Model soups, arXiv 2203.05482")
 def simple(models: Stack) -> Tensor:
     """The plain average of the models: of 1 and 3 it is 2."""
     return total_of(models) / len(models)
 
 
-@method("Wortsman et al. 2022, Model soups", divides="normalize")
+@method("Wortsman et al. 2022, Model soups, arXiv 2203.05482", divides="normalize")
 def linear(models: Stack, *, weight: Weight = each(1.0), normalize: bool = True) -> Tensor:
     """Σ w·θ, divided by Σ w where ``normalize`` is set: of 1 and 3 with weights 3 and 1 it is 6/4 = 1.5."""
     return weighted_sum(models, weight, normalize)
 
 
-@method("Ilharco et al. 2023, Editing models with task arithmetic", divides="normalize")
+@method("Ilharco et al. 2023, Editing models with task arithmetic, arXiv 2212.04089", divides="normalize")
 def task_arithmetic(
     deltas: Stack, *, weight: Weight = each(1.0), lambda_: Mass = number(1.0), normalize: bool = False
 ) -> Tensor:

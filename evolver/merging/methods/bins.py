@@ -16,7 +16,9 @@ from evolver.merging.methods.sparse import Scope, kept_of, magnitudes
 Factor = Annotated[Tensor, Range(0.0, 2.0)]
 
 
-@method("Du et al. 2025, Neural parameter search for slimmer fine-tuned models and better transfer (NPS)")
+@method(
+    "Du et al. 2025, Neural parameter search for slimmer fine-tuned models and better transfer (NPS), arXiv 2505.18713"
+)
 def nps(
     deltas: Stack,
     *,

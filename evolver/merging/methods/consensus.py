@@ -15,7 +15,7 @@ Small = Annotated[Tensor, Range(1e-7, 1e-3, log=True, least=0.0)]
 Top = Annotated[Tensor, Range(0.05, 1.0, above=0.0, most=1.0)]
 
 
-@method("Wan et al. 2024, FuseChat (SCE)")
+@method("Wan et al. 2024, FuseChat (SCE), arXiv 2408.07990")
 def sce(deltas: Stack, *, here: PieceView, select_topk: Top = number(1.0), mask_delta: bool = True) -> Tensor:
     """Select the scalars on which the experts differ most, weigh experts by their energy there, erase minority signs.
 
@@ -44,13 +44,13 @@ def sce(deltas: Stack, *, here: PieceView, select_topk: Top = number(1.0), mask_
     return operators.disjoint_sum(kept, weight, kept, operators.elected_sign(kept, "mass"), True)
 
 
-@method("Yuan et al. 2025, Reinforced agent merging (RAM)", identity={"epsilon": 0.0})
+@method("Yuan et al. 2026, Reinforced agent merging (RAM), arXiv 2601.13572", identity={"epsilon": 0.0})
 def ram(deltas: Stack, *, epsilon: Small = number(1e-5)) -> Tensor:
     """Scalars that one expert moved by more than ε keep its full delta; where several moved, the average of theirs."""
     return _ram(deltas, epsilon, torch.ones(len(deltas), device=deltas[0].device))
 
 
-@method("Yuan et al. 2025, Reinforced agent merging (RAM+)", identity={"epsilon": 0.0, "r": 0.0})
+@method("Yuan et al. 2026, Reinforced agent merging (RAM+), arXiv 2601.13572", identity={"epsilon": 0.0, "r": 0.0})
 def ramplus_tl(
     deltas: Stack,
     *,
@@ -72,7 +72,9 @@ def ramplus_tl(
     return _ram(deltas, epsilon, 1 + r * torch.minimum(ratio.clamp(min=0), alpha.to(ratio)))
 
 
-@method("Wang et al. 2024, Localizing task information (TALL masks, Consensus)", identity={"agree": 1})
+@method(
+    "Wang et al. 2024, Localizing task information (TALL masks, Consensus), arXiv 2405.07813", identity={"agree": 1}
+)
 def consensus(
     deltas: Stack,
     *,
@@ -95,7 +97,7 @@ def consensus(
     return lambda_ * torch.where(votes >= agree, operators.weighted_sum(deltas, weight, False), 0.0)
 
 
-@method("He et al. 2024, Localize-and-Stitch (dataless form)", identity={"density": 1.0})
+@method("He et al. 2024, Localize-and-Stitch (dataless form), arXiv 2408.13656", identity={"density": 1.0})
 def localize_and_stitch(
     deltas: Stack, *, here: PieceView, density: Top = number(0.1), scope: Literal["global", "tensor"] = "global"
 ) -> Tensor:
@@ -111,7 +113,7 @@ def localize_and_stitch(
 
 
 # The scalar of the smallest balance is always dropped.
-@method("Du et al. 2024, Parameter competition balancing (PCB-Merging)", identity=None)
+@method("Du et al. 2024, Parameter competition balancing (PCB-Merging), arXiv 2410.02396", identity=None)
 def pcb(
     deltas: Stack,
     *,
@@ -158,7 +160,7 @@ def pcb(
     return lambda_ * merged / torch.where(total > 0, total, 1.0)
 
 
-@method("Huang et al. 2024, EMR-Merging (its elected vector)")
+@method("Huang et al. 2024, EMR-Merging (its elected vector), arXiv 2405.17461")
 def emr_max(deltas: Stack, *, lambda_: Annotated[Tensor, Range(0.1, 1.0)] = number(1.0)) -> Tensor:
     """λ times, scalar by scalar, the largest delta of those with the sign of the sum: of 3, 1 and -2 it is 3."""
     sign = operators.elected_sign(deltas, "mass")
@@ -168,7 +170,11 @@ def emr_max(deltas: Stack, *, lambda_: Annotated[Tensor, Range(0.1, 1.0)] = numb
     return lambda_ * sign * best
 
 
-@method("Yu et al. 2024, Extend model merging to pre-trained models (WIDEN)", rows=True, identity={"ratio": 0.0})
+@method(
+    "Yu et al. 2024, Extend model merging to pre-trained models (WIDEN), arXiv 2408.03092",
+    rows=True,
+    identity={"ratio": 0.0},
+)
 def widen(
     models: Stack,
     *,

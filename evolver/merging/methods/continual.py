@@ -14,7 +14,9 @@ from evolver.merging.methods.here import Stack
 from evolver.merging.methods.spectrum import decomposed, matrix_by_matrix
 
 
-@method("Tang et al. 2025, Merging models on the fly (OPCM)", whole=True, exact=False, symmetric=False)
+@method(
+    "Tang et al. 2025, Merging models on the fly (OPCM), arXiv 2501.09522", whole=True, exact=False, symmetric=False
+)
 def opcm(
     deltas: Stack,
     *,

@@ -23,7 +23,7 @@ WEAK = 0.01
 Combine = Callable[[Stack], Tensor]
 
 
-@method("Chaichana et al. 2025, Decom-Renorm-Merge", whole=True, exact=False, identity={"drop": 0.0})
+@method("Chaichana et al. 2025, Decom-Renorm-Merge, arXiv 2505.23117", whole=True, exact=False, identity={"drop": 0.0})
 def drm(
     deltas: Stack,
     *,
@@ -59,7 +59,7 @@ def drm(
     )
 
 
-@method("Stoica et al. 2025, KnOTS", whole=True, exact=False, identity={"density": 1.0})
+@method("Stoica et al. 2025, KnOTS, arXiv 2410.19735", whole=True, exact=False, identity={"density": 1.0})
 def knots(
     deltas: Stack,
     *,
@@ -91,7 +91,7 @@ def knots(
     return lambda_.float() * matrix_by_matrix(deltas, of_matrix, combine)
 
 
-@method("Panariello et al. 2025, Core Space", whole=True, exact=False)
+@method("Panariello et al. 2025, Core Space, arXiv 2509.17786", whole=True, exact=False)
 def core_space(
     deltas: Stack,
     *,

@@ -19,7 +19,9 @@ CHUNK = 1 << 18
 LEAST_CURVATURE = 1e-26
 
 
-@method("Matena and Raffel 2022, Merging models with Fisher-weighted averaging", whole=True, exact=False)
+@method(
+    "Matena and Raffel 2022, Merging models with Fisher-weighted averaging, arXiv 2111.09832", whole=True, exact=False
+)
 def fisher(
     deltas: Stack,
     *,
@@ -49,7 +51,7 @@ def fisher(
 
 
 @method(
-    "Mahdavinia et al. 2025, Harnessing optimization dynamics for curvature-informed model merging",
+    "Mahdavinia et al. 2025, Harnessing optimization dynamics for curvature-informed model merging, arXiv 2509.11167",
     whole=True, exact=False, identity={"density": 1.0},
 )  # fmt: skip
 def ota(

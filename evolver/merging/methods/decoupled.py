@@ -15,7 +15,7 @@ from evolver.merging.methods.operators import weighted_sum
 from evolver.merging.methods.spectrum import factors, matrix_by_matrix
 
 
-@method("Zheng et al. 2025, Decouple and orthogonalize (DO-Merging)", whole=True, exact=False)
+@method("Zheng et al. 2025, Decouple and orthogonalize (DO-Merging), arXiv 2505.15875", whole=True, exact=False)
 def do_merging(
     deltas: Stack,
     *,

@@ -19,7 +19,7 @@ def passthrough(models: Stack, *, scale: Annotated[Tensor, Range(0.5, 1.5)] = nu
     return models[0] * scale
 
 
-@method("Wang et al. 2024, LiNeS: Layer scaling prevents forgetting")
+@method("Wang et al. 2024, LiNeS: Layer scaling prevents forgetting, arXiv 2410.17146")
 def lines(
     deltas: Stack,
     *,

@@ -19,7 +19,7 @@ Smoothing = Literal["none", "avg", "linear"]
 
 
 @method(
-    "Zhang et al. 2026, DC-Merge: Directional consistency",
+    "Zhang et al. 2026, DC-Merge: Directional consistency, arXiv 2603.06242",
     whole=True,
     exact=False,
     identity={"keep": 1.0, "rank_aware": False},

@@ -17,7 +17,12 @@ from evolver.merging.methods.sparse import Density
 from evolver.merging.methods.spectrum import factors, matrix_by_matrix
 
 
-@method("Wei et al. 2025, Modeling multi-task model merging (DOGE)", whole=True, exact=False, identity=None)
+@method(
+    "Wei et al. 2025, Modeling multi-task model merging (DOGE), arXiv 2501.01230",
+    whole=True,
+    exact=False,
+    identity=None,
+)
 def doge_ta(
     deltas: Stack,
     *,

@@ -28,7 +28,7 @@ HETEROGENEOUS = 0.3
 
 
 @method(
-    "Wei et al. 2026, SWUDI; Cheng et al. 2025, WUDI-Merging",
+    "Wei et al. 2026, SWUDI, arXiv 2606.07289; Cheng et al. 2025, WUDI-Merging, arXiv 2503.08099",
     whole=True,
     exact=False,
 )
@@ -66,7 +66,7 @@ def swudi(
     return lambda_.float() * put.scale * matrix_by_matrix(deltas, of_matrix, put.mean)
 
 
-@method("Wei et al. 2025, OptMerge", whole=True, exact=False)
+@method("Wei et al. 2025, OptMerge, arXiv 2505.19892", whole=True, exact=False)
 def optmerge(
     deltas: Stack,
     *,
@@ -103,7 +103,7 @@ def optmerge(
     return lambda_.float() * put.scale * matrix_by_matrix(deltas, of_matrix, put.mean)
 
 
-@method("Xu et al. 2026, ACE-Merging", whole=True, exact=False)
+@method("Xu et al. 2026, ACE-Merging, arXiv 2603.02945", whole=True, exact=False)
 def ace(
     deltas: Stack,
     *,

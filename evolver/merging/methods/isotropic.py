@@ -18,7 +18,12 @@ from evolver.merging.methods.spectrum import ENERGY, Factors, decomposed, matrix
 Flatten = Annotated[Tensor, Range(0.0, 1.0, least=0.0, most=1.0)]
 
 
-@method("Marczak et al. 2025, No task left behind (Iso-C)", whole=True, exact=False, identity={"flatten": 0.0})
+@method(
+    "Marczak et al. 2025, No task left behind (Iso-C), arXiv 2502.04959",
+    whole=True,
+    exact=False,
+    identity={"flatten": 0.0},
+)
 def iso_c(
     deltas: Stack,
     *,
@@ -44,7 +49,12 @@ def iso_c(
     return lambda_ * matrix_by_matrix(deltas, matrix, lambda stack: added_up(stack, weight))
 
 
-@method("Marczak et al. 2025, No task left behind (Iso-CTS)", whole=True, exact=False, identity={"flatten": 0.0})
+@method(
+    "Marczak et al. 2025, No task left behind (Iso-CTS), arXiv 2502.04959",
+    whole=True,
+    exact=False,
+    identity={"flatten": 0.0},
+)
 def iso_cts(
     deltas: Stack,
     *,
@@ -73,7 +83,12 @@ def iso_cts(
     return lambda_ * over_matrices(deltas, weight, matrix)
 
 
-@method("Skorobogat et al. 2025, Subspace-boosted model merging", whole=True, exact=False, identity={"beta": 1.0})
+@method(
+    "Skorobogat et al. 2025, Subspace-boosted model merging, arXiv 2506.16506",
+    whole=True,
+    exact=False,
+    identity={"beta": 1.0},
+)
 def subspace_boosting(
     deltas: Stack,
     *,

@@ -14,7 +14,9 @@ from evolver.merging.methods.here import Stack
 Kind = Literal["loss", "score"]
 
 
-@method("Yu and Choi 2025, Parameter-efficient checkpoint merging via metrics-weighted averaging (MWA)")
+@method(
+    "Yu and Choi 2025, Parameter-efficient checkpoint merging via metrics-weighted averaging (MWA), arXiv 2504.18580"
+)
 def mwa(
     deltas: Stack,
     *,
@@ -33,7 +35,7 @@ def mwa(
     return lambda_ * operators.weighted_sum(deltas, torch.softmax(sign * power * measured.log(), dim=0), False)
 
 
-@method("Xiao et al. 2023, LM-Cocktail: Resilient tuning of language models via model merging")
+@method("Xiao et al. 2023, LM-Cocktail: Resilient tuning of language models via model merging, arXiv 2311.13534")
 def lm_cocktail(
     deltas: Stack,
     *,

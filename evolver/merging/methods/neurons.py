@@ -17,7 +17,7 @@ UNDECIDED = 1e-9
 
 
 @method(
-    "Fang et al. 2025, Disentangling multi-task interference for training-free model merging (NeuroMerging)",
+    "Fang et al. 2025, Disentangling multi-task interference (NeuroMerging), arXiv 2503.05320",
     rows=True,
     exact=False,
     identity={"density": 1.0, "parallel": 1.0, "rescale": "none"},

@@ -12,7 +12,7 @@ from evolver.merging.methods.averages import Mass, Weight
 from evolver.merging.methods.here import PieceView, Stack
 
 
-@method("Wei and Chen 2025, Training-free reasoning and reflection in MLLMs (FRANK)")
+@method("Wei and Chen 2025, Training-free reasoning and reflection in MLLMs (FRANK), arXiv 2505.16151")
 def frank(
     deltas: Stack,
     *,

@@ -13,7 +13,9 @@ from evolver.merging.methods.here import PieceView, Stack
 from evolver.merging.methods.sparse import Density, Elect, Scope, Sign, kept_of, magnitudes
 
 
-@method("Tao et al. 2024, Unlocking the potential of model merging for low-resource languages (TIES-SV)")
+@method(
+    "Tao et al. 2024, Unlocking the potential of model merging for low-resource languages (TIES-SV), arXiv 2407.03994"
+)
 def ties_slack(
     deltas: Stack,
     *,

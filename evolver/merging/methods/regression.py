@@ -26,7 +26,11 @@ OffDiagonal = Annotated[Tensor, Range(0.0, 1.0, least=0.0, most=1.0)]
 Ridge = Annotated[Tensor, Range(1e-6, 1e-1, log=True, above=0.0)]
 
 
-@method("Jin et al. 2022, Dataless knowledge fusion by merging weights of language models", whole=True, exact=False)
+@method(
+    "Jin et al. 2022, Dataless knowledge fusion by merging weights of language models, arXiv 2212.09849",
+    whole=True,
+    exact=False,
+)
 def regmean(
     models: Stack, *, gram: Grams, a: OffDiagonal = number(0.9), ridge: Ridge = number(1e-6)
 ) -> Tensor:  # fmt: skip
@@ -43,8 +47,7 @@ def regmean(
 
 
 @method(
-    "Nguyen et al. 2025, RegMean++: Enhancing effectiveness and generalization of regression mean", whole=True,
-    exact=False,
+    "Nguyen et al. 2025, RegMean++, arXiv 2508.03121", whole=True, exact=False
 )  # fmt: skip
 def regmean_plus_plus(
     models: Stack, *, gram: MergedGrams, a: OffDiagonal = number(0.9), ridge: Ridge = number(1e-6)
@@ -60,7 +63,7 @@ def regmean_plus_plus(
     return regmean(models, gram=gram, a=a, ridge=ridge)
 
 
-@method("arXiv 2605.12843, Bayesian model merging", whole=True, exact=False)
+@method("Bayesian model merging, 2026, arXiv 2605.12843", whole=True, exact=False)
 def bayes_mm(
     deltas: Stack,
     *,
@@ -80,7 +83,7 @@ def bayes_mm(
     return lambda_ * (anchor if gram is None else _nearest(deltas, [_damped(g, a) for g in gram], anchor, mu))
 
 
-@method("arXiv 2605.12843, Bayesian model merging, its variant without data", whole=True, exact=False)
+@method("Bayesian model merging, 2026, its variant without data, arXiv 2605.12843", whole=True, exact=False)
 def bayes_mm_free(
     deltas: Stack,
     *,

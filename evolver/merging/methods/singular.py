@@ -24,7 +24,10 @@ OUTLIER, ZERO = 3.0, 0.01
 
 
 @method(
-    "Gargiulo et al. 2025, Task singular vectors (TSV-Merge)", whole=True, exact=False, identity={"rank_aware": False}
+    "Gargiulo et al. 2025, Task singular vectors (TSV-Merge), arXiv 2412.00081",
+    whole=True,
+    exact=False,
+    identity={"rank_aware": False},
 )
 def tsv_m(
     deltas: Stack,
@@ -49,7 +52,7 @@ def tsv_m(
 
 
 @method(
-    "Yang et al. 2025, Mix data or merge models (R-TSVM)",
+    "Yang et al. 2025, Mix data or merge models (R-TSVM), arXiv 2502.06876",
     whole=True,
     exact=False,
     identity={"gamma": 0.0, "rank_aware": False},
@@ -83,7 +86,12 @@ def r_tsvm(
     return lambda_ * over_matrices(deltas, weight, matrix)
 
 
-@method("Qiu et al. 2025, Superpose task-specific features (STF)", whole=True, exact=False, identity={"energy": 1.0})
+@method(
+    "Qiu et al. 2025, Superpose task-specific features (STF), arXiv 2502.10698",
+    whole=True,
+    exact=False,
+    identity={"energy": 1.0},
+)
 def stf(
     deltas: Stack,
     *,

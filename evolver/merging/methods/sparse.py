@@ -27,7 +27,7 @@ Sign = Literal["mass", "count"]
 Thin = Callable[[Stack, PieceView], list[Tensor]]
 
 
-@method("Yadav et al. 2023, TIES-Merging")
+@method("Yadav et al. 2023, TIES-Merging, arXiv 2306.01708")
 def ties(
     deltas: Stack,
     *,
@@ -52,7 +52,7 @@ def ties(
     return disjoint(kept, weight, lambda_, normalize, elect, sign)
 
 
-@method("Yu et al. 2024, Language models are super Mario (DARE)", divides="normalize")
+@method("Yu et al. 2024, Language models are super Mario (DARE), arXiv 2311.03099", divides="normalize")
 def dare_linear(
     deltas: Stack,
     *,
@@ -73,7 +73,7 @@ def dare_linear(
     return lambda_ * operators.weighted_sum(kept, weight, normalize)
 
 
-@method("Yu et al. 2024, Language models are super Mario (DARE)")
+@method("Yu et al. 2024, Language models are super Mario (DARE), arXiv 2311.03099")
 def dare_ties(
     deltas: Stack,
     *,
@@ -92,7 +92,7 @@ def dare_ties(
     return disjoint(kept, weight, lambda_, normalize, elect, sign)
 
 
-@method("Deep et al. 2024, DELLA-Merging", rows=True, divides="normalize")
+@method("Deep et al. 2024, DELLA-Merging, arXiv 2406.11617", rows=True, divides="normalize")
 def della_linear(
     deltas: Stack,
     *,
@@ -116,7 +116,7 @@ def della_linear(
     return lambda_ * operators.weighted_sum(kept, weight, normalize)
 
 
-@method("Deep et al. 2024, DELLA-Merging", rows=True)
+@method("Deep et al. 2024, DELLA-Merging, arXiv 2406.11617", rows=True)
 def della(
     deltas: Stack,
     *,
@@ -136,7 +136,7 @@ def della(
     return disjoint(kept, weight, lambda_, normalize, elect, sign)
 
 
-@method("Davari and Belilovsky 2024, Model Breadcrumbs", divides="normalize")
+@method("Davari and Belilovsky 2024, Model Breadcrumbs, arXiv 2312.06795", divides="normalize")
 def breadcrumbs(
     deltas: Stack,
     *,
@@ -156,7 +156,7 @@ def breadcrumbs(
     return lambda_ * operators.weighted_sum(kept, weight, normalize)
 
 
-@method("Davari and Belilovsky 2024, Model Breadcrumbs")
+@method("Davari and Belilovsky 2024, Model Breadcrumbs, arXiv 2312.06795")
 def breadcrumbs_ties(
     deltas: Stack,
     *,

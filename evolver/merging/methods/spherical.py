@@ -127,7 +127,7 @@ def karcher(
     return _on_sphere(models, here, False, mean, norms, (w * norms).sum())
 
 
-@method("Jang et al. 2024, Model Stock", rows=True, least=2)
+@method("Jang et al. 2024, Model Stock, arXiv 2403.19522", rows=True, least=2)
 def model_stock(models: Stack, *, here: PieceView, filter_wise: bool = False) -> Tensor:
     """Between the base and the average of the models, the nearer to the average the more their deltas agree.
 

@@ -10,7 +10,12 @@ from evolver.merging.methods.here import Stack
 from evolver.merging.methods.spherical import Share
 
 
-@method("Abrantes et al. 2025, Competition and attraction improve model fusion", whole=True, takes=2, symmetric=False)
+@method(
+    "Abrantes et al. 2025, Competition and attraction improve model fusion, arXiv 2508.16204",
+    whole=True,
+    takes=2,
+    symmetric=False,
+)
 def split_slerp(models: Stack, *, t: Share = number(0.5), split: Share = number(1.0)) -> Tensor:
     """Slerp at ``t`` in the first share ``split`` of a tensor's scalars, and at 1 - ``t`` in the rest.
 

@@ -12,7 +12,9 @@ from evolver.merging.methods.averages import Mass
 from evolver.merging.methods.here import Stack
 
 
-@method("Tian et al. 2025, WSM: Decay-free learning rate schedule via checkpoint merging", symmetric=False)
+@method(
+    "Tian et al. 2025, WSM: Decay-free learning rate schedule via checkpoint merging, arXiv 2507.17634", symmetric=False
+)
 def wsm(
     deltas: Stack,
     *,
