@@ -46,9 +46,7 @@ def regmean(
     return _nearest(models, [_damped(g, a) for g in gram], average, ridge)
 
 
-@method(
-    "Nguyen et al. 2025, RegMean++, arXiv 2508.03121", whole=True, exact=False
-)  # fmt: skip
+@method("Nguyen et al. 2025, RegMean++, arXiv 2508.03121", whole=True, exact=False)
 def regmean_plus_plus(
     models: Stack, *, gram: MergedGrams, a: OffDiagonal = number(0.9), ridge: Ridge = number(1e-6)
 ) -> Tensor:  # fmt: skip
