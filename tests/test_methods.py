@@ -453,8 +453,7 @@ def test_a_new_method_takes_one_function_and_nothing_else():
         ("(models: Tensor, mass: Tensor)", {}, "its parameter 'mass' is no setting; make it keyword-only"),
         ("(models: Tensor, *, mass)", {}, "its parameter 'mass' is no setting"),
         ("(models: Tensor, *, deltas: Stack)", {}, "its parameter 'deltas' is no setting"),
-        ("(deltas: Tensor, *, here: int)", {"whole": True}, "whole tensors have no pieces to ask about"),
-        ("(deltas: Tensor)", {"whole": True, "rows": True}, "whole tensors have no pieces to ask about"),
+        ("(deltas: Tensor)", {"whole": True, "rows": True}, "whole tensors are not cut into rows"),
         (
             "(models: Tensor, *, g: Annotated[Stack, Of('gram')])",
             {},
