@@ -29,6 +29,7 @@ from evolver.merging import mergekit, methods
 from evolver.merging.alignment.layouts import unit_layers
 from evolver.merging.alignment.orders import mean_cosine
 from evolver.merging.likeness import Likeness, likeness
+from evolver.merging.settings.corrected import AFTER
 from evolver.records.recipe import Expert, Layers, Merge, Recipe, layer_of
 from evolver.report.mixture import mixture
 from evolver.runs.files import RECIPE_FILE, RUN_FILE, read_recipe
@@ -231,6 +232,11 @@ def _settings(recipe: Recipe, name: str, tuned: Collection[str]) -> tuple[str, M
         return recipe.describe(), {}
     method = methods.get(recipe.method, "the recipe")
     values = method.complete(recipe.settings(name, layer_of(name)), len(recipe.inputs), recipe.method)
+    if len(recipe.inputs) == 1 and isinstance(recipe.inputs[0], Merge):  # a merge, corrected
+        first, before = _settings(recipe.inputs[0], name, tuned)
+        own = {f"{recipe.method}.{k}": v for k, v in values.items()}
+        said = {k: "tuned" if AFTER + k in tuned else v for k, v in own.items()}
+        return f"{first}, {recipe.method}", {**before, **said}
     return recipe.method, {k: "tuned" if k in tuned else v for k, v in values.items()}
 
 

@@ -12,6 +12,7 @@ from evolver.config.starts import PRIORS, RATED, PriorWord, StartFile, start_pro
 from evolver.driver.priors import PriorMaker, prior_count
 from evolver.errors import BadInput
 from evolver.merging import mergekit
+from evolver.merging.settings.corrected import Corrected
 from evolver.merging.settings.genome import Genome
 from evolver.merging.settings.spelling import refuse_unknown
 from evolver.records import UNKNOWN, Candidate, Standing
@@ -66,7 +67,7 @@ def refuse_depth(config: Config, names: Sequence[str]) -> None:
 
 
 def starts_of(
-    config: Config, experts: tuple[Expert, ...], base: Expert, names: Sequence[str], space: Genome | None,
+    config: Config, experts: tuple[Expert, ...], base: Expert, names: Sequence[str], space: Genome | Corrected | None,
     grams: Callable[[], TensorGrams],
 ) -> Starts:  # fmt: skip
     """The models that the search begins with, each once, as its first candidates.

@@ -28,9 +28,11 @@ def _refuse_merge(node: Merge, place: str) -> None:
             raise BadInput(
                 f"{place}: {method.name} has no default for {setting.name}; write it in a rule of the merge."
             )
-    wanted = count * len(dict.fromkeys(method.statistics.values()))
-    if len(node.statistics) != wanted:
+    kinds = len(dict.fromkeys(method.statistics.values()))
+    of_base = all(of.base for of in method.statistics.values())  # then of any number of experts' items
+    found = len(node.statistics)
+    if not (kinds and of_base and found and found % kinds == 0) and found != count * kinds:
         raise BadInput(
-            f"{place}: {method.name} of {count} models needs {wanted} statistics, and the recipe names "
-            f"{len(node.statistics)}; name one of every kind for each model."
+            f"{place}: {method.name} of {count} models needs {count * kinds} statistics, and the recipe names "
+            f"{found}; name one of every kind for each model."
         )
