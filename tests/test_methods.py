@@ -273,6 +273,19 @@ GOLDENS = [
     ("consensus", [[4, 3], [1, 2]], {"weight": 1.0, "agree": 0}, [5, 5]),
     # halves: 4, 3 of the first and 4, 3 of the second; the second scalar is kept by both
     ("localize_and_stitch", [[4, 3, 2, 1], [1, 3, 4, 2]], {"density": 0.5}, [4, 3, 4, 0]),
+    # twice (3·4 + 1)/4 and (3·3 + 7)/4; the last scalar is the second expert's alone
+    (
+        "localize_and_stitch",
+        [[4, 3, 0], [1, 7, 6]],
+        {"lambda": 2.0, "weight": (0.75, 0.25), "density": 1.0},
+        [6.5, 8, 3],
+    ),
+    (
+        "localize_and_stitch",
+        [[4, 3, 0], [1, 7, 6]],
+        {"lambda": 2.0, "weight": (0.75, 0.25), "density": 0.7},
+        [8, 8, 12],
+    ),
     ("emr_max", [[3, -1], [1, -4], [-2, 2]], {"lambda": 0.5}, [1.5, -2]),
     # layer 1 of 4: 0.5 + 1.5/3
     ("lines", [[2.0, 4.0]], {"alpha": 0.5, "beta": 1.5, "weight": 1.0}, [2, 4]),
