@@ -12,8 +12,8 @@ from evolver.commands.explain import explain
 from evolver.config.corrections import AfterSettings
 from evolver.config.reading import config_at
 from evolver.errors import BadInput
+from evolver.merging.maker import RecipeMaker
 from evolver.merging.methods import METHODS, Of
-from evolver.merging.settings.maker import RecipeMaker
 from evolver.merging.settings.spelling import refuse_unknown
 from evolver.records import Candidate
 from evolver.records.recipe import Merge, dump_recipe, load_recipe

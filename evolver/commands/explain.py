@@ -28,8 +28,8 @@ from evolver.evaluation.blueprint import Blueprint
 from evolver.merging import mergekit, methods
 from evolver.merging.alignment.layouts import unit_layers
 from evolver.merging.alignment.orders import mean_cosine
+from evolver.merging.corrected import AFTER
 from evolver.merging.likeness import Likeness, likeness
-from evolver.merging.settings.corrected import AFTER
 from evolver.records.recipe import Expert, Layers, Merge, Recipe, layer_of
 from evolver.report.mixture import mixture
 from evolver.runs.files import RECIPE_FILE, RUN_FILE, read_recipe

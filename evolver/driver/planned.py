@@ -8,11 +8,11 @@ from evolver.config.recipes import recipe_of
 from evolver.driver.early import chosen_search, innermost
 from evolver.driver.prepare import model_places, searched_file
 from evolver.errors import BadInput
+from evolver.merging.corrected import Corrected
+from evolver.merging.maker import RecipeMaker
 from evolver.merging.mergekit import RecipeSpace
 from evolver.merging.settings.alternatives import Alternatives
-from evolver.merging.settings.corrected import Corrected
 from evolver.merging.settings.genome import Genome
-from evolver.merging.settings.maker import RecipeMaker
 from evolver.records.recipe import Recipe
 from evolver.search.coefficients.base import CoefficientSettings, space_of
 from evolver.search.programs.layers import LayersSettings

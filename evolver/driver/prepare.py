@@ -31,11 +31,11 @@ from evolver.evaluation.scores.feasibility import unprovable
 from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.loggers import check_loggers
 from evolver.merging.companions import Companions
+from evolver.merging.corrected import Corrected
+from evolver.merging.maker import RecipeMaker
 from evolver.merging.materialise import Materialiser
 from evolver.merging.mergekit import RecipeSpace
-from evolver.merging.settings.corrected import Corrected
 from evolver.merging.settings.genome import Genome
-from evolver.merging.settings.maker import RecipeMaker
 from evolver.records import SPLITS, Split
 from evolver.records.objective import Objective
 from evolver.records.recipe import Expert, Recipe

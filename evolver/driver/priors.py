@@ -15,7 +15,7 @@ import numpy as np
 
 from evolver.checkpoints.grams import TensorGrams
 from evolver.config.starts import PriorWord
-from evolver.merging.settings.corrected import Corrected
+from evolver.merging.corrected import Corrected
 from evolver.merging.settings.genome import Genome
 from evolver.records import Standing
 from evolver.records.recipe import Expert, Merge, Place, Recipe, Rule, layer_of

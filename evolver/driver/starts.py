@@ -12,7 +12,7 @@ from evolver.config.starts import PRIORS, RATED, PriorWord, StartFile, start_pro
 from evolver.driver.priors import PriorMaker, prior_count
 from evolver.errors import BadInput
 from evolver.merging import mergekit
-from evolver.merging.settings.corrected import Corrected
+from evolver.merging.corrected import Corrected
 from evolver.merging.settings.genome import Genome
 from evolver.merging.settings.spelling import refuse_unknown
 from evolver.records import UNKNOWN, Candidate, Standing

@@ -12,10 +12,10 @@ from evolver.config.recipes import RECIPE_KEY, recipe_text
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.collectors import collector_named
 from evolver.merging import methods
+from evolver.merging.corrected import Corrected, refuse_twice
 from evolver.merging.mergekit import RecipeSpace, recipe_space
 from evolver.merging.settings.adapted import adapted
 from evolver.merging.settings.alternatives import Alternatives
-from evolver.merging.settings.corrected import Corrected, refuse_twice
 from evolver.merging.settings.crossover import one_point
 from evolver.merging.settings.division import Groups
 from evolver.merging.settings.genome import Genome, genome
