@@ -10,7 +10,7 @@ from evolver.config.evaluation import EvaluationSettings, TaskEntry
 from evolver.errors import BadInput
 from evolver.evaluation.items import Item, ItemSource, draw
 from evolver.ledger import Ledger, answer_table
-from evolver.merging.settings.maker import RecipeMaker
+from evolver.merging.maker import RecipeMaker
 from evolver.records import Candidate, Question, Result
 from evolver.records.leaders import leaders
 from evolver.runs.origin import Use, record_use, uses_of

@@ -5,8 +5,8 @@ import random
 import pytest
 
 from evolver.errors import BadInput
+from evolver.merging.maker import RecipeMaker
 from evolver.merging.settings.division import division_of, tensor_class
-from evolver.merging.settings.maker import RecipeMaker
 from evolver.records import Choice
 from evolver.records.recipe import dump_recipe, layer_of, load_recipe
 

@@ -197,6 +197,28 @@ def test_a_pickle_is_called_one(models, tmp_path, name):
     assert f"{tmp_path / name} is a pickle, which can run code" in said
 
 
+def test_a_base_that_would_be_merged_without_a_weight_is_refused(models, tmp_path):
+    """mergekit 0.1.5 adds the base to the models, and then misses its weight; here no weight is read before."""
+    entries = [{"model": models[n], "parameters": {"weight": 0.5}} for n in ("e1", "e2")]
+    said = refused_merge(file("linear", models["base"], entries), tmp_path)
+    assert "base_model: to linear, the base is one more model to merge" in said
+    assert "leave base_model out, or list the base under models with a weight" in said
+    raw = {n: file("linear", models["base"], e, **w) for n, e, w in (
+        ("shared", entries, {"weight": 1.0}),
+        ("listed", [*entries, {"model": models["base"], "parameters": {"weight": 0.0}}], {}),
+    )} | {"alone": file("linear", None, entries)}  # fmt: skip
+    found = {}
+    for name, given in raw.items():
+        path = write(tmp_path, given, f"{name}.yml")
+        assert toys.evolver("merge", path, tmp_path / name).code == 0
+        found[name] = load_file(tmp_path / name / "model.safetensors")
+    moved = 0
+    for tensor, value in found["alone"].items():
+        assert torch.equal(found["listed"][tensor], value), tensor
+        moved += not torch.equal(found["shared"][tensor], value)
+    assert moved
+
+
 # Files of mergekit's other commands
 
 

@@ -116,6 +116,44 @@ def variants(name):
         yield {"nuslerp_flatten": False, "nuslerp_row_wise": True, "task_vectors": True}
 
 
+# They ask about the other tensors of a model, which have tests of their own.
+OF_MODELS = {"scope", "trim_scope"}
+# What a setting needs of others before it can do something, where neither defaults nor variants have it.
+NEEDS = {
+    "ramplus_tl": {"epsilon": 1e-2, "r": 0.5, "alpha": 0.5}, "frank": {"fading": 1.0, "exponent": 0.5},
+    "nuslerp": {"nuslerp_flatten": False}, "karcher": {"tol": 1e-12}, "split_slerp": {"t": 0.3},
+    "mwa": {"measured": [0.2, 0.4, 0.9]}, "lm_cocktail": {"measured": [0.2, 0.4, 0.9]},
+}  # fmt: skip
+
+
+def ends_of(setting, count):
+    """Values of a setting between which a search may choose, or as far apart."""
+    if setting.options:
+        return setting.options
+    if isinstance(setting.search, Range):
+        return [[end] * count if setting.kind is tuple else end for end in (setting.search.low, setting.search.high)]
+    return [[0.7, 0.2, 0.3], [0.1, 0.5, 0.9]] if setting.search else []
+
+
+@EVERY
+def test_no_setting_is_without_effect(name):
+    """On matrices of full or of low rank, with the defaults or with others, what a search may choose changes bits."""
+    known, ways = METHODS[name].settings, [*variants(name), NEEDS.get(name, {})]
+    base, experts = experts_of(name, (24, 18))
+    thin = [base + ((e - base) @ torch.ones((18, 1))).expand(24, 18) + 0.02 * (e - base) for e in experts]
+    if "weight" in known:
+        ways.append({"weight": [0.7, 0.1, 0.4]})
+    for setting in known.values():
+        ends = ends_of(setting, len(experts))
+        found = not ends or setting.name in OF_MODELS
+        for models, way in itertools.product((experts, thin), ways):
+            rest = {key: value for key, value in way.items() if key != setting.name}
+            found = found or not torch.equal(
+                *(merge(name, models, base, **rest, **{setting.name: e}) for e in ends[:2])
+            )
+        assert found, setting.name
+
+
 @EVERY
 def test_experts_that_moved_nowhere_give_the_base(name):
     base, experts = experts_of(name)
@@ -274,6 +312,19 @@ GOLDENS = [
     ("consensus", [[4, 3], [1, 2]], {"weight": 1.0, "agree": 0}, [5, 5]),
     # halves: 4, 3 of the first and 4, 3 of the second; the second scalar is kept by both
     ("localize_and_stitch", [[4, 3, 2, 1], [1, 3, 4, 2]], {"density": 0.5}, [4, 3, 4, 0]),
+    # twice (3·4 + 1)/4 and (3·3 + 7)/4; the last scalar is the second expert's alone
+    (
+        "localize_and_stitch",
+        [[4, 3, 0], [1, 7, 6]],
+        {"lambda": 2.0, "weight": (0.75, 0.25), "density": 1.0},
+        [6.5, 8, 3],
+    ),
+    (
+        "localize_and_stitch",
+        [[4, 3, 0], [1, 7, 6]],
+        {"lambda": 2.0, "weight": (0.75, 0.25), "density": 0.7},
+        [8, 8, 12],
+    ),
     ("emr_max", [[3, -1], [1, -4], [-2, 2]], {"lambda": 0.5}, [1.5, -2]),
     # layer 1 of 4: 0.5 + 1.5/3
     ("lines", [[2.0, 4.0]], {"alpha": 0.5, "beta": 1.5, "weight": 1.0}, [2, 4]),
@@ -454,8 +505,7 @@ def test_a_new_method_takes_one_function_and_nothing_else():
         ("(models: Tensor, mass: Tensor)", {}, "its parameter 'mass' is no setting; make it keyword-only"),
         ("(models: Tensor, *, mass)", {}, "its parameter 'mass' is no setting"),
         ("(models: Tensor, *, deltas: Stack)", {}, "its parameter 'deltas' is no setting"),
-        ("(deltas: Tensor, *, here: int)", {"whole": True}, "whole tensors have no pieces to ask about"),
-        ("(deltas: Tensor)", {"whole": True, "rows": True}, "whole tensors have no pieces to ask about"),
+        ("(deltas: Tensor)", {"whole": True, "rows": True}, "whole tensors are not cut into rows"),
         (
             "(models: Tensor, *, g: Annotated[Stack, Of('gram')])",
             {},

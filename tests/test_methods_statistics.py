@@ -8,6 +8,8 @@ import pytest
 import torch
 from test_methods import _statistic, experts_of, merge
 
+from evolver.merging.engine.apply import AllTensors, apply
+from evolver.merging.engine.pieces import InputTensors
 from evolver.merging.methods import METHODS
 
 NAMES = ["0", "1", "2"]
@@ -93,6 +95,34 @@ def test_ota_is_the_formula(density, power):
         shares = [w * k * x**power for w, k, x in zip(WEIGHTS, m, v, strict=True)]
         wanted = 1.7 * sum(s * d for s, d in zip(shares, deltas, strict=True)) / (sum(shares) or 1.0)
         assert float(merged[place] - base[place]) == pytest.approx(wanted, abs=2e-7)
+
+
+def test_the_masks_of_ota_are_shares_of_the_whole_model():
+    """Three tensors, of which one has no statistics and is averaged; against one tensor that is the other two."""
+    base, experts = experts_of("ota", (40, 60))
+    sharp = asked("ota", base.shape)
+    sharp = [torch.cat([f[:10] * 100, f[10:]]) for f in sharp]
+    places = [slice(0, 10), slice(10, 40)]
+    split = [
+        InputTensors(
+            f"t{k}", [e[p] for e in experts], base[p], NAMES, statistics={"information": [f[p] for f in sharp]}
+        )
+        for k, p in enumerate(places)
+    ]
+    bare = InputTensors("bare", [e[:10] for e in experts], base[:10], NAMES, statistics={"information": None})
+    given = {"weight": WEIGHTS, "density": [0.2, 0.3, 0.1]}
+    values = METHODS["ota"].complete(given, 3, "here")
+    model = AllTensors(base.numel(), lambda: iter(split))
+    merged = torch.cat([apply(METHODS["ota"], values, one, model) for one in split])
+    whole = merge(
+        "ota", experts, base, NAMES, statistics={"information": sharp}, weight=WEIGHTS, density=[0.2, 0.3, 0.1]
+    )
+    assert torch.equal(merged, whole)
+    each = METHODS["ota"].complete({**given, "scope": "tensor"}, 3, "here")
+    assert not torch.allclose(merged, torch.cat([apply(METHODS["ota"], each, one, model) for one in split]))
+    more = AllTensors(base.numel() + bare.base.numel(), lambda: iter([bare, *split]))
+    mean = merge("task_arithmetic", [e[:10] for e in experts], base[:10], weight=WEIGHTS)
+    assert torch.allclose(apply(METHODS["ota"], values, bare, more), mean, atol=1e-7)
 
 
 def test_ota_without_masks_and_powers_is_the_mean():

@@ -15,8 +15,8 @@ from test_search import BASE, EXPERTS, Means, build, ids, simulate
 from evolver.errors import BadInput
 from evolver.merging.engine.apply import apply
 from evolver.merging.engine.pieces import InputTensors
+from evolver.merging.maker import RecipeMaker
 from evolver.merging.methods import METHODS
-from evolver.merging.settings.maker import RecipeMaker
 from evolver.records import UNKNOWN, Result
 from evolver.records.recipe import Expert, Merge, Rule, layer_of
 from evolver.search.models import cycleqd, m2n2

@@ -5,7 +5,7 @@ from test_search import BASE, EVOLVER, EXPERTS, build, simulate
 
 from evolver.config import Budget
 from evolver.errors import BadInput
-from evolver.merging.settings.maker import RecipeMaker
+from evolver.merging.maker import RecipeMaker
 from evolver.records.recipe import Cross, Merge
 from evolver.search.base import Setup
 from evolver.search.evolution.offspring import best_places

@@ -22,7 +22,7 @@ from evolver.driver.prepare import prepare
 from evolver.driver.priors import PriorMaker, prior_count
 from evolver.driver.starts import refuse_depth
 from evolver.errors import BadInput
-from evolver.merging.settings.maker import RecipeMaker
+from evolver.merging.maker import RecipeMaker
 from evolver.records import UNKNOWN, Candidate, Result
 from evolver.records.recipe import Expert, layer_of, load_recipe
 from evolver.report.arms import arms_section

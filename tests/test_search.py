@@ -9,7 +9,7 @@ import pytest
 from evolver.config import Budget
 from evolver.config.reading import check_section
 from evolver.errors import BadInput
-from evolver.merging.settings.maker import RecipeMaker
+from evolver.merging.maker import RecipeMaker
 from evolver.records import Result
 from evolver.records.recipe import Cross, Expert, Merge
 from evolver.search import SEARCHES

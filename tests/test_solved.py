@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from evolver.merging.engine.apply import AllTensors, apply
+from evolver.merging.engine.pieces import InputTensors
 from evolver.merging.methods import METHODS
 from evolver.merging.methods.bases import basis
 from evolver.merging.methods.decoupled import pushed_apart
@@ -34,9 +36,9 @@ def merged(name, deltas, weight=None, **given):
     """The merged task vector in float64, equal weights unless others are given."""
     weight = [1.0] * len(deltas) if weight is None else weight
     values = METHODS[name].complete({"weight": weight, **given}, len(deltas), "here")
-    numbers, flags = METHODS[name].handed(values, torch.device("cpu"))
     before = [d.clone() for d in deltas]
-    out = METHODS[name].function(deltas, **numbers, **flags)
+    ids = [str(n) for n in range(len(deltas))]
+    out = apply(METHODS[name], values, InputTensors("w", deltas, torch.zeros_like(deltas[0]), ids))
     assert out.dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(before, deltas, strict=True))
     return out.double()
@@ -329,7 +331,7 @@ def test_drm_without_dropping_is_the_mean():
 @pytest.mark.parametrize("rank", [None, 2])
 def test_sums_survive_a_shared_basis(shape, rank):
     deltas = drawn(shape, rank=rank)
-    for name, given in (("knots", {"inner": "linear"}), ("core_space", {})):
+    for name, given in (("knots", {"inner": "linear"}), ("core_space", {"inner": "task_arithmetic"})):
         assert torch.allclose(merged(name, deltas, **given), sum(wide(deltas)), atol=1e-6), name
         assert close(merged(name, deltas, **given), sum(wide(deltas)), 1e-5), name
 
@@ -365,7 +367,8 @@ def test_core_space_is_the_method_on_small_matrices(inner):
     elif inner == "iso":
         left, sigma, right = torch.linalg.svd(sum(small))
         count = 1 + int((sigma.square().cumsum(0) < 0.999 * sigma.square().sum()).sum())
-        wanted = left[:, :count] @ right[:count] * sigma[:count].mean()
+        sigma[:count] = sigma[:count].mean()
+        wanted = (left * sigma) @ right
     else:
         found = [torch.linalg.svd(m) for m in small]
         left, right = (torch.cat(x, dim=1) for x in ([f[0][:, :2] for f in found], [f[2][:2].T for f in found]))
@@ -420,6 +423,27 @@ def test_doge_without_steps_moves_every_matrix_by_one_length():
     assert close(merged("doge_ta", deltas, steps=0, density=1.0, eta=0.2), 0.2 * units)
     some = merged("doge_ta", deltas[:1], steps=0, density=0.3)
     assert int((some != 0).sum()) == round(0.3 * 63)
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_doge_keeps_what_is_largest_in_the_whole_model_or_in_each_tensor(scope):
+    """A matrix of small task vectors and one of large ones, with so many scalars that they are not ordered at once."""
+    small, large = drawn((200, 300), 2), [10 * d for d in drawn((220, 300), 2, seed=1)]
+    base = [torch.zeros_like(stack[0]) for stack in (small, large)]
+    tensors = [
+        InputTensors(f"w{k}", stack, b, "01") for k, (stack, b) in enumerate(zip((small, large), base, strict=True))
+    ]
+    size = sum(b.numel() for b in base)
+    given = {"weight": 1.0, "steps": 0, "density": 0.3, "scope": scope}
+    values, model = METHODS["doge_ta"].complete(given, 2, "here"), AllTensors(size, lambda: iter(tensors))
+    for stack, of in zip((small, large), tensors, strict=True):
+        found = apply(METHODS["doge_ta"], values, of, model)
+        wanted = torch.zeros_like(found)
+        for k, delta in enumerate(stack):
+            compared = torch.cat([small[k].flatten(), large[k].flatten()]) if scope == "global" else delta.flatten()
+            cut = compared.abs().sort(descending=True).values[round(0.3 * len(compared)) - 1]
+            wanted += 0.07 / delta.norm() * torch.where(delta.abs() >= cut, delta, 0.0)
+        assert torch.allclose(found, wanted, atol=1e-6 * float(wanted.abs().max()))
 
 
 def test_doge_spares_the_directions_that_are_shared():
@@ -493,5 +517,6 @@ def test_degenerate_experts_merge(name, shape):
 @pytest.mark.parametrize("name", SOLVED)
 def test_tensors_of_more_dimensions_are_merged_matrix_by_matrix(name):
     deltas = drawn((2, 9, 20))
-    wanted = torch.stack([merged(name, [d[n] for d in deltas]) for n in range(2)])
-    assert close(merged(name, deltas), wanted, 1e-6)
+    given = {"density": 1.0} if "scope" in METHODS[name].settings else {}  # what is trimmed is a share of all matrices
+    wanted = torch.stack([merged(name, [d[n] for d in deltas], **given) for n in range(2)])
+    assert close(merged(name, deltas, **given), wanted, 1e-6)

@@ -111,6 +111,25 @@ def test_what_is_no_start_is_refused(make_config, tmp_path, start, said):
         prepare(config_at(file))
 
 
+@pytest.mark.parametrize(
+    ("merge", "said"),
+    [
+        (Merge("tyes", EXPERTS[:2], BASE), "unknown merge method 'tyes'; did you mean 'ties'"),
+        (Merge("ties", EXPERTS[:2], BASE, (Rule.of({"densty": 0.5}),)), "ties has no setting 'densty'; .* 'density'"),
+        (Merge("ties", EXPERTS[:2], BASE, (Rule.of({"density": 0.0}),)), "density: 0.0 is not usable; .* above 0"),
+        (Merge("ties", EXPERTS[:2], BASE, (Rule.of({"weight": (1.0,) * 3}),)), "weight: 3 numbers for 2 experts"),
+        (Merge("nearswap", EXPERTS[:1], BASE), "nearswap has no default for t; write it in a rule"),
+        (Merge("fisher", EXPERTS[:2], BASE), "fisher of 2 models needs 2 statistics, and the recipe names 0"),
+    ],
+)
+def test_a_misspelt_recipe_is_refused_when_it_is_read(make_config, tmp_path, merge, said):
+    file = tmp_path / "recipe.json"
+    file.write_text(dump_recipe(Cross(merge, (EXPERTS[0],), "evolver", 0.5, 0.5, 1)))  # also below another node
+    config = make_config(tmp_path, {"start": [{"recipe": str(file)}]})
+    with pytest.raises(BadInput, match=rf"start\[0\]\.recipe: {file}.*{said}"):
+        prepare(config_at(config))
+
+
 def test_a_start_of_other_experts_is_refused(make_config, tmp_path):
     strange = Cross(EXPERTS[0], (EXPERTS[1],), "evolver", 0.5, 0.5, 1)
     (tmp_path / "recipe.json").write_text(dump_recipe(strange))

@@ -27,7 +27,7 @@ from evolver.driver.deliver import deliver
 from evolver.driver.prepare import in_compute, materialiser_of, prepare
 from evolver.errors import BadInput
 from evolver.evaluation.collectors.inputs import LayerSums
-from evolver.merging.settings.maker import RecipeMaker
+from evolver.merging.maker import RecipeMaker
 from evolver.records import Candidate
 from evolver.records.recipe import Cross, Expert, Merge, Statistic, dump_recipe, load_recipe
 from evolver.storage import storage_at

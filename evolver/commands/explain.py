@@ -28,6 +28,7 @@ from evolver.evaluation.blueprint import Blueprint
 from evolver.merging import mergekit, methods
 from evolver.merging.alignment.layouts import unit_layers
 from evolver.merging.alignment.orders import mean_cosine
+from evolver.merging.corrected import AFTER
 from evolver.merging.likeness import Likeness, likeness
 from evolver.records.recipe import Expert, Layers, Merge, Recipe, layer_of
 from evolver.report.mixture import mixture
@@ -234,7 +235,16 @@ def _settings(recipe: Recipe, name: str, tuned: Collection[str]) -> tuple[str, M
     given = [recipe.settings(name, layer, part) for part in recipe.parts(name, layer)]
     values, *others = (method.complete(one, len(recipe.inputs), recipe.method) for one in given)
     said = {k: v if all(other[k] == v for other in others) else f"{len(given)} parts differ" for k, v in values.items()}
-    return recipe.method, {k: "tuned" if k in tuned else v for k, v in said.items()}
+    if len(recipe.inputs) == 1 and isinstance(recipe.inputs[0], Merge):  # a merge, corrected
+        first, before = _settings(recipe.inputs[0], name, tuned)
+        own = {f"{recipe.method}.{k}": v for k, v in said.items()}
+        return f"{first}, {recipe.method}", {**before, **_marked(own, tuned, AFTER)}
+    return recipe.method, _marked(said, tuned)
+
+
+def _marked(said: Mapping[str, Any], tuned: Collection[str], prefix: str = "") -> dict[str, Any]:
+    """The settings, with a word in the place of those whose names after ``prefix`` are tuned."""
+    return {k: "tuned" if prefix + k in tuned else v for k, v in said.items()}
 
 
 def _short(value: Any) -> str:

@@ -8,10 +8,13 @@ from evolver.config.recipes import recipe_of
 from evolver.driver.early import chosen_search, innermost
 from evolver.driver.prepare import model_places, searched_file
 from evolver.errors import BadInput
+from evolver.merging.corrected import Corrected
+from evolver.merging.maker import RecipeMaker
 from evolver.merging.mergekit import RecipeSpace
-from evolver.merging.settings.maker import RecipeMaker
+from evolver.merging.settings.alternatives import Alternatives
+from evolver.merging.settings.genome import Genome
 from evolver.records.recipe import Recipe
-from evolver.search.coefficients.base import CoefficientSettings, space_of_method
+from evolver.search.coefficients.base import CoefficientSettings, space_of
 from evolver.search.programs.layers import LayersSettings
 from evolver.workers.opened import open_models
 
@@ -30,11 +33,9 @@ def planned_merge(file: str) -> tuple[Recipe, tuple[str, ...], Checkpoint]:
         )
     opened = open_models(config)
     maker = RecipeMaker(list(config.experts), opened.base.names(), places=model_places(config))
-    if isinstance(settings, CoefficientSettings) and settings.recipe is not None:
-        written = maker.space_in(settings.recipe)
-        return written.decode(written.start), (), opened.base
     if isinstance(settings, CoefficientSettings):
-        space = space_of_method(maker, settings)
+        space = space_of(maker, settings)
+        assert isinstance(space, Genome | Alternatives | RecipeSpace | Corrected)
         return space.decode(space.encode_equal(1.0)), space.tune, opened.base
     merger = getattr(settings, "merger", None)
     if merger is None:

@@ -31,10 +31,11 @@ from evolver.evaluation.scores.feasibility import unprovable
 from evolver.evaluation.tasks import Tasks, load_tasks
 from evolver.loggers import check_loggers
 from evolver.merging.companions import Companions
+from evolver.merging.corrected import Corrected
+from evolver.merging.maker import RecipeMaker
 from evolver.merging.materialise import Materialiser
 from evolver.merging.mergekit import RecipeSpace
-from evolver.merging.settings.alternatives import Alternatives
-from evolver.merging.settings.maker import RecipeMaker
+from evolver.merging.settings.genome import Genome
 from evolver.records import SPLITS, Split
 from evolver.records.objective import Objective
 from evolver.records.recipe import Expert, Recipe
@@ -42,7 +43,7 @@ from evolver.runs.folder import RunFolder, compute_of, config_of_run, made_befor
 from evolver.runs.origin import taken_over
 from evolver.search import SEARCHES, Search
 from evolver.search.base import Setup
-from evolver.search.coefficients.base import CoefficientSettings, space_of_method
+from evolver.search.coefficients.base import CoefficientSettings, space_of
 from evolver.search.continued import continued
 from evolver.search.estimating import Estimating
 from evolver.storage import Storage
@@ -180,7 +181,9 @@ def model_places(config: Config) -> dict[str, str]:
 def searched_file(config: Config, maker: RecipeMaker) -> RecipeSpace | None:
     """The search space of the mergekit file in which a configuration searches, where it does."""
     recipe = recipe_of(config.search)
-    return None if recipe is None else maker.space_in(recipe)
+    found = None if recipe is None else maker.space_in(recipe)
+    assert found is None or isinstance(found, RecipeSpace)  # without corrections
+    return found
 
 
 def _doubts(
@@ -300,9 +303,10 @@ def _starts(config: Config, file: str, maker: RecipeMaker, opened: Opened, searc
     """The models that the search begins with; those that are guessed lie in its space, if it has one with weights."""
     _, settings = innermost(*search, file)
     by_method = isinstance(settings, CoefficientSettings) and settings.recipe is None
-    space = space_of_method(maker, settings) if by_method else None
-    if isinstance(space, Alternatives):
+    space = space_of(maker, settings) if by_method else None
+    if space is not None and space.branches:
         space = next(iter(space.branches.values()))
+    assert space is None or isinstance(space, Genome | Corrected)
     grams = cache(partial(task_grams, opened.base, list(opened.experts.values())))
     return starts_of(config, maker.experts, maker.base, opened.base.names(), space, grams)
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from evolver.checkpoints.grams import TensorGrams
 from evolver.config.starts import PriorWord
+from evolver.merging.corrected import Corrected
 from evolver.merging.settings.genome import Genome
 from evolver.records import Standing
 from evolver.records.recipe import Expert, Merge, Place, Recipe, Rule, layer_of
@@ -58,7 +59,7 @@ class PriorMaker:
     experts: tuple[Expert, ...]
     base: Expert
     names: Sequence[str]
-    space: Genome | None
+    space: Genome | Corrected | None
     grams: Callable[[], TensorGrams]
 
     def recipes(self, word: PriorWord, mass: float, standings: Sequence[Standing]) -> Iterator[Recipe]:

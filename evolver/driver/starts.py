@@ -12,7 +12,9 @@ from evolver.config.starts import PRIORS, RATED, PriorWord, StartFile, start_pro
 from evolver.driver.priors import PriorMaker, prior_count
 from evolver.errors import BadInput
 from evolver.merging import mergekit
+from evolver.merging.corrected import Corrected
 from evolver.merging.settings.genome import Genome
+from evolver.merging.settings.spelling import refuse_unknown
 from evolver.records import UNKNOWN, Candidate, Standing
 from evolver.records.leaders import Rated
 from evolver.records.recipe import Expert, Merge, Recipe, Rule, ancestors, layer_of
@@ -65,7 +67,7 @@ def refuse_depth(config: Config, names: Sequence[str]) -> None:
 
 
 def starts_of(
-    config: Config, experts: tuple[Expert, ...], base: Expert, names: Sequence[str], space: Genome | None,
+    config: Config, experts: tuple[Expert, ...], base: Expert, names: Sequence[str], space: Genome | Corrected | None,
     grams: Callable[[], TensorGrams],
 ) -> Starts:  # fmt: skip
     """The models that the search begins with, each once, as its first candidates.
@@ -75,7 +77,8 @@ def starts_of(
         space: of the search, if it tunes weights.
         grams: reads the inner products of the experts' task vectors; it is asked when the search needs them.
 
-    Raises BadInput for a file that cannot be read, and for a model of other experts.
+    Raises BadInput for a file that cannot be read, for settings that a method does not have, and for a model of other
+    experts.
     """
     found: dict[str, Candidate] = {}
     for name, recipe in _known(config, experts, base, names):
@@ -141,6 +144,7 @@ def _from_file(
             recipe = read_recipe(file, "give a recipe.json, or the folder of a finished run")
         except BadInput as error:
             raise BadInput(f"{key}.{kind}: {error}") from error
+        refuse_unknown(recipe, f"{key}.{kind}: {file}")
     known = {model.digest for model in (base, *experts)}
     strangers = [n for n in ancestors(recipe) if isinstance(n, Expert) and n.digest not in known]
     # Where weights were not read, the models go by their names.

@@ -235,11 +235,9 @@ class Materialiser:
         return (merged[0] if len(merged) == 1 else torch.cat(merged)).view(whole.base.shape)
 
     def _statistics_of(self, node: Merge, name: str) -> dict[str, Stack | None]:
-        """What a merge is handed for one tensor, by the method's parameter: one an input, or None where one of them has
-        none.
-        """
-        count, out = len(node.inputs), dict[Of, Stack | None]()
-        wanted = methods.METHODS[node.method].statistics
+        """What a merge is handed for one tensor, by the method's parameter, or None where one of a kind has none."""
+        wanted, out = methods.METHODS[node.method].statistics, dict[Of, Stack | None]()
+        count = len(node.statistics) // max(1, len(set(wanted.values())))
         for number, kind in enumerate(dict.fromkeys(wanted.values())):
             mine = node.statistics[number * count : (number + 1) * count]
             found = [self._statistics[s.id].get(name) for s in mine]

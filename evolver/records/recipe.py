@@ -178,7 +178,7 @@ class Merge(Node):
     """A merge method applied to its inputs. Task vectors are the differences of the inputs to ``base``.
 
     ``statistics`` are those that the method asks for: of every kind, in the order in which its signature names them,
-    one for each input, in the order of the inputs.
+    one for each input, in the order of the inputs; or, of the base alone, as many of each kind as there are experts.
     """
 
     kind: ClassVar[str] = "merge"

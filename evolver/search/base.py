@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from evolver.config import Budget
+from evolver.config.corrections import AfterSettings
 from evolver.config.section import Section
 from evolver.errors import BadInput
 from evolver.records import Candidate, Choice, ItemAnswer, Knob, Result
@@ -120,16 +121,16 @@ class Merger(Protocol):
         ...
 
 
-SpaceType = TypeVar("SpaceType", bound=Space, covariant=True)
-
-
-class SpaceMaker(Protocol[SpaceType]):
-    """Makes search spaces of one kind."""
+class Maker(Protocol):
+    """Makes recipes for searches. Its methods raise BadInput for settings that a merge method does not take, and for
+    models without layers, or with layers that cannot be put together anew.
+    """
 
     def space(
         self, method: str | Sequence[str], groups: int | Literal["per-layer"], tune: Sequence[str] | None,
         settings: Mapping[str, Any], classes: bool = False, knots: int | None = None,
-    ) -> SpaceType:  # fmt: skip
+        after: Sequence[AfterSettings] = (),
+    ) -> Space:  # fmt: skip
         """The search space of a merge method, or of several among which a point chooses.
 
         Args:
@@ -138,20 +139,16 @@ class SpaceMaker(Protocol[SpaceType]):
             settings: fixed settings.
             classes: whether attention, MLP, norms and the rest have coefficients of their own.
             knots: number of knots of a spline along the layers, instead of groups.
+            after: methods that every model goes through, one after the other.
         """
         ...
 
-
-class Maker(SpaceMaker[Space], Protocol):
-    """Makes recipes for searches. Its methods raise BadInput for settings that a merge method does not take, and for
-    models without layers, or with layers that cannot be put together anew.
-    """
-
-    def space_in(self, recipe: Any) -> Space:
+    def space_in(self, recipe: Any, after: Sequence[AfterSettings] = ()) -> Space:
         """The search space of a mergekit file that leaves values free.
 
         Args:
             recipe: its path, or its documents.
+            after: methods that every model goes through, one after the other.
         """
         ...
 

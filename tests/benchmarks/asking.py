@@ -24,7 +24,7 @@ from packages import cache_folder  # noqa: E402
 
 from evolver.config import Budget  # noqa: E402
 from evolver.config.reading import check_section  # noqa: E402
-from evolver.merging.settings.maker import RecipeMaker  # noqa: E402
+from evolver.merging.maker import RecipeMaker  # noqa: E402
 from evolver.records import Candidate, Result  # noqa: E402
 from evolver.report.text import markdown_table  # noqa: E402
 from evolver.search import SEARCHES  # noqa: E402

@@ -33,8 +33,8 @@ from searches import CANDIDATES, GENERATIONS, POOLS  # noqa: E402
 
 from evolver.config.reading import ConfigText  # noqa: E402
 from evolver.driver.prepare import prepare  # noqa: E402
+from evolver.merging.maker import RecipeMaker  # noqa: E402
 from evolver.merging.methods import METHODS, Method, Range  # noqa: E402
-from evolver.merging.settings.maker import RecipeMaker  # noqa: E402
 from evolver.records.recipe import Expert, Recipe, dump_recipe  # noqa: E402
 from evolver.report.text import markdown_table  # noqa: E402
 from evolver.runs.history import History, read_history  # noqa: E402

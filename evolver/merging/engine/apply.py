@@ -12,6 +12,7 @@ from torch import Tensor
 
 from evolver.kernels.compiled import Kernels
 from evolver.merging.engine import order
+from evolver.merging.engine.entire import EntireTensor
 from evolver.merging.engine.pieces import InputTensors, Pieces
 from evolver.merging.methods import Method
 from evolver.merging.methods.here import NeedsAnswer, Stack
@@ -46,29 +47,18 @@ def apply(
         kernels: fused kernels, where there are some; the bits are the same.
         piece: scalars that are handled at a time, about.
     """
-    if method.whole:
-        return _apply_whole(method, values, whole)
-    pieces = Pieces(method, values, whole, kernels, piece)
+    pieces: Pieces | EntireTensor = (
+        EntireTensor(method, values, whole) if method.whole else Pieces(method, values, whole, kernels, piece)
+    )
     known: list[Tensor] = []
     while (question := pieces.question(known)) is not None:
         known.append(_answer(pieces, question, known, model).to(whole.base.device))
     return pieces.merge(known).view(whole.base.shape)
 
 
-def _apply_whole(method: Method, values: Mapping[str, Value], whole: InputTensors) -> Tensor:
-    """The merged tensor by a method that wants whole ones; it asks nothing, and no kernel replaces it."""
-    numbers, flags = method.handed(values, whole.base.device)
-    handed = {parameter: whole.statistics.get(parameter) for parameter in method.statistics}
-    origin = whole.base.float()
-    inputs = [i.float() - origin if method.on_deltas else i.float() for i in whole.inputs]
-    try:
-        merged = method.function(inputs, **numbers, **flags, **handed)
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{method.name} of {whole.name}: {error}") from error
-    return (origin + merged if method.on_deltas else merged).to(whole.base.dtype).view(whole.base.shape)
-
-
-def _answer(pieces: Pieces, asked: NeedsAnswer, known: Sequence[Tensor], model: AllTensors | None) -> Tensor:
+def _answer(
+    pieces: Pieces | EntireTensor, asked: NeedsAnswer, known: Sequence[Tensor], model: AllTensors | None
+) -> Tensor:
     if asked.scope == "tensor" or model is None:
         return _answered([pieces], pieces.size, asked, known)
     # Settings that vary by place ask differently.
@@ -79,7 +69,7 @@ def _answer(pieces: Pieces, asked: NeedsAnswer, known: Sequence[Tensor], model: 
     return model.known[question]
 
 
-def _answered(parts: Iterable[Pieces], size: int, asked: NeedsAnswer, known: Sequence[Tensor]) -> Tensor:
+def _answered(parts: Iterable[Pieces | EntireTensor], size: int, asked: NeedsAnswer, known: Sequence[Tensor]) -> Tensor:
     """The answer for one tensor, or for several with so many scalars in all."""
     if asked.kind == "sum":
         return sum((p.sum(known) for p in parts), torch.zeros((), dtype=torch.float64))
@@ -93,10 +83,10 @@ def _answered(parts: Iterable[Pieces], size: int, asked: NeedsAnswer, known: Seq
 class _OfModel:
     """A method on every tensor of a model; afresh each time."""
 
-    pieces: Pieces
+    pieces: Pieces | EntireTensor
     model: AllTensors
 
-    def __iter__(self) -> Iterator[Pieces]:
+    def __iter__(self) -> Iterator[Pieces | EntireTensor]:
         return (self.pieces.of(whole) for whole in self.model.tensors())
 
 
@@ -104,7 +94,7 @@ class _OfModel:
 class _Scores:
     """The scores that a method asks the order of, over one tensor or all."""
 
-    parts: Iterable[Pieces]
+    parts: Iterable[Pieces | EntireTensor]
     size: int
     known: Sequence[Tensor]
 

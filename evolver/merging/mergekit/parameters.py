@@ -53,6 +53,24 @@ def unused(method: Method, given: Mapping[str, Any], place: str) -> list[str]:
     return found
 
 
+def refuse_unweighed(
+    method: Method, base: str, own: Mapping[str, Mapping[str, Any]], shared: Mapping[str, Any], file: str
+) -> None:  # fmt: skip
+    """Raises BadInput where a base model is one more model to merge, and only the listed models have weights; mergekit
+    ends with a missing weight, too.
+
+    Args:
+        own: the parameters of the listed models.
+        shared: those of the whole merge.
+    """
+    weighed = any("weight" in given for given in own.values())
+    if method.name in WEIGHTED and weighed and base not in own and "weight" not in shared:
+        raise BadInput(
+            f"{file}: base_model: to {method.name}, the base is one more model to merge, here as in mergekit, and "
+            "it has no weight; leave base_model out, or list the base under models with a weight, which may be 0."
+        )
+
+
 def warnings_of(method: Method, keys: Iterable[str], file: str) -> tuple[str, ...]:
     """A sentence for each parameter that does nothing."""
     return tuple(

@@ -16,7 +16,7 @@ from evolver.config.section import Section
 from evolver.errors import BadInput, nearest
 from evolver.merging.mergekit.free import at_start, refuse_free
 from evolver.merging.mergekit.others import refuse_other_tools
-from evolver.merging.mergekit.parameters import WEIGHTED, settings_of, unused, warnings_of
+from evolver.merging.mergekit.parameters import WEIGHTED, refuse_unweighed, settings_of, unused, warnings_of
 from evolver.merging.methods import Method, get
 from evolver.merging.settings.placed import Placed, Spot, depth, over
 from evolver.records.recipe import Expert, Layers, Merge, Recipe, at_layer, layer_of
@@ -301,6 +301,9 @@ def parse(raw: Mapping[str, Any], file: str) -> Configuration:
             f"write the configuration of a run, with search: {{algorithm: tpe, method: {method.name}}} and the items "
             "under evaluation.tasks, and call evolver run."
         )
+    if method.name in WITHOUT_BASE and checked.models and checked.base_model:
+        own = {reference(m.model): m.parameters for m in checked.models}
+        refuse_unweighed(method, reference(checked.base_model), own, checked.parameters, file)
     found = [key for given, place in _parameters(checked, file) for key in unused(method, given, place)]
     return Configuration(file, checked, method, ignored=warnings_of(method, found, file))
 

@@ -72,6 +72,11 @@ class RecipeSpace:
         of |= {str(o) for f in self.free if f.key == METHOD_KEY and isinstance(f.knob, Choice) for o in f.knob.options}
         return any("seed" in METHODS[name].settings for name in of)
 
+    @property
+    def tune(self) -> tuple[str, ...]:
+        """None by a name of its own: the file marks what is searched."""
+        return ()
+
     def encode_equal(self, mass: float) -> dict[str, Any]:
         """See ``Space``: the file says where a search begins, and no mass."""
         return self.start

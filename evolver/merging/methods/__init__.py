@@ -8,11 +8,12 @@ that is a tuple has one number an expert. Numbers arrive as float64
 tensors, () or (E,), so that a change of a number never compiles a kernel anew: do not branch on them. A parameter
 ``here`` is handed in, not set: what a method may ask about the tensor beyond its piece.
 
-A method that declares ``whole`` gets whole tensors in their own shapes instead of pieces, and nothing to ask. It may
-want statistics of the models beside their weights: a parameter annotated ``Of("gram")`` is handed one tensor an expert,
-or None where not every expert has one for the tensor that is merged; ``Of("activation", base=True)`` those of the base
-on each expert's items; and ``Of("gram", merged="regmean")`` those of the merge of all models by that method, again on
-each expert's items. A signature that says none of this is refused when the method is registered.
+A method that declares ``whole`` gets whole tensors in their own shapes instead of pieces. What it asks, it asks of
+every tensor, and before it computes anything large, because each question calls it anew. It may want statistics of the
+models beside their weights: a parameter annotated ``Of("gram")`` is handed one tensor an expert, or None where not
+every expert has one for the tensor that is merged; ``Of("activation", base=True)`` those of the base on each expert's
+items; and ``Of("gram", merged="regmean")`` those of the merge of all models by that method, again on each expert's
+items. A signature that says none of this is refused when the method is registered.
 """
 
 from __future__ import annotations
@@ -280,7 +281,7 @@ def method(
         name, parameters = function.__name__, inspect.signature(function).parameters
         first, *others = parameters.values()
         hints = typing.get_type_hints(function, include_extras=True)
-        _check_operand(name, first, whole, rows, "here" in parameters)
+        _check_operand(name, first, whole, rows)
         settings: dict[str, Setting] = {}
         statistics: dict[str, Of] = {}
         for parameter in (p for p in others if p.name != "here"):
@@ -303,17 +304,15 @@ def method(
     return register
 
 
-def _check_operand(name: str, first: inspect.Parameter, whole: bool, rows: bool, asks: bool) -> None:
+def _check_operand(name: str, first: inspect.Parameter, whole: bool, rows: bool) -> None:
     """Raises TypeError where a signature does not say what a method works on."""
     if first.name not in OPERANDS:
         raise TypeError(
             f"merge method {name}: its first parameter is called {first.name!r}; call it models for weights, or deltas "
             "for task vectors against the base."
         )
-    if whole and (rows or asks):
-        raise TypeError(
-            f"merge method {name}: whole tensors have no pieces to ask about; leave out the parameter here and rows."
-        )
+    if whole and rows:
+        raise TypeError(f"merge method {name}: whole tensors are not cut into rows; leave rows out.")
 
 
 def _statistic(hint: Any) -> Of | None:

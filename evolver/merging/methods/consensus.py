@@ -99,17 +99,26 @@ def consensus(
 
 @method("He et al. 2024, Localize-and-Stitch (dataless form), arXiv 2408.13656", identity={"density": 1.0})
 def localize_and_stitch(
-    deltas: Stack, *, here: PieceView, density: Top = number(0.1), scope: Literal["global", "tensor"] = "global"
+    deltas: Stack,
+    *,
+    here: PieceView,
+    weight: Weight = each(1.0),
+    density: Top = number(0.1),
+    lambda_: Mass = number(1.0),
+    scope: Literal["global", "tensor"] = "global",
 ) -> Tensor:
-    """Keep the largest ``density`` of each task vector, over the whole model; average where several keep a scalar."""
+    """λ Σ w·m·τ / Σ w·m with masks m of the largest ``density`` of each task vector, over the whole model.
+
+    Where one expert alone keeps a scalar, it is λτ. The paper has no weights and no λ: they are 1 in it. Weights count
+    by their ratios only, where experts overlap, and λ is the total mass.
+    """
 
     def ranks(size: int) -> list[list[int]]:
         return [[max(1, int(float(density) * size))]] * len(deltas)
 
     cut = here.kth_largest(lambda d, _: [x.abs() for x in d], ranks, scope)[:, 0].unbind(0)
-    kept = operators.total_of([operators.trim(d, c) for d, c in zip(deltas, cut, strict=True)])
-    count = operators.total_of([(d.abs() >= c).float() for d, c in zip(deltas, cut, strict=True)])
-    return kept / count.clamp(min=1)
+    kept = ((d.abs() >= c).float() for d, c in zip(deltas, cut, strict=True))
+    return lambda_ * operators.kept_sum(deltas, weight, kept, True)
 
 
 # The scalar of the smallest balance is always dropped.

@@ -14,9 +14,11 @@ from evolver.merging.methods import Range, each, method, number
 from evolver.merging.methods.averages import Mass, SumMass, Weight
 from evolver.merging.methods.bases import basis
 from evolver.merging.methods.here import Stack
+from evolver.merging.methods.isotropic import evened
 from evolver.merging.methods.operators import disjoint_sum, elected_sign, trim, weighted_sum
+from evolver.merging.methods.singular import orthogonal_sum
 from evolver.merging.methods.sparse import Density
-from evolver.merging.methods.spectrum import factors, matrix_by_matrix, polar
+from evolver.merging.methods.spectrum import matrix_by_matrix
 
 # DRM leaves out directions with so small a share of the largest singular value.
 WEAK = 0.01
@@ -98,22 +100,21 @@ def core_space(
     weight: Weight = each(1.0),
     lambda_: SumMass = number(1.0),
     density: Density = number(0.2),
-    inner: Literal["task_arithmetic", "ties", "tsv", "iso"] = "task_arithmetic",
+    inner: Literal["ties", "tsv", "iso", "task_arithmetic"] = "ties",
 ) -> Tensor:
     """Merge LoRA experts as small matrices M = UᵀτV, which hold all of them, and put the result back as U M Vᵀ.
 
     U and V are the singular vectors of all task vectors side by side and one below the other, at most as many as all
-    adapters have ranks. Inside, ``task_arithmetic`` is what it is outside, λ Σwτ; ``ties`` trims to ``density`` and
-    elects; ``tsv`` makes the experts' own singular vectors orthogonal to each other (TSV-M); ``iso`` gives all
-    directions of the sum the same strength (Iso-C). The last two keep to directions that hold 99.9 % of a matrix. The
+    adapters have ranks. Inside, ``ties`` trims to ``density`` and elects; ``tsv`` is ``tsv_m``; ``iso`` is ``iso_c``;
+    ``task_arithmetic`` is what it is outside, λ Σwτ, so that it gains nothing. ``density`` belongs to ``ties``. The
     factors of the adapters are not asked for: their ranges are found from the task vectors, so that full fine-tunes
     are merged as well, without a gain. Vectors are merged by TIES, or else added.
     """
     merge: Combine = {
         "task_arithmetic": lambda parts: weighted_sum(parts, weight, False),
         "ties": lambda parts: _ties(parts, weight, float(density)),
-        "tsv": lambda parts: _orthogonal_sum(parts, weight),
-        "iso": lambda parts: _evened(weighted_sum(parts, weight, False)),
+        "tsv": lambda parts: orthogonal_sum(parts, weight),
+        "iso": lambda parts: evened(weighted_sum(parts, weight, False)),
     }[inner]
 
     def of_matrix(stack: Stack) -> Tensor:
@@ -170,19 +171,3 @@ def _draws(delta: Tensor, seed: int) -> torch.Generator:
 
 def _thinned(part: Tensor, draw: torch.Generator, density: float) -> Tensor:
     return torch.where(torch.rand(part.shape, generator=draw).to(part.device) < density, part / density, 0.0)
-
-
-def _orthogonal_sum(parts: Stack, weight: Tensor) -> Tensor:
-    """TSV-M: U diag(w·s) Vᵀ of the strongest directions of all matrices, U and V each made orthonormal as a whole."""
-    found = [factors(x).first(max(1, min(x.shape) // len(parts))) for x in parts]
-    found = [f.first(f.rank()) for f in found]
-    strength = torch.cat([f.s * float(w) for f, w in zip(found, weight, strict=True)])
-    left, right = (polar(torch.cat(side, dim=1)) for side in ([f.u for f in found], [f.v for f in found]))
-    return (left * strength) @ right.T
-
-
-def _evened(matrix: Tensor) -> Tensor:
-    """Iso-C: the same singular vectors, all with the mean singular value; those of rounding are left out."""
-    found = factors(matrix)
-    found = found.first(found.rank())
-    return (found.u * found.s.mean()) @ found.v.T if len(found.s) else torch.zeros_like(matrix)

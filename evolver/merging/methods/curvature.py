@@ -10,8 +10,9 @@ from torch import Tensor
 
 from evolver.merging.methods import Of, Range, each, method, number
 from evolver.merging.methods.averages import Mass, Weight
-from evolver.merging.methods.here import Stack
+from evolver.merging.methods.here import PieceView, Stack
 from evolver.merging.methods.operators import total, weighted_sum
+from evolver.merging.methods.sparse import Scope
 
 # Scalars that are handled at a time, so that beside the experts' tensors and statistics next to nothing is in memory.
 CHUNK = 1 << 18
@@ -57,22 +58,34 @@ def fisher(
 def ota(
     deltas: Stack,
     *,
+    here: PieceView,
     information: Annotated[Stack | None, Of("fisher")],
     weight: Weight = each(1.0),
     lambda_: Mass = number(1.0),
     density: Annotated[Tensor, Range(0.02, 1.0, above=0.0, most=1.0)] = each(0.4),
     power: Annotated[Tensor, Range(0.0, 1.0, least=0.0)] = number(0.5),
+    scope: Scope = "global",
 ) -> Tensor:
     """OTA with FFG: λ Σ w·m·vᵖ·τ / Σ w·m·vᵖ, the masks m keeping of each expert the ``density`` largest of v·τ².
 
     v is the Fisher information in place of the second moments of Adam, which no published checkpoint has; at p = 0.5
-    both measure the same up to a scale. Where no expert is kept, the base stays. The paper's thresholds are numbers for
-    the whole model; here a mask is a share of each tensor. Without statistics: λ Σ w·τ / Σ w.
+    both measure the same up to a scale. Where no expert is kept, the base stays. A mask is a share of the whole model,
+    as the paper's thresholds are numbers for all of it, or of each tensor with ``scope: tensor``. Tensors without
+    statistics, whose v·τ² counts as 0 for the masks, are λ Σ w·τ / Σ w.
     """
-    if information is None:
+    there = None if information is None else [f.to(d.device) for f, d in zip(information, deltas, strict=True)]
+
+    def scores(parts: Stack, _: PieceView) -> Stack:
+        if there is None:
+            return [torch.zeros_like(d) for d in parts]
+        return [f.float() * d.square() for f, d in zip(there, parts, strict=True)]
+
+    def ranks(size: int) -> list[list[int]]:
+        return [[max(1, round(share * size))] for share in density.tolist()]
+
+    levels = here.kth_largest(scores, ranks, scope)[:, 0].unbind(0)
+    if there is None:
         return lambda_ * weighted_sum(deltas, weight, True)
-    there = [f.to(d.device) for f, d in zip(information, deltas, strict=True)]
-    levels = [smallest_kept(f * d.square(), share) for f, d, share in zip(there, deltas, density.tolist(), strict=True)]
     shares = weight.double()
 
     def merged(parts: list[Tensor], sharp: list[Tensor]) -> Tensor:

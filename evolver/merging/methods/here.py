@@ -3,6 +3,7 @@
 A method sees a tensor piece by piece, so that memory stays bounded however large a tensor is. What it needs to know of
 the whole tensor (a norm, a quantile) it asks for through ``Here``. While the answer is not known, the question ends
 the call; ``apply`` then sends a pass over all pieces, adds the answer to what is known, and calls the method again.
+Of a method on whole tensors, each tensor is its own only piece.
 """
 
 from __future__ import annotations

@@ -39,14 +39,11 @@ def iso_c(
     paper raises all of them, and so fills what no expert changed, which is most of a matrix if the experts are LoRA
     adapters. Tensors that are no matrices are λ Σ w·τ.
     """
-
-    def matrix(stack: Stack) -> Tensor:
-        summed = added_up(stack, weight)
-        found = decomposed(summed)
-        found = found.first(found.rank()) if rank_aware else found
-        return summed + found._replace(s=_flattened(found.s, flatten) - found.s).product()
-
-    return lambda_ * matrix_by_matrix(deltas, matrix, lambda stack: added_up(stack, weight))
+    return lambda_ * matrix_by_matrix(
+        deltas,
+        lambda stack: evened(added_up(stack, weight), float(flatten), rank_aware),
+        lambda stack: added_up(stack, weight),
+    )
 
 
 @method(
@@ -77,7 +74,7 @@ def iso_cts(
     def matrix(stack: Stack, weights: Sequence[float]) -> Tensor:
         summed = added_up(stack, weight)
         u, s, v = _common_and_own(summed, stack, weights, float(common), rank_aware)
-        correction = _flattened(s, flatten) - (1 - float(flatten)) * s
+        correction = _flattened(s, float(flatten)) - (1 - float(flatten)) * s
         return (1 - float(flatten)) * summed + (polar(u) * correction) @ polar(v).T
 
     return lambda_ * over_matrices(deltas, weight, matrix)
@@ -117,9 +114,15 @@ def subspace_boosting(
     return lambda_ * matrix_by_matrix(deltas, matrix, lambda stack: added_up(stack, weight))
 
 
-def _flattened(s: Tensor, flatten: Tensor) -> Tensor:
+def evened(matrix: Tensor, flatten: float = 1.0, rank_aware: bool = True) -> Tensor:
+    """Iso-C of a matrix (m, n): its singular values σ become mean^e · σ^(1 - e); see ``iso_c``."""
+    found = decomposed(matrix)
+    found = found.first(found.rank()) if rank_aware else found
+    return matrix + found._replace(s=_flattened(found.s, flatten) - found.s).product()
+
+
+def _flattened(s: Tensor, e: float) -> Tensor:
     """Mean^e · σ^(1 - e) of singular values (k); none of none."""
-    e = float(flatten)
     return s.mean() ** e * s ** (1 - e) if len(s) else s
 
 

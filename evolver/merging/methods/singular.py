@@ -44,11 +44,7 @@ def tsv_m(
     (``rank_aware``): others would be rounding, and would turn those that count. Tensors that are no matrices, and those
     with fewer rows or columns than there are experts, are λ Σ w·τ.
     """
-
-    def matrix(stack: Stack, weights: Sequence[float]) -> Tensor:
-        return _turned_apart(stack, weights, [room_for_each(stack) * float(share)] * len(stack), rank_aware)
-
-    return lambda_ * over_matrices(deltas, weight, matrix)
+    return lambda_ * orthogonal_sum(deltas, weight, float(share), rank_aware)
 
 
 @method(
@@ -121,6 +117,15 @@ def stf(
         return torch.cat([(rows.double() @ right).float() for rows in joined.u.split(ROWS_AT_ONCE)])
 
     return lambda_ * over_matrices(deltas, weight, matrix)
+
+
+def orthogonal_sum(deltas: Stack, weight: Tensor, share: float = 1.0, rank_aware: bool = True) -> Tensor:
+    """TSV-M with the total mass Σ w; see ``tsv_m``."""
+
+    def matrix(stack: Stack, weights: Sequence[float]) -> Tensor:
+        return _turned_apart(stack, weights, [room_for_each(stack) * share] * len(stack), rank_aware)
+
+    return over_matrices(deltas, weight, matrix)
 
 
 def _turned_apart(deltas: Stack, weights: Sequence[float], most: Sequence[float], rank_aware: bool) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from evolver.merging.settings.genome import Genome
@@ -30,7 +30,7 @@ class Alternatives:
     def knobs(self) -> tuple[Knob | Choice, ...]:
         """The method, and after it the dimensions of all of them, of which those of one method count at a point."""
         own = (self.within(m, {k.name: k for k in branch.knobs}) for m, branch in self.branches.items())
-        named = [_renamed(knob, name) for found in own for name, knob in found.items() if name != _METHOD]
+        named = [replace(knob, name=name) for found in own for name, knob in found.items() if name != _METHOD]
         return (Choice(_METHOD, tuple(self.branches)), *named)
 
     def within(self, branch: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,7 +59,3 @@ class Alternatives:
     def axes(self, levels: Callable[[str], int]) -> tuple[tuple[dict[str, Any], ...], ...]:
         """There are none: no grid spans dimensions of which only a part counts. Each branch has its own."""
         raise NotImplementedError("ask the branches for their axes")
-
-
-def _renamed(knob: Knob | Choice, name: str) -> Knob | Choice:
-    return Choice(name, knob.options) if isinstance(knob, Choice) else Knob(name, knob.low, knob.high, knob.log)

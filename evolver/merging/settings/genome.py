@@ -50,7 +50,8 @@ class Genome:
     def decode(self, values: Mapping[str, Any]) -> Recipe:
         """The recipe that one point of the space stands for."""
         at = {suffix: self._settings(values, suffix) for suffix in self.division.suffixes}
-        tuned = [Rule.of(self._blended(at, blend), place) for place, blend in self.division.parts]
+        parts = self.division.parts if self.tune else ()
+        tuned = [Rule.of(self._blended(at, blend), place) for place, blend in parts]
         return Merge(self.method.name, self.experts, self.base, (*self.fixed, *tuned), self.statistics)
 
     def encode(self, recipe: Recipe) -> dict[str, Any] | None:
@@ -77,7 +78,7 @@ class Genome:
         """The tuned settings of every part of the model; None where rules are not made as those of ``decode``, and
         do not say the same of the whole model either.
         """
-        count, parts = len(self.fixed), [place for place, _ in self.division.parts]
+        count, parts = len(self.fixed), [place for place, _ in self.division.parts] if self.tune else []
         if rules[:count] == self.fixed and [rule.place for rule in rules[count:]] == parts:
             return [dict(rule.values) for rule in rules[count:]]
         if any(rule.place != Place() for rule in (*rules, *self.fixed)):
@@ -217,6 +218,7 @@ def genome(
     statistics: tuple[Statistic, ...] = (),
     classes: bool = False,
     knots: int | None = None,
+    fixed_alone: bool = False,
 ) -> Genome:
     """A genome, checked. Without ``tune``, total mass, simplex weights and what has no default are tuned; of a method
     that has none of these, all of its numbers.
@@ -226,10 +228,13 @@ def genome(
         settings: those that stay fixed, in the forms of ``placed``.
         statistics: that the method asks for.
         groups, classes, knots: see ``division_of``.
+        fixed_alone: whether there may be nothing to tune.
 
     Raises BadInput that names ``place``.
     """
     chosen = _tuned(method, tune, settings, place)
+    if not (chosen or fixed_alone):
+        raise BadInput(f"{place}.method: {method.name} has nothing to tune; choose task_arithmetic, ties or another.")
     division = division_of(names, groups, classes, knots, place)
     examples = {n: _example(method.settings[n]) for n in chosen}
     fixed = fixed_rules(method, settings, [e.name for e in experts], names, f"{place}.settings", examples)
@@ -252,8 +257,6 @@ def _tuned(method: Method, tune: Sequence[str] | None, settings: Mapping[str, An
             raise BadInput(f"{place}.settings.{name}: {name} is tuned; remove it here or in {place}.tune.")
     if len(set(tune)) < len(tune):
         raise BadInput(f"{place}.tune: a setting is listed twice; list each setting once.")
-    if not tune:
-        raise BadInput(f"{place}.method: {method.name} has nothing to tune; choose task_arithmetic, ties or another.")
     return tuple(tune)
 
 

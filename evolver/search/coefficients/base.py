@@ -24,11 +24,12 @@ from optuna.samplers.nsgaii import BaseCrossover, BaseMutation
 from optuna.study import Study, StudyDirection
 from pydantic import Field, field_validator
 
+from evolver.config.corrections import AfterSettings
 from evolver.config.recipes import RECIPE_KEY
 from evolver.config.section import Section
 from evolver.errors import BadInput
 from evolver.records import Candidate, Choice, Knob, Result
-from evolver.search.base import Maker, Ordered, Setup, Space, SpaceMaker, SpaceType
+from evolver.search.base import Maker, Ordered, Setup, Space
 
 # What a trial has beside its point if the search did not propose it: the number of the candidate that was received.
 RECEIVED = "received"
@@ -71,10 +72,15 @@ class CoefficientSettings(Section):
         "of {filter, value}",
     )
 
+    after: list[AfterSettings] = Field(
+        default_factory=list,
+        description="methods that every merge goes through, one after the other, such as aim; their numbers are tuned, "
+        "too",
+    )
     recipe: str | dict[str, Any] | list[dict[str, Any]] | None = Field(
         None,
-        description="instead of all settings above: a mergekit file in which values are left free, as {search: [0, "
-        "1.5]} or ?; each of them is a dimension of the search. Its path, or the file itself as a mapping",
+        description="instead of all settings above but after: a mergekit file in which values are left free, as "
+        "{search: [0, 1.5]} or ?; each of them is a dimension of the search. Its path, or the file itself as a mapping",
     )
 
     @field_validator("layer_groups", mode="before")
@@ -221,21 +227,17 @@ def space_of(maker: Maker, settings: CoefficientSettings) -> Space:
     Raises BadInput for settings that a mergekit file says itself.
     """
     if settings.recipe is None:
-        return space_of_method(maker, settings)
+        return maker.space(
+            settings.method, settings.layer_groups, settings.tune, settings.settings, settings.tensor_classes,
+            settings.knots, settings.after,
+        )  # fmt: skip
     for key, field in CoefficientSettings.model_fields.items():
-        if key != RECIPE_KEY and getattr(settings, key) != field.get_default(call_default_factory=True):
+        given = getattr(settings, key) != field.get_default(call_default_factory=True)
+        if given and key not in (RECIPE_KEY, "after"):
             raise BadInput(
                 f"search.{key}: what is searched stands in the file that search.{RECIPE_KEY} names; leave {key} out."
             )
-    return maker.space_in(settings.recipe)
-
-
-def space_of_method(maker: SpaceMaker[SpaceType], settings: CoefficientSettings) -> SpaceType:
-    """The search space of a merge method, or of several, where no mergekit file describes one."""
-    return maker.space(
-        settings.method, settings.layer_groups, settings.tune, settings.settings, settings.tensor_classes,
-        settings.knots,
-    )  # fmt: skip
+    return maker.space_in(settings.recipe, settings.after)
 
 
 def equal_points(space: Space) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from evolver.config.corrections import AfterSettings
 from evolver.config.reading import check_section
 from evolver.config.section import Section
 from evolver.errors import BadInput, nearest
@@ -113,16 +114,17 @@ class _ProgramMaker:
     def space(
         self, method: str | Sequence[str], groups: int | Literal["per-layer"], tune: Sequence[str] | None,
         settings: Mapping[str, Any], classes: bool = False, knots: int | None = None,
+        after: Sequence[AfterSettings] = (),
     ) -> Space:  # fmt: skip
         if MERGE not in self.program.sources.names:
             return self.program
-        merge = self.maker.space(method, groups, tune, settings, classes, knots)
+        merge = self.maker.space(method, groups, tune, settings, classes, knots, after)
         return replace(self.program, sources=replace(self.program.sources, merge=merge))
 
-    def space_in(self, recipe: Any) -> Space:
+    def space_in(self, recipe: Any, after: Sequence[AfterSettings] = ()) -> Space:
         if MERGE not in self.program.sources.names:
             return self.program
-        merge = self.maker.space_in(recipe)
+        merge = self.maker.space_in(recipe, after)
         return replace(self.program, sources=replace(self.program.sources, merge=merge))
 
     def merger(

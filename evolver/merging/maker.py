@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+from evolver.config.corrections import AfterSettings
 from evolver.config.recipes import RECIPE_KEY, recipe_text
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.collectors import collector_named
 from evolver.merging import methods
+from evolver.merging.corrected import Corrected, refuse_twice
 from evolver.merging.mergekit import RecipeSpace, recipe_space
 from evolver.merging.settings.adapted import adapted
 from evolver.merging.settings.alternatives import Alternatives
@@ -20,6 +22,8 @@ from evolver.merging.settings.genome import Genome, genome
 from evolver.merging.settings.placed import fixed_rules
 from evolver.records import Knob
 from evolver.records.recipe import Cross, Expert, Merge, Recipe, Rule, Statistic, layer_of
+
+SpaceType = TypeVar("SpaceType", bound=Genome | Alternatives | RecipeSpace)
 
 
 class RecipeMaker:
@@ -60,8 +64,15 @@ class RecipeMaker:
 
     def space(
         self, method: str | Sequence[str], groups: Groups, tune: Sequence[str] | None, settings: Mapping[str, Any],
-        classes: bool = False, knots: int | None = None,
+        classes: bool = False, knots: int | None = None, after: Sequence[AfterSettings] = (),
+    ) -> Genome | Alternatives | Corrected:  # fmt: skip
+        return self._corrected(self._space(method, groups, tune, settings, classes, knots), after)
+
+    def _space(
+        self, method: str | Sequence[str], groups: Groups, tune: Sequence[str] | None, settings: Mapping[str, Any],
+        classes: bool, knots: int | None,
     ) -> Genome | Alternatives:  # fmt: skip
+        """See ``space``: without corrections."""
         if isinstance(method, str):
             return self._space_of(method, groups, tune, settings, classes, knots)
         several = {name: methods.get(name, "search.method") for name in method}
@@ -78,10 +89,34 @@ class RecipeMaker:
             branches[name] = self._space_of(name, groups, own, fixed, classes, knots)
         return branches[method[0]] if len(method) == 1 else Alternatives(branches)
 
-    def space_in(self, recipe: Any) -> RecipeSpace:
+    def space_in(self, recipe: Any, after: Sequence[AfterSettings] = ()) -> RecipeSpace | Corrected:
         nodes = {self._places[node.name]: node for node in (self.base, *self.experts)}
         base, key = self._places["base"], f"search.{RECIPE_KEY}"
-        return recipe_space(recipe_text(recipe, key), self._names, nodes, base, key, self._seed)
+        found = recipe_space(recipe_text(recipe, key), self._names, nodes, base, key, self._seed)
+        return self._corrected(found, after)
+
+    def _corrected(self, space: SpaceType, after: Sequence[AfterSettings]) -> SpaceType | Corrected:
+        """The space, or where there are corrections, that of the corrected models."""
+        refuse_twice([step.method for step in after])
+        steps = tuple(self._correction(step, f"search.after[{n}]") for n, step in enumerate(after))
+        return Corrected(space, steps) if steps else space
+
+    def _correction(self, step: AfterSettings, place: str) -> Genome:
+        """The space of one correction, over a model that stands for the merge."""
+        found, merge = methods.get(step.method, f"{place}.method"), Expert("merge", "merge")
+        if own := [of.statistic for of in found.statistics.values() if not of.base]:
+            raise BadInput(
+                f"{place}.method: {found.name} needs statistics of the model that it gets ({', '.join(own)}), which "
+                "are collected of experts only; write it under search.method."
+            )
+        kinds = dict.fromkeys(found.statistics.values())
+        for kind in kinds:
+            collector_named(kind.statistic)
+        statistics = tuple(node for kind in kinds for node in self.wanted_of_experts(kind))
+        numbers = [n for n, s in found.settings.items() if isinstance(s.search, methods.Range) and n != "lambda"]
+        tune = [n for n in numbers if n not in step.settings] if step.tune is None else step.tune
+        given = (tune, step.settings, place, statistics)
+        return genome(found, [merge], self.base, self._names, 1, *given, fixed_alone=True)
 
     def _space_of(
         self, method: str, groups: Groups, tune: Sequence[str] | None, settings: Mapping[str, Any], classes: bool,

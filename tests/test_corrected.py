@@ -1,0 +1,154 @@
+"""Corrections: methods that every merge of a search goes through."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_classification import classify  # noqa: F401  # a fixture
+from test_statistics import cache, configured, ready_of, worker_of  # noqa: F401  # fixtures
+
+from evolver.commands.collecting import _asked
+from evolver.commands.explain import explain
+from evolver.config.corrections import AfterSettings
+from evolver.config.reading import config_at
+from evolver.errors import BadInput
+from evolver.merging.maker import RecipeMaker
+from evolver.merging.methods import METHODS, Of
+from evolver.merging.settings.spelling import refuse_unknown
+from evolver.records import Candidate
+from evolver.records.recipe import Merge, dump_recipe, load_recipe
+
+NAMES = ["model.embed", *(f"model.layers.{i}.w" for i in range(3))]
+INLINE = {
+    "merge_method": "ties", "base_model": "base", "parameters": {"density": "?"},
+    "models": [{"model": name, "parameters": {"weight": "?"}} for name in "ab"],
+}  # fmt: skip
+
+
+def space_of(*after, method="ties", groups=1, tune=None, settings=None):
+    maker = RecipeMaker(["a", "b"], NAMES)
+    return maker.space(method, groups, tune, settings or {}, after=[AfterSettings(**step) for step in after])
+
+
+AIM, LINES = {"method": "aim", "settings": {"power": 2.0}}, {"method": "lines", "tune": ["alpha"]}
+
+
+def test_a_correction_gets_the_merge_alone_and_is_searched_beside_it():
+    space, plain = space_of(AIM, LINES, groups=3), space_of(groups=3)
+    assert [k.name for k in space.knobs] == [*(k.name for k in plain.knobs), "after.aim.omega", "after.lines.alpha"]
+    point = {**plain.encode_equal(0.7), "after.aim.omega": 0.3, "after.lines.alpha": 0.4}
+    lines = space.decode(point)
+    assert (lines.method, lines.inputs[0].method) == ("lines", "aim")
+    assert lines.inputs[0].inputs == (plain.decode(plain.encode_equal(0.7)),)
+    said = lines.inputs[0].settings("model.embed", None)
+    assert said == {"omega": 0.3, "power": 2.0, "weight": (1.0,), "lambda": 1.0}
+    assert lines.settings("model.embed", None)["alpha"] == 0.4
+
+
+def test_the_identity_of_a_recipe_contains_its_corrections():
+    point = space_of().encode_equal(1.0)
+    made = [
+        space_of().decode(point),
+        *(space_of(AIM).decode({**point, "after.aim.omega": omega}) for omega in (0.2, 0.3)),
+        space_of({**AIM, "settings": {"power": 1.0}}).decode({**point, "after.aim.omega": 0.2}),
+        space_of(AIM, LINES).decode({**point, "after.aim.omega": 0.2, "after.lines.alpha": 0.4}),
+        space_of(LINES, AIM).decode({**point, "after.aim.omega": 0.2, "after.lines.alpha": 0.4}),
+    ]
+    assert len({recipe.id for recipe in made}) == len(made)
+    for recipe in made:
+        refuse_unknown(recipe, "here")
+        assert load_recipe(dump_recipe(recipe)).id == recipe.id
+
+
+@pytest.mark.parametrize("method", ["ties", ["ties", "task_arithmetic"]])
+def test_the_point_of_a_model_is_found_again(method):
+    space = space_of(AIM, LINES, method=method)
+    point = {**space.encode_equal(0.7), "after.aim.omega": 0.9}
+    found = space.encode(space.decode(point))
+    assert space.decode(found).id == space.decode(point).id
+    assert set(found) <= {k.name for k in space.knobs}
+    assert space.encode(space_of(method=method).decode(space_of(method=method).encode_equal(0.7))) is None
+    assert space_of(AIM, method=method).encode(space.decode(point)) is None
+
+
+def test_of_several_methods_each_has_the_same_correction():
+    space = space_of(AIM, method=["ties", "task_arithmetic"])
+    assert [k.name for k in space.knobs if k.name.startswith("after.")] == ["after.aim.omega"]
+    for name, branch in space.branches.items():
+        point = space.within(name, {**branch.encode_equal(1.0), "after.aim.omega": 0.8})
+        recipe = space.decode(space.encode_equal(1.0) | point)
+        assert (recipe.inputs[0].method, recipe.settings("model.embed", None)["omega"]) == (name, 0.8)
+
+
+def test_a_mergekit_file_can_be_corrected():
+    maker = RecipeMaker(["a", "b"], NAMES)
+    space, plain = maker.space_in(INLINE, [AfterSettings(**AIM)]), maker.space_in(INLINE)
+    recipe = space.decode({**space.encode_equal(1.0), "after.aim.omega": 0.1})
+    assert recipe.inputs == (plain.decode(plain.encode_equal(1.0)),)
+    assert space.encode(recipe)["after.aim.omega"] == 0.1
+
+
+def test_a_grid_has_an_axis_for_each_setting_of_a_correction():
+    asked = []
+    axes = space_of(AIM, tune=["density"]).axes(lambda name: asked.append(name) or 2)
+    assert asked == ["density", "after.aim.omega"]
+    assert axes[1] == ({"after.aim.omega": 0.0}, {"after.aim.omega": 1.0})
+
+
+def test_a_search_begins_with_the_defaults_of_corrections():
+    start = space_of(AIM).encode_equal(1.0)
+    assert start["after.aim.omega"] == METHODS["aim"].settings["omega"].default
+    guessed = space_of(AIM).encode_weights(NAMES, lambda shares: ((0.8, 0.2), 1.0))
+    recipe = space_of(AIM).decode(guessed)
+    assert recipe.inputs[0].settings("model.embed", None)["weight"] == pytest.approx((0.8, 0.2), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [
+        ([{"method": "aimm"}], r"search\.after\[0\]\.method: .*'aimm'.*aim"),
+        ([AIM, AIM], r"search\.after\[1\]\.method: aim corrects twice; list each method once"),
+        ([{"method": "fisher"}], r"search\.after\[0\]\.method: fisher needs statistics of the model that it gets"),
+        ([{"method": "slerp"}], r"search\.after\[0\].*slerp takes 2 models, not 1"),
+        ([{"method": "aim", "tune": ["omegga"]}], r"search\.after\[0\]\.tune: .*'omegga'.*omega"),
+        ([{"method": "aim", "settings": {"omega": 2}}], r"search\.after\[0\]\.settings.omega"),
+    ],
+)
+def test_what_cannot_correct_is_refused(after, said):
+    with pytest.raises(BadInput, match=said):
+        space_of(*after)
+
+
+def test_a_worker_scales_columns_of_any_merge(configured):  # noqa: F811
+    """Of the merged model, whose task vector is scaled by 1 - a (1 - omega); evolver stats knows what is asked for."""
+    search = {"algorithm": "tpe", "method": "ties", "after": [{"method": "aim"}]}
+    file = configured(search=search)
+    assert _asked(config_at(file), ()) == [Of("activation", base=True)]
+    ready = ready_of(file)
+    worker, space = worker_of(ready), ready.search.space
+    recipe = space.decode({**space.encode_equal(0.8), "after.aim.omega": 0.25})
+    assert [(s.collected, s.of.name) for s in recipe.statistics] == [("activation", "base")] * 2
+    assert len({s.items for s in recipe.statistics}) == 2
+    result = worker.evaluate(Candidate(0, recipe, "test"))
+    assert result.status == "ok", result.reason
+    before, after = (dict(worker.materialiser.stream(r)) for r in (recipe.inputs[0], recipe))
+    used = [worker.materialiser._statistics[s.id] for s in recipe.statistics]
+    scaled = 0
+    for name, tensor in after.items():
+        base = ready.opened.base.tensor(name)
+        moved = before[name].double() - base
+        if used[0].get(name) is not None:
+            a = sum(u.get(name).double() for u in used)
+            moved = moved * (1 - a / a.max() * 0.75)
+            scaled += not torch.equal(tensor, before[name])
+        assert torch.allclose(tensor.double(), base + moved, rtol=1e-6, atol=1e-7), name
+    assert scaled > 10
+    name, method, settings = next(row for row in explain(file) if row[0].endswith("query.weight"))
+    assert (method, settings["weight"], settings["aim.omega"]) == ("ties, aim", "tuned", "tuned")
+
+
+def test_a_recipe_with_statistics_of_the_base_may_name_any_number_of_experts():
+    recipe = space_of(AIM).decode(space_of(AIM).encode_equal(1.0))
+    refuse_unknown(recipe, "here")
+    with pytest.raises(BadInput, match=r"aim of 1 models needs 1 statistics, and the recipe names 0"):
+        refuse_unknown(Merge("aim", recipe.inputs, recipe.base, recipe.rules), "here")
