@@ -21,6 +21,7 @@ from evolver.merging.alignment.layouts import LAYOUTS, unit_layers
 from evolver.merging.alignment.matching import Heads, best_order, head_order, unit_order
 from evolver.merging.alignment.orders import STREAM, all_axes, find_orders, mean_cosine, ordered, put_in_order
 from evolver.merging.alignment.realigned import Realigned
+from evolver.merging.alignment.semantics import semantic_map, token_head
 from evolver.merging.alignment.transport import exact_order, sinkhorn, soft_transport, unit_costs, unit_masses
 
 ALWAYS = AlignmentSettings(parts="both", when="always")
@@ -319,6 +320,67 @@ def test_orders_are_found_once(view, shuffled, monkeypatch, tmp_path):
     assert (view(shuffled).said(), view(shuffled).digest()) == (said, digest)
     monkeypatch.setattr(module, "write_kept", lambda *_: (_ for _ in ()).throw(OSError("full")))
     assert view(shuffled, ALL).digest() == digest  # the same orders, and no cache
+
+
+SEMANTIC = AlignmentSettings(parts="all", method="semantic", when="always")
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Llama 2"])
+def test_a_stream_that_was_turned_is_turned_back_by_what_it_means(name):
+    """Where all gains are equal, a turned stream is the same model; the head tells which turn it was."""
+    model, tensors, headers, config = opened_family(name)
+    tensors = {n: torch.ones_like(t) if n.endswith("norm.weight") else t for n, t in tensors.items()}
+    layers = unit_layers(headers, config, "here")
+    axes = all_axes(layers, headers, True, "here")
+    width = config["hidden_size"]
+    turn = torch.linalg.qr(drawn(width, width, seed=5)).Q.float()
+    turned = {n: ordered(tensors.__getitem__, axes, {STREAM: turn})(n) for n in tensors}
+    assert all(torch.allclose(t, torch.ones_like(t)) for n, t in turned.items() if n.endswith("norm.weight"))
+    texts = torch.randint(3, 300, (2, 17), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        before, after = ([model.load_state_dict(x), model(input_ids=texts).logits][1] for x in (tensors, turned))
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
+    new = scrambled(turned, layers)
+    found = find_orders(tensors.__getitem__, new.__getitem__, headers, layers, axes, SEMANTIC)
+    torch.testing.assert_close(found.orders[STREAM], turn.T.contiguous(), rtol=0, atol=1e-5)
+    back = ordered(new.__getitem__, axes, found.orders)
+    for n, tensor in tensors.items():
+        torch.testing.assert_close(back(n).double(), tensor, rtol=0, atol=1e-5)
+
+
+def test_gains_follow_the_features_that_they_scale():
+    axes, gain = {"norm.weight": [(0, STREAM)], "norm.bias": [(0, STREAM)]}, torch.tensor([1.0, 2.0, 5.0])
+    swap = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    half = torch.tensor([[0.6, -0.8, 0.0], [0.8, 0.6, 0.0], [0.0, 0.0, 1.0]])
+    for name, turn, wanted in (
+        ("norm.weight", swap, [2, 1, 5]), ("norm.bias", swap, [2, 1, 5]),
+        ("norm.weight", half, [0.36 + 2 * 0.64, 0.64 + 2 * 0.36, 5]), ("norm.bias", half, [2.2, 0.4, 5]),
+    ):  # fmt: skip
+        found = module.brought(name, gain, axes, {STREAM: turn})
+        torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float32))
+
+
+def test_equal_heads_turn_nothing_and_others_are_said(view, models, tmp_path):
+    same = view(models / "base", SEMANTIC)
+    assert not same.found.orders
+    assert same.digest() == same.inner.digest()
+    heads = drawn(90, 12), drawn(90, 12, seed=1)
+    turn = semantic_map(*heads).double()
+    torch.testing.assert_close(turn.T @ turn, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-6)
+    left, _, right = torch.linalg.svd(torch.linalg.pinv(heads[0]) @ heads[1])
+    torch.testing.assert_close(turn, (left @ right).T, rtol=0, atol=1e-6)
+    seen = view(models / "a", SEMANTIC)
+    assert "its stream is turned" in seen.said()
+    assert all(seen.tensor(n).shape == seen.inner.tensor(n).shape for n in seen.names())
+
+
+def test_what_cannot_be_turned_is_refused(models):
+    assert "write parts: all" in AlignmentSettings(method="semantic").wrong
+    base = open_base(str(models / "base"))
+    few = {"lm_head.weight": TensorInfo((7, 64), torch.float32)}
+    refused(lambda: token_head(few, "model.align.method"), "model.align.method", "7 tokens", "64 features", "matching")
+    refused(lambda: token_head({}, "model.align.method"), "model.align.method", "no tensor with a row", "matching")
+    assert token_head(base.headers, "here").endswith("weight")
 
 
 def test_other_widths_have_no_partners(view, models, tmp_path):

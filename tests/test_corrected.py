@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 from test_classification import classify  # noqa: F401  # a fixture
 from test_statistics import cache, configured, ready_of, worker_of  # noqa: F401  # fixtures
 
 from evolver.commands.collecting import _asked
 from evolver.commands.explain import explain
+from evolver.commands.merge import merge_file
 from evolver.config.corrections import AfterSettings
 from evolver.config.reading import config_at
 from evolver.errors import BadInput
@@ -16,7 +19,7 @@ from evolver.merging.maker import RecipeMaker
 from evolver.merging.methods import METHODS, Of
 from evolver.merging.settings.spelling import refuse_unknown
 from evolver.records import Candidate
-from evolver.records.recipe import Merge, dump_recipe, load_recipe
+from evolver.records.recipe import Merge, Rule, dump_recipe, load_recipe
 
 NAMES = ["model.embed", *(f"model.layers.{i}.w" for i in range(3))]
 INLINE = {
@@ -152,3 +155,61 @@ def test_a_recipe_with_statistics_of_the_base_may_name_any_number_of_experts():
     refuse_unknown(recipe, "here")
     with pytest.raises(BadInput, match=r"aim of 1 models needs 1 statistics, and the recipe names 0"):
         refuse_unknown(Merge("aim", recipe.inputs, recipe.base, recipe.rules), "here")
+
+
+def merged_by_file(ready, folder, *documents, statistics=None):
+    """The tensors that ``evolver merge`` makes of a mergekit file; models are called by their names in a run."""
+    places = {"base": str(ready.opened.base.path), **{n: str(e.path) for n, e in ready.opened.experts.items()}}
+    text = "---\n".join(yaml.safe_dump(d) for d in documents)
+    for name, place in places.items():
+        text = text.replace(f"${name}", place)
+    (folder / "merge.yml").write_text(text)
+    out = folder / f"out{len(list(folder.glob('out*')))}"
+    merge_file(folder / "merge.yml", out, statistics=statistics)
+    return load_file(out / "model.safetensors"), (out / "mergekit_config.yml").read_text()
+
+
+TIES = {
+    "name": "merged", "merge_method": "ties", "base_model": "$base", "parameters": {"density": 0.5},
+    "models": [{"model": "$a", "parameters": {"weight": 0.7}}, {"model": "$b", "parameters": {"weight": 0.3}}],
+}  # fmt: skip
+THEN_AIM = {"merge_method": "aim", "base_model": "$base", "models": [{"model": "merged"}], "parameters": {"omega": 0.2}}
+
+
+def test_evolver_merge_corrects_a_merge_with_statistics_of_a_run(configured, tmp_path, capfd):  # noqa: F811
+    file = configured(search={"algorithm": "tpe", "method": "ties", "after": [{"method": "aim"}]})
+    ready = ready_of(file)
+    found, written = merged_by_file(ready, tmp_path, TIES, THEN_AIM, statistics=file)
+    assert written.startswith(f"# evolver merge --statistics {file}\n")
+    ties = Merge("ties", ready.experts, ready.base, (Rule.of({"weight": (0.7, 0.3), "density": (0.5, 0.5)}),))
+    asked = tuple(ready.maker.wanted_of_experts(Of("activation", base=True)))
+    aim = Merge("aim", (ties,), ready.base, (Rule.of({"omega": 0.2}),), asked)
+    capfd.readouterr()
+    wanted = dict(worker_of(ready).materialiser.stream(aim))  # a run's worker finds in the cache what was collected
+    assert "collected" not in capfd.readouterr().err
+    plain, _ = merged_by_file(ready, tmp_path, TIES)
+    assert all(torch.allclose(found[name], tensor, atol=1e-6) for name, tensor in wanted.items())
+    assert any(not torch.equal(found[name], tensor) for name, tensor in plain.items())
+    experts = {"merge_method": "fisher", "base_model": "$base", "models": [{"model": "$b"}, {"model": "$a"}]}
+    fisher, _ = merged_by_file(ready, tmp_path, experts, statistics=file)
+    a, b = ready.experts
+    wanted = dict(worker_of(ready).materialiser.stream(
+        Merge("fisher", (b, a), ready.base, (), ready.maker.statistics_of(METHODS["fisher"], (b, a)))
+    ))  # fmt: skip
+    assert all(torch.allclose(fisher[name], tensor, atol=1e-6) for name, tensor in wanted.items())
+
+
+def test_evolver_merge_refuses_statistics_of_other_models(configured, tmp_path):  # noqa: F811
+    file = configured()
+    ready = ready_of(file)
+    with pytest.raises(BadInput, match=r"aim needs statistics of the models on items.*--statistics RUN.yaml"):
+        merged_by_file(ready, tmp_path, TIES, THEN_AIM)
+    with pytest.raises(BadInput, match=r"--statistics: .*its base is not that of the merge by aim; give one with"):
+        merged_by_file(ready, tmp_path, {**THEN_AIM, "base_model": "$a", "models": [{"model": "$b"}]}, statistics=file)
+    with pytest.raises(BadInput, match=r"fisher needs statistics of .*, which is none of its experts"):
+        merged_by_file(ready, tmp_path, TIES, {**THEN_AIM, "merge_method": "fisher", "parameters": {}}, statistics=file)
+    part = {"sources": [{"model": "$a", "layer_range": [0, 1]}]}
+    sliced = {"merge_method": "aim", "base_model": "$base", "slices": [part, part]}
+    with pytest.raises(BadInput, match=r"aim has statistics of whole models only; write models, not slices"):
+        merged_by_file(ready, tmp_path, sliced, statistics=file)
+    assert not list(tmp_path.glob("out*"))

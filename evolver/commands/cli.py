@@ -376,6 +376,7 @@ def merge(
     random_seed: Annotated[int, typer.Option(help="seed of methods that draw at random")] = 0,
     strict: Annotated[bool, typer.Option(help="refuse models that are no fine-tunes of the base")] = False,
     align: mk.Align = "none",
+    statistics: mk.StatisticsFrom = None,
     num_threads: Annotated[int, typer.Option("--num-threads", "-j", help="CPU threads; 0 means all cores")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print nothing")] = False,
     verbose: mk.Verbosity = 0, async_write: mk.NoEffect = False, write_threads: mk.NoEffectCount = None,
@@ -402,7 +403,7 @@ def merge(
     merging.merge_file(
         config, out, device=mk.chosen_device(cuda or gpu_rich, device), seed=random_seed,
         shard_bytes=_bytes(out_shard_size), tokenizer=copy_tokenizer, card=write_model_card,
-        strict=strict, align=align,
+        strict=strict, align=align, statistics=statistics,
         warn=lambda line: None if quiet else typer.echo(f"warning: {line}", err=True),
     )  # fmt: skip
     if not quiet:

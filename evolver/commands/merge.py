@@ -15,6 +15,7 @@ from evolver.checkpoints.doubts import left_out, refuse_strangers, strange_bases
 from evolver.checkpoints.shards import SHARD_BYTES
 from evolver.checkpoints.sources import Named, models_below, open_base, open_experts
 from evolver.checkpoints.weights import Checkpoint, Source, digests
+from evolver.commands.measured import measured
 from evolver.config.model import AlignmentSettings, AlignmentWord, TokenizerSettings, alignment_of
 from evolver.errors import BadInput
 from evolver.kernels.compiled import Kernels
@@ -73,15 +74,16 @@ class OpenedFile:
     left_out: tuple[str, ...] = ()
 
 
-def open_merge(path: str | Path, start: bool = False) -> OpenedFile:
+def open_merge(path: str | Path, start: bool = False, measured: bool = False) -> OpenedFile:
     """Read a mergekit file and open its models. Of their weights, only headers are read.
 
     Args:
         start: whether the file may leave values free, which then are those that a search begins with.
+        measured: whether methods are allowed that need statistics.
 
     Raises BadInput, naming file and key, where the file is wrong or a model cannot be opened.
     """
-    configuration = mergekit.read(path, start)
+    configuration = mergekit.read(path, start, measured)
     location = configuration.origin.partition("+")[0]
     base = open_base(location, f"{path}: base_model")
     names, same = Agreement(base, without_weights_of), configuration.tokenizer is None
@@ -130,7 +132,7 @@ def _refuse_other_tokens(models: Mapping[str, Source], base: Checkpoint, place: 
 def merge_file(
     path: str | Path, target: Path, *, device: str = "cpu", seed: int = 0, shard_bytes: int = SHARD_BYTES,
     tokenizer: bool = True, card: bool = True, strict: bool = False,
-    align: AlignmentWord = "none", warn: Callable[[str], None] = lambda _: None,
+    align: AlignmentWord = "none", statistics: str | Path | None = None, warn: Callable[[str], None] = lambda _: None,
 ) -> None:  # fmt: skip
     """Merge as the file says, and write a Hugging Face folder. A merge that is interrupted leaves no such folder.
 
@@ -144,13 +146,14 @@ def merge_file(
         card: whether to write a README and the file itself beside the model.
         align: which hidden units of the models are brought into the order of the base's; auto: all of them, for models
             of another ancestry.
+        statistics: the configuration of a run, on whose items statistics are collected where methods need them.
         strict: refuse adapters that name another base, and models whose weights have nothing to do with the base's.
         warn: is called with each warning about the models.
 
     Raises BadInput, before anything is written, where the file is wrong or the models cannot be merged.
     """
     check_target(target)
-    opened = open_merge(path)
+    opened = open_merge(path, measured=statistics is not None)
     for sentence in opened.configuration.warnings:
         warn(sentence)
     chat_template = _chat_template(opened, str(path))
@@ -161,16 +164,17 @@ def merge_file(
         warn(doubt)
     nodes = {r: Expert(r, d) for r, d in known.items()}
     recipe = opened.configuration.recipe(nodes, opened.base.names(), seed)
+    given = None if statistics is None else measured(statistics)
+    recipe = given.recipe(recipe) if given else recipe
     dtype = opened.configuration.dtype
     materialiser = Materialiser(
         opened.base, {known[r]: s for r, s in opened.sources.items()}, getattr(torch, dtype) if dtype else None,
-        device=device, kernels=None if device == "cpu" else _kernels(opened),
+        device=device, kernels=None if device == "cpu" else _kernels(opened), statistics=given,
     )  # fmt: skip
     beside = beside_of(opened.base, modules.names)
     for sentence in (*modules.warnings, *beside.warnings):
         warn(sentence)
-    text = ("" if align == "none" else f"# evolver merge --align {align}\n") + Path(path).read_text()
-    texts = {"README.md": CARD.format(name=target.name, text=text), mergekit.CONFIG_FILE: text} if card else {}
+    texts = _texts(Path(path), target.name, align, statistics) if card else {}
 
     with new_folder(target) as folder:
         try:
@@ -179,14 +183,26 @@ def merge_file(
         except BadInput as error:
             raise BadInput(f"{path}: {error}") from error
         beside.copy_to(folder)
-        if not tokenizer:
+        if tokenizer:
+            _complete_tokenizer(folder, opened, chat_template)
+        else:
             for name in TOKENIZER:
                 (folder / name).unlink(missing_ok=True)
-            return
-        if opened.vocabulary is not None:
-            extend_tokenizer(folder, opened.vocabulary, {r: with_tokens(s).path for r, s in opened.sources.items()})
-        if chat_template is not None:
-            (folder / chat.CHAT_FILE).write_text(chat_template)
+
+
+def _complete_tokenizer(folder: Path, opened: OpenedFile, chat_template: str | None) -> None:
+    """Add what the file asks for beside the tokenizer of one model: the tokens of others, and a chat template."""
+    if opened.vocabulary is not None:
+        extend_tokenizer(folder, opened.vocabulary, {r: with_tokens(s).path for r, s in opened.sources.items()})
+    if chat_template is not None:
+        (folder / chat.CHAT_FILE).write_text(chat_template)
+
+
+def _texts(path: Path, name: str, align: AlignmentWord, statistics: str | Path | None) -> dict[str, str]:
+    """The README and the file itself, with the options that it was merged with, by the names of files."""
+    options = ("" if align == "none" else f" --align {align}") + (f" --statistics {statistics}" if statistics else "")
+    text = (f"# evolver merge{options}\n" if options else "") + path.read_text()
+    return {"README.md": CARD.format(name=name, text=text), mergekit.CONFIG_FILE: text}
 
 
 def _realigned(opened: OpenedFile, settings: AlignmentSettings | None, modules: bool) -> OpenedFile:

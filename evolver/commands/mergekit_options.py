@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +26,13 @@ Align = Annotated[
     typer.Option(
         help="bring hidden units of the models into the base's order first: none, auto (all, of models of another "
         "ancestry than the base), mlp, heads, both or all"
+    ),
+]
+StatisticsFrom = Annotated[
+    Path | None,
+    typer.Option(
+        help="the YAML file of a run with the same base, on whose items statistics are collected for methods that need "
+        "them, such as aim"
     ),
 ]
 

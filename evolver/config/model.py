@@ -59,10 +59,11 @@ class AlignmentSettings(Section):
         description="different: only experts of another ancestry than the base's, whose MLP rows have a mean cosine "
         "below 0.5 with the base's. always: every expert",
     )
-    method: Literal["matching", "transport"] = Field(
+    method: Literal["matching", "transport", "semantic"] = Field(
         "matching",
         description="matching: the order in which all weights are most alike (Git Re-Basin). transport: of hidden "
-        "units of MLPs, optimal transport between their incoming weights (OTFusion); heads are matched",
+        "units of MLPs, optimal transport between their incoming weights (OTFusion); heads are matched. semantic: the "
+        "stream is turned so that its features mean the same tokens (a reading of SeMe); all else is matched",
     )
     regularisation: float = Field(
         0.0,
@@ -79,8 +80,10 @@ class AlignmentSettings(Section):
     @property
     def wrong(self) -> str | None:
         """What does not go together in it and what to write instead, if there is something."""
-        if self.method == "matching" and self.regularisation > 0:
-            return "regularisation: matching moves whole units; write method: transport, or leave it out"
+        if self.method == "semantic" and self.parts != "all":
+            return "method: semantic is about the stream; write parts: all"
+        if self.method != "transport" and self.regularisation > 0:
+            return f"regularisation: {self.method} moves whole units; write method: transport, or leave it out"
         if self.regularisation == 0 and self.masses != "uniform":
             return "masses: whole units count alike; write a regularisation above 0, or masses: uniform"
         return None

@@ -125,7 +125,7 @@ class RecipeMaker:
         found = methods.get(method, "search.method")
         return genome(
             found, self.experts, self.base, self._names, groups, tune, settings, "search",
-            self._statistics(found, self.experts), classes, knots,
+            self.statistics_of(found, self.experts), classes, knots,
         )  # fmt: skip
 
     def merger(
@@ -138,11 +138,11 @@ class RecipeMaker:
             _refuse_by_expert(method, given, members or 0)
             names = [str(n) for n in range(members or 0)]
         else:
-            self._statistics(method, self.experts)  # what cannot be collected is refused now
+            self.statistics_of(method, self.experts)  # what cannot be collected is refused now
         knobs, start = adapted(method, given, adapt)
         fixed = {key: value for key, value in given.items() if key not in start}
         rules = fixed_rules(method, fixed, names, self._names, "search.merger", start)
-        return RecipeMerger(method, self.base, rules, knobs, start, partial(self._statistics, method))
+        return RecipeMerger(method, self.base, rules, knobs, start, partial(self.statistics_of, method))
 
     def crossover(self, first: Recipe, second: Recipe, ratio: float, point: float) -> Recipe:
         return Merge("split_slerp", (first, second), self.base, one_point(self._sizes, ratio, point))
@@ -156,7 +156,7 @@ class RecipeMaker:
         """What an annotation asks for, of every expert. Raises BadInput where it cannot be collected."""
         return self._statistics_of(wanted, self.experts, self.experts)
 
-    def _statistics(self, method: methods.Method, members: Sequence[Recipe]) -> tuple[Statistic, ...]:
+    def statistics_of(self, method: methods.Method, members: Sequence[Recipe]) -> tuple[Statistic, ...]:
         """What a method asks for, of every kind one a member.
 
         Of an offspring, those of the expert in whose place it stands are used unchanged, as in the experiments of

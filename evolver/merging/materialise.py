@@ -242,7 +242,7 @@ class Materialiser:
             mine = node.statistics[number * count : (number + 1) * count]
             found = [self._statistics[s.id].get(name) for s in mine]
             whole = [t.to(self.device) for t in found if t is not None]
-            out[kind] = whole if len(whole) == count else None
+            out[kind] = whole if count and len(whole) == count else None
         return {parameter: out[kind] for parameter, kind in wanted.items()}
 
     def _whole(self, node: Merge, name: str, below: list[Tensor]) -> InputTensors:

@@ -33,6 +33,7 @@ from evolver.merging.alignment.matching import (
     head_order,
     unit_order,
 )
+from evolver.merging.alignment.semantics import semantic_map, token_head
 from evolver.merging.alignment.transport import exact_order, soft_transport, unit_costs
 from evolver.records.canonical import content_hash
 from evolver.storage.paths import expand
@@ -126,7 +127,11 @@ def find_orders(
     if settings.when == "different" and before >= DIFFERENT_BELOW:
         return FoundOrders({}, AlignmentFigures(before, before, 0.0, 0.0))
     orders: dict[str, Tensor] = {}
-    if settings.parts == "all":
+    if settings.method == "semantic":
+        head = token_head(headers, "model.align.method")
+        turn = semantic_map(ours(head), theirs(head))
+        orders |= {} if turn is None else {STREAM: turn}
+    elif settings.parts == "all":
         orders[STREAM] = stream_order(ours, theirs, headers, layers, axes, settings)
     seen = ordered(theirs, axes, orders)
     heads = []
@@ -158,15 +163,20 @@ def mean_cosine(ours: Read, theirs: Read, layers: list[UnitLayer]) -> float:
 
 def ordered(read: Read, axes: Axes, orders: Mapping[str, Tensor]) -> Read:
     """A reader of the same model with its units in other orders."""
+    return lambda name: brought(name, read(name), axes, orders)
 
-    def seen(name: str) -> Tensor:
-        tensor = read(name)
-        for axis, tag in axes.get(name, ()):
-            if (order := orders.get(tag)) is not None:
-                tensor = put_in_order(tensor, axis, order)
-        return tensor
 
-    return seen
+def brought(name: str, tensor: Tensor, axes: Axes, orders: Mapping[str, Tensor]) -> Tensor:
+    """A tensor with its units in other orders.
+
+    Where a stream is turned, no gain of a norm belongs to one feature any more: each feature gets the mean of the gains
+    of those that it was made of, which is the diagonal of the turned diagonal matrix.
+    """
+    for axis, tag in axes.get(name, ()):
+        if (order := orders.get(tag)) is not None:
+            gain = tag == STREAM and order.dim() > 1 and tensor.dim() == 1 and name.endswith(".weight")
+            tensor = put_in_order(tensor, axis, order.square() if gain else order)
+    return tensor
 
 
 def put_in_order(tensor: Tensor, axis: int, order: Tensor) -> Tensor:
@@ -239,7 +249,7 @@ def _units(
     layer: UnitLayer, headers: Mapping[str, TensorInfo], ours: Read, theirs: Read, settings: AlignmentSettings
 ) -> Tensor:  # fmt: skip
     a, b = (_incoming(read, layer, headers) for read in (ours, theirs))
-    if settings.method == "matching":
+    if settings.method != "transport":
         out = f"{layer.prefix}{layer.layout.outer}.weight"
         return unit_order(*(torch.cat([rows, read(out).double().T], 1) for rows, read in ((a, ours), (b, theirs))))
     if settings.regularisation == 0:

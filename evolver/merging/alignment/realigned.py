@@ -15,7 +15,8 @@ from evolver.checkpoints.weights import Checkpoint, Source, TensorInfo, digest_o
 from evolver.config.model import AlignmentSettings
 from evolver.errors import BadInput
 from evolver.merging.alignment.layouts import unit_layers
-from evolver.merging.alignment.orders import DIFFERENT_BELOW, FoundOrders, all_axes, found_once, put_in_order
+from evolver.merging.alignment.orders import DIFFERENT_BELOW, FoundOrders, all_axes, brought, found_once
+from evolver.merging.alignment.semantics import token_head
 
 
 class Realigned(Checkpoint):
@@ -40,6 +41,8 @@ class Realigned(Checkpoint):
         self._layers = unit_layers(base.headers, base.config, said)
         self._axes = all_axes(self._layers, base.headers, settings.parts == "all", said)
         self._refuse_other_widths()
+        if settings.method == "semantic":
+            token_head(base.headers, f"{place}.method")
 
     @property
     def headers(self) -> dict[str, TensorInfo]:  # the same tensors, read from files there
@@ -58,11 +61,7 @@ class Realigned(Checkpoint):
         return [*self.inner.files(), *self.base.files()]
 
     def tensor(self, name: str) -> Tensor:
-        tensor = self.inner.tensor(name)
-        for axis, tag in self._axes.get(name, ()):
-            if (order := self.found.orders.get(tag)) is not None:
-                tensor = put_in_order(tensor, axis, order)
-        return tensor
+        return brought(name, self.inner.tensor(name), self._axes, self.found.orders)
 
     def digest(self) -> str:
         """Of the model as it is where no unit moves. Orders count as they are, so that another machine that finds other
@@ -85,7 +84,7 @@ class Realigned(Checkpoint):
             return f"{which}: {measured}, so it is taken as a fine-tune of the base and its units stay where they are"
         if not self.found.orders:
             return f"{which}: {measured}, and its units match best where they are, so none is moved"
-        done = []
+        done = ["its stream is turned"] if self.settings.method == "semantic" else []
         if self.settings.parts != "heads":
             how = "are mixed from others" if self.settings.regularisation > 0 else "are moved"
             done.append(f"{100 * figures.moved:.3g} % of its hidden units {how}")

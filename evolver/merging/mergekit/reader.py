@@ -259,31 +259,32 @@ class _Group:
     at: int
 
 
-def read(path: str | Path, start: bool = False) -> Configuration:
+def read(path: str | Path, start: bool = False, measured: bool = False) -> Configuration:
     """Read a mergekit file; of several documents, the one without a name, else the last one, is the model.
 
     Args:
         start: whether the file may leave values free, which then are those that a search begins with.
+        measured: whether methods are allowed that need statistics, which the recipe lacks.
 
     Raises BadInput for an unreadable file, an unknown key, method or parameter, with the nearest known one.
     """
     text = parsed_recipe(config_at(path).text, str(path))
     if start:
-        return configuration_of(at_start(text))
+        return configuration_of(at_start(text), measured)
     refuse_free(text)
-    return configuration_of(text)
+    return configuration_of(text, measured)
 
 
-def configuration_of(text: RecipeText) -> Configuration:
+def configuration_of(text: RecipeText, measured: bool = False) -> Configuration:
     """The configuration in the documents of a file; see ``read``."""
     documents, file = text.documents, text.origin
     if len(documents) == 1:
-        return parse(documents[0], file)
-    return _linked([parse(d, f"{file}: document {i}") for i, d in enumerate(documents, 1)], file)
+        return parse(documents[0], file, measured)
+    return _linked([parse(d, f"{file}: document {i}", measured) for i, d in enumerate(documents, 1)], file)
 
 
-def parse(raw: Mapping[str, Any], file: str) -> Configuration:
-    """A mergekit configuration that was read already; raises BadInput that names ``file``."""
+def parse(raw: Mapping[str, Any], file: str, measured: bool = False) -> Configuration:
+    """A mergekit configuration that was read already, see ``read``; raises BadInput that names ``file``."""
     refuse_other_tools(raw, file)
     checked = check_section(File, _without_modules(raw, file), file)
     for model, place in _models(checked, file):
@@ -295,11 +296,11 @@ def parse(raw: Mapping[str, Any], file: str) -> Configuration:
     if checked.tokenizer and checked.tokenizer_source:
         raise BadInput(f"{file}: tokenizer_source: the file also has the key tokenizer; write only one of them.")
     method = get(checked.merge_method, f"{file}: merge_method")
-    if method.statistics:
+    if method.statistics and not measured:
         raise BadInput(
             f"{file}: merge_method: {method.name} needs statistics of the models on items, and this file names none; "
-            f"write the configuration of a run, with search: {{algorithm: tpe, method: {method.name}}} and the items "
-            "under evaluation.tasks, and call evolver run."
+            "write the configuration of a run, with the items under evaluation.tasks, and add it to evolver merge as "
+            f"--statistics RUN.yaml, or search with it: {{algorithm: tpe, method: {method.name}}} and evolver run."
         )
     if method.name in WITHOUT_BASE and checked.models and checked.base_model:
         own = {reference(m.model): m.parameters for m in checked.models}
