@@ -10,7 +10,7 @@ from test_stats_command import collected
 from transformers import AutoModelForSequenceClassification
 
 from evolver.evaluation.collectors.inputs import LayerSums
-from evolver.merging.settings.maker import RecipeMaker
+from evolver.merging.maker import RecipeMaker
 from evolver.records import Candidate
 from evolver.records.recipe import Cross, Merge, Statistic
 from evolver.workers.pools.local import LocalPool

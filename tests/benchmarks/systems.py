@@ -7,6 +7,7 @@
 - ``tuned``: the twelve best of them, and task arithmetic, tuned by TPE at one equal budget of scored items;
 - ``evolver``: Evolver alone and with a merger, the rows of its paper's own table.
 
+``--only METHOD …`` makes runs of their own for methods that were added or changed; their figures replace earlier ones.
 Runs are kept, so the script goes on where it was stopped, and the page results/benchmarks/systems.md is made of all
 that there are: ``--seeds 0`` only writes it, and systems.json beside it, from which the docs take what each method did.
 """
@@ -64,10 +65,11 @@ def main() -> None:
     given.add_argument("--pool", choices=POOLS, default="emotion-l3")
     given.add_argument("--seeds", type=int, default=3)
     given.add_argument("--part", nargs="+", choices=PARTS, default=["masses", "tuned", "evolver"])
+    given.add_argument("--only", nargs="+", choices=sorted(METHODS), default=())
     asked = given.parse_args()
     for part in asked.part:
         for seed in range(1, asked.seeds + 1):
-            for made in PARTS[part](asked.pool, seed):
+            for made in PARTS[part](asked.pool, seed, asked.only):
                 once(asked.pool, made)
                 write()
     write()
@@ -106,21 +108,22 @@ def config(pool: str, run: str, seed: int, sizes: tuple[int, int, int], **more: 
 # The parts
 
 
-def masses(pool: str, seed: int) -> Iterator[dict[str, Any]]:
+def masses(pool: str, seed: int, only: Sequence[str]) -> Iterator[dict[str, Any]]:
     """All methods at all masses."""
-    yield from _begun(pool, f"masses-{seed}", seed, (*MASSES, *WIDE))
+    yield from _begun(pool, "masses", seed, (*MASSES, *WIDE), only)
 
 
-def defaults(pool: str, seed: int) -> Iterator[dict[str, Any]]:
+def defaults(pool: str, seed: int, only: Sequence[str]) -> Iterator[dict[str, Any]]:
     """All methods as they are."""
-    yield from _begun(pool, f"defaults-{seed}", seed, ())
+    yield from _begun(pool, "defaults", seed, (), only)
 
 
-def _begun(pool: str, run: str, seed: int, grid: Sequence[float]) -> Iterator[dict[str, Any]]:
+def _begun(pool: str, part: str, seed: int, grid: Sequence[float], only: Sequence[str]) -> Iterator[dict[str, Any]]:
     """One run that begins with all methods, also at those of these masses that suit them, and searches no further."""
     sizes = (FEWER.get(pool, SCORED), 5, 5)
+    run = "-".join((part, *only, str(seed)))
     plain = config(pool, run, seed, sizes, search={"algorithm": "random"}, budget={"candidates": 1})
-    files, made = [], recipes(plain, grid)
+    files, made = [], recipes(plain, grid, only)
     for label, recipe in made.items():
         file = home(pool) / "recipes" / f"{label.replace(' ', '_')}-{seed}.json"
         file.parent.mkdir(exist_ok=True)
@@ -130,9 +133,9 @@ def _begun(pool: str, run: str, seed: int, grid: Sequence[float]) -> Iterator[di
     yield plain | {"start": [{"recipe": f} for f in files], "budget": {"candidates": len(made) + 1}}
 
 
-def tuned(pool: str, seed: int) -> Iterator[dict[str, Any]]:
+def tuned(pool: str, seed: int, only: Sequence[str]) -> Iterator[dict[str, Any]]:
     """TPE over the methods that did best, with the budget that all have."""
-    for name in ["task_arithmetic", *best_methods(pool)]:
+    for name in only or ["task_arithmetic", *best_methods(pool)]:
         found = METHODS[name]
         search = {"algorithm": "tpe", "method": name}
         if not {"lambda", "weight"} & set(found.settings) and not any(s.search for s in found.settings.values()):
@@ -141,9 +144,11 @@ def tuned(pool: str, seed: int) -> Iterator[dict[str, Any]]:
         yield config(pool, f"tuned-{name}-{seed}", seed, POOLS[pool][1], search=search, budget=budget)
 
 
-def evolver(pool: str, seed: int) -> Iterator[dict[str, Any]]:
+def evolver(pool: str, seed: int, only: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Evolver with each merger, generation by generation."""
     for label, merger in MERGERS.items():
+        if only and merger.get("merger", {}).get("method") not in only:
+            continue
         search = {**GENERATIONS, **merger}
         run = f"{label.replace(' ', '-')}-{seed}"
         yield config(pool, run, seed, POOLS[pool][1], search=search, budget={"candidates": CANDIDATES})
@@ -152,8 +157,12 @@ def evolver(pool: str, seed: int) -> Iterator[dict[str, Any]]:
 PARTS = {"masses": masses, "defaults": defaults, "tuned": tuned, "evolver": evolver}
 
 
-def recipes(given: Mapping[str, Any], grid: Sequence[float]) -> dict[str, Recipe]:
-    """Every method of any number of models at its defaults, and at those of its masses that are asked for, by label."""
+def recipes(given: Mapping[str, Any], grid: Sequence[float], only: Sequence[str]) -> dict[str, Recipe]:
+    """Every method of any number of models at its defaults, and at those of its masses that are asked for, by label.
+
+    Args:
+        only: the methods that are wanted; none: all.
+    """
     ready = prepare(ConfigText(yaml.safe_dump(dict(given)), "systems"))
     opened, count = ready.opened, len(ready.experts)
     maker = RecipeMaker(
@@ -161,7 +170,7 @@ def recipes(given: Mapping[str, Any], grid: Sequence[float]) -> dict[str, Recipe
         lambda _, expert: sample_hash(ready.config, ready.tasks, expert),
     )  # fmt: skip
     out: dict[str, Recipe] = {}
-    for name in sorted(METHODS):
+    for name in sorted(only or METHODS):
         found = METHODS[name]
         if found.takes is not None or found.least > count or any(s.required for s in found.settings.values()):
             continue
@@ -185,8 +194,9 @@ def of_masses(method: Method) -> tuple[float, ...]:
 
 def measured(pool: str) -> dict[str, list[float]]:
     """Of every label and seed the mean over the tasks of the score divided by that of the task's own expert."""
-    out: dict[str, list[float]] = {}
-    for file in sorted(p for kind in ("masses", "defaults") for p in home(pool).glob(f"{kind}-*.json")):
+    out: dict[str, dict[str, float]] = {}
+    files = (p for kind in ("masses", "defaults") for p in home(pool).glob(f"{kind}-*.json"))
+    for file in sorted(files, key=lambda p: (p.stem.count("-"), p.stem)):  # those of single methods come last
         folder = home(pool) / "results" / file.stem
         if folder.exists():
             history = read_history(storage_at(str(folder)))
@@ -195,8 +205,8 @@ def measured(pool: str) -> dict[str, list[float]]:
             for label, recipe in json.loads(file.read_text()).items():
                 if recipe in scored:
                     shares = [score / own[task] for task, score in scored[recipe].tasks.items()]
-                    out.setdefault(label, []).append(100 * float(np.mean(shares)))
-    return out
+                    out.setdefault(label, {})[file.stem.rpartition("-")[2]] = 100 * float(np.mean(shares))
+    return {label: list(values.values()) for label, values in out.items()}
 
 
 def _own(history: History) -> dict[str, float]:
