@@ -87,7 +87,7 @@ def test_the_page_names_what_exceeds_a_limit():
     assert methods_cost.broken(parted | {"torch": 1.9}) == []
     text = methods_cost.page({"small": {"fine": fine, "slow": slow, "wide": wide}}, {"small": "Four models."})
     assert "## small\n\nFour models.\n\nOver a limit: `slow` (time), `wide` (memory)." in text
-    assert "| `fine` | one pass | 1.00 | 1.90 | 1.90 |  | 1.9 |  | 2 | 5 | 6 |" in text
+    assert "| `fine` | one pass | 1 | 1.9 | 1.9 |  | 1.9 |  | 2 | 5 | 6 |" in text
     assert "| `wide` | whole tensors |  |  |  |  |  |  |  | 7 | 6 |" in text
 
 

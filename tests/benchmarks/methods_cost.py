@@ -334,7 +334,7 @@ def row(name: str, found: Found) -> list[str]:
     ratio = {"one pass": PASS_LIMIT, "decompositions": PARTS_LIMIT}
     beside = beside_of(found)
     limit = f"{ratio[found['kind']]:g}" if found["kind"] in ratio and beside is not None else ""
-    times = [f"{found[k]:.2f}" if k in found else "" for k in ("copy", "first", "again", "torch")]
+    times = [f"{found[k]:.3g}" if k in found else "" for k in ("copy", "first", "again", "torch")]
     over_copy = f"{found['time']:.1f}" if "time" in found else ""
     over_torch = f"{found['first'] / found['torch']:.2f}" if "torch" in found else ""
     sizes = [f"{found[k] / 1e6:.0f}" for k in ("peak", "limit")]
