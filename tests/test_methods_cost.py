@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -75,6 +77,19 @@ def test_a_method_is_measured(folder, name, kind):
     assert len(methods_cost.row(name, found)) == len(methods_cost.COLUMNS)
     large = methods_cost.measured(name, folder, large=True)
     assert ("time" in large) == (not METHODS[name].whole)
+
+
+def test_passes_are_counted_without_holding_tensors(folder):
+    models = methods_cost.Models(folder, METHODS["ties"], one_of_each_shape=False)
+    merge, held = methods_cost.merging(METHODS["ties"], models.count), []
+    with methods_cost.passes() as asked:
+        for tensors in models:
+            merge(tensors, None)
+            held.append(weakref.ref(tensors.base))
+    del tensors
+    gc.collect()
+    assert asked == ["order"] * len(SHAPES)
+    assert not any(tensor() is not None for tensor in held)
 
 
 def test_the_page_names_what_exceeds_a_limit():

@@ -205,12 +205,12 @@ def measured(name: str, folder: Path, large: bool) -> Found:
     models = Models(folder, method, large and method.whole)
     merge, tiny, ids = merging(method, models.count), torch.zeros(4, 4), [str(n) for n in range(models.count)]
     merge(InputTensors("tiny", [tiny + 1] * models.count, tiny, ids, 0.5), None)  # what is loaded at first use
-    with mock.patch.object(engine, "_answered", wraps=engine._answered) as asked:  # counts passes
+    with passes() as asked:
         found = peak_of(merge, models)
     found |= {
         "memory": found["peak"] / models.largest,
         "limit": models.largest * (models.count + MORE_TENSORS) + MORE_BYTES,
-        "kind": kind_of(method, not asked.called),
+        "kind": kind_of(method, not asked),
     }
     if large:
         if method.whole:
@@ -223,6 +223,20 @@ def measured(name: str, folder: Path, large: bool) -> Found:
         if name in PARTS:
             found["torch"] = min(decomposing(PARTS[name], models, tensors) for _ in range(2))
     return found | ({"time": found["first"] / found["copy"]} if "copy" in found else {})
+
+
+@contextmanager
+def passes() -> Iterator[list[str]]:
+    """What methods ask about tensors, each answered by a pass: the kinds of questions, and no tensor of them."""
+    asked: list[str] = []
+    answered = engine._answered
+
+    def noted(parts: Any, size: int, question: Any, known: Any) -> Tensor:
+        asked.append(question.kind)
+        return answered(parts, size, question, known)
+
+    with mock.patch.object(engine, "_answered", noted):
+        yield asked
 
 
 def kind_of(method: Method, one_pass: bool) -> str:
