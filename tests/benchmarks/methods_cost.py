@@ -205,12 +205,12 @@ def measured(name: str, folder: Path, large: bool) -> Found:
     models = Models(folder, method, large and method.whole)
     merge, tiny, ids = merging(method, models.count), torch.zeros(4, 4), [str(n) for n in range(models.count)]
     merge(InputTensors("tiny", [tiny + 1] * models.count, tiny, ids, 0.5), None)  # what is loaded at first use
-    with mock.patch.object(engine, "_answered", wraps=engine._answered) as asked:  # counts passes
+    with passes() as asked:
         found = peak_of(merge, models)
     found |= {
         "memory": found["peak"] / models.largest,
         "limit": models.largest * (models.count + MORE_TENSORS) + MORE_BYTES,
-        "kind": kind_of(method, not asked.called),
+        "kind": kind_of(method, not asked),
     }
     if large:
         if method.whole:
@@ -223,6 +223,20 @@ def measured(name: str, folder: Path, large: bool) -> Found:
         if name in PARTS:
             found["torch"] = min(decomposing(PARTS[name], models, tensors) for _ in range(2))
     return found | ({"time": found["first"] / found["copy"]} if "copy" in found else {})
+
+
+@contextmanager
+def passes() -> Iterator[list[str]]:
+    """What methods ask about tensors, each answered by a pass: the kinds of questions, and no tensor of them."""
+    asked: list[str] = []
+    answered = engine._answered
+
+    def noted(parts: Any, size: int, question: Any, known: Any) -> Tensor:
+        asked.append(question.kind)
+        return answered(parts, size, question, known)
+
+    with mock.patch.object(engine, "_answered", noted):
+        yield asked
 
 
 def kind_of(method: Method, one_pass: bool) -> str:
@@ -334,7 +348,7 @@ def row(name: str, found: Found) -> list[str]:
     ratio = {"one pass": PASS_LIMIT, "decompositions": PARTS_LIMIT}
     beside = beside_of(found)
     limit = f"{ratio[found['kind']]:g}" if found["kind"] in ratio and beside is not None else ""
-    times = [f"{found[k]:.2f}" if k in found else "" for k in ("copy", "first", "again", "torch")]
+    times = [f"{found[k]:.3g}" if k in found else "" for k in ("copy", "first", "again", "torch")]
     over_copy = f"{found['time']:.1f}" if "time" in found else ""
     over_torch = f"{found['first'] / found['torch']:.2f}" if "torch" in found else ""
     sizes = [f"{found[k] / 1e6:.0f}" for k in ("peak", "limit")]
