@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -12,7 +11,7 @@ from evolver.merging.methods import Of, Range, each, method, number
 from evolver.merging.methods.averages import Mass, Weight
 from evolver.merging.methods.curvature import smallest_kept
 from evolver.merging.methods.here import Stack
-from evolver.merging.methods.operators import total_of, weighted_sum
+from evolver.merging.methods.operators import kept_sum, total_of, weighted_sum
 
 
 @method(
@@ -67,16 +66,14 @@ def led(
     pairs = zip(importance, of_base, density.tolist(), strict=True)
     masks = [(_located(own, share) & _located(old, share)).to(deltas[0].device) for own, old, share in pairs]
     if disjoint == "drop":
-        masks = _alone(masks)
-    return lambda_ * weighted_sum([d * m for d, m in zip(deltas, masks, strict=True)], weight, False)
+        claimed, several = torch.zeros_like(masks[0]), torch.zeros_like(masks[0])
+        for mask in masks:
+            several |= claimed & mask
+            claimed |= mask
+        masks = [mask & ~several for mask in masks]
+    return lambda_ * kept_sum(deltas, weight, masks, False)
 
 
 def _located(scores: Tensor, share: float) -> Tensor:
     """Which scalars are among the largest, bool; ones that equal the smallest of them are."""
     return scores >= smallest_kept(scores, share)
-
-
-def _alone(masks: Sequence[Tensor]) -> list[Tensor]:
-    """Masks without what is in more than one of them."""
-    once = total_of([m.int() for m in masks]) == 1
-    return [torch.logical_and(m, once) for m in masks]

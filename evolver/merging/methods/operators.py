@@ -201,7 +201,8 @@ def kept_sum(deltas: Sequence[Tensor], weight: Tensor, kept: Iterable[Tensor], n
     for delta, keeps, number in zip(deltas, kept, weight.unbind(0), strict=True):
         w = number.to(delta.dtype)
         merged = merged + delta * w * keeps
-        divisor = divisor + w * keeps
+        if normalize:
+            divisor = divisor + w * keeps
     return merged / torch.where(divisor == 0, 1.0, divisor) if normalize else merged
 
 
