@@ -39,10 +39,16 @@ def no_disturbance(module: Any, inputs: dict[str, Any]) -> tuple[Tensor, float]:
 
     For images the unit is 1, as a processor brings them to a size of about 1. For texts it is the root mean square of
     the embeddings of tokens spread over the vocabulary, so that it does not depend on the items.
+
+    Raises ValueError for a module that reads neither images nor tokens.
     """
     if PIXELS in inputs:
         return torch.zeros_like(inputs[PIXELS][0], dtype=torch.float32), 1.0
     table = module.get_input_embeddings()
+    if getattr(table, "weight", None) is None:
+        raise ValueError(
+            "this architecture has no embeddings of tokens that could be disturbed; search with adamerging"
+        )
     rows, width = table.weight.shape
     with torch.no_grad():
         some = table(torch.arange(0, rows, max(1, rows // TOKENS), device=table.weight.device)).float()

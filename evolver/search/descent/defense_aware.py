@@ -30,8 +30,8 @@ class DefenseAwareSettings(MaskSettings):
         5,
         ge=1,
         le=1000,
-        description="steps of Adam that the adversary takes in each step of the mask. Each one passes the items through "
-        "the model, forward and backward",
+        description="steps of Adam that the adversary takes in each step of the mask. Each one passes the items "
+        "forward and backward through the model",
     )
     attack_lr: float = Field(
         0.02,
@@ -48,15 +48,16 @@ class DefenseAware(MaskSearch):
 
     It is Concrete AdaMerging against an adversary, see ``concrete``: the same mask and coefficients, but the loss of a
     step of the mask is H(f(x)) + w·H(f(x + p)), the entropies of predictions on dev items as they are and as they are
-    disturbed. p is one for all items of a task, and Adam makes CE(f(x + p), f(x)) large with it, where f(x) is the label
+    disturbed. p is one for all items of a task. Adam makes CE(f(x + p), f(x)) large with it, where f(x) is the label
     that the model itself predicts. Steps of the coefficients look at H(f(x)) alone, and so do the ``after`` ones. It
-    is meant for pools in which an expert may have been trained to follow a hidden trigger, and assumes that what p finds
-    is what a trigger uses. A model that is sure need not be right, and for language models it is refused.
+    is meant for pools in which an expert may have been trained to obey a hidden trigger, and assumes that p finds what
+    a trigger uses. A model that is sure need not be right, and language models are refused.
 
-    The released code moves p once before each step of the mask, by Adam at 1e-4, and keeps it, which goes no further
-    than 0.1 in its 1000 steps; it sets no other bound. Here p begins at 0 in each step of the mask and is moved
-    ``attacks`` times, about as far, so that a step depends on its candidate alone and a run that was stopped repeats it.
-    The paper has images. To texts p is added as one vector, to the embedding of every token.
+    The paper's abstract speaks of two masks; the code as summarised has one and p. It moves p once before each step of
+    the mask, by Adam at 1e-4, and keeps it, which goes no further than about 0.1 in 1000 steps; it sets no other bound.
+    Here p begins at 0 in each step of the mask and moves ``attacks`` times, about as far, so that a step depends on its
+    candidate alone and a run that was stopped repeats it. The paper has images. Of texts p is one vector, which is
+    added to the embedding of every token.
     """
 
     def __init__(self, setup: Setup, settings: DefenseAwareSettings) -> None:
