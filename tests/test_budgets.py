@@ -20,7 +20,7 @@ from evolver.search.ending import Progress, Timed
 from evolver.storage import storage_at
 
 # Searches whose steps have no scores refuse a limit on patience; their other limits are in test_descent.
-SCORELESS = ("adamerging", "expert_merging", "fw_merging", "concrete")
+SCORELESS = ("adamerging", "expert_merging", "fw_merging", "concrete", "defense_aware")
 
 
 def scored(settings):

@@ -271,7 +271,8 @@ def test_workers_and_timing_change_nothing_under_constraints(settings):
         assert ids(simulate(every_search(settings), workers, order, reply=judged)) == alone
 
 
-DEAF = ("random", "qmc", "grid", "consistency", "adamerging", "expert_merging", "fw_merging", "concrete")
+DESCENDING = ("adamerging", "expert_merging", "fw_merging", "concrete", "defense_aware")
+DEAF = ("random", "qmc", "grid", "consistency", *DESCENDING)
 
 
 @EVERY_ORDERED

@@ -187,7 +187,7 @@ def _of_every_search():
 
 TWO_TASKS = {"evaluation.tasks": [{"task": t, "dev": 16, "report": 8} for t in ("toy", "pair")]}
 OF_SEVERAL_TASKS = ("cycleqd", "nsga2", "nsga3")
-OF_LABELS = ("adamerging", "fw_merging")
+OF_LABELS = ("adamerging", "fw_merging", "concrete", "defense_aware")
 
 
 @pytest.fixture

@@ -156,6 +156,7 @@ ORDERED = {
     "fw_merging": {"algorithm": "fw_merging", "steps": 12, "items": 4},
     "concrete": {"algorithm": "concrete", "steps": 12, "items": 4, "parts": 2, "per": "tensor"},
     "concrete learn": {"algorithm": "concrete", "steps": 4, "after": 4, "items": 4, "learn": True},
+    "defense_aware": {"algorithm": "defense_aware", "steps": 4, "after": 4, "items": 4},
     "adamerging tensor": {"algorithm": "adamerging", "per": "tensor", "steps": 12, "items": 4},
     "grid": {"algorithm": "grid", "levels": 3},
     "grid methods": {"algorithm": "grid", "levels_of": {"lambda": 5}, "method": ["task_arithmetic", "ties"]},

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from evolver.evaluation.live import LiveModel
+from evolver.evaluation.disturbance import disturbed
+from evolver.evaluation.live import LiveModel, PassThrough
 
 # What a batch adds to a loss: of its name, what the module says, which positions of it are no padding, and which ones
 # of what an encoder reads before a decoder are none.
@@ -87,18 +88,20 @@ class Descending:
         self._parameters, self._layers = parameters, layers
         self._of: BatchLoss | None = None
         self._share = 0.0
+        self._by: Tensor | None = None
         self.loss = 0.0
         self.gradients: list[Tensor | None] = [None] * len(parameters)
 
-    def follow(self, loss: BatchLoss, share: float) -> None:
-        """Take the loss of the batches to come from ``loss``, times ``share``."""
-        self._of, self._share = loss, share
+    def follow(self, loss: BatchLoss, share: float, by: Tensor | None = None) -> None:
+        """Take the loss of the batches to come from ``loss``, times ``share``, and disturb their inputs by ``by``."""
+        self._of, self._share, self._by = loss, share, by
 
     def __call__(self, module: Any, positions: Tensor | None, inputs: dict[str, Any]) -> Any:
         assert self._of is not None
         with torch.inference_mode(False), torch.enable_grad():
-            given, counted = {name: _plain(value) for name, value in inputs.items()}, _plain(positions)
-            outputs = module(**given, **({"output_hidden_states": True} if self._layers else {}))
+            given, counted = {name: autograd_input(value) for name, value in inputs.items()}, autograd_input(positions)
+            with disturbed(module, given, self._by) as changed:
+                outputs = module(**changed, **({"output_hidden_states": True} if self._layers else {}))
             loss = self._of(batch_name(inputs), outputs, counted, given.get("attention_mask")) * self._share
             found = torch.autograd.grad(loss, list(self._parameters), allow_unused=True)
         if not loss.isfinite():
@@ -111,7 +114,7 @@ class Descending:
 
 
 @contextlib.contextmanager
-def passing(live: LiveModel, through: ExpertPass | Descending) -> Iterator[None]:
+def passing(live: LiveModel, through: PassThrough) -> Iterator[None]:
     """While the context is open, batches pass through the live model in another way."""
     live.passing = through
     try:
@@ -157,13 +160,22 @@ def entropy(items: int, labels: bool = False) -> BatchLoss:
         else:
             logs = logits.log_softmax(-1)
             each = -(logs.exp() * logs).sum(-1)
-        if each.dim() > 1 and positions is not None:
-            counted = positions.to(each.dtype)
-            each = (each * counted).sum(-1) / counted.sum(-1).clamp(min=1)
-        mean: Tensor = each.sum() / items
-        return mean
+        return mean_of_items(each, positions, items)
 
     return of
+
+
+def mean_of_items(each: Tensor, positions: Tensor | None, items: int) -> Tensor:
+    """What a batch adds to a mean over ``items`` items.
+
+    Args:
+        each: (rows,), or (rows, places): of an item with several predictions, their mean counts.
+        positions: (rows, places), which places are no padding; None: all.
+    """
+    if each.dim() > 1 and positions is not None:
+        counted = positions.to(each.dtype)
+        each = (each * counted).sum(-1) / counted.sum(-1).clamp(min=1)
+    return each.sum() / items
 
 
 def distillation(said: dict[str, ModelOutputs], temperature: float, hidden: float) -> BatchLoss:
@@ -223,7 +235,7 @@ def _counted(values: Tensor, positions: Tensor | None) -> Tensor:
     return flat[positions[:, positions.shape[1] - values.shape[1] :].flatten()]
 
 
-def _plain(value: Any) -> Any:
+def autograd_input(value: Any) -> Any:
     """A tensor made in inference mode as one that can take part in a gradient; everything else as it is."""
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from evolver.config import Config
 from evolver.errors import BadInput
+from evolver.evaluation.adversary import Attack
 from evolver.evaluation.base import Scored
 from evolver.evaluation.live import LiveModel
 from evolver.evaluation.losses import (
@@ -32,7 +33,7 @@ from evolver.evaluation.tasks import SplitScorer, Tasks
 from evolver.merging.engine.pieces import by_rows
 from evolver.merging.materialise import Materialiser
 from evolver.records import Candidate, Result
-from evolver.records.loss import UnlabelledLoss
+from evolver.records.loss import Adversary, UnlabelledLoss
 from evolver.records.order import item_order
 from evolver.records.recipe import Expert, Merge, layer_of, part_rows
 from evolver.workers.statistics import tasks_of
@@ -108,10 +109,16 @@ class Gradients:
         out = Scored()
         with differentiable(self._live, wanted) as parameters:
             through = Descending(parameters, loss.name == "distillation" and loss.hidden > 0)
-            with passing(self._live, through):
-                for task, expert, own in parts:
-                    through.follow(self._loss(loss, task, expert, order, own), 1 / len(parts))
+            for task, expert, own in parts:
+                measure = self._loss(loss, task, expert, order, own)
+                through.follow(measure, 1 / len(parts))
+                with passing(self._live, through):
                     out.add(self._scorer.score_at(own))
+                if loss.adversary is not None:
+                    by = self._disturbance(loss.adversary, task, own)
+                    through.follow(measure, loss.adversary.weight / len(parts), by)
+                    with passing(self._live, through):
+                        self._scorer.score_at(own)
         if rest := set(places) - set(out.answers):  # nobody teaches them
             out.add(self._scorer.score_at(rest))
         return through, out
@@ -151,9 +158,21 @@ class Gradients:
     ) -> BatchLoss:  # fmt: skip
         """The loss of a part's batches."""
         if expert is None:
-            entry = next(e for e in self._owners if e.task == task)
-            return entropy(len(own), entry.threshold is not None)
+            return entropy(len(own), self._chooses_each(task))
         return distillation(self._said[expert.digest, order, loss], loss.temperature, loss.hidden)
+
+    def _chooses_each(self, task: str) -> bool:
+        """Whether each label of a task is chosen by itself."""
+        return next(entry for entry in self._owners if entry.task == task).threshold is not None
+
+    def _disturbance(self, adversary: Adversary, task: str, own: frozenset[int]) -> Tensor | None:
+        """What the adversary adds to the inputs of a task's items, found against the model that is live."""
+        attack = Attack(len(own), self._chooses_each(task), adversary.rate)
+        for _ in range(adversary.steps):
+            with passing(self._live, attack):
+                self._scorer.score_at(own)
+            attack.step()
+        return attack.by
 
     def _names(self, recipe: Merge) -> list[str]:
         """The tensors that at least one task vector changes. Those of frozen layers need no gradient."""

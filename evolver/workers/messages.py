@@ -14,7 +14,7 @@ from typing import Any
 
 from evolver.records import Candidate, Question, Result, as_answers
 from evolver.records.graph import NodeTable, text_id, texts_of
-from evolver.records.loss import UnlabelledLoss
+from evolver.records.loss import Adversary, UnlabelledLoss
 
 
 def pack_candidate(candidate: Candidate, nodes: Iterable[str] | None = None) -> bytes:
@@ -40,7 +40,8 @@ def unpack_candidate(data: bytes, nodes: NodeTable | None = None) -> Candidate:
     fields, nodes = _unpack(data), NodeTable() if nodes is None else nodes
     asked: dict[str, Any] = {k: as_answers(v) if isinstance(v, list) else v for k, v in fields["question"].items()}
     if asked["loss"] is not None:
-        asked["loss"] = UnlabelledLoss(**asked["loss"])
+        against = asked["loss"]["adversary"]
+        asked["loss"] = UnlabelledLoss(**{**asked["loss"], "adversary": against and Adversary(**against)})
     sent = fields["recipe"]
     if sent["whole"]:
         nodes.clear()

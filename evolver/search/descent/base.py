@@ -79,6 +79,10 @@ class Descent(Ordered):
         """Move ``numbers`` by the gradient of step number ``step``, from 0."""
         raise NotImplementedError  # every search defines it
 
+    def loss_of(self, step: int) -> UnlabelledLoss:
+        """The loss whose gradient a step asks for: always the same one, if nothing else is said."""
+        return self.loss
+
     @property
     def remarks(self) -> tuple[str, ...]:
         """Sentences on a budget that ends before the steps, or before the choice."""
@@ -108,7 +112,7 @@ class Descent(Ordered):
         order = f"{self.setup.seed}:{self.name}" + (f":{k}" if self.redraw else "")
         limit = min(self.items, self.setup.estimator.items)
         return Candidate(k, self.recipe(k), f"{self.name}/step", parents).asking(
-            limit=limit, order=order, loss=self.loss
+            limit=limit, order=order, loss=self.loss_of(k)
         )
 
     def learn(self, candidate: Candidate, result: Result) -> None:
