@@ -225,6 +225,12 @@ class Estimator(Protocol):
         """
         ...
 
+    def estimate_tasks(self, kind: str, items: Sequence[ItemAnswer], order: str = OWN) -> Mapping[str, float]:
+        """The metric of each task over all of its items, estimated in the same way. Tasks of which nothing can be said
+        are left out.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Setup:

@@ -2,8 +2,10 @@
 
 ``evaluation.estimate`` says how many items a candidate is scored on, and how the score of all is estimated from these:
 as their mean, or without bias by the difference estimator (Särndal et al. 1992; see
-``evolver.evaluation.scores.difference``), which knows the baselines' answers to all items. When the search has ended,
-its best candidates by these estimates are scored on the rest, so that those who come to the finals have whole scores.
+``evolver.evaluation.scores.difference``), which knows the baselines' answers to all items. The metric of each task is
+estimated in the same way, so that a search by several objectives goes by estimates, too, as MERGE³ does (Mencattini et
+al. 2025). When the search has ended, its best candidates by these estimates are scored on the rest, so that those who
+come to the finals have whole scores.
 """
 
 from __future__ import annotations
@@ -93,7 +95,9 @@ class Estimating:
         asked = self._asked[result.number].question
         told = asked_part(result, asked.limit, asked.order)
         if told.status == "ok" and not told.complete:
-            told = replace(told, score=self.estimator.estimate(self.settings.kind, told.items, told.order))
+            asked_for = (self.settings.kind, told.items, told.order)
+            score, tasks = self.estimator.estimate(*asked_for), self.estimator.estimate_tasks(*asked_for)
+            told = replace(told, score=score, tasks=tasks)
         self._told[result.number] = told
         self.inner.tell(replace(told, number=result.number // 2))
         if self.inner.done and self._best is None:
