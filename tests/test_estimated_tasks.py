@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from test_irt import simulated
 from test_search import BASE, EXPERTS, maker, simulate
 
 from evolver.config import Budget
-from evolver.config.evaluation import EstimateSettings
+from evolver.config.evaluation import EstimateSettings, EvaluationSettings
 from evolver.config.reading import check_section, config_at
 from evolver.driver.prepare import prepare
 from evolver.errors import BadInput
@@ -22,6 +23,7 @@ from evolver.evaluation.scores.scoring import Scale
 from evolver.records import Result
 from evolver.records.objective import Objective, values_of
 from evolver.records.order import item_order, reordered
+from evolver.report.text import as_seen
 from evolver.search import SEARCHES
 from evolver.search.base import Setup
 from evolver.search.estimating import Estimating
@@ -246,6 +248,15 @@ def test_what_the_ledger_holds_of_other_items_is_not_heard():
         simulate(search, 3, 1, reply=answer)
         runs.append([(told[k].recipe_id, told[k].score, told[k].tasks) for k in range(24)])
     assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("mean", "saw the means"), ("difference", "without bias"), ("mp-irt", r"item-response estimates \(mp-irt\)")],
+)
+def test_a_report_names_the_estimate(kind, said):
+    settings = EvaluationSettings(tasks=[{"task": "toy"}], estimate={"items": 8, "kind": kind})
+    assert re.search(said, as_seen(settings))
 
 
 def test_an_objective_without_an_item_is_refused(make_config, tmp_path):
