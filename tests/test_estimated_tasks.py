@@ -255,7 +255,7 @@ def test_what_the_ledger_holds_of_other_items_is_not_heard():
     [("mean", "saw the means"), ("difference", "without bias"), ("mp-irt", r"item-response estimates \(mp-irt\)")],
 )
 def test_a_report_names_the_estimate(kind, said):
-    settings = EvaluationSettings(tasks=[{"task": "toy"}], estimate={"items": 8, "kind": kind})
+    settings = EvaluationSettings(tasks=[{"task": "toy", "dev": 9, "report": 9}], estimate={"items": 8, "kind": kind})
     assert re.search(said, as_seen(settings))
 
 
