@@ -103,10 +103,10 @@ def test_a_search_goes_on_with_the_numbers_of_the_best_model():
     asked = simulate(both)
     best = max(listed, key=lambda c: int(c.recipe.id[:8], 16))
     assert asked[8].recipe == best.recipe
-    assert more.merge.values_of(best.recipe) == {"lambda": mass_of(best.recipe)}
-    assert more.merge.values_of(EXPERTS[0]) is None
-    assert more.merge.values_of(Merge("task_arithmetic", EXPERTS[:4], BASE)) is None
-    assert build(EVOLVER | {"merger": TASK_ARITHMETIC}).merge.values_of(best.recipe) is None
+    assert more.merge.parts_of(best.recipe) == (best.recipe.inputs, {"lambda": mass_of(best.recipe)})
+    assert more.merge.parts_of(EXPERTS[0]) is None
+    assert more.merge.parts_of(Merge("task_arithmetic", EXPERTS[:4], BASE)) is None
+    assert build(EVOLVER | {"merger": TASK_ARITHMETIC}).merge.parts_of(best.recipe) is None
 
 
 @pytest.mark.parametrize(

@@ -158,8 +158,8 @@ def test_reference_directions_are_as_many_as_a_generation_has_candidates():
 # Several methods
 
 
-def test_an_island_is_a_search_of_its_own():
-    """On its island every method sees what it would see alone, up to its share of the candidates."""
+def test_each_method_of_cmaes_is_a_search_of_its_own():
+    """Every method sees what it would see alone, up to its share of the candidates."""
     settings = {"algorithm": "cmaes", "population": 4}
     both = simulate(build(settings | {"method": METHODS}, candidates=42), 3, 1)
     for method in METHODS:
@@ -167,8 +167,8 @@ def test_an_island_is_a_search_of_its_own():
         assert [c.recipe.id for c in both if c.recipe.method == method] == [c.recipe.id for c in alone]
 
 
-def test_islands_work_at_the_same_time():
-    """A generation of one island can be in evaluation while one of the other is."""
+def test_cmaes_searches_several_methods_at_the_same_time():
+    """A generation of one method can be in evaluation while one of the other is."""
     search = build({"algorithm": "cmaes", "population": 4, "method": METHODS})
     first = search.ask(99)
     assert len(first) == 2

@@ -7,6 +7,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from test_classification import classify  # noqa: F401  # a fixture
+from test_search import EVOLVER, answer, build, simulate
 from test_statistics import cache, configured, ready_of, worker_of  # noqa: F401  # fixtures
 
 from evolver.commands.collecting import _asked
@@ -19,7 +20,7 @@ from evolver.merging.maker import RecipeMaker
 from evolver.merging.methods import METHODS, Of
 from evolver.merging.settings.spelling import refuse_unknown
 from evolver.records import Candidate
-from evolver.records.recipe import Merge, Rule, dump_recipe, load_recipe
+from evolver.records.recipe import Cross, Merge, Rule, dump_recipe, load_recipe
 
 NAMES = ["model.embed", *(f"model.layers.{i}.w" for i in range(3))]
 INLINE = {
@@ -120,6 +121,79 @@ def test_a_search_begins_with_the_defaults_of_corrections():
 def test_what_cannot_correct_is_refused(after, said):
     with pytest.raises(BadInput, match=said):
         space_of(*after)
+
+
+FIXED = [
+    {"method": "aim", "settings": {"omega": 0.3, "power": 2.0}}, {"method": "lines", "settings": {"alpha": 0.6}}
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("adapt", [False, ["density"]])
+def test_a_merger_corrects_every_merge_and_finds_its_members_again(adapt):
+    maker = RecipeMaker(["a", "b"], NAMES)
+    given = {"method": "ties", "density": 0.5}
+    plain, merger = maker.merger(given, adapt=adapt), maker.merger({**given, "after": FIXED}, adapt=adapt)
+    members = (Cross(maker.experts[0], maker.experts[1:], "best/1", 0.5, 0.5, 7), maker.experts[1])
+    values = {"density": 0.25} if adapt else None
+    lines, inner = merger(members, values), plain(members, values)
+    assert (lines.method, lines.inputs[0].method, lines.inputs[0].inputs) == ("lines", "aim", (inner,))
+    assert lines.inputs[0].settings(NAMES[0], None) == {"omega": 0.3, "power": 2.0, "weight": (1.0,), "lambda": 1.0}
+    assert lines.settings(NAMES[0], None)["alpha"] == 0.6
+    assert (merger.knobs, merger.start) == (plain.knobs, plain.start)
+    assert merger.parts_of(lines) == (members, values or {})
+    assert plain.parts_of(inner) == (members, values or {})
+    assert [merger.parts_of(other) for other in (inner, lines.inputs[0], *members)] == [None] * 4
+    assert plain.parts_of(lines) is None
+    weaker = [{**FIXED[0], "settings": {"omega": 0.9}}, FIXED[1]]
+    assert maker.merger({**given, "after": weaker}, adapt=adapt).parts_of(lines) is None
+
+
+def test_a_population_is_merged_and_corrected_and_goes_on_from_another_run():
+    settings = EVOLVER | {"mode": "generational", "merger": {"method": "ties", "density": 0.5, "after": FIXED}}
+    asked = simulate(build(settings, candidates=17), 4, 1)
+    assert {(c.recipe.method, c.recipe.inputs[0].inputs[0].method) for c in asked} == {("lines", "ties")}
+    best = next(c for c in asked[5:] if answer(c).score is not None)
+    more = build(settings, seed=1)
+    more.inform([(best, answer(best))])
+    assert more.propose(0).recipe.id == best.recipe.id
+    assert tuple(more.population) == best.recipe.inputs[0].inputs[0].inputs
+    assert build(settings, seed=2).receive(best, answer(best))
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [
+        ({"method": "aim"}, r"search\.merger\.after: .* is no list of corrections; write one such as \[\{method: aim"),
+        (
+            [{"method": "aim", "tune": ["omega"]}],
+            r"search\.merger\.after\[0\]\.tune: .*nothing is tuned; leave tune out",
+        ),
+        ([{"method": "aim", "omega": 1}], r"search\.merger\.after\[0\]: .*omega"),
+        ([{"method": "lines"}, {"method": "aimm"}], r"search\.merger\.after\[1\]\.method: .*'aimm'.*aim"),
+        ([*FIXED, FIXED[0]], r"search\.merger\.after\[2\]\.method: aim corrects twice"),
+        ([{"method": "fisher"}], r"search\.merger\.after\[0\]\.method: fisher needs statistics of the model"),
+        ([{"method": "aim", "settings": {"omega": 2}}], r"search\.merger\.after\[0\]\.settings.omega"),
+    ],
+)
+def test_what_cannot_correct_a_merger_is_refused(after, said):
+    with pytest.raises(BadInput, match=said):
+        RecipeMaker(["a", "b"], NAMES).merger({"method": "ties", "after": after})
+
+
+@pytest.mark.whole
+def test_a_run_evolves_a_population_whose_merge_is_corrected(configured, tmp_path):  # noqa: F811
+    search = {"algorithm": "evolver", "generations": 1, "merger": {"method": "ties", "after": [FIXED[0]]}}
+    file = configured(search=search)
+    assert _asked(config_at(file), ()) == [Of("activation", base=True)]
+    _, method, settings = next(row for row in explain(file) if row[0].endswith("query.weight"))
+    assert (method, settings["aim.omega"]) == ("ties, aim", 0.3)
+    ready = ready_of(file)
+    made = ready.search.ask(1)[0]
+    assert (made.recipe.method, made.recipe.inputs[0].method) == ("aim", "ties")
+    worker = worker_of(ready)
+    assert worker.evaluate(made).status == "ok"
+    before, after = (dict(worker.materialiser.stream(r)) for r in (made.recipe.inputs[0], made.recipe))
+    assert any(not torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def test_a_worker_scales_columns_of_any_merge(configured):  # noqa: F811

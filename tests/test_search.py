@@ -48,6 +48,9 @@ class Means:
     def estimate(self, kind, items, order=""):
         return sum(items) / len(items)
 
+    def estimate_tasks(self, kind, items, order=""):
+        return dict.fromkeys(TASKS, self.estimate(kind, items, order))
+
 
 def build(settings, seed=0, experts=4, early_stopping=True, racing=False, arrival=False, **budget):
     found = SEARCHES[settings["algorithm"]]

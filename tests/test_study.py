@@ -88,7 +88,7 @@ def test_every_kind_of_target_holds_the_same_trials(name, tmp_path, database):
     assert {state for _, state, *_ in told} == {"COMPLETE", "FAIL"}
 
 
-def test_islands_are_studies_of_their_own(tmp_path):
+def test_methods_of_cmaes_have_studies_of_their_own(tmp_path):
     written("cmaes methods", str(tmp_path / "study.db"))
     names = {
         f"run, {method}{more}" for method in ("task_arithmetic", "ties", "dare_ties") for more in ("", ", by task")

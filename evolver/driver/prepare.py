@@ -323,7 +323,7 @@ def _search(config: Config, setup: Setup, algorithm: str, settings: Any, starts:
     else:
         refuse_estimate(config, algorithm)
         inner = SEARCHES[algorithm].build(replace(setup, early_stopping=False), settings)
-        search = Estimating(inner, setup, estimate, config.finalists.count)
+        search = Estimating(inner, setup, estimate, config.finalists.count, config.finalists.front)
     return continued(starts.listed, search, starts.sequel) if starts.count else search
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from evolver.config import Config
 from evolver.config.evaluation import TaskEntry
+from evolver.driver.objectives import objectives_of
 from evolver.errors import BadInput
 from evolver.evaluation.scores.estimates import Estimates, first_unjudged
 from evolver.evaluation.scores.metrics import VALUE
@@ -38,6 +39,7 @@ def refuse_unfit(config: Config, algorithm: str, settings: Any, estimates: Estim
     _refuse_racing(config, algorithm, estimates)
     _refuse_subset(config, settings)
     _refuse_goals(config, estimates.scale)
+    _refuse_unmet(config, tasks, estimates)
     _refuse_gradients(config, tasks, algorithm, settings)
 
 
@@ -127,4 +129,20 @@ def _refuse_goals(config: Config, scale: Scale) -> None:
             raise BadInput(
                 f"constraints[{number}].task: {constraint.task} is a group, whose metric is made of those of its "
                 "tasks; list its tasks one by one under evaluation.tasks, and name one of them."
+            )
+
+
+def _refuse_unmet(config: Config, tasks: Tasks, estimates: Estimates) -> None:
+    """Raises BadInput where an objective would have no estimate, as the means of the first items say nothing of it."""
+    estimate, block = config.evaluation.estimate, estimates.block
+    if estimate is None or estimate.kind != "mean" or config.evaluation.subset == "rotate":
+        return
+    met = set(estimates.scale.tasks[: -(-estimate.items // block) * block])
+    for objective in objectives_of(config, tasks):
+        missing = [task for task in objective.shares if task not in met]
+        if missing:
+            raise BadInput(
+                f"evaluation.estimate.items: none of the first {estimate.items} dev items is of {missing[0]}, which "
+                f"the objective {objective.name} needs; write more items, or write kind: difference, which estimates "
+                "it from the other tasks."
             )

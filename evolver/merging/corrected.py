@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from evolver.errors import BadInput
 from evolver.merging.mergekit import RecipeSpace
@@ -13,6 +13,7 @@ from evolver.merging.settings.genome import Genome
 from evolver.records import Choice, Knob
 from evolver.records.recipe import Merge, Recipe
 
+RecipeType = TypeVar("RecipeType", bound=Recipe)
 # What the names of all dimensions of corrections begin with.
 AFTER = "after."
 
@@ -56,11 +57,8 @@ class Corrected:
     def decode(self, values: Mapping[str, Any]) -> Recipe:
         """The recipe of a point: the merge, and each correction over what is before it."""
         made = self.inner.decode({k: v for k, v in values.items() if not k.startswith(AFTER)})
-        for step in self.steps:
-            node = step.decode({k.name: values[self._name(step, k.name)] for k in step.knobs})
-            assert isinstance(node, Merge)
-            made = replace(node, inputs=(made,))
-        return made
+        points = [{k.name: values[self._name(step, k.name)] for k in step.knobs} for step in self.steps]
+        return corrected(made, self.steps, points)
 
     def encode(self, recipe: Recipe) -> dict[str, Any] | None:
         """See ``Space``: the corrections are taken off, the last one first."""
@@ -113,8 +111,18 @@ class Corrected:
         return f"{AFTER}{step.method.name}.{name}"
 
 
-def refuse_twice(methods: Sequence[str]) -> None:
-    """Raises BadInput where one method is to correct twice."""
+def corrected(made: RecipeType, steps: Sequence[Genome], points: Sequence[Mapping[str, Any]]) -> RecipeType | Merge:
+    """A model, and each correction over what is before it; every one has a point of its space."""
+    found: RecipeType | Merge = made
+    for step, point in zip(steps, points, strict=True):
+        node = step.decode(point)
+        assert isinstance(node, Merge)
+        found = replace(node, inputs=(found,))
+    return found
+
+
+def refuse_twice(methods: Sequence[str], place: str) -> None:
+    """Raises BadInput, naming ``place``, where one method is to correct twice."""
     for number, name in enumerate(methods):
         if name in methods[:number]:
-            raise BadInput(f"search.after[{number}].method: {name} corrects twice; list each method once.")
+            raise BadInput(f"{place}[{number}].method: {name} corrects twice; list each method once.")

@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any, TypeVar
 
 from evolver.config.corrections import AfterSettings
+from evolver.config.reading import check_section
 from evolver.config.recipes import RECIPE_KEY, recipe_text
 from evolver.errors import BadInput, nearest
 from evolver.evaluation.collectors import collector_named
 from evolver.merging import methods
-from evolver.merging.corrected import Corrected, refuse_twice
+from evolver.merging.corrected import Corrected, corrected, refuse_twice
 from evolver.merging.mergekit import RecipeSpace, recipe_space
 from evolver.merging.settings.adapted import adapted
 from evolver.merging.settings.alternatives import Alternatives
@@ -97,9 +98,25 @@ class RecipeMaker:
 
     def _corrected(self, space: SpaceType, after: Sequence[AfterSettings]) -> SpaceType | Corrected:
         """The space, or where there are corrections, that of the corrected models."""
-        refuse_twice([step.method for step in after])
-        steps = tuple(self._correction(step, f"search.after[{n}]") for n, step in enumerate(after))
+        steps = self._corrections(after, "search.after")
         return Corrected(space, steps) if steps else space
+
+    def _fixed_corrections(self, given: Any, place: str) -> tuple[Genome, ...]:
+        """Those of a merger, of which nothing is tuned. Raises BadInput that names ``place``."""
+        if not isinstance(given, list) or not all(isinstance(step, dict) for step in given):
+            raise BadInput(f"{place}: {given!r} is no list of corrections; write one such as [{{method: aim}}].")
+        steps = [check_section(AfterSettings, step, f"{place}[{n}]") for n, step in enumerate(given)]
+        for number, step in enumerate(steps):
+            if step.tune:
+                raise BadInput(
+                    f"{place}[{number}].tune: of the corrections of a merger, nothing is tuned; leave tune out, and "
+                    "write numbers under settings."
+                )
+        return self._corrections([step.model_copy(update={"tune": []}) for step in steps], place)
+
+    def _corrections(self, after: Sequence[AfterSettings], place: str) -> tuple[Genome, ...]:
+        refuse_twice([step.method for step in after], place)
+        return tuple(self._correction(step, f"{place}[{n}]") for n, step in enumerate(after))
 
     def _correction(self, step: AfterSettings, place: str) -> Genome:
         """The space of one correction, over a model that stands for the merge."""
@@ -132,6 +149,7 @@ class RecipeMaker:
         self, settings: Mapping[str, Any], members: int | None = None, adapt: Sequence[str] | bool = False
     ) -> RecipeMerger:
         given = dict(settings)
+        steps = self._fixed_corrections(given.pop("after", []), "search.merger.after")
         method = methods.get(str(given.pop("method", "simple")), "search.merger.method")
         names = [e.name for e in self.experts]
         if members not in (None, len(names)):
@@ -142,7 +160,7 @@ class RecipeMaker:
         knobs, start = adapted(method, given, adapt)
         fixed = {key: value for key, value in given.items() if key not in start}
         rules = fixed_rules(method, fixed, names, self._names, "search.merger", start)
-        return RecipeMerger(method, self.base, rules, knobs, start, partial(self.statistics_of, method))
+        return RecipeMerger(method, self.base, rules, knobs, start, partial(self.statistics_of, method), steps)
 
     def crossover(self, first: Recipe, second: Recipe, ratio: float, point: float) -> Recipe:
         return Merge("split_slerp", (first, second), self.base, one_point(self._sizes, ratio, point))
@@ -191,6 +209,7 @@ class RecipeMerger:
     Args:
         rules: the settings that stay as they are.
         statistics: those that the method asks for, of the members.
+        steps: corrections that every merge goes through, of which nothing is tuned.
     """
 
     method: methods.Method
@@ -199,18 +218,24 @@ class RecipeMerger:
     knobs: tuple[Knob, ...]
     start: Mapping[str, float]
     statistics: Callable[[Sequence[Recipe]], tuple[Statistic, ...]]
+    steps: tuple[Genome, ...]
 
     def __call__(self, members: Sequence[Recipe], values: Mapping[str, float] | None = None) -> Merge:
         varied = (Rule.of(self.start if values is None else values),) if self.knobs else ()
-        return Merge(self.method.name, tuple(members), self.base, (*self.rules, *varied), self.statistics(members))
+        rules = (*self.rules, *varied)
+        made = Merge(self.method.name, tuple(members), self.base, rules, self.statistics(members))
+        return corrected(made, self.steps, [{}] * len(self.steps))
 
-    def values_of(self, recipe: Recipe) -> Mapping[str, float] | None:
-        if not isinstance(recipe, Merge) or (self.knobs and not recipe.rules):
+    def parts_of(self, recipe: Recipe) -> tuple[tuple[Recipe, ...], Mapping[str, float]] | None:
+        made = recipe
+        for _ in self.steps:
+            made = made.inputs[0] if len(made.inputs) == 1 else made
+        if not isinstance(made, Merge) or (self.knobs and not made.rules):
             return None
-        found = dict(recipe.rules[-1].values) if self.knobs else {}
+        found = dict(made.rules[-1].values) if self.knobs else {}
         values = {k.name: v for k in self.knobs if isinstance(v := found.get(k.name), float) and k.low <= v <= k.high}
         try:
-            return values if self(recipe.inputs, values).id == recipe.id else None
+            return (made.inputs, values) if self(made.inputs, values).id == recipe.id else None
         except BadInput:  # a method that asks for statistics takes offspring of experts only
             return None
 

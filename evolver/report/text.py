@@ -28,6 +28,8 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 # Characters that have a meaning in Markdown or HTML; an underscore within a word has none.
 MARKED = re.compile(r"[\\`*\[\]<>|~&]|(?<![^\W_])_|_(?![^\W_])")
+# What a search saw on a part of the items, by the kind of the estimates.
+_ESTIMATES = {"mean": "the means", "difference": "estimates without bias (the difference estimator)"}
 
 
 def escaped(text: str) -> str:
@@ -94,7 +96,7 @@ def as_seen(settings: EvaluationSettings) -> str:
     """What the search saw of the answers to dev items, where that is not their score."""
     said = []
     if (estimate := settings.estimate) is not None:
-        how = "the means" if estimate.kind == "mean" else "estimates without bias (the difference estimator)"
+        how = _ESTIMATES.get(estimate.kind, f"item-response estimates ({estimate.kind})")
         said.append(
             f"Each candidate was scored on {estimate.items} of the dev items, and the search saw {how} instead of "
             "whole scores; its best candidates were then scored on all dev items."

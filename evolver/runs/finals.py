@@ -16,7 +16,7 @@ from evolver.records import Candidate, ItemAnswer, Result, Split, Stage
 from evolver.records.leaders import Rated, leaders
 from evolver.records.objective import Objective, values_of
 from evolver.records.recipe import Recipe
-from evolver.search.front import front, thinned
+from evolver.search.front import front, spread_front
 
 TUNED = "task_arithmetic@"
 
@@ -216,10 +216,7 @@ def on_front(searched: Iterable[Rated], objectives: Sequence[Objective], count: 
     """
     found = sorted(leaders(searched), key=lambda pair: pair[0].number)
     known = [(pair, values) for pair in found if (values := values_of(objectives, pair[1].tasks)) is not None]
-    best: dict[tuple[float, ...], Rated] = {}  # of equals the first
-    for place in front([values for _, values in known]):
-        best.setdefault(known[place][1], known[place][0])
-    return [list(best.values())[place] for place in thinned(list(best), count)] if best else []
+    return [known[place][0] for place in spread_front([values for _, values in known], count)]
 
 
 def _score(result: Result | None) -> float:

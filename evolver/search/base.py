@@ -116,8 +116,8 @@ class Merger(Protocol):
         """The merge of models, with these values of the settings that vary; None: with those of the beginning."""
         ...
 
-    def values_of(self, recipe: Recipe) -> Mapping[str, float] | None:
-        """The values with which it makes this very recipe; None for a recipe that it does not make."""
+    def parts_of(self, recipe: Recipe) -> tuple[tuple[Recipe, ...], Mapping[str, float]] | None:
+        """The models and the values of which it makes this very recipe; None for a recipe that it does not make."""
         ...
 
 
@@ -158,6 +158,7 @@ class Maker(Protocol):
         """What merges models by the method and the settings given.
 
         Args:
+            settings: the method and its settings, and under ``after`` fixed corrections that every merge goes through.
             members: the number of models; None: as many as there are experts, in whose places they stand.
             adapt: names of the settings that the search varies; True: all numbers that a search can tune.
         """
@@ -222,6 +223,12 @@ class Estimator(Protocol):
         """The score of all items, estimated from the answers to the first of them in the order of this name.
 
         The estimate depends on these answers and on the set of learnt results, but not on the order of learning.
+        """
+        ...
+
+    def estimate_tasks(self, kind: str, items: Sequence[ItemAnswer], order: str = OWN) -> Mapping[str, float]:
+        """The metric of each task over all of its items, estimated in the same way. Tasks of which nothing can be said
+        are left out.
         """
         ...
 

@@ -2,8 +2,10 @@
 
 ``evaluation.estimate`` says how many items a candidate is scored on, and how the score of all is estimated from these:
 as their mean, or without bias by the difference estimator (Särndal et al. 1992; see
-``evolver.evaluation.scores.difference``), which knows the baselines' answers to all items. When the search has ended,
-its best candidates by these estimates are scored on the rest, so that those who come to the finals have whole scores.
+``evolver.evaluation.scores.difference``), which knows the baselines' answers to all items. The metric of each task is
+estimated in the same way, so that a search by several objectives goes by estimates, too, as MERGE³ does (Mencattini et
+al. 2025). When the search has ended, its best candidates by these estimates, and with several objectives those on the
+front, are scored on the rest, so that those who come to the finals have whole scores.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ from dataclasses import replace
 from evolver.config.evaluation import EstimateSettings
 from evolver.errors import BadInput
 from evolver.records import Candidate, Result
+from evolver.records.objective import values_of
 from evolver.records.order import OWN
 from evolver.search.base import Estimator, Ordered, Search, Setup
 from evolver.search.continued import Informed
 from evolver.search.ending import Reason, how_ended
+from evolver.search.front import spread_front
 from evolver.search.halving import asked_part
 
 
@@ -31,13 +35,16 @@ class Estimating:
         inner: proposes the candidates; it is told estimates.
         setup: what ``inner`` was built from.
         settings: how many items, and which estimate.
-        count: the number of candidates that are scored on all items.
+        count: the number of candidates with the best estimates that are scored on all items.
+        front: with several objectives, the number of candidates that are scored on all items as well because their
+            estimates are on the front; of a larger front, those that add most to its hypervolume.
 
     Raises BadInput where all items would be scored anyhow, and for tasks that allow no estimate of this kind.
     """
 
-    def __init__(self, inner: Search, setup: Setup, settings: EstimateSettings, count: int) -> None:
+    def __init__(self, inner: Search, setup: Setup, settings: EstimateSettings, count: int, front: int = 0) -> None:
         self.inner, self.settings, self.count = inner, settings, count
+        self.objectives, self.front = setup.objectives, front if setup.objectives else 0
         self.estimator: Estimator = setup.estimator
         self.estimator.check(settings.kind, "evaluation.estimate.kind")
         block = self.estimator.block
@@ -57,7 +64,8 @@ class Estimating:
 
     @property
     def total(self) -> int | None:
-        return None if self.inner.total is None else self.inner.total + min(self.count, self.inner.total)
+        """At most so many: a model is scored in full once, and those on the front may be the best ones, too."""
+        return None if self.inner.total is None else self.inner.total + min(self.count + self.front, self.inner.total)
 
     @property
     def done(self) -> bool:
@@ -93,7 +101,9 @@ class Estimating:
         asked = self._asked[result.number].question
         told = asked_part(result, asked.limit, asked.order)
         if told.status == "ok" and not told.complete:
-            told = replace(told, score=self.estimator.estimate(self.settings.kind, told.items, told.order))
+            asked_for = (self.settings.kind, told.items, told.order)
+            score, tasks = self.estimator.estimate(*asked_for), self.estimator.estimate_tasks(*asked_for)
+            told = replace(told, score=score, tasks=tasks)
         self._told[result.number] = told
         self.inner.tell(replace(told, number=result.number // 2))
         if self.inner.done and self._best is None:
@@ -112,11 +122,22 @@ class Estimating:
         return f"{self._seed}:estimate:{generation}"
 
     def _leading(self) -> list[Candidate]:
-        """The candidates with the best estimates, each model once, which are now asked for on all items."""
+        """The candidates with the best estimates and those on the front, each model once, which are now asked for on
+        all items.
+        """
         ranked = sorted(self._told, key=lambda number: (*(-part for part in self._told[number].standing), number))
-        first: dict[str, Candidate] = {}
+        first: dict[str, int] = {}
         for number in ranked:
-            if self._told[number].score is not None and not self._told[number].complete:
-                candidate = self._asked[number]
-                first.setdefault(candidate.recipe.id, replace(candidate, number=number + 1).asking(limit=None))
-        return list(first.values())[: self.count]
+            if self._told[number].score is not None:
+                first.setdefault(self._asked[number].recipe.id, number)
+        part = [number for number in first.values() if not self._told[number].complete]
+        best = part[: self.count]
+        best += [n for n in self._on_front(sorted(first.values())) if n in part[self.count :]]
+        return [replace(self._asked[number], number=number + 1).asking(limit=None) for number in best]
+
+    def _on_front(self, numbers: Sequence[int]) -> list[int]:
+        """Those of the candidates that no other one beats in all objectives, as far as their estimates say."""
+        if not self.front:
+            return []
+        known = [(n, v) for n in numbers if (v := values_of(self.objectives, self._told[n].tasks)) is not None]
+        return [known[place][0] for place in spread_front([values for _, values in known], self.front)]

@@ -57,3 +57,14 @@ def thinned(points: ArrayLike, count: int) -> list[int]:
         least = len(kept) - 1 - int(np.argmin(adds[::-1]))
         kept = [place for at, place in enumerate(kept) if at != least]
     return list(kept)
+
+
+def spread_front(points: Sequence[tuple[float, ...]], count: int) -> list[int]:
+    """The places of the points on the front, of equal ones the first; if there are more than ``count``, those that
+    matter most for its hypervolume (see ``thinned``). They ascend.
+    """
+    first: dict[tuple[float, ...], int] = {}
+    for place in front(points):
+        first.setdefault(points[place], int(place))
+    places = list(first.values())
+    return [places[at] for at in thinned(list(first), count)] if first else []

@@ -140,11 +140,14 @@ class Halving:
         return replace(candidate, number=number).asking(limit=limit, order=bracket.order)
 
     def _told(self, candidate: Candidate, last: Result, cost: int) -> Result:
-        """What the inner search is told of a candidate: its score or an estimate, and the items scored on all rungs."""
+        """What the inner search is told of a candidate: its score and the metrics of the tasks, or estimates of them,
+        and the items scored on all rungs.
+        """
         found = self.estimator.known(candidate.recipe.id) or last
-        estimated = found.status == "ok" and not found.complete
-        score = self._worth(found) if estimated else found.score
-        return replace(found, number=candidate.number, score=score, reused=False, given=len(found.items) - cost)
+        if found.status == "ok" and not found.complete:
+            tasks = self.estimator.estimate_tasks(self.settings.estimate, found.items, found.order)
+            found = replace(found, score=self._worth(found), tasks=tasks)
+        return replace(found, number=candidate.number, reused=False, given=len(found.items) - cost)
 
     def _worth(self, result: Result) -> float:
         return self.estimator.estimate(self.settings.estimate, result.items, result.order)

@@ -15,7 +15,7 @@ from evolver.errors import BadInput
 from evolver.records import Candidate, Result
 from evolver.search.base import Search
 from evolver.search.coefficients.base import RECEIVED, Coefficients
-from evolver.search.coefficients.cmaes import Islands
+from evolver.search.coefficients.cmaes import CMAESByMethod
 from evolver.search.continued import ContinuedSearch
 
 # Objectives and trials by the name of a study.
@@ -28,7 +28,7 @@ def write_study(
 ) -> int:  # fmt: skip
     """Replay a search from its results, write its studies, and return the number of trials.
 
-    A search over several methods on islands has a study for each method, ``NAME, METHOD``. If the run has several
+    CMA-ES over several methods has a study for each method, ``NAME, METHOD``. If the run has several
     tasks, there is a second study for each, ``NAME, by task``, with one objective for each task, so that Optuna's tools
     can show Pareto fronts.
 
@@ -44,7 +44,7 @@ def write_study(
     Raises BadInput for a search that tunes no coefficients, and what ``target`` raises.
     """
     inner, first = (search.inner, search.first) if isinstance(search, ContinuedSearch) else (search, 0)
-    if not isinstance(inner, Coefficients | Islands):
+    if not isinstance(inner, Coefficients | CMAESByMethod):
         raise BadInput(
             "evolver study: only runs of the searches tpe, gp, cmaes, nsga2, nsga3, random, qmc and grid can be "
             "written as an Optuna study, and this run used another search; give the folder of another run."

@@ -60,10 +60,15 @@ ItemPlaces = NDArray[np.int64]
 
 
 class Estimated(NamedTuple):
-    """Estimates of the scores of B models: their values (B) and standard errors (B)."""
+    """Estimates of the scores of B models: their values (B) and standard errors (B), and of their metrics on each of
+    T tasks, (B, T).
+
+    A value is the sum of its tasks' metrics, each by the share of the task in the score.
+    """
 
     value: Numbers
     error: Numbers
+    tasks: Numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +152,8 @@ class _Within:
 def estimate(scale: Scale, known: Numbers, places: Sequence[int], answers: Numbers) -> Estimated:
     """Estimate the scores of B models on all items from their answers to some.
 
-    A task without any scored item gets what is predicted for it, which is not free of bias.
+    The metric of every task is estimated without bias, too, as the equation holds in each of them. A task without any
+    scored item gets what is predicted for it, which is not free of bias.
 
     Args:
         scale: how the N items make up the score; every task is judged item by item.
@@ -165,11 +171,16 @@ def predictor_of(scale: Scale, known: Numbers) -> Predictor:
 
 
 def estimate_at(predictor: Predictor, share: Numbers, places: ItemPlaces, answers: Numbers) -> Estimated:
-    """As ``estimate``, with a predictor that was made before, and the amount that each item adds to the score, (N)."""
+    """As ``estimate``, with a predictor that was made before, and the amount that each item adds to the score, (N),
+    which is the same for all items of a task. The tasks are in the order of the predictor's numbers.
+    """
     tasks = predictor.tasks
     sizes, seen = np.bincount(tasks), np.bincount(tasks[places], minlength=tasks.max() + 1)
     fold, folds = _folds(tasks[places], seen)
-    value, residual = np.zeros(len(answers)), np.empty_like(answers, dtype=float)
+    residual = np.empty_like(answers, dtype=float)
+    each = np.zeros((len(answers), len(sizes)))
+    # What an item adds to the metric of each task, (N, T).
+    own_share = (tasks[:, None] == np.arange(len(sizes))) / sizes
     for k in range(folds):
         own = fold == k
         others = places[~own] if folds > 1 else places[:0]
@@ -183,8 +194,9 @@ def estimate_at(predictor: Predictor, share: Numbers, places: ItemPlaces, answer
         # Within a task: the rest's size by the fold's size times the residuals, as often as the fold counts.
         left = sizes - np.bincount(tasks[others], minlength=len(sizes))
         raised = left / np.maximum(seen, 1)
-        value += filled @ (share * weight[tasks]) + residual[:, own] @ (share[places[own]] * raised[tasks[places[own]]])
-    return Estimated(value, np.sqrt(_variance(tasks[places], sizes, seen, share, places, residual)))
+        each += filled @ (own_share * weight) + residual[:, own] @ (own_share[places[own]] * raised)
+    error = np.sqrt(_variance(tasks[places], sizes, seen, share, places, residual))
+    return Estimated(each @ np.bincount(tasks, share), error, each)
 
 
 def _folds(tasks: ItemPlaces, seen: ItemPlaces) -> tuple[ItemPlaces, int]:

@@ -1,4 +1,6 @@
-"""Estimates the score of all dev items from the answers to the first ones, for searches that score only a part."""
+"""Estimates the score of all dev items, and the metric of each task, from the answers to the first items, for searches
+that score only a part.
+"""
 
 from __future__ import annotations
 
@@ -71,6 +73,8 @@ class Estimates:
     def estimate(self, kind: str, items: Sequence[ItemAnswer], order: str = OWN) -> float:
         """Estimate the score of all items from the answers to the first ones in an order.
 
+        It is the weighted mean of the estimates of the tasks (``estimate_tasks``), up to rounding.
+
         Args:
             kind: ``mean`` is the score over the items that were answered, and over their tasks only. For ``difference``
                 see ``evolver.evaluation.scores.difference``, and for ``p-irt``, ``gp-irt`` and ``mp-irt``
@@ -79,19 +83,44 @@ class Estimates:
             items: the answers to the first items.
             order: the name of the order.
         """
-        if kind == "mean" or not self._complete:
-            return self._mean(items, self.scale.reordered(order))
+        found = self._of_tasks(kind, items, order)
+        total = math.fsum(self.scale.weights[task] for task in found)
+        score = math.fsum(self.scale.weights[task] * value for task, value in found.items()) / total
+        return self._cut(kind, score)
+
+    def estimate_tasks(self, kind: str, items: Sequence[ItemAnswer], order: str = OWN) -> dict[str, float]:
+        """Estimate the metric of each task over all of its items from the answers to the first items in an order.
+
+        With the kind ``mean``, and as long as no model has answered all items, tasks without an answered item are left
+        out, as the mean says nothing of them, and ``estimate`` is the weighted mean of the others. All other kinds
+        predict such tasks, too. That each objective of a search is an estimate is from MERGE³ (Mencattini et al. 2025).
+
+        Args:
+            kind, items, order: as of ``estimate``.
+        """
+        return {task: self._cut(kind, value) for task, value in self._of_tasks(kind, items, order).items()}
+
+    def _of_tasks(self, kind: str, items: Sequence[ItemAnswer], order: str) -> dict[str, float]:
+        """The estimates of the tasks, not rounded."""
+        scale = self.scale.reordered(order)
+        if self._plain(kind):
+            return scale.of_tasks(items)
         answers = cast(Sequence[float], items)
         if kind == "difference":
             places = np.asarray(item_order(order, self.items)[: len(items)])
-            found = estimate_at(
-                self._predictor, self.scale.item_shares, places, np.asarray([answers], dtype=np.float64)
-            )
-            return round(float(found.value[0]), DIGITS)
+            given = np.asarray([answers], dtype=np.float64)
+            found = estimate_at(self._predictor, self.scale.item_shares, places, given)
+            return dict(zip(self.scale.places, found.tasks[0].tolist(), strict=True))
         model = self._item_model.reordered(item_order(order, self.items))
         wanted = "p-irt" if kind == "mp-irt" and not self._abilities else kind
-        scale = self.scale.reordered(order)
-        return round(model.estimate(answers, scale, cast(EstimateKind, wanted), self._abilities), DIGITS)
+        return scale.of_tasks(model.fill(answers, scale, cast(EstimateKind, wanted), self._abilities))
+
+    def _plain(self, kind: str) -> bool:
+        """Whether the estimate is the mean of the answers."""
+        return kind == "mean" or not self._complete
+
+    def _cut(self, kind: str, value: float) -> float:
+        return value if self._plain(kind) else round(value, DIGITS)
 
     @cached_property
     def _known(self) -> list[Sequence[float]]:
@@ -114,11 +143,6 @@ class Estimates:
     @cached_property
     def _predictor(self) -> Predictor:
         return predictor_of(self.scale, np.asarray(self._known, dtype=np.float64))
-
-    def _mean(self, items: Sequence[ItemAnswer], scale: Scale) -> float:
-        found = scale.of_tasks(items)
-        total = math.fsum(self.scale.weights[task] for task in found)
-        return math.fsum(self.scale.weights[task] * value for task, value in found.items()) / total
 
 
 def first_unjudged(scale: Scale) -> str | None:

@@ -49,19 +49,19 @@ class Started(Protocol):
 
 
 @algorithm("cmaes", CMAESSettings)
-def build_cmaes(setup: Setup, settings: CMAESSettings) -> CMAES | Islands:
+def build_cmaes(setup: Setup, settings: CMAESSettings) -> CMAES | CMAESByMethod:
     """Covariance matrix adaptation evolution strategy (Hansen 2016, arXiv 1604.00772), by Optuna.
 
     It draws a generation of candidates from a normal distribution and moves the distribution towards the best of them.
     Unlike ``tpe`` it tunes numbers only and learns how they depend on each other; it assumes that the score changes
-    smoothly with them. A list of methods is searched on islands, one for each method; see ``Islands``.
+    smoothly with them. Of a list of methods, each has a search of its own; see ``CMAESByMethod``.
 
     Raises BadInput for settings that are no numbers.
     """
     space = space_of(setup.maker, settings)
     if not space.branches:
         return CMAES(setup, settings, space)
-    return Islands(setup, {name: CMAES(setup, settings, branch) for name, branch in space.branches.items()})
+    return CMAESByMethod(setup, {name: CMAES(setup, settings, branch) for name, branch in space.branches.items()})
 
 
 class CMAES(Coefficients):
@@ -124,71 +124,71 @@ class CMAES(Coefficients):
         return False
 
 
-class Islands(Ordered):
+class CMAESByMethod(Ordered):
     """One CMA-ES for each of several methods, which take turns: every round holds a generation of each.
 
-    The islands learn nothing from each other, because their dimensions are not the same. Every method gets the same
-    number of generations to the end, good or poor. That wastes what the poor ones get; a search that gives more to what
-    pays would be better, and ``tpe`` does so.
+    They learn nothing from each other, because their dimensions are not the same. Every method gets the same number of
+    generations to the end, good or poor. That wastes what the poor ones get; a search that gives more to what pays
+    would be better, and ``tpe`` does so.
 
     Args:
-        islands: by the name of the method.
+        searches: by the name of the method.
     """
 
-    def __init__(self, setup: Setup, islands: Mapping[str, CMAES]) -> None:
+    def __init__(self, setup: Setup, searches: Mapping[str, CMAES]) -> None:
         super().__init__(setup)
-        self.islands = islands
-        self._names = list(islands)
-        self._round = sum(island.population for island in islands.values())
+        self.searches = searches
+        self._names = list(searches)
+        self._round = sum(search.population for search in searches.values())
 
     @property
     def studies(self) -> Mapping[str, optuna.study.Study]:
         """See ``Coefficients.studies``: one for each method."""
-        return {name: island.study for name, island in self.islands.items()}
+        return {name: search.study for name, search in self.searches.items()}
 
     def trial_of(self, number: int) -> tuple[str, int]:
         """See ``Coefficients.trial_of``."""
         name, own = self.place_of(number)
-        return name, self.islands[name].trial_of(own)[1]
+        return name, self.searches[name].trial_of(own)[1]
 
     def place_of(self, number: int) -> tuple[str, int]:
-        """The method of a candidate, and its number on the island of this method.
+        """The method of a candidate, and its number in the search of this method.
 
-        The first candidates are the first points of the islands, which belong to no generation; rounds come after them.
+        The first candidates are the first points of each, which belong to no generation; rounds come after them.
         """
         if number < len(self._names):
             return self._names[number], 0
         turn, place = divmod(number - len(self._names), self._round)
-        for name, island in self.islands.items():
-            if place < island.population:
-                return name, 1 + turn * island.population + place
-            place -= island.population
-        raise AssertionError("a round holds a generation of every island")
+        for name, search in self.searches.items():
+            if place < search.population:
+                return name, 1 + turn * search.population + place
+            place -= search.population
+        raise AssertionError("a round holds a generation of every search")
 
     def waits_for(self, k: int) -> int:
-        """The results of the generations of its own island, and of the islands before it in their last round."""
+        """The results of the generations of its own search, and of the searches before it in their last round."""
         count = len(self._names)
         if k < count:
             return 0
         name, own = self.place_of(k)
-        turn = (own - 1) // self.islands[name].population
+        turn = (own - 1) // self.searches[name].population
         if turn == 0:
             return self._names.index(name) + 1
-        before = sum(self.islands[n].population for n in self._names[: self._names.index(name) + 1])
+        before = sum(self.searches[n].population for n in self._names[: self._names.index(name) + 1])
         return count + (turn - 1) * self._round + before
 
     def inform(self, pairs: Sequence[tuple[Candidate, Result]]) -> None:
-        """See ``Coefficients.inform``: every island takes what lies in its space."""
-        for island in self.islands.values():
-            island.inform(pairs)
+        """See ``Coefficients.inform``: every search takes what lies in its space."""
+        for search in self.searches.values():
+            search.inform(pairs)
 
     def propose(self, k: int) -> Candidate:
         name, own = self.place_of(k)
-        return replace(self.islands[name].propose(own), number=k)
+        return replace(self.searches[name].propose(own), number=k)
 
     def learn(self, candidate: Candidate, result: Result) -> None:
         name, own = self.place_of(candidate.number)
-        self.islands[name].learn(replace(candidate, number=own), result)
+        self.searches[name].learn(replace(candidate, number=own), result)
 
 
 def default_population(dimensions: int) -> int:

@@ -45,21 +45,26 @@ class Merged(RunsAhead):
     def inform(self, pairs: Sequence[tuple[Candidate, Result]]) -> None:
         """See ``Informed``: the first population is the one whose merge is the best so far."""
         for earlier, _ in leaders(pairs):
-            recipe = earlier.recipe
-            values = self.merge.values_of(recipe) if len(recipe.inputs) == self.size else None
-            if values is not None:
-                self.population, self.numbers = list(recipe.inputs), replace(self.numbers, values=values)
+            found = self._found_in(earlier.recipe)
+            if found is not None:
+                self.population, self.numbers = found
                 return
 
     def receive(self, candidate: Candidate, result: Result) -> bool:
         """See ``Receives``: a merge of as many members by the same method brings its population, if it is better."""
-        recipe = candidate.recipe
         better = result.standing > (self._best[0].standing if self._best else self.standing)
-        values = self.merge.values_of(recipe) if better and len(recipe.inputs) == self.size else None
-        if values is None:
+        found = self._found_in(candidate.recipe) if better else None
+        if found is None:
             return False
-        self._best = result, list(recipe.inputs), replace(self.numbers, values=values)
+        self._best = result, *found
         return True
+
+    def _found_in(self, recipe: Recipe) -> tuple[list[Recipe], AdaptingSettings] | None:
+        """The population and the numbers of a merge by the same method; None for another model."""
+        parts = self.merge.parts_of(recipe)
+        if parts is None or len(parts[0]) != self.size:
+            return None
+        return list(parts[0]), replace(self.numbers, values=parts[1])
 
     def waits_for(self, k: int) -> int:
         if k == 0:

@@ -48,7 +48,8 @@ class EvolverSettings(PopulationSettings):
     merger: dict[str, Any] | None = Field(
         None,
         description="merge method and its settings, such as {method: simple}: each candidate is a merge of the "
-        "whole population; default: each candidate is a single member",
+        "whole population; under after, methods that every merge goes through, as in search.after but fixed; default: "
+        "each candidate is a single member",
     )
     adapt: bool | list[str] = Field(
         False,
