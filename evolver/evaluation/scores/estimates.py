@@ -5,7 +5,7 @@ that score only a part.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import cast
 
@@ -63,7 +63,7 @@ class Estimates:
         """Add a model that has answered all items. Other results are ignored."""
         if result.complete and result.recipe_id not in self._complete:
             self._complete[result.recipe_id] = result
-            for fitted in ("_known", "_item_model", "_predictor", "_abilities"):
+            for fitted in ("_known", "_item_model", "_predictor", "_abilities", "_task_models"):
                 self.__dict__.pop(fitted, None)
 
     def known(self, recipe_id: str) -> Result | None:
@@ -73,8 +73,6 @@ class Estimates:
     def estimate(self, kind: str, items: Sequence[ItemAnswer], order: str = OWN) -> float:
         """Estimate the score of all items from the answers to the first ones in an order.
 
-        It is the weighted mean of the estimates of the tasks (``estimate_tasks``), up to rounding.
-
         Args:
             kind: ``mean`` is the score over the items that were answered, and over their tasks only. For ``difference``
                 see ``evolver.evaluation.scores.difference``, and for ``p-irt``, ``gp-irt`` and ``mp-irt``
@@ -83,44 +81,64 @@ class Estimates:
             items: the answers to the first items.
             order: the name of the order.
         """
-        found = self._of_tasks(kind, items, order)
-        total = math.fsum(self.scale.weights[task] for task in found)
-        score = math.fsum(self.scale.weights[task] * value for task, value in found.items()) / total
-        return self._cut(kind, score)
+        if self._plain(kind):
+            return self._weighted(self.scale.reordered(order).of_tasks(items))
+        answers = cast(Sequence[float], items)
+        if kind == "difference":
+            return round(self._weighted(self._difference(answers, order)), DIGITS)
+        model = self._item_model.reordered(item_order(order, self.items))
+        abilities = self._abilities
+        found = model.estimate(answers, self.scale.reordered(order), _wanted(kind, abilities), abilities)
+        return round(found, DIGITS)
 
     def estimate_tasks(self, kind: str, items: Sequence[ItemAnswer], order: str = OWN) -> dict[str, float]:
         """Estimate the metric of each task over all of its items from the answers to the first items in an order.
 
+        That each objective of a search is an estimate is from MERGE³ (Mencattini et al. 2025). ``estimate`` is the
+        weighted mean of these, up to rounding, with the kinds ``mean`` and ``difference``. With item-response estimates
+        it is not: the score rests on one ability, which the answers to all items show, and each task on an ability of
+        its own, which those to its items show. One ability for all tasks would say that who is good at one task is good
+        at all, and so a search by several objectives would see one objective.
+
         With the kind ``mean``, and as long as no model has answered all items, tasks without an answered item are left
-        out, as the mean says nothing of them, and ``estimate`` is the weighted mean of the others. All other kinds
-        predict such tasks, too. That each objective of a search is an estimate is from MERGE³ (Mencattini et al. 2025).
+        out, as the mean says nothing of them. All other kinds predict such tasks: ``difference`` as the average of the
+        models that have answered all items where nothing better is known, the others as for a model of average ability.
 
         Args:
             kind, items, order: as of ``estimate``.
         """
-        return {task: self._cut(kind, value) for task, value in self._of_tasks(kind, items, order).items()}
-
-    def _of_tasks(self, kind: str, items: Sequence[ItemAnswer], order: str) -> dict[str, float]:
-        """The estimates of the tasks, not rounded."""
-        scale = self.scale.reordered(order)
         if self._plain(kind):
-            return scale.of_tasks(items)
+            return self.scale.reordered(order).of_tasks(items)
         answers = cast(Sequence[float], items)
         if kind == "difference":
-            places = np.asarray(item_order(order, self.items)[: len(items)])
-            given = np.asarray([answers], dtype=np.float64)
-            found = estimate_at(self._predictor, self.scale.item_shares, places, given)
-            return dict(zip(self.scale.places, found.tasks[0].tolist(), strict=True))
-        model = self._item_model.reordered(item_order(order, self.items))
-        wanted = "p-irt" if kind == "mp-irt" and not self._abilities else kind
-        return scale.of_tasks(model.fill(answers, scale, cast(EstimateKind, wanted), self._abilities))
+            found = self._difference(answers, order)
+        else:
+            found = {task: self._of_task(task, kind, answers, order) for task in self.scale.places}
+        return {task: round(value, DIGITS) for task, value in found.items()}
 
     def _plain(self, kind: str) -> bool:
         """Whether the estimate is the mean of the answers."""
         return kind == "mean" or not self._complete
 
-    def _cut(self, kind: str, value: float) -> float:
-        return value if self._plain(kind) else round(value, DIGITS)
+    def _weighted(self, tasks: Mapping[str, float]) -> float:
+        """The score that the metrics of tasks make up; of the tasks that are there only."""
+        total = math.fsum(self.scale.weights[task] for task in tasks)
+        return math.fsum(self.scale.weights[task] * value for task, value in tasks.items()) / total
+
+    def _difference(self, answers: Sequence[float], order: str) -> dict[str, float]:
+        places = np.asarray(item_order(order, self.items)[: len(answers)])
+        given = np.asarray([answers], dtype=np.float64)
+        found = estimate_at(self._predictor, self.scale.item_shares, places, given)
+        return dict(zip(self.scale.places, found.tasks[0].tolist(), strict=True))
+
+    def _of_task(self, task: str, kind: str, answers: Sequence[float], order: str) -> float:
+        """The item-response estimate of one task from the answers to its own items among these."""
+        number = {place: k for k, place in enumerate(self.scale.places[task])}
+        places = item_order(order, self.items)
+        met = [answer for place, answer in zip(places, answers, strict=False) if place in number]
+        model, abilities = self._task_models[task]
+        model = model.reordered([number[place] for place in places if place in number])
+        return model.estimate(met, self.scale.alone(task), _wanted(kind, abilities), abilities)
 
     @cached_property
     def _known(self) -> list[Sequence[float]]:
@@ -137,8 +155,21 @@ class Estimates:
     @cached_property
     def _abilities(self) -> list[float]:
         """Those of the experts that have answered all items."""
-        whole = [cast(Sequence[float], self._complete[i].items) for i in self.experts if i in self._complete]
-        return [self._item_model.ability(answers) for answers in whole]
+        return [self._item_model.ability(answers) for answers in self._of_experts]
+
+    @cached_property
+    def _task_models(self) -> dict[str, tuple[ItemModel, list[float]]]:
+        """A model of the items of each task alone, and the abilities of the experts at it."""
+        found = {}
+        for task, places in self.scale.places.items():
+            model = fit_items([[row[p] for p in places] for row in self._known], len(places))
+            found[task] = model, [model.ability([row[p] for p in places]) for row in self._of_experts]
+        return found
+
+    @property
+    def _of_experts(self) -> list[Sequence[float]]:
+        """The answers of the experts that have answered all items."""
+        return [cast(Sequence[float], self._complete[i].items) for i in self.experts if i in self._complete]
 
     @cached_property
     def _predictor(self) -> Predictor:
@@ -148,3 +179,8 @@ class Estimates:
 def first_unjudged(scale: Scale) -> str | None:
     """The first task whose items are not judged one by one with values from 0 to 1; None if there is none."""
     return next(iter(scale.unjudged), None)
+
+
+def _wanted(kind: str, abilities: Sequence[float]) -> EstimateKind:
+    """The kind of an item-response estimate: without abilities of experts, ``mp-irt`` is ``p-irt``."""
+    return cast(EstimateKind, "p-irt" if kind == "mp-irt" and not abilities else kind)
