@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # The size of embeddings is measured on so many tokens, or a few more, spread over the vocabulary.
-MEASURED_ROWS = 1024
+MEASURED_TOKENS = 1024
 PIXELS = "pixel_values"
 
 
@@ -51,5 +51,5 @@ def no_disturbance(module: Any, inputs: dict[str, Any]) -> tuple[Tensor, float]:
         )
     rows, width = table.weight.shape
     with torch.no_grad():
-        some = table(torch.arange(0, rows, max(1, rows // MEASURED_ROWS), device=table.weight.device)).float()
+        some = table(torch.arange(0, rows, max(1, rows // MEASURED_TOKENS), device=table.weight.device)).float()
     return torch.zeros(width, device=some.device), float(some.square().mean().sqrt())
