@@ -63,15 +63,7 @@ class ItemModel:
     def estimate(
         self, items: Sequence[float], scale: Scale, kind: EstimateKind = "p-irt", experts: Sequence[float] = ()
     ) -> float:
-        """Estimate the score of all items: that of ``fill``. If all items were answered, this is the score itself."""
-        return scale.score(self.fill(items, scale, kind, experts))
-
-    def fill(
-        self, items: Sequence[float], scale: Scale, kind: EstimateKind = "p-irt", experts: Sequence[float] = ()
-    ) -> list[float]:
-        """The answers to all items: those that were given, and what an estimate puts in the place of the others.
-
-        The metric of a task over these values is the estimate of the task, and their score that of the score.
+        """Estimate the score of all items. If all items were answered, this is the score itself.
 
         Let n of the N items of a task be answered, with the mean ȳ. The kinds differ in the value that they use for an
         item without an answer:
@@ -104,8 +96,7 @@ class ItemModel:
         filled[: len(items)] = items
         if kind == "gp-irt":
             self._blend(filled, len(items), scale)
-        found: list[float] = filled.tolist()
-        return found
+        return scale.score(filled.tolist())
 
     def _blend(self, filled: Numbers, seen: int, scale: Scale) -> None:
         """Blend the values of the items without an answer with the mean of the answered items of their task (gp-IRT).
