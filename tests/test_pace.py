@@ -10,6 +10,7 @@ from evolver.loggers.pace import Pace, Remaining, in_words
 from evolver.records import Result
 
 START, EACH, ITEM = 3.0, 0.2, 0.01  # seconds: to build a worker, to build a candidate, to score an item
+STEP = 8  # how much longer gradients take
 
 
 def stages(candidates=40, most=None):
@@ -32,14 +33,17 @@ class Simulated:
     def build(self):
         self.now += START
 
-    def score(self, stage, items, reused=False):
-        scoring = items * ITEM * self.mood(self.number)
+    def score(self, stage, items, reused=False, loss=None):
+        scoring = items * ITEM * self.mood(self.number) * (1 if loss is None else STEP)
         self.number += 1
         seconds = {"materialise": EACH, "forward": scoring, "total": EACH + scoring}
         self.now += 0.0 if reused else seconds["total"] / self.workers
         self.pace.result(
-            Result(0, "r", "ok", 0.5, items=(1.0,) * items, seconds=seconds, stage=stage, reused=reused, complete=True)
-        )
+            Result(
+                0, "r", "ok", 0.5, items=(1.0,) * items, seconds=seconds, stage=stage, reused=reused, complete=True,
+                loss=loss,
+            )
+        )  # fmt: skip
         self.told.append((self.now, self.pace.left()))
 
 
@@ -105,3 +109,17 @@ def test_what_was_known_takes_no_time_and_tells_none():
 )
 def test_durations_in_words(seconds, words):
     assert in_words(seconds) == words
+
+
+def test_gradients_take_longer_than_the_scores_that_follow_them():
+    run = Simulated(stages(candidates=30))
+    run.build()
+    for _ in range(8):
+        run.score("baseline", 100)
+    for _ in range(30):
+        run.score("search", 100, loss=1.0)
+    told = run.pace.left()
+    last = 2 * START + 7 * (EACH + 400 * ITEM) + EACH + 100 * ITEM
+    assert told == pytest.approx(last, rel=0.1)
+    halfway = run.told[8 + 15 - 1][1]
+    assert halfway == pytest.approx(15 * (EACH + 100 * ITEM * STEP) + last, rel=0.1)

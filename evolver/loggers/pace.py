@@ -13,6 +13,8 @@ from evolver.records import Result
 # The pace is that of so many results: machines have moods, and first passes warm up.
 RECENT = 16
 
+Taken = tuple[int, float, float]  # items, seconds of scoring, all seconds
+
 
 @dataclass
 class Remaining:
@@ -58,7 +60,10 @@ class Pace:
         self._stages, self._workers, self._clock = stages, workers, clock
         self._began = clock()
         self._start: float | None = None
-        self._recent: deque[tuple[int, float, float]] = deque(maxlen=RECENT)  # items, scoring, all seconds
+        # Of scores, and of gradients, which take longer for as many items: only a search asks for these.
+        self._scores: deque[Taken] = deque(maxlen=RECENT)
+        self._gradients: deque[Taken] = deque(maxlen=RECENT)
+        self._last = self._scores
 
     def result(self, result: Result) -> None:
         """Take in a result."""
@@ -70,17 +75,19 @@ class Pace:
             return
         if self._start is None:  # the worker was built before it; each stage with a worker of its own builds one
             self._start = max(0.0, self._clock() - self._began - total)
-        self._recent.append((items, result.seconds.get("forward", total), total))
+        self._last = self._scores if result.loss is None else self._gradients
+        self._last.append((items, result.seconds.get("forward", total), total))
 
     def left(self) -> float | None:
         """Seconds until the report is there; None where nobody knows."""
-        if not self._recent:
+        if not self._last:
             return None
-        items, scoring, total = (math.fsum(column) for column in zip(*self._recent, strict=True))
         seconds, starts = 0.0, 0
-        for stage in self._stages.values():
+        for name, stage in self._stages.items():
+            recent = self._last if name == "search" or not self._scores else self._scores
+            items, scoring, total = (math.fsum(column) for column in zip(*recent, strict=True))
             candidates, more = stage.left()
-            needed = more * scoring / items + candidates * (total - scoring) / len(self._recent)
+            needed = more * scoring / items + candidates * (total - scoring) / len(recent)
             seconds += min(needed, self._workers * stage.time_left())
             starts += stage.builds and not stage.seen
         found = seconds / self._workers + starts * (self._start or 0.0)
