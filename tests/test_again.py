@@ -257,8 +257,6 @@ def test_the_new_run_is_resumed_and_extended_as_any_other(again, results):
     for command in (["status", results, "--json"], ["report", new], ["explain", new]):
         ended = toys.evolver(*command)
         assert (ended.code, ended.err) == (0, ""), command
-    ended = toys.evolver("study", new, results / "study.db")
-    assert "goes on from another one" in toys.refusal(ended.code, ended.err)
 
 
 def test_the_number_of_workers_changes_nothing(again):
