@@ -111,7 +111,7 @@ def finished(folder):
 
 
 @pytest.mark.parametrize("name", ORDERED)
-@pytest.mark.parametrize("workers", [2, 8])
+@pytest.mark.parametrize("workers", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_the_search_sees_the_same(tmp_path, name, workers):
     plain, _ = run(tmp_path / "plain", ORDERED[name], Simulated(1), guessing=False)
     pool = Simulated(workers, seconds=uneven)

@@ -13,7 +13,7 @@ from evolver.records import Result
 # The pace is that of so many results: machines have moods, and first passes warm up.
 RECENT = 16
 
-Taken = tuple[int, float, float]  # items, seconds of scoring, all seconds
+ScoringTimes = tuple[int, float, float]  # items, seconds of scoring, all seconds
 
 
 @dataclass
@@ -61,8 +61,8 @@ class Pace:
         self._began = clock()
         self._start: float | None = None
         # Of scores, and of gradients, which take longer for as many items: only a search asks for these.
-        self._scores: deque[Taken] = deque(maxlen=RECENT)
-        self._gradients: deque[Taken] = deque(maxlen=RECENT)
+        self._scores: deque[ScoringTimes] = deque(maxlen=RECENT)
+        self._gradients: deque[ScoringTimes] = deque(maxlen=RECENT)
         self._last = self._scores
 
     def result(self, result: Result) -> None:
