@@ -404,7 +404,12 @@ rounds, with all models in memory.
 - *peak* is the process's memory above what it had before it read the first tensor, with the tensors of the base and of
   all experts. The limit is the largest tensor times the number of experts + 4, and 0.5 GB.
 
-Methods that need statistics get random ones. To make these counts in the peak."""
+Methods that need statistics get random ones. To make these counts in the peak.
+
+`ace`, `swudi` and `bayes_mm_free` multiply each expert's matrix by its Gram, and their sum by the solution: 2·experts +
+1 products of a matrix, where *torch* counts one for each expert. On matrices with many more rows than columns, such as
+embeddings, the products are nearly all of the work, and the limit of 1.5 is out of reach. `led` is handed two
+statistics of each expert, which are as large as the experts themselves."""
 
 
 def main() -> None:
