@@ -186,7 +186,8 @@ def _of_every_search():
 
 
 TWO_TASKS = {"evaluation.tasks": [{"task": t, "dev": 16, "report": 8} for t in ("toy", "pair")]}
-OF_SEVERAL_TASKS = ("cycleqd", "nsga2", "nsga3")
+OF_SEVERAL_TASKS = ("cycleqd", "hi_merging", "nsga2", "nsga3")
+OWN_TASKS = {"statistics.tasks": {"a": ["toy"], "b": ["pair"]}}
 OF_LABELS = ("adamerging", "fw_merging", "concrete", "defense_aware")
 
 
@@ -199,6 +200,7 @@ def of_search(make_config, configured, tmp_path):  # noqa: F811
         if name in OF_LABELS:
             return configured(search, **more)
         changes = CHANGES | more | {"search": search} | (TWO_TASKS if name in OF_SEVERAL_TASKS else {})
+        changes |= OWN_TASKS if name == "hi_merging" else {}
         return make_config(tmp_path, changes, f"{pool['kind']}.yaml")
 
     return make
