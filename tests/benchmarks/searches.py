@@ -35,6 +35,8 @@ from evolver.search.together.portfolio import usual_arms  # noqa: E402
 
 PAGE = ROOT / "results" / "benchmarks" / "search.md"
 CANDIDATES, CLAIM, BASELINE = 80, "portfolio", "tuned mass"
+# Two seeds may agree by chance, or differ widely, and their interval says nothing.
+LEAST = 3
 MERGER = {"method": "task_arithmetic", "weight": 0.25, "lambda": 1.5}
 SOLVED = {"algorithm": "tpe", "method": "swudi"}
 GENERATIONS = {"algorithm": "evolver", "mode": "generational", "generations": 10**6}
@@ -189,12 +191,12 @@ def _pool_section(pool: str) -> str:
     if not found:
         return ""
     compared = {name: _against(runs, found.get(BASELINE, {})) for name, runs in found.items()}
-    corrected = _holm({n: p for n, (_, _, p, _) in compared.items() if n not in (CLAIM, BASELINE)})
+    corrected = _holm({n: p for n, (_, _, p, c) in compared.items() if n not in (CLAIM, BASELINE) and c >= LEAST})
     rows = []
     for name, runs in sorted(found.items(), key=lambda pair: -_mean(pair[1], "winner")):
         lead, reach, p, count = compared[name]
-        p_text = "" if name == BASELINE or count < 2 else f"{corrected.get(name, p):.3g}"
-        over = "" if name == BASELINE else f"{100 * lead:+.1f}" + (f" ± {100 * reach:.1f}" if count > 1 else "")
+        p_text = "" if name == BASELINE or count < LEAST else f"{corrected.get(name, p):.3g}"
+        over = "" if name == BASELINE else f"{100 * lead:+.1f}" + (f" ± {100 * reach:.1f}" if count >= LEAST else "")
         rows.append([
             f"**{name}**" if name == CLAIM else name, str(len(runs)), f"{100 * _mean(runs, 'winner'):.1f}",
             f"{100 * (_mean(runs, 'winner') - _mean(runs, 'expert')):+.1f}", over, p_text,
@@ -228,7 +230,7 @@ def _mean(runs: dict[int, dict[str, Any]], whose: str) -> float:
 def _against(runs: dict[int, dict[str, Any]], others: dict[int, dict[str, Any]]) -> tuple[float, float, float, int]:
     """The mean lead over other runs of the same seeds, its 95 % half width and p by Student's t, and their number."""
     gaps = np.array([_score(runs[s], "winner") - _score(others[s], "winner") for s in runs if s in others])
-    if len(gaps) < 2 or gaps.std() == 0:
+    if len(gaps) < LEAST or gaps.std() == 0:
         return float(gaps.mean()) if len(gaps) else 0.0, 0.0, 1.0, len(gaps)
     error = gaps.std(ddof=1) / np.sqrt(len(gaps))
     reach = float(stats.t.ppf(0.975, len(gaps) - 1) * error)
@@ -252,9 +254,9 @@ Made by `python tests/benchmarks/searches.py`. Every search has {candidates} can
 the same for all searches. Models compute in bfloat16. *winner* is the mean score of the winners on report items, in
 percent; a winner is chosen among the six best candidates, and the baselines, on dev and select items. The lead over
 task arithmetic with its total mass tuned (*tuned mass*, a search of as many candidates) is a mean over the seeds that
-both have, with 95 % intervals of Student's t over the seeds. The portfolio is the claim that was named beforehand; the
-p-values of the others are corrected by Holm. *dev items* are those that the search scored. Rows in italics need no
-search."""
+both have, with 95 % intervals of Student's t over the seeds where these are three or more. The portfolio is the claim
+that was named beforehand; the p-values of the others are corrected by Holm. *dev items* are those that the search
+scored. Rows in italics need no search."""
 
 
 if __name__ == "__main__":
