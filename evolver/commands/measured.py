@@ -57,9 +57,8 @@ class MergeStatistics:
             raise BadInput(f"{place}: {method.name} has statistics of whole models only; write models, not slices.")
         if not isinstance(merge.base, Expert) or merge.base.digest != maker.base.digest:
             raise BadInput(f"{place}: its base is not that of the merge by {method.name}; give one with the same base.")
-        kinds = dict.fromkeys(method.statistics.values())
-        if all(kind.base for kind in kinds):
-            return tuple(node for kind in kinds for node in maker.wanted_of_experts(kind))
+        if all(kind.base for kind in method.statistics.values()):
+            return maker.statistics_of(method, maker.experts)
         known = {expert.digest: expert for expert in maker.experts}
         found = []
         for model in merge.inputs:

@@ -126,10 +126,7 @@ class RecipeMaker:
                 f"{place}.method: {found.name} needs statistics of the model that it gets ({', '.join(own)}), which "
                 "are collected of experts only; write it under search.method."
             )
-        kinds = dict.fromkeys(found.statistics.values())
-        for kind in kinds:
-            collector_named(kind.statistic)
-        statistics = tuple(node for kind in kinds for node in self.wanted_of_experts(kind))
+        statistics = self.statistics_of(found, self.experts)
         numbers = [n for n, s in found.settings.items() if isinstance(s.search, methods.Range) and n != "lambda"]
         tune = [n for n in numbers if n not in step.settings] if step.tune is None else step.tune
         given = (tune, step.settings, place, statistics)
